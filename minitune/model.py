@@ -1,0 +1,341 @@
+"""The model: embedding, decoder layers, norm, head and loss, and the names people already type to load and adapt it.
+
+Inside, everything is packed: N tokens of any number of samples without padding, whose positions restart at 0 with each
+sample (layers.py). Batches of shape (B, T) are packed on the way in. Whatever is an index (positions, sample bounds,
+rows with a label) is computed on the host and sent along, so a training step never waits for the device.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minitune.config import LINEARS, LoraConfig, ModelConfig
+from minitune.kernels.cross_entropy import linear_cross_entropy
+from minitune.layers import DecoderLayer, Embedding, Linear, Packed, RMSNorm, Rotary
+from minitune.recompute import KEEP_INPUT, level_of
+from minitune.tokenizer import Tokenizer, check_vocabulary
+from minitune.weights import Checkpoint, load_weights, resolve_model
+
+IGNORED = -100
+
+
+@dataclass
+class Output:
+    """`loss` where labels were given, else `logits`, shaped like input_ids with V at the end."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Llama(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class LlamaForCausalLM(nn.Module):
+    """A Llama whose base is frozen. `FastLanguageModel.from_pretrained` makes one and fills it."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, max_seq_length: int):
+        super().__init__()
+        self.config, self.dtype, self.device, self.max_seq_length = config, dtype, device, max_seq_length
+        self.model = Llama(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.rotary = Rotary.build(config, max_seq_length, device)
+        self.lora: LoraConfig | None = None
+        self.level = KEEP_INPUT  # what a layer keeps for backward (recompute.py)
+        self.name, self.folder = "", Path()
+
+    def _apply(self, fn, recurse=True):
+        raise ValueError("the model stays where it was loaded; choose with from_pretrained(device=..., dtype=...)")
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """The adaptable linears by their full names, layer by layer."""
+        return ((name, m) for name, m in self.named_modules() if isinstance(m, Linear) and m is not self.lm_head)
+
+    def num_parameters(self) -> int:
+        """Parameters of the base model; quantised ones count as what they stand for."""
+        c = self.config
+        linears = sum(linear.in_features * linear.out_features for _, linear in self.linears())
+        embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+        small = sum(p.numel() for n, p in self.named_parameters() if n.endswith(("norm.weight", ".bias")))
+        return linears + embeddings + small
+
+    # ---- adapter
+
+    def add_lora(self, lora: LoraConfig, seed: int = 3407) -> None:
+        """Attach LoRA branches that change nothing yet; the same seed draws the same A."""
+        if self.lora is not None:
+            raise ValueError("the model already has an adapter; load the base again to attach another")
+        generator = torch.Generator().manual_seed(seed)
+        for name, linear in self.linears():
+            if name.rsplit(".", 1)[1] in lora.target_modules:
+                linear.add_lora(lora, self.device, generator)
+        self.lora = lora
+
+    def lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trainable parameters under PEFT's names, always in the same order."""
+        return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Attach and fill the adapter saved in a folder, in PEFT's file format."""
+        from minitune.checkpoint import load_adapter
+
+        load_adapter(self, folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter in PEFT's file format: adapter_config.json and adapter_model.safetensors."""
+        from minitune.checkpoint import save_adapter
+
+        save_adapter(self, folder)
+
+    def save_pretrained_merged(
+        self, folder: str | Path, tokenizer: Tokenizer, save_method: str = "merged_16bit", merge_base: str = "auto"
+    ) -> None:
+        """Write the model with the adapter merged in, as 16-bit safetensors (merge.py says what `merge_base` means)."""
+        from minitune.merge import merge_to_folder
+
+        if save_method != "merged_16bit":
+            raise ValueError(f"save_method {save_method!r} is not supported; choose 'merged_16bit'")
+        merge_to_folder(self, folder, tokenizer, merge_base=merge_base)
+
+    def save_pretrained_gguf(
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer,
+        quantization_method: str = "q8_0",
+        merge_base: str = "auto",
+    ) -> Path:
+        """Write the merged model as one GGUF file into a folder and return the file's path."""
+        from minitune.gguf import export_gguf
+
+        return export_gguf(self, folder, tokenizer, quantization_method=quantization_method, merge_base=merge_base)
+
+    # ---- forward
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Output:
+        """The loss where there are labels, else the logits.
+
+        input_ids: (B, T), or (N,) or (1, N) packed together with position_ids that restart at 0 with each sample.
+        labels: shaped like input_ids; the label of a token is predicted from the token before it in its sample, so
+            a sample's first label counts for nothing, nor does -100.
+        attention_mask: (B, T), 0 for padding, which is left out of the computation altogether.
+        num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
+
+        Raises ValueError for ids beyond the vocabulary, shapes that disagree, or a sample over max_seq_length.
+        """
+        ids, positions, keep = self._pack(input_ids.cpu(), attention_mask, position_ids)
+        packed = Packed.from_positions(positions).to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            x = self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
+            for layer in self.model.layers:
+                x = layer(x, packed, self.rotary, self.level)
+            if labels is None:
+                logits = _Logits.apply(x, self.model.norm, self.lm_head.dense(x.dtype))
+                if not keep.all():
+                    full = logits.new_zeros(keep.numel(), logits.shape[-1])
+                    logits = full.index_put((keep.view(-1).nonzero()[:, 0].to(self.device),), logits)
+                return Output(logits=logits.view(*input_ids.shape, -1))
+            if labels.shape != input_ids.shape:
+                raise ValueError(f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ in shape")
+            rows, targets = _targets(labels.cpu()[keep], positions)
+            denominator = max(1, len(rows)) if num_items_in_batch is None else num_items_in_batch
+            rows, targets = (t.to(self.device, non_blocking=True) for t in (rows, targets))
+            head = self.lm_head.dense(x.dtype)
+            return Output(loss=_Loss.apply(x, self.model.norm, head, rows, targets, denominator))
+
+    def _pack(
+        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed ids (N,), their positions (N,), and the mask of those kept, shaped like the ids; all on the host."""
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        if attention_mask is not None:
+            if attention_mask.shape != ids.shape:
+                raise ValueError(
+                    f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(ids.shape)} differ"
+                )
+            keep = attention_mask.cpu().bool()
+        if position_ids is None:
+            positions = (keep.cumsum(-1) - 1)[keep]
+        else:
+            positions = position_ids.cpu().expand(ids.shape)[keep]
+            follows = torch.cat([positions.new_full((1,), -1), positions[:-1]]) + 1
+            if not ((positions == 0) | (positions == follows)).all():
+                raise ValueError("position_ids must count up by one and restart at 0 with each packed sample")
+        ids = ids[keep]
+        if len(ids) == 0:
+            raise ValueError("input_ids hold no token")
+        if (longest := int(positions.max()) + 1) > self.max_seq_length:
+            raise ValueError(f"a sample has {longest} tokens, but the model was loaded for {self.max_seq_length}")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(f"input_ids reach {int(ids.max())}, but the vocabulary has {self.config.vocab_size} rows")
+        return ids, positions, keep
+
+    @contextlib.contextmanager
+    def resident_weights(self) -> Iterator[None]:
+        """Keep every linear as a dense weight in the compute dtype meanwhile: same numbers, nothing to dequantise."""
+        stored = (m for m in self.modules() if isinstance(m, Linear) and m.resident is None)
+        linears = [m for m in stored if m.is_quantized or m.weight.dtype != self.dtype]
+        try:
+            for linear in linears:
+                linear.resident = linear.dense(self.dtype)
+            yield
+        finally:
+            for linear in linears:
+                linear.resident = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        eos_token_ids: Sequence[int] = (),
+        seed: int = 0,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt, greedily at temperature 0 (generate.py); the new tokens of each, without the end's."""
+        from minitune.generate import generate
+
+        return generate(self, prompts, max_new_tokens, temperature, top_p, top_k, eos_token_ids, seed, on_token)
+
+
+def _targets(labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (M,) that predict a label, and these labels (M,): those of the next token, if it is in the same sample."""
+    following = torch.cat([torch.where(positions[1:] == 0, IGNORED, labels[1:]), labels.new_tensor([IGNORED])])
+    rows = (following != IGNORED).nonzero()[:, 0]
+    return rows, following[rows]
+
+
+class _Loss(torch.autograd.Function):
+    """Final norm, head and cross entropy of the labelled rows only; the gradient is made in the same pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, norm: RMSNorm, head: Tensor, rows: Tensor, targets: Tensor, denominator):
+        labelled = x[rows]  # (M, D)
+        h, rstd = norm(labelled)
+        need = ctx.needs_input_grad[0]
+        loss, dh = linear_cross_entropy(h, head, targets, denominator, need_grad=need)
+        if need:
+            ctx.save_for_backward(norm.backward(dh, labelled, rstd), rows)
+            ctx.shape = x.shape
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor):
+        d, rows = ctx.saved_tensors
+        dx = d.new_zeros(ctx.shape)
+        dx[rows] = d * dloss.to(d.dtype)
+        return dx, None, None, None, None, None
+
+
+class _Logits(torch.autograd.Function):
+    """Final norm and head, for whoever wants the logits themselves."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, norm: RMSNorm, head: Tensor):
+        h, rstd = norm(x)
+        ctx.norm, ctx.head = norm, head
+        ctx.save_for_backward(x, rstd)
+        return h @ head.T
+
+    @staticmethod
+    def backward(ctx, dlogits: Tensor):
+        x, rstd = ctx.saved_tensors
+        return ctx.norm.backward(dlogits @ ctx.head, x, rstd), None, None
+
+
+class FastLanguageModel:
+    """Loading a base model and attaching an adapter, under the names that people already type."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str | Path,
+        max_seq_length: int | None = 2048,
+        dtype: torch.dtype | None = None,
+        load_in_4bit: bool = True,
+        device: str | torch.device | None = None,
+        progress: bool = False,
+    ) -> tuple[LlamaForCausalLM, Tokenizer]:
+        """Load a model folder, or `org/name` from the local Hugging Face cache, and its tokenizer.
+
+        max_seq_length: the longest sample; None for all that the model knows.
+        dtype: what is computed in; by default bfloat16 on a GPU and float32 on a CPU.
+        load_in_4bit: quantise the linears to NF4 as they are read; False keeps them as stored. A folder that is
+            already NF4 is taken as it stands either way.
+
+        Raises ValueError that names the file or tensor at fault.
+        """
+        folder = resolve_model(model_name)
+        config = ModelConfig.from_folder(folder)
+        device, dtype = _device_and_dtype(device, dtype)
+        known = config.max_position_embeddings
+        if max_seq_length is not None and not 0 < max_seq_length <= known:
+            raise ValueError(f"max_seq_length {max_seq_length} is not within the {known} positions the model knows")
+        tokenizer = Tokenizer.from_folder(folder)
+        check_vocabulary(tokenizer, config.vocab_size)
+        model = LlamaForCausalLM(config, dtype=dtype, device=device, max_seq_length=max_seq_length or known)
+        model.name, model.folder = str(model_name), folder
+        load_weights(model, Checkpoint(folder), device, load_in_4bit, progress)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: LlamaForCausalLM,
+        r: int = 16,
+        target_modules: Sequence[str] | str = LINEARS,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        use_rslora: bool = False,
+    ) -> LlamaForCausalLM:
+        """Attach LoRA to the named linears of every layer of `model`, and return it.
+
+        target_modules: names out of LINEARS, or "all-linear".
+        use_gradient_checkpointing: True, "unsloth" or "auto" computes activations again in backward; False keeps them.
+
+        Raises ValueError for a module that does not exist and for what is not supported (dropout, trained biases).
+        """
+        if lora_dropout:
+            raise ValueError(f"lora_dropout {lora_dropout} is not supported: recomputation would need the same mask")
+        if bias != "none":
+            raise ValueError(f"bias {bias!r} is not supported; biases stay frozen ('none')")
+        if isinstance(target_modules, str):
+            target_modules = LINEARS if target_modules == "all-linear" else (target_modules,)
+        named = tuple(n for n in LINEARS if n in target_modules) + tuple(n for n in target_modules if n not in LINEARS)
+        level = level_of(use_gradient_checkpointing)
+        model.add_lora(LoraConfig(r, lora_alpha, named, use_rslora), random_state)
+        model.level = level
+        return model
+
+
+def _device_and_dtype(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype {dtype} is not supported; choose torch.float32, torch.bfloat16 or torch.float16")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device 'cuda' was asked for, but torch sees no CUDA GPU")
+        if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            raise ValueError(f"{name} has no bfloat16 (it needs compute capability 8.0); pass dtype=torch.float32")
+        device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+    return device, dtype

@@ -1,0 +1,352 @@
+"""The training loop: batches, micro-steps, schedule, logging, evaluation, saving, resuming.
+
+One optimizer step takes the next per_device_train_batch_size * gradient_accumulation_steps samples S of the epoch's
+order and minimises
+
+    loss = sum over S of the token losses / number of trained-on tokens in S
+
+The samples are packed unpadded into as few forward/backward passes (micro-steps) as `micro_step_tokens` allows. Each is
+divided by the denominator of the whole step, so gradients add up to the same sum however S is split.
+
+The order of an epoch is a function of (seed, epoch), and where a run stands is its step number: that, the adapter and
+the optimizer's moments are all that a checkpoint needs for the run to go on bit for bit. Losses stay on the device
+until they are logged; nothing in a step waits for it.
+"""
+
+import array
+import hashlib
+import math
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitune import checkpoint, runs
+from minitune.config import SFTConfig
+from minitune.data import Batch, Prepared, Sample, collate, micro_steps, pack_rows, prepare
+from minitune.flags import as_dict, toml_text
+from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
+from minitune.report import Report, banner, counter, interruptible
+from minitune.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minitune.model import LlamaForCausalLM
+
+# Tokens of one forward/backward where micro_step_tokens is not given. More gives fewer, larger launches and less
+# dequantisation a token; memory grows with it (8B, recomputing: about 0.5 GB of layer inputs per 2,000 tokens).
+MICRO_STEP_TOKENS = {"cuda": 8192, "cpu": 4096}
+EVAL_CHUNK = 256  # evaluation samples packed together
+
+
+class TrainOutput(NamedTuple):
+    global_step: int
+    training_loss: float  # mean over all optimizer steps
+    metrics: dict[str, float]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # moved so far
+    seconds: float = 0.0
+    loss_sum: float = 0.0  # over all steps
+    grad_norm: float = 0.0  # of the last step, before clipping
+    unlogged: list[float] = field(default_factory=list)  # losses of the steps since the last metrics line
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    """The order in which an epoch goes through `count` samples: a permutation that depends on nothing else."""
+    return tuple(np.random.default_rng((seed, epoch)).permutation(count).tolist())
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """A hash of every token and label, to recognise the data of a resumed run."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for values in ([len(sample.input_ids)], sample.input_ids, sample.labels):
+            digest.update(array.array("q", values).tobytes())
+    return digest.hexdigest()[:16]
+
+
+class SFTTrainer:
+    """Trains the adapter of `model` on `train_dataset`; the arguments mean what they mean in TRL."""
+
+    def __init__(
+        self,
+        model: "LlamaForCausalLM",
+        args: SFTConfig | None = None,
+        train_dataset: str | Path | Sequence[dict] | None = None,
+        eval_dataset: str | Path | Sequence[dict] | None = None,
+        processing_class: Tokenizer | None = None,
+    ):
+        """train_dataset: a JSONL path or a sequence of dicts (data.py lists the shapes of a record).
+
+        Raises ValueError where model, settings and data do not go together; nothing has been written by then.
+        """
+        self.model, self.args = model, args or SFTConfig()
+        if model.lora is None:
+            raise ValueError("the model has no adapter to train; call FastLanguageModel.get_peft_model first")
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing; give a JSONL path or a sequence of dicts")
+        if self.args.eval_strategy != "no" and eval_dataset is None:
+            raise ValueError(f"eval_strategy is {self.args.eval_strategy!r}, but there is no eval_dataset")
+        self.max_length = self.args.max_length or model.max_seq_length
+        if self.max_length > model.max_seq_length:
+            raise ValueError(
+                f"max_length {self.max_length} is more than the max_seq_length {model.max_seq_length} that the model "
+                "was loaded for; load it with a larger max_seq_length"
+            )
+        self.processing_class = processing_class or Tokenizer.from_folder(model.folder)
+        self.train_data = self._prepare(train_dataset)
+        self.eval_data = None if eval_dataset is None else self._prepare(eval_dataset)
+        samples = self.train_data.samples
+        self._units = pack_rows(samples, self.max_length) if self.args.packing else [[i] for i in range(len(samples))]
+        self.units_per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(len(self._units) / self.units_per_step)
+        self.total_steps = self.args.max_steps
+        if self.total_steps < 0:
+            self.total_steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
+        self.micro_step_tokens = self.args.micro_step_tokens or MICRO_STEP_TOKENS[model.device.type]
+        # What config.toml will hold besides SFTConfig; a command may replace it by what it was told.
+        self.settings: dict[str, Any] = {
+            "model": model.name,
+            "data": str(train_dataset) if isinstance(train_dataset, (str, Path)) else None,
+            "eval_data": str(eval_dataset) if isinstance(eval_dataset, (str, Path)) else None,
+            "max_seq_length": model.max_seq_length,
+            "load_in_4bit": any(linear.is_quantized for _, linear in model.linears()),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **as_dict(model.lora),
+        }
+        self.progress = Progress()
+        self._pending: list[Tensor] = []  # (loss, gradient norm) of steps whose numbers are still on the device
+
+    def _prepare(self, source: str | Path | Sequence[dict]) -> Prepared:
+        a = self.args
+        with counter("tokenizing") as progress:
+            return prepare(
+                source,
+                self.processing_class,
+                self.max_length,
+                assistant_only_loss=a.assistant_only_loss,
+                completion_only_loss=a.completion_only_loss,
+                dataset_text_field=a.dataset_text_field,
+                progress=progress,
+            )
+
+    # ---- one step
+
+    def samples_of_step(self, step: int) -> list[Sample]:
+        """The samples of optimizer step `step` (from 0)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.args.seed, epoch, len(self._units))
+        units = order[place * self.units_per_step : (place + 1) * self.units_per_step]
+        return [self.train_data.samples[i] for unit in units for i in self._units[unit]]
+
+    def accumulate(self, samples: Sequence[Sample]) -> Tensor:
+        """Add the gradients of one optimizer step's samples; returns their loss, 0-dim, on the device."""
+        batches = [collate(pack) for pack in micro_steps(samples, self.micro_step_tokens)]
+        targets = sum(batch.targets for batch in batches)
+        loss = torch.zeros((), device=self.model.device)
+        for batch in batches:
+            part = self._loss(batch, targets)
+            part.backward()
+            loss += part.detach()
+            self.progress.tokens += len(batch.input_ids)
+        return loss
+
+    def _loss(self, batch: Batch, targets: int) -> Tensor:
+        """The batch's share of a loss over `targets` tokens."""
+        inputs = {"input_ids": batch.input_ids, "labels": batch.labels, "position_ids": batch.position_ids}
+        return self.model(**inputs, num_items_in_batch=targets).loss
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of optimizer step `step` (from 0)."""
+        a = self.args
+        warmup = warmup_count(a.warmup_steps, a.warmup_ratio, self.total_steps)
+        return a.learning_rate * learning_rate_factor(a.lr_scheduler_type, step, warmup, self.total_steps)
+
+    def _optimizer_step(self) -> None:
+        step = self.progress.step
+        self.optimizer.zero_grad()
+        loss = self.accumulate(self.samples_of_step(step))
+        norm = self.optimizer.step(self.learning_rate(step))
+        self._pending.append(torch.stack([loss, norm]))
+        self.progress.step += 1
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The loss over the whole evaluation data, a mean over its trained-on tokens."""
+        if self.eval_data is None:
+            raise ValueError("there is no eval_dataset to evaluate on")
+        start, samples = time.perf_counter(), self.eval_data.samples
+        targets = sum(label != -100 for sample in samples for label in sample.labels[1:])
+        loss = torch.zeros((), device=self.model.device)
+        with counter("evaluating") as progress:
+            for first in range(0, len(samples), EVAL_CHUNK):
+                for pack in micro_steps(samples[first : first + EVAL_CHUNK], self.micro_step_tokens):
+                    loss += self._loss(collate(pack), targets)
+                progress(min(first + EVAL_CHUNK, len(samples)), len(samples))
+        return {"eval_loss": float(loss), "eval_seconds": time.perf_counter() - start}
+
+    # ---- the run
+
+    def train(self, resume_from_checkpoint: bool | str | Path = False) -> TrainOutput:
+        """Train to the end. True continues from the newest checkpoint of output_dir, a path from that checkpoint.
+
+        Raises ValueError for an output folder that holds another run, a checkpoint that does not belong to this data
+        or these settings, a loss that is not finite, or a full disk; KeyboardInterrupt after Ctrl-C, once the step is
+        finished and saved. The last whole checkpoint is kept in every case.
+        """
+        resumed = self._begin(resume_from_checkpoint)
+        p, a = self.progress, self.args
+        saved, started = p.step if resumed else 0, time.perf_counter() - p.seconds
+        log_time, log_tokens = time.perf_counter(), p.tokens
+        with Report(self.output / "metrics.jsonl", self.total_steps, p.step) as report, interruptible() as caught:
+            report.say(banner(self.model, self.train_data, self._rows(resumed)))
+            while p.step < self.total_steps and not caught:
+                self._optimizer_step()
+                report.advance()
+                if self._due(a.logging_steps) or (p.step == 1 and a.logging_first_step):
+                    self._collect()
+                    now = time.perf_counter()
+                    p.seconds = now - started
+                    report.record(self._record((p.tokens - log_tokens) / (now - log_time)))
+                    log_time, log_tokens = now, p.tokens
+                paused = time.perf_counter()
+                if self._happens(a.eval_strategy, a.eval_steps or a.logging_steps):
+                    report.record({"step": p.step, "epoch": self._epoch(), **self.evaluate()})
+                if self._happens(a.save_strategy, a.save_steps) or caught:
+                    p.seconds = time.perf_counter() - started
+                    saved = self._save()
+                log_time += time.perf_counter() - paused
+            self._collect()
+            p.seconds = time.perf_counter() - started
+            if caught and p.step < self.total_steps:
+                report.say(
+                    f"interrupted after step {p.step} of {self.total_steps}, saved {self.output}/checkpoint-{saved}; "
+                    f"continue with --output-dir {self.output} --resume, or SFTConfig(resume=True)"
+                )
+                raise KeyboardInterrupt
+            checkpoint.save_adapter(self.model, self.output / "adapter")
+            report.say(f"{'saved':<11}{self.output / 'adapter'}")
+        mean = p.loss_sum / max(1, p.step)
+        metrics = {"train_loss": mean, "train_runtime": p.seconds, "epoch": self._epoch(), "tokens": p.tokens}
+        return TrainOutput(p.step, mean, metrics)
+
+    def _due(self, interval: int) -> bool:
+        return self.progress.step % interval == 0 or self.progress.step == self.total_steps
+
+    def _happens(self, strategy: str, steps: int) -> bool:
+        """Whether something done every `steps` steps, every epoch or never is due now; the last step counts too."""
+        return strategy != "no" and self._due(self.steps_per_epoch if strategy == "epoch" else steps)
+
+    def _epoch(self) -> float:
+        return self.progress.step / self.steps_per_epoch
+
+    def _collect(self) -> None:
+        """Fetch the losses still on the device. ValueError where one is not finite."""
+        rows = torch.stack(self._pending).tolist() if self._pending else []
+        self._pending.clear()
+        for step, (loss, norm) in enumerate(rows, start=self.progress.step - len(rows) + 1):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = f"gradient norm became {norm}" if math.isfinite(loss) else f"loss became {loss}"
+                kept = [str(folder) for folder in runs.checkpoints(self.output)[-1:]] or ["none was saved"]
+                raise ValueError(
+                    f"{what} at step {step} and training stopped; last checkpoint: {kept[0]}. Lower learning_rate "
+                    f"({self.args.learning_rate:g}), or look at the samples of that step"
+                )
+            self.progress.unlogged.append(loss)
+            self.progress.loss_sum += loss
+            self.progress.grad_norm = norm
+
+    def _record(self, tokens_per_second: float) -> dict[str, Any]:
+        """The metrics since the last record."""
+        p = self.progress
+        losses, p.unlogged = p.unlogged, []
+        return {
+            "step": p.step,
+            "epoch": self._epoch(),
+            "loss": sum(losses) / len(losses),
+            "learning_rate": self.learning_rate(p.step - 1),
+            "grad_norm": p.grad_norm,
+            "tokens": p.tokens,
+            "tokens_per_second": tokens_per_second,
+            "seconds": p.seconds,
+        }
+
+    # ---- the run folder
+
+    def _begin(self, resume: bool | str | Path) -> Path | None:
+        """Open the run folder at step 0 or where a checkpoint left off; returns that checkpoint."""
+        a = self.args
+        self.optimizer = FlatAdamW(
+            [p for _, p in self.model.lora_parameters()],
+            betas=(a.adam_beta1, a.adam_beta2),
+            eps=a.adam_epsilon,
+            weight_decay=a.weight_decay,
+            max_grad_norm=a.max_grad_norm,
+        )
+        self.output, source = runs.open_run(a, resume)
+        self.progress = Progress()
+        self._pending.clear()
+        if source is None:
+            runs.clear_run(self.output)
+        else:
+            state = checkpoint.read_state(source)
+            if words := runs.changed_settings(source, state["identity"], self._identity()):
+                print(f"warning: {source} is continued with other settings: {words}", file=sys.stderr)
+            checkpoint.load_checkpoint(self.model, self.optimizer, source)
+            self.progress = Progress(**state["progress"])
+        self.output.mkdir(parents=True, exist_ok=True)
+        resolved = replace(a, output_dir=str(self.output), max_length=self.max_length)
+        (self.output / "config.toml").write_text(toml_text({**self.settings, **as_dict(resolved)}), encoding="utf-8")
+        return source
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run has to share, or should, with the run that was interrupted."""
+        a = as_dict(self.args)
+        return {
+            **{name: a[name] for name in runs.SAME_ORDER + runs.SAME_MATHEMATICS if name in a},
+            "samples_per_step": self.units_per_step,
+            "max_length": self.max_length,
+            "total_steps": self.total_steps,
+            "model": self.model.name,
+            "data": fingerprint(self.train_data.samples),
+        }
+
+    def _save(self) -> int:
+        """Write checkpoint-N for the step just done, then drop the oldest beyond save_total_limit; returns N."""
+        self._collect()
+        step = self.progress.step
+        epoch, position = divmod(step, self.steps_per_epoch)
+        place = {"epoch": epoch, "steps_into_epoch": position}
+        state = {"progress": asdict(self.progress), **place, "identity": self._identity()}
+        checkpoint.save_checkpoint(self.model, self.optimizer, state, self.output / f"checkpoint-{step}")
+        if limit := self.args.save_total_limit:
+            for old in runs.checkpoints(self.output)[:-limit]:
+                shutil.rmtree(old)
+        return step
+
+    def _rows(self, resumed: Path | None) -> list[tuple[str, str]]:
+        a, unit = self.args, f"rows of {self.max_length}" if self.args.packing else "samples"
+        plan = (
+            f"{self.total_steps:,} optimizer steps of {self.units_per_step} {unit}, {self.steps_per_epoch:,} an epoch"
+        )
+        optimizer = f"AdamW, {a.learning_rate:g}, {a.lr_scheduler_type}; 16 bytes a trainable parameter"
+        output = f"{self.output}" + (f", continued from {resumed.name} (step {self.progress.step})" if resumed else "")
+        return [
+            ("steps", f"{plan}; at most {self.micro_step_tokens:,} tokens a forward/backward"),
+            ("optimizer", optimizer),
+            ("output", output),
+        ]

@@ -1,0 +1,332 @@
+"""Write the demonstration's task: scripts/demo/train.jsonl and scripts/demo/heldout.jsonl.
+
+    python scripts/data.py
+
+Structured extraction: a short order, booking or log line in, a JSON object with fixed fields out. The values are copied
+from the text as they stand there, so what has to be learned is which fields belong to which kind of text, and where
+they are; not a fact about the world.
+
+The held-out split shares no sentence frame, no word of a name, item, service or city with the training split: only what
+was learned can answer it. (Levels, dates, times and numbers come from the same small sets.) The same seed writes the
+same bytes.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+SYSTEM = "Extract the fields as JSON."
+FIELDS = {
+    "order": ("name", "item", "quantity", "city"),
+    "booking": ("name", "city", "date", "time", "guests"),
+    "log": ("level", "service", "code", "city"),
+}
+
+FRAMES = {
+    "train": {
+        "order": """
+            {name} from {city} orders {quantity} {item}.
+            Please send {quantity} {item} to {name} in {city}.
+            {quantity} {item} for {name}, {city}
+            Hi, this is {name}. I need {quantity} {item} delivered to {city}.
+            New order: {item} x {quantity}, ship to {city}, customer {name}
+            I would like {quantity} {item}. My name is {name} and I live in {city}.
+            Ship {item} ({quantity} pcs) to {city}, attention {name}.
+            Customer {name} wants {quantity} {item}, delivery to {city}.
+            To {city}: {quantity} {item}. Buyer: {name}.
+            Could you post {quantity} {item} to {city}? Thanks, {name}
+            {name} bought {quantity} {item}; destination {city}.
+            {city} branch: {name} asks for {quantity} {item}.
+            Order by {name}: {quantity} {item}, address in {city}.
+            We are out of {item}. Send {quantity} to our shop in {city}. {name}
+            {name} here, {city}. Put me down for {quantity} {item}.
+            {item}, {quantity} of them, for {name} of {city}.
+            Get {name} {quantity} {item} before Monday. City is {city}.
+            From: {name}. To: {city}. Content: {quantity} {item}.
+            A parcel with {quantity} {item} goes to {name} in {city}.
+            Deliver to {city}: {item}, {quantity} units, for {name}.
+            Our client {name} ({city}) needs {quantity} {item}.
+            {quantity} units of {item}, buyer {name}, city {city}
+            Hello from {city}! May I have {quantity} {item}? Regards, {name}
+            {name} would take {quantity} {item} if you ship to {city}.
+            Web shop: {name}, {city}, {item}, {quantity}
+            In {city}, {name} is waiting for {quantity} {item}.
+            Add {quantity} {item} to the basket of {name}, {city}.
+            Purchase of {item}: {quantity}. Name: {name}. Place: {city}.
+            Dear team, {quantity} {item} please. {name}, {city}
+            {name} phoned from {city} and ordered {quantity} {item}.
+            Reserve {quantity} {item} for {name}; pick-up in {city}.
+            The {city} office, through {name}, orders {quantity} {item}.
+        """,
+        "booking": """
+            Table for {guests} in {city} on {date} at {time}, name {name}.
+            {name} books a table in {city}, {date}, {time}, {guests} people.
+            Please reserve {date} at {time} for {guests} guests in {city}. {name}
+            Hi, {name} here. Can we come to {city} on {date}, {time}? We are {guests}.
+            {city}, {date}, {time}: {guests} seats for {name}
+            Booking for {name}: {guests} persons, {city}, {date} at {time}.
+            I want a room in {city} from {date}, arriving {time}, {guests} guests. {name}
+            {guests} guests of {name} arrive in {city} at {time} on {date}.
+            On {date} at {time} {name} needs {guests} places in {city}.
+            Reservation: {time}, {date}, {city}, party of {guests}, {name}
+            My name is {name}. A dinner in {city} for {guests}, {date}, {time}.
+            We will be {guests} in {city}, {date} {time}. Under {name}, please.
+            {name} confirmed {date}, {time}, for {guests} people in {city}.
+            At {time} on {date} there will be {guests} of us in {city}, says {name}.
+            Lunch in {city}: {name}, {guests} people, {date}, {time}
+            Could {name} have {guests} seats at {time}, {date}, in {city}?
+            Hold {guests} chairs for {name} at our {city} place, {date}, {time}.
+            {date}: {name} comes to {city} with a group of {guests} at {time}.
+            For {guests}: {city}, {date}, {time}. Contact is {name}.
+            The {city} tour on {date} starts {time}; {name} brings {guests} people.
+            Guest {name}, count {guests}, city {city}, date {date}, time {time}
+            {name} would like to visit {city} on {date} at {time} with {guests} people.
+            Meeting room in {city}, {guests} people, {time} on {date}, host {name}.
+            Dear hotel, {guests} guests on {date} in {city}, check-in {time}. Yours, {name}
+            {time} in {city}, {date}, for {name} and company, {guests} in all.
+            Save the {date} for {name}: {guests} persons at {time} in {city}.
+            Book {city} for {guests}. Day {date}, hour {time}, name {name}.
+            This is {name} calling from {city}: table at {time} on {date} for {guests}.
+            {guests} people, {time}, {date}; {name}; {city}
+            In {city} we expect {name} with {guests} guests on {date}, {time}.
+            New reservation in {city} by {name} for {date} {time}, {guests} pax.
+            Tickets for {guests}: {name}, {date}, {time}, {city} theatre.
+        """,
+        "log": """
+            {level} {service} in {city}: code {code}
+            [{level}] {city} {service} failed with {code}
+            {service} reports {level} {code} at site {city}.
+            {city}: {level} from {service}, code={code}
+            code {code} {level} service={service} region={city}
+            At {city} the service {service} returned {code} ({level}).
+            {level}: {service} exit {code}, node in {city}
+            {service}@{city} {level} {code}
+            site={city} level={level} svc={service} code={code}
+            Service {service} ({city}) wrote {level}, status {code}.
+            {level} {code} {service} {city}
+            Data centre {city}: {service} stopped, {level}, code {code}.
+            {code} | {level} | {service} | {city}
+            <{level}> {service}: response {code} from {city}
+            The {city} host logged {level} {code} for {service}.
+            {service} -> {code} [{level}] ({city})
+            monitor: {city}/{service} is {level}, last code {code}
+            {level} at {city}, process {service}, result {code}
+            Got {code} from {service} in {city}, level {level}.
+            job {service} ended: {code}. Severity {level}. Location {city}.
+            {city} {level} {code}: {service} did not answer
+            {service} raised {level} number {code} in {city}
+            status {code} for {service}; {level}; {city}
+            {level}, {city}, {service}, {code}
+            retrying {service} after {code} in {city} [{level}]
+            {city} cluster: {level} in {service}, error number {code}
+            {service}: {level}: {code}: {city}
+            daemon {service} on {city} rack says {level} {code}
+            ({city}) {service} code:{code} severity:{level}
+            Alert {level}: {city} lost {service}, code {code}.
+            {code} seen in {service} logs, {city}, as {level}
+            {service} restarted in {city}; cause {code}; {level}
+        """,
+    },
+    "heldout": {
+        "order": """
+            {name} requests {quantity} {item} for the {city} store.
+            Send to {city}, to {name}: {quantity} {item}.
+            Hello, {quantity} {item} to {city} please, {name} pays.
+            {item}: {quantity}. Recipient: {name}, {city}.
+            We at {city} want {quantity} {item}, signed {name}.
+            {name} in {city} is buying {quantity} {item} today.
+            Pack {quantity} {item} and mail them to {name}, {city}.
+            The customer is {name}, the city {city}, the goods {quantity} {item}.
+            Good morning, {name} speaking. {quantity} {item} for {city}, please.
+            Order received: {quantity} {item}, {city}, {name}
+            Bring {name} in {city} another {quantity} {item}.
+            {city} needs {quantity} {item}. Ask for {name}.
+            Invoice {name} for {quantity} {item} sent to {city}.
+            How fast can {quantity} {item} reach {city}? Yours, {name}
+            {name}, resident of {city}, ordered {item}, {quantity} pieces.
+            Express to {city}: {quantity} {item}, receiver {name}
+        """,
+        "booking": """
+            {name} wants a table for {guests} people in {city}, {date} at {time}.
+            Room for {guests} people in {city}, {date}, {time}; the name is {name}.
+            Hello, we are {guests} people and come to {city} on {date} at {time}. {name}
+            {date}, {time}, {city}: {name} and friends, {guests} people.
+            Can you seat {guests} people on {date} at {time} in {city}? Name: {name}.
+            Visit to {city} by {name}, {guests} guests, {time}, {date}
+            {name} has reserved {guests} seats in {city} for {date}, {time}.
+            Breakfast in {city} at {time} on {date} for {guests} people, booked by {name}.
+            Put {name} in the book: {city}, {guests} guests, {date}, {time}.
+            A party of {guests} under {name} arrives on {date} at {time} in {city}.
+            {city} on {date}: {guests} people at {time}, ask for {name}.
+            Our host {name} expects {guests} people in {city}, {date}, {time}.
+            Reserve for {name}, {city}, {time}, {date}, {guests} guests.
+            Event in {city}, {date} {time}, {guests} visitors, organiser {name}
+            I am {name}; keep {guests} places free in {city} at {time}, {date}.
+            From {time} on {date}, {guests} guests with {name} in {city}.
+        """,
+        "log": """
+            {level} {city} {service} code {code}
+            {service} gave {code} in {city}, {level}
+            [{city}] {level} {service} returned {code}
+            level={level} city={city} service={service} status={code}
+            {level} | {service} | {city} | {code}
+            Service {service} at {city} has {level} with code {code}.
+            {city} server: {service} crashed, {code}, {level}
+            {level} - {service} - {code} - {city}
+            {service} in {city} answered {code}: {level}
+            error number {code} from {service}, {city}, severity {level}
+            {level}! {service} is down in {city}, code {code}
+            In {city} {service} hit {code}, logged as {level}.
+            {city}: {service}: {code} {level}
+            {service} [{level}] site {city} result {code}
+            {level} {code} on {service}, seen near {city}
+            {service}, {city}, finished with {code} ({level})
+        """,
+    },
+}
+
+VALUES = {
+    "train": {
+        "first": """Anna Boris Clara David Elena Farid Greta Hugo Ines Jonas Karim Laura Marco Nadia Oscar Petra Quentin
+            Rosa Stefan Tara Umar Vera Walter Xenia Yusuf Zoe Amir Bella Carlos Dina Emil Fiona Gareth Hannah Ivan Julia
+            Kevin Lena Miguel Nora Olga Pablo Rachel Teresa Victor Wendy Yara Zain Robert John Mary Paul Mark Luke James
+            Thomas George William Charles Edward Richard Michael Daniel Matthew Andrew Joseph Samuel Jacob Fred Sam Tom
+            Tim Jim Bob Bill Ben Dan Alex Chris Elizabeth Ali Maya Ken Lily Jeff Greg Eric Steve Brian Kate Emma Helen
+            Lucy Grace Martha Ruth Linda Susan Karen Nancy Lisa Amy Diana Albert Oliver Leo Ryan Kyle Juan Omar Ravi Mei
+            Wei Eva Ada Ivy Claire Alan Gary Harry Hans Karl Ellen Donna Julie Joan""",
+        "last": """Abbott Berger Castro Dubois Eriksen Fischer Garcia Hoffman Ibrahim Jansen Kowalski Lopez Meyer Novak
+            Olsen Petrov Quinn Rossi Schmidt Tanaka Ueda Vargas Weber Xu Yilmaz Zimmer Anders Brandt Cohen Diaz Evans
+            Ferrari Gupta Horvat Iversen Jones Keller Larsen Moreau Nguyen Okafor Parker Ramos Silva Hill Urban Smith
+            Brown Miller Davis Wilson Moore Taylor White Harris Martin Clark Lewis Young King Wright Green Baker""",
+        "item": """desk lamps|wool socks|coffee mugs|garden chairs|steel bolts|paint rollers|cotton coats|glass jars
+            |paper boxes|leather belts|pencils|bicycle pumps|tea towels|rubber gloves|candles|phone cases|kitchen knives
+            |water bottles|notebooks|door handles|wooden spoons|batteries|rain hats|tennis balls|picture frames|pillows
+            |light bulbs|copper pipes|flower pots|baking pans|headphones|sun hats|backpacks|hammers|screws|printers
+            |alarm clocks|plastic buckets|blankets|mirrors|cables|sofas|soap bars|rice cookers|winter boots|carpets
+            |tents|silver rings|model trains|ladders|helmets|envelopes|curtains|scissors|oak shelves|hand drills
+            |red buttons|white sheets|blue keys|small doors|large windows|heavy wheels|round cushions|yellow flags
+            |office phones|cat baskets|spring flowers|travel guides|writing desks|video screens|computers|tablets
+            |cameras|car tires|boats|bells|drums|rods|fans|sensors|switches|ribbons|needles|lenses|paintings|posters
+            |stamps|medals|dresses|jackets|pants|sweaters|oranges|bananas|lemons|grapes|tomatoes|potatoes|onions
+            |carrots|eggs|nuts|cookies|cakes|pies|snacks|candies|clay tiles|trees|tools|seeds|strings|locks|forks
+            |cups|shoes|watches|bikes|motors|engines|nails|wires""",
+        "service": """billing search login upload checkout inventory backup mailer router cache scheduler payments auth
+            catalog indexer gateway reports chat shipping profile thumbnail exporter crawler notifier ledger metrics
+            quota-api user-db image-proxy tax-engine event-bus job-runner feed-sync geo-lookup token-store web-front
+            client storage session account email queue stream audio photo location contact chart table filter parser
+            render layout theme settings policy update download import print scan sensor network bridge switch logger
+            counter clock signal trigger loader builder agent cart pricing discount payroll blog news""",
+        "city": """Paris Berlin Rome Athens Oslo Budapest Tokyo Seoul Delhi Lima Nairobi Lagos Hamburg Lyon Porto
+            Seville Leeds Geneva Turin Ghent Riga Perth Austin Osaka Manila Brussels Naples Stockholm Istanbul Mumbai
+            Valencia York Edinburgh Cardiff Copenhagen Cologne Miami Detroit Memphis Cleveland Philadelphia Auckland
+            Wellington Vancouver Calgary Halifax Quebec Singapore Beijing Moscow Kiev Jerusalem Damascus Colombo Accra
+            Durban Victoria Richmond Columbus Charlotte Salem Omaha Tampa Newark Bath Derby Norwich Dover Chester Nice
+            Cork Bonn Basel Doha Muscat Amman Rabat Algiers Panama Recife Busan Pune Surat Cambridge Washington Lincoln
+            Jackson Madison Bern Lisbon Prague Dublin Warsaw Sydney Bogota Krakow Sofia Zagreb Munich Helsinki Zurich
+            |New York|San Diego|Cape Town|Hong Kong|Buenos Aires|Tel Aviv""",
+    },
+    "heldout": {
+        "first": """Simon Alice Leon Henry Max Emily Jane Rose Frank Carl Louis Nick Maria Arthur Scott Neil Jack Sarah
+            Peter Adam""",
+        "last": """Archer Bianchi Collins Dvorak Engel Fontaine Gruber Hansen Ivanov Jensen Kaufman Lindberg Mancini
+            Norris Ortega Peters Reyes Sato Turner Walsh""",
+        "item": """fishing nets|music books|mouse pads|baby beds|dog toys|stone bowls|wine glasses|beans|maps|coins
+            |skirts|iron gates|school bags|apples|black threads|square tables|summer shirts|metal filters|cards
+            |horse brushes""",
+        "service": """archive weather ranking calendar wiki robot forum license compiler timer review tracker
+            translator recommender history voting""",
+        "city": """London Oxford Boston Chicago Dallas Seattle Toronto Denver Vienna Milan Madrid Cairo Glasgow Montreal
+            Venice Orlando Portland Melbourne Amsterdam Frankfurt""",
+    },
+}
+LEVELS = ("ERROR", "WARN", "FATAL", "INFO")
+MONTHS = ("January", "February", "March", "April", "May", "June")
+MONTHS += ("July", "August", "September", "October", "November", "December")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+def frames(split: str, kind: str) -> list[str]:
+    return [line.strip() for line in FRAMES[split][kind].splitlines() if line.strip()]
+
+
+def values(split: str, name: str) -> list[str]:
+    """The entries of one table: between bars where there are bars, else between spaces."""
+    entries = []
+    for part in VALUES[split][name].split("|"):
+        entries += part.split() if "\n" in part.strip() else [part.strip()]
+    return entries
+
+
+def draw(random_: random.Random, split: str, field: str) -> str | int:
+    """A value for one field. Numbers are numbers; dates and times come in several spellings and stay as spelled."""
+    choice, number = random_.choice, random_.randint
+    match field:
+        case "name":
+            first, last = choice(values(split, "first")), choice(values(split, "last"))
+            return choice((first, f"{first} {last}", f"{first} {last}"))
+        case "quantity":
+            return number(2, 99)
+        case "guests":
+            return number(2, 9)
+        case "code":
+            return choice((number(400, 599), number(10, 99), number(1000, 9999)))
+        case "level":
+            return choice(LEVELS)
+        case "date":
+            day, month = number(1, 28), choice(MONTHS)
+            return choice((f"{day} {month}", f"{month} {day}", choice(DAYS)))
+        case "time":
+            return choice((f"{number(8, 22)}:{choice(('00', '15', '30', '45'))}", f"{number(1, 11)} pm"))
+    return choice(values(split, field))
+
+
+def example(random_: random.Random, split: str, kind: str, frame: str) -> dict:
+    """One conversation: the instruction, the text, and the JSON object that is the answer."""
+    fields = {field: draw(random_, split, field) for field in FIELDS[kind]}
+    answer = json.dumps({"type": kind, **fields}, separators=(",", ":"), ensure_ascii=False)
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": frame.format(**fields)},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def split_examples(split: str, count: int, seed: int) -> list[dict]:
+    """`count` different conversations, the kinds in turn and every frame of a kind equally often, shuffled."""
+    random_ = random.Random(f"{split} {seed}")
+    kinds = list(FIELDS)
+    shuffled = {kind: random_.sample(frames(split, kind), len(frames(split, kind))) for kind in kinds}
+    examples, seen = [], set()
+    while len(examples) < count:
+        turn, kind = divmod(len(examples), len(kinds))
+        frame = shuffled[kinds[kind]][turn % len(shuffled[kinds[kind]])]
+        candidate = example(random_, split, kinds[kind], frame)
+        if (text := candidate["messages"][1]["content"]) not in seen:
+            seen.add(text)
+            examples.append(candidate)
+    random_.shuffle(examples)
+    return examples
+
+
+def to_jsonl(examples: list[dict]) -> str:
+    return "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write train.jsonl and heldout.jsonl of the demonstration's task.")
+    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "demo", help="default: %(default)s")
+    parser.add_argument("--train", type=int, default=384, help="conversations to train on (default %(default)s)")
+    parser.add_argument("--heldout", type=int, default=48, help="conversations to judge by (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    args = parser.parse_args(arguments)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", args.train), ("heldout", args.heldout)):
+        text = to_jsonl(split_examples(split, count, args.seed))
+        (args.output_dir / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

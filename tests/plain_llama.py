@@ -1,0 +1,69 @@
+"""A Llama with LoRA in plain torch operations under autograd: what the hand-written layers are held against.
+
+It shares nothing with minitune but the dense weights and the adapter that it is given, works in any dtype, and sees
+one sample at a time, so packing and sample borders are not its business.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class PlainLlama:
+    """Takes its weights (dequantised) and its adapter, as leaves that require gradients, from a minitune model."""
+
+    def __init__(self, model, dtype: torch.dtype):
+        self.c, self.dtype = model.config, dtype
+        self.cos, self.sin = model.rotary.cos.to(dtype), model.rotary.sin.to(dtype)
+        self.weights = {n: p.detach().to(dtype) for n, p in model.named_parameters() if ".lora_" not in n}
+        self.scaling = {}
+        for name, linear in model.linears():
+            # the values of the model's own compute dtype, so that only what is computed from them differs
+            self.weights[f"{name}.weight"] = linear.dense(model.dtype).to(dtype)
+            self.scaling[name] = linear.scaling
+        self.adapter = {n: p.detach().to(dtype).requires_grad_() for n, p in model.lora_parameters()}
+
+    def linear(self, name, x):
+        y = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        if f"{name}.lora_A.weight" in self.adapter:
+            a, b = self.adapter[f"{name}.lora_A.weight"], self.adapter[f"{name}.lora_B.weight"]
+            y = y + self.scaling[name] * (x @ a.T @ b.T)
+        return y
+
+    def norm(self, name, x):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.c.rms_norm_eps)
+        return (x * self.weights[f"{name}.weight"]).to(self.dtype)
+
+    def rotate(self, x):
+        a, b = x.chunk(2, -1)
+        cos, sin = self.cos[: len(x), None], self.sin[: len(x), None]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def layer(self, p, x):
+        H, G, K, T = self.c.num_attention_heads, self.c.num_key_value_heads, self.c.head_dim, len(x)
+        h = self.norm(f"{p}.input_layernorm", x)
+        q, k, v = (self.linear(f"{p}.self_attn.{n}_proj", h).view(T, -1, K) for n in "qkv")
+        q, k, v = self.rotate(q), *(t.repeat_interleave(H // G, 1) for t in (self.rotate(k), v))
+        scores = torch.einsum("thk,shk->hts", q, k) * K**-0.5
+        causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+        attn = torch.einsum("hts,shk->thk", scores.masked_fill(~causal, -torch.inf).softmax(-1), v)
+        x = x + self.linear(f"{p}.self_attn.o_proj", attn.reshape(T, -1))
+        h = self.norm(f"{p}.post_attention_layernorm", x)
+        gate, up = self.linear(f"{p}.mlp.gate_proj", h), self.linear(f"{p}.mlp.up_proj", h)
+        return x + self.linear(f"{p}.mlp.down_proj", F.silu(gate) * up)
+
+    def logits(self, ids):
+        """ids (T,) of one sample -> (T, V)."""
+        x = self.weights["model.embed_tokens.weight"][ids]
+        for i in range(self.c.num_hidden_layers):
+            x = self.layer(f"model.layers.{i}", x)
+        head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
+        return self.norm("model.norm", x) @ head.T
+
+    def loss(self, samples):
+        """Mean over all labels that count of a list of (ids, labels)."""
+        total, count = 0, 0
+        for ids, labels in samples:
+            total = total + F.cross_entropy(self.logits(ids)[:-1], labels[1:], ignore_index=-100, reduction="sum")
+            count += int((labels[1:] != -100).sum())
+        return total / count

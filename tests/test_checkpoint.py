@@ -1,0 +1,222 @@
+"""Adapters to and from PEFT, what is refused, and folders that are written whole or not at all."""
+
+import json
+import resource
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_tiny_model
+
+from minitune import FastLanguageModel
+from minitune.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    load_adapter,
+    load_checkpoint,
+    save_adapter,
+    save_checkpoint,
+    whole_folder,
+)
+from minitune.optim import FlatAdamW
+
+IDS = torch.tensor([[5, 17, 300, 42, 7, 7, 260, 99, 3]])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def base(folder):
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=64, dtype=torch.float32, load_in_4bit=False, device="cpu"
+    )
+    return model
+
+
+def adapted(folder, r=4, **options):
+    """A model whose adapter matters: B drawn at random."""
+    model = FastLanguageModel.get_peft_model(base(folder), r=r, **options)
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.lora_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.2, generator=generator)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def hugging_face_base(folder):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True, "lora_alpha": 8}, {"target_modules": ["q_proj", "down_proj"], "r": 2}],
+)
+def test_peft_computes_the_same_logits_with_our_adapter(tiny, tmp_path, options):
+    peft = pytest.importorskip("peft")
+    model = adapted(tiny, **options)
+    model.save_pretrained(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(hugging_face_base(tiny), tmp_path / "adapter")
+    expected = logits(theirs)
+    error = (logits(model) - expected).norm() / expected.norm()
+    effect = (logits(base(tiny)) - expected).norm() / expected.norm()
+    assert error < 1e-5 and effect > 1e-2
+
+
+def test_adapter_that_peft_wrote_computes_the_same_logits_here(tiny, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["k_proj", "v_proj", "gate_proj"], task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(hugging_face_base(tiny), config)
+    theirs.save_pretrained(tmp_path)
+    model = base(tiny)
+    model.load_adapter(tmp_path)
+    assert model.lora.r == 3 and set(model.lora.target_modules) == {"k_proj", "v_proj", "gate_proj"}
+    expected = logits(theirs)
+    assert (logits(model) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_saved_adapter_comes_back_bit_for_bit_into_a_bare_and_into_an_adapted_model(tiny, tmp_path):
+    model = adapted(tiny)
+    save_adapter(model, tmp_path / "a")
+    for other in (base(tiny), FastLanguageModel.get_peft_model(base(tiny), r=4)):
+        load_adapter(other, tmp_path / "a")
+        for (name, p), (_, q) in zip(model.lora_parameters(), other.lora_parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora is True"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"init_lora_weights": "pissa"}, "'pissa' altered the base weights"),
+        ({"r": 8}, r"r is 8, but the model's adapter has 4"),
+        ({"lora_alpha": 99}, "lora_alpha is 99, but the model's adapter has 16"),
+        ({"use_rslora": True}, "use_rslora is True, but the model's adapter has False"),
+        ({"r": 0}, "r is 0"),
+    ],
+)
+def test_adapter_configurations_that_are_not_supported_are_refused_by_name(tiny, tmp_path, change, message):
+    model = adapted(tiny)
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path)
+
+
+def test_adapter_files_that_do_not_fit_are_refused_and_the_model_is_unchanged(tiny, tmp_path):
+    model = adapted(tiny)
+    save_adapter(model, tmp_path)
+    whole = load_file(tmp_path / WEIGHTS)
+    names = sorted(whole)
+    broken = {
+        f"lacks {names[0]}": {n: t for n, t in whole.items() if n != names[0]},
+        "holds .*layers.9.*no place": whole | {names[0].replace("layers.0", "layers.9"): whole[names[0]].clone()},
+        "has shape": whole | {names[0]: whole[names[0]][:-1].contiguous()},
+        "not a LoRA matrix": whole | {"base_model.model.lm_head.weight": torch.zeros(2, 2)},
+        "adapts lm_head": whole | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 2)},
+    }
+    for message, tensors in broken.items():
+        save_file(tensors, tmp_path / WEIGHTS)
+        bare = base(tiny)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(bare, tmp_path)
+        assert bare.lora is None
+    (tmp_path / WEIGHTS).write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(ValueError, match="truncated, or not a safetensors file"):
+        load_adapter(base(tiny), tmp_path)
+    with pytest.raises(ValueError, match="not found; an adapter folder holds"):
+        load_adapter(base(tiny), tmp_path / "absent")
+
+
+def test_model_without_an_adapter_has_none_to_save(tiny, tmp_path):
+    with pytest.raises(ValueError, match="no adapter to save"):
+        save_adapter(base(tiny), tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_brings_back_adapter_moments_and_state(tiny, tmp_path):
+    model = adapted(tiny)
+    optimizer = FlatAdamW([p for _, p in model.lora_parameters()])
+    for _ in range(3):
+        optimizer.grads.normal_(generator=torch.Generator().manual_seed(0))
+        optimizer.step(1e-2)
+    save_checkpoint(model, optimizer, {"step": 3}, tmp_path / "checkpoint-3")
+    other = adapted(tiny)
+    restored = FlatAdamW([p for _, p in other.lora_parameters()])
+    assert load_checkpoint(other, restored, tmp_path / "checkpoint-3")["step"] == 3
+    assert restored.steps == 3
+    for name in ("values", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(getattr(restored, name), getattr(optimizer, name)), name
+    small = adapted(tiny, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="target_modules"):
+        load_checkpoint(small, FlatAdamW([p for _, p in small.lora_parameters()]), tmp_path / "checkpoint-3")
+
+
+def test_full_disk_names_the_folder_and_leaves_the_earlier_save_whole(tiny, tmp_path):
+    model = adapted(tiny)
+    folder = tmp_path / "adapter"
+    save_adapter(model, folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # a write past it fails as on a full disk
+    try:
+        with pytest.raises(ValueError, match=r"adapter: could not be written .*unchanged"):
+            save_adapter(model, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_interrupted_save_leaves_the_earlier_folder_whole(tmp_path):
+    with whole_folder(tmp_path / "a") as partial:
+        (partial / "file").write_text("first")
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "a") as partial:
+        (partial / "file").write_text("second")
+        raise KeyboardInterrupt
+    assert (tmp_path / "a" / "file").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_other_files_in_the_folder_stay(tiny, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    model = adapted(tiny)
+    for _ in range(2):
+        save_adapter(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+    with pytest.raises(ValueError, match="is a file"):
+        save_adapter(model, tmp_path / "README.md")
+
+
+def test_save_that_was_killed_between_its_renames_is_recovered(tmp_path):
+    with whole_folder(tmp_path / "a") as partial:
+        (partial / "file").write_text("first")
+    (tmp_path / "a").rename(tmp_path / ".a.old")
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "a"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "a" / "file").read_text() == "first"
+
+
+def test_folder_left_by_a_killed_save_is_cleared_by_the_next(tmp_path):
+    (tmp_path / ".a.partial").mkdir()
+    (tmp_path / ".a.partial" / "half").write_text("")
+    with whole_folder(tmp_path / "a") as partial:
+        (partial / "file").write_text("whole")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

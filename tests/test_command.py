@@ -1,0 +1,171 @@
+"""scripts/train.py: what it imports, its settings from TOML and flags, and how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from tiny import make_tiny_model
+
+from minitune.flags import as_dict, parse, read_toml, toml_text
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
+FORBIDDEN = {"transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "huggingface_hub"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny model and a dataset, as a command finds them."""
+    folder = tmp_path_factory.mktemp("files")
+    make_tiny_model(folder / "model")
+    records = [
+        {"messages": [{"role": "user", "content": f"number {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
+        for i in range(12)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "broken.jsonl").write_text(json.dumps(records[0]) + "\n{not JSON\n")
+    (folder / "unknown.jsonl").write_text('{"question": "?"}\n')
+    return folder
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """The command's main function."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import train
+
+    return train.main
+
+
+def arguments(files, output, *more):
+    fixed = (
+        "--model",
+        "model",
+        "--data",
+        "data.jsonl",
+        "--max-seq-length",
+        "128",
+        "--device",
+        "cpu",
+        "--max-steps",
+        "2",
+    )
+    return [str(files / a) if a in ("model", "data.jsonl") else a for a in fixed] + ["--output-dir", str(output), *more]
+
+
+def test_training_from_the_command_line_imports_no_hugging_face_trainer_stack(files, tmp_path):
+    program = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    print(end.code)\n"
+        f"print(sorted({FORBIDDEN!r} & set(sys.modules)), 'torch' in sys.modules)\n"
+    )
+    start = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv[0] = {str(SCRIPTS / 'train.py')!r}\n"
+    command = arguments(files, tmp_path / "run", "--merge", "--gguf", "f16", "--eval-data", str(files / "data.jsonl"))
+    done = subprocess.run(
+        [sys.executable, "-c", start + program, *command], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
+    )
+    assert done.stdout.splitlines() == ["0", "[] True"], done.stderr
+    written = {p.name for p in (tmp_path / "run").iterdir()}
+    assert written >= {"adapter", "checkpoint-2", "config.toml", "merged", "metrics.jsonl"}
+    assert len(list((tmp_path / "run").glob("*.gguf"))) == 1
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "eval_loss" in r] == [2]
+
+
+def test_expected_error_is_one_line_on_stderr_and_exit_code_2(files, tmp_path):
+    command = [sys.executable, SCRIPTS / "train.py", *arguments(files, tmp_path / "run", "--data", "absent.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("train.py: error: ")
+    assert "absent.jsonl" in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--modle", "x"], "unknown argument --modle; did you mean --model"),
+        (["--max-steps", "many"], "--max-steps: invalid int value: 'many'"),
+        (["--max-steps", "0"], "max_steps is 0; expected at least 1, or -1"),
+        (["--learning-rate=-1"], "learning_rate is -1.0; expected at least 0"),
+        (["--target-modules", "q_proj,w_proj"], "target module 'w_proj' does not exist"),
+        (["--model", "absent/folder/here"], "absent/folder/here"),
+        (["--data", "{files}/broken.jsonl"], "broken.jsonl:2"),
+        (["--data", "{files}/unknown.jsonl"], "unknown.jsonl:1"),
+        (["--dtype", "int8"], "dtype is 'int8'; expected one of float32, bfloat16, float16"),
+        (["--device", "tpu"], "device is 'tpu'; expected cpu, cuda"),
+        (["--gguf", "q2"], "gguf names 'q2'; choose from q8_0, f16, bf16"),
+        (["--max-length", "200"], "max_length 200 is more than the max_seq_length 128"),
+        (["--overwrite", "--resume"], "exclude each other"),
+        (["--config", "absent.toml"], "absent.toml: No such file"),
+        (["--output-dir", "{files}/data.jsonl"], "data.jsonl is a file"),
+        (["extra"], "unknown argument extra"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(train, files, tmp_path, capsys, more, message):
+    before = (files / "data.jsonl").read_bytes()
+    assert train(arguments(files, tmp_path / "run", *(m.format(files=files) for m in more))) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and len(error.splitlines()) == 1 and message in error
+    assert not (tmp_path / "run").exists() and (files / "data.jsonl").read_bytes() == before
+
+
+def test_model_and_data_have_to_be_named(train, capsys):
+    assert train(["--data", "x.jsonl"]) == 2
+    assert "--model is missing" in capsys.readouterr().err
+    assert train(["--model", "x"]) == 2
+    assert "--data is missing" in capsys.readouterr().err
+
+
+def test_run_is_refused_resumed_and_repeated_from_its_own_config(train, files, tmp_path, capsys):
+    output, again = tmp_path / "run", tmp_path / "again"
+    assert train(arguments(files, output, "--r", "2")) == 0
+    adapter = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert train(arguments(files, output, "--r", "2")) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "already holds a run" in error
+    assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert train(["--config", str(output / "config.toml"), "--resume"]) == 0
+    assert "continued from checkpoint-2 (step 2)" in capsys.readouterr().err
+    assert train(["--config", str(output / "config.toml"), "--output-dir", str(again)]) == 0
+    assert (again / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_flags_win_over_toml_and_toml_over_defaults(tmp_path):
+    (tmp_path / "run.toml").write_text('learning_rate = 1e-3\nseed = 7\ntarget_modules = ["q_proj", "v_proj"]\n')
+    settings = parse(["--config", str(tmp_path / "run.toml"), "--seed", "8", "--no-load-in-4bit", "--packing"])
+    assert (settings.sft.learning_rate, settings.sft.seed, settings.sft.packing) == (1e-3, 8, True)
+    assert settings.lora.target_modules == ("q_proj", "v_proj") and not settings.run.load_in_4bit
+    assert settings.sft.logging_steps == 10
+    assert parse([]).sft.learning_rate == 2e-4  # the command's own default, where the dataclass keeps TRL's
+
+
+def test_toml_errors_name_file_key_and_the_nearest_names(tmp_path):
+    path = tmp_path / "run.toml"
+    for text, message in [
+        ("lerning_rate = 1", "unknown key 'lerning_rate'; did you mean learning_rate"),
+        ("learning_rate = ", "not TOML"),
+        ("[training]\nseed = 1", "unknown key 'training'"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError) as error:
+            read_toml(path)
+        assert str(path) in str(error.value) and message in str(error.value)
+    path.write_text('learning_rate = "high"')
+    with pytest.raises(ValueError, match="learning_rate is 'high'; expected a number"):
+        parse(["--config", str(path)])
+
+
+def test_settings_written_as_toml_read_back_as_they_were(tmp_path):
+    odd = 'a "quoted"\\path\n\tü \x7f 🦙'
+    settings = parse(["--model", odd, "--gguf", "q8_0", "f16", "--learning-rate", "1e-7", "--completion-only-loss"])
+    text = toml_text(as_dict(settings.run, settings.lora, settings.sft))
+    assert tomllib.loads(text)["model"] == odd
+    (tmp_path / "config.toml").write_text(text, encoding="utf-8")
+    assert parse(["--config", str(tmp_path / "config.toml")]) == settings

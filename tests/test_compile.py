@@ -1,0 +1,134 @@
+"""Every kernel compiles for every supported GPU and fits its shared memory, shown on a machine without any.
+
+This file is also the program that does it, in processes of their own, since the other tests may have imported Triton
+as an interpreter. The public functions are called on tensors without data ("meta") of real models' shapes; launches
+are recorded instead of run, with the very arguments, block sizes, warps and stages of a real one, and then compiled.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a program may use
+MODELS = {  # D, H, G, K, F, V
+    "SmolLM2-135M": (576, 9, 3, 64, 1536, 49152),
+    "Llama-3.1-8B": (4096, 32, 8, 128, 14336, 128256),
+}
+KERNELS = {
+    "_attention_delta", "_attention_dkdv", "_attention_dq", "_attention_fwd", "_cross_entropy", "_dequantize",
+    "_matmul_add", "_rms_norm_bwd", "_rms_norm_fwd", "_rope", "_swiglu_bwd", "_swiglu_fwd",
+}  # fmt: skip
+TASKS = [(arch, model, "bfloat16", 2048) for arch in SHARED_MEMORY for model in MODELS]
+TASKS += [(86, "SmolLM2-135M", "float32", 2048), (90, "SmolLM2-135M", "float16", 1)]
+ROOT = Path(__file__).parents[1]
+
+
+def forward_and_backward(model, dtype, rows):
+    """Launches every kernel as a decoder layer and the loss do."""
+    import torch
+
+    from minitune.kernels import attention, cross_entropy, dequantize, lora_linear, rms_norm, rope, swiglu
+
+    D, H, G, K, F, V = MODELS[model]
+    N, R = rows, 16
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    blocks = D * F // 64
+    nested = new(-(-blocks // 256), dtype=torch.float32), new(256, dtype=torch.float32), new(dtype=torch.float32)
+    packed, code = new(D * F // 2, dtype=torch.uint8), new(16, dtype=torch.float32)
+    dequantize.dequantize_nf4(packed, new(blocks, dtype=torch.uint8), code, (F, D), dtype, 64, *nested)
+    dequantize.dequantize_nf4(packed, new(blocks, dtype=torch.float32), code, (F, D), dtype)
+    x, weight, bound = new(N, D), new(D), new(N, dtype=torch.int32)
+    rms_norm.rms_norm(x, weight, 1e-5)
+    rstd = rms_norm.add_rms_norm(x, x, weight, 1e-5)[2]
+    rms_norm.rms_norm_backward(x, x, weight, rstd, x)
+    lora_linear.lora_linear(x, new(F, D), None, new(R, D), new(F, R))
+    lora_linear.lora_linear(x, new(F, D), new(F))
+    lora_linear.lora_linear_backward(new(N, F), x, new(F, D), new(R, D), new(F, R), dx=x)
+    q, k = new(N, H, K), new(N, G, K)
+    rope.rope_(q, k, *[new(2048, K // 2, dtype=torch.float32)] * 2, new(N, dtype=torch.int64))
+    out, lse = attention.attention(q, k, k, bound, bound, K**-0.5)
+    attention.attention_backward(out, q, k, k, out, lse, bound, bound, K**-0.5)
+    swiglu.swiglu_backward(new(N, F), new(N, F), swiglu.swiglu(new(N, F), new(N, F)))
+    cross_entropy.linear_cross_entropy(x, new(V, D), new(N, dtype=torch.int64), N)
+
+
+def recorded_launches(arch, model, dtype, rows):
+    """name -> what to compile, one for each distinct kernel, signature, constants and options."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime import jit
+
+    from minitune.kernels import launch
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    launches = {}
+
+    def record(self, *args, grid, warmup, **kwargs):
+        kwargs["debug"] = False
+        binder = jit.create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = binder(*args, **kwargs)
+        packed = self._pack_args(backend, kwargs, bound, specialization, options)
+        options, signature, constants, attributes = packed
+        named = {self.arg_names[path[0]]: value for path, value in constants.items()}
+        name = f"{self.__name__}({', '.join(signature.values())}) {named} {options.num_warps}x{options.num_stages}"
+        launches[name] = (ASTSource(self, signature, constants, attributes), target, options.__dict__)
+
+    jit.JITFunction.run = record
+    launch.use_triton = lambda x: True
+    launch.shared_memory_limit = lambda device: SHARED_MEMORY[arch] * 1024
+    forward_and_backward(model, getattr(torch, dtype), rows)
+    return launches
+
+
+def compile_all(task):
+    """[arch, launch, its bytes of shared memory] for each launch of the task."""
+    import triton
+
+    return [
+        [task[0], name, triton.compile(source, target=target, options=options).metadata.shared]
+        for name, (source, target, options) in recorded_launches(*task).items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """arch -> {launch: bytes of shared memory}"""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = {arch: {} for arch in SHARED_MEMORY}
+    for arch, name, shared in json.loads(done.stdout):
+        result[arch][name] = shared
+    return result
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_every_kernel_compiles_and_fits_into_shared_memory(arch, compiled):
+    assert {name.split("(")[0] for name in compiled[arch]} == KERNELS
+    too_large = {name: shared for name, shared in compiled[arch].items() if shared > SHARED_MEMORY[arch] * 1024}
+    assert not too_large
+
+
+def test_the_list_of_kernels_is_all_that_are_launched():
+    """A kernel that is added to kernels/ has to be launched in forward_and_backward as well."""
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    launched = set(re.findall(r"^ +(_\w+)\[.+\]\(", sources, flags=re.MULTILINE))
+    assert launched == KERNELS
+
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2) as pool:
+        print(json.dumps([launch for launches in pool.map(compile_all, TASKS) for launch in launches]))

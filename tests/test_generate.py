@@ -1,0 +1,96 @@
+"""Decoding with the cache gives what the whole model gives without it."""
+
+import pytest
+import torch
+from tiny import make_tiny_model
+
+from minitune import FastLanguageModel
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", attention_bias=True)
+    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=64, dtype=torch.float32, device="cpu")
+    FastLanguageModel.get_peft_model(model, r=4)
+    with torch.no_grad():
+        for i, (_, p) in enumerate(model.lora_parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
+    return model
+
+
+def greedy_without_cache(model, prompt, n, eos=()):
+    ids = list(prompt)
+    for _ in range(n):
+        token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token in eos:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+PROMPTS = [[5, 9, 300, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19]]
+
+
+def test_cached_decoding_of_a_batch_equals_decoding_each_prompt_without_a_cache(model):
+    expected = [greedy_without_cache(model, prompt, 20) for prompt in PROMPTS]
+    assert model.generate(PROMPTS, max_new_tokens=20) == expected
+    assert len({tuple(answer) for answer in expected}) == 3
+
+
+def test_smollm2_decodes_with_the_cache_as_without_it_and_says_paris(smollm2):
+    model, tokenizer = FastLanguageModel.from_pretrained(smollm2, device="cpu", load_in_4bit=False)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    answer = model.generate([prompt], max_new_tokens=12, eos_token_ids=tokenizer.eos_token_ids)[0]
+    assert answer == greedy_without_cache(model, prompt, 12, tokenizer.eos_token_ids)
+    assert "Paris" in tokenizer.decode(answer)
+
+
+def test_each_row_stops_at_the_end_token_and_leaves_it_out(model):
+    free = model.generate(PROMPTS, max_new_tokens=20)
+    eos = free[0][7]
+    expected = [answer[: answer.index(eos)] if eos in answer else answer for answer in free]
+    assert model.generate(PROMPTS, max_new_tokens=20, eos_token_ids=[eos]) == expected
+
+
+def test_decoding_stops_at_the_context_the_model_was_loaded_for(model):
+    answer = model.generate([PROMPTS[0], [3]], max_new_tokens=500)
+    assert [len(a) for a in answer] == [64 - 4, 64 - 1]
+
+
+def test_tokens_are_streamed_as_they_are_chosen(model):
+    streamed = [[] for _ in PROMPTS]
+    answers = model.generate(PROMPTS, max_new_tokens=9, on_token=lambda row, token: streamed[row].append(token))
+    assert streamed == answers
+
+
+def test_sampling_follows_its_seed_and_its_limits(model):
+    sampled = [model.generate(PROMPTS, max_new_tokens=15, temperature=1.5, seed=s) for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    greedy = model.generate(PROMPTS, max_new_tokens=15)
+    assert model.generate(PROMPTS, max_new_tokens=15, temperature=1.5, top_k=1) == greedy
+    assert model.generate(PROMPTS, max_new_tokens=15, temperature=1.5, top_p=1e-6) == greedy
+
+
+def test_sampled_shares_follow_the_softmax(model):
+    logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1]
+    expected = (logits / 2).softmax(-1)
+    drawn = model.generate([PROMPTS[0]] * 4000, max_new_tokens=1, temperature=2.0)
+    shares = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(expected)) / 4000
+    assert (shares - expected).abs().max() < 5 * (expected.max() / 4000) ** 0.5
+
+
+BAD = {
+    "at least one prompt": {"prompts": []},
+    "no empty one": {"prompts": [[1], []]},
+    "a prompt has 64 tokens": {"prompts": [[1] * 64]},
+    "temperature -1": {"prompts": [[1]], "temperature": -1},
+    "top_p 0": {"prompts": [[1]], "top_p": 0},
+    "holds id 512": {"prompts": [[512]]},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_bad_request_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**BAD[message])

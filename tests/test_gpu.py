@@ -1,0 +1,107 @@
+"""The whole model on a GPU, through the Triton kernels. Each test says what it showed, where and when."""
+
+import pytest
+import torch
+from plain_llama import PlainLlama
+from tiny import make_tiny_model
+
+from minitune import FastLanguageModel
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = {"hidden": 256, "layers": 4, "heads": 8, "kv_heads": 2, "head_dim": 64, "ffn": 704, "vocab": 2048, "tie": False}
+
+
+def load(folder, dtype, device="cuda"):
+    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=256, dtype=dtype, device=device)
+    FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.lora_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.05 if "lora_B" in name else p.shape[1] ** -0.5))
+    return model
+
+
+def packed_batch(vocab, lengths=(200, 1, 77, 130, 3)):
+    generator = torch.Generator().manual_seed(1)
+    samples = [torch.randint(3, vocab, (n,), generator=generator) for n in lengths]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return samples, {"input_ids": torch.cat(samples), "labels": torch.cat(samples), "position_ids": positions}
+
+
+def gradients(parameters):
+    return torch.cat([p.grad.double().flatten() for p in parameters])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_a_step_in_bf16_errs_at_most_twice_as_much_as_plain_pytorch_in_bf16(tmp_path):
+    model = load(make_tiny_model(tmp_path / "m", **SHAPE), torch.bfloat16)
+    samples, inputs = packed_batch(SHAPE["vocab"])
+    loss = model(**inputs).loss
+    loss.backward()
+    ours = gradients(p for _, p in model.lora_parameters())
+    results = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        plain = PlainLlama(model, dtype)
+        value = plain.loss([(s.cuda(), s.cuda()) for s in samples])
+        value.backward()
+        results[dtype] = value.item(), gradients(plain.adapter.values())
+    (exact_loss, exact), (plain_loss, plain_gradients) = results[torch.float64], results[torch.bfloat16]
+    ours_error, plain_error = relative(ours, exact), relative(plain_gradients, exact)
+    print(f"gradient error: ours {ours_error:.4f}, plain bf16 {plain_error:.4f}")
+    assert ours_error <= 2 * plain_error
+    assert abs(loss.item() - exact_loss) <= max(2 * abs(plain_loss - exact_loss), 1e-3 * exact_loss)
+
+
+def test_float32_on_the_gpu_equals_float32_on_the_cpu(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", **SHAPE)
+    _, inputs = packed_batch(SHAPE["vocab"])
+    found = []
+    for device in ("cpu", "cuda"):
+        model = load(folder, torch.float32, device)
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append((loss.item(), gradients(p for _, p in model.lora_parameters()).cpu()))
+    assert abs(found[0][0] - found[1][0]) < 1e-5 * found[0][0]
+    assert relative(found[1][1], found[0][1]) < 1e-4
+
+
+def test_quantising_on_the_gpu_gives_the_bytes_of_the_cpu(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", **SHAPE)
+    on_cpu, on_gpu = load(folder, torch.float32, "cpu"), load(folder, torch.float32)
+    for (name, a), (_, b) in zip(on_cpu.linears(), on_gpu.linears(), strict=True):
+        assert torch.equal(a.nf4.packed, b.nf4.packed.cpu()), name
+        assert torch.allclose(a.dense(torch.float32), b.dense(torch.float32).cpu(), rtol=1e-5, atol=1e-7), name
+
+
+def test_cached_decoding_equals_decoding_without_a_cache(tmp_path):
+    model = load(make_tiny_model(tmp_path / "m", **SHAPE), torch.float32)
+    prompts = [[5, 9, 300, 41], [7], list(range(11, 40))]
+    for prompt, answer in zip(prompts, model.generate(prompts, max_new_tokens=20), strict=True):
+        ids = list(prompt)
+        for _ in range(20):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert answer == ids[len(prompt) :]
+
+
+def test_ten_steps_follow_the_float32_curve_of_the_cpu(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", **SHAPE)
+    _, inputs = packed_batch(SHAPE["vocab"])
+    curves = {}
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+        model = load(folder, dtype, device)
+        optimizer = torch.optim.AdamW([p for _, p in model.lora_parameters()], lr=3e-4)
+        curves[device, dtype] = curve = []
+        for _ in range(10):
+            loss = model(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+    reference = torch.tensor(curves["cpu", torch.float32])
+    assert reference[-1] < 0.9 * reference[0]
+    assert torch.allclose(torch.tensor(curves["cuda", torch.float32]), reference, rtol=1e-3)
+    assert torch.allclose(torch.tensor(curves["cuda", torch.bfloat16]), reference, rtol=2e-2)

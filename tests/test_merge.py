@@ -1,0 +1,233 @@
+"""Merging: the numbers against float64, PEFT and transformers; the folder; what is refused; what a failure leaves."""
+
+import json
+import resource
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_tiny_model
+
+from minitune import FastLanguageModel
+from minitune.merge import merge_to_folder, merged_shapes, merged_tensors
+from minitune.weights import Checkpoint
+
+IDS = torch.randint(3, 400, (1, 40), generator=torch.Generator().manual_seed(1))
+
+
+def load(folder, lora=True, **kwargs):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=256, dtype=torch.float32, device="cpu", **kwargs
+    )
+    if lora:
+        FastLanguageModel.get_peft_model(model, r=4, lora_alpha=12)
+        draw_adapter(model)
+    return model, tokenizer
+
+
+def draw_adapter(model, seed=0):
+    """Values that move every weight by several units in the last place of bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.lora_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.03 if "lora_B" in name else p.shape[1] ** -0.5))
+
+
+def write_prequantized(model, folder):
+    """The base of a model in bitsandbytes' NF4 layout, beside copies of its other files."""
+    folder.mkdir()
+    tensors = {name: p.detach() for name, p in model.named_parameters() if ".lora_" not in name}
+    for name, linear in model.linears():
+        nf4, prefix = linear.nf4, f"{name}.weight"
+        state = {"quant_type": "nf4", "blocksize": 64, "shape": list(nf4.shape), "dtype": "bfloat16"}
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": nf4.nested_offset.item()}
+        tensors |= {
+            prefix: nf4.packed[:, None],
+            f"{prefix}.absmax": nf4.absmax,
+            f"{prefix}.quant_map": nf4.code.clone(),
+            f"{prefix}.nested_absmax": nf4.nested_absmax,
+            f"{prefix}.nested_quant_map": nf4.nested_code.clone(),
+            f"{prefix}.quant_state.bitsandbytes__nf4": torch.tensor(
+                list(json.dumps(state).encode()), dtype=torch.uint8
+            ),
+        }
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, folder / "model.safetensors")
+    for file in model.folder.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def logits(hf):
+    with torch.no_grad():
+        return hf(IDS).logits[0]
+
+
+def transformers_logits(folder):
+    transformers = pytest.importorskip("transformers")
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    return logits(model)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("merge_base", ["nf4", "original"])
+def test_every_merged_weight_is_the_float64_sum_rounded_once(tmp_path, merge_base):
+    model, _ = load(make_tiny_model(tmp_path / "base", attention_bias=True, tie=False))
+    base, shapes, moved = Checkpoint(tmp_path / "base"), merged_shapes(model), 0
+    merged = dict(merged_tensors(model, merge_base))
+    assert {name: tuple(t.shape) for name, t in merged.items()} == shapes and set(merged) == set(base.names())
+    linears = {f"{name}.weight": linear for name, linear in model.linears()}
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.bfloat16
+        stored = base.load(name)
+        if name not in linears:
+            assert torch.equal(tensor, stored), name
+            continue
+        linear = linears[name]
+        W = linear.dense(torch.float32).double() if merge_base == "nf4" else stored.double()
+        exact = W + 3.0 * linear.lora_B.weight.detach().double() @ linear.lora_A.weight.detach().double()
+        rounded = exact.to(torch.bfloat16)  # float32 sums may fall on the other side of a tie, by one place
+        assert (tensor != rounded).float().mean() < 1e-3, name
+        assert ((tensor.double() - exact).abs() <= exact.abs() * 2**-7 + 1e-7).all(), name
+        moved += (tensor != W.to(torch.bfloat16)).float().mean().item()
+    assert moved / len(linears) > 0.9  # the adapter changes nearly every weight, so none was left out
+
+
+def test_merging_onto_the_original_equals_pefts_own_merge(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model, tokenizer = load(make_tiny_model(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    hf = peft.PeftModel.from_pretrained(hf, tmp_path / "adapter").merge_and_unload()
+    theirs = {name: p for name, p in hf.state_dict().items() if name != "lm_head.weight"}
+    merge_to_folder(model, tmp_path / "merged", tokenizer, "original")
+    ours = load_file(tmp_path / "merged" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    differing = sum((ours[name] != theirs[name].to(torch.bfloat16)).sum().item() for name in ours)
+    assert differing <= 1e-4 * sum(t.numel() for t in ours.values())  # float32 sums near a rounding boundary
+    assert relative(transformers_logits(tmp_path / "merged"), logits(hf)) < 0.02
+
+
+def test_a_merged_nf4_model_gives_the_trained_models_logits_in_transformers(tmp_path):
+    model, tokenizer = load(make_tiny_model(tmp_path / "base"))
+    trained = model(input_ids=IDS).logits[0].detach()
+    merge_to_folder(model, tmp_path / "nf4", tokenizer, "nf4")
+    merge_to_folder(model, tmp_path / "original", tokenizer)
+    error = relative(transformers_logits(tmp_path / "nf4"), trained)
+    assert error < 0.02  # the rounding of the merged weights to bfloat16
+    assert relative(transformers_logits(tmp_path / "original"), trained) > 5 * error  # another base, other logits
+    assert relative(transformers_logits(tmp_path / "base"), trained) > 10 * error  # and the adapter matters
+
+
+def test_shards_hold_the_same_tensors_as_one_file(tmp_path):
+    model, tokenizer = load(make_tiny_model(tmp_path / "base", layers=3, tie=False))
+    merge_to_folder(model, tmp_path / "one", tokenizer)
+    merge_to_folder(model, tmp_path / "many", tokenizer, shard_bytes=100_000)
+    one, many = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "many")
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(sum(t.nbytes for t in load_file(file).values()) <= 100_000 for file in files)
+    assert sorted(one.names()) == sorted(many.names())
+    assert all(torch.equal(one.load(name), many.load(name)) for name in one.names())
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(one.load(name).nbytes for name in one.names())
+    assert relative(transformers_logits(tmp_path / "many"), transformers_logits(tmp_path / "one")) == 0
+
+
+def test_config_and_tokenizer_travel_with_the_merged_weights(tmp_path):
+    model, tokenizer = load(make_tiny_model(tmp_path / "base", dtype=torch.float32))
+    merge_to_folder(model, tmp_path / "merged", tokenizer)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config == {**model.config.raw, "torch_dtype": "bfloat16"}
+
+
+def test_a_float16_base_stays_float16(tmp_path):
+    model, _ = load(make_tiny_model(tmp_path / "base", dtype=torch.float16))
+    assert {tensor.dtype for _, tensor in merged_tensors(model)} == {torch.float16}
+
+
+def test_a_base_of_4_bit_weights_merges_onto_them_and_onto_nothing_else(tmp_path):
+    source, _ = load(make_tiny_model(tmp_path / "source"), lora=False)
+    model, tokenizer = load(write_prequantized(source, tmp_path / "base"))
+    with pytest.raises(ValueError, match="holds 4-bit weights only; merge_base must be 'nf4' or 'auto'"):
+        merged_tensors(model, "original")
+    merge_to_folder(model, tmp_path / "merged", tokenizer)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert relative(transformers_logits(tmp_path / "merged"), model(input_ids=IDS).logits[0].detach()) < 0.02
+
+
+def test_the_same_adapter_is_not_merged_twice(tmp_path):
+    model, tokenizer = load(make_tiny_model(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_to_folder(model, tmp_path / "once", tokenizer)
+    again, _ = load(tmp_path / "once", lora=False)
+    again.load_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="this adapter is merged into it already"):
+        merge_to_folder(again, tmp_path / "twice", tokenizer)
+    draw_adapter(again, seed=1)  # another adapter may follow, and then neither may come again
+    merge_to_folder(again, tmp_path / "second", tokenizer)
+    third, _ = load(tmp_path / "second", lora=False)
+    third.load_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="this adapter is merged into it already"):
+        merged_tensors(third)
+
+
+def test_without_an_adapter_the_result_is_the_base(tmp_path):
+    base = make_tiny_model(tmp_path / "base")
+    for prepare in (lambda model: model, lambda model: FastLanguageModel.get_peft_model(model, r=4)):
+        model = prepare(load(base, lora=False)[0])
+        assert all(torch.equal(t, Checkpoint(base).load(name)) for name, t in merged_tensors(model))
+
+
+def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    model, tokenizer = load(make_tiny_model(tmp_path / "base"))
+    plain, _ = load(tmp_path / "base", lora=False, load_in_4bit=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    cases = [
+        (model, tmp_path / "base", "auto", "is the base model's own folder"),
+        (model, tmp_path / "full", "auto", "full: exists and is not empty; remove it or choose another folder"),
+        (model, tmp_path / "full" / "notes.txt", "auto", "exists and is not empty"),
+        (model, tmp_path / "out", "fp16", "merge_base 'fp16' does not exist; choose from auto, original, nf4"),
+        (plain, tmp_path / "out", "nf4", "loaded in 16 bit and has no NF4 weights; choose 'original'"),
+    ]
+    for given, folder, merge_base, message in cases:
+        with pytest.raises(ValueError, match=message):
+            merge_to_folder(given, folder, tokenizer, merge_base)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ValueError, match=r"out: needs [\d,]+ bytes, but only 1,000 are left on the disk"):
+        merge_to_folder(model, tmp_path / "out", tokenizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "full"]
+
+
+def test_a_weight_that_is_not_finite_is_named_and_leaves_nothing(tmp_path):
+    model, tokenizer = load(make_tiny_model(tmp_path / "base"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora_A.weight[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight: the merged weight is not finite"):
+        merge_to_folder(model, tmp_path / "out", tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_write_that_fails_midway_leaves_nothing(tmp_path):
+    model, tokenizer = load(make_tiny_model(tmp_path / "base"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel refuses to let a file grow further
+    try:
+        with pytest.raises(ValueError, match="out: could not be written"):
+            merge_to_folder(model, tmp_path / "out", tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -1,0 +1,365 @@
+"""The flat optimizer against torch.optim, the schedules against transformers, and the training loop on tiny models."""
+
+import json
+import math
+import shutil
+import signal
+import tomllib
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_tiny_model
+from torch import nn
+
+from minitune import FastLanguageModel, SFTConfig, SFTTrainer
+from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
+from minitune.trainer import epoch_order
+
+RECORDS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"{i} lamps to {city}"},
+            {"role": "assistant", "content": " ".join(["blue lamp"] * (1 + i % 5)) + f" {i}"},
+        ]
+    }
+    for i, city in enumerate(["Lisbon", "Köln", "Paris", "Oslo"] * 6)
+]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def new_trainer(folder, output, eval_dataset=None, records=RECORDS, **settings):
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=128, device="cpu")
+    model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8)
+    settings = {"learning_rate": 1e-2, "per_device_train_batch_size": 5, "save_strategy": "no", **settings}
+    return SFTTrainer(model, SFTConfig(output_dir=output, **settings), records, eval_dataset, tokenizer)
+
+
+def records_of(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if "second" not in k} for r in records]
+
+
+# ---- the optimizer and the schedules
+
+
+def matrices(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in [(4, 33), (7, 4), (1, 1), (4, 4)]]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_flat_adamw_moves_parameters_as_torch_adamw_does(weight_decay, max_grad_norm):
+    ours, theirs = ([nn.Parameter(m) for m in matrices()] for _ in range(2))
+    optimizer = FlatAdamW(ours, betas=(0.8, 0.95), weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    reference = torch.optim.AdamW(theirs, betas=(0.8, 0.95), weight_decay=weight_decay)
+    for step in range(30):
+        lr = 1e-2 * (1 + step % 3)
+        optimizer.zero_grad()
+        for p, q, g in zip(ours, theirs, matrices(seed=step + 1), strict=True):
+            p.grad += g * 10 ** (step % 4 - 3)
+            q.grad = g * 10 ** (step % 4 - 3)
+        reference.param_groups[0]["lr"] = lr
+        norm = nn.utils.clip_grad_norm_(theirs, max_grad_norm or math.inf)
+        assert torch.equal(optimizer.step(lr), norm)
+        reference.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def test_rate_may_be_a_tensor():
+    number, tensor = ([nn.Parameter(m) for m in matrices()] for _ in range(2))
+    for parameters, lr in ((number, 1e-2), (tensor, torch.tensor(1e-2))):
+        for p, g in zip(parameters, matrices(seed=1), strict=True):
+            p.grad = g
+        FlatAdamW(parameters, weight_decay=0.1).step(lr)
+    for p, q in zip(number, tensor, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_and_gradients_are_views_of_one_buffer():
+    parameters = [nn.Parameter(m) for m in matrices()]
+    optimizer = FlatAdamW(parameters)
+    optimizer.values.fill_(3.0)
+    optimizer.grads.fill_(5.0)
+    assert all((p == 3).all() and (p.grad == 5).all() for p in parameters)
+
+
+def test_replaced_values_and_gradients_are_taken_over():
+    ours, theirs = ([nn.Parameter(m) for m in matrices()] for _ in range(2))
+    optimizer, reference = FlatAdamW(ours), torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.0)
+    for step in range(3):
+        for p, q, g in zip(ours, theirs, matrices(seed=step + 1), strict=True):
+            p.grad = None  # as zero_grad(set_to_none=True) leaves it; backward then makes a tensor of its own
+            p.grad, q.grad = g.clone(), g.clone()
+        if step == 1:
+            ours[0].data = ours[0].data * 2  # a new tensor
+            ours[1].data.mul_(3)  # in place
+            theirs[0].data.mul_(2)
+            theirs[1].data.mul_(3)
+        optimizer.step(1e-2)
+        reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    optimizer.values.zero_()
+    assert all((p == 0).all() for p in ours)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 20), (1, 1), (5, 5)])
+def test_schedules_equal_those_of_transformers(kind, warmup, total):
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    for step in range(total + 2):
+        assert learning_rate_factor(kind, step, warmup, total) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_warmup_is_a_number_of_steps_or_a_share_of_all():
+    assert [warmup_count(5, 0.5, 100), warmup_count(0.1, 0, 100), warmup_count(0, 0.033, 100)] == [5, 10, 4]
+
+
+# ---- the loop
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_split_of_a_step_into_micro_steps_changes_neither_loss_nor_gradients(tiny, tmp_path, packing):
+    trainer = new_trainer(tiny, tmp_path, packing=packing, max_length=64)
+    for _, p in trainer.model.lora_parameters():  # B is zero at first, and A then has no gradient
+        p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+    samples = trainer.samples_of_step(0)
+    tokens = sum(len(s.input_ids) for s in samples)
+    results = {}
+    for parts in (1, 2, 4):
+        trainer.micro_step_tokens = math.ceil(tokens / parts) + 40 * (parts > 1)
+        for _, p in trainer.model.lora_parameters():
+            p.grad = None
+        loss = trainer.accumulate(samples)
+        results[parts] = loss, torch.cat([p.grad.flatten() for _, p in trainer.model.lora_parameters()])
+    each = [trainer.model(torch.tensor(s.input_ids), labels=torch.tensor(s.labels)).loss for s in samples]
+    counts = [sum(label != -100 for label in s.labels[1:]) for s in samples]
+    mean = sum(loss.item() * n for loss, n in zip(each, counts, strict=True)) / sum(counts)
+    assert len(set(counts)) > 1  # else a mean of means would pass as well
+    for loss, gradient in results.values():
+        assert loss.item() == pytest.approx(mean, rel=1e-5)
+        assert (gradient - results[1][1]).norm() <= 1e-5 * results[1][1].norm()
+
+
+def test_evaluation_loss_is_the_mean_over_all_trained_on_tokens(tiny, tmp_path, monkeypatch):
+    trainer = new_trainer(tiny, tmp_path, RECORDS[:7], micro_step_tokens=100)
+    monkeypatch.setattr("minitune.trainer.EVAL_CHUNK", 3)
+    samples = trainer.eval_data.samples
+    counts = [sum(label != -100 for label in s.labels[1:]) for s in samples]
+    losses = [trainer.model(torch.tensor(s.input_ids), labels=torch.tensor(s.labels)).loss.item() for s in samples]
+    mean = sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_order_of_samples_is_a_function_of_seed_and_epoch(tiny, tmp_path):
+    assert epoch_order(1, 0, 50) == epoch_order(1, 0, 50)
+    assert sorted(epoch_order(1, 3, 50)) == list(range(50))
+    assert len({epoch_order(seed, epoch, 50) for seed in (1, 2) for epoch in (0, 1)}) == 4
+    trainer = new_trainer(tiny, tmp_path, seed=7)
+    epoch = [s for step in range(trainer.steps_per_epoch) for s in trainer.samples_of_step(step)]
+    assert len(epoch) == len(RECORDS)
+    assert {tuple(s.input_ids) for s in epoch} == {tuple(s.input_ids) for s in trainer.train_data.samples}
+
+
+def test_steps_count_samples_and_with_packing_rows(tiny, tmp_path):
+    plain = new_trainer(tiny, tmp_path, gradient_accumulation_steps=2, num_train_epochs=1.5)
+    assert (plain.units_per_step, plain.steps_per_epoch, plain.total_steps) == (10, 3, 5)
+    packed = new_trainer(tiny, tmp_path, packing=True, max_length=128, per_device_train_batch_size=2)
+    longest = max(len(s.input_ids) for s in packed.train_data.samples)
+    samples = packed.samples_of_step(0)
+    assert len(samples) > 2
+    assert 2 * longest < sum(len(s.input_ids) for s in samples) <= 2 * 128
+
+
+def test_training_lowers_the_loss_and_fills_the_run_folder(tiny, tmp_path, capsys):
+    output = tmp_path / "run"
+    trainer = new_trainer(
+        tiny, output, RECORDS[:4], max_steps=12, logging_steps=5, logging_first_step=True, save_strategy="steps",
+        save_steps=5, save_total_limit=2, eval_strategy="steps", eval_steps=6,
+    )  # fmt: skip
+    first = trainer.evaluate()["eval_loss"]
+    result = trainer.train()
+    assert sorted(p.name for p in output.iterdir()) == [
+        "adapter", "checkpoint-10", "checkpoint-12", "config.toml", "metrics.jsonl",
+    ]  # fmt: skip
+    records = records_of(output)
+    losses = [r for r in records if "loss" in r]
+    assert [r["step"] for r in losses] == [1, 5, 10, 12]
+    assert set(losses[0]) == {
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds",
+    }  # fmt: skip
+    evaluations = [r["eval_loss"] for r in records if "eval_loss" in r]
+    assert len(evaluations) == 2 and evaluations[-1] < 0.5 * first
+    assert evaluations[-1] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+    weighted = losses[0]["loss"] + 4 * losses[1]["loss"] + 5 * losses[2]["loss"] + 2 * losses[3]["loss"]
+    assert result.global_step == 12 and result.training_loss == pytest.approx(weighted / 12)
+    error = capsys.readouterr().err
+    assert "24 samples" in error and "step 12/12  epoch 2.40  loss" in error
+    settings = tomllib.loads((output / "config.toml").read_text())
+    assert settings["output_dir"] == str(output) and settings["max_length"] == 128 and settings["r"] == 4
+    kept = load_file(output / "adapter" / "adapter_model.safetensors")
+    for name, p in trainer.model.lora_parameters():
+        assert torch.equal(kept["base_model.model." + name], p)
+
+
+def test_resumed_run_is_bit_identical_to_one_that_was_not_interrupted(tiny, tmp_path):
+    settings = {"max_steps": 10, "logging_steps": 3, "save_strategy": "steps", "save_steps": 4, "warmup_steps": 2}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    new_trainer(tiny, straight, **settings).train()
+    shutil.copytree(straight, resumed)
+    for name in ("checkpoint-8", "checkpoint-10", "adapter"):
+        shutil.rmtree(resumed / name)
+    with (resumed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')  # what a crash leaves
+    result = new_trainer(tiny, resumed, **settings).train(resume_from_checkpoint=True)
+    assert without_times(records_of(resumed)) == without_times(records_of(straight))
+    assert result.global_step == 10
+    for file in ("adapter/adapter_model.safetensors", "checkpoint-10/optimizer.safetensors"):
+        assert (resumed / file).read_bytes() == (straight / file).read_bytes()
+
+
+def test_ctrl_c_saves_the_step_and_the_run_can_go_on(tiny, tmp_path, capsys):
+    settings = {"max_steps": 6, "logging_steps": 2}
+    straight, output = tmp_path / "straight", tmp_path / "run"
+    new_trainer(tiny, straight, **settings).train()
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        trainer = new_trainer(tiny, output, **settings)
+        accumulate = trainer.accumulate
+
+        def interrupted(samples):
+            if trainer.progress.step == 2:
+                signal.raise_signal(signal.SIGINT)
+            return accumulate(samples)
+
+        trainer.accumulate = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert (output / "checkpoint-3").is_dir() and not (output / "adapter").exists()
+    assert f"--output-dir {output} --resume" in capsys.readouterr().err
+    new_trainer(tiny, output, **settings, resume=True).train()
+    assert without_times(records_of(output)) == without_times(records_of(straight))
+    file = "adapter/adapter_model.safetensors"
+    assert (output / file).read_bytes() == (straight / file).read_bytes()
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tiny, tmp_path):
+    trainer = new_trainer(tiny, tmp_path, max_steps=8, logging_steps=1, save_strategy="steps", save_steps=2)
+    accumulate = trainer.accumulate
+
+    def poisoned(samples):
+        return accumulate(samples) * (math.nan if trainer.progress.step == 4 else 1)
+
+    trainer.accumulate = poisoned
+    with pytest.raises(ValueError, match=r"loss became nan at step 5 .*checkpoint-4"):
+        trainer.train()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "config.toml",
+        "metrics.jsonl",
+    ]
+    assert [r["step"] for r in records_of(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_run_folder_is_replaced_only_with_overwrite_and_other_files_stay(tiny, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps"}
+    new_trainer(tiny, tmp_path, **settings).train()
+    (tmp_path / "notes.txt").write_text("mine")
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"already holds a run .*--resume .*--overwrite"):
+        new_trainer(tiny, tmp_path, **settings, seed=3).train()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    new_trainer(tiny, tmp_path, **settings, seed=3, overwrite=True).train()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() != before
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_resume_with_nothing_saved_starts_from_the_beginning(tiny, tmp_path):
+    assert new_trainer(tiny, tmp_path / "run", max_steps=1, resume=True).train().global_step == 1
+    with pytest.raises(ValueError, match="an adapter but no checkpoint"):
+        new_trainer(tiny, tmp_path / "run", max_steps=1, resume=True).train()
+
+
+def test_without_output_dir_runs_are_numbered(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        new_trainer(tiny, None, max_steps=1).train()
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["1", "2"]
+
+
+def test_resume_refuses_what_changes_the_order_and_warns_of_what_changes_the_mathematics(tiny, tmp_path, capsys):
+    settings = {"max_steps": 2, "save_strategy": "steps"}
+    new_trainer(tiny, tmp_path, **settings).train()
+    for change in ({"seed": 1}, {"per_device_train_batch_size": 4}, {"records": RECORDS[:20]}, {"max_length": 64}):
+        with pytest.raises(ValueError, match="cannot be continued"):
+            new_trainer(tiny, tmp_path, **{**settings, **change}, resume=True).train()
+    capsys.readouterr()
+    new_trainer(tiny, tmp_path, **{**settings, "max_steps": 3, "learning_rate": 5e-3}, resume=True).train()
+    assert "learning_rate 0.01 -> 0.005, total_steps 2 -> 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_steps": "3"}, "max_steps is '3'; expected a whole number"),
+        ({"max_steps": 0}, "max_steps is 0; expected at least 1, or -1"),
+        ({"max_steps": True}, "max_steps is True; expected a whole number"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; expected at least 0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan; expected a finite number"),
+        ({"adam_beta1": 1.0}, "adam_beta1 is 1.0; expected less than 1"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0; expected more than 0"),
+        ({"optim": "adamw_8bit"}, "optim 'adamw_8bit': moments are kept in float32"),
+        ({"optim": "sgd"}, "expected one of adamw_torch, adamw_torch_fused"),
+        ({"lr_scheduler_type": "polynomial"}, "expected one of linear, cosine"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "constant_with_warmup"),
+        ({"packing": 1}, "packing is 1; expected true or false"),
+        ({"warmup_steps": 2.5}, "expected whole steps, or a share below 1"),
+        ({"report_to": "wandb"}, "report_to is 'wandb'; expected one of none"),
+        ({"overwrite": True, "resume": True}, "exclude each other"),
+        ({"max_length": 1}, "max_length is 1; expected at least 2"),
+    ],
+)
+def test_settings_out_of_range_are_refused_with_value_and_expectation(settings, message):
+    with pytest.raises(ValueError) as error:
+        SFTConfig(**settings)
+    assert message in str(error.value)
+
+
+def test_unknown_argument_is_a_type_error():
+    with pytest.raises(TypeError, match="bf16"):
+        SFTConfig(bf16=True)
+
+
+def test_model_data_and_settings_that_do_not_go_together_are_refused(tiny, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(tiny, max_seq_length=64, device="cpu")
+    with pytest.raises(ValueError, match="no adapter to train"):
+        SFTTrainer(model, SFTConfig(), RECORDS, processing_class=tokenizer)
+    FastLanguageModel.get_peft_model(model, r=2)
+    for settings, data, message in [
+        ({}, None, "train_dataset is missing"),
+        ({"max_length": 100}, RECORDS, "max_length 100 is more than the max_seq_length 64"),
+        ({"eval_strategy": "epoch"}, RECORDS, "there is no eval_dataset"),
+        ({}, tmp_path / "absent.jsonl", "absent.jsonl"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            SFTTrainer(model, SFTConfig(**settings), data, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="resume needs output_dir"):
+        SFTTrainer(model, SFTConfig(), RECORDS, processing_class=tokenizer).train(resume_from_checkpoint=True)
