@@ -1,4 +1,4 @@
-"""minitune: LoRA and QLoRA training of Llama-family models, from a checkpoint folder to a GGUF file, on its own kernels.
+"""LoRA and QLoRA training of Llama-family models, from a checkpoint folder to a GGUF file, on its own kernels.
 
 from minitune import FastLanguageModel, SFTTrainer, SFTConfig
 """

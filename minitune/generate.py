@@ -5,7 +5,6 @@ token a prompt through the layers, whose attention is a few torch operations ove
 weights stay dequantised meanwhile: at one row a prompt, dequantising them would be nearly all of the time.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from minitune.kernels.attention import attention
 from minitune.layers import DecoderLayer, DenseWeights, Packed
-from minitune.recompute import free_memory
 
 
 @torch.no_grad()
@@ -51,7 +49,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
-    with _resident_if_it_fits(model):
+    with model.resident_weights_where_they_fit():
         cache = _Cache(model, len(prompts), capacity)
         logits = cache.prefill(prompts)
         while True:
@@ -69,11 +67,6 @@ def generate(
             if not any(running):
                 return answers
             logits = cache.step(tokens, running)
-
-
-def _resident_if_it_fits(model) -> contextlib.AbstractContextManager:
-    dense = sum(linear.in_features * linear.out_features for _, linear in model.linears()) * model.dtype.itemsize
-    return model.resident_weights() if dense < free_memory(model.device) / 2 else contextlib.nullcontext()
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> list[int]:

@@ -26,7 +26,7 @@ from minitune.layers import rope_divisors
 from minitune.merge import merged_shapes, merged_tensors
 from minitune.model import LlamaForCausalLM
 from minitune.tokenizer import Tokenizer
-from minitune.weights import Checkpoint
+from minitune.weights import NOT_WEIGHTS, Checkpoint
 
 METHODS = {
     "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
@@ -34,7 +34,6 @@ METHODS = {
     "bf16": (Type.BF16, LlamaFileType.MOSTLY_BF16),
     "f32": (Type.F32, LlamaFileType.ALL_F32),
 }
-CONSTANTS = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")  # old writers saved them; not weights
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -111,7 +110,7 @@ def checkpoint_shapes(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, 
         if f"{name}.bias" in checkpoint:
             shapes[f"{name}.bias"] = shape[:1]
     known = shapes.keys() | {"lm_head.weight"}  # a tied head may be stored all the same
-    if unknown := sorted(name for name in checkpoint.names() if name not in known and not name.endswith(CONSTANTS)):
+    if unknown := sorted(name for name in checkpoint.names() if name not in known and not name.endswith(NOT_WEIGHTS)):
         raise ValueError(f"{checkpoint.folder}: {unknown[0]} has no place in a Llama")
     return shapes
 

@@ -6,7 +6,7 @@ rows with a label) is computed on the host and sent along, so a training step ne
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config import LINEARS, LoraConfig, ModelConfig
+from minitune.generate import generate
 from minitune.kernels.cross_entropy import linear_cross_entropy
 from minitune.layers import DecoderLayer, Embedding, Linear, Packed, RMSNorm, Rotary
-from minitune.recompute import KEEP_INPUT, level_of
+from minitune.recompute import KEEP_INPUT, free_memory, level_of
 from minitune.tokenizer import Tokenizer, check_vocabulary
 from minitune.weights import Checkpoint, load_weights, resolve_model
 
@@ -197,21 +198,12 @@ class LlamaForCausalLM(nn.Module):
             for linear in linears:
                 linear.resident = None
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        eos_token_ids: Sequence[int] = (),
-        seed: int = 0,
-        on_token: Callable[[int, int], None] | None = None,
-    ) -> list[list[int]]:
-        """Continue each prompt, greedily at temperature 0 (generate.py); the new tokens of each, without the end's."""
-        from minitune.generate import generate
+    def resident_weights_where_they_fit(self) -> contextlib.AbstractContextManager:
+        """`resident_weights`, if they take less than half of the memory that is free."""
+        dense = sum(linear.in_features * linear.out_features for _, linear in self.linears()) * self.dtype.itemsize
+        return self.resident_weights() if dense < free_memory(self.device) / 2 else contextlib.nullcontext()
 
-        return generate(self, prompts, max_new_tokens, temperature, top_p, top_k, eos_token_ids, seed, on_token)
+    generate = generate
 
 
 def _targets(labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

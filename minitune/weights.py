@@ -24,7 +24,7 @@ from minitune.layers import Embedding, Linear, RMSNorm
 from minitune.nf4 import NF4, dynamic_map, nf4_code
 
 _STATE = "weight.quant_state.bitsandbytes__"
-_IGNORED = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")  # constants that old writers saved
+NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")  # constants that old writers saved
 
 
 def resolve_model(name: str | Path) -> Path:
@@ -176,7 +176,7 @@ def load_weights(
             module.weight = fetch(key, shape)
         if f"{name}.bias" in checkpoint:
             module.bias = fetch(f"{name}.bias", (module.out_features,))
-    unknown = sorted(n for n in checkpoint.names() if n not in used and not n.endswith(_IGNORED))
+    unknown = sorted(n for n in checkpoint.names() if n not in used and not n.endswith(NOT_WEIGHTS))
     if unknown:
         raise ValueError(f"{checkpoint.folder}: {unknown[0]} has no place in a Llama ({len(unknown)} such tensors)")
 

@@ -7,7 +7,7 @@ from the text as they stand there, so what has to be learned is which fields bel
 they are; not a fact about the world.
 
 The held-out split shares no sentence frame, no word of a name, item, service or city with the training split: only what
-was learned can answer it. (Levels, dates, times and numbers come from the same small sets.) The same seed writes the
+was learned can answer it. (Levels, days, times and numbers come from the same small sets.) The same seed writes the
 same bytes.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 SYSTEM = "Extract the fields as JSON."
 FIELDS = {
     "order": ("name", "item", "quantity", "city"),
-    "booking": ("name", "city", "date", "time", "guests"),
+    "booking": ("name", "city", "day", "time", "guests"),
     "log": ("level", "service", "code", "city"),
 }
 
@@ -60,38 +60,38 @@ FRAMES = {
             The {city} office, through {name}, orders {quantity} {item}.
         """,
         "booking": """
-            Table for {guests} in {city} on {date} at {time}, name {name}.
-            {name} books a table in {city}, {date}, {time}, {guests} people.
-            Please reserve {date} at {time} for {guests} guests in {city}. {name}
-            Hi, {name} here. Can we come to {city} on {date}, {time}? We are {guests}.
-            {city}, {date}, {time}: {guests} seats for {name}
-            Booking for {name}: {guests} persons, {city}, {date} at {time}.
-            I want a room in {city} from {date}, arriving {time}, {guests} guests. {name}
-            {guests} guests of {name} arrive in {city} at {time} on {date}.
-            On {date} at {time} {name} needs {guests} places in {city}.
-            Reservation: {time}, {date}, {city}, party of {guests}, {name}
-            My name is {name}. A dinner in {city} for {guests}, {date}, {time}.
-            We will be {guests} in {city}, {date} {time}. Under {name}, please.
-            {name} confirmed {date}, {time}, for {guests} people in {city}.
-            At {time} on {date} there will be {guests} of us in {city}, says {name}.
-            Lunch in {city}: {name}, {guests} people, {date}, {time}
-            Could {name} have {guests} seats at {time}, {date}, in {city}?
-            Hold {guests} chairs for {name} at our {city} place, {date}, {time}.
-            {date}: {name} comes to {city} with a group of {guests} at {time}.
-            For {guests}: {city}, {date}, {time}. Contact is {name}.
-            The {city} tour on {date} starts {time}; {name} brings {guests} people.
-            Guest {name}, count {guests}, city {city}, date {date}, time {time}
-            {name} would like to visit {city} on {date} at {time} with {guests} people.
-            Meeting room in {city}, {guests} people, {time} on {date}, host {name}.
-            Dear hotel, {guests} guests on {date} in {city}, check-in {time}. Yours, {name}
-            {time} in {city}, {date}, for {name} and company, {guests} in all.
-            Save the {date} for {name}: {guests} persons at {time} in {city}.
-            Book {city} for {guests}. Day {date}, hour {time}, name {name}.
-            This is {name} calling from {city}: table at {time} on {date} for {guests}.
-            {guests} people, {time}, {date}; {name}; {city}
-            In {city} we expect {name} with {guests} guests on {date}, {time}.
-            New reservation in {city} by {name} for {date} {time}, {guests} pax.
-            Tickets for {guests}: {name}, {date}, {time}, {city} theatre.
+            Table for {guests} in {city} on {day} at {time}, name {name}.
+            {name} books a table in {city}, {day}, {time}, {guests} people.
+            Please reserve {day} at {time} for {guests} guests in {city}. {name}
+            Hi, {name} here. Can we come to {city} on {day}, {time}? We are {guests}.
+            {city}, {day}, {time}: {guests} seats for {name}
+            Booking for {name}: {guests} persons, {city}, {day} at {time}.
+            I want a room in {city} from {day}, arriving {time}, {guests} guests. {name}
+            {guests} guests of {name} arrive in {city} at {time} on {day}.
+            On {day} at {time} {name} needs {guests} places in {city}.
+            Reservation: {time}, {day}, {city}, party of {guests}, {name}
+            My name is {name}. A dinner in {city} for {guests}, {day}, {time}.
+            We will be {guests} in {city}, {day} {time}. Under {name}, please.
+            {name} confirmed {day}, {time}, for {guests} people in {city}.
+            At {time} on {day} there will be {guests} of us in {city}, says {name}.
+            Lunch in {city}: {name}, {guests} people, {day}, {time}
+            Could {name} have {guests} seats at {time}, {day}, in {city}?
+            Hold {guests} chairs for {name} at our {city} place, {day}, {time}.
+            {day}: {name} comes to {city} with a group of {guests} at {time}.
+            For {guests}: {city}, {day}, {time}. Contact is {name}.
+            The {city} tour on {day} starts {time}; {name} brings {guests} people.
+            Guest {name}, count {guests}, city {city}, day {day}, time {time}
+            {name} would like to visit {city} on {day} at {time} with {guests} people.
+            Meeting room in {city}, {guests} people, {time} on {day}, host {name}.
+            Dear hotel, {guests} guests on {day} in {city}, check-in {time}. Yours, {name}
+            {time} in {city}, {day}, for {name} and company, {guests} in all.
+            Save {day} for {name}: {guests} persons at {time} in {city}.
+            Book {city} for {guests}. Day {day}, hour {time}, name {name}.
+            This is {name} calling from {city}: table at {time} on {day} for {guests}.
+            {guests} people, {time}, {day}; {name}; {city}
+            In {city} we expect {name} with {guests} guests on {day}, {time}.
+            New reservation in {city} by {name} for {day} {time}, {guests} pax.
+            Tickets for {guests}: {name}, {day}, {time}, {city} theatre.
         """,
         "log": """
             {level} {service} in {city}: code {code}
@@ -148,22 +148,22 @@ FRAMES = {
             Express to {city}: {quantity} {item}, receiver {name}
         """,
         "booking": """
-            {name} wants a table for {guests} people in {city}, {date} at {time}.
-            Room for {guests} people in {city}, {date}, {time}; the name is {name}.
-            Hello, we are {guests} people and come to {city} on {date} at {time}. {name}
-            {date}, {time}, {city}: {name} and friends, {guests} people.
-            Can you seat {guests} people on {date} at {time} in {city}? Name: {name}.
-            Visit to {city} by {name}, {guests} guests, {time}, {date}
-            {name} has reserved {guests} seats in {city} for {date}, {time}.
-            Breakfast in {city} at {time} on {date} for {guests} people, booked by {name}.
-            Put {name} in the book: {city}, {guests} guests, {date}, {time}.
-            A party of {guests} under {name} arrives on {date} at {time} in {city}.
-            {city} on {date}: {guests} people at {time}, ask for {name}.
-            Our host {name} expects {guests} people in {city}, {date}, {time}.
-            Reserve for {name}, {city}, {time}, {date}, {guests} guests.
-            Event in {city}, {date} {time}, {guests} visitors, organiser {name}
-            I am {name}; keep {guests} places free in {city} at {time}, {date}.
-            From {time} on {date}, {guests} guests with {name} in {city}.
+            {name} wants a table for {guests} people in {city}, {day} at {time}.
+            Room for {guests} people in {city}, {day}, {time}; the name is {name}.
+            Hello, we are {guests} people and come to {city} on {day} at {time}. {name}
+            {day}, {time}, {city}: {name} and friends, {guests} people.
+            Can you seat {guests} people on {day} at {time} in {city}? Name: {name}.
+            Visit to {city} by {name}, {guests} guests, {time}, {day}
+            {name} has reserved {guests} seats in {city} for {day}, {time}.
+            Breakfast in {city} at {time} on {day} for {guests} people, booked by {name}.
+            Put {name} in the book: {city}, {guests} guests, {day}, {time}.
+            A party of {guests} under {name} arrives on {day} at {time} in {city}.
+            {city} on {day}: {guests} people at {time}, ask for {name}.
+            Our host {name} expects {guests} people in {city}, {day}, {time}.
+            Reserve for {name}, {city}, {time}, {day}, {guests} guests.
+            Event in {city}, {day} {time}, {guests} visitors, organiser {name}
+            I am {name}; keep {guests} places free in {city} at {time}, {day}.
+            From {time} on {day}, {guests} guests with {name} in {city}.
         """,
         "log": """
             {level} {city} {service} code {code}
@@ -181,7 +181,7 @@ FRAMES = {
             {city}: {service}: {code} {level}
             {service} [{level}] site {city} result {code}
             {level} {code} on {service}, seen near {city}
-            {service}, {city}, finished with {code} ({level})
+            {level}: {service}, {city}, finished with {code}
         """,
     },
 }
@@ -200,30 +200,35 @@ VALUES = {
             Ferrari Gupta Horvat Iversen Jones Keller Larsen Moreau Nguyen Okafor Parker Ramos Silva Hill Urban Smith
             Brown Miller Davis Wilson Moore Taylor White Harris Martin Clark Lewis Young King Wright Green Baker""",
         "item": """desk lamps|wool socks|coffee mugs|garden chairs|steel bolts|paint rollers|cotton coats|glass jars
-            |paper boxes|leather belts|pencils|bicycle pumps|tea towels|rubber gloves|candles|phone cases|kitchen knives
-            |water bottles|notebooks|door handles|wooden spoons|batteries|rain hats|tennis balls|picture frames|pillows
-            |light bulbs|copper pipes|flower pots|baking pans|headphones|sun hats|backpacks|hammers|screws|printers
-            |alarm clocks|plastic buckets|blankets|mirrors|cables|sofas|soap bars|rice cookers|winter boots|carpets
-            |tents|silver rings|model trains|ladders|helmets|envelopes|curtains|scissors|oak shelves|hand drills
-            |red buttons|white sheets|blue keys|small doors|large windows|heavy wheels|round cushions|yellow flags
-            |office phones|cat baskets|spring flowers|travel guides|writing desks|video screens|computers|tablets
-            |cameras|car tires|boats|bells|drums|rods|fans|sensors|switches|ribbons|needles|lenses|paintings|posters
-            |stamps|medals|dresses|jackets|pants|sweaters|oranges|bananas|lemons|grapes|tomatoes|potatoes|onions
-            |carrots|eggs|nuts|cookies|cakes|pies|snacks|candies|clay tiles|trees|tools|seeds|strings|locks|forks
-            |cups|shoes|watches|bikes|motors|engines|nails|wires""",
+            |paper boxes|leather belts|wax pencils|bicycle pumps|tea towels|rubber gloves|scented candles|phone cases
+            |kitchen knives|water bottles|pocket notebooks|door handles|wooden spoons|spare batteries|rain hats
+            |tennis balls|picture frames|soft pillows|light bulbs|copper pipes|flower pots|baking pans|gaming headphones
+            |sun hats|canvas backpacks|claw hammers|brass screws|laser printers|alarm clocks|plastic buckets
+            |warm blankets|wall mirrors|power cables|corner sofas|soap bars|rice cookers|winter boots|silk carpets
+            |beach tents|silver rings|model trains|folding ladders|bike helmets|padded envelopes|lace curtains
+            |nail scissors|oak shelves|hand drills|red buttons|white sheets|blue keys|small doors|large windows
+            |heavy wheels|round cushions|yellow flags|office phones|cat baskets|spring flowers|travel guides
+            |writing desks|video screens|gold medals|used computers|cheap tablets|film cameras|car tires|toy boats
+            |hotel bells|marching drums|curtain rods|ceiling fans|heat sensors|network switches|hair ribbons
+            |sewing needles|contact lenses|oil paintings|movie posters|rare stamps|party dresses|ski jackets|long pants
+            |knitted sweaters|fresh oranges|ripe bananas|sour lemons|sweet grapes|canned tomatoes|new potatoes
+            |red onions|frozen carrots|brown eggs|salted nuts|ginger cookies|birthday cakes|frozen pies|fruit snacks
+            |clay tiles|plum trees|farm tools|grass seeds|bow strings|gate locks|cake forks|tin cups|dance shoes
+            |sports watches|electric motors|old engines|carpet nails|fence wires""",
         "service": """billing search login upload checkout inventory backup mailer router cache scheduler payments auth
             catalog indexer gateway reports chat shipping profile thumbnail exporter crawler notifier ledger metrics
             quota-api user-db image-proxy tax-engine event-bus job-runner feed-sync geo-lookup token-store web-front
             client storage session account email queue stream audio photo location contact chart table filter parser
             render layout theme settings policy update download import print scan sensor network bridge switch logger
             counter clock signal trigger loader builder agent cart pricing discount payroll blog news""",
-        "city": """Paris Berlin Rome Athens Oslo Budapest Tokyo Seoul Delhi Lima Nairobi Lagos Hamburg Lyon Porto
-            Seville Leeds Geneva Turin Ghent Riga Perth Austin Osaka Manila Brussels Naples Stockholm Istanbul Mumbai
-            Valencia York Edinburgh Cardiff Copenhagen Cologne Miami Detroit Memphis Cleveland Philadelphia Auckland
-            Wellington Vancouver Calgary Halifax Quebec Singapore Beijing Moscow Kiev Jerusalem Damascus Colombo Accra
-            Durban Victoria Richmond Columbus Charlotte Salem Omaha Tampa Newark Bath Derby Norwich Dover Chester Nice
-            Cork Bonn Basel Doha Muscat Amman Rabat Algiers Panama Recife Busan Pune Surat Cambridge Washington Lincoln
-            Jackson Madison Bern Lisbon Prague Dublin Warsaw Sydney Bogota Krakow Sofia Zagreb Munich Helsinki Zurich
+        "city": """Berlin Athens Oslo Budapest Tokyo Seoul Delhi Lima Nairobi Lagos Hamburg Lyon Porto Seville Leeds
+            Geneva Turin Ghent Riga Perth Austin Osaka Manila Brussels Naples Stockholm Istanbul Mumbai Valencia York
+            Edinburgh Cardiff Copenhagen Cologne Miami Detroit Memphis Cleveland Philadelphia Auckland Wellington
+            Vancouver Calgary Halifax Quebec Singapore Beijing Moscow Kiev Jerusalem Damascus Colombo Accra Durban
+            Victoria Richmond Columbus Charlotte Salem Omaha Tampa Newark Bath Derby Norwich Dover Chester Nice Cork
+            Bonn Basel Doha Muscat Amman Rabat Algiers Panama Recife Busan Pune Surat Lisbon Prague Dublin Warsaw
+            Sydney Bogota Krakow Sofia Zagreb Munich Helsinki Zurich Dallas Vienna Madrid Cairo Glasgow Montreal
+            Venice Orlando Portland Melbourne Amsterdam Frankfurt
             |New York|San Diego|Cape Town|Hong Kong|Buenos Aires|Tel Aviv""",
     },
     "heldout": {
@@ -231,18 +236,16 @@ VALUES = {
             Peter Adam""",
         "last": """Archer Bianchi Collins Dvorak Engel Fontaine Gruber Hansen Ivanov Jensen Kaufman Lindberg Mancini
             Norris Ortega Peters Reyes Sato Turner Walsh""",
-        "item": """fishing nets|music books|mouse pads|baby beds|dog toys|stone bowls|wine glasses|beans|maps|coins
-            |skirts|iron gates|school bags|apples|black threads|square tables|summer shirts|metal filters|cards
-            |horse brushes""",
+        "item": """fishing nets|music books|mouse pads|baby beds|dog collars|stone bowls|wine glasses|dry beans
+            |world maps|metal coins|black skirts|iron stoves|school bags|gift cards|horse brushes|summer shirts
+            |square tables|floor mats|running shorts|air filters""",
         "service": """archive weather ranking calendar wiki robot forum license compiler timer review tracker
             translator recommender history voting""",
-        "city": """London Oxford Boston Chicago Dallas Seattle Toronto Denver Vienna Milan Madrid Cairo Glasgow Montreal
-            Venice Orlando Portland Melbourne Amsterdam Frankfurt""",
+        "city": """London Oxford Boston Chicago Paris Rome Washington Cambridge Lincoln Jackson Madison Bern Toronto
+            Denver Seattle Milan""",
     },
 }
 LEVELS = ("ERROR", "WARN", "FATAL", "INFO")
-MONTHS = ("January", "February", "March", "April", "May", "June")
-MONTHS += ("July", "August", "September", "October", "November", "December")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
@@ -259,7 +262,7 @@ def values(split: str, name: str) -> list[str]:
 
 
 def draw(random_: random.Random, split: str, field: str) -> str | int:
-    """A value for one field. Numbers are numbers; dates and times come in several spellings and stay as spelled."""
+    """A value for one field. Numbers become JSON's numbers; all else is text, as it stands."""
     choice, number = random_.choice, random_.randint
     match field:
         case "name":
@@ -273,11 +276,10 @@ def draw(random_: random.Random, split: str, field: str) -> str | int:
             return choice((number(400, 599), number(10, 99), number(1000, 9999)))
         case "level":
             return choice(LEVELS)
-        case "date":
-            day, month = number(1, 28), choice(MONTHS)
-            return choice((f"{day} {month}", f"{month} {day}", choice(DAYS)))
+        case "day":
+            return choice(DAYS)
         case "time":
-            return choice((f"{number(8, 22)}:{choice(('00', '15', '30', '45'))}", f"{number(1, 11)} pm"))
+            return f"{number(8, 22)}:{choice(('00', '15', '30', '45'))}"
     return choice(values(split, field))
 
 

@@ -104,11 +104,13 @@ def run(settings: Settings, load: Callable[[Settings], tuple[LlamaForCausalLM, T
     trainer.train()
     phases.begin("after", f"asking the {len(records)} questions again")
     after = ask(model, tokenizer, records)
+    phases.end()
+    print(f"\n{table(records, before, after)}", flush=True)
     phases.begin("write", "adapter, merged model and GGUF")
     written = write(settings, model, tokenizer, trainer.output)
     phases.end()
     times = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.seconds.items())
-    print(f"\n{table(records, before, after)}\n\n{times}  in all {sum(phases.seconds.values()):.0f} s")
+    print(f"\n{times}  in all {sum(phases.seconds.values()):.0f} s")
     print("written   " + "\n          ".join(map(str, written)))
 
 

@@ -169,3 +169,32 @@ def test_settings_written_as_toml_read_back_as_they_were(tmp_path):
     assert tomllib.loads(text)["model"] == odd
     (tmp_path / "config.toml").write_text(text, encoding="utf-8")
     assert parse(["--config", str(tmp_path / "config.toml")]) == settings
+
+
+def test_demonstration_asks_trains_asks_again_and_may_be_repeated(train, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "--demo",
+        "--model",
+        str(files / "model"),
+        "--max-steps",
+        "2",
+        "--max-seq-length",
+        "256",
+        "--device",
+        "cpu",
+    ]
+    for _ in range(2):  # the second replaces the first's folder
+        assert train(command) == 0
+        out, error = capsys.readouterr()
+        assert out.count("of 48 held-out answers exactly right") == 2 and "step 2/2" in error
+    written = {p.name for p in (tmp_path / "runs" / "demo").iterdir()}
+    assert written == {"adapter", "config.toml", "merged", "metrics.jsonl", "model-minitune-Q8_0.gguf"}
+
+
+def test_answers_are_counted_as_right_only_when_they_are_the_expected_ones(train):
+    import demo
+
+    records = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": c}]} for c in "abcd"]
+    text = demo.table(records, ["", "b ", "C", "x"], ["a", "b", "c", "x"])
+    assert "before    0 of 4" in text and "after     3 of 4 held-out answers exactly right (75%)" in text

@@ -1,9 +1,7 @@
-"""Labels, packing and the demonstration's generator; transformers and TRL are the referees where they do the same."""
+"""From records to labelled tokens; transformers is the referee where it does the same."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -12,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from minitune.data import Sample, collate, load_dataset, micro_steps, pack_rows, prepare
+from minitune.data import Sample, load_dataset, prepare
 from minitune.tokenizer import Tokenizer as OurTokenizer
 
-ROOT = Path(__file__).parent.parent
 PAIR = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Four é."}]
 TURNS = [{"role": "system", "content": "Count."}, *PAIR, {"role": "user", "content": "And now?"}, PAIR[1]]
 HEAD = "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}\n"
@@ -368,142 +365,3 @@ def test_a_file_that_is_missing_empty_or_not_utf8_is_named(tmp_path):
         load_dataset([])
     with pytest.raises(ValueError, match=r"dataset\[1\]: holds a text, not an object"):
         load_dataset([{}, "a"])
-
-
-# packing
-
-lengths = st.lists(st.integers(1, 40), min_size=1, max_size=40)
-
-
-def samples_of(sizes):
-    """Samples whose tokens are all different, so that one in the wrong place is seen."""
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    ids = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
-    return [Sample(tokens, [-100 if token % 3 else token for token in tokens]) for tokens in ids]
-
-
-@given(lengths, st.integers(40, 90))
-def test_rows_hold_every_sample_once_within_the_length_and_half_empty_rows_are_few(sizes, max_length):
-    rows = pack_rows(samples_of(sizes), max_length)
-    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
-    filled = [sum(sizes[i] for i in row) for row in rows]
-    assert max(filled) <= max_length
-    assert sum(2 * tokens <= max_length for tokens in filled) <= 1
-
-
-@given(lengths, st.integers(10, 90))
-def test_micro_steps_hold_every_sample_once_in_order_and_within_the_budget(sizes, max_tokens):
-    samples = samples_of(sizes)
-    steps = micro_steps(samples, max_tokens)
-    assert sorted(sample.input_ids[0] for step in steps for sample in step) == [s.input_ids[0] for s in samples]
-    for step in steps:
-        assert [sample.input_ids[0] for sample in step] == sorted(sample.input_ids[0] for sample in step)
-        assert sum(len(sample.input_ids) for sample in step) <= max_tokens or len(step) == 1
-    fitting = [size for size in sizes if size <= max_tokens]
-    assert len(steps) - (len(sizes) - len(fitting)) <= max(1, 2 * sum(fitting) / max_tokens)
-
-
-@given(lengths)
-def test_a_batch_is_its_samples_side_by_side_with_positions_restarting(sizes):
-    samples = samples_of(sizes)
-    batch = collate(samples)
-    assert batch.input_ids.tolist() == list(range(sum(sizes)))
-    assert batch.labels.tolist() == [label for sample in samples for label in sample.labels]
-    assert batch.position_ids.tolist() == [position for size in sizes for position in range(size)]
-    assert batch.targets == sum(label != -100 for sample in samples for label in sample.labels[1:])
-    assert {tensor.dtype for tensor in (batch.input_ids, batch.labels, batch.position_ids)} == {torch.int64}
-
-
-def test_samples_that_fill_a_row_exactly_share_it_and_one_longer_is_refused():
-    assert pack_rows(samples_of([3, 5, 8]), 8) == [[2], [1, 0]]
-    with pytest.raises(ValueError, match="sample 1 has 9 tokens and does not fit into a row of 8"):
-        pack_rows(samples_of([3, 9]), 8)
-
-
-def test_rows_are_trl_s():
-    datasets = pytest.importorskip("datasets")
-    trl = pytest.importorskip("trl.data_utils")
-    sizes = [1 + (i * i * 7 + 13 * i) % 61 for i in range(300)]
-    dataset = datasets.Dataset.from_dict({"input_ids": [[0] * size for size in sizes]})
-    referee = trl.pack_dataset(dataset, 64, strategy="bfd", map_kwargs={"batch_size": 1000})["seq_lengths"]
-    rows = pack_rows(samples_of(sizes), 64)
-    assert sorted([sizes[i] for i in row] for row in rows) == sorted(referee)
-
-
-# the demonstration's task
-
-
-@pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("demo_data", ROOT / "scripts" / "data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def splits():
-    folder = ROOT / "scripts" / "demo"
-    read = {split: load_dataset(folder / f"{split}.jsonl") for split in ("train", "heldout")}
-    return {split: [record["messages"] for _, record in records] for split, records in read.items()}
-
-
-def words(text):
-    return set(re.findall(r"\w+", text.lower()))
-
-
-def skeleton(text):
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def test_the_generator_writes_the_files_of_the_repository_byte_for_byte(demo, tmp_path):
-    demo.main(["--output-dir", str(tmp_path)])
-    for name in ("train.jsonl", "heldout.jsonl"):
-        assert (tmp_path / name).read_bytes() == (ROOT / "scripts" / "demo" / name).read_bytes()
-    demo.main(["--output-dir", str(tmp_path), "--seed", "1"])
-    assert (tmp_path / "train.jsonl").read_bytes() != (ROOT / "scripts" / "demo" / "train.jsonl").read_bytes()
-
-
-def test_the_tables_of_the_two_splits_share_no_frame_and_no_word_of_a_value(demo):
-    frames, used = {}, {}
-    for split in ("train", "heldout"):
-        frames[split] = {skeleton(frame) for kind in demo.FIELDS for frame in demo.frames(split, kind)}
-        assert len(frames[split]) == sum(len(demo.frames(split, kind)) for kind in demo.FIELDS)
-        used[split] = {
-            word for table in demo.VALUES[split] for value in demo.values(split, table) for word in words(value)
-        }
-    assert not frames["train"] & frames["heldout"]
-    assert not used["train"] & used["heldout"]
-    assert all(len(demo.frames("train", kind)) >= 30 for kind in demo.FIELDS)
-
-
-def test_the_texts_of_the_two_splits_share_no_frame_and_no_name_item_service_or_city(demo, splits):
-    frames, used = {}, {}
-    for split, conversations in splits.items():
-        frames[split], used[split] = set(), set()
-        for _, question, answer in conversations:
-            text, fields = question["content"], json.loads(answer["content"])
-            for field in ("name", "item", "service", "city"):
-                used[split] |= words(fields.get(field, ""))
-            for field in sorted(set(fields) - {"type"}, key=lambda field: -len(str(fields[field]))):
-                text = re.sub(rf"(?<!\w){re.escape(str(fields[field]))}(?!\w)", f" _{field}_ ", text, count=1)
-            frames[split].add(skeleton(text))
-    assert not frames["train"] & frames["heldout"]
-    assert not used["train"] & used["heldout"]
-    assert len(frames["heldout"]) == 48
-
-
-def test_every_answer_is_copied_from_its_text_in_the_fixed_order(demo, splits):
-    kinds = []
-    for conversations in splits.values():
-        for system, question, answer in conversations:
-            assert [m["role"] for m in (system, question, answer)] == ["system", "user", "assistant"]
-            fields = json.loads(answer["content"])
-            assert tuple(fields) == ("type", *demo.FIELDS[fields["type"]])
-            assert json.dumps(fields, separators=(",", ":"), ensure_ascii=False) == answer["content"]
-            assert all(str(fields[field]) in question["content"] for field in demo.FIELDS[fields["type"]])
-            kinds.append(fields["type"])
-    assert len(splits["train"]) == 384
-    assert kinds.count("order") == kinds.count("booking") == kinds.count("log")
-    texts = [question["content"] for conversations in splits.values() for _, question, _ in conversations]
-    assert len(set(texts)) == len(texts)

@@ -10,13 +10,13 @@ import math
 import pytest
 import torch
 from conftest import GPU
-from minitune.kernels.attention import attention, attention_backward
-from minitune.kernels.cross_entropy import linear_cross_entropy
-from minitune.kernels.dequantize import dequantize_nf4
 from torch.nn import functional
 
 from minitune.kernels import attention as attention_fwd
 from minitune.kernels import attention_bwd, cross_entropy, launch, lora_linear, rms_norm, rope, swiglu
+from minitune.kernels.attention import attention, attention_backward
+from minitune.kernels.cross_entropy import linear_cross_entropy
+from minitune.kernels.dequantize import dequantize_nf4
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 EPS = 1e-5
