@@ -267,6 +267,7 @@ class FastLanguageModel:
 
         max_seq_length: the longest sample; None for all that the model knows.
         dtype: what is computed in; by default bfloat16 on a GPU and float32 on a CPU.
+        device: by default a GPU where there is one; it becomes torch's current device.
         load_in_4bit: quantise the linears to NF4 as they are read; False keeps them as stored. A folder that is
             already NF4 is taken as it stands either way.
 
@@ -330,4 +331,5 @@ def _device_and_dtype(device: str | torch.device | None, dtype: torch.dtype | No
             name = torch.cuda.get_device_name(device)
             raise ValueError(f"{name} has no bfloat16 (it needs compute capability 8.0); pass dtype=torch.float32")
         device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        torch.cuda.set_device(device)  # where Triton launches
     return device, dtype

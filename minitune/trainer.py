@@ -14,6 +14,7 @@ until they are logged; nothing in a step waits for it.
 """
 
 import array
+import contextlib
 import hashlib
 import math
 import shutil
@@ -212,7 +213,8 @@ class SFTTrainer:
         p, a = self.progress, self.args
         saved, started = p.step if resumed else 0, time.perf_counter() - p.seconds
         log_time, log_tokens = time.perf_counter(), p.tokens
-        with Report(self.output / "metrics.jsonl", self.total_steps, p.step) as report, interruptible() as caught:
+        report = Report(self.output / "metrics.jsonl", self.total_steps, p.step)
+        with report, interruptible() as caught, self._weights():
             report.say(banner(self.model, self.train_data, self._rows(resumed)))
             while p.step < self.total_steps and not caught:
                 self._optimizer_step()
@@ -243,6 +245,11 @@ class SFTTrainer:
         mean = p.loss_sum / max(1, p.step)
         metrics = {"train_loss": mean, "train_runtime": p.seconds, "epoch": self._epoch(), "tokens": p.tokens}
         return TrainOutput(p.step, mean, metrics)
+
+    def _weights(self) -> contextlib.AbstractContextManager:
+        """A CPU takes as long to dequantise a weight as to multiply 30 rows by it, so there weights stay dense."""
+        cpu = self.model.device.type == "cpu"
+        return self.model.resident_weights_where_they_fit() if cpu else contextlib.nullcontext()
 
     def _due(self, interval: int) -> bool:
         return self.progress.step % interval == 0 or self.progress.step == self.total_steps

@@ -60,7 +60,7 @@ def test_a_folder_written_by_bitsandbytes_loads_bit_for_bit_and_trains(tmp_path,
         assert torch.equal(linear.dense(torch.float32), theirs.float()), name
     assert quantized == 14 - len([name for name in options.get("skip", ()) if name in SKIPPED])
     ids = torch.randint(3, 400, (1, 23), generator=torch.Generator().manual_seed(0))
-    # their logits with the dequantised weights in place: the CPU kernel of their 4-bit matmul rounds to bf16
+    # their logits over their dequantised weights: their own 4-bit matmul on a CPU is 1.4% off in float32 (0.50.2)
     for name, linear in model.linears():
         module = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
         module.weight.data = linear.dense(torch.float32)
