@@ -126,6 +126,8 @@ def test_a_merged_nf4_model_gives_the_trained_models_logits_in_transformers(tmp_
     assert error < 0.02  # the rounding of the merged weights to bfloat16
     assert relative(transformers_logits(tmp_path / "original"), trained) > 5 * error  # another base, other logits
     assert relative(transformers_logits(tmp_path / "base"), trained) > 10 * error  # and the adapter matters
+    reloaded, _ = load(tmp_path / "nf4", lora=False, load_in_4bit=False)  # without that rounding: the same logits
+    assert relative(reloaded(input_ids=IDS).logits[0], transformers_logits(tmp_path / "nf4")) < 1e-5
 
 
 def test_shards_hold_the_same_tensors_as_one_file(tmp_path):
