@@ -16,6 +16,7 @@ Labels come from the structure, in one of two ways:
 """
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 
 import jinja2
@@ -29,7 +30,9 @@ Span = tuple[int, int]  # characters [begin, end)
 BEGIN, END = "\ufdd0", "\ufdd1"
 
 # What a template can raise: its own refusals, and Python's errors where a message lacks what the template expects.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 class _Generation(Extension):
@@ -62,6 +65,20 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+def _with_text(message: dict, number: int) -> dict:
+    """The message with its content as one text, where it is a list of {"type": "text", "text": ...} parts."""
+    parts = message.get("content")
+    if not isinstance(parts, list | tuple):
+        return message
+    for part in parts:
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise ValueError(
+                f'the content of message {number} has a part {kind!r:.60}; parts are {{"type": "text", "text": "..."}}'
+            )
+    return {**message, "content": "".join(part["text"] for part in parts)}
+
+
 class ChatTemplate:
     """A compiled template. `special` are its variables (bos_token, ...), `stops` the texts that end a turn."""
 
@@ -73,6 +90,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+        except (RecursionError, SyntaxError) as error:  # Python's own, of the program that the template becomes
+            raise ValueError(f"the chat template is nested too deeply: {error}") from None
         self._special, self._stops = special, tuple(stop for stop in stops if stop)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False, tools: list | None = None) -> str:
@@ -81,7 +100,7 @@ class ChatTemplate:
 
     def _render(self, messages, add_generation_prompt, tools, begin: str, end: str) -> str:
         variables = {
-            "messages": messages,
+            "messages": [_with_text(message, i) for i, message in enumerate(messages, 1)],
             "add_generation_prompt": add_generation_prompt,
             "tools": tools,
             "documents": None,

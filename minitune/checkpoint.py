@@ -10,11 +10,7 @@ trained: a resumed run continues from the same bits. A folder is written beside 
 and on disk, so an interruption or a full disk leaves whatever was there before.
 """
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minitune.config import LINEARS, LoraConfig
+from minitune.files import whole_folder
 from minitune.optim import FlatAdamW
 
 if TYPE_CHECKING:
@@ -39,57 +36,6 @@ UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others, such as pissa, alter the base as well
-
-
-@contextlib.contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` when the block ends, flushed to disk, or not at all.
-
-    Where `folder` holds files of other names, those stay, and the new ones join them one by one.
-    Raises ValueError that names `folder` where it cannot be written (no space, no permission).
-    """
-    folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; choose a folder")
-    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not folder.exists():  # a run was killed between the two renames below
-            old.rename(folder)
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        for path in (*(p for p in partial.rglob("*") if p.is_file()), partial):
-            _flush(path)
-        new = {path.name for path in partial.iterdir()}
-        if folder.exists() and any(path.name not in new for path in folder.iterdir()):
-            for name in sorted(new):
-                (partial / name).replace(folder / name)
-        else:
-            if folder.exists():  # a folder that is not empty cannot be renamed over
-                folder.rename(old)
-            partial.rename(folder)
-        _flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"{folder}: could not be written ({reason}); what was there before is unchanged") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on disk (folders can be opened for this on POSIX only)."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_adapter(model: "LlamaForCausalLM", folder: Path) -> None:
@@ -138,6 +84,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not found; an adapter folder holds {CONFIG} and {WEIGHTS}") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds a {type(config).__name__}; expected an object with the adapter's settings")
     if (kind := config.get("peft_type")) != "LORA":
         raise ValueError(f"{path}: peft_type is {kind!r}; only LORA adapters are supported")
     if (bias := config.get("bias", "none")) != "none":
@@ -154,9 +102,9 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def _read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def _read_adapter(folder: str | Path, config: dict[str, Any]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """An adapter's configuration, and its tensors by parameter name. Which linears it has is read from the tensors."""
-    config, path = read_adapter_config(folder), Path(folder) / WEIGHTS
+    path = Path(folder) / WEIGHTS
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -167,27 +115,31 @@ def _read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tenso
     targets = {name.split(".")[-3] for name in tensors}
     if unknown := sorted(targets - set(LINEARS)):
         raise ValueError(f"{path}: adapts {unknown[0]}; supported are {', '.join(LINEARS)}")
+    if not targets:
+        raise ValueError(f"{path}: holds no LoRA matrix")
     try:
         lora = LoraConfig(
             r=config["r"],
             lora_alpha=config["lora_alpha"],
             target_modules=tuple(name for name in LINEARS if name in targets),
-            use_rslora=bool(config.get("use_rslora")),
+            use_rslora=config.get("use_rslora", False),
         )
     except KeyError as error:
         raise ValueError(f"{Path(folder) / CONFIG}: lacks {error}") from None
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"{Path(folder) / CONFIG}: {error}") from None
     return lora, tensors
 
 
 def load_adapter(model: "LlamaForCausalLM", folder: str | Path) -> None:
     """Attach the adapter of `folder` to a model, or copy its values into an adapter of the same make.
 
+    `model.lora_dropout` becomes the dropout that it was trained with: nothing here applies it.
     Raises ValueError for options that are not supported, where the model has an adapter of another make, and for a
     tensor that is missing, too many, or of a wrong shape; the model's values are then unchanged.
     """
-    lora, tensors = _read_adapter(folder)
+    config = read_adapter_config(folder)
+    lora, tensors = _read_adapter(folder, config)
     attach = model.lora is None
     if not attach:
         for name in ("r", "lora_alpha", "target_modules", "use_rslora"):
@@ -200,6 +152,7 @@ def load_adapter(model: "LlamaForCausalLM", folder: str | Path) -> None:
     with torch.no_grad():
         for name, p in model.lora_parameters():
             p.copy_(tensors[name])
+    model.lora_dropout = config.get("lora_dropout") or 0.0
 
 
 def _check_tensors(model: "LlamaForCausalLM", lora: LoraConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -225,15 +178,22 @@ def save_checkpoint(model: "LlamaForCausalLM", optimizer: FlatAdamW, state: dict
         (partial / STATE).write_text(json.dumps({**state, "optimizer_steps": optimizer.steps}, indent=2) + "\n")
 
 
-def read_state(folder: str | Path) -> dict[str, Any]:
-    """A checkpoint's state.json. ValueError where it is missing or broken."""
+def read_state(folder: str | Path, **needed: type) -> dict[str, Any]:
+    """A checkpoint's state.json. ValueError where it is missing or broken, or lacks what is `needed` (name: type)."""
     path = Path(folder) / STATE
     try:
-        return json.loads(path.read_text())
+        state = json.loads(path.read_text())
     except OSError:
         raise ValueError(f"{path}: not found; a checkpoint to resume from holds {STATE} and {OPTIMIZER}") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}; expected an object with a checkpoint's state")
+    for name, kind in {"optimizer_steps": int, **needed}.items():
+        if not isinstance(state.get(name), kind):
+            words = f"is {state[name]!r}" if name in state else "is missing"
+            raise ValueError(f"{path}: {name} {words}; resume from another checkpoint")
+    return state
 
 
 def load_checkpoint(model: "LlamaForCausalLM", optimizer: FlatAdamW, folder: str | Path) -> dict[str, Any]:

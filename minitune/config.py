@@ -79,14 +79,16 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: dict | None  # None, {"rope_type": "linear", ...} or {"rope_type": "llama3", ...}
     tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
     raw: dict
 
     def __post_init__(self):
         H, G = self.num_attention_heads, self.num_key_value_heads
         if H % G:
             raise ValueError(f"num_attention_heads {H} is not a multiple of num_key_value_heads {G}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding pairs its two halves")
+        if self.head_dim % 8 or self.head_dim > 256:
+            raise ValueError(f"head_dim {self.head_dim} is not supported; attention takes multiples of 8 up to 256")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
@@ -105,33 +107,54 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "ModelConfig":
+        if not isinstance(raw, dict):
+            raise ValueError(f"holds a {type(raw).__name__}, not an object")
         if (family := raw.get("model_type")) not in FAMILIES:
             raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
         if (act := raw.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"hidden_act {act!r} is not supported; Llama-family models use 'silu'")
         if (window := raw.get("sliding_window")) is not None:
             raise ValueError(f"sliding_window {window} is not supported: attention here sees the whole sample")
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if missing := [name for name in needed if not isinstance(raw.get(name), int)]:
-            raise ValueError(f"{missing[0]} is missing; is this the config.json of a Llama-family model?")
+        hidden, heads = _value(raw, "hidden_size", int), _value(raw, "num_attention_heads", int)
         theta, scaling = _rope(raw)
         return cls(
-            **{name: raw[name] for name in needed},
-            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            vocab_size=_value(raw, "vocab_size", int),
+            hidden_size=hidden,
+            intermediate_size=_value(raw, "intermediate_size", int),
+            num_hidden_layers=_value(raw, "num_hidden_layers", int),
+            num_attention_heads=heads,
+            num_key_value_heads=_value(raw, "num_key_value_heads", int, heads),
+            head_dim=_value(raw, "head_dim", int, hidden // heads),
+            max_position_embeddings=_value(raw, "max_position_embeddings", int, 2048),
+            rms_norm_eps=_value(raw, "rms_norm_eps", float, 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            tie_word_embeddings=_value(raw, "tie_word_embeddings", bool, False),
+            attention_bias=_value(raw, "attention_bias", bool, False),
+            mlp_bias=_value(raw, "mlp_bias", bool, False),
             raw=raw,
         )
+
+
+def _value(raw: dict, name: str, kind: type, default: Any = None) -> Any:
+    """A field of config.json, or the default where it is missing or null; numbers are positive."""
+    if (value := raw.get(name)) is None:
+        if default is None:
+            raise ValueError(f"{name} is missing; is this the config.json of a Llama-family model?")
+        return default
+    numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not (isinstance(value, bool) if kind is bool else numeric and 0 < value < math.inf):
+        expected = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}[kind]
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    return value
 
 
 def _rope(raw: dict) -> tuple[float, dict | None]:
     """(theta, scaling) from either layout: rope_theta + rope_scaling, or the rope_parameters of transformers >= 5."""
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    if not isinstance(parameters, dict):
+        raise ValueError(f"rope_scaling is {parameters!r}; expected an object")
+    theta = float(_value(parameters, "rope_theta", float, _value(raw, "rope_theta", float, 10000.0)))
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return theta, None
@@ -141,9 +164,7 @@ def _rope(raw: dict) -> tuple[float, dict | None]:
     }
     if kind not in keys:
         raise ValueError(f"rope scaling {kind!r} is not supported; supported are default, {', '.join(keys)}")
-    if missing := [key for key in keys[kind] if key not in parameters]:
-        raise ValueError(f"rope scaling {kind!r} lacks {missing[0]}")
-    return theta, {"rope_type": kind, **{key: float(parameters[key]) for key in keys[kind]}}
+    return theta, {"rope_type": kind, **{key: float(_value(parameters, key, float)) for key in keys[kind]}}
 
 
 @dataclass(frozen=True)
@@ -156,8 +177,9 @@ class LoraConfig:
     use_rslora: bool = setting(False, "divide lora_alpha by the root of r instead")
 
     def __post_init__(self):
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r is {self.r!r}; the rank is a whole number of at least 1")
+        if isinstance(self.target_modules, list):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        check_settings(self)
         if not self.target_modules:
             raise ValueError(f"target_modules is empty; choose from {', '.join(LINEARS)}")
         for name in self.target_modules:
@@ -207,7 +229,7 @@ class SFTConfig:
     save_total_limit: int | None = setting(None, "checkpoints kept, the newest; default: all", least=1)
     eval_strategy: str = setting("no", "when to compute the loss of the evaluation data", choices=INTERVALS)
     eval_steps: int | None = setting(None, "steps between evaluations; default logging_steps", least=1)
-    seed: int = setting(42, "the order of the samples is a function of this and the epoch", least=0)
+    seed: int = setting(42, "the order of the samples is a function of this and the epoch", least=0, most=2**64 - 1)
     report_to: str = setting("none", "nothing is reported anywhere; metrics.jsonl holds everything", choices=("none",))
     micro_step_tokens: int | None = setting(None, "tokens of one forward/backward; default by device", least=1)
     overwrite: bool = setting(False, "replace the run that output_dir holds")

@@ -17,9 +17,9 @@ from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from minitune.config import LoraConfig, SFTConfig, check_settings, setting
+from minitune.gguf import METHODS
 
 DTYPES = ("float32", "bfloat16", "float16")
-GGUF_TYPES = ("q8_0", "f16", "bf16")
 CHECKPOINTING = ("unsloth", "auto", "true", "false")
 # Where the command differs from the dataclass: SFTConfig keeps TRL's rate, which suits training all weights; only
 # adapters are trained here, and they want about ten times that.
@@ -34,14 +34,19 @@ class RunConfig:
     model: str | None = setting(None, "model folder, or an org/name id in the local Hugging Face cache")
     data: str | None = setting(None, "training data, a JSONL file")
     eval_data: str | None = setting(None, "evaluation data, a JSONL file")
-    max_seq_length: int = setting(2048, "longest sample that the model is prepared for, in tokens", least=2)
+    max_seq_length: int | None = setting(
+        None, "tokens of the longest sample; default 2048, or all that the model knows where that is less", least=2
+    )
     load_in_4bit: bool = setting(True, "keep the frozen linears in NF4 (QLoRA) rather than in 16 bit")
     dtype: str | None = setting(None, "compute dtype; default by device", choices=DTYPES)
     use_gradient_checkpointing: str = setting("unsloth", "what is recomputed in backward", choices=CHECKPOINTING)
+    random_state: int | None = setting(
+        None, "the adapter's first values are drawn from this; default: seed", least=-(2**63), most=2**64 - 1
+    )
     device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     merge: bool = setting(False, "write the merged 16-bit model to OUTPUT_DIR/merged at the end")
     merge_base: str = setting("auto", "weights that the adapter is merged onto", choices=("auto", "original", "nf4"))
-    gguf: tuple[str, ...] = setting((), "write GGUF files at the end, of these types", choices=GGUF_TYPES)
+    gguf: tuple[str, ...] = setting((), "write GGUF files at the end, of these types", choices=tuple(METHODS))
 
     def __post_init__(self):
         check_settings(self)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minitune.kernels.attention import attention
 from minitune.layers import DecoderLayer, DenseWeights, Packed
+from minitune.recompute import Activations
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
-    with model.resident_weights_where_they_fit():
+    with model.resident_weights_where_they_fit(), model.as_current_device():
         cache = _Cache(model, len(prompts), capacity)
         logits = cache.prefill(prompts)
         while True:
@@ -131,10 +132,11 @@ class _Cache:
         model, weights = self.model, DenseWeights(self.model.dtype, keep=False)
         x = model.model.embed_tokens(torch.tensor(ids, device=model.device), model.dtype)
         for index, layer in enumerate(model.model.layers):
-            q, k, v = layer.qkv(layer.input_layernorm(x)[0], positions, model.rotary, weights)
-            o = weights.apply(layer.self_attn.o_proj, attend(layer, index, q, k, v).flatten(1))
-            x_mid, h, _ = layer.post_attention_layernorm.after_add(o, x)
-            x = layer.feed_forward(x_mid, h, weights)
+            a = Activations(x)
+            a.q, a.k, a.v = layer.qkv(layer.input_layernorm(x)[0], positions, model.rotary, weights)
+            a.attn = attend(layer, index, a.q, a.k, a.v)
+            layer.complete(a, None, model.rotary, weights)
+            x = layer.output(a, weights)
         return x
 
     def _logits(self, x: Tensor) -> Tensor:

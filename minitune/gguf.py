@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from torch import Tensor
 
@@ -62,57 +63,41 @@ def export_gguf(
     quantization_method: q8_0, f16, bf16 or f32. merge_base: see merge.py. Returns the file's path.
     Raises ValueError where the file exists, there is no room, or model or tokenizer cannot be expressed in GGUF.
     """
-    cached = Path(model.name).expanduser() != model.folder  # named org/name, found in the cache
-    base = model.name.split("/")[-1] if cached else model.folder.resolve().name
+    organization, base = _origin(model.name, model.folder)
     target = _target(path, f"{base}-minitune" if model.lora else base, quantization_method)
     metadata = {"general.name": _name(target, quantization_method)}
     metadata |= {"general.base_model.count": 1, "general.base_model.0.name": base}
-    if cached:
-        metadata["general.base_model.0.organization"] = model.name.split("/")[0]
+    if organization:
+        metadata["general.base_model.0.organization"] = organization
     tensors = merged_tensors(model, merge_base)
     _write(target, model.config, metadata, tokenizer, merged_shapes(model), tensors, quantization_method)
     return target
 
 
+def trained_name(name: str, folder: Path, method: str) -> str:
+    """The file name that `export_gguf` gives a trained adapter on the base model `name`, which lies in `folder`."""
+    return f"{_origin(name, folder)[1]}-minitune-{method.upper()}.gguf"
+
+
 def convert_folder(folder: str | Path, path: str | Path, quantization_method: str = "q8_0") -> Path:
-    """Write the model of a Hugging Face folder with 16- or 32-bit weights as GGUF; see `export_gguf`."""
+    """Write the model of a Hugging Face folder with 16- or 32-bit weights as GGUF; see `export_gguf`.
+
+    Raises ValueError for a tensor in the folder that has no place in a Llama as well.
+    """
     folder = Path(folder)
     config, checkpoint = ModelConfig.from_folder(folder), Checkpoint(folder)
     if checkpoint.prequantized:
         raise ValueError(f"{folder}: holds 4-bit weights; load it as a model and export that")
     target = _target(path, folder.resolve().name, quantization_method)
-    shapes = checkpoint_shapes(config, checkpoint)
+    # a model without weights, for its tensors' names and shapes
+    shapes = merged_shapes(LlamaForCausalLM(config, dtype=torch.float32, device=torch.device("cpu"), max_seq_length=1))
+    known = shapes.keys() | {"lm_head.weight"}  # a tied head may be stored all the same
+    if unknown := sorted(name for name in checkpoint.names() if name not in known and not name.endswith(NOT_WEIGHTS)):
+        raise ValueError(f"{folder}: {unknown[0]} has no place in a Llama")
     tensors = ((name, checkpoint.load(name, shape)) for name, shape in shapes.items())
     metadata = {"general.name": _name(target, quantization_method)}
     _write(target, config, metadata, Tokenizer.from_folder(folder), shapes, tensors, quantization_method)
     return target
-
-
-def checkpoint_shapes(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama's tensors in the model's order, biases where the folder has them.
-
-    Raises ValueError for a tensor in the folder that has no place in a Llama.
-    """
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layer = {"input_layernorm": (D,)}
-    layer |= {f"self_attn.{p}_proj": shape for p, shape in zip("qkvo", ((q, D), (kv, D), (kv, D), (D, q)), strict=True)}
-    layer |= {"post_attention_layernorm": (D,), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
-    modules = {"model.embed_tokens": (V, D)}
-    for i in range(config.num_hidden_layers):
-        modules |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    modules["model.norm"] = (D,)
-    if not config.tie_word_embeddings:
-        modules["lm_head"] = (V, D)
-    shapes = {}
-    for name, shape in modules.items():
-        shapes[f"{name}.weight"] = shape
-        if f"{name}.bias" in checkpoint:
-            shapes[f"{name}.bias"] = shape[:1]
-    known = shapes.keys() | {"lm_head.weight"}  # a tied head may be stored all the same
-    if unknown := sorted(name for name in checkpoint.names() if name not in known and not name.endswith(NOT_WEIGHTS)):
-        raise ValueError(f"{checkpoint.folder}: {unknown[0]} has no place in a Llama")
-    return shapes
 
 
 # ---- what goes into the file
@@ -213,8 +198,17 @@ def _sampling(tokenizer: Tokenizer) -> dict[str, Value]:
     chosen = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if chosen.get("do_sample") is False:
         return {}
-    present = {new: cast(chosen[key]) for key, (new, cast) in keys.items() if chosen.get(key) is not None}
-    return {f"general.sampling.{name}": value for name, value in present.items()}
+    present = {key: chosen[key] for key in keys if chosen.get(key) is not None}
+    for key, value in present.items():
+        if type(value) not in (int, float) or not abs(value) < 2**31:  # NaN is not, either
+            raise ValueError(f"{path}: {key} is {value!r}, expected a number")
+    return {f"general.sampling.{keys[key][0]}": keys[key][1](value) for key, value in present.items()}
+
+
+def _origin(name: str, folder: Path) -> tuple[str, str]:
+    """Organization, or "", and name of a base model: org/name as found in the cache, else its folder's name."""
+    cached = Path(name).expanduser() != folder
+    return (name.split("/")[0], name.split("/")[-1]) if cached else ("", folder.resolve().name)
 
 
 def _target(path: str | Path, name: str, method: str) -> Path:

@@ -13,6 +13,7 @@ The file is written under a temporary name, flushed to disk, compared in places,
 whole file or none.
 """
 
+import contextlib
 import math
 import os
 import struct
@@ -27,7 +28,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType, quant_shape_to_byte_shape, quants
 from torch import Tensor
 
-from minitune.merge import require_space
+from minitune.files import require_space
 
 ALIGNMENT = 32
 CHUNK = 1 << 22  # values converted at a time; Q8_0 takes a few times their 16 MiB in float32
@@ -67,6 +68,9 @@ def write_gguf(path: Path, metadata: dict[str, Value], infos: list[Info], tensor
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: its folder could not be made ({error.strerror}: {error.filename})") from None
+    try:
         with partial.open("wb") as file:
             file.write(head)
             starts = [_write_tensor(file, info, tensor) for info, tensor in zip(infos, tensors, strict=True)]
@@ -77,7 +81,8 @@ def write_gguf(path: Path, metadata: dict[str, Value], infos: list[Info], tensor
     except OSError as error:
         raise ValueError(f"{path}: could not be written ({error.strerror or error})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name that cannot be written cannot be removed either
+            partial.unlink()
 
 
 def _head(metadata: dict[str, Value], infos: list[Info]) -> bytes:

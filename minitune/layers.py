@@ -57,10 +57,14 @@ class Rotary:
     @classmethod
     def build(cls, config: ModelConfig, positions: int, device: torch.device) -> "Rotary":
         """In fp32 throughout, as the models were trained; linear and llama3 scaling (arXiv 2407.21783, sec. 3.2)."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        frequencies = 1.0 / config.rope_theta**exponents / rope_divisors(config)
+        frequencies = 1.0 / _rope_periods(config) / rope_divisors(config)
         angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
         return cls(angles.cos().to(device), angles.sin().to(device))
+
+
+def _rope_periods(config: ModelConfig) -> Tensor:
+    """theta^(2i / K), fp32 (K/2,): positions a radian, before scaling."""
+    return config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
 
 
 def rope_divisors(config: ModelConfig) -> Tensor:
@@ -74,8 +78,7 @@ def rope_divisors(config: ModelConfig) -> Tensor:
         return torch.ones(half)
     if scaling["rope_type"] == "linear":
         return torch.full((half,), scaling["factor"])
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    wavelengths = 2 * torch.pi * config.rope_theta**exponents
+    wavelengths = 2 * torch.pi * _rope_periods(config)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     blend = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
     return 1 / ((1 - blend.clamp(0, 1)) / scaling["factor"] + blend.clamp(0, 1))
@@ -117,9 +120,9 @@ class Linear(nn.Module):
     lora_A.weight and lora_B.weight.
     """
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
         self.nf4: NF4 | None = None
         self.register_parameter("weight", None)  # (out, in)
         self.register_parameter("bias", None)  # (out,)
@@ -168,18 +171,18 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.width = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.scale = c.head_dim**-0.5
-        self.q_proj = Linear(c.hidden_size, self.heads * self.width)
-        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.width)
-        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.width)
-        self.o_proj = Linear(self.heads * self.width, c.hidden_size)
+        self.q_proj = Linear(c.hidden_size, self.heads * self.width, c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.width, c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.width, c.attention_bias)
+        self.o_proj = Linear(self.heads * self.width, c.hidden_size, c.attention_bias)
 
 
 class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
 
 class DecoderLayer(nn.Module):
@@ -210,13 +213,12 @@ class DecoderLayer(nn.Module):
         rope_(q, k, rotary.cos, rotary.sin, positions)
         return q, k, v
 
-    def feed_forward(self, x_mid: Tensor, h: Tensor, weights: "DenseWeights") -> Tensor:
-        """The layer's output from x after attention and its norm h."""
-        gate, up = (weights.apply(linear, h) for linear in (self.mlp.gate_proj, self.mlp.up_proj))
-        return x_mid + weights.apply(self.mlp.down_proj, swiglu(gate, up))
+    def output(self, a: Activations, weights: "DenseWeights") -> Tensor:
+        """The layer's output (N, D) from its complete activations."""
+        return a.x_mid + weights.apply(self.mlp.down_proj, swiglu(a.gate, a.up))
 
-    def complete(self, a: Activations, packed: Packed, rotary: Rotary, weights: "DenseWeights") -> None:
-        """Compute what `a` lacks: all of it in forward, what was not kept in backward."""
+    def complete(self, a: Activations, packed: Packed | None, rotary: Rotary, weights: "DenseWeights") -> None:
+        """Compute what `a` lacks: everything in forward, what was not kept in backward."""
         attn = self.self_attn
         if a.q is None:
             a.q, a.k, a.v = self.qkv(self.input_layernorm(a.x)[0], packed.positions, rotary, weights)
@@ -258,7 +260,7 @@ class _DecoderLayer(torch.autograd.Function):
         layer.complete(a, packed, rotary, weights)
         ctx.layer, ctx.packed, ctx.rotary = layer, packed, rotary
         ctx.save_for_backward(*a.kept(level))
-        return a.x_mid + weights.apply(layer.mlp.down_proj, swiglu(a.gate, a.up))
+        return layer.output(a, weights)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -279,7 +281,7 @@ class _DecoderLayer(torch.autograd.Function):
         # y = x_mid + Wdown m
         dy = dy.contiguous()
         dm = backward(mlp.down_proj, dy, swiglu(a.gate, a.up))
-        dgate, dup, _ = swiglu_backward(dm, a.gate, a.up)
+        dgate, dup = swiglu_backward(dm, a.gate, a.up)
         # gate, up = W h2, h2 = norm(x_mid)
         h, rstd = layer.post_attention_layernorm(a.x_mid)
         dh = backward(mlp.gate_proj, dgate, h)

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from minitune.checkpoint import whole_folder
+from minitune.files import require_space, whole_folder
 from minitune.layers import Embedding, Linear, RMSNorm
 from minitune.model import LlamaForCausalLM
 from minitune.tokenizer import Tokenizer
@@ -48,12 +48,15 @@ def merged_tensors(model: LlamaForCausalLM, merge_base: str = "auto") -> Iterato
 
 
 def merged_shapes(model: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what `merged_tensors` yields; names are Hugging Face's. A tied head is not among them."""
+    """Names and shapes of what `merged_tensors` yields; names are Hugging Face's. A tied head is not among them.
+
+    The model needs no weights for that.
+    """
     shapes = {}
     for name, module in _modules(model):
         linear = isinstance(module, Linear)
         shapes[f"{name}.weight"] = (module.out_features, module.in_features) if linear else tuple(module.shape)
-        if linear and module.bias is not None:
+        if linear and module.has_bias:
             shapes[f"{name}.bias"] = (module.out_features,)
     return shapes
 
@@ -121,13 +124,6 @@ def adapter_digest(model: LlamaForCausalLM) -> str | None:
         for factor in (linear.lora_A, linear.lora_B):
             digest.update(_bytes(factor.weight.detach().float().cpu()))
     return digest.hexdigest()[:32]
-
-
-def require_space(path: Path, needed: int) -> None:
-    """ValueError where the disk that is to hold `path` has less than `needed` bytes left."""
-    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
-    if (free := shutil.disk_usage(parent).free) < needed:
-        raise ValueError(f"{path}: needs {needed:,} bytes, but only {free:,} are left on the disk")
 
 
 def write_safetensors(

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from minitune.config import LINEARS, LoraConfig, ModelConfig
 from minitune.generate import generate
-from minitune.kernels.cross_entropy import linear_cross_entropy
+from minitune.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from minitune.layers import DecoderLayer, Embedding, Linear, Packed, RMSNorm, Rotary
 from minitune.recompute import KEEP_INPUT, free_memory, level_of
 from minitune.tokenizer import Tokenizer, check_vocabulary
 from minitune.weights import Checkpoint, load_weights, resolve_model
-
-IGNORED = -100
 
 
 @dataclass
@@ -50,6 +48,8 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.rotary = Rotary.build(config, max_seq_length, device)
         self.lora: LoraConfig | None = None
+        self.lora_seed: int | None = None  # drew the adapter's A
+        self.lora_dropout = 0.0  # that a loaded adapter was trained with; not applied here
         self.level = KEEP_INPUT  # what a layer keeps for backward (recompute.py)
         self.name, self.folder = "", Path()
 
@@ -78,7 +78,7 @@ class LlamaForCausalLM(nn.Module):
         for name, linear in self.linears():
             if name.rsplit(".", 1)[1] in lora.target_modules:
                 linear.add_lora(lora, self.device, generator)
-        self.lora = lora
+        self.lora, self.lora_seed = lora, seed
 
     def lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The trainable parameters under PEFT's names, always in the same order."""
@@ -140,7 +140,7 @@ class LlamaForCausalLM(nn.Module):
         """
         ids, positions, keep = self._pack(input_ids.cpu(), attention_mask, position_ids)
         packed = Packed.from_positions(positions).to(self.device)
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), self.as_current_device():
             x = self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
             for layer in self.model.layers:
                 x = layer(x, packed, self.rotary, self.level)
@@ -153,6 +153,8 @@ class LlamaForCausalLM(nn.Module):
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ in shape")
             rows, targets = _targets(labels.cpu()[keep], positions)
+            if wrong := targets[(targets < 0) | (targets >= self.config.vocab_size)].tolist():
+                raise ValueError(f"label {wrong[0]} is neither {IGNORE} nor within the vocabulary")
             denominator = max(1, len(rows)) if num_items_in_batch is None else num_items_in_batch
             rows, targets = (t.to(self.device, non_blocking=True) for t in (rows, targets))
             head = self.lm_head.dense(x.dtype)
@@ -185,11 +187,15 @@ class LlamaForCausalLM(nn.Module):
             raise ValueError(f"input_ids reach {int(ids.max())}, but the vocabulary has {self.config.vocab_size} rows")
         return ids, positions, keep
 
+    def _stored_otherwise(self) -> list[Linear]:
+        """The linears, the head among them, whose stored weight is not the dense one in the compute dtype."""
+        linears = (m for m in self.modules() if isinstance(m, Linear) and m.resident is None)
+        return [m for m in linears if m.is_quantized or m.weight.dtype != self.dtype]
+
     @contextlib.contextmanager
     def resident_weights(self) -> Iterator[None]:
         """Keep every linear as a dense weight in the compute dtype meanwhile: same numbers, nothing to dequantise."""
-        stored = (m for m in self.modules() if isinstance(m, Linear) and m.resident is None)
-        linears = [m for m in stored if m.is_quantized or m.weight.dtype != self.dtype]
+        linears = self._stored_otherwise()
         try:
             for linear in linears:
                 linear.resident = linear.dense(self.dtype)
@@ -200,16 +206,21 @@ class LlamaForCausalLM(nn.Module):
 
     def resident_weights_where_they_fit(self) -> contextlib.AbstractContextManager:
         """`resident_weights`, if they take less than half of the memory that is free."""
-        dense = sum(linear.in_features * linear.out_features for _, linear in self.linears()) * self.dtype.itemsize
-        return self.resident_weights() if dense < free_memory(self.device) / 2 else contextlib.nullcontext()
+        values = sum(linear.in_features * linear.out_features for linear in self._stored_otherwise())
+        fits = values * self.dtype.itemsize < free_memory(self.device) / 2
+        return self.resident_weights() if fits else contextlib.nullcontext()
+
+    def as_current_device(self) -> contextlib.AbstractContextManager:
+        """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     generate = generate
 
 
 def _targets(labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (M,) that predict a label, and these labels (M,): those of the next token, if it is in the same sample."""
-    following = torch.cat([torch.where(positions[1:] == 0, IGNORED, labels[1:]), labels.new_tensor([IGNORED])])
-    rows = (following != IGNORED).nonzero()[:, 0]
+    following = torch.cat([torch.where(positions[1:] == 0, IGNORE, labels[1:]), labels.new_tensor([IGNORE])])
+    rows = (following != IGNORE).nonzero()[:, 0]
     return rows, following[rows]
 
 
@@ -257,7 +268,7 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str | Path,
-        max_seq_length: int | None = 2048,
+        max_seq_length: int | None = None,
         dtype: torch.dtype | None = None,
         load_in_4bit: bool = True,
         device: str | torch.device | None = None,
@@ -265,9 +276,9 @@ class FastLanguageModel:
     ) -> tuple[LlamaForCausalLM, Tokenizer]:
         """Load a model folder, or `org/name` from the local Hugging Face cache, and its tokenizer.
 
-        max_seq_length: the longest sample; None for all that the model knows.
+        max_seq_length: the longest sample; by default 2048, or all that the model knows where that is less.
         dtype: what is computed in; by default bfloat16 on a GPU and float32 on a CPU.
-        device: by default a GPU where there is one; it becomes torch's current device.
+        device: cpu, cuda, cuda:1 and so on; by default a GPU where there is one.
         load_in_4bit: quantise the linears to NF4 as they are read; False keeps them as stored. A folder that is
             already NF4 is taken as it stands either way.
 
@@ -281,7 +292,8 @@ class FastLanguageModel:
             raise ValueError(f"max_seq_length {max_seq_length} is not within the {known} positions the model knows")
         tokenizer = Tokenizer.from_folder(folder)
         check_vocabulary(tokenizer, config.vocab_size)
-        model = LlamaForCausalLM(config, dtype=dtype, device=device, max_seq_length=max_seq_length or known)
+        longest = max_seq_length or min(2048, known)
+        model = LlamaForCausalLM(config, dtype=dtype, device=device, max_seq_length=longest)
         model.name, model.folder = str(model_name), folder
         load_weights(model, Checkpoint(folder), device, load_in_4bit, progress)
         return model, tokenizer
@@ -319,17 +331,21 @@ class FastLanguageModel:
 
 
 def _device_and_dtype(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device {device!r} does not exist; choose cpu, cuda, or a numbered GPU as cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device.type!r} is not supported; choose cpu or cuda")
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype {dtype} is not supported; choose torch.float32, torch.bfloat16 or torch.float16")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("device 'cuda' was asked for, but torch sees no CUDA GPU")
+        if (count := torch.cuda.device_count()) <= (device.index or 0):
+            raise ValueError(f"device {device} was asked for, but torch sees {count} CUDA GPUs")
         if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
             name = torch.cuda.get_device_name(device)
             raise ValueError(f"{name} has no bfloat16 (it needs compute capability 8.0); pass dtype=torch.float32")
         device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
-        torch.cuda.set_device(device)  # where Triton launches
     return device, dtype

@@ -103,21 +103,21 @@ class NF4:
         tensors = (self.packed, self.absmax, self.nested_absmax)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype` (out_features, in_features)."""
-        return dequantize_nf4(
-            self.packed,
-            self.absmax,
-            self.code,
-            self.shape,
-            dtype,
-            blocksize=self.blocksize,
-            nested_absmax=self.nested_absmax,
-            nested_code=self.nested_code,
-            nested_offset=self.nested_offset,
-            nested_blocksize=self.nested_blocksize,
-            out=out,
-        )
+        with torch.cuda.device_of(self.packed):  # Triton launches on the current device
+            return dequantize_nf4(
+                self.packed,
+                self.absmax,
+                self.code,
+                self.shape,
+                dtype,
+                blocksize=self.blocksize,
+                nested_absmax=self.nested_absmax,
+                nested_code=self.nested_code,
+                nested_offset=self.nested_offset,
+                nested_blocksize=self.nested_blocksize,
+            )
 
 
 def _quantize_scales(scales: Tensor, dynamic: Tensor) -> tuple[Tensor, Tensor]:

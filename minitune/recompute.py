@@ -14,8 +14,10 @@ each row in addition to those above it:
 Forward and recomputation run the same function (`DecoderLayer.complete`), so every level gives the same bits.
 """
 
-import os
+import contextlib
+import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,9 +61,13 @@ def level_of(use_gradient_checkpointing: bool | str) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device: the GPU's own count, or the host's unused physical memory."""
+    """Bytes that can still be had: the GPU's own count; on the host what is available within the container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:  # Linux
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 4 << 30
+    available = 4 << 30  # where the system does not say
+    with contextlib.suppress(OSError):
+        available = int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        available = min(available, limit - used)
+    return available

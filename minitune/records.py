@@ -5,7 +5,8 @@
     {"prompt", "completion"}                     two texts, or two lists of messages: the completion is trained on
     {"instruction", "input", "output"}           Alpaca: a conversation of two turns, or written out without a template
     {"text"}                                     everything is trained on
-    {"input_ids", "labels"}                      already tokens; without labels everything is trained on
+    {"input_ids", "labels"}                      already tokens; without labels everything is trained on, less what
+                                                 completion_mask or assistant_masks hold a 0 for
 
 Whatever is wrong with a line is a ValueError that begins with its file and line number.
 """
@@ -83,20 +84,30 @@ def _read_lines(path: Path) -> list[tuple[str, object]]:
         for number, line in enumerate(file, 1):
             try:
                 if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
-                    records.append((f"{path}:{number}", json.loads(text)))
+                    records.append((f"{path}:{number}", _json(text)))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: not JSON: {error.msg} at column {error.colno}; known are, one a line, {SHAPES}"
-                ) from None
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}; known are, one a line, {SHAPES}") from None
     return records
+
+
+def _json(text: str):
+    """The value that a JSON text stands for. ValueError where it is none, or one that Python does not take in."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply to be read") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"JSON that cannot be read: {str(error).partition(';')[0]}") from None
 
 
 def render_record(record: Mapping, tokenizer: Tokenizer, options: Options) -> Rendered | Sample:
     """The record as a text with spans, or as a Sample where it already holds tokens. ValueError says what is wrong."""
     if "input_ids" in record:
-        return _tokens(record, tokenizer)
+        return _tokens(record, tokenizer, options)
     if "messages" in record:
         return _conversation(_messages(record["messages"], "messages"), _tools(record), tokenizer, options)
     if "conversations" in record:
@@ -151,9 +162,10 @@ def _instruction(record: Mapping, tokenizer: Tokenizer, options: Options) -> Ren
     return _conversation(messages, None, tokenizer, options)
 
 
-def _tokens(record: Mapping, tokenizer: Tokenizer) -> Sample:
+def _tokens(record: Mapping, tokenizer: Tokenizer, options: Options) -> Sample:
     ids = _integers(record["input_ids"], "input_ids")
-    labels = _integers(record["labels"], "labels") if record.get("labels") is not None else list(ids)
+    labelled = record.get("labels") is not None
+    labels = _integers(record["labels"], "labels") if labelled else list(ids)
     if len(ids) != len(labels):
         raise ValueError(
             f"{len(ids)} input_ids but {len(labels)} labels; each token has one, -100 where not trained on"
@@ -162,7 +174,28 @@ def _tokens(record: Mapping, tokenizer: Tokenizer) -> Sample:
     for name, values in (("input_ids", ids), ("labels", [label for label in labels if label != -100])):
         if wrong := [value for value in values if value not in known]:
             raise ValueError(f"{name} hold {wrong[0]}, but the tokenizer's ids are 0 to {tokenizer.vocab_size - 1}")
+    if 0 in (_mask(record, "attention_mask", len(ids)) or []):
+        raise ValueError('"attention_mask" holds a 0; samples are packed without padding, so leave padded tokens out')
+    for name, flag, option in (
+        ("completion_mask", options.completion_only_loss, "completion_only_loss"),
+        ("assistant_masks", options.assistant_only_loss, "assistant_only_loss"),
+    ):
+        mask = _mask(record, name, len(ids))
+        if mask is None:
+            _refuse(flag and not labelled, option, f"{name} or labels")
+        elif flag is not False:
+            labels = [label if trained else -100 for label, trained in zip(labels, mask, strict=True)]
     return Sample(ids, labels)
+
+
+def _mask(record: Mapping, name: str, size: int) -> list[int] | None:
+    """The mask of a record of `size` tokens, None where it has none."""
+    if record.get(name) is None:
+        return None
+    mask = _integers(record[name], name)
+    if len(mask) != size or not set(mask) <= {0, 1}:
+        raise ValueError(f'"{name}" is not a list of {size} zeros and ones, one for each of the input_ids')
+    return mask
 
 
 def _integers(values, name: str) -> list[int]:
@@ -175,7 +208,7 @@ def _integers(values, name: str) -> list[int]:
 def _tools(record: Mapping) -> list | None:
     """The tools that the template is to describe: a list, or a text that holds it as JSON."""
     tools = record.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools = _json(tools) if isinstance(tools, str) else tools
     if not isinstance(tools, list | None):
         raise ValueError(f'"tools" is {_kind(tools)}, expected a list')
     return tools

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from minitune.files import write_text, writing
+
 if TYPE_CHECKING:
     from minitune.data import Prepared
     from minitune.model import LlamaForCausalLM
+    from minitune.trainer import SFTTrainer
 
 # How a record's values look in the line for a person; those not named here are in the JSONL only.
 LINE = {
@@ -55,10 +58,14 @@ class Report:
     """Where a run's output goes. A context manager, so that bar and file are closed however the run ends."""
 
     def __init__(self, path: Path, total: int, done: int = 0):
-        """Records of steps after `done`, left in the file by the run that is resumed, are dropped."""
-        self.total = total
-        _keep_records(path, done)
-        self._file = path.open("a", encoding="utf-8")
+        """Records of steps after `done`, left in the file by the run that is resumed, are dropped.
+
+        Raises ValueError, as `record` does, where the file cannot be written.
+        """
+        self.path, self.total = path, total
+        with writing(path):
+            _keep_records(path, done)
+            self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(total=total, initial=done, unit="step", file=sys.stderr, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Report":
@@ -66,7 +73,8 @@ class Report:
 
     def __exit__(self, *exception) -> None:
         self._bar.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # `record` has flushed, or raised what would be raised again here
+            self._file.close()
 
     def say(self, text: str) -> None:
         """A line for a person, above the bar."""
@@ -78,8 +86,9 @@ class Report:
         self._bar.update()
 
     def record(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         self.say(metrics_line(record, self.total))
 
 
@@ -88,15 +97,13 @@ def _keep_records(path: Path, done: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(kept))
 
 
 def storage_bytes(model: "LlamaForCausalLM") -> int:
@@ -127,6 +134,23 @@ def banner(model: "LlamaForCausalLM", data: "Prepared", rows: Sequence[tuple[str
         *rows,
     ]  # fmt: skip
     return "\n".join(f"{label:<11}{text}" for label, text in lines)
+
+
+def run_rows(trainer: "SFTTrainer", resumed: Path | None) -> list[tuple[str, str]]:
+    """The banner's lines about the run: how many steps, the optimizer, where it goes."""
+    t, a = trainer, trainer.args
+    unit = f"rows of {t.max_length}" if a.packing else "samples"
+    plan = f"{t.total_steps:,} optimizer steps of {t.units_per_step} {unit}, {t.steps_per_epoch:,} an epoch"
+    optimizer = f"AdamW, {a.learning_rate:g}, {a.lr_scheduler_type}; 16 bytes a trainable parameter"
+    output = f"{t.output}" + (f", continued from {resumed.name} (step {t.progress.step})" if resumed else "")
+    rows = [
+        ("steps", f"{plan}; at most {t.micro_step_tokens:,} tokens a forward/backward"),
+        ("optimizer", optimizer),
+        ("output", output),
+    ]
+    if dropout := t.model.lora_dropout:  # of an adapter that was loaded
+        rows.append(("warning", f"the adapter comes with lora_dropout {dropout}, which is not applied here"))
+    return rows
 
 
 @contextlib.contextmanager

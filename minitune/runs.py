@@ -5,22 +5,63 @@
     OUTPUT/checkpoint-N/    after N optimizer steps (checkpoint.py)
     OUTPUT/adapter/         the result, in PEFT's format
     OUTPUT/merged/          with --merge, base and adapter as one 16-bit model
+    OUTPUT/NAME-TYPE.gguf   with --gguf, the same as one file
 
 Nothing of an earlier run is replaced unless that was asked for, and files that no run wrote are never touched.
 """
 
+import array
+import hashlib
 import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitune.config import SFTConfig
+from minitune.files import writing
+
+if TYPE_CHECKING:
+    from minitune.data import Sample
+    from minitune.model import LlamaForCausalLM
+    from minitune.tokenizer import Tokenizer
 
 # What has to be the same for a resumed run to go on where it was, and what may differ with a warning.
 SAME_ORDER = ("seed", "samples_per_step", "packing", "max_length", "data")
 SAME_MATHEMATICS = (
-    "model", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "total_steps", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "model", "load_in_4bit", "dtype", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
+    "total_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
 )  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # moved so far
+    seconds: float = 0.0
+    loss_sum: float = 0.0  # over all steps
+    grad_norm: float = 0.0  # of the last step, before clipping
+    unlogged: list[float] = field(default_factory=list)  # losses of the steps since the last metrics line
+
+    @classmethod
+    def read(cls, values: dict[str, Any], source: Path) -> "Progress":
+        """From a checkpoint's state. ValueError names the file `source` where a value is missing or of another type."""
+        for item in fields(cls):
+            value, kind = values.get(item.name), type(getattr(cls(), item.name))
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(f"{source}: {item.name} is {value!r}; resume from another checkpoint")
+        return cls(**{item.name: values[item.name] for item in fields(cls)})
+
+
+def fingerprint(samples: Sequence["Sample"]) -> str:
+    """A hash of every token and label, to recognise the data of a resumed run."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for values in ([len(sample.input_ids)], sample.input_ids, sample.labels):
+            digest.update(array.array("q", values).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def checkpoints(output: str | Path) -> list[Path]:
@@ -37,22 +78,44 @@ def holds_run(output: str | Path) -> list[str]:
     ]
 
 
-def check_output(output: str | Path, overwrite: bool, resume: bool) -> None:
-    """ValueError where `output` cannot become, or already is, a run folder and neither option says what to do."""
-    if Path(output).exists() and not Path(output).is_dir():
-        raise ValueError(f"output folder {output} is a file")
+def check_output(
+    output: str | Path, overwrite: bool, resume: bool, needed: Iterable[str | Path] = (), files: Iterable[str] = ()
+) -> None:
+    """ValueError where a run cannot go to `output`, or would replace something there that it was not told to.
+
+    needed: model and data, which must not lie within what a run replaces. files: names of GGUF files to be written.
+    """
+    folder = Path(output)
+    if wrong := [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]:
+        raise ValueError(f"output folder {output}: {wrong[0]} is a file; choose another --output-dir")
     if (found := holds_run(output)) and not (overwrite or resume):
         raise ValueError(
             f"{output} already holds a run ({', '.join(found[:3])}); pass --resume to continue it, --overwrite to "
             "replace it, or another --output-dir"
         )
+    if existing := [name for name in files if (folder / name).exists() and not (overwrite or resume)]:
+        raise ValueError(f"{folder / existing[0]} exists; pass --overwrite to replace it, or another --output-dir")
+    for name in found:
+        own = (folder / name).resolve()
+        if inside := [path for path in needed if Path(path).resolve().is_relative_to(own)]:
+            raise ValueError(
+                f"{inside[0]} is needed, but lies in {folder / name}, which this run would replace; choose another "
+                "--output-dir, or move it first"
+            )
 
 
 def clear_run(output: str | Path) -> None:
     """Remove what a run wrote into a folder, and nothing else."""
     for name in holds_run(output):
         path = Path(output) / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def drop_checkpoints(output: str | Path, after: int, but: int | None = None) -> None:
+    """Remove the checkpoints of later steps than `after`, but for one: a run that went back makes its own."""
+    for folder in checkpoints(output):
+        if (step := int(folder.name.split("-")[-1])) > after and step != but:
+            shutil.rmtree(folder)
 
 
 def next_run_folder(parent: str | Path = "runs") -> Path:
@@ -68,11 +131,12 @@ def next_run_folder(parent: str | Path = "runs") -> Path:
             number += 1
 
 
-def open_run(args: SFTConfig, resume: bool | str | Path) -> tuple[Path, Path | None]:
+def open_run(args: SFTConfig, resume: bool | str | Path, needed: Iterable[str | Path] = ()) -> tuple[Path, Path | None]:
     """The run folder, and the checkpoint in it to continue from, or None to start from the beginning.
 
-    resume: True for the newest checkpoint, a path for that one. Raises ValueError where the folder holds a run and the
-    settings don't say what becomes of it. Changes nothing but that a numbered folder is made where output_dir is None.
+    resume: True for the newest checkpoint, a path for that one. needed: see `check_output`. Raises ValueError where the
+    folder holds a run and the settings don't say what becomes of it. Changes nothing but that a numbered folder is made
+    where output_dir is None.
     """
     wanted = bool(resume) or args.resume
     if args.output_dir is None:
@@ -80,7 +144,7 @@ def open_run(args: SFTConfig, resume: bool | str | Path) -> tuple[Path, Path | N
             raise ValueError("resume needs output_dir: the folder of the run to continue")
         return next_run_folder(), None
     output = Path(args.output_dir)
-    check_output(output, args.overwrite, wanted)
+    check_output(output, args.overwrite, wanted, needed)
     if isinstance(resume, (str, Path)):
         return output, Path(resume)
     saved = checkpoints(output) if wanted else []
@@ -102,3 +166,35 @@ def changed_settings(source: Path, before: dict[str, Any], now: dict[str, Any]) 
             "or start anew with --overwrite"
         )
     return words
+
+
+def write_models(
+    model: "LlamaForCausalLM",
+    tokenizer: "Tokenizer",
+    output: Path,
+    merge: bool = False,
+    methods: Sequence[str] = (),
+    merge_base: str = "auto",
+) -> list[Path]:
+    """Write OUTPUT/merged and GGUF files, and return their paths.
+
+    Each is written in a folder beside its place; one of the same name is replaced when the new one is whole.
+    Raises ValueError where that fails.
+    """
+    staging, written = output / ".export.partial", []
+    try:
+        with writing(output):
+            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+            staging.mkdir()
+            if merge:
+                merged = output / "merged"
+                model.save_pretrained_merged(staging / "merged", tokenizer, merge_base=merge_base)
+                if merged.exists():
+                    merged.rename(staging / "old")
+                written.append((staging / "merged").rename(merged))
+            for method in methods:
+                path = model.save_pretrained_gguf(staging, tokenizer, method, merge_base)
+                written.append(path.replace(output / path.name))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return written

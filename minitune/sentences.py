@@ -37,7 +37,7 @@ class SentencePieceBackend:
         controls = {pieces[i]: i for i in range(size) if self._begin.is_control(i) or self._begin.is_unknown(i)}
         self._special: dict[str, int] = dict(controls)  # cut out of a text
         self._hidden: set[int] = set(controls.values())  # left out by skip_special_tokens
-        self._add(added, config.get("added_tokens_decoder", {}))
+        self._add(path.parent, added, config.get("added_tokens_decoder", {}))
         self._pieces = dict(enumerate(pieces)) | {i: token for token, i in self._special.items()}
         self._ids = {piece: i for i, piece in self._pieces.items()}
         self.vocab_size = max(self._pieces) + 1
@@ -47,11 +47,20 @@ class SentencePieceBackend:
         self.prefix = [ids["bos"]] if config.get("add_bos_token", True) and "bos" in self.named else []
         self.suffix = [ids["eos"]] if config.get("add_eos_token", False) and "eos" in self.named else []
 
-    def _add(self, added: dict[str, int], decoder: dict[str, dict]) -> None:
+    def _add(self, folder: Path, added: dict[str, int], decoder: dict[str, dict]) -> None:
         """Take in added_tokens.json (text -> id) and tokenizer_config.json's added_tokens_decoder (id -> token)."""
-        self._special.update(added)
+        for text, index in added.items():
+            if type(index) is not int or index < 0:
+                raise ValueError(f"{folder / 'added_tokens.json'}: {text!r} has the id {index!r}, expected a number")
+            self._special[text] = index
+        form = f'{folder / "tokenizer_config.json"}: added_tokens_decoder is not {{"id": {{"content": text}}, ...}}'
+        if not isinstance(decoder, dict):
+            raise ValueError(form)
         for index, token in decoder.items():
-            self._special[token["content"]] = int(index)
+            text = token.get("content") if isinstance(token, dict) else None
+            if not index.isdecimal() or not isinstance(text, str):
+                raise ValueError(f"{form}: {index!r} is {token!r:.100}")
+            self._special[text] = int(index)
             if token.get("special"):
                 self._hidden.add(int(index))
 

@@ -100,12 +100,14 @@ class Tokenizer:
     def _named_id(self, name: str) -> int | None:
         """The id of the token called NAME_token in the tokenizer's files, else of NAME_token_id in config.json."""
         key = f"{name}_token"
-        for source in (self._config, self._map):
+        for file, source in (("tokenizer_config.json", self._config), ("special_tokens_map.json", self._map)):
             if key in source:
                 token = source[key]
                 token = token.get("content") if isinstance(token, dict) else token
                 if token is None:
                     return None
+                if not isinstance(token, str):
+                    raise ValueError(f"{self.folder / file}: {key} is {token!r}, expected a token's text")
                 if (index := self._backend.token_to_id(token)) is None:
                     raise ValueError(f"{self.folder}: {key} is {token!r}, which is not in the tokenizer's vocabulary")
                 return index
@@ -232,8 +234,8 @@ def _read_json(path: Path) -> dict:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON that can be read: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
     return value

@@ -13,15 +13,13 @@ the optimizer's moments are all that a checkpoint needs for the run to go on bit
 until they are logged; nothing in a step waits for it.
 """
 
-import array
 import contextlib
-import hashlib
 import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,9 +31,12 @@ from torch import Tensor
 from minitune import checkpoint, runs
 from minitune.config import SFTConfig
 from minitune.data import Batch, Prepared, Sample, collate, micro_steps, pack_rows, prepare
+from minitune.files import write_text, writing
 from minitune.flags import as_dict, toml_text
 from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
-from minitune.report import Report, banner, counter, interruptible
+from minitune.recompute import KEEP_ALL
+from minitune.report import Report, banner, counter, interruptible, run_rows
+from minitune.runs import Progress
 from minitune.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -53,31 +54,10 @@ class TrainOutput(NamedTuple):
     metrics: dict[str, float]
 
 
-@dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # moved so far
-    seconds: float = 0.0
-    loss_sum: float = 0.0  # over all steps
-    grad_norm: float = 0.0  # of the last step, before clipping
-    unlogged: list[float] = field(default_factory=list)  # losses of the steps since the last metrics line
-
-
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     """The order in which an epoch goes through `count` samples: a permutation that depends on nothing else."""
     return tuple(np.random.default_rng((seed, epoch)).permutation(count).tolist())
-
-
-def fingerprint(samples: Sequence[Sample]) -> str:
-    """A hash of every token and label, to recognise the data of a resumed run."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        for values in ([len(sample.input_ids)], sample.input_ids, sample.labels):
-            digest.update(array.array("q", values).tobytes())
-    return digest.hexdigest()[:16]
 
 
 class SFTTrainer:
@@ -119,14 +99,18 @@ class SFTTrainer:
         if self.total_steps < 0:
             self.total_steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
         self.micro_step_tokens = self.args.micro_step_tokens or MICRO_STEP_TOKENS[model.device.type]
-        # What config.toml will hold besides SFTConfig; a command may replace it by what it was told.
+        sources = {"data": train_dataset, "eval_data": eval_dataset}
+        files = {name: str(source) for name, source in sources.items() if isinstance(source, (str, Path))}
+        self._needed = [model.folder, *files.values()]
+        # What config.toml will hold besides SFTConfig; a command adds what else it was told.
         self.settings: dict[str, Any] = {
             "model": model.name,
-            "data": str(train_dataset) if isinstance(train_dataset, (str, Path)) else None,
-            "eval_data": str(eval_dataset) if isinstance(eval_dataset, (str, Path)) else None,
+            **files,
             "max_seq_length": model.max_seq_length,
             "load_in_4bit": any(linear.is_quantized for _, linear in model.linears()),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "use_gradient_checkpointing": "false" if model.level == KEEP_ALL else "unsloth",
+            "random_state": model.lora_seed,
             **as_dict(model.lora),
         }
         self.progress = Progress()
@@ -206,16 +190,15 @@ class SFTTrainer:
         """Train to the end. True continues from the newest checkpoint of output_dir, a path from that checkpoint.
 
         Raises ValueError for an output folder that holds another run, a checkpoint that does not belong to this data
-        or these settings, a loss that is not finite, or a full disk; KeyboardInterrupt after Ctrl-C, once the step is
-        finished and saved. The last whole checkpoint is kept in every case.
+        or these settings, a loss that is not finite, a GPU out of memory, or a full disk; KeyboardInterrupt after
+        Ctrl-C, once the step is finished and saved. The last whole checkpoint is kept in every case.
         """
         resumed = self._begin(resume_from_checkpoint)
         p, a = self.progress, self.args
-        saved, started = p.step if resumed else 0, time.perf_counter() - p.seconds
-        log_time, log_tokens = time.perf_counter(), p.tokens
+        started, log_time, log_tokens = time.perf_counter() - p.seconds, time.perf_counter(), p.tokens
         report = Report(self.output / "metrics.jsonl", self.total_steps, p.step)
-        with report, interruptible() as caught, self._weights():
-            report.say(banner(self.model, self.train_data, self._rows(resumed)))
+        with report, interruptible() as caught, self._enough_memory(), self._weights():
+            report.say(banner(self.model, self.train_data, run_rows(self, resumed)))
             while p.step < self.total_steps and not caught:
                 self._optimizer_step()
                 report.advance()
@@ -223,23 +206,26 @@ class SFTTrainer:
                     self._collect()
                     now = time.perf_counter()
                     p.seconds = now - started
-                    report.record(self._record((p.tokens - log_tokens) / (now - log_time)))
+                    self._report(report, self._record((p.tokens - log_tokens) / (now - log_time)))
                     log_time, log_tokens = now, p.tokens
                 paused = time.perf_counter()
                 if self._happens(a.eval_strategy, a.eval_steps or a.logging_steps):
-                    report.record({"step": p.step, "epoch": self._epoch(), **self.evaluate()})
+                    self._report(report, {"step": p.step, "epoch": self._epoch(), **self.evaluate()})
                 if self._happens(a.save_strategy, a.save_steps) or caught:
                     p.seconds = time.perf_counter() - started
-                    saved = self._save()
+                    self._save()
                 log_time += time.perf_counter() - paused
             self._collect()
             p.seconds = time.perf_counter() - started
             if caught and p.step < self.total_steps:
                 report.say(
-                    f"interrupted after step {p.step} of {self.total_steps}, saved {self.output}/checkpoint-{saved}; "
+                    f"interrupted after step {p.step} of {self.total_steps}, saved {self._last_checkpoint()}; "
                     f"continue with --output-dir {self.output} --resume, or SFTConfig(resume=True)"
                 )
                 raise KeyboardInterrupt
+            if p.step > self._saved:
+                with writing(self.output):
+                    runs.drop_checkpoints(self.output, after=self._saved)
             checkpoint.save_adapter(self.model, self.output / "adapter")
             report.say(f"{'saved':<11}{self.output / 'adapter'}")
         mean = p.loss_sum / max(1, p.step)
@@ -250,6 +236,33 @@ class SFTTrainer:
         """A CPU takes as long to dequantise a weight as to multiply 30 rows by it, so there weights stay dense."""
         cpu = self.model.device.type == "cpu"
         return self.model.resident_weights_where_they_fit() if cpu else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        """A GPU that runs out of memory within becomes a ValueError that says what needs less."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            settings = self.settings
+            raise ValueError(
+                f"{self.model.device} is out of memory in step {self.progress.step + 1}; lower micro_step_tokens "
+                f"({self.micro_step_tokens}) or max_length ({self.max_length}), or turn on use_gradient_checkpointing "
+                f"({settings['use_gradient_checkpointing']}) or load_in_4bit ({settings['load_in_4bit']}); last "
+                f"checkpoint: {self._last_checkpoint()}"
+            ) from error
+
+    def _report(self, report: Report, record: dict[str, Any]) -> None:
+        """Log a record. Where it cannot be written the run ends, after a checkpoint if there is room for one."""
+        try:
+            report.record(record)
+        except ValueError as error:
+            with contextlib.suppress(ValueError):  # on a full disk this fails as well
+                self._save()
+            raise ValueError(f"{error}; training stopped, last checkpoint: {self._last_checkpoint()}") from error
+
+    def _last_checkpoint(self) -> str:
+        folder = self.output / f"checkpoint-{self._saved}"
+        return str(folder) if folder.is_dir() else "none was saved"
 
     def _due(self, interval: int) -> bool:
         return self.progress.step % interval == 0 or self.progress.step == self.total_steps
@@ -268,10 +281,9 @@ class SFTTrainer:
         for step, (loss, norm) in enumerate(rows, start=self.progress.step - len(rows) + 1):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = f"gradient norm became {norm}" if math.isfinite(loss) else f"loss became {loss}"
-                kept = [str(folder) for folder in runs.checkpoints(self.output)[-1:]] or ["none was saved"]
                 raise ValueError(
-                    f"{what} at step {step} and training stopped; last checkpoint: {kept[0]}. Lower learning_rate "
-                    f"({self.args.learning_rate:g}), or look at the samples of that step"
+                    f"{what} at step {step} and training stopped; last checkpoint: {self._last_checkpoint()}. Lower "
+                    f"learning_rate ({self.args.learning_rate:g}), or look at the samples of that step"
                 )
             self.progress.unlogged.append(loss)
             self.progress.loss_sum += loss
@@ -304,20 +316,21 @@ class SFTTrainer:
             weight_decay=a.weight_decay,
             max_grad_norm=a.max_grad_norm,
         )
-        self.output, source = runs.open_run(a, resume)
+        with writing(a.output_dir or "runs"):
+            self.output, source = runs.open_run(a, resume, self._needed)
+            if source is None:
+                runs.clear_run(self.output)
         self.progress = Progress()
         self._pending.clear()
-        if source is None:
-            runs.clear_run(self.output)
-        else:
-            state = checkpoint.read_state(source)
+        if source is not None:
+            state = checkpoint.read_state(source, progress=dict, identity=dict)
             if words := runs.changed_settings(source, state["identity"], self._identity()):
                 print(f"warning: {source} is continued with other settings: {words}", file=sys.stderr)
             checkpoint.load_checkpoint(self.model, self.optimizer, source)
-            self.progress = Progress(**state["progress"])
-        self.output.mkdir(parents=True, exist_ok=True)
+            self.progress = Progress.read(state["progress"], source / checkpoint.STATE)
+        self._saved = self.progress.step
         resolved = replace(a, output_dir=str(self.output), max_length=self.max_length)
-        (self.output / "config.toml").write_text(toml_text({**self.settings, **as_dict(resolved)}), encoding="utf-8")
+        write_text(self.output / "config.toml", toml_text({**self.settings, **as_dict(resolved)}))
         return source
 
     def _identity(self) -> dict[str, Any]:
@@ -329,31 +342,26 @@ class SFTTrainer:
             "max_length": self.max_length,
             "total_steps": self.total_steps,
             "model": self.model.name,
-            "data": fingerprint(self.train_data.samples),
+            "load_in_4bit": self.settings["load_in_4bit"],
+            "dtype": self.settings["dtype"],
+            "data": runs.fingerprint(self.train_data.samples),
         }
 
-    def _save(self) -> int:
-        """Write checkpoint-N for the step just done, then drop the oldest beyond save_total_limit; returns N."""
+    def _save(self) -> None:
+        """Write checkpoint-N for the step just done.
+
+        Then drop what another run left after the step from which this one was resumed, and the oldest beyond
+        save_total_limit.
+        """
         self._collect()
         step = self.progress.step
         epoch, position = divmod(step, self.steps_per_epoch)
         place = {"epoch": epoch, "steps_into_epoch": position}
         state = {"progress": asdict(self.progress), **place, "identity": self._identity()}
         checkpoint.save_checkpoint(self.model, self.optimizer, state, self.output / f"checkpoint-{step}")
-        if limit := self.args.save_total_limit:
-            for old in runs.checkpoints(self.output)[:-limit]:
-                shutil.rmtree(old)
-        return step
-
-    def _rows(self, resumed: Path | None) -> list[tuple[str, str]]:
-        a, unit = self.args, f"rows of {self.max_length}" if self.args.packing else "samples"
-        plan = (
-            f"{self.total_steps:,} optimizer steps of {self.units_per_step} {unit}, {self.steps_per_epoch:,} an epoch"
-        )
-        optimizer = f"AdamW, {a.learning_rate:g}, {a.lr_scheduler_type}; 16 bytes a trainable parameter"
-        output = f"{self.output}" + (f", continued from {resumed.name} (step {self.progress.step})" if resumed else "")
-        return [
-            ("steps", f"{plan}; at most {self.micro_step_tokens:,} tokens a forward/backward"),
-            ("optimizer", optimizer),
-            ("output", output),
-        ]
+        with writing(self.output):
+            runs.drop_checkpoints(self.output, after=self._saved, but=step)
+            if limit := self.args.save_total_limit:
+                for old in runs.checkpoints(self.output)[:-limit]:
+                    shutil.rmtree(old)
+        self._saved = step

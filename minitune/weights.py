@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minitune.config import ModelConfig
 from minitune.layers import Embedding, Linear, RMSNorm
-from minitune.nf4 import NF4, dynamic_map, nf4_code
+from minitune.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE, NF4, dynamic_map, nf4_code
 
 _STATE = "weight.quant_state.bitsandbytes__"
 NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")  # constants that old writers saved
@@ -68,11 +68,12 @@ class Checkpoint:
         if index.is_file():
             try:
                 expected = dict(json.loads(index.read_text())["weight_map"])
+                shards = sorted({self.folder / file for file in expected.values()})
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{index}: not a safetensors index (JSON with a weight_map)") from None
-            shards = sorted({self.folder / file for file in expected.values()})
         else:
-            expected, shards = {}, sorted(self.folder.glob("*.safetensors"))
+            expected, whole = {}, self.folder / "model.safetensors"
+            shards = [whole] if whole.is_file() else sorted(self.folder.glob("*.safetensors"))
             if not shards:
                 raise ValueError(f"{self.folder}: holds no *.safetensors; other weight formats are not read")
         self._file_of: dict[str, Path] = {}
@@ -84,7 +85,10 @@ class Checkpoint:
                 self._files[path] = safe_open(path, "pt")
             except SafetensorError as error:
                 raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
-            self._file_of |= dict.fromkeys(self._files[path].keys(), path)
+            for name in self._files[path].keys():  # noqa: SIM118 (not a dictionary)
+                if name in self._file_of:
+                    raise ValueError(f"{self.folder}: {name} is in both {self._file_of[name].name} and {path.name}")
+                self._file_of[name] = path
         for name, file in expected.items():
             if self._file_of.get(name) != self.folder / file:
                 raise ValueError(f"{index}: says that {file} holds {name}, but it does not")
@@ -129,6 +133,8 @@ def check_quantization(config: ModelConfig) -> None:
     q = config.raw.get("quantization_config")
     if not q:
         return
+    if not isinstance(q, dict):
+        raise ValueError(f"quantization_config is {q!r}; expected an object")
     method = q.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         raise ValueError(f"the model is quantised with {method}; only bitsandbytes' NF4 or 16-bit weights are read")
@@ -171,10 +177,13 @@ def load_weights(
             module.nf4, names = _prequantized(checkpoint, name, state[0], shape, device)
             used |= names
         elif quantize and name != "lm_head":
-            module.nf4 = NF4.quantize(fetch(key, shape).data)
+            weight = fetch(key, shape).data
+            if weight.numel() % BLOCKSIZE:
+                raise ValueError(f"{key} has shape {shape}, which NF4 cannot cut into blocks of {BLOCKSIZE}")
+            module.nf4 = NF4.quantize(weight)
         else:
             module.weight = fetch(key, shape)
-        if f"{name}.bias" in checkpoint:
+        if module.has_bias:
             module.bias = fetch(f"{name}.bias", (module.out_features,))
     unknown = sorted(n for n in checkpoint.names() if n not in used and not n.endswith(NOT_WEIGHTS))
     if unknown:
@@ -194,34 +203,40 @@ def _prequantized(
     kind = state_name.rsplit("__", 1)[1]
     if kind != "nf4":
         raise ValueError(f"{checkpoint.folder}: {linear} is quantised as {kind.upper()}; only NF4 is read")
+    nested = f"{linear}.weight.nested_absmax" in checkpoint
     try:
         state = json.loads(bytes(checkpoint.load(state_name).tolist()))
         blocksize, found = int(state["blocksize"]), tuple(state["shape"])
+        nested_blocksize = int(state.get("nested_blocksize", NESTED_BLOCKSIZE))
+        offset = float(state["nested_offset"]) if nested else 0.0
+        if blocksize < 1 or nested_blocksize < 1:
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{checkpoint.folder}: {state_name} is not the JSON that bitsandbytes writes") from None
     if found != shape:
         raise ValueError(f"{checkpoint.folder}: {linear}.weight has shape {found}, config.json asks for {shape}")
     names = {state_name}
 
-    def fetch(suffix: str, *size: int) -> Tensor:
+    def fetch(suffix: str, dtype: torch.dtype, *size: int) -> Tensor:
         names.add(name := f"{linear}.weight{suffix}")
+        if (stored := checkpoint.dtype(name)) != dtype:
+            raise ValueError(f"{checkpoint.folder}: {name} is {stored}; bitsandbytes writes {dtype}")
         return checkpoint.load(name, size).to(device)
 
     n = shape[0] * shape[1]
     blocks = -(-n // blocksize)
-    nested = f"{linear}.weight.nested_absmax" in checkpoint
     weight = NF4(
-        packed=fetch("", n // 2, 1).view(-1),
-        absmax=fetch(".absmax", blocks),
-        code=_same(fetch(".quant_map", 16), nf4_code(device)),
+        packed=fetch("", torch.uint8, n // 2, 1).view(-1),
+        absmax=fetch(".absmax", torch.uint8 if nested else torch.float32, blocks),
+        code=_same(fetch(".quant_map", torch.float32, 16), nf4_code(device)),
         shape=shape,
         blocksize=blocksize,
     )
     if nested:
-        weight.nested_blocksize = int(state.get("nested_blocksize", 256))
-        weight.nested_absmax = fetch(".nested_absmax", -(-blocks // weight.nested_blocksize))
-        weight.nested_code = _same(fetch(".nested_quant_map", 256), dynamic_map(device))
-        weight.nested_offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=device)
+        weight.nested_blocksize = nested_blocksize
+        weight.nested_absmax = fetch(".nested_absmax", torch.float32, -(-blocks // nested_blocksize))
+        weight.nested_code = _same(fetch(".nested_quant_map", torch.float32, 256), dynamic_map(device))
+        weight.nested_offset = torch.tensor(offset, dtype=torch.float32, device=device)
     return weight, names
 
 

@@ -6,7 +6,6 @@ the held-out texts occurs in the training texts (scripts/data.py). An answer cou
 one, character for character.
 """
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +15,9 @@ from pathlib import Path
 import smollm2
 
 from minitune.data import load_dataset
-from minitune.flags import Settings, as_dict
+from minitune.flags import Settings
 from minitune.model import LlamaForCausalLM
+from minitune.runs import write_models
 from minitune.tokenizer import Tokenizer
 from minitune.trainer import SFTTrainer
 
@@ -85,8 +85,8 @@ def table(records: Sequence[dict], before: Sequence[str], after: Sequence[str]) 
     return "\n".join(lines)
 
 
-def run(settings: Settings, load: Callable[[Settings], tuple[LlamaForCausalLM, Tokenizer]]) -> None:
-    """The whole demonstration; running it again replaces its own runs/demo."""
+def run(settings: Settings, prepare: Callable[[Settings], SFTTrainer]) -> None:
+    """The whole demonstration; running it again replaces its own runs/demo. Raises ValueError."""
     own = settings.sft.output_dir == OUTPUT and not settings.sft.resume
     sft = replace(settings.sft, overwrite=settings.sft.overwrite or own)
     phases = Phases()
@@ -94,10 +94,9 @@ def run(settings: Settings, load: Callable[[Settings], tuple[LlamaForCausalLM, T
     folder = settings.run.model or str(smollm2.fetch())
     settings = settings._replace(run=replace(settings.run, model=folder), sft=sft)
     phases.begin("load", f"{folder}, quantising its linears to NF4")
-    model, tokenizer = load(settings)
+    trainer = prepare(settings)
+    model, tokenizer = trainer.model, trainer.processing_class
     records = [record for _, record in load_dataset(DATA / "heldout.jsonl")]
-    trainer = SFTTrainer(model, settings.sft, settings.run.data, processing_class=tokenizer)
-    trainer.settings = as_dict(settings.run, settings.lora)
     phases.begin("before", f"asking {len(records)} held-out questions")
     before = ask(model, tokenizer, records)
     phases.begin("train", f"{trainer.total_steps} optimizer steps")
@@ -107,20 +106,10 @@ def run(settings: Settings, load: Callable[[Settings], tuple[LlamaForCausalLM, T
     phases.end()
     print(f"\n{table(records, before, after)}", flush=True)
     phases.begin("write", "adapter, merged model and GGUF")
-    written = write(settings, model, tokenizer, trainer.output)
+    output, wanted = trainer.output, settings.run
+    models = write_models(model, tokenizer, output, wanted.merge, wanted.gguf, wanted.merge_base)
+    written = [output / "adapter", *models, output / "metrics.jsonl"]
     phases.end()
     times = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.seconds.items())
     print(f"\n{times}  in all {sum(phases.seconds.values()):.0f} s")
     print("written   " + "\n          ".join(map(str, written)))
-
-
-def write(settings: Settings, model: LlamaForCausalLM, tokenizer: Tokenizer, output: Path) -> list[Path]:
-    """Write the merged model and the GGUF files that were asked for; returns all that the run folder now holds."""
-    merged, base = output / "merged", settings.run.merge_base
-    shutil.rmtree(merged, ignore_errors=True)
-    for old in output.glob("*.gguf"):
-        old.unlink()
-    if settings.run.merge:
-        model.save_pretrained_merged(merged, tokenizer, merge_base=base)
-    files = [model.save_pretrained_gguf(output, tokenizer, method, base) for method in settings.run.gguf]
-    return [output / "adapter", *([merged] if settings.run.merge else []), *files, output / "metrics.jsonl"]

@@ -30,8 +30,10 @@ def main() -> int:
     try:
         for path in export(arguments):
             print(path)
-    except ValueError as error:
-        print(f"export.py: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"export.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -9,10 +9,8 @@ The run folder holds adapter/, checkpoint-N/, metrics.jsonl and config.toml; --m
 What can be expected to go wrong is one line on stderr and exit code 2; Ctrl-C saves, says how to go on, and gives 130.
 """
 
-import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import demo
 import torch
@@ -20,9 +18,10 @@ import torch
 from minitune import runs
 from minitune.data import load_dataset
 from minitune.flags import Settings, as_dict, parse
-from minitune.model import FastLanguageModel, LlamaForCausalLM
-from minitune.tokenizer import Tokenizer
+from minitune.gguf import trained_name
+from minitune.model import FastLanguageModel
 from minitune.trainer import SFTTrainer
+from minitune.weights import resolve_model
 
 
 def check(settings: Settings) -> None:
@@ -31,23 +30,18 @@ def check(settings: Settings) -> None:
     for name in ("model", "data"):
         if getattr(run, name) is None:
             raise ValueError(f"--{name} is missing: train.py --model DIR --data FILE --output-dir DIR, or --demo")
+    folder, data = resolve_model(run.model), [path for path in (run.data, run.eval_data) if path is not None]
     if sft.output_dir is not None:
-        runs.check_output(sft.output_dir, sft.overwrite, sft.resume)
-        for method in run.gguf:
-            existing = [] if sft.overwrite or sft.resume else list(gguf_files(Path(sft.output_dir), method))
-            if existing:
-                raise ValueError(f"{existing[0]} exists; pass --overwrite to replace it, or another --output-dir")
-    for path in filter(None, (run.data, run.eval_data)):
+        files = [trained_name(run.model, folder, method) for method in run.gguf]
+        runs.check_output(sft.output_dir, sft.overwrite, sft.resume, [folder, *data], files)
+    for path in data:
         load_dataset(path)
 
 
-def gguf_files(output: Path, method: str) -> list[Path]:
-    return sorted(output.glob(f"*-{method.upper()}.gguf"))
-
-
-def load(settings: Settings) -> tuple[LlamaForCausalLM, Tokenizer]:
-    """The base model with a new adapter, and its tokenizer."""
-    run, lora = settings.run, settings.lora
+def prepare(settings: Settings) -> SFTTrainer:
+    """Check the settings, load the base model with a new adapter, and prepare the data. Raises ValueError."""
+    check(settings)
+    run, lora, sft = settings.run, settings.lora, settings.sft
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=run.model,
         max_seq_length=run.max_seq_length,
@@ -63,35 +57,28 @@ def load(settings: Settings) -> tuple[LlamaForCausalLM, Tokenizer]:
         target_modules=lora.target_modules,
         lora_alpha=lora.lora_alpha,
         use_gradient_checkpointing=checkpointing,
-        random_state=settings.sft.seed,
+        random_state=sft.seed if run.random_state is None else run.random_state,
         use_rslora=lora.use_rslora,
     )
-    return model, tokenizer
+    trainer = SFTTrainer(model, sft, run.data, run.eval_data, tokenizer)
+    trainer.settings |= {name: value for name, value in as_dict(run, lora).items() if value is not None}
+    return trainer
 
 
 def train(settings: Settings) -> None:
-    check(settings)
-    run = settings.run
-    model, tokenizer = load(settings)
-    trainer = SFTTrainer(model, settings.sft, run.data, run.eval_data, tokenizer)
-    trainer.settings = as_dict(run, settings.lora)
+    trainer, run = prepare(settings), settings.run
     trainer.train()
-    if run.merge:
-        shutil.rmtree(trainer.output / "merged", ignore_errors=True)  # of the run that was resumed
-        model.save_pretrained_merged(trainer.output / "merged", tokenizer, merge_base=run.merge_base)
-        print(f"merged     {trainer.output / 'merged'}", file=sys.stderr)
-    for method in run.gguf:
-        for old in gguf_files(trainer.output, method):
-            old.unlink()
-        path = model.save_pretrained_gguf(trainer.output, tokenizer, method, run.merge_base)
-        print(f"gguf       {path}", file=sys.stderr)
+    for path in runs.write_models(
+        trainer.model, trainer.processing_class, trainer.output, run.merge, run.gguf, run.merge_base
+    ):
+        print(f"{'saved':<11}{path}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse(argv, demo.DEFAULTS)
         if settings.demo:
-            demo.run(settings, load)
+            demo.run(settings, prepare)
         else:
             train(settings)
     except KeyboardInterrupt:  # what was saved, and how to go on, has been said

@@ -11,13 +11,14 @@ from tiny import make_tiny_model
 from minitune import FastLanguageModel
 from minitune.checkpoint import (
     CONFIG,
+    STATE,
     WEIGHTS,
     load_adapter,
     load_checkpoint,
     save_adapter,
     save_checkpoint,
-    whole_folder,
 )
+from minitune.files import whole_folder
 from minitune.optim import FlatAdamW
 
 IDS = torch.tensor([[5, 17, 300, 42, 7, 7, 260, 99, 3]])
@@ -107,7 +108,10 @@ def test_saved_adapter_comes_back_bit_for_bit_into_a_bare_and_into_an_adapted_mo
         ({"r": 8}, r"r is 8, but the model's adapter has 4"),
         ({"lora_alpha": 99}, "lora_alpha is 99, but the model's adapter has 16"),
         ({"use_rslora": True}, "use_rslora is True, but the model's adapter has False"),
-        ({"r": 0}, "r is 0"),
+        ({"r": 0}, "adapter_config.json: r is 0"),
+        ({"lora_alpha": None}, "adapter_config.json: lora_alpha is None; expected a number"),
+        ({"lora_alpha": "16"}, "adapter_config.json: lora_alpha is '16'; expected a number"),
+        ({"use_rslora": "no"}, "adapter_config.json: use_rslora is 'no'; expected true or false"),
     ],
 )
 def test_adapter_configurations_that_are_not_supported_are_refused_by_name(tiny, tmp_path, change, message):
@@ -129,6 +133,7 @@ def test_adapter_files_that_do_not_fit_are_refused_and_the_model_is_unchanged(ti
         "holds .*layers.9.*no place": whole | {names[0].replace("layers.0", "layers.9"): whole[names[0]].clone()},
         "has shape": whole | {names[0]: whole[names[0]][:-1].contiguous()},
         "not a LoRA matrix": whole | {"base_model.model.lm_head.weight": torch.zeros(2, 2)},
+        "holds no LoRA matrix": {},
         "adapts lm_head": whole | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 2)},
     }
     for message, tensors in broken.items():
@@ -137,6 +142,10 @@ def test_adapter_files_that_do_not_fit_are_refused_and_the_model_is_unchanged(ti
         with pytest.raises(ValueError, match=message):
             load_adapter(bare, tmp_path)
         assert bare.lora is None
+    (tmp_path / CONFIG).write_text("[1]")
+    with pytest.raises(ValueError, match=r"adapter_config.json: holds a list; expected an object"):
+        load_adapter(base(tiny), tmp_path)
+    save_adapter(model, tmp_path)
     (tmp_path / WEIGHTS).write_bytes(b"\x10\0\0\0\0\0\0\0{")
     with pytest.raises(ValueError, match="truncated, or not a safetensors file"):
         load_adapter(base(tiny), tmp_path)
@@ -166,6 +175,29 @@ def test_checkpoint_brings_back_adapter_moments_and_state(tiny, tmp_path):
     small = adapted(tiny, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="target_modules"):
         load_checkpoint(small, FlatAdamW([p for _, p in small.lora_parameters()]), tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [("[]", "holds a list; expected an object"), ("{}", "optimizer_steps is missing"), ("{", "not JSON")],
+)
+def test_broken_state_of_a_checkpoint_names_the_file(tiny, tmp_path, state, message):
+    model = adapted(tiny)
+    optimizer = FlatAdamW([p for _, p in model.lora_parameters()])
+    save_checkpoint(model, optimizer, {}, tmp_path)
+    (tmp_path / STATE).write_text(state)
+    with pytest.raises(ValueError, match=f"state.json: {message}"):
+        load_checkpoint(model, optimizer, tmp_path)
+
+
+def test_symlinked_folder_stays_a_symlink_and_its_target_gets_the_files(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "elsewhere")
+    for text in ("first", "second"):
+        with whole_folder(tmp_path / "a") as partial:
+            (partial / "file").write_text(text)
+    assert (tmp_path / "a").is_symlink() and (tmp_path / "elsewhere" / "file").read_text() == "second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "elsewhere"]
 
 
 def test_full_disk_names_the_folder_and_leaves_the_earlier_save_whole(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """scripts/train.py: what it imports, its settings from TOML and flags, and how it fails."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import make_tiny_model
 
+from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.flags import as_dict, parse, read_toml, toml_text
 
 ROOT = Path(__file__).parents[1]
@@ -99,11 +101,14 @@ def test_expected_error_is_one_line_on_stderr_and_exit_code_2(files, tmp_path):
         (["--data", "{files}/unknown.jsonl"], "unknown.jsonl:1"),
         (["--dtype", "int8"], "dtype is 'int8'; expected one of float32, bfloat16, float16"),
         (["--device", "tpu"], "device is 'tpu'; expected cpu, cuda"),
-        (["--gguf", "q2"], "gguf names 'q2'; choose from q8_0, f16, bf16"),
+        (["--gguf", "q2"], "gguf names 'q2'; choose from q8_0, f16, bf16, f32"),
         (["--max-length", "200"], "max_length 200 is more than the max_seq_length 128"),
         (["--overwrite", "--resume"], "exclude each other"),
         (["--config", "absent.toml"], "absent.toml: No such file"),
         (["--output-dir", "{files}/data.jsonl"], "data.jsonl is a file"),
+        (["--output-dir", "{files}/data.jsonl/run"], "data.jsonl is a file"),
+        (["--lora-alpha", "nan"], "lora_alpha is nan; expected a finite number"),
+        (["--seed", str(2**70)], "expected at most"),
         (["extra"], "unknown argument extra"),
     ],
 )
@@ -135,6 +140,80 @@ def test_run_is_refused_resumed_and_repeated_from_its_own_config(train, files, t
     assert "continued from checkpoint-2 (step 2)" in capsys.readouterr().err
     assert train(["--config", str(output / "config.toml"), "--output-dir", str(again)]) == 0
     assert (again / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_run_started_from_python_is_repeated_from_its_own_config(train, files, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(files / "model", max_seq_length=100, device="cpu")
+    options = {"r": 2, "random_state": 11, "use_gradient_checkpointing": False}
+    model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj", "up_proj"], **options)
+    args = SFTConfig(output_dir=tmp_path / "first", max_steps=2, learning_rate=1e-3)
+    SFTTrainer(model, args, files / "data.jsonl", processing_class=tokenizer).train()
+    settings = tomllib.loads((tmp_path / "first" / "config.toml").read_text())
+    assert (settings["random_state"], settings["use_gradient_checkpointing"]) == (11, "false")
+    command = ["--config", str(tmp_path / "first" / "config.toml"), "--output-dir", str(tmp_path / "again")]
+    assert train([*command, "--device", "cpu"]) == 0
+    adapters = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("first", "again")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    command[-1] = str(tmp_path / "other")
+    assert train([*command, "--device", "cpu", "--random-state", "12"]) == 0
+    assert (tmp_path / "other" / "adapter" / "adapter_model.safetensors").read_bytes() != adapters[0].read_bytes()
+
+
+def test_only_the_models_of_the_same_name_are_replaced(train, files, tmp_path, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "mine-F16.gguf").write_bytes(b"mine")
+    (output / "model-minitune-F16.gguf").write_bytes(b"old")
+    command = arguments(files, output, "--gguf", "f16", "--merge")
+    assert train(command) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "model-minitune-F16.gguf exists; pass --overwrite" in error
+    assert (output / "model-minitune-F16.gguf").read_bytes() == b"old"
+    for more in ("--overwrite", "--resume"):
+        assert train([*command, more]) == 0
+        assert (output / "model-minitune-F16.gguf").read_bytes()[:4] == b"GGUF"
+        assert (output / "merged" / "model.safetensors").is_file()
+    assert (output / "mine-F16.gguf").read_bytes() == b"mine"
+    assert not list(output.glob(".*"))
+
+
+def test_models_of_an_earlier_run_stay_until_new_ones_are_whole(train, files, tmp_path, monkeypatch, capsys):
+    command = arguments(files, tmp_path, "--gguf", "f16", "--merge")
+    assert train(command) == 0
+    paths = [tmp_path / "merged" / "model.safetensors", tmp_path / "model-minitune-F16.gguf"]
+    before = [path.read_bytes() for path in paths]
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module, written in (("merge", "write_safetensors"), ("gguf", "write_gguf")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"minitune.{module}.{written}", full)
+            assert train([*command, "--resume"]) == 2
+        assert "No space left" in capsys.readouterr().err
+        assert [path.read_bytes() for path in paths] == before and not list(tmp_path.glob(".*"))
+
+
+def test_overwrite_does_not_remove_the_model_that_is_trained_on(train, files, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(arguments(files, output, "--merge")) == 0
+    before = sorted(output.rglob("*"))
+    capsys.readouterr()
+    for option in ("--overwrite", "--resume"):
+        assert train(arguments(files, output, option, "--model", str(output / "merged"))) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and "is needed, but lies in" in error
+    assert sorted(output.rglob("*")) == before
+
+
+def test_demonstration_keeps_the_files_of_others_in_its_folder(train, files, tmp_path, capsys):
+    (tmp_path / "mine.gguf").write_bytes(b"mine")
+    command = ["--demo", "--model", str(files / "model"), "--max-steps", "1", "--max-seq-length", "256"]
+    command += ["--device", "cpu", "--no-merge", "--output-dir", str(tmp_path)]
+    assert train(command) == 0
+    assert (tmp_path / "mine.gguf").read_bytes() == b"mine" and (tmp_path / "model-minitune-Q8_0.gguf").is_file()
+    assert train(command) == 2
+    assert "already holds a run" in capsys.readouterr().err
 
 
 def test_flags_win_over_toml_and_toml_over_defaults(tmp_path):

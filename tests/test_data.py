@@ -153,6 +153,33 @@ def test_tokens_are_taken_as_they_are(make):
     assert one({"input_ids": torch.tensor([5, 6])}, tokenizer) == Sample([5, 6], [5, 6])
 
 
+def test_masks_beside_tokens_say_what_is_trained_on_unless_switched_off(make):
+    tokenizer = make()
+    both = {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 1, 0, 1]}
+    cases = [
+        ({}, [-100, 6, -100, 8]),
+        ({"completion_only_loss": True, "assistant_only_loss": True}, [-100, 6, -100, 8]),
+        ({"completion_only_loss": False}, [5, 6, -100, 8]),
+        ({"assistant_only_loss": False}, [-100, 6, 7, 8]),
+    ]
+    for options, labels in cases:
+        assert one(both, tokenizer, **options) == Sample([5, 6, 7, 8], labels), options
+    labelled = {**both, "labels": [5, 6, 7, -100], "attention_mask": torch.ones(4, dtype=torch.int64)}
+    assert one(labelled, tokenizer) == Sample([5, 6, 7, 8], [-100, 6, -100, -100])
+    without = {"input_ids": [5, 6], "labels": [-100, 6], "completion_mask": None}
+    assert one(without, tokenizer, completion_only_loss=True) == Sample([5, 6], [-100, 6])
+
+
+def test_content_in_text_parts_is_their_text(make):
+    tokenizer = make()
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]
+    expected = one({"messages": PAIR}, tokenizer)
+    assert one({"messages": [{"role": "user", "content": parts}, PAIR[1]]}, tokenizer) == expected
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Four é."}]}
+    assert one({"prompt": [{"role": "user", "content": parts}], "completion": [answer]}, tokenizer) == expected
+    assert tokenizer.apply_chat_template([PAIR[0], answer]) == tokenizer.apply_chat_template(PAIR)
+
+
 def test_tools_reach_the_template_as_a_list_or_as_json(make):
     tokenizer = make("{% for tool in tools %}{{ tool['name'] }} {% endfor %}" + CHATML)
     for tools in ([{"name": "add"}], '[{"name": "add"}]'):
@@ -320,6 +347,18 @@ KNOWN = r'known are .*{"messages": \[...\]}.*{"input_ids": \[...\], "labels": \[
         ('{"input_ids": [1, 2.5]}', '"input_ids" is not a list of whole numbers'),
         ('{"input_ids": [1, 300]}', "input_ids hold 300, but the tokenizer's ids are 0 to 294"),
         ('{"input_ids": [1, 2], "labels": [-1, 2]}', "labels hold -1, but"),
+        ('{"input_ids": [1, 2], "attention_mask": [1, 0]}', '"attention_mask" holds a 0; .* leave padded tokens out'),
+        ('{"input_ids": [1, 2], "attention_mask": [1]}', '"attention_mask" is not a list of 2 zeros and ones'),
+        ('{"input_ids": [1, 2], "completion_mask": [1, 2]}', '"completion_mask" is not a list of 2 zeros and ones'),
+        ('{"input_ids": [1, 2], "assistant_masks": "10"}', '"assistant_masks" is not a list of whole numbers'),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]}',
+            "the content of message 1 has a part 'image'; parts are",
+        ),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', "the content of message 1 has a part 'a'; parts are"),
+        (f'{{"text": {"[" * 100_000}', "JSON that is nested too deeply to be read; known are"),
+        (f'{{"text": 1{"0" * 5000}}}', r"JSON that cannot be read: Exceeds the limit \(4300 digits\).*; known are"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "["}', "not JSON: Expecting value at column 2"),
     ],
 )
 def test_a_wrong_line_is_named_by_file_and_number(make, tmp_path, line, message):
@@ -336,6 +375,8 @@ def test_a_wrong_line_is_named_by_file_and_number(make, tmp_path, line, message)
         ({"text": "a"}, {"completion_only_loss": True}, "completion_only_loss=True needs records with prompt and"),
         ({"messages": PAIR}, {"completion_only_loss": True}, "completion_only_loss=True needs records with prompt and"),
         ({"prompt": "a", "completion": "b"}, {"assistant_only_loss": True}, "assistant_only_loss=True needs"),
+        ({"input_ids": [5, 6]}, {"completion_only_loss": True}, "needs records with completion_mask or labels"),
+        ({"input_ids": [5, 6]}, {"assistant_only_loss": True}, "needs records with assistant_masks or labels"),
         ({"messages": PAIR[:1]}, {}, r"dataset: none of its 1 samples has a token to train on\.$"),
         ({"text": "a"}, {"dataset_text_field": "body"}, r"dataset\[0\]: unknown shape with the fields text"),
     ],

@@ -14,11 +14,13 @@ from gguf import GGUFReader, dequantize, quants
 from test_merge import load, write_prequantized
 from tiny import CHATML, TEXTS, make_tiny_model, sentencepiece_model, write_tokenizer
 
+from minitune import FastLanguageModel
+from minitune.data import collate, load_dataset, prepare
 from minitune.gguf import METHODS, convert_folder, export_gguf, gguf_name, size_label
 from minitune.merge import merge_to_folder, merged_tensors
 from minitune.tokenizer import Tokenizer
 
-REAL = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
+DEMO = Path(__file__).parents[1] / "scripts" / "demo"
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -37,7 +39,7 @@ SHAPES = {
     "linear rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "wide heads": {"head_dim": 32, "kv_heads": 1},
     "biases": {"attention_bias": True, "tie": False},
-    "sentencepiece, width no multiple of 32": {"hidden": 48, "ffn": 80, "tokenizer": "spm"},
+    "sentencepiece, width no multiple of 32": {"hidden": 48, "heads": 3, "kv_heads": 1, "ffn": 80, "tokenizer": "spm"},
 }
 
 
@@ -128,7 +130,7 @@ def test_the_tensors_are_the_merged_ones_with_q_and_k_rows_paired(tmp_path, meth
 
 
 def test_q8_0_gives_way_to_f16_where_a_row_is_no_multiple_of_32(tmp_path):
-    folder = make_tiny_model(tmp_path / "base", hidden=48, ffn=96)
+    folder = make_tiny_model(tmp_path / "base", hidden=48, heads=3, kv_heads=1, ffn=96)
     stored = tensors_of(convert_folder(folder, tmp_path / "x.gguf"))
     assert stored["blk.0.ffn_up.weight"].tensor_type.name == stored["token_embd.weight"].tensor_type.name == "F16"
     assert stored["blk.0.ffn_down.weight"].tensor_type.name == "Q8_0"
@@ -388,6 +390,26 @@ def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "nf4", "old.gguf"]
 
 
+def test_a_path_that_cannot_be_made_is_refused_and_what_is_there_stays(tmp_path):
+    folder = make_tiny_model(tmp_path / "base")
+    (tmp_path / "x.gguf").write_bytes(b"mine")
+    for below in ("x.gguf/y.gguf", "x.gguf/deep/y.gguf"):
+        with pytest.raises(ValueError, match=rf"{below}: its folder could not be made \(.*: .*x.gguf.*\)"):
+            convert_folder(folder, tmp_path / below)
+    assert (tmp_path / "x.gguf").read_bytes() == b"mine"
+    with pytest.raises(ValueError, match=r"could not be written \(File name too long\)"):
+        convert_folder(folder, tmp_path / f"{'x' * 248}.gguf")
+
+
+@pytest.mark.parametrize("wrong", ['{"temperature": [0.7]}', '{"top_k": "40"}', '{"top_p": NaN}', '{"min_p": true}'])
+def test_a_sampling_default_that_is_no_number_is_named_with_its_file_and_nothing_is_written(tmp_path, wrong):
+    folder = make_tiny_model(tmp_path / "base")
+    (folder / "generation_config.json").write_text(wrong)
+    with pytest.raises(ValueError, match=r"base/generation_config.json: \w+ is .*, expected a number"):
+        convert_folder(folder, tmp_path / "out" / "x.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_a_write_that_fails_midway_leaves_nothing(tmp_path):
     folder = make_tiny_model(tmp_path / "base")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -432,18 +454,48 @@ def test_the_command_exports_and_reports_bad_input_in_one_line(tmp_path, monkeyp
         (("--model", tmp_path / "base"), "nothing to write"),
         (("--model", tmp_path / "nowhere", "--output", tmp_path), "nowhere"),
         ((*arguments, "--output", tmp_path / "x.gguf"), "exists; remove it"),
+        ((*arguments, "--output", tmp_path / "x.gguf" / "y.gguf"), "its folder could not be made"),
+        ((*arguments, "--output", tmp_path / ("x" * 300 + ".gguf")), "File name too long"),
     ]:
         code, out, err = command(*bad)
-        assert code == 2 and not out and re.fullmatch(rf"export.py: .*{message}.*\n", err), err
+        assert code == 2 and not out and re.fullmatch(rf"export.py: error: .*{message}.*\n", err), err
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there: python scripts/smollm2.py makes it")
-def test_the_real_model_answers_in_llama_cpp_as_it_does_here(tmp_path):
-    model, tokenizer = load(REAL, lora=False, load_in_4bit=False)
-    llama_cpp = LlamaCpp(export_gguf(model, tmp_path / "real.gguf", tokenizer, "f16"))
-    for question in ("What is the capital of France?", "Name three colours."):
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
-        ours = model.generate([ids], max_new_tokens=12, eos_token_ids=tokenizer.eos_token_ids)[0]
-        assert llama_cpp.answer(ids, 12) == tokenizer.decode(ours)
+def test_an_interrupted_command_ends_with_130_and_says_nothing(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    import export
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "export", interrupted)
+    monkeypatch.setattr(sys, "argv", ["export.py", "--model", "x"])
+    assert export.main() == 130 and capsys.readouterr() == ("", "")
+
+
+def train_a_little(model, tokenizer, steps=5, rows=3):
+    """A few optimizer steps on the demonstration's texts: answers turn into JSON, not yet the right one."""
+    records = [record for _, record in load_dataset(DEMO / "train.jsonl")[: steps * rows]]
+    samples = prepare(records, tokenizer, 256).samples
+    optimizer = torch.optim.AdamW([p for _, p in model.lora_parameters()], lr=3e-3)
+    with model.resident_weights():
+        for step in range(steps):
+            batch = collate(samples[step * rows : (step + 1) * rows])
+            model(batch.input_ids, labels=batch.labels, position_ids=batch.position_ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_the_trained_real_model_answers_in_llama_cpp_as_it_does_here(tmp_path, smollm2):
+    model, tokenizer = load(smollm2, lora=False)
+    FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16, use_gradient_checkpointing=False)
+    train_a_little(model, tokenizer)
+    records = [record for _, record in load_dataset(DEMO / "heldout.jsonl")[::8]]
+    prompts = [tokenizer.apply_chat_template(r["messages"][:-1], add_generation_prompt=True) for r in records]
+    ours = model.generate(prompts, max_new_tokens=20, eos_token_ids=tokenizer.eos_token_ids)
+    llama_cpp = LlamaCpp(export_gguf(model, tmp_path / "real.gguf", tokenizer, "f16", merge_base="nf4"))
+    answers = [llama_cpp.answer(ids, 20) for ids in prompts]
+    assert all(answer.startswith("{") for answer in answers)  # the base model answers in words
+    assert answers == [tokenizer.decode(ids) for ids in ours]
     text = Path(__file__).read_text(encoding="utf-8")
     assert llama_cpp.tokenize(text) == tokenizer.encode(text)

@@ -252,6 +252,8 @@ BAD_CALLS = {
     "a sample has 257 tokens": {"input_ids": torch.ones(1, 257, dtype=torch.long)},
     "differ in shape": {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.ones(1, 3, dtype=torch.long)},
     "restart at 0": {"input_ids": torch.ones(1, 3, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 3]])},
+    "label 512 is neither": {"input_ids": torch.ones(1, 2, dtype=torch.long), "labels": torch.tensor([[1, 512]])},
+    "label -1 is neither": {"input_ids": torch.ones(1, 2, dtype=torch.long), "labels": torch.tensor([[1, -1]])},
     "hold no token": {"input_ids": torch.ones(1, 0, dtype=torch.long)},
 }
 
@@ -265,7 +267,7 @@ def test_a_bad_call_is_refused(tmp_path, message):
 
 BAD_ADAPTERS = {
     "target module 'qproj' does not exist": {"target_modules": ["qproj"]},
-    "the rank is a whole number": {"r": 0},
+    "r is 0; expected at least 1": {"r": 0},
     "lora_dropout 0.1 is not supported": {"lora_dropout": 0.1},
     "bias 'all' is not supported": {"bias": "all"},
     "use_gradient_checkpointing is 'some'": {"use_gradient_checkpointing": "some"},

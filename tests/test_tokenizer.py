@@ -211,6 +211,9 @@ def test_the_template_file_comes_before_the_config_and_default_is_chosen_among_n
         ("{{ raise_exception('system is not supported') }}", "refuses the conversation: system is not supported"),
         ("{{ messages[0].content + none }}", "the chat template refuses the conversation"),
         ("{{ ''.__class__.__mro__ }}", "the chat template refuses the conversation: .*unsafe"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses the conversation: maximum recursion depth"),
+        ("{% for m in messages %}" * 25 + "{% endfor %}" * 25, "nested too deeply: too many statically nested blocks"),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "nested too deeply: maximum recursion depth"),
         ("{{ messages.append(1) }}", "the chat template refuses the conversation: .*'append' of 'list' .* unsafe"),
     ],
 )
@@ -299,6 +302,9 @@ def test_saving_copies_the_files_byte_for_byte(tmp_path, model_bytes, kind):
         ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not JSON"),
         ({"tokenizer_config.json": "[]"}, "tokenizer_config.json: holds a list, not an object"),
         ({"tokenizer_config.json": '{"eos_token": "</x>"}'}, "eos_token is '</x>', which is not in the tokenizer's"),
+        ({"tokenizer_config.json": '{"eos_token": 5}'}, "tokenizer_config.json: eos_token is 5, expected a token's"),
+        ({"tokenizer_config.json": '{"bos_token": ["a"]}'}, r"tokenizer_config.json: bos_token is \['a'\], expected"),
+        ({"tokenizer_config.json": "[" * 100_000}, "tokenizer_config.json: not JSON that can be read"),
         ({"tokenizer_config.json": '{"chat_template": 3}'}, "chat_template is a int, not a text"),
         ({"tokenizer_config.json": '{"chat_template": [{"name": "rag"}]}'}, r"named 'default' among \['rag'\]"),
     ],
@@ -311,3 +317,20 @@ def test_a_missing_or_broken_file_is_named(tmp_path, json_folder, files, message
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.from_folder(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("added_tokens.json", {"<tool>": "321"}, "added_tokens.json: '<tool>' has the id '321', expected a number"),
+        ("added_tokens.json", {"<tool>": -1}, "added_tokens.json: '<tool>' has the id -1, expected a number"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"tokenizer_config.json: added_tokens_decoder is not"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder .* 'x' is"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"321": "a"}}, "added_tokens_decoder .* '321' is 'a'"),
+    ],
+)
+def test_added_tokens_of_the_wrong_form_are_named_with_their_file(model_folder, file, content, message):
+    write(model_folder / file, content)
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.from_folder(model_folder)
+    assert str(model_folder / file) in str(error.value)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 import signal
 import tomllib
@@ -13,7 +14,9 @@ from tiny import make_tiny_model
 from torch import nn
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
+from minitune.config import LoraConfig
 from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
+from minitune.report import Report
 from minitune.trainer import epoch_order
 
 RECORDS = [
@@ -292,6 +295,118 @@ def test_run_folder_is_replaced_only_with_overwrite_and_other_files_stay(tiny, t
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("strategy", "kept"), [("steps", [2, 5, 6]), ("no", [2])])
+def test_run_that_goes_back_to_an_earlier_checkpoint_drops_the_later_ones(tiny, tmp_path, strategy, kept):
+    settings = {"max_steps": 6, "save_strategy": "steps"}
+    new_trainer(tiny, tmp_path, **settings, save_steps=2).train()
+    trainer = new_trainer(tiny, tmp_path, **{**settings, "save_strategy": strategy}, save_steps=5)
+    trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert sorted(int(p.name.split("-")[1]) for p in tmp_path.glob("checkpoint-*")) == kept
+
+
+def test_checkpoint_just_written_outlives_those_of_a_branch_that_was_left(tiny, tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    new_trainer(tiny, tmp_path, **settings).train()
+    trainer = new_trainer(tiny, tmp_path, **settings, save_total_limit=1)
+    accumulate, kept = trainer.accumulate, {}
+
+    def looked_at(samples):
+        kept[trainer.progress.step] = [p.name for p in tmp_path.glob("checkpoint-*")]
+        return accumulate(samples)
+
+    trainer.accumulate = looked_at
+    trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert kept[4] == ["checkpoint-4"] and len(kept[2]) == 3
+
+
+@pytest.mark.parametrize("place", ["merged", "adapter", "checkpoint-2"])
+def test_run_does_not_replace_the_model_or_the_data_that_it_needs(tiny, tmp_path, place):
+    model = make_tiny_model(tmp_path / place / "model")
+    data = tmp_path / place / "data.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    before = sorted(tmp_path.rglob("*"))
+    for settings in ({"folder": model}, {"folder": tiny, "records": data}):
+        with pytest.raises(ValueError, match=f"is needed, but lies in .*{place}"):
+            new_trainer(**settings, output=tmp_path, max_steps=1, overwrite=True).train()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_output_folder_below_a_file_is_refused_by_name(tiny, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"notes.txt is a file; choose another"):
+        new_trainer(tiny, tmp_path / "notes.txt" / "run", max_steps=1).train()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_config_that_cannot_be_written_is_named_and_leaves_no_half_of_it(tiny, tmp_path):
+    trainer = new_trainer(tiny, tmp_path / "run", max_steps=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # a write past it fails as on a full disk
+    try:
+        with pytest.raises(ValueError, match=r"config.toml: could not be written"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(tiny, tmp_path, monkeypatch):
+    class Full(Report):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self._file.close()
+            self._file = open("/dev/full", "a")  # noqa: SIM115 (closed by Report)
+
+    monkeypatch.setattr("minitune.trainer.Report", Full)
+    with pytest.raises(ValueError, match=r"metrics.jsonl: could not be written \(No space left.*run/checkpoint-3"):
+        new_trainer(tiny, tmp_path / "run", max_steps=4, logging_steps=3).train()
+    monkeypatch.undo()
+    assert new_trainer(tiny, tmp_path / "run", max_steps=4, resume=True).train().global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"progress": None}, "progress is None"),
+        ({"progress": {}}, "step is None"),
+        ({"identity": []}, "identity is "),
+    ],
+)
+def test_checkpoint_whose_state_lacks_something_is_refused_by_file(tiny, tmp_path, change, message):
+    settings = {"max_steps": 1, "save_strategy": "steps"}
+    new_trainer(tiny, tmp_path, **settings).train()
+    path = tmp_path / "checkpoint-1" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"state.json: {message}"):
+        new_trainer(tiny, tmp_path, **settings, resume=True).train()
+
+
+def test_gpu_out_of_memory_says_what_needs_less(tiny, tmp_path, monkeypatch):
+    trainer = new_trainer(tiny, tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    forward = trainer.model.forward
+
+    def full(*arguments, **options):
+        if trainer.progress.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(trainer.model, "forward", full)
+    words = r"step 3; lower micro_step_tokens .*max_length .*use_gradient_checkpointing .*load_in_4bit .*checkpoint-2"
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+
+
+def test_dropout_that_an_adapter_was_trained_with_is_said_not_to_be_applied(tiny, tmp_path, capsys):
+    new_trainer(tiny, tmp_path / "run", max_steps=1).train()
+    assert "lora_dropout" not in capsys.readouterr().err
+    path = tmp_path / "run" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_dropout": 0.1}))
+    trainer = new_trainer(tiny, tmp_path / "more", max_steps=1)
+    trainer.model.load_adapter(path.parent)
+    trainer.train()
+    assert capsys.readouterr().err.count("lora_dropout 0.1, which is not applied here") == 1
+
+
 def test_resume_with_nothing_saved_starts_from_the_beginning(tiny, tmp_path):
     assert new_trainer(tiny, tmp_path / "run", max_steps=1, resume=True).train().global_step == 1
     with pytest.raises(ValueError, match="an adapter but no checkpoint"):
@@ -314,6 +429,13 @@ def test_resume_refuses_what_changes_the_order_and_warns_of_what_changes_the_mat
     capsys.readouterr()
     new_trainer(tiny, tmp_path, **{**settings, "max_steps": 3, "learning_rate": 5e-3}, resume=True).train()
     assert "learning_rate 0.01 -> 0.005, total_steps 2 -> 3" in capsys.readouterr().err
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        tiny, max_seq_length=128, dtype=torch.bfloat16, load_in_4bit=False, device="cpu"
+    )
+    FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8)
+    args = SFTConfig(**settings, output_dir=tmp_path, learning_rate=5e-3, per_device_train_batch_size=5)
+    SFTTrainer(model, args, RECORDS, None, tokenizer).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert "load_in_4bit True -> False, dtype float32 -> bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -340,6 +462,26 @@ def test_resume_refuses_what_changes_the_order_and_warns_of_what_changes_the_mat
 def test_settings_out_of_range_are_refused_with_value_and_expectation(settings, message):
     with pytest.raises(ValueError) as error:
         SFTConfig(**settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_alpha": -5}, "lora_alpha is -5; expected more than 0"),
+        ({"lora_alpha": math.nan}, "lora_alpha is nan; expected a finite number"),
+        ({"lora_alpha": "32"}, "lora_alpha is '32'; expected a number"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'; expected true or false"),
+        ({"r": True}, "r is True; expected a whole number"),
+        ({"r": 0}, "r is 0; expected at least 1"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": "q_proj"}, "target_modules is 'q_proj'; expected a list of names"),
+        ({"target_modules": ("w_proj",)}, "target module 'w_proj' does not exist"),
+    ],
+)
+def test_adapter_settings_out_of_range_are_refused_with_value_and_expectation(settings, message):
+    with pytest.raises(ValueError) as error:
+        LoraConfig(**settings)
     assert message in str(error.value)
 
 

@@ -211,6 +211,39 @@ def other_rope(folder):
     return r"rope scaling 'yarn' is not supported"
 
 
+def bias_missing(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    return r"holds no tensor model\.layers\.0\.self_attn\.q_proj\.bias"
+
+
+def bias_unexpected(folder):
+    edit(folder, lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}))
+    return r"model\.layers\.1\.self_attn\.q_proj\.bias has no place in a Llama"
+
+
+def two_files(folder):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+    return r"model\.\S+ is in both a\.safetensors and b\.safetensors"
+
+
+def odd_width(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"intermediate_size": 130, "hidden_size": 40, "head_dim": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = {"q_proj": (64, 40), "k_proj": (32, 40), "v_proj": (32, 40), "o_proj": (40, 64)}
+    rows |= {"gate_proj": (130, 40), "up_proj": (130, 40), "down_proj": (40, 130)}
+
+    def shrink(tensors):
+        for name, t in tensors.items():
+            kind = name.split(".")[-2]
+            tensors[name] = torch.zeros(rows.get(kind, (512, 40) if t.dim() == 2 else (40,)))
+
+    edit(folder, shrink)
+    return r"gate_proj\.weight has shape \(130, 40\), which NF4 cannot cut into blocks of 64"
+
+
 def small_embedding(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
@@ -220,13 +253,77 @@ def small_embedding(folder):
 @pytest.mark.parametrize(
     "damage",
     [truncated, wrong_shape, tensor_missing, foreign_tensor, integers, no_weights, no_config, other_family, other_rope,
-     small_embedding],
+     small_embedding, bias_missing, bias_unexpected, two_files, odd_width],
 )  # fmt: skip
 def test_a_broken_folder_is_refused_by_name(tmp_path, damage):
     folder = make_tiny_model(tmp_path / "m")
     message = damage(folder)
     with pytest.raises(ValueError, match=message):
         load(folder)
+
+
+CONFIGS = {
+    "holds a list, not an object": [],
+    "num_attention_heads is 0; expected a whole number above 0": {"num_attention_heads": 0},
+    "vocab_size is True; expected a whole number": {"vocab_size": True},
+    "head_dim is '16'; expected a whole number": {"head_dim": "16"},
+    "head_dim 20 is not supported; attention takes multiples of 8": {"head_dim": 20},
+    "rms_norm_eps is '1e-5'; expected a number": {"rms_norm_eps": "1e-5"},
+    "tie_word_embeddings is 'false'; expected true or false": {"tie_word_embeddings": "false"},
+    "rope_scaling is 'linear'; expected an object": {"rope_scaling": "linear"},
+    "factor is missing": {"rope_scaling": {"rope_type": "linear", "factor": None}},
+    "4 is not a multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
+    "quantization_config is \\['nf4'\\]; expected an object": {"quantization_config": ["nf4"]},
+    "sliding_window 4096 is not supported": {"sliding_window": 4096},
+}
+
+
+@pytest.mark.parametrize("message", CONFIGS)
+def test_a_config_that_is_no_llamas_is_refused_by_field(tmp_path, message):
+    folder, change = make_tiny_model(tmp_path / "m"), CONFIGS[message]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change if isinstance(change, dict) else change))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+STATES = [{"blocksize": 0}, {"nested_offset": None}, {"nested_blocksize": 0}, {"shape": 64}]
+
+
+@pytest.mark.parametrize("change", STATES, ids=str)
+def test_a_broken_state_of_a_quantised_linear_is_named(tmp_path, change):
+    source = make_tiny_model(tmp_path / "base", tie=False)
+    write_bitsandbytes(source, tmp_path / "bnb")
+    name = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+
+    def damage(tensors):
+        state = json.loads(bytes(tensors[name].tolist())) | change
+        tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    edit(tmp_path / "bnb", damage)
+    with pytest.raises(ValueError, match=f"{name} is not the JSON that bitsandbytes writes"):
+        load(tmp_path / "bnb")
+
+
+def test_an_adapter_or_another_file_beside_the_weights_does_not_disturb_them(tmp_path):
+    folder = make_tiny_model(tmp_path / "m")
+    ids = torch.arange(3, 20)[None]
+    expected = load(folder)(input_ids=ids).logits
+    make_tiny_model(tmp_path / "other", seed=1)
+    (tmp_path / "other" / "model.safetensors").rename(folder / "model_old.safetensors")
+    (folder / "adapter_model.safetensors").write_bytes((folder / "model_old.safetensors").read_bytes())
+    assert torch.equal(load(folder)(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, device):
+    with pytest.raises(ValueError, match="device"):
+        FastLanguageModel.from_pretrained(make_tiny_model(tmp_path / "m"), device=device)
+
+
+def test_a_context_shorter_than_the_default_is_taken_as_it_is(tmp_path):
+    model, _ = FastLanguageModel.from_pretrained(make_tiny_model(tmp_path / "m"), device="cpu")
+    assert model.max_seq_length == 256
 
 
 @pytest.mark.parametrize("damage", [shard_missing, not_in_index, index_names_more])
