@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("same examples every time, however slow the machine", derandomize=True, deadline=None)
+settings.load_profile("same examples every time, however slow the machine")
 
 GPU = torch.cuda.is_available()
 if not GPU:

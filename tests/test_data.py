@@ -237,8 +237,11 @@ def test_labels_are_transformers_assistant_mask_where_the_template_marks_answers
         assert [int(label != -100) for label in sample.labels] == expected["assistant_masks"]
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), min_size=1, max_size=3))
+CONTENT = st.text(st.characters(exclude_characters="\ufdd0\ufdd1", exclude_categories=["Cs"]), max_size=8)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
 def test_rendering_prefixes_finds_what_generation_tags_mark(library, tmp_path_factory, turns):
     messages = []
     for question, answer in turns:

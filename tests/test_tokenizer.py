@@ -85,7 +85,7 @@ def model_folder(tmp_path, model_bytes):
 # tokenizer.json
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.text(max_size=30))
 def test_ids_are_those_of_the_library_with_and_without_special_tokens(json_folder, text):
     ours, library = Tokenizer.from_folder(json_folder), Library.from_file(str(json_folder / "tokenizer.json"))
@@ -226,7 +226,7 @@ def test_a_template_that_is_missing_wrong_or_hostile_is_a_value_error(tmp_path, 
 # tokenizer.model
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(text=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30))
 def test_sentencepiece_ids_are_the_library_s_and_offsets_find_every_character(model_bytes, tmp_path_factory, text):
     folder = tmp_path_factory.getbasetemp() / "sentences"
