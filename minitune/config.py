@@ -17,6 +17,7 @@ FAMILIES = ("llama", "mistral")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 INTERVALS = ("no", "steps", "epoch")
+GGUF_METHODS = ("q8_0", "f16", "bf16", "f32")
 
 
 def setting(default: Any, help: str, *, choices=None, **limits) -> Any:

@@ -16,8 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from minitune.config import LoraConfig, SFTConfig, check_settings, setting
-from minitune.gguf import METHODS
+from minitune.config import GGUF_METHODS, LoraConfig, SFTConfig, check_settings, setting
 
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINTING = ("unsloth", "auto", "true", "false")
@@ -46,7 +45,7 @@ class RunConfig:
     device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     merge: bool = setting(False, "write the merged 16-bit model to OUTPUT_DIR/merged at the end")
     merge_base: str = setting("auto", "weights that the adapter is merged onto", choices=("auto", "original", "nf4"))
-    gguf: tuple[str, ...] = setting((), "write GGUF files at the end, of these types", choices=tuple(METHODS))
+    gguf: tuple[str, ...] = setting((), "write GGUF files at the end, of these types", choices=GGUF_METHODS)
 
     def __post_init__(self):
         check_settings(self)

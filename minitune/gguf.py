@@ -20,7 +20,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from torch import Tensor
 
-from minitune.config import ModelConfig
+from minitune.config import GGUF_METHODS, ModelConfig
 from minitune.gguf_file import Info, Type, Value, write_gguf
 from minitune.gguf_vocab import vocab_metadata
 from minitune.layers import rope_divisors
@@ -29,11 +29,11 @@ from minitune.model import LlamaForCausalLM
 from minitune.tokenizer import Tokenizer
 from minitune.weights import NOT_WEIGHTS, Checkpoint
 
-METHODS = {
-    "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (Type.BF16, LlamaFileType.MOSTLY_BF16),
-    "f32": (Type.F32, LlamaFileType.ALL_F32),
+FILE_TYPES = {
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "f32": LlamaFileType.ALL_F32,
 }
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -112,10 +112,10 @@ def _write(
     tensors: Iterator[tuple[str, Tensor]],
     method: str,
 ) -> None:
-    kind, file_type = METHODS[method]
+    kind = Type[method.upper()]
     count = sum(math.prod(shape) for shape in shapes.values())
     metadata = {"general.architecture": "llama", "general.type": "model", **metadata}
-    metadata |= {"general.size_label": size_label(count), "general.file_type": int(file_type)}
+    metadata |= {"general.size_label": size_label(count), "general.file_type": int(FILE_TYPES[method])}
     if kind == Type.Q8_0:
         metadata["general.quantization_version"] = 2
     metadata |= _sampling(tokenizer) | model_metadata(config) | vocab_metadata(tokenizer, config.vocab_size)
@@ -212,8 +212,8 @@ def _origin(name: str, folder: Path) -> tuple[str, str]:
 
 
 def _target(path: str | Path, name: str, method: str) -> Path:
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"quantization_method {method!r} is not supported; choose one of {', '.join(METHODS)}")
+    if not isinstance(method, str) or method not in GGUF_METHODS:
+        raise ValueError(f"quantization_method {method!r} is not supported; choose one of {', '.join(GGUF_METHODS)}")
     path = Path(path)
     if path.suffix != ".gguf":
         if path.exists() and not path.is_dir():

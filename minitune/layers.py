@@ -281,7 +281,7 @@ class _DecoderLayer(torch.autograd.Function):
         # y = x_mid + Wdown m
         dy = dy.contiguous()
         dm = backward(mlp.down_proj, dy, swiglu(a.gate, a.up))
-        dgate, dup = swiglu_backward(dm, a.gate, a.up)
+        dgate, dup, _ = swiglu_backward(dm, a.gate, a.up)
         # gate, up = W h2, h2 = norm(x_mid)
         h, rstd = layer.post_attention_layernorm(a.x_mid)
         dh = backward(mlp.gate_proj, dgate, h)

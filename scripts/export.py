@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from minitune.config import ModelConfig
-from minitune.gguf import METHODS, convert_folder, export_gguf
+from minitune.config import GGUF_METHODS, ModelConfig
+from minitune.gguf import convert_folder, export_gguf
 from minitune.merge import MERGE_BASES, merge_to_folder
 from minitune.model import FastLanguageModel
 from minitune.weights import resolve_model
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="model folder, or org/name in the local Hugging Face cache")
     parser.add_argument("--adapter", type=Path, help="folder of the adapter to merge in")
     parser.add_argument("--output", type=Path, help="GGUF file (ending in .gguf), or a folder for one")
-    parser.add_argument("--quantization-method", choices=list(METHODS), default="q8_0", help="default: q8_0")
+    parser.add_argument("--quantization-method", choices=GGUF_METHODS, default="q8_0", help="default: q8_0")
     parser.add_argument("--merged", type=Path, help="folder for merged 16-bit safetensors")
     parser.add_argument("--merge-base", choices=MERGE_BASES, default="auto", help="what to merge onto (merge.py)")
     arguments = parser.parse_args()

@@ -15,8 +15,9 @@ from test_merge import load, write_prequantized
 from tiny import CHATML, TEXTS, make_tiny_model, sentencepiece_model, write_tokenizer
 
 from minitune import FastLanguageModel
+from minitune.config import GGUF_METHODS
 from minitune.data import collate, load_dataset, prepare
-from minitune.gguf import METHODS, convert_folder, export_gguf, gguf_name, size_label
+from minitune.gguf import convert_folder, export_gguf, gguf_name, size_label
 from minitune.merge import merge_to_folder, merged_tensors
 from minitune.tokenizer import Tokenizer
 
@@ -104,7 +105,7 @@ def test_llama_cpp_computes_what_transformers_does_on_the_merged_folder(tmp_path
         assert (found - expected[length - 1]).abs().max() < 0.1, length
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", GGUF_METHODS)
 def test_the_tensors_are_the_merged_ones_with_q_and_k_rows_paired(tmp_path, method):
     model, tokenizer = load(make_tiny_model(tmp_path / "base", attention_bias=True, kv_heads=2, tie=False))
     stored = tensors_of(export_gguf(model, tmp_path, tokenizer, method))
