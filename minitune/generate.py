@@ -18,16 +18,19 @@ from minitune.recompute import Activations
 @torch.no_grad()
 def generate(
     model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    eos_token_ids: Sequence[int] = (),
+    eos_token_ids: Sequence[int] | None = None,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt (token ids) until one of `eos_token_ids`, `max_new_tokens`, or the model's max_seq_length.
+    """The new tokens of each prompt, given as lists of token ids or a tensor (B, T) without padding.
+
+    An answer ends before one of `eos_token_ids` (by default those of the model), after `max_new_tokens`, or at the
+    model's max_seq_length.
 
     temperature 0 takes the likeliest token; otherwise draws from softmax(logits / temperature), limited to the `top_k`
     likeliest (0: all) and to the fewest tokens that hold `top_p` of the probability.
@@ -35,6 +38,10 @@ def generate(
 
     Raises ValueError for no or empty prompts, ones longer than max_seq_length, and settings out of range.
     """
+    prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    eos_token_ids = model.eos_token_ids if eos_token_ids is None else eos_token_ids
+    if not all(isinstance(p, Sequence) and all(isinstance(token, int) for token in p) for p in prompts):
+        raise ValueError("prompts are lists of token ids, one a prompt, as tokenizer.apply_chat_template makes them")
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("generate needs at least one prompt, and no empty one")
     if (longest := max(map(len, prompts))) >= model.max_seq_length:
@@ -44,8 +51,8 @@ def generate(
             f"temperature {temperature}, top_p {top_p}, top_k {top_k}, max_new_tokens {max_new_tokens}: "
             "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1"
         )
-    if (largest := max(max(p) for p in prompts)) >= model.config.vocab_size:
-        raise ValueError(f"a prompt holds id {largest}, but the vocabulary has {model.config.vocab_size} rows")
+    if wrong := [token for p in prompts for token in p if not 0 <= token < model.config.vocab_size]:
+        raise ValueError(f"a prompt holds id {wrong[0]}, but the vocabulary has {model.config.vocab_size} rows")
     capacity = min(longest + max_new_tokens, model.max_seq_length)
     generator = torch.Generator().manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]

@@ -52,6 +52,7 @@ class LlamaForCausalLM(nn.Module):
         self.lora_dropout = 0.0  # that a loaded adapter was trained with; not applied here
         self.level = KEEP_INPUT  # what a layer keeps for backward (recompute.py)
         self.name, self.folder = "", Path()
+        self.eos_token_ids: tuple[int, ...] = ()  # where generate stops
 
     def _apply(self, fn, recurse=True):
         raise ValueError("the model stays where it was loaded; choose with from_pretrained(device=..., dtype=...)")
@@ -269,7 +270,7 @@ class FastLanguageModel:
     def from_pretrained(
         model_name: str | Path,
         max_seq_length: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         load_in_4bit: bool = True,
         device: str | torch.device | None = None,
         progress: bool = False,
@@ -294,7 +295,7 @@ class FastLanguageModel:
         check_vocabulary(tokenizer, config.vocab_size)
         longest = max_seq_length or min(2048, known)
         model = LlamaForCausalLM(config, dtype=dtype, device=device, max_seq_length=longest)
-        model.name, model.folder = str(model_name), folder
+        model.name, model.folder, model.eos_token_ids = str(model_name), folder, tokenizer.eos_token_ids
         load_weights(model, Checkpoint(folder), device, load_in_4bit, progress)
         return model, tokenizer
 
@@ -330,7 +331,9 @@ class FastLanguageModel:
         return model
 
 
-def _device_and_dtype(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(
+    device: str | torch.device | None, dtype: torch.dtype | str | None
+) -> tuple[torch.device, torch.dtype]:
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -339,6 +342,7 @@ def _device_and_dtype(device: str | torch.device | None, dtype: torch.dtype | No
         raise ValueError(f"device {device.type!r} is not supported; choose cpu or cuda")
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype {dtype} is not supported; choose torch.float32, torch.bfloat16 or torch.float16")
     if device.type == "cuda":

@@ -25,7 +25,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="GGUF file (ending in .gguf), or a folder for one")
     parser.add_argument("--quantization-method", choices=GGUF_METHODS, default="q8_0", help="default: q8_0")
     parser.add_argument("--merged", type=Path, help="folder for merged 16-bit safetensors")
-    parser.add_argument("--merge-base", choices=MERGE_BASES, default="auto", help="what to merge onto (merge.py)")
+    parser.add_argument(
+        "--merge-base", choices=MERGE_BASES, default="auto", help="weights to merge onto; auto: original, where there"
+    )
     arguments = parser.parse_args()
     try:
         for path in export(arguments):
@@ -45,7 +47,7 @@ def export(arguments: argparse.Namespace) -> list[Path]:
         raise ValueError("nothing to write: give --output for a GGUF file, --merged for a folder, or both")
     folder = resolve_model(arguments.model)
     quantized = "quantization_config" in ModelConfig.from_folder(folder).raw
-    if arguments.adapter is None and merged is None and not quantized:
+    if arguments.adapter is None and merged is None and not quantized and arguments.merge_base != "nf4":
         return [convert_folder(folder, output, method)]  # tensor by tensor, without a model in memory
     # 16-bit weights stay in their files until they are merged, one at a time; quantising is quicker on a GPU
     nf4 = arguments.merge_base == "nf4"

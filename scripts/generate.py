@@ -19,12 +19,12 @@ def main() -> int:
     parser.add_argument("--prompt", help="what to answer; without it, lines are read from the terminal")
     parser.add_argument("--system", help="a system message before it")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
-    parser.add_argument("--max-seq-length", type=int, default=2048, help="prompt and answer together, in tokens")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-seq-length", type=int, help="prompt and answer together, in tokens (default: 2048)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this probability")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the likeliest tokens only; 0: all (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument("--no-load-in-4bit", action="store_true", help="keep the linears in 16 bit")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     arguments = parser.parse_args()
@@ -49,14 +49,16 @@ def main() -> int:
 
 
 def typed() -> Iterator[str]:
-    """Lines from the terminal, until an empty one or the end."""
+    """Lines from the terminal until an empty one, or those of a pipe that are not empty."""
+    terminal = sys.stdin.isatty()
     while True:
-        if sys.stdin.isatty():
+        if terminal:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().strip()
-        if not line:
+        line = sys.stdin.readline()
+        if not line or (terminal and not line.strip()):
             return
-        yield line
+        if line.strip():
+            yield line.strip()
 
 
 def answer(model: LlamaForCausalLM, tokenizer: Tokenizer, text: str, arguments: argparse.Namespace) -> None:
@@ -84,7 +86,6 @@ def answer(model: LlamaForCausalLM, tokenizer: Tokenizer, text: str, arguments: 
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
-        eos_token_ids=tokenizer.eos_token_ids,
         seed=arguments.seed,
         on_token=show,
     )

@@ -12,6 +12,8 @@ def model(tmp_path):
     folder = make_tiny_model(tmp_path / "m", attention_bias=True)
     model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=64, dtype=torch.float32, device="cpu")
     FastLanguageModel.get_peft_model(model, r=4)
+    assert model.eos_token_ids == (2,)
+    model.eos_token_ids = ()  # random weights say 2 now and then
     with torch.no_grad():
         for i, (_, p) in enumerate(model.lora_parameters()):
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
@@ -53,6 +55,13 @@ def test_each_row_stops_at_the_end_token_and_leaves_it_out(model):
     assert model.generate(PROMPTS, max_new_tokens=20, eos_token_ids=[eos]) == expected
 
 
+def test_the_models_own_end_token_is_the_default_and_a_tensor_of_prompts_is_taken(model):
+    free = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=20)
+    assert free == model.generate([PROMPTS[0]], max_new_tokens=20)
+    model.eos_token_ids = (free[0][7],)
+    assert model.generate([PROMPTS[0]], max_new_tokens=20)[0] == free[0][: free[0].index(free[0][7])]
+
+
 def test_decoding_stops_at_the_context_the_model_was_loaded_for(model):
     answer = model.generate([PROMPTS[0], [3]], max_new_tokens=500)
     assert [len(a) for a in answer] == [64 - 4, 64 - 1]
@@ -87,6 +96,9 @@ BAD = {
     "temperature -1": {"prompts": [[1]], "temperature": -1},
     "top_p 0": {"prompts": [[1]], "top_p": 0},
     "holds id 512": {"prompts": [[512]]},
+    "holds id -5": {"prompts": [[3, -5]]},
+    "prompts are lists of token ids": {"prompts": [1, 2, 3]},
+    "prompts are lists of token ids, one": {"prompts": ["hi"]},
 }
 
 

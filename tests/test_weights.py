@@ -194,6 +194,11 @@ def no_weights(folder):
     return r"holds no \*\.safetensors"
 
 
+def adapter(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    return r"is an adapter; load the model it was trained on"
+
+
 def no_config(folder):
     (folder / "config.json").unlink()
     return r"config\.json: not found"
@@ -253,7 +258,7 @@ def small_embedding(folder):
 @pytest.mark.parametrize(
     "damage",
     [truncated, wrong_shape, tensor_missing, foreign_tensor, integers, no_weights, no_config, other_family, other_rope,
-     small_embedding, bias_missing, bias_unexpected, two_files, odd_width],
+     small_embedding, adapter, bias_missing, bias_unexpected, two_files, odd_width],
 )  # fmt: skip
 def test_a_broken_folder_is_refused_by_name(tmp_path, damage):
     folder = make_tiny_model(tmp_path / "m")
