@@ -46,6 +46,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into that takes the place of `folder` when the block ends, flushed to disk, or not at all.
 
     Where `folder` holds files of other names, those stay, and the new ones join them one by one. A symlink stays one.
+    Its files get the mode that a plain open() gives; safetensors makes its own readable by the owner alone.
     Raises ValueError that names `folder` where it cannot be written (no space, no permission).
     """
     folder = Path(folder).resolve()
@@ -60,7 +61,12 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()
         yield partial
-        for path in (*(p for p in partial.rglob("*") if p.is_file()), partial):
+        mode = partial.stat().st_mode & 0o666  # mkdir took the umask from 0o777
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        for path in files:
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                path.chmod(mode)
+        for path in (*files, partial):
             _flush(path)
         new = {path.name for path in partial.iterdir()}
         if folder.exists() and any(path.name not in new for path in folder.iterdir()):

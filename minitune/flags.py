@@ -16,13 +16,18 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from minitune.config import GGUF_METHODS, LoraConfig, SFTConfig, check_settings, setting
+from minitune.config import GGUF_METHODS, LINEARS, LoraConfig, SFTConfig, check_settings, setting
 
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINTING = ("unsloth", "auto", "true", "false")
 # Where the command differs from the dataclass: SFTConfig keeps TRL's rate, which suits training all weights; only
 # adapters are trained here, and they want about ten times that.
 COMMAND_DEFAULTS = {"learning_rate": 2e-4}
+ALL_LINEAR = "all-linear"
+COMMAND_HELP = {  # what --help adds to a field's own text
+    "target_modules": f"; {ALL_LINEAR} means every one there is",
+    "eval_strategy": "; --eval-data makes it epoch where nothing else is given",
+}
 NOT_WRITTEN = ("overwrite", "resume")  # about one start of a run, not about the run
 
 
@@ -140,8 +145,10 @@ def _parser(defaults: dict[str, Any]) -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="a TOML file with the settings below; flags win over it")
     for name, (_, item, kinds) in _known().items():
         default = defaults.get(name, item.default)
-        shown = "" if default is None or default == () else f" (default: {default})".replace("%", "%%")
-        options: dict[str, Any] = {"help": item.metadata["help"] + shown}
+        words = " ".join(default) if isinstance(default, tuple) else default
+        shown = "" if default is None or default == () else f" (default: {words})"
+        text = item.metadata["help"] + COMMAND_HELP.get(name, "") + shown
+        options: dict[str, Any] = {"help": text.replace("%", "%%")}
         if kinds == (bool,):
             options["action"] = argparse.BooleanOptionalAction
         elif kinds == (tuple,):
@@ -175,6 +182,8 @@ def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | Non
     values |= (read_toml(config) if config else {}) | flags
     if values.get("eval_data") and "eval_strategy" not in values:
         values["eval_strategy"] = "epoch"
+    if values.get("target_modules") in (ALL_LINEAR, (ALL_LINEAR,)):  # a TOML file may have it as a string
+        values["target_modules"] = LINEARS
     known = _known()
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name, value in values.items():

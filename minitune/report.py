@@ -7,6 +7,7 @@ line, flushed at once, so that it can be watched, and is whole up to its last li
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -148,9 +149,23 @@ def run_rows(trainer: "SFTTrainer", resumed: Path | None) -> list[tuple[str, str
         ("optimizer", optimizer),
         ("output", output),
     ]
+    if resumed and t.progress.step == t.total_steps:
+        rows.append(("note", f"{resumed.name} is the last step's: nothing is left to train"))
     if dropout := t.model.lora_dropout:  # of an adapter that was loaded
         rows.append(("warning", f"the adapter comes with lora_dropout {dropout}, which is not applied here"))
     return rows
+
+
+def interruption(step: int, total: int, saved: Path | None, config: Path | None) -> str:
+    """What a run that was interrupted after `step` leaves, and how to go on; by command where `config` has all."""
+    advice = "SFTConfig(resume=True)"
+    if config is not None:
+        advice = f"train.py --config {shlex.quote(str(config))} --resume, or {advice}"
+    if step == 0:
+        return f"interrupted before the first step was done: nothing is trained yet; start again with {advice}"
+    if saved is None:
+        return f"interrupted after step {step} of {total}, no checkpoint was saved; start again with {advice}"
+    return f"interrupted after step {step} of {total}, last checkpoint {saved}; continue with {advice}"
 
 
 @contextlib.contextmanager

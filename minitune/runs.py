@@ -13,12 +13,13 @@ Nothing of an earlier run is replaced unless that was asked for, and files that 
 import array
 import hashlib
 import shutil
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitune.config import SFTConfig
+from minitune.config import GGUF_METHODS, SFTConfig
 from minitune.files import writing
 
 if TYPE_CHECKING:
@@ -73,9 +74,27 @@ def checkpoints(output: str | Path) -> list[Path]:
 def holds_run(output: str | Path) -> list[str]:
     """Names of what a run wrote into a folder; empty where there is none."""
     names = [p.name for p in checkpoints(output)]
-    return names + [
-        name for name in ("adapter", "merged", "metrics.jsonl", "config.toml") if (Path(output) / name).exists()
-    ]
+    others = ("adapter", "merged", "metrics.jsonl", *_gguf_names(output), "config.toml")
+    return names + [name for name in others if (Path(output) / name).exists()]
+
+
+def _gguf_names(output: str | Path) -> list[str]:
+    """File names of the GGUF files that a run's config.toml asked for; none where there is no such file."""
+    try:
+        settings = tomllib.loads((Path(output) / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    model, methods = settings.get("model"), settings.get("gguf")
+    if not (isinstance(model, str) and isinstance(methods, list)):
+        return []
+    from minitune.gguf import trained_name  # here, because it takes the whole model and its libraries along
+    from minitune.weights import resolve_model
+
+    try:
+        folder = resolve_model(model)
+    except ValueError:  # the model has gone; its file was named after the last part all the same
+        folder = Path(model).expanduser()
+    return [trained_name(model, folder, method) for method in methods if method in GGUF_METHODS]
 
 
 def check_output(

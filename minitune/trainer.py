@@ -35,7 +35,7 @@ from minitune.files import write_text, writing
 from minitune.flags import as_dict, toml_text
 from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
 from minitune.recompute import KEEP_ALL
-from minitune.report import Report, banner, counter, interruptible, run_rows
+from minitune.report import Report, banner, counter, interruptible, interruption, run_rows
 from minitune.runs import Progress
 from minitune.tokenizer import Tokenizer
 
@@ -102,6 +102,8 @@ class SFTTrainer:
         sources = {"data": train_dataset, "eval_data": eval_dataset}
         files = {name: str(source) for name, source in sources.items() if isinstance(source, (str, Path))}
         self._needed = [model.folder, *files.values()]
+        # data that no config.toml can name
+        self._in_memory = any(source is not None and name not in files for name, source in sources.items())
         # What config.toml will hold besides SFTConfig; a command adds what else it was told.
         self.settings: dict[str, Any] = {
             "model": model.name,
@@ -197,7 +199,7 @@ class SFTTrainer:
         p, a = self.progress, self.args
         started, log_time, log_tokens = time.perf_counter() - p.seconds, time.perf_counter(), p.tokens
         report = Report(self.output / "metrics.jsonl", self.total_steps, p.step)
-        with report, interruptible() as caught, self._enough_memory(), self._weights():
+        with report, interruptible() as caught, self._telling(report), self._enough_memory(), self._weights():
             report.say(banner(self.model, self.train_data, run_rows(self, resumed)))
             while p.step < self.total_steps and not caught:
                 self._optimizer_step()
@@ -218,10 +220,6 @@ class SFTTrainer:
             self._collect()
             p.seconds = time.perf_counter() - started
             if caught and p.step < self.total_steps:
-                report.say(
-                    f"interrupted after step {p.step} of {self.total_steps}, saved {self._last_checkpoint()}; "
-                    f"continue with --output-dir {self.output} --resume, or SFTConfig(resume=True)"
-                )
                 raise KeyboardInterrupt
             if p.step > self._saved:
                 with writing(self.output):
@@ -236,6 +234,16 @@ class SFTTrainer:
         """A CPU takes as long to dequantise a weight as to multiply 30 rows by it, so there weights stay dense."""
         cpu = self.model.device.type == "cpu"
         return self.model.resident_weights_where_they_fit() if cpu else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _telling(self, report: Report) -> Iterator[None]:
+        """A run that Ctrl-C ends, the first after its step or the second at once, says what it leaves in one line."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            config = None if self._in_memory else self.output / "config.toml"
+            report.say(interruption(self.progress.step, self.total_steps, self._saved_folder(), config))
+            raise
 
     @contextlib.contextmanager
     def _enough_memory(self) -> Iterator[None]:
@@ -260,9 +268,12 @@ class SFTTrainer:
                 self._save()
             raise ValueError(f"{error}; training stopped, last checkpoint: {self._last_checkpoint()}") from error
 
-    def _last_checkpoint(self) -> str:
+    def _saved_folder(self) -> Path | None:
         folder = self.output / f"checkpoint-{self._saved}"
-        return str(folder) if folder.is_dir() else "none was saved"
+        return folder if folder.is_dir() else None
+
+    def _last_checkpoint(self) -> str:
+        return str(self._saved_folder() or "none was saved")
 
     def _due(self, interval: int) -> bool:
         return self.progress.step % interval == 0 or self.progress.step == self.total_steps
@@ -324,10 +335,17 @@ class SFTTrainer:
         self._pending.clear()
         if source is not None:
             state = checkpoint.read_state(source, progress=dict, identity=dict)
-            if words := runs.changed_settings(source, state["identity"], self._identity()):
-                print(f"warning: {source} is continued with other settings: {words}", file=sys.stderr)
+            words = runs.changed_settings(source, state["identity"], self._identity())
+            progress = Progress.read(state["progress"], source / checkpoint.STATE)
+            if progress.step > self.total_steps:
+                limit = f"max_steps {a.max_steps}"
+                if a.max_steps < 0:
+                    limit = f"the {self.total_steps} steps of num_train_epochs {a.num_train_epochs:g}"
+                raise ValueError(f"{source} is already past {limit}; give more to go on, or resume an earlier one")
             checkpoint.load_checkpoint(self.model, self.optimizer, source)
-            self.progress = Progress.read(state["progress"], source / checkpoint.STATE)
+            self.progress = progress
+            if words:
+                print(f"warning: {source} is continued with other settings: {words}", file=sys.stderr)
         self._saved = self.progress.step
         resolved = replace(a, output_dir=str(self.output), max_length=self.max_length)
         write_text(self.output / "config.toml", toml_text({**self.settings, **as_dict(resolved)}))

@@ -134,8 +134,6 @@ def convert(gguf: Path, folder: Path) -> None:
     generation = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
     for name, content in (("config", config), ("tokenizer_config", tokenizer), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    # safetensors makes its file readable by the owner alone; give it the mode of its neighbours
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def _tensors(reader: GGUFReader, meta: dict) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
     python scripts/train.py --model DIR --data FILE --output-dir DIR [--max-steps 100 --learning-rate 2e-4 ...]
     python scripts/train.py --config run.toml --r 32             a TOML file, and flags that win over it
-    python scripts/train.py --output-dir DIR ... --resume        go on where an interrupted run was saved
+    python scripts/train.py --config DIR/config.toml --resume    go on where an interrupted run was saved
     python scripts/train.py --demo                               fetch a small model and train it on a shipped task
 
 The run folder holds adapter/, checkpoint-N/, metrics.jsonl and config.toml; --merge and --gguf add the merged model.

@@ -1,6 +1,7 @@
 """Adapters to and from PEFT, what is refused, and folders that are written whole or not at all."""
 
 import json
+import os
 import resource
 
 import pytest
@@ -214,6 +215,17 @@ def test_full_disk_names_the_folder_and_leaves_the_earlier_save_whole(tiny, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_saved_files_get_the_mode_that_open_gives(tiny, tmp_path, umask, mode):
+    model = adapted(tiny)
+    previous = os.umask(umask)
+    try:
+        save_adapter(model, tmp_path / "adapter")
+    finally:
+        os.umask(previous)
+    assert {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()} == {CONFIG: mode, WEIGHTS: mode}
 
 
 def test_interrupted_save_leaves_the_earlier_folder_whole(tmp_path):

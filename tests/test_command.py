@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -12,6 +14,7 @@ import pytest
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
+from minitune.config import LINEARS
 from minitune.flags import as_dict, parse, read_toml, toml_text
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +180,35 @@ def test_only_the_models_of_the_same_name_are_replaced(train, files, tmp_path, c
     assert not list(output.glob(".*"))
 
 
+def test_overwritten_run_takes_its_own_gguf_files_along_and_no_others(train, files, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(arguments(files, output, "--gguf", "f16", "q8_0")) == 0
+    for name in ("mine-F16.gguf", "model-minitune-BF16.gguf"):  # the run was not asked for BF16
+        (output / name).write_bytes(b"mine")
+    assert {p.name for p in output.glob("model-*")} == {f"model-minitune-{t}.gguf" for t in ("F16", "Q8_0", "BF16")}
+    assert train(arguments(files, output, "--overwrite")) == 0
+    assert {p.name for p in output.glob("*.gguf")} == {"mine-F16.gguf", "model-minitune-BF16.gguf"}
+
+
+def test_command_that_ctrl_c_advises_goes_on_with_the_run(train, files, tmp_path, monkeypatch, capsys):
+    output, accumulate = tmp_path / "a run", SFTTrainer.accumulate
+
+    def interrupted(trainer, samples):
+        loss = accumulate(trainer, samples)
+        signal.raise_signal(signal.SIGINT)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "accumulate", interrupted)
+        assert train(arguments(files, output, "--r", "2", "--eval-data", str(files / "data.jsonl"))) == 130
+    advice = capsys.readouterr().err.splitlines()[-1].split("continue with ")[1].split(", or SFTConfig")[0]
+    program, *flags = shlex.split(advice)
+    assert program == "train.py" and flags == ["--config", str(output / "config.toml"), "--resume"]
+    assert train(flags) == 0
+    assert "continued from checkpoint-1 (step 1)" in capsys.readouterr().err
+    assert (output / "adapter").is_dir() and (output / "checkpoint-2").is_dir()
+
+
 def test_models_of_an_earlier_run_stay_until_new_ones_are_whole(train, files, tmp_path, monkeypatch, capsys):
     command = arguments(files, tmp_path, "--gguf", "f16", "--merge")
     assert train(command) == 0
@@ -223,6 +255,20 @@ def test_flags_win_over_toml_and_toml_over_defaults(tmp_path):
     assert settings.lora.target_modules == ("q_proj", "v_proj") and not settings.run.load_in_4bit
     assert settings.sft.logging_steps == 10
     assert parse([]).sft.learning_rate == 2e-4  # the command's own default, where the dataclass keeps TRL's
+
+
+def test_all_linear_means_every_linear_on_the_command_line_and_in_toml(tmp_path):
+    (tmp_path / "run.toml").write_text('target_modules = "all-linear"\n')
+    assert parse(["--target-modules", "all-linear"]).lora.target_modules == LINEARS
+    assert parse(["--config", str(tmp_path / "run.toml")]).lora.target_modules == LINEARS
+
+
+def test_help_shows_lists_as_they_are_typed_and_what_eval_data_turns_on(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {' '.join(LINEARS)})" in text and "('" not in text
+    assert "--eval-data makes it epoch" in text
 
 
 def test_toml_errors_name_file_key_and_the_nearest_names(tmp_path):

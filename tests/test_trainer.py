@@ -235,32 +235,66 @@ def test_resumed_run_is_bit_identical_to_one_that_was_not_interrupted(tiny, tmp_
         assert (resumed / file).read_bytes() == (straight / file).read_bytes()
 
 
-def test_ctrl_c_saves_the_step_and_the_run_can_go_on(tiny, tmp_path, capsys):
-    settings = {"max_steps": 6, "logging_steps": 2}
-    straight, output = tmp_path / "straight", tmp_path / "run"
-    new_trainer(tiny, straight, **settings).train()
+def train_with_ctrl_c(trainer, step, times=1):
+    """Train, with Ctrl-C pressed while `step` steps are done."""
+    accumulate = trainer.accumulate
+
+    def interrupted(samples):
+        for _ in range(times if trainer.progress.step == step else 0):
+            signal.raise_signal(signal.SIGINT)
+        return accumulate(samples)
+
+    trainer.accumulate = interrupted
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        trainer = new_trainer(tiny, output, **settings)
-        accumulate = trainer.accumulate
-
-        def interrupted(samples):
-            if trainer.progress.step == 2:
-                signal.raise_signal(signal.SIGINT)
-            return accumulate(samples)
-
-        trainer.accumulate = interrupted
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_ctrl_c_saves_the_step_and_the_run_can_go_on(tiny, tmp_path, capsys):
+    settings = {"max_steps": 6, "logging_steps": 2}
+    straight, output = tmp_path / "straight", tmp_path / "run"
+    new_trainer(tiny, straight, **settings).train()
+    train_with_ctrl_c(new_trainer(tiny, output, **settings), step=2)
     assert (output / "checkpoint-3").is_dir() and not (output / "adapter").exists()
-    assert f"--output-dir {output} --resume" in capsys.readouterr().err
+    said = f"interrupted after step 3 of 6, last checkpoint {output}/checkpoint-3; continue with SFTConfig(resume=True)"
+    assert capsys.readouterr().err.splitlines()[-1] == said  # the records are in memory: no command can name them
     new_trainer(tiny, output, **settings, resume=True).train()
     assert without_times(records_of(output)) == without_times(records_of(straight))
     file = "adapter/adapter_model.safetensors"
     assert (output / file).read_bytes() == (straight / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("step", "strategy", "words"),
+    [
+        (0, "steps", "interrupted before the first step was done: nothing is trained yet; start again with "),
+        (3, "no", "interrupted after step 3 of 6, no checkpoint was saved; start again with "),
+        (3, "steps", "interrupted after step 3 of 6, last checkpoint {output}/checkpoint-2; continue with "),
+    ],
+)
+def test_second_ctrl_c_stops_at_once_and_says_what_is_left(tiny, tmp_path, capsys, step, strategy, words):
+    output = tmp_path / "a run"
+    train_with_ctrl_c(new_trainer(tiny, output, max_steps=6, save_strategy=strategy, save_steps=2), step, times=2)
+    assert capsys.readouterr().err.splitlines()[-1] == f"{words.format(output=output)}SFTConfig(resume=True)"
+    assert [p.name for p in output.glob("checkpoint-*")] == (["checkpoint-2"] if "checkpoint-2" in words else [])
+
+
+def test_ctrl_c_before_the_first_step_says_that_nothing_is_trained(tiny, tmp_path, capsys, monkeypatch):
+    trainer, say = new_trainer(tiny, tmp_path, max_steps=2), Report.say
+
+    def pressed(report, text):
+        if text.startswith("model"):  # the banner
+            signal.raise_signal(signal.SIGINT)
+        say(report, text)
+
+    monkeypatch.setattr(Report, "say", pressed)
+    train_with_ctrl_c(trainer, step=-1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "nothing is trained yet; start again with" in last and "checkpoint" not in last
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tiny, tmp_path):
@@ -436,6 +470,27 @@ def test_resume_refuses_what_changes_the_order_and_warns_of_what_changes_the_mat
     args = SFTConfig(**settings, output_dir=tmp_path, learning_rate=5e-3, per_device_train_batch_size=5)
     SFTTrainer(model, args, RECORDS, None, tokenizer).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert "load_in_4bit True -> False, dtype float32 -> bfloat16" in capsys.readouterr().err
+    model, _ = FastLanguageModel.from_pretrained(tiny, max_seq_length=128, device="cpu")
+    FastLanguageModel.get_peft_model(model, r=2)
+    with pytest.raises(ValueError, match="r is 4, but the model's adapter has 2"):
+        SFTTrainer(model, args, RECORDS, None, tokenizer).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert "other settings" not in capsys.readouterr().err
+
+
+def test_checkpoint_past_the_last_step_is_refused_and_one_at_it_has_nothing_left_to_train(tiny, tmp_path, capsys):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    new_trainer(tiny, tmp_path, **settings, max_steps=4).train()
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    for less, words in (
+        ({"max_steps": 3}, "checkpoint-4 is already past max_steps 3"),
+        ({"num_train_epochs": 0.4}, "checkpoint-4 is already past the 2 steps of num_train_epochs 0.4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            new_trainer(tiny, tmp_path, **settings, **less, resume=True).train()
+    assert capsys.readouterr().err == "" and sorted(tmp_path.rglob("*")) == before
+    assert new_trainer(tiny, tmp_path, **settings, max_steps=4, resume=True).train().global_step == 4
+    assert "checkpoint-4 is the last step's: nothing is left to train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
