@@ -2,7 +2,7 @@
 
 Inside, everything is packed: N tokens of any number of samples without padding, whose positions restart at 0 with each
 sample (layers.py). Batches of shape (B, T) are packed on the way in. Whatever is an index (positions, sample bounds,
-rows with a label) is computed on the host and sent along, so a training step never waits for the device.
+rows with a label) is computed on the host and sent along: a training step fetches nothing from the device.
 """
 
 import contextlib
