@@ -13,18 +13,22 @@ Nothing of an earlier run is replaced unless that was asked for, and files that 
 import array
 import hashlib
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitune import checkpoint
 from minitune.config import GGUF_METHODS, SFTConfig
-from minitune.files import writing
+from minitune.files import write_text, writing
+from minitune.flags import as_dict, toml_text
 
 if TYPE_CHECKING:
     from minitune.data import Sample
     from minitune.model import LlamaForCausalLM
+    from minitune.optim import FlatAdamW
     from minitune.tokenizer import Tokenizer
 
 # What has to be the same for a resumed run to go on where it was, and what may differ with a warning.
@@ -185,6 +189,83 @@ def changed_settings(source: Path, before: dict[str, Any], now: dict[str, Any]) 
             "or start anew with --overwrite"
         )
     return words
+
+
+class RunFolder:
+    """The folder of one run that trains.
+
+    output: the folder. source: the checkpoint in it to continue from, or None. saved: the step that was saved last.
+    """
+
+    def __init__(self, args: SFTConfig, resume: bool | str | Path, needed: Iterable[str | Path]):
+        """Open it (see `open_run`), without what an earlier run left there if this one starts from the beginning."""
+        self.args, self.saved = args, 0
+        with writing(args.output_dir or "runs"):
+            self.output, self.source = open_run(args, resume, needed)
+            if self.source is None:
+                clear_run(self.output)
+
+    def resume(self, model: "LlamaForCausalLM", optimizer: "FlatAdamW", identity: dict[str, Any]) -> Progress:
+        """Load the adapter and the optimizer's moments from `source`; returns where that run stood.
+
+        Raises ValueError where the run of today's `identity` cannot go on from there, or would end before it.
+        """
+        a, source = self.args, self.source
+        state = checkpoint.read_state(source, progress=dict, identity=dict)
+        words = changed_settings(source, state["identity"], identity)
+        progress = Progress.read(state["progress"], source / checkpoint.STATE)
+        if progress.step > identity["total_steps"]:
+            limit = f"max_steps {a.max_steps}"
+            if a.max_steps < 0:
+                limit = f"the {identity['total_steps']} steps of num_train_epochs {a.num_train_epochs:g}"
+            raise ValueError(f"{source} is already past {limit}; give more to go on, or resume an earlier one")
+        checkpoint.load_checkpoint(model, optimizer, source)
+        if words:
+            print(f"warning: {source} is continued with other settings: {words}", file=sys.stderr)
+        self.saved = progress.step
+        return progress
+
+    def write_config(self, settings: dict[str, Any], max_length: int) -> None:
+        """Write config.toml: `settings`, then those of the run as they were resolved."""
+        resolved = replace(self.args, output_dir=str(self.output), max_length=max_length)
+        write_text(self.output / "config.toml", toml_text({**settings, **as_dict(resolved)}))
+
+    def save(
+        self,
+        model: "LlamaForCausalLM",
+        optimizer: "FlatAdamW",
+        progress: Progress,
+        steps_per_epoch: int,
+        identity: dict[str, Any],
+    ) -> None:
+        """Write checkpoint-N for the step just done.
+
+        Then drop what another run left after the step from which this one was resumed, and the oldest beyond
+        save_total_limit.
+        """
+        epoch, position = divmod(progress.step, steps_per_epoch)
+        place = {"epoch": epoch, "steps_into_epoch": position}
+        state = {"progress": asdict(progress), **place, "identity": identity}
+        checkpoint.save_checkpoint(model, optimizer, state, self.output / f"checkpoint-{progress.step}")
+        with writing(self.output):
+            drop_checkpoints(self.output, after=self.saved, but=progress.step)
+            if limit := self.args.save_total_limit:
+                for old in checkpoints(self.output)[:-limit]:
+                    shutil.rmtree(old)
+        self.saved = progress.step
+
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint that was saved last, if it is there."""
+        folder = self.output / f"checkpoint-{self.saved}"
+        return folder if folder.is_dir() else None
+
+    def finish(self, model: "LlamaForCausalLM", step: int) -> Path:
+        """Write the adapter as it is after the last `step`; returns its path. Another run's later checkpoints go."""
+        if step > self.saved:
+            with writing(self.output):
+                drop_checkpoints(self.output, after=self.saved)
+        checkpoint.save_adapter(model, self.output / "adapter")
+        return self.output / "adapter"
 
 
 def write_models(

@@ -1,4 +1,4 @@
-"""The training loop: batches, micro-steps, schedule, logging, evaluation, saving, resuming.
+"""The training loop: batches, micro-steps, schedule, logging, evaluation, and when to save (runs.py says where).
 
 One optimizer step takes the next per_device_train_batch_size * gradient_accumulation_steps samples S of the epoch's
 order and minimises
@@ -10,16 +10,13 @@ divided by the denominator of the whole step, so gradients add up to the same su
 
 The order of an epoch is a function of (seed, epoch), and where a run stands is its step number: that, the adapter and
 the optimizer's moments are all that a checkpoint needs for the run to go on bit for bit. Losses stay on the device
-until they are logged; nothing in a step waits for it.
+until they are logged.
 """
 
 import contextlib
 import math
-import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,15 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitune import checkpoint, runs
 from minitune.config import SFTConfig
 from minitune.data import Batch, Prepared, Sample, collate, micro_steps, pack_rows, prepare
-from minitune.files import write_text, writing
-from minitune.flags import as_dict, toml_text
+from minitune.flags import as_dict
 from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
 from minitune.recompute import KEEP_ALL
 from minitune.report import Report, banner, counter, interruptible, interruption, run_rows
-from minitune.runs import Progress
+from minitune.runs import SAME_MATHEMATICS, SAME_ORDER, Progress, RunFolder, fingerprint
 from minitune.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -221,11 +216,7 @@ class SFTTrainer:
             p.seconds = time.perf_counter() - started
             if caught and p.step < self.total_steps:
                 raise KeyboardInterrupt
-            if p.step > self._saved:
-                with writing(self.output):
-                    runs.drop_checkpoints(self.output, after=self._saved)
-            checkpoint.save_adapter(self.model, self.output / "adapter")
-            report.say(f"{'saved':<11}{self.output / 'adapter'}")
+            report.say(f"{'saved':<11}{self._run.finish(self.model, p.step)}")
         mean = p.loss_sum / max(1, p.step)
         metrics = {"train_loss": mean, "train_runtime": p.seconds, "epoch": self._epoch(), "tokens": p.tokens}
         return TrainOutput(p.step, mean, metrics)
@@ -242,7 +233,7 @@ class SFTTrainer:
             yield
         except KeyboardInterrupt:
             config = None if self._in_memory else self.output / "config.toml"
-            report.say(interruption(self.progress.step, self.total_steps, self._saved_folder(), config))
+            report.say(interruption(self.progress.step, self.total_steps, self._run.last_checkpoint(), config))
             raise
 
     @contextlib.contextmanager
@@ -268,12 +259,8 @@ class SFTTrainer:
                 self._save()
             raise ValueError(f"{error}; training stopped, last checkpoint: {self._last_checkpoint()}") from error
 
-    def _saved_folder(self) -> Path | None:
-        folder = self.output / f"checkpoint-{self._saved}"
-        return folder if folder.is_dir() else None
-
     def _last_checkpoint(self) -> str:
-        return str(self._saved_folder() or "none was saved")
+        return str(self._run.last_checkpoint() or "none was saved")
 
     def _due(self, interval: int) -> bool:
         return self.progress.step % interval == 0 or self.progress.step == self.total_steps
@@ -315,7 +302,7 @@ class SFTTrainer:
             "seconds": p.seconds,
         }
 
-    # ---- the run folder
+    # ---- what the run folder is given
 
     def _begin(self, resume: bool | str | Path) -> Path | None:
         """Open the run folder at step 0 or where a checkpoint left off; returns that checkpoint."""
@@ -327,59 +314,29 @@ class SFTTrainer:
             weight_decay=a.weight_decay,
             max_grad_norm=a.max_grad_norm,
         )
-        with writing(a.output_dir or "runs"):
-            self.output, source = runs.open_run(a, resume, self._needed)
-            if source is None:
-                runs.clear_run(self.output)
+        self._run = RunFolder(a, resume, self._needed)
+        self.output = self._run.output
         self.progress = Progress()
         self._pending.clear()
-        if source is not None:
-            state = checkpoint.read_state(source, progress=dict, identity=dict)
-            words = runs.changed_settings(source, state["identity"], self._identity())
-            progress = Progress.read(state["progress"], source / checkpoint.STATE)
-            if progress.step > self.total_steps:
-                limit = f"max_steps {a.max_steps}"
-                if a.max_steps < 0:
-                    limit = f"the {self.total_steps} steps of num_train_epochs {a.num_train_epochs:g}"
-                raise ValueError(f"{source} is already past {limit}; give more to go on, or resume an earlier one")
-            checkpoint.load_checkpoint(self.model, self.optimizer, source)
-            self.progress = progress
-            if words:
-                print(f"warning: {source} is continued with other settings: {words}", file=sys.stderr)
-        self._saved = self.progress.step
-        resolved = replace(a, output_dir=str(self.output), max_length=self.max_length)
-        write_text(self.output / "config.toml", toml_text({**self.settings, **as_dict(resolved)}))
-        return source
+        if self._run.source is not None:
+            self.progress = self._run.resume(self.model, self.optimizer, self._identity())
+        self._run.write_config(self.settings, self.max_length)
+        return self._run.source
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run has to share, or should, with the run that was interrupted."""
         a = as_dict(self.args)
         return {
-            **{name: a[name] for name in runs.SAME_ORDER + runs.SAME_MATHEMATICS if name in a},
+            **{name: a[name] for name in SAME_ORDER + SAME_MATHEMATICS if name in a},
             "samples_per_step": self.units_per_step,
             "max_length": self.max_length,
             "total_steps": self.total_steps,
             "model": self.model.name,
             "load_in_4bit": self.settings["load_in_4bit"],
             "dtype": self.settings["dtype"],
-            "data": runs.fingerprint(self.train_data.samples),
+            "data": fingerprint(self.train_data.samples),
         }
 
     def _save(self) -> None:
-        """Write checkpoint-N for the step just done.
-
-        Then drop what another run left after the step from which this one was resumed, and the oldest beyond
-        save_total_limit.
-        """
         self._collect()
-        step = self.progress.step
-        epoch, position = divmod(step, self.steps_per_epoch)
-        place = {"epoch": epoch, "steps_into_epoch": position}
-        state = {"progress": asdict(self.progress), **place, "identity": self._identity()}
-        checkpoint.save_checkpoint(self.model, self.optimizer, state, self.output / f"checkpoint-{step}")
-        with writing(self.output):
-            runs.drop_checkpoints(self.output, after=self._saved, but=step)
-            if limit := self.args.save_total_limit:
-                for old in runs.checkpoints(self.output)[:-limit]:
-                    shutil.rmtree(old)
-        self._saved = step
+        self._run.save(self.model, self.optimizer, self.progress, self.steps_per_epoch, self._identity())
