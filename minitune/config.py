@@ -95,9 +95,9 @@ class ModelConfig:
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         """Read FOLDER/config.json. ValueError names the field where the model is not one that this code runs."""
         path = Path(folder) / "config.json"
-        if not path.is_file() and (Path(folder) / "adapter_config.json").is_file():
-            raise ValueError(f"{folder}: is an adapter; load the model it was trained on, and then the adapter onto it")
         if not path.is_file():
+            if path.with_name("adapter_config.json").is_file():
+                raise ValueError(f"{folder}: is an adapter; load the model it was trained on, and the adapter onto it")
             raise ValueError(f"{path}: not found; a model folder holds config.json, *.safetensors and a tokenizer")
         try:
             raw = json.loads(path.read_text())

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 
 from minitune.chat import Span
+from minitune.kernels.cross_entropy import IGNORE
 from minitune.records import Options, Rendered, Sample, load_dataset, render_record
 from minitune.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Prepared", "Sample", "collate", "load_dataset", "micro_steps", "pack_rows", "prepare"]
 
 CHUNK = 1000  # records encoded at a time: enough to keep the tokenizer's threads busy
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def prepare(
         for sample in _encode(records[start : start + CHUNK], tokenizer, options):
             truncated += len(sample.input_ids) > max_length
             sample = Sample(sample.input_ids[:max_length], sample.labels[:max_length])
-            if any(label != IGNORED for label in sample.labels[1:]):
+            if sample.targets:
                 samples.append(sample)
         if progress is not None:
             progress(min(start + CHUNK, len(records)), len(records))
@@ -102,7 +102,7 @@ def _label(item: Rendered, ids: list[int], offsets: list[Span], tokenizer: Token
     labels = list(ids) if item.spans is None else _labels(ids, offsets, item.spans)
     if item.plain:
         prefix, suffix = tokenizer.special_tokens_around(ids)
-        labels = [*(prefix if item.spans is None else [IGNORED] * len(prefix)), *labels, *suffix]
+        labels = [*(prefix if item.spans is None else [IGNORE] * len(prefix)), *labels, *suffix]
         ids = [*prefix, *ids, *suffix]
     return Sample(ids, labels)
 
@@ -114,7 +114,7 @@ def _labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]
     where it is.
     """
     spans = [span for span in spans if span[0] < span[1]]
-    labels, at = [IGNORED] * len(ids), 0
+    labels, at = [IGNORE] * len(ids), 0
     for i, (first, last) in enumerate(offsets):
         while at < len(spans) and spans[at][1] <= first:
             at += 1
@@ -180,5 +180,5 @@ def collate(samples: Sequence[Sample]) -> Batch:
         input_ids=torch.tensor([token for sample in samples for token in sample.input_ids]),
         labels=labels,
         position_ids=position_ids,
-        targets=int(((labels != IGNORED) & (position_ids > 0)).sum()),
+        targets=sum(sample.targets for sample in samples),
     )

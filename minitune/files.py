@@ -42,10 +42,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
+def whole_folder(folder: str | Path, keep_others: bool = True) -> Iterator[Path]:
     """A folder to write into that takes the place of `folder` when the block ends, flushed to disk, or not at all.
 
-    Where `folder` holds files of other names, those stay, and the new ones join them one by one. A symlink stays one.
+    Where `folder` holds files of other names, those stay, and the new ones join them one by one, unless `keep_others`
+    is off. A symlink stays one.
     Its files get the mode that a plain open() gives; safetensors makes its own readable by the owner alone.
     Raises ValueError that names `folder` where it cannot be written (no space, no permission).
     """
@@ -69,7 +70,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         for path in (*files, partial):
             _flush(path)
         new = {path.name for path in partial.iterdir()}
-        if folder.exists() and any(path.name not in new for path in folder.iterdir()):
+        if keep_others and folder.exists() and any(path.name not in new for path in folder.iterdir()):
             for name in sorted(new):
                 (partial / name).replace(folder / name)
         else:

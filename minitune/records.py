@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitune.chat import Span
+from minitune.kernels.cross_entropy import IGNORE
 from minitune.tokenizer import Tokenizer
 
 SHAPES = (
@@ -38,6 +39,11 @@ class Sample:
 
     input_ids: list[int]
     labels: list[int]
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are trained on; nothing predicts the first."""
+        return sum(label != IGNORE for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def _tokens(record: Mapping, tokenizer: Tokenizer, options: Options) -> Sample:
             f"{len(ids)} input_ids but {len(labels)} labels; each token has one, -100 where not trained on"
         )
     known = range(tokenizer.vocab_size)
-    for name, values in (("input_ids", ids), ("labels", [label for label in labels if label != -100])):
+    for name, values in (("input_ids", ids), ("labels", [label for label in labels if label != IGNORE])):
         if wrong := [value for value in values if value not in known]:
             raise ValueError(f"{name} hold {wrong[0]}, but the tokenizer's ids are 0 to {tokenizer.vocab_size - 1}")
     if 0 in (_mask(record, "attention_mask", len(ids)) or []):
@@ -184,7 +190,7 @@ def _tokens(record: Mapping, tokenizer: Tokenizer, options: Options) -> Sample:
         if mask is None:
             _refuse(flag and not labelled, option, f"{name} or labels")
         elif flag is not False:
-            labels = [label if trained else -100 for label, trained in zip(labels, mask, strict=True)]
+            labels = [label if trained else IGNORE for label, trained in zip(labels, mask, strict=True)]
     return Sample(ids, labels)
 
 

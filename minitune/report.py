@@ -121,7 +121,7 @@ def banner(model: "LlamaForCausalLM", data: "Prepared", rows: Sequence[tuple[str
     kind = "NF4" if any(linear.is_quantized for linear in linears) else "16-bit"
     attention = "triton" if model.device.type == "cuda" else "reference (PyTorch)"
     tokens = sum(len(sample.input_ids) for sample in data.samples)
-    trained_on = sum(label != -100 for sample in data.samples for label in sample.labels[1:])
+    trained_on = sum(sample.targets for sample in data.samples)
     lora = model.lora
     lines = [
         ("model", f"{model.name}: {total / 1e6:,.1f} M parameters, {storage_bytes(model) / 1e6:,.0f} MB, "

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitune import checkpoint
 from minitune.config import GGUF_METHODS, SFTConfig
-from minitune.files import write_text, writing
+from minitune.files import whole_folder, write_text, writing
 from minitune.flags import as_dict, toml_text
 
 if TYPE_CHECKING:
@@ -278,20 +278,17 @@ def write_models(
 ) -> list[Path]:
     """Write OUTPUT/merged and GGUF files, and return their paths.
 
-    Each is written in a folder beside its place; one of the same name is replaced when the new one is whole.
-    Raises ValueError where that fails.
+    One of the same name is replaced when the new one is whole. Raises ValueError where that fails.
     """
     staging, written = output / ".export.partial", []
+    if merge:
+        with whole_folder(output / "merged", keep_others=False) as partial:
+            model.save_pretrained_merged(partial, tokenizer, merge_base=merge_base)
+        written.append(output / "merged")
     try:
         with writing(output):
             shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
             staging.mkdir()
-            if merge:
-                merged = output / "merged"
-                model.save_pretrained_merged(staging / "merged", tokenizer, merge_base=merge_base)
-                if merged.exists():
-                    merged.rename(staging / "old")
-                written.append((staging / "merged").rename(merged))
             for method in methods:
                 path = model.save_pretrained_gguf(staging, tokenizer, method, merge_base)
                 written.append(path.replace(output / path.name))

@@ -172,7 +172,7 @@ class SFTTrainer:
         if self.eval_data is None:
             raise ValueError("there is no eval_dataset to evaluate on")
         start, samples = time.perf_counter(), self.eval_data.samples
-        targets = sum(label != -100 for sample in samples for label in sample.labels[1:])
+        targets = sum(sample.targets for sample in samples)
         loss = torch.zeros((), device=self.model.device)
         with counter("evaluating") as progress:
             for first in range(0, len(samples), EVAL_CHUNK):

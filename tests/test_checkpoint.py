@@ -264,3 +264,17 @@ def test_folder_left_by_a_killed_save_is_cleared_by_the_next(tmp_path):
         (partial / "file").write_text("whole")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["file"]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_whole_folder_may_replace_all_that_was_there_and_does_so_only_when_it_is_whole(tmp_path):
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    (folder / "model-00001-of-00002.safetensors").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder, keep_others=False) as partial:
+        (partial / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in folder.iterdir()] == ["model-00001-of-00002.safetensors"]
+    with whole_folder(folder, keep_others=False) as partial:
+        (partial / "model.safetensors").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
