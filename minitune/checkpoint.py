@@ -2,7 +2,7 @@
 
     adapter/                          checkpoint-N/            after N optimizer steps
       adapter_config.json               the two adapter files, and
-      adapter_model.safetensors         optimizer.safetensors  AdamW's moments, float32
+      adapter_model.safetensors         optimizer.safetensors  AdamW's moments, float32 or 8-bit
                                         state.json             step, place in the data, losses not yet logged, settings
 
 An adapter file's keys are "base_model.model." + the parameter's name. Parameters are stored in float32, as they are

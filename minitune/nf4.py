@@ -14,13 +14,12 @@ with as many decimal exponents as it can afford, times the largest magnitude of 
 Ties go to the lower index, as in bitsandbytes; the values are bit for bit those it dequantises.
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from minitune.kernels.dequantize import dequantize_nf4
+from minitune.kernels.dequantize import Quantized, dequantize_nf4
 
 # fmt: off
 CODE = (
@@ -40,17 +39,17 @@ def nf4_code(device: torch.device) -> Tensor:
 
 
 @cache
-def dynamic_map(device: torch.device) -> Tensor:
-    """The signed 8-bit dynamic map, ascending, fp32 (256,) (arXiv 1511.04561, as bitsandbytes lays it out).
+def dynamic_map(device: torch.device, signed: bool = True) -> Tensor:
+    """The 8-bit dynamic map, ascending, fp32 (256,) (arXiv 1511.04561, as bitsandbytes lays it out).
 
     Decade i of seven, from 1e-6 to 1, is cut linearly into 2**i cells between 0.1 and 1; their middles, with both
-    signs, make 254 values; 0 and 1 complete the map.
+    signs, make 254 values; 0 and 1 complete the map. Without signs there are twice the cells instead.
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
         middles = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += middles.tolist() + (-middles).tolist()
+        values += middles.tolist() + ((-middles).tolist() if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
@@ -59,19 +58,8 @@ def _nearest(values: Tensor, code: Tensor) -> Tensor:
     return torch.bucketize(values, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
-@dataclass
-class NF4:
+class NF4(Quantized):
     """A quantised (out_features, in_features) weight. With `nested_absmax` None the scales are plain fp32."""
-
-    packed: Tensor  # uint8 (out * in / 2,)
-    absmax: Tensor  # (blocks,) uint8 codes, or fp32 without nesting
-    code: Tensor  # fp32 (16,)
-    shape: tuple[int, int]
-    blocksize: int = BLOCKSIZE
-    nested_absmax: Tensor | None = None  # fp32 (ceil(blocks / 256),)
-    nested_code: Tensor | None = None  # fp32 (256,)
-    nested_offset: Tensor | None = None  # fp32 ()
-    nested_blocksize: int = NESTED_BLOCKSIZE
 
     @classmethod
     def quantize(cls, weight: Tensor) -> "NF4":
@@ -103,21 +91,10 @@ class NF4:
         tensors = (self.packed, self.absmax, self.nested_absmax)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype` (out_features, in_features)."""
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight in `dtype` (out_features, in_features), written into `out` where that is given."""
         with torch.cuda.device_of(self.packed):  # Triton launches on the current device
-            return dequantize_nf4(
-                self.packed,
-                self.absmax,
-                self.code,
-                self.shape,
-                dtype,
-                blocksize=self.blocksize,
-                nested_absmax=self.nested_absmax,
-                nested_code=self.nested_code,
-                nested_offset=self.nested_offset,
-                nested_blocksize=self.nested_blocksize,
-            )
+            return dequantize_nf4(self, dtype, out)
 
 
 def _quantize_scales(scales: Tensor, dynamic: Tensor) -> tuple[Tensor, Tensor]:
