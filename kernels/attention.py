@@ -11,9 +11,10 @@ A program keeps BLOCK_M rows of one head and walks over their keys with a runnin
 
     m' = max(m, s)      l' = l 2^(m - m') + sum 2^(s - m')      acc' = acc 2^(m - m') + 2^(s - m') v
 
-with scores in base 2, log2(e) folded into the scale, since the hardware has 2^x. Key blocks that no row sees are never
-visited, and only those at a sample's border or on the diagonal are masked (packed.py). A sample of T rows costs
-2 K T^2 FLOPs a head, and reads k and v T / BLOCK_M times, mostly from L2.
+The maximum is kept in the units of q k^T, and log2(e) scale enters with the exponent, since the hardware has 2^x and a
+fused multiply-add. Key blocks that no row sees are never visited, and only those at a sample's border or on the
+diagonal are masked (packed.py). A sample of T rows costs 2 K T^2 FLOPs a head, and reads k and v T / BLOCK_M times,
+mostly from L2. Where all samples have one length, attention_cudnn.py may take over: who allows it says that length.
 """
 
 import math
@@ -22,8 +23,9 @@ import torch
 
 from . import launch
 from .attention_bwd import attention_backward
+from .attention_cudnn import cudnn_attention, cudnn_supports
 from .launch import accumulator, cdiv, power_of_two, tl, triton
-from .packed import block_at, check_packed, keys_of_rows, load_rows, samples, store_rows
+from .packed import check_buffer, check_packed, choose_tile, into, load_rows, samples, store_rows
 
 __all__ = ["attention", "attention_backward"]
 
@@ -58,6 +60,8 @@ def _attention_fwd(
     k_head_stride,
     v_row_stride,
     v_head_stride,
+    out_row_stride,
+    out_head_stride,
     N,
     H,
     scale_log2,
@@ -68,92 +72,93 @@ def _attention_fwd(
     BLOCK_K: tl.constexpr,
 ):
     """One program: BLOCK_M rows of one head. The last rows, which see the most keys, start first."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    head = tl.program_id(1)
+    head = (tl.program_id(0) % H).to(tl.int64)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) // H * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
-    start = tl.load(start_ptr + rows, mask=rows < N, other=0)
+    last = tl.minimum(first + BLOCK_M, N) - 1
+    start = tl.load(start_ptr + tl.minimum(rows, last))
+    low, inner_low, inner_high = tl.load(start_ptr + first), tl.load(start_ptr + last), first + 1
     k_ptr += head // GROUP * k_head_stride
     v_ptr += head // GROUP * v_head_stride
-    q = load_rows(q_ptr + head * q_head_stride, rows, q_row_stride, N, K, BLOCK_K)
+    q = load_rows(q_ptr + head * q_head_stride, first, q_row_stride, N, K, BLOCK_M, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    low, inner_low, inner_high, borders = keys_of_rows(start_ptr, first, N, BLOCK_M, BLOCK_N)
-    for BORDER in tl.static_range(2):
-        blocks = borders if BORDER else (inner_high - inner_low) // BLOCK_N
-        for t in range(blocks):
-            keys = block_at(t, low, inner_low, inner_high, BORDER, BLOCK_N) + tl.arange(0, BLOCK_N)
-            k = load_rows(k_ptr, keys, k_row_stride, N, K, BLOCK_K)
-            v = load_rows(v_ptr, keys, v_row_stride, N, K, BLOCK_K)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-            if BORDER:
-                seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= start[:, None])
-                scores = tl.where(seen, scores, float("-inf"))
-            new = tl.maximum(top, tl.max(scores, axis=1))
-            base = tl.where(new == float("-inf"), 0.0, new)  # -inf: a row that has seen no key yet
-            p = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(top - base)
-            total = total * shrink + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-            top = new
-    store_rows(out_ptr + head * K, acc / total[:, None], rows, H * K, N, K, BLOCK_K)
+    for t in range(tl.cdiv(last + 1 - low, BLOCK_N)):
+        key = low + t * BLOCK_N
+        k = load_rows(k_ptr, key, k_row_stride, N, K, BLOCK_N, BLOCK_K)
+        v = load_rows(v_ptr, key, v_row_stride, N, K, BLOCK_N, BLOCK_K)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if (key < inner_low) | (key + BLOCK_N > inner_high):
+            keys = key + tl.arange(0, BLOCK_N)
+            seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= start[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, axis=1))
+        base = tl.where(new == float("-inf"), 0.0, new * scale_log2)  # -inf: a row that has seen no key yet
+        p = tl.exp2(scores * scale_log2 - base[:, None])
+        shrink = tl.exp2(top * scale_log2 - base)
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = new
+    store_rows(out_ptr + head * out_head_stride, acc / total[:, None], first, out_row_stride, N, K, BLOCK_M, BLOCK_K)
     LN_2: tl.constexpr = 0.6931471805599453
-    tl.store(lse_ptr + head.to(tl.int64) * N + rows, (top + tl.log2(total)) * LN_2, mask=rows < N)
+    tl.store(lse_ptr + head * N + rows, (top * scale_log2 + tl.log2(total)) * LN_2, mask=rows < N)
 
 
-def _blocks(K: int, itemsize: int, shared_memory: int) -> dict:
-    """128 rows by 64 keys at 16 bit, and a pipeline of up to 3 blocks of keys, as far as shared memory holds them.
+# For packed.py's choose_tile: (BLOCK_M, BLOCK_N, warps, stages). Fastest of 17 on an H200, November 2026, bf16; TFLOP/s
+# at 2 x 2048 and 1 x 8192 (32 heads, 8 of keys, K = 128): 422 and 493; torch's variable-length flash 248 and 322.
+TILES = {
+    128: ((64, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3)),
+    64: ((64, 64, 4, 4), (64, 64, 4, 4), (128, 64, 8, 3)),
+}
 
-    On an H200 in November 2026, K = 128, H = 32, G = 8, bf16: 355 TFLOP/s at T = 2048 (64 x 64: 333, 128 x 128: 313),
-    67 at T = 150 (64 x 64: 81). float32 has no tensor cores: its products unroll into one instruction an element, so
-    tiles are small and warps many.
-    """
-    BLOCK_M, BLOCK_N = (128, 64) if itemsize == 2 else (32, 32)
-    row = max(power_of_two(K), 16) * itemsize
-    while (BLOCK_M + 2 * BLOCK_N) * row > shared_memory // 2 and BLOCK_M > 32:
-        BLOCK_M, BLOCK_N = BLOCK_M // 2, max(BLOCK_N // 2, 16)
-    stages = (shared_memory - BLOCK_M * row) // (2 * BLOCK_N * row)
-    return {
-        "BLOCK_M": BLOCK_M,
-        "BLOCK_N": BLOCK_N,
-        "BLOCK_K": max(power_of_two(K), 16),
-        "num_warps": 8 if itemsize == 4 or (BLOCK_M == 128 and K > 64) else 4,
-        "num_stages": min(max(stages, 1), 3),
-    }
+
+def launch_forward(q, k, v, out, lse, start, scale: float, tile: dict) -> None:
+    """`tile` as choose_tile gives it; the tensors have been checked."""
+    (N, H, K), tile = q.shape, dict(tile)
+    BLOCK_M, BLOCK_N = tile.pop("KEEP"), tile.pop("PASS")
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2])
+    shape = {"GROUP": H // k.shape[1], "K": K, "BLOCK_K": max(power_of_two(K), 16)}
+    _attention_fwd[(cdiv(N, BLOCK_M) * H,)](
+        q, k, v, out, lse, start, *strides, N, H, scale * math.log2(math.e), **shape, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        **tile,
+    )  # fmt: skip
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, end: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None = None,
+    longest: int | None = None,
+    length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out (N, H, K) in q's dtype, lse (H, N) float32, the natural logarithm, for the backward).
 
     q (N, H, K), k and v (N, G, K) with contiguous head vectors, H a multiple of G, K a multiple of 8 up to 256;
-    start, end (N,) int32, consistent with each other (not checked: that would wait for the GPU).
+    start, end (N,) int32, consistent with each other (not checked: that would wait for the GPU); scale above 0.
+    out: where to put the result, with rows and heads as far apart as the caller likes.
+    longest: rows of the longest sample, or a bound on it: only chooses tiles.
+    length: every sample has exactly so many rows, and cuDNN may be used. None: always the kernel of this file.
     ValueError where a shape, stride or dtype does not fit.
     """
     check_packed(q, k, v, start, end)
+    if not scale > 0:
+        raise ValueError(f"scale {scale}; expected above 0")
+    check_buffer("out", out, q)
+    if length is not None and cudnn_supports(q, k, v, length):
+        return cudnn_attention(q, k, v, length, scale, out)
     if not launch.use_triton(q):
-        return attention_reference(q, k, v, start, end, scale)
-    (N, H, K), G = q.shape, k.shape[1]
-    out = torch.empty((N, H, K), dtype=q.dtype, device=q.device)
+        result, lse = attention_reference(q, k, v, start, end, scale)
+        return into(out, result), lse
+    N, H, K = q.shape
+    out = torch.empty((N, H, K), dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((H, N), dtype=torch.float32, device=q.device)
     if N:
-        blocks = _blocks(K, q.element_size(), launch.shared_memory_limit(q.device))
-        _attention_fwd[(cdiv(N, blocks["BLOCK_M"]), H)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            start,
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *v.stride()[:2],
-            N,
-            H,
-            scale * math.log2(math.e),
-            GROUP=H // G,
-            K=K,
-            **blocks,
-        )
+        shared = launch.shared_memory_limit(q.device)
+        tile = choose_tile(TILES, 1, K, q.element_size(), longest or length or N, shared)
+        launch_forward(q, k, v, out, lse, start, scale, tile)
     return out, lse

@@ -1,77 +1,86 @@
 """Packed samples, as the attention kernels see them: which blocks of keys a block of rows has to look at.
 
 Samples lie one behind the other in N rows. start[i] is the first row of the sample of row i, end[i] one past its last
-row, and row i sees the keys start[i] <= j <= i. So the rows [first, last] see keys from start[first] to last, and see
-these of them whole, without a mask:
+row, and row i sees the keys start[i] <= j <= i; so key j is seen by the rows j <= i < end[j]. A program keeps the rows
+[first, last] and walks over the keys from start[first] to last, or keeps keys and walks over the rows that see them:
 
               start[first]         start[last]            first                 last
     keys      | border            | inner: every row sees | border: the diagonal |
 
-The functions here are parts of kernels, and the checks that the forward and the backward share.
+              first                last                   end[first]             end[last]
+    rows      | border: diagonal  | inner: see every key  | border               |
+
+Only border blocks are masked. Here are parts of kernels, the choice of tiles, and the checks of what callers pass.
 """
 
 import torch
 
-from .launch import require, tl, triton
+from .launch import power_of_two, tl, triton
+
+MAX_BLOCK = 128  # rows of the largest tile; offsets within one are 32 bit
+SHORT, MEDIUM = 256, 2048  # rows of the longest sample: up to here it is short, or of medium length
+
+# Where shared memory is small. float32 has no tensor cores: its products unroll into one instruction an element, so
+# tiles are small and warps many.
+SMALL_TILES = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))
+FLOAT32_TILES = ((32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1))
 
 
 @triton.jit
-def load_rows(x_ptr, rows, row_stride, N, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Head vectors of some rows, (rows, BLOCK_K), zero past K. Rows past N read the last one, for the mask to drop."""
+def load_rows(x_ptr, first, row_stride, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Head vectors of the rows from `first` on, (ROWS, BLOCK_K), zero past K. Rows past N are the last one again, for
+    the mask to drop."""
     i = tl.arange(0, BLOCK_K)
-    at = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * row_stride + i[None, :]
+    row = tl.minimum(tl.arange(0, ROWS), N - 1 - first)
+    at = x_ptr + first.to(tl.int64) * row_stride + (row[:, None] * row_stride + i[None, :])
     if K == BLOCK_K:
-        x = tl.load(x_ptr + at)
+        x = tl.load(at)
     else:
-        x = tl.load(x_ptr + at, mask=i[None, :] < K, other=0.0)
+        x = tl.load(at, mask=i[None, :] < K, other=0.0)
     return x
 
 
 @triton.jit
-def store_rows(x_ptr, x, rows, row_stride, N, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def store_rows(x_ptr, x, first, row_stride, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """The inverse, cast to the dtype of x_ptr; rows past N and elements past K are dropped."""
     i = tl.arange(0, BLOCK_K)
-    at = rows.to(tl.int64)[:, None] * row_stride + i[None, :]
-    tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=(rows[:, None] < N) & (i[None, :] < K))
+    row = tl.arange(0, ROWS)
+    at = x_ptr + first.to(tl.int64) * row_stride + (row[:, None] * row_stride + i[None, :])
+    tl.store(at, x.to(x_ptr.dtype.element_ty), mask=(row[:, None] < N - first) & (i[None, :] < K))
 
 
 @triton.jit
-def keys_of_rows(start_ptr, first, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(low, inner_low, inner_high, borders) for the rows [first, first + BLOCK_M) and keys in blocks of BLOCK_N.
+def pack_floats(low, high):
+    """Two float32 in the halves of an int64, so that both travel in one load."""
+    low = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
 
-    Keys begin at low; blocks in [inner_low, inner_high) need no mask; `borders` blocks around them do.
+
+@triton.jit
+def unpack_floats(x):
+    return x.to(tl.int32).to(tl.float32, bitcast=True), (x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+def bound_of(longest: int) -> int | None:
+    """The bound that samples of up to `longest` rows choose their tiles by; None where there is no such bound."""
+    return next((bound for bound in (SHORT, MEDIUM) if longest <= bound), None)
+
+
+def choose_tile(tiles: dict, kept: int, K: int, itemsize: int, longest: int, shared_memory: int) -> dict:
+    """What `tiles` has for samples of up to `longest` rows and heads of width K, if shared memory can hold it.
+
+    A tile is (KEEP, PASS, warps, stages[, registers a thread]): KEEP rows of `kept` tensors stay with a program while
+    blocks of PASS rows of two others pass by, `stages` of them in shared memory at a time, those at work and those on
+    their way. tiles: by the width of heads up to which they hold, for short, medium and long samples.
     """
-    last = tl.minimum(first + BLOCK_M, N) - 1
-    low = tl.load(start_ptr + first)
-    inner_low = low + tl.cdiv(tl.load(start_ptr + last) - low, BLOCK_N) * BLOCK_N
-    inner_high = inner_low + tl.maximum(first + 1 - inner_low, 0) // BLOCK_N * BLOCK_N
-    borders = (inner_low - low) // BLOCK_N + tl.cdiv(tl.maximum(last + 1 - inner_high, 0), BLOCK_N)
-    return low, inner_low, inner_high, borders
-
-
-@triton.jit
-def rows_of_keys(end_ptr, first, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The same for the keys [first, first + BLOCK_N) and the rows that see them, in blocks of BLOCK_M.
-
-    Key j is seen by the rows [j, end[j]): rows from the block's last key to the end of its first key's sample see all.
-    """
-    high = tl.load(end_ptr + tl.minimum(first + BLOCK_N, N) - 1)
-    diagonal = tl.minimum(tl.cdiv(BLOCK_N, BLOCK_M), tl.cdiv(high - first, BLOCK_M))
-    inner_low = first + diagonal * BLOCK_M
-    inner_high = inner_low + tl.maximum(tl.load(end_ptr + first) - inner_low, 0) // BLOCK_M * BLOCK_M
-    borders = diagonal + tl.cdiv(tl.maximum(high - inner_high, 0), BLOCK_M)
-    return first, inner_low, inner_high, borders
-
-
-@triton.jit
-def block_at(t, low, inner_low, inner_high, BORDER: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the t-th inner block begins, or the t-th border block: from low on, then from inner_high on."""
-    if BORDER:
-        at = low + t * BLOCK
-        at = tl.where(at < inner_low, at, at - inner_low + inner_high)
-    else:
-        at = inner_low + t * BLOCK
-    return at
+    row = max(power_of_two(K), 16) * itemsize
+    best = tiles[64 if K <= 64 else 128][(SHORT, MEDIUM, None).index(bound_of(longest))]
+    candidates = FLOAT32_TILES if itemsize == 4 else (best, *SMALL_TILES)
+    for KEEP, PASS, warps, stages, *registers in candidates:  # noqa: B007
+        if (KEEP * kept + 2 * PASS * stages) * row <= shared_memory:
+            break
+    tile = {"KEEP": KEEP, "PASS": PASS, "num_warps": warps, "num_stages": stages}
+    return tile | ({"maxnreg": registers[0]} if registers else {})
 
 
 def samples(start: torch.Tensor) -> list[tuple[int, int]]:
@@ -83,18 +92,48 @@ def samples(start: torch.Tensor) -> list[tuple[int, int]]:
 def check_packed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, end: torch.Tensor, **like_q: torch.Tensor
 ) -> None:
-    """ValueError unless q (N, H, K), k, v (N, G, K), start, end (N,) and whatever is shaped like q fit together."""
-    require(q.dim() == k.dim() == 3, f"q {tuple(q.shape)}, k {tuple(k.shape)}; expected (rows, heads, head width)")
+    """ValueError unless q (N, H, K), k, v (N, G, K), start, end (N,) and whatever is shaped like q fit together.
+
+    It runs before every launch, so messages are only put together when one is needed: that is most of its time.
+    """
+    if not q.dim() == k.dim() == 3:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}; expected (rows, heads, head width)")
     (N, H, K), G = q.shape, k.shape[1]
-    fits = k.shape == (N, G, K) and v.shape == k.shape
-    require(fits, f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}")
-    require(G > 0 and H % G == 0, f"{H} query heads are not a multiple of {G} key/value heads")
-    require(K % 8 == 0 and 0 < K <= 256, f"head width {K}; expected a multiple of 8 up to 256")
+    if not k.shape == v.shape == (N, G, K):
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}")
+    if G == 0 or H % G:
+        raise ValueError(f"{H} query heads are not a multiple of {G} key/value heads")
+    if K % 8 or not 0 < K <= 256:
+        raise ValueError(f"head width {K}; expected a multiple of 8 up to 256")
     for name, x in (("start", start), ("end", end)):
-        fits = x.shape == (N,) and x.dtype == torch.int32 and x.is_contiguous()
-        require(fits, f"{name} is {tuple(x.shape)} {x.dtype}; expected contiguous ({N},) torch.int32")
+        if x.shape != (N,) or x.dtype != torch.int32 or not x.is_contiguous():
+            raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; expected contiguous ({N},) torch.int32")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_rows(name, x, q)
     for name, x in like_q.items():
-        require(x.shape == q.shape, f"{name} is {tuple(x.shape)}; expected the shape of q, {tuple(q.shape)}")
-    for name, x in {"q": q, "k": k, "v": v, **like_q}.items():
-        require(x.dtype == q.dtype, f"{name} is {x.dtype}; q is {q.dtype}")
-        require(x.stride(2) == 1, f"the head vectors of {name} have stride {x.stride(2)}; expected contiguous ones")
+        check_buffer(name, x, q)
+
+
+def check_buffer(name: str, x: torch.Tensor | None, like: torch.Tensor) -> None:
+    """ValueError unless x, if there is one, can hold what `like` can."""
+    if x is None:
+        return
+    if x.shape != like.shape:
+        raise ValueError(f"{name} is {tuple(x.shape)}; expected {tuple(like.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}; expected {like.device}")
+    _check_rows(name, x, like)
+
+
+def into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    """The result, in the caller's buffer if there is one."""
+    return result if buffer is None else buffer.copy_(result)
+
+
+def _check_rows(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    if x.dtype != q.dtype:
+        raise ValueError(f"{name} is {x.dtype}; expected {q.dtype}")
+    if x.stride(2) != 1:
+        raise ValueError(f"the head vectors of {name} have stride {x.stride(2)}; expected contiguous ones")
+    if x.stride(0) >= 2**31 // MAX_BLOCK:
+        raise ValueError(f"rows of {name} are {x.stride(0)} elements apart; expected less than {2**31 // MAX_BLOCK}")
