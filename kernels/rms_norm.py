@@ -7,7 +7,8 @@
                 dx = rstd * (g - xhat * mean(g * xhat)) + dresidual      xhat = x * rstd
 
 x, residual, y, dy, dx are (N, D), rows may be strided; weight (D,); rstd (N,). A program holds a whole row, so each
-tensor is read once and written once: 2 (rms_norm), 4 (add_rms_norm), 3 or 4 (backward) passes over (N, D).
+tensor is read once and written once: 2 (rms_norm), 4 (add_rms_norm), 3 or 4 (backward) passes over (N, D). y and dx go
+into `out` where that is given: a range of columns of a wider tensor, as the matmul that reads them wants it.
 """
 
 import torch
@@ -45,6 +46,7 @@ def _rms_norm_fwd(
     rstd_ptr,
     x_row_stride,
     residual_row_stride,
+    y_row_stride,
     D,
     eps,
     ADD: tl.constexpr,
@@ -62,7 +64,7 @@ def _rms_norm_fwd(
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
     tl.store(rstd_ptr + row, rstd)
     weight = tl.load(weight_ptr + at, mask=live, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * D + at, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=live)
+    tl.store(y_ptr + row * y_row_stride + at, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -76,6 +78,7 @@ def _rms_norm_bwd(
     dy_row_stride,
     x_row_stride,
     dresidual_row_stride,
+    dx_row_stride,
     D,
     ADD: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -91,7 +94,7 @@ def _rms_norm_bwd(
     dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / D))
     if ADD:
         dx += tl.load(dresidual_ptr + row * dresidual_row_stride + at, mask=live, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + row * D + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
+    tl.store(dx_ptr + row * dx_row_stride + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
 
 
 def _blocks(D: int) -> dict:
@@ -110,10 +113,10 @@ def _check(x, weight, **others):
             require(other.stride(1) == 1, f"the rows of {name} have stride {other.stride(1)}; expected contiguous rows")
 
 
-def _forward(x, residual, weight, eps):
+def _forward(x, residual, weight, eps, out):
     N, D = x.shape
-    y = torch.empty((N, D), dtype=x.dtype, device=x.device)
-    s = None if residual is None else torch.empty_like(y)
+    y = torch.empty((N, D), dtype=x.dtype, device=x.device) if out is None else out
+    s = None if residual is None else torch.empty((N, D), dtype=x.dtype, device=x.device)
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     if x.numel():
         _rms_norm_fwd[(N,)](
@@ -125,6 +128,7 @@ def _forward(x, residual, weight, eps):
             rstd,
             x.stride(0),
             0 if residual is None else residual.stride(0),
+            y.stride(0),
             D,
             eps,
             ADD=residual is not None,
@@ -133,25 +137,33 @@ def _forward(x, residual, weight, eps):
     return s, y, rstd
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _copied(result, out):
+    return result if out is None else out.copy_(result)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, rstd) for x (N, D) and weight (D,): y (N, D) in x's dtype, rstd (N,) float32 for the backward.
 
     ValueError where shapes do not fit or a row is not contiguous.
     """
-    _check(x, weight)
+    _check(x, weight, out=out)
     if not launch.use_triton(x):
-        return rms_norm_reference(x, weight, eps)
-    return _forward(x, None, weight, eps)[1:]
+        y, rstd = rms_norm_reference(x, weight, eps)
+        return _copied(y, out), rstd
+    return _forward(x, None, weight, eps, out)[1:]
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(s, y, rstd): s = x + residual in their dtype, and y, rstd = rms_norm(s); all (N, D) but rstd (N,)."""
-    _check(x, weight, residual=residual)
+    _check(x, weight, residual=residual, out=out)
     if not launch.use_triton(x):
-        return add_rms_norm_reference(x, residual, weight, eps)
-    return _forward(x, residual, weight, eps)
+        s, y, rstd = add_rms_norm_reference(x, residual, weight, eps)
+        return s, _copied(y, out), rstd
+    return _forward(x, residual, weight, eps, out)
 
 
 def rms_norm_backward(
@@ -160,17 +172,18 @@ def rms_norm_backward(
     weight: torch.Tensor,
     rstd: torch.Tensor,
     dresidual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """dx (N, D) of y = rms_norm(x), plus dresidual, the gradient that reaches x past the norm, if there is one.
 
     x is what was normalised: for add_rms_norm, its s; dx is then the gradient of both x and residual.
     """
-    _check(x, weight, dy=dy, dresidual=dresidual)
+    _check(x, weight, dy=dy, dresidual=dresidual, out=out)
     require(rstd.shape == x.shape[:1], f"rstd is {tuple(rstd.shape)}; expected ({x.shape[0]},)")
     if not launch.use_triton(x):
-        return rms_norm_backward_reference(dy, x, weight, rstd, dresidual)
+        return _copied(rms_norm_backward_reference(dy, x, weight, rstd, dresidual), out)
     N, D = x.shape
-    dx = torch.empty((N, D), dtype=x.dtype, device=x.device)
+    dx = torch.empty((N, D), dtype=x.dtype, device=x.device) if out is None else out
     if x.numel():
         _rms_norm_bwd[(N,)](
             dy,
@@ -182,6 +195,7 @@ def rms_norm_backward(
             dy.stride(0),
             x.stride(0),
             0 if dresidual is None else dresidual.stride(0),
+            dx.stride(0),
             D,
             ADD=dresidual is not None,
             **_blocks(D),

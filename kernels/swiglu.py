@@ -4,9 +4,10 @@
     backward    dgate = dout * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
                 dup = dout * silu(gate)
 
-All (N, F), rows may be strided. Nothing is saved but the inputs. The backward writes `out` again in the same pass, for
-the LoRA gradient of down_proj needs it: one write instead of a second launch that reads gate and up once more.
-Forward moves 3 tensors, backward 6, in float32 between load and store.
+All (N, F), rows may be strided: gate and up are as a rule the two halves of one matmul's output. Nothing is saved but
+the inputs. The backward writes `out` again in the same pass, for the LoRA gradient of down_proj needs it: one write
+instead of a second launch that reads gate and up once more. Its results may take the place of its inputs, so that a
+backward pass needs no further memory of this width. Forward moves 3 tensors, backward 6, in float32 in between.
 """
 
 import torch
@@ -30,14 +31,14 @@ def swiglu_backward_reference(dout, gate, up):
 
 
 @triton.jit
-def _swiglu_fwd(gate_ptr, up_ptr, out_ptr, gate_row_stride, up_row_stride, F, BLOCK_F: tl.constexpr):
+def _swiglu_fwd(gate_ptr, up_ptr, out_ptr, gate_row_stride, up_row_stride, out_row_stride, F, BLOCK_F: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     live = at < F
     gate = tl.load(gate_ptr + row * gate_row_stride + at, mask=live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row_stride + at, mask=live, other=0.0).to(tl.float32)
     silu = gate * (1.0 / (1.0 + tl.exp(-gate)))
-    tl.store(out_ptr + row * F + at, (silu * up).to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(out_ptr + row * out_row_stride + at, (silu * up).to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -51,7 +52,11 @@ def _swiglu_bwd(
     dout_row_stride,
     gate_row_stride,
     up_row_stride,
+    dgate_row_stride,
+    dup_row_stride,
+    out_row_stride,
     F,
+    OUT: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -62,10 +67,13 @@ def _swiglu_bwd(
     up = tl.load(up_ptr + row * up_row_stride + at, mask=live, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
-    dtype = out_ptr.dtype.element_ty
-    tl.store(dgate_ptr + row * F + at, (dout * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=live)
-    tl.store(dup_ptr + row * F + at, (dout * silu).to(dtype), mask=live)
-    tl.store(out_ptr + row * F + at, (silu * up).to(dtype), mask=live)
+    dtype = dgate_ptr.dtype.element_ty
+    tl.store(
+        dgate_ptr + row * dgate_row_stride + at, (dout * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=live
+    )
+    tl.store(dup_ptr + row * dup_row_stride + at, (dout * silu).to(dtype), mask=live)
+    if OUT:
+        tl.store(out_ptr + row * out_row_stride + at, (silu * up).to(dtype), mask=live)
 
 
 def _blocks(F: int) -> dict:
@@ -82,30 +90,46 @@ def _check(**tensors):
         require(x.stride(1) == 1, f"the rows of {name} have stride {x.stride(1)}; expected contiguous rows")
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, (N, F) in their dtype. ValueError where shapes differ or a row is not contiguous."""
-    _check(gate=gate, up=up)
+def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * up, (N, F) in their dtype, into `out` where that is given.
+
+    ValueError where shapes differ or a row is not contiguous.
+    """
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    _check(gate=gate, up=up, out=out)
     if not launch.use_triton(gate):
-        return swiglu_reference(gate, up)
+        return out.copy_(swiglu_reference(gate, up))
     N, F = gate.shape
-    out = torch.empty((N, F), dtype=gate.dtype, device=gate.device)
     if out.numel():
         blocks = _blocks(F)
         grid = (N, cdiv(F, blocks["BLOCK_F"]))
-        _swiglu_fwd[grid](gate, up, out, gate.stride(0), up.stride(0), F, **blocks)
+        _swiglu_fwd[grid](gate, up, out, gate.stride(0), up.stride(0), out.stride(0), F, **blocks)
     return out
 
 
 def swiglu_backward(
-    dout: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dgate, dup, out), each (N, F): the gradients for dout, and swiglu(gate, up) once more."""
-    _check(gate=gate, up=up, dout=dout)
+    dout: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    dgate: torch.Tensor | None = None,
+    dup: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dgate, dup), each (N, F): the gradients for dout, into the tensors that are given.
+
+    `out`, where given, is filled with swiglu(gate, up) in the same pass. Each of the three may be one of the inputs.
+    """
+    dgate, dup = (
+        torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if x is None else x for x in (dgate, dup)
+    )
+    results = {"dgate": dgate, "dup": dup} | ({} if out is None else {"out": out})
+    _check(gate=gate, up=up, dout=dout, **results)
     if not launch.use_triton(gate):
-        return swiglu_backward_reference(dout, gate, up)
+        for result, value in zip(results.values(), swiglu_backward_reference(dout, gate, up), strict=False):
+            result.copy_(value)
+        return dgate, dup
     N, F = gate.shape
-    dgate, dup, out = (torch.empty((N, F), dtype=gate.dtype, device=gate.device) for _ in range(3))
-    if out.numel():
+    if gate.numel():
         blocks = _blocks(F)
         _swiglu_bwd[(N, cdiv(F, blocks["BLOCK_F"]))](
             dout,
@@ -117,7 +141,11 @@ def swiglu_backward(
             dout.stride(0),
             gate.stride(0),
             up.stride(0),
+            dgate.stride(0),
+            dup.stride(0),
+            0 if out is None else out.stride(0),
             F,
+            OUT=out is not None,
             **blocks,
         )
-    return dgate, dup, out
+    return dgate, dup

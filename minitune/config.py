@@ -7,6 +7,7 @@ carries its help text and its range (`setting`); command-line flags and TOML key
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -15,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FAMILIES = ("llama", "mistral")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
 INTERVALS = ("no", "steps", "epoch")
 GGUF_METHODS = ("q8_0", "f16", "bf16", "f32")
 
@@ -194,6 +195,14 @@ class LoraConfig:
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 
+def bytes_of(size: str) -> int:
+    """Bytes of a size like 24GiB, 500MiB or 8GB. ValueError for anything else."""
+    units = {"B": 1, "MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
+    if not (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]?i?B)", size)) or found[2] not in units:
+        raise ValueError(f"{size!r} is not a size; write it as 24GiB or 800MB")
+    return int(float(found[1]) * units[found[2]])
+
+
 @dataclass(frozen=True)
 class SFTConfig:
     """A training run. Names mean what they mean in TRL and transformers; one that is not here is a TypeError.
@@ -216,7 +225,9 @@ class SFTConfig:
     adam_beta1: float = setting(0.9, "decay of the first moment", least=0, below=1)
     adam_beta2: float = setting(0.999, "decay of the second moment", least=0, below=1)
     adam_epsilon: float = setting(1e-8, "added to the root of the second moment", least=0)
-    optim: str = setting("adamw_torch_fused", "optimizer; both names mean AdamW on one flat buffer", choices=OPTIMIZERS)
+    optim: str = setting(
+        "adamw_torch_fused", "AdamW on one flat buffer; moments in float32, or with adamw_8bit in 8", choices=OPTIMIZERS
+    )
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0 turns clipping off", least=0)
     max_length: int | None = setting(
         None, "longer samples are cut to this many tokens; default max_seq_length", least=2
@@ -235,17 +246,22 @@ class SFTConfig:
     seed: int = setting(42, "the order of the samples is a function of this and the epoch", least=0, most=2**64 - 1)
     report_to: str = setting("none", "nothing is reported anywhere; metrics.jsonl holds everything", choices=("none",))
     micro_step_tokens: int | None = setting(None, "tokens of one forward/backward; default by device", least=1)
+    memory_budget: str | None = setting(
+        None,
+        "GPU memory to stay within, as 24GiB, where use_gradient_checkpointing is 'unsloth'; default: what is free",
+    )
+    cuda_graphs: bool = setting(True, "on a GPU, capture a micro-step of a size that comes again and replay it")
     overwrite: bool = setting(False, "replace the run that output_dir holds")
     resume: bool = setting(False, "continue from output_dir's newest checkpoint, or start where there is none")
 
     def __post_init__(self):
         if isinstance(self.output_dir, os.PathLike):
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
-        if isinstance(self.optim, str) and "8bit" in self.optim:
-            raise ValueError(f"optim {self.optim!r}: moments are kept in float32 only; use 'adamw_torch'")
         check_settings(self)
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps is {self.max_steps}; expected at least 1, or -1 for num_train_epochs")
+        if self.memory_budget is not None:
+            bytes_of(self.memory_budget)
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume exclude each other: one drops the old run, the other continues it")
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minitune.kernels.attention import attention
-from minitune.layers import DecoderLayer, DenseWeights, Packed
+from minitune.layers import DecoderLayer, Packed
+from minitune.linear import LayerWeights
 from minitune.recompute import Activations
 
 
@@ -136,15 +137,16 @@ class _Cache:
 
     def _forward(self, ids: list[int], positions: Tensor, attend: Callable) -> Tensor:
         """The last layer's output (N, D); `attend` stores k and v, and says what the queries see."""
-        model, weights = self.model, DenseWeights(self.model.dtype, keep=False)
+        model = self.model
         x = model.model.embed_tokens(torch.tensor(ids, device=model.device), model.dtype)
         for index, layer in enumerate(model.model.layers):
-            a = Activations(x)
-            a.q, a.k, a.v = layer.qkv(layer.input_layernorm(x)[0], positions, model.rotary, weights)
-            a.attn = attend(layer, index, a.q, a.k, a.v)
-            layer.complete(a, None, model.rotary, weights)
+            weights, a = LayerWeights(model.shared.weights, model.dtype, model.device), Activations(x)
+            layer.rotated_qkv(a, positions, model.shared.rotary, weights)
+            a.attn = layer.o.new_input(x)
+            layer.self_attn.as_heads(a.attn).copy_(attend(layer, index, *layer.self_attn.split(a.qkv)))
+            layer.complete(a, None, model.shared, weights)
             x = layer.output(a, weights)
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.model.lm_head(self.model.model.norm(x)[0])
+        return self.model.model.norm(x)[0] @ self.model.lm_head.dense(self.model.dtype).T

@@ -1,4 +1,4 @@
-"""The parts of a Llama: embedding, norm, the frozen linear with its LoRA branch, and the decoder layer.
+"""The parts of a Llama: embedding, norm, the frozen linears with their LoRA branches, and the decoder layer.
 
 A decoder layer is one autograd function whose forward and backward are written out below over the kernels; nothing
 inside a layer depends on the autograd engine, and the backward reads like the derivation:
@@ -10,18 +10,19 @@ Legend: B batch, T tokens, D model width, H query heads, G key/value heads, K he
 R LoRA rank, N rows = tokens of all samples, packed without padding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from minitune.config import LINEARS, LoraConfig, ModelConfig
+from minitune.config import ModelConfig
 from minitune.kernels.attention import attention, attention_backward
-from minitune.kernels.lora_linear import lora_linear, lora_linear_backward
+from minitune.kernels.attention_cudnn import WORTHWHILE
+from minitune.kernels.packed import bound_of
 from minitune.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from minitune.kernels.rope import rope_
 from minitune.kernels.swiglu import swiglu, swiglu_backward
-from minitune.nf4 import NF4
+from minitune.linear import LayerWeights, Linear, Projection
 from minitune.recompute import Activations
 
 
@@ -32,6 +33,8 @@ class Packed:
     positions: Tensor
     start: Tensor
     end: Tensor
+    length: int | None = None  # of every sample, where the host knows that they all have the same
+    longest: int | None = None  # a bound on the longest sample, where the host knows one
 
     @classmethod
     def from_positions(cls, positions: Tensor) -> "Packed":
@@ -41,10 +44,17 @@ class Packed:
         first = torch.where(positions == 0, index, len(positions))  # a sample's first row; N elsewhere
         following = torch.cat([first[1:], first.new_full((min(1, len(first)),), len(first))])
         end = following.flip(0).cummin(0).values.flip(0)
-        return cls(positions, index - positions, end)
+        length = longest = None
+        if positions.device.type == "cpu" and len(positions):
+            longest = bound_of(int(positions.max()) + 1)
+            count = int((positions == 0).sum())
+            expected = torch.arange(len(positions) // count, dtype=torch.int32).repeat(count)
+            length = len(positions) // count if torch.equal(expected, positions) else None
+        return cls(positions, index - positions, end, length, longest)
 
     def to(self, device: torch.device) -> "Packed":
-        return Packed(*(t.to(device, non_blocking=True) for t in (self.positions, self.start, self.end)))
+        tensors = (t.to(device, non_blocking=True) for t in (self.positions, self.start, self.end))
+        return Packed(*tensors, self.length, self.longest)
 
 
 @dataclass(frozen=True)
@@ -100,70 +110,19 @@ class RMSNorm(nn.Module):
         self.shape, self.eps = (width,), eps
         self.register_parameter("weight", None)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (N, D) -> its norm (N, D) and the reciprocal root mean square of each row, fp32 (N,)."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, out)
 
-    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def after_add(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """s = x + residual, norm(s), and the reciprocal root mean square of s's rows."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps, out)
 
-    def backward(self, dy: Tensor, x: Tensor, rstd: Tensor, dresidual: Tensor | None = None) -> Tensor:
+    def backward(
+        self, dy: Tensor, x: Tensor, rstd: Tensor, dresidual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """dx of the norm, plus the gradient that the residual carries."""
-        return rms_norm_backward(dy, x, self.weight, rstd, dresidual)
-
-
-class Linear(nn.Module):
-    """A frozen linear, in NF4 or as stored, with an optional LoRA branch: y = W x + bias + s B A x.
-
-    One of `nf4` and `weight` is set by the loader. A (R, in) and B (out, R) are fp32 parameters under PEFT's names,
-    lora_A.weight and lora_B.weight.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        super().__init__()
-        self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
-        self.nf4: NF4 | None = None
-        self.register_parameter("weight", None)  # (out, in)
-        self.register_parameter("bias", None)  # (out,)
-        self.lora_A: nn.Linear | None = None
-        self.lora_B: nn.Linear | None = None
-        self.scaling = 0.0
-        self.resident: Tensor | None = None  # the dense weight, while it is kept beside the NF4 one
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.nf4 is not None
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The frozen weight in dtype (out, in)."""
-        if self.resident is not None and self.resident.dtype == dtype:
-            return self.resident
-        return self.nf4.dequantize(dtype) if self.is_quantized else self.weight.detach().to(dtype)
-
-    def add_lora(self, lora: LoraConfig, device: torch.device, generator: torch.Generator) -> None:
-        """Attach a branch that changes nothing yet: A as PEFT draws it (Kaiming uniform, a = sqrt 5), B zero."""
-        self.lora_A = nn.Linear(self.in_features, lora.r, bias=False, device="meta", dtype=torch.float32)
-        self.lora_B = nn.Linear(lora.r, self.out_features, bias=False, device="meta", dtype=torch.float32)
-        bound = self.in_features**-0.5  # kaiming_uniform with a = sqrt 5: gain sqrt(1/3) times sqrt(3 / fan_in)
-        a = torch.empty(lora.r, self.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A.weight = nn.Parameter(a.to(device))
-        self.lora_B.weight = nn.Parameter(torch.zeros(self.out_features, lora.r, device=device))
-        self.scaling = lora.scaling
-
-    def adapter(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """A and B in the compute dtype, or a pair of None."""
-        if self.lora_A is None:
-            return None, None
-        return self.lora_A.weight.detach().to(dtype), self.lora_B.weight.detach().to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, in) -> (N, out), outside of autograd."""
-        return self.apply_to(x, self.dense(x.dtype))
-
-    def apply_to(self, x: Tensor, weight: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
-        return lora_linear(x, weight, bias, *self.adapter(x.dtype), self.scaling)
+        return rms_norm_backward(dy, x, self.weight, rstd, dresidual, out)
 
 
 class Attention(nn.Module):
@@ -176,6 +135,16 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, self.kv_heads * self.width, c.attention_bias)
         self.o_proj = Linear(self.heads * self.width, c.hidden_size, c.attention_bias)
 
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views q (N, H, K), k and v (N, G, K) of the first columns of qkv (N, (H + 2G) K or more)."""
+        sizes = (self.heads, self.kv_heads, self.kv_heads)
+        columns = qkv[:, : sum(sizes) * self.width].split([n * self.width for n in sizes], dim=1)
+        return tuple(x.unflatten(1, (n, self.width)) for x, n in zip(columns, sizes, strict=True))
+
+    def as_heads(self, x: Tensor) -> Tensor:
+        """The view (N, H, K) of the first columns of x (N, H K or more)."""
+        return x[:, : self.heads * self.width].unflatten(1, (self.heads, self.width))
+
 
 class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
@@ -185,116 +154,166 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
 
+@dataclass
+class Shared:
+    """What the layers of a model share: RoPE's tables, the choice of attention, buffers for the weights at work."""
+
+    rotary: Rotary
+    attention: str = "auto"
+    weights: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def about(self, packed: Packed) -> dict[str, int | None]:
+        """What the attention of these samples is told about their lengths; with a `length` it may take cuDNN's."""
+        cudnn = self.attention == "auto" and (packed.length or 0) >= WORTHWHILE
+        return {"longest": packed.longest, "length": packed.length if cudnn else None}
+
+
 class DecoderLayer(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.self_attn = Attention(c)
-        self.mlp = MLP(c)
+        self.self_attn = a = Attention(c)
+        self.mlp = m = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.width = c.hidden_size
+        self.qkv = Projection("qkv", a.q_proj, a.k_proj, a.v_proj)
+        self.o = Projection("o", a.o_proj)
+        self.gate_up = Projection("gate_up", m.gate_proj, m.up_proj)
+        self.down = Projection("down", m.down_proj)
 
-    def linears(self) -> dict[str, Linear]:
-        """The seven linears by name, in the order of LINEARS."""
-        owner = dict.fromkeys(LINEARS[:4], self.self_attn) | dict.fromkeys(LINEARS[4:], self.mlp)
-        return {name: getattr(module, name) for name, module in owner.items()}
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
 
-    def adapted(self) -> list[Linear]:
-        return [linear for linear in self.linears().values() if linear.lora_A is not None]
+    def adapters(self) -> list[nn.Parameter]:
+        """A and B of each adapted linear in turn, the order of the gradients of `backward`."""
+        linears = [linear for projection in self.projections for linear in projection.adapted]
+        return [p for linear in linears for p in (linear.lora_A.weight, linear.lora_B.weight)]
 
-    def forward(self, x: Tensor, packed: Packed, rotary: Rotary, level: int) -> Tensor:
-        """x (N, D) -> (N, D); `level` says what is kept for backward (recompute.py)."""
-        parameters = [p for linear in self.adapted() for p in (linear.lora_A.weight, linear.lora_B.weight)]
-        return _DecoderLayer.apply(x, self, packed, rotary, level, *parameters)
+    def forward(self, x: Tensor, packed: Packed, shared: Shared, level: int) -> Tensor:
+        """x (N, D) -> (N, D) under autograd; `level` says what is kept for backward (recompute.py)."""
+        return _DecoderLayer.apply(x, self, packed, shared, level, *self.adapters())
 
-    def qkv(self, h: Tensor, positions: Tensor, rotary: Rotary, weights: "DenseWeights") -> tuple[Tensor, ...]:
-        """Rotated q (N, H, K), rotated k and v (N, G, K) of the normalised input h (N, D)."""
-        a = self.self_attn
-        q, k, v = (weights.apply(linear, h).view(len(h), -1, a.width) for linear in (a.q_proj, a.k_proj, a.v_proj))
+    def run(self, x: Tensor, packed: Packed, shared: Shared) -> tuple[Tensor, Activations]:
+        """x (N, D) -> (N, D), and all that lies between; outside of autograd."""
+        weights, a = LayerWeights(shared.weights, x.dtype, x.device), Activations(x)
+        self.complete(a, packed, shared, weights)
+        return self.output(a, weights), a
+
+    def rotated_qkv(self, a: Activations, positions: Tensor, rotary: Rotary, weights: LayerWeights) -> None:
+        """a.qkv, with q and k rotated, and its input a.h."""
+        a.h = self.qkv.new_input(a.x)
+        _, a.rstd = self.input_layernorm(a.x, out=a.h[:, : self.width])
+        a.qkv = self.qkv.multiply(a.h, weights[self.qkv])
+        q, k, _ = self.self_attn.split(a.qkv)
         rope_(q, k, rotary.cos, rotary.sin, positions)
-        return q, k, v
 
-    def output(self, a: Activations, weights: "DenseWeights") -> Tensor:
-        """The layer's output (N, D) from its complete activations."""
-        return a.x_mid + weights.apply(self.mlp.down_proj, swiglu(a.gate, a.up))
-
-    def complete(self, a: Activations, packed: Packed | None, rotary: Rotary, weights: "DenseWeights") -> None:
+    def complete(self, a: Activations, packed: Packed | None, shared: Shared, weights: LayerWeights) -> None:
         """Compute what `a` lacks: everything in forward, what was not kept in backward."""
-        attn = self.self_attn
-        if a.q is None:
-            a.q, a.k, a.v = self.qkv(self.input_layernorm(a.x)[0], packed.positions, rotary, weights)
+        attn, D = self.self_attn, self.width
+        if a.qkv is None:
+            self.rotated_qkv(a, packed.positions, shared.rotary, weights)
         if a.attn is None:
-            a.attn, a.lse = attention(a.q, a.k, a.v, packed.start, packed.end, attn.scale)
+            a.attn = self.o.new_input(a.x)
+            q, k, v = attn.split(a.qkv)
+            out, about = attn.as_heads(a.attn), shared.about(packed)
+            _, a.lse = attention(q, k, v, packed.start, packed.end, attn.scale, out=out, **about)
         if a.x_mid is None:
-            o = weights.apply(attn.o_proj, a.attn.flatten(1))
-            a.x_mid, h, _ = self.post_attention_layernorm.after_add(o, a.x)
-        elif a.gate is None:
-            h, _ = self.post_attention_layernorm(a.x_mid)
-        if a.gate is None:
-            a.gate, a.up = (weights.apply(linear, h) for linear in (self.mlp.gate_proj, self.mlp.up_proj))
+            o = self.o.multiply(a.attn, weights[self.o])
+            a.h_mid = self.gate_up.new_input(a.x)
+            a.x_mid, _, a.rstd_mid = self.post_attention_layernorm.after_add(o, a.x, out=a.h_mid[:, :D])
+        if a.gate_up is None:
+            if a.h_mid is None:
+                a.h_mid = self.gate_up.new_input(a.x)
+                self.post_attention_layernorm(a.x_mid, out=a.h_mid[:, :D])
+            a.gate_up = self.gate_up.new_output(a.x)
+            self.gate_up.multiply(a.h_mid, weights[self.gate_up], out=a.gate_up[:, : self.gate_up.out_features])
 
+    def output(self, a: Activations, weights: LayerWeights) -> Tensor:
+        """The layer's output (N, D) from its complete activations."""
+        m = self.down.new_input(a.x)
+        swiglu(*self.halves(a.gate_up), out=m[:, : self.down.in_features])
+        return self.down.multiply(m, weights[self.down], residual=a.x_mid)
 
-class DenseWeights:
-    """The dense weights of one layer during one pass: each is dequantised once, at its first use."""
+    def halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """Views gate and up, each (N, F), of a buffer (N, 2F + R)."""
+        F = self.down.in_features
+        return gate_up[:, :F], gate_up[:, F : 2 * F]
 
-    def __init__(self, dtype: torch.dtype, keep: bool):
-        self.dtype, self.keep = dtype, keep  # forward uses each weight once and keeps none
-        self._weights: dict[Linear, Tensor] = {}
+    def backward(
+        self, dy: Tensor, a: Activations, packed: Packed, shared: Shared, need_dx: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """dx and the gradients of A and B of each adapted linear in turn, from dy; a.x of `a` is enough.
 
-    def __getitem__(self, linear: Linear) -> Tensor:
-        if linear in self._weights:
-            return self._weights[linear]
-        weight = linear.dense(self.dtype)
-        if self.keep:
-            self._weights[linear] = weight
-        return weight
+        dy and dx are in buffers (N, D + R), as `down` of this layer and of the one below want them.
+        """
+        attn, D, F = self.self_attn, self.width, self.down.in_features
+        weights = LayerWeights(shared.weights, dy.dtype, dy.device)
+        mine = a.gate_up is None  # what is computed again here may be overwritten
+        self.complete(a, packed, shared, weights)
 
-    def apply(self, linear: Linear, x: Tensor) -> Tensor:
-        return linear.apply_to(x, self[linear])
+        # y = x_mid + Wdown m;  m takes the place of its gradient
+        m = self.down.new_input(dy)
+        self.down.backward(dy, weights[self.down], out=m[:, :F])
+        dgate_up = a.gate_up if mine else torch.empty_like(a.gate_up)
+        swiglu_backward(
+            m[:, :F], *self.halves(a.gate_up), *self.halves(dgate_up), m[:, :F] if self.down.spare else None
+        )
+        self.down.low_rank_(m, weights[self.down])
+        gradients = [self.down.gradients(dy, m)]
+        del m
+        # gate, up = W h2, h2 = norm(x_mid)
+        dh = self.gate_up.backward(dgate_up, weights[self.gate_up])
+        h = self._normalised(a.h_mid, self.post_attention_layernorm, a.x_mid, self.gate_up, weights)
+        gradients.append(self.gate_up.gradients(dgate_up, h))
+        del dgate_up
+        a.gate_up = a.h_mid = None
+        dx = self.o.new_output(dy)
+        norm, residual = self.post_attention_layernorm, dy[:, :D]
+        norm.backward(dh, a.x_mid, a.rstd_mid, dresidual=residual, out=dx[:, :D])
+        # x_mid = x + Wo attn
+        dattn = self.o.backward(dx, weights[self.o])
+        gradients.append(self.o.gradients(dx, a.attn))
+        dqkv = self.qkv.new_output(dy)
+        dq, dk, dv = attn.split(dqkv)
+        attention_backward(
+            attn.as_heads(dattn), *attn.split(a.qkv), attn.as_heads(a.attn), a.lse, packed.start, packed.end,
+            attn.scale, dq=dq, dk=dk, dv=dv, **shared.about(packed),
+        )  # fmt: skip
+        rope_(dq, dk, shared.rotary.cos, shared.rotary.sin, packed.positions, inverse=True)
+        # q, k, v = W h1, h1 = norm(x)
+        dh = self.qkv.backward(dqkv, weights[self.qkv], need_dx=need_dx)
+        h = self._normalised(a.h, self.input_layernorm, a.x, self.qkv, weights)
+        gradients.append(self.qkv.gradients(dqkv, h))
+        if need_dx:
+            residual, dx = dx[:, :D], self.down.new_output(dy)
+            self.input_layernorm.backward(dh, a.x, a.rstd, dresidual=residual, out=dx[:, :D])
+        return dx if need_dx else None, [g for pairs in reversed(gradients) for pair in pairs for g in pair]
+
+    def _normalised(
+        self, h: Tensor | None, norm: RMSNorm, x: Tensor, projection: Projection, weights: LayerWeights
+    ) -> Tensor:
+        """The input of a projection in its filled buffer: `h`, or computed again from x where an adapter needs it."""
+        if h is None:
+            h = projection.new_input(x)
+            if projection.spare:
+                norm(x, out=h[:, : self.width])
+                projection.low_rank_(h, weights[projection])
+        return h
 
 
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, layer: DecoderLayer, packed: Packed, rotary: Rotary, level: int, *parameters: Tensor):
-        weights = DenseWeights(x.dtype, keep=False)
-        a = Activations(x)
-        layer.complete(a, packed, rotary, weights)
-        ctx.layer, ctx.packed, ctx.rotary = layer, packed, rotary
+    def forward(ctx, x: Tensor, layer: DecoderLayer, packed: Packed, shared: Shared, level: int, *parameters: Tensor):
+        y, a = layer.run(x, packed, shared)
+        ctx.layer, ctx.packed, ctx.shared = layer, packed, shared
         ctx.save_for_backward(*a.kept(level))
-        return layer.output(a, weights)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        layer, packed, rotary = ctx.layer, ctx.packed, ctx.rotary
-        attn, mlp = layer.self_attn, layer.mlp
-        a = Activations(*ctx.saved_tensors)
-        weights = DenseWeights(dy.dtype, keep=True)
-        layer.complete(a, packed, rotary, weights)
-        gradients: dict[Linear, tuple[Tensor, Tensor]] = {}
-
-        def backward(linear: Linear, dy: Tensor, x: Tensor, dx: Tensor | None = None, need_dx: bool = True) -> Tensor:
-            """dx of one linear, added onto `dx`; its adapter's gradients go to `gradients`."""
-            adapter = linear.adapter(dy.dtype)
-            dx, da, db = lora_linear_backward(dy, x, weights[linear], *adapter, linear.scaling, dx=dx, need_dx=need_dx)
-            gradients[linear] = da, db
-            return dx
-
-        # y = x_mid + Wdown m
-        dy = dy.contiguous()
-        dm = backward(mlp.down_proj, dy, swiglu(a.gate, a.up))
-        dgate, dup, _ = swiglu_backward(dm, a.gate, a.up)
-        # gate, up = W h2, h2 = norm(x_mid)
-        h, rstd = layer.post_attention_layernorm(a.x_mid)
-        dh = backward(mlp.gate_proj, dgate, h)
-        dh = backward(mlp.up_proj, dup, h, dx=dh)
-        dx = layer.post_attention_layernorm.backward(dh, a.x_mid, rstd, dresidual=dy)
-        # x_mid = x + Wo attn
-        dattn = backward(attn.o_proj, dx, a.attn.flatten(1)).view_as(a.attn)
-        dq, dk, dv = attention_backward(dattn, a.q, a.k, a.v, a.attn, a.lse, packed.start, packed.end, attn.scale)
-        rope_(dq, dk, rotary.cos, rotary.sin, packed.positions, inverse=True)
-        # q, k, v = W h1, h1 = norm(x); the first layer's input wants no gradient
-        h, rstd = layer.input_layernorm(a.x)
-        dh, need = None, ctx.needs_input_grad[0]
-        for linear, d in ((attn.q_proj, dq), (attn.k_proj, dk), (attn.v_proj, dv)):
-            dh = backward(linear, d.flatten(1), h, dx=dh, need_dx=need)
-        dx = layer.input_layernorm.backward(dh, a.x, rstd, dresidual=dx) if need else None
-        return dx, None, None, None, None, *(g for linear in layer.adapted() for g in gradients[linear])
+        layer, a = ctx.layer, Activations(*ctx.saved_tensors)
+        wide = layer.down.new_output(dy)
+        wide[:, : layer.width] = dy
+        dx, gradients = layer.backward(wide, a, ctx.packed, ctx.shared, need_dx=ctx.needs_input_grad[0])
+        return None if dx is None else dx[:, : layer.width], None, None, None, None, *gradients

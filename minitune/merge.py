@@ -23,7 +23,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from minitune.files import require_space, whole_folder
-from minitune.layers import Embedding, Linear, RMSNorm
+from minitune.layers import Embedding, RMSNorm
+from minitune.linear import Linear
 from minitune.model import LlamaForCausalLM
 from minitune.tokenizer import Tokenizer
 from minitune.weights import Checkpoint

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from minitune.config import LINEARS, LoraConfig, ModelConfig
 from minitune.generate import generate
 from minitune.kernels.cross_entropy import IGNORE, linear_cross_entropy
-from minitune.layers import DecoderLayer, Embedding, Linear, Packed, RMSNorm, Rotary
-from minitune.recompute import KEEP_INPUT, free_memory, level_of
+from minitune.layers import DecoderLayer, Embedding, Packed, RMSNorm, Rotary, Shared
+from minitune.linear import Linear, Projection
+from minitune.recompute import KEEP_INPUT, free_memory, level_of, levels_that_fit
 from minitune.tokenizer import Tokenizer, check_vocabulary
 from minitune.weights import Checkpoint, load_weights, resolve_model
 
@@ -41,16 +42,25 @@ class Llama(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """A Llama whose base is frozen. `FastLanguageModel.from_pretrained` makes one and fills it."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, max_seq_length: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_seq_length: int,
+        attention: str = "auto",
+    ):
         super().__init__()
         self.config, self.dtype, self.device, self.max_seq_length = config, dtype, device, max_seq_length
         self.model = Llama(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.rotary = Rotary.build(config, max_seq_length, device)
+        self.shared = Shared(Rotary.build(config, max_seq_length, device), attention)
         self.lora: LoraConfig | None = None
         self.lora_seed: int | None = None  # drew the adapter's A
         self.lora_dropout = 0.0  # that a loaded adapter was trained with; not applied here
-        self.level = KEEP_INPUT  # what a layer keeps for backward (recompute.py)
+        self.level: int | None = KEEP_INPUT  # what a layer keeps for backward (recompute.py); None: what fits
+        self.memory_budget: int | None = None  # bytes of GPU memory for everything, where level is None
         self.name, self.folder = "", Path()
         self.eos_token_ids: tuple[int, ...] = ()  # where generate stops
 
@@ -143,8 +153,8 @@ class LlamaForCausalLM(nn.Module):
         packed = Packed.from_positions(positions).to(self.device)
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
             x = self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
-            for layer in self.model.layers:
-                x = layer(x, packed, self.rotary, self.level)
+            for layer, level in zip(self.model.layers, self.levels(len(x)), strict=True):
+                x = layer(x, packed, self.shared, level)
             if labels is None:
                 logits = _Logits.apply(x, self.model.norm, self.lm_head.dense(x.dtype))
                 if not keep.all():
@@ -153,13 +163,34 @@ class LlamaForCausalLM(nn.Module):
                 return Output(logits=logits.view(*input_ids.shape, -1))
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ in shape")
-            rows, targets = _targets(labels.cpu()[keep], positions)
-            if wrong := targets[(targets < 0) | (targets >= self.config.vocab_size)].tolist():
-                raise ValueError(f"label {wrong[0]} is neither {IGNORE} nor within the vocabulary")
+            rows, targets = self.labelled_rows(labels.cpu()[keep], positions)
             denominator = max(1, len(rows)) if num_items_in_batch is None else num_items_in_batch
             rows, targets = (t.to(self.device, non_blocking=True) for t in (rows, targets))
-            head = self.lm_head.dense(x.dtype)
-            return Output(loss=_Loss.apply(x, self.model.norm, head, rows, targets, denominator))
+            return Output(loss=_Loss.apply(x, self, rows, targets, denominator))
+
+    def labelled_rows(self, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (M,) that predict a label, and these labels (M,): those of the next token, if it is in the same sample.
+
+        For packed labels (N,) and positions (N,) on the host. ValueError for a label outside the vocabulary.
+        """
+        following = torch.cat([torch.where(positions[1:] == 0, IGNORE, labels[1:]), labels.new_tensor([IGNORE])])
+        rows = (following != IGNORE).nonzero()[:, 0]
+        targets = following[rows]
+        if wrong := targets[(targets < 0) | (targets >= self.config.vocab_size)].tolist():
+            raise ValueError(f"label {wrong[0]} is neither {IGNORE} nor within the vocabulary")
+        return rows, targets
+
+    def labelled_loss(
+        self, x: Tensor, rows: Tensor, targets: Tensor, denominator: float | Tensor, need_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Final norm, head and cross entropy of the labelled rows (M,) of x (N, D): loss, and d of these rows.
+
+        d is (M, D); targets (M,) are the ids that follow these rows. The rows that are not labelled have no gradient.
+        """
+        labelled = x[rows]
+        h, rstd = self.model.norm(labelled)
+        loss, dh = linear_cross_entropy(h, self.lm_head.dense(x.dtype), targets, denominator, need_grad=need_grad)
+        return loss, self.model.norm.backward(dh, labelled, rstd) if need_grad else None
 
     def _pack(
         self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -180,36 +211,52 @@ class LlamaForCausalLM(nn.Module):
             if not ((positions == 0) | (positions == follows)).all():
                 raise ValueError("position_ids must count up by one and restart at 0 with each packed sample")
         ids = ids[keep]
+        self.check(ids, positions)
+        return ids, positions, keep
+
+    def check(self, ids: Tensor, positions: Tensor) -> None:
+        """ValueError where packed ids (N,) or positions (N,), on the host, are not what the model was loaded for."""
         if len(ids) == 0:
             raise ValueError("input_ids hold no token")
         if (longest := int(positions.max()) + 1) > self.max_seq_length:
             raise ValueError(f"a sample has {longest} tokens, but the model was loaded for {self.max_seq_length}")
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise ValueError(f"input_ids reach {int(ids.max())}, but the vocabulary has {self.config.vocab_size} rows")
-        return ids, positions, keep
 
-    def _stored_otherwise(self) -> list[Linear]:
-        """The linears, the head among them, whose stored weight is not the dense one in the compute dtype."""
-        linears = (m for m in self.modules() if isinstance(m, Linear) and m.resident is None)
-        return [m for m in linears if m.is_quantized or m.weight.dtype != self.dtype]
+    def projections(self) -> Iterator[Projection]:
+        return (projection for layer in self.model.layers for projection in layer.projections)
 
     @contextlib.contextmanager
     def resident_weights(self) -> Iterator[None]:
         """Keep every linear as a dense weight in the compute dtype meanwhile: same numbers, nothing to dequantise."""
-        linears = self._stored_otherwise()
         try:
-            for linear in linears:
-                linear.resident = linear.dense(self.dtype)
+            for projection in self.projections():
+                projection.resident = projection.new_weight(self.dtype, self.device)
+                projection.write_base(projection.resident)
             yield
         finally:
-            for linear in linears:
-                linear.resident = None
+            for projection in self.projections():
+                projection.resident = None
 
     def resident_weights_where_they_fit(self) -> contextlib.AbstractContextManager:
         """`resident_weights`, if they take less than half of the memory that is free."""
-        values = sum(linear.in_features * linear.out_features for linear in self._stored_otherwise())
-        fits = values * self.dtype.itemsize < free_memory(self.device) / 2
+        sizes = ((p.out_features + p.spare) * (p.in_features + p.spare) for p in self.projections())
+        fits = sum(sizes) * self.dtype.itemsize < free_memory(self.device) / 2
         return self.resident_weights() if fits else contextlib.nullcontext()
+
+    def levels(self, tokens: int) -> list[int]:
+        """What each layer keeps for backward in a forward pass over so many tokens."""
+        if self.level is not None:
+            return [self.level] * self.config.num_hidden_layers
+        projections = self.model.layers[0].projections
+        free = int(free_memory(self.device) * 0.9)
+        if self.memory_budget is not None and self.device.type == "cuda":
+            free = min(free, self.memory_budget - torch.cuda.memory_allocated(self.device))
+        if not self.shared.weights:  # the buffers of the weights at work are still to come
+            sizes = ((p.out_features + p.spare) * (p.in_features + p.spare) for p in projections)
+            free -= sum(sizes) * self.dtype.itemsize
+        spare = sum(projection.spare for projection in projections)
+        return levels_that_fit(self.config, spare, tokens, self.dtype.itemsize, free)
 
     def as_current_device(self) -> contextlib.AbstractContextManager:
         """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""
@@ -218,24 +265,14 @@ class LlamaForCausalLM(nn.Module):
     generate = generate
 
 
-def _targets(labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (M,) that predict a label, and these labels (M,): those of the next token, if it is in the same sample."""
-    following = torch.cat([torch.where(positions[1:] == 0, IGNORE, labels[1:]), labels.new_tensor([IGNORE])])
-    rows = (following != IGNORE).nonzero()[:, 0]
-    return rows, following[rows]
-
-
 class _Loss(torch.autograd.Function):
-    """Final norm, head and cross entropy of the labelled rows only; the gradient is made in the same pass."""
+    """The loss of `labelled_loss`; its gradient is made in the same pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, norm: RMSNorm, head: Tensor, rows: Tensor, targets: Tensor, denominator):
-        labelled = x[rows]  # (M, D)
-        h, rstd = norm(labelled)
-        need = ctx.needs_input_grad[0]
-        loss, dh = linear_cross_entropy(h, head, targets, denominator, need_grad=need)
-        if need:
-            ctx.save_for_backward(norm.backward(dh, labelled, rstd), rows)
+    def forward(ctx, x: Tensor, model: LlamaForCausalLM, rows: Tensor, targets: Tensor, denominator):
+        loss, d = model.labelled_loss(x, rows, targets, denominator, ctx.needs_input_grad[0])
+        if d is not None:
+            ctx.save_for_backward(d, rows)
             ctx.shape = x.shape
         return loss
 
@@ -244,7 +281,7 @@ class _Loss(torch.autograd.Function):
         d, rows = ctx.saved_tensors
         dx = d.new_zeros(ctx.shape)
         dx[rows] = d * dloss.to(d.dtype)
-        return dx, None, None, None, None, None
+        return dx, None, None, None, None
 
 
 class _Logits(torch.autograd.Function):
@@ -273,6 +310,7 @@ class FastLanguageModel:
         dtype: torch.dtype | str | None = None,
         load_in_4bit: bool = True,
         device: str | torch.device | None = None,
+        attention: str = "auto",
         progress: bool = False,
     ) -> tuple[LlamaForCausalLM, Tokenizer]:
         """Load a model folder, or `org/name` from the local Hugging Face cache, and its tokenizer.
@@ -282,19 +320,23 @@ class FastLanguageModel:
         device: cpu, cuda, cuda:1 and so on; by default a GPU where there is one.
         load_in_4bit: quantise the linears to NF4 as they are read; False keeps them as stored. A folder that is
             already NF4 is taken as it stands either way.
+        attention: "triton" is the project's own kernels; "auto" takes cuDNN's where all samples have one length, which
+            is when it can be used and is faster. Without a GPU both are PyTorch.
 
         Raises ValueError that names the file or tensor at fault.
         """
         folder = resolve_model(model_name)
         config = ModelConfig.from_folder(folder)
         device, dtype = _device_and_dtype(device, dtype)
+        if attention not in ("auto", "triton"):
+            raise ValueError(f"attention is {attention!r}; choose 'auto' or 'triton'")
         known = config.max_position_embeddings
         if max_seq_length is not None and not 0 < max_seq_length <= known:
             raise ValueError(f"max_seq_length {max_seq_length} is not within the {known} positions the model knows")
         tokenizer = Tokenizer.from_folder(folder)
         check_vocabulary(tokenizer, config.vocab_size)
         longest = max_seq_length or min(2048, known)
-        model = LlamaForCausalLM(config, dtype=dtype, device=device, max_seq_length=longest)
+        model = LlamaForCausalLM(config, dtype=dtype, device=device, max_seq_length=longest, attention=attention)
         model.name, model.folder, model.eos_token_ids = str(model_name), folder, tokenizer.eos_token_ids
         load_weights(model, Checkpoint(folder), device, load_in_4bit, progress)
         return model, tokenizer

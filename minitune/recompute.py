@@ -22,36 +22,45 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minitune.config import ModelConfig
+from minitune.kernels.cross_entropy import TILE_BYTES
+
 KEEP_INPUT, KEEP_ALL = 0, 4
 
 
 @dataclass
 class Activations:
-    """The intermediates of one layer for N packed tokens; None is what has to be computed again."""
+    """The intermediates of one layer for N packed tokens; None is what has to be computed again.
+
+    R stands for the spare columns that a matmul with LoRA branches wants beside its input (kernels/lora_linear.py).
+    """
 
     x: Tensor  # (N, D)
-    attn: Tensor | None = None  # (N, H, K)
-    lse: Tensor | None = None  # (H, N) fp32
+    rstd: Tensor | None = None  # (N,) of the norm before attention, fp32
+    attn: Tensor | None = None  # (N, H K + R), the output of attention
+    lse: Tensor | None = None  # fp32, a number a row and head
     x_mid: Tensor | None = None  # (N, D), after attention's residual
-    q: Tensor | None = None  # (N, H, K), rotated
-    k: Tensor | None = None  # (N, G, K), rotated
-    v: Tensor | None = None  # (N, G, K)
-    gate: Tensor | None = None  # (N, F)
-    up: Tensor | None = None  # (N, F)
+    rstd_mid: Tensor | None = None  # (N,) of the norm before the MLP, fp32
+    qkv: Tensor | None = None  # (N, (H + 2 G) K), q and k rotated
+    gate_up: Tensor | None = None  # (N, 2 F + R)
+    h: Tensor | None = None  # (N, D + R), the normalised x; never kept
+    h_mid: Tensor | None = None  # (N, D + R), the normalised x_mid; never kept
 
     def kept(self, level: int) -> tuple[Tensor | None, ...]:
-        """All fields in order, those that `level` does not keep as None."""
-        names = [f.name for f in fields(self)]
-        size = {0: 1, 1: 3, 2: 4, 3: 7, 4: 9}[level]
-        return tuple(getattr(self, name) if i < size else None for i, name in enumerate(names))
+        """The fields in order that may be kept, those that `level` does not keep as None."""
+        count = {0: 2, 1: 4, 2: 6, 3: 7, 4: 8}[level]
+        names = [f.name for f in fields(self)][:8]
+        return tuple(getattr(self, name) if i < count else None for i, name in enumerate(names))
 
 
-def level_of(use_gradient_checkpointing: bool | str) -> int:
-    """The level that a `use_gradient_checkpointing` argument means: True, "unsloth" and "auto" recompute, False keeps.
+def level_of(use_gradient_checkpointing: bool | str) -> int | None:
+    """The level that a `use_gradient_checkpointing` argument means; None, for "unsloth" and "auto": what fits.
 
-    Raises ValueError for anything else.
+    True recomputes, False keeps everything. Raises ValueError for anything else.
     """
-    if use_gradient_checkpointing in (True, "unsloth", "auto"):
+    if use_gradient_checkpointing in ("unsloth", "auto"):
+        return None
+    if use_gradient_checkpointing is True:
         return KEEP_INPUT
     if use_gradient_checkpointing is False:
         return KEEP_ALL
@@ -60,10 +69,43 @@ def level_of(use_gradient_checkpointing: bool | str) -> int:
     )
 
 
+def bytes_kept(config: ModelConfig, spare: int, itemsize: int, level: int) -> int:
+    """Bytes a token that one layer keeps for backward; `spare` columns are shared out among its matmuls."""
+    D, F = config.hidden_size, config.intermediate_size
+    HK, GK = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    added = [D, HK + spare, D, HK + 2 * GK, 2 * F + spare]
+    return sum(added[: level + 1]) * itemsize + 4 * (2 + config.num_attention_heads)
+
+
+def working_bytes(config: ModelConfig, spare: int, itemsize: int) -> int:
+    """Bytes a token in use at most while one layer, or the loss, is at work; without the tile of logits."""
+    D, F = config.hidden_size, config.intermediate_size
+    HK, GK = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    mlp = (
+        3 * F + HK + 2 * GK + 6 * D + 3 * spare
+    )  # gate, up and what takes dm; qkv, attention, x_mid, two norms, dy, dx
+    loss = 6 * D  # labelled rows, their norm, dh (and in float32), dx, x
+    return itemsize * max(mlp, loss)
+
+
+def levels_that_fit(config: ModelConfig, spare: int, tokens: int, itemsize: int, free: int) -> list[int]:
+    """Levels of all layers: everything is kept by as many of them as fit into `free` bytes beside a layer at work.
+
+    Keeping a layer's input is the least, also where even that does not fit. The layers that keep everything are the
+    last: backward frees them first, before a layer is computed again.
+    """
+    layers = config.num_hidden_layers
+    least, most = (tokens * bytes_kept(config, spare, itemsize, level) for level in (KEEP_INPUT, KEEP_ALL))
+    free -= tokens * working_bytes(config, spare, itemsize) + TILE_BYTES + layers * least
+    count = max(0, min(layers, free // (most - least)))
+    return [KEEP_INPUT] * (layers - count) + [KEEP_ALL] * count
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had: the GPU's own count; on the host what is available within the container's limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     available = 4 << 30  # where the system does not say
     with contextlib.suppress(OSError):
         available = int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from minitune.files import write_text, writing
+from minitune.recompute import KEEP_ALL, KEEP_INPUT
 
 if TYPE_CHECKING:
     from minitune.data import Prepared
@@ -119,7 +120,12 @@ def banner(model: "LlamaForCausalLM", data: "Prepared", rows: Sequence[tuple[str
     total, trainable = model.num_parameters(), sum(p.numel() for _, p in model.lora_parameters())
     linears = [linear for _, linear in model.linears()]
     kind = "NF4" if any(linear.is_quantized for linear in linears) else "16-bit"
-    attention = "triton" if model.device.type == "cuda" else "reference (PyTorch)"
+    attention = "reference (PyTorch)"
+    if model.device.type == "cuda":
+        attention = "triton" if model.shared.attention == "triton" else "triton, or cuDNN where samples have one length"
+    kept = {None: "kept as far as they fit", KEEP_INPUT: "recomputed", KEEP_ALL: "kept"}.get(
+        model.level, "kept in part"
+    )
     tokens = sum(len(sample.input_ids) for sample in data.samples)
     trained_on = sum(sample.targets for sample in data.samples)
     lora = model.lora
@@ -129,7 +135,7 @@ def banner(model: "LlamaForCausalLM", data: "Prepared", rows: Sequence[tuple[str
         ("adapter", f"{trainable / 1e6:,.2f} M trainable ({100 * trainable / total:.2f}%), r {lora.r}, "
          f"lora_alpha {lora.lora_alpha:g}, on {' '.join(lora.target_modules)}"),
         ("compute", f"{model.device}, {str(model.dtype).removeprefix('torch.')}, attention {attention}, "
-         f"activations {'kept' if model.level else 'recomputed'}"),
+         f"activations {kept}"),
         ("data", f"{len(data.samples):,} samples, {data.skipped:,} skipped for want of a token to train on, "
          f"{data.truncated:,} truncated; {tokens:,} tokens, {trained_on:,} trained on"),
         *rows,
@@ -142,7 +148,8 @@ def run_rows(trainer: "SFTTrainer", resumed: Path | None) -> list[tuple[str, str
     t, a = trainer, trainer.args
     unit = f"rows of {t.max_length}" if a.packing else "samples"
     plan = f"{t.total_steps:,} optimizer steps of {t.units_per_step} {unit}, {t.steps_per_epoch:,} an epoch"
-    optimizer = f"AdamW, {a.learning_rate:g}, {a.lr_scheduler_type}; 16 bytes a trainable parameter"
+    bytes_each = "10.03" if a.optim == "adamw_8bit" else "16"
+    optimizer = f"AdamW, {a.learning_rate:g}, {a.lr_scheduler_type}; {bytes_each} bytes a trainable parameter"
     output = f"{t.output}" + (f", continued from {resumed.name} (step {t.progress.step})" if resumed else "")
     rows = [
         ("steps", f"{plan}; at most {t.micro_step_tokens:,} tokens a forward/backward"),

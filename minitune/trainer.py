@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitune.config import SFTConfig
+from minitune.config import SFTConfig, bytes_of
 from minitune.data import Batch, Prepared, Sample, collate, micro_steps, pack_rows, prepare
 from minitune.flags import as_dict
+from minitune.graphs import MicroStep
 from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
-from minitune.recompute import KEEP_ALL
+from minitune.recompute import KEEP_ALL, KEEP_INPUT
 from minitune.report import Report, banner, counter, interruptible, interruption, run_rows
 from minitune.runs import SAME_MATHEMATICS, SAME_ORDER, Progress, RunFolder, fingerprint
 from minitune.tokenizer import Tokenizer
@@ -106,10 +107,12 @@ class SFTTrainer:
             "max_seq_length": model.max_seq_length,
             "load_in_4bit": any(linear.is_quantized for _, linear in model.linears()),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "use_gradient_checkpointing": "false" if model.level == KEEP_ALL else "unsloth",
+            "use_gradient_checkpointing": {KEEP_ALL: "false", KEEP_INPUT: "true"}.get(model.level, "unsloth"),
             "random_state": model.lora_seed,
             **as_dict(model.lora),
         }
+        model.memory_budget = bytes_of(self.args.memory_budget) if self.args.memory_budget else None
+        self._micro_step = MicroStep(model, self.args.cuda_graphs)
         self.progress = Progress()
         self._pending: list[Tensor] = []  # (loss, gradient norm) of steps whose numbers are still on the device
 
@@ -141,9 +144,7 @@ class SFTTrainer:
         targets = sum(batch.targets for batch in batches)
         loss = torch.zeros((), device=self.model.device)
         for batch in batches:
-            part = self._loss(batch, targets)
-            part.backward()
-            loss += part.detach()
+            loss += self._micro_step(batch, targets)
             self.progress.tokens += len(batch.input_ids)
         return loss
 
@@ -313,6 +314,7 @@ class SFTTrainer:
             eps=a.adam_epsilon,
             weight_decay=a.weight_decay,
             max_grad_norm=a.max_grad_norm,
+            eight_bit=a.optim == "adamw_8bit",
         )
         self._run = RunFolder(a, resume, self._needed)
         self.output = self._run.output

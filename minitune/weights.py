@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minitune.config import ModelConfig
-from minitune.layers import Embedding, Linear, RMSNorm
+from minitune.layers import Embedding, RMSNorm
+from minitune.linear import Linear
 from minitune.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE, NF4, dynamic_map, nf4_code
 
 _STATE = "weight.quant_state.bitsandbytes__"

@@ -13,7 +13,7 @@ class PlainLlama:
 
     def __init__(self, model, dtype: torch.dtype):
         self.c, self.dtype = model.config, dtype
-        self.cos, self.sin = model.rotary.cos.to(dtype), model.rotary.sin.to(dtype)
+        self.cos, self.sin = model.shared.rotary.cos.to(dtype), model.shared.rotary.sin.to(dtype)
         self.weights = {n: p.detach().to(dtype) for n, p in model.named_parameters() if ".lora_" not in n}
         self.scaling = {}
         for name, linear in model.linears():

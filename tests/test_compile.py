@@ -21,8 +21,9 @@ MODELS = {  # D, H, G, K, F, V
     "Llama-3.1-8B": (4096, 32, 8, 128, 14336, 128256),
 }
 KERNELS = {
-    "_attention_delta", "_attention_dkdv", "_attention_dq", "_attention_fwd", "_cross_entropy", "_dequantize",
-    "_matmul_add", "_rms_norm_bwd", "_rms_norm_fwd", "_rope", "_swiglu_bwd", "_swiglu_fwd",
+    "_adamw", "_adamw_8bit", "_root_of_sum", "_square_sums",
+    "_attention_dkdv", "_attention_dq", "_attention_fwd", "_attention_sum", "_cross_entropy", "_dequantize",
+    "_rms_norm_bwd", "_rms_norm_fwd", "_rope", "_swiglu_bwd", "_swiglu_fwd", "_write_adapters",
 }  # fmt: skip
 TASKS = [(arch, model, "bfloat16", 2048) for arch in SHARED_MEMORY for model in MODELS]
 TASKS += [(86, "SmolLM2-135M", "float32", 2048), (90, "SmolLM2-135M", "float16", 1)]
@@ -33,7 +34,7 @@ def forward_and_backward(model, dtype, rows):
     """Launches every kernel as a decoder layer and the loss do."""
     import torch
 
-    from minitune.kernels import attention, cross_entropy, dequantize, lora_linear, rms_norm, rope, swiglu
+    from minitune.kernels import adamw, attention, cross_entropy, dequantize, lora_linear, rms_norm, rope, swiglu
 
     D, H, G, K, F, V = MODELS[model]
     N, R = rows, 16
@@ -44,21 +45,31 @@ def forward_and_backward(model, dtype, rows):
     blocks = D * F // 64
     nested = new(-(-blocks // 256), dtype=torch.float32), new(256, dtype=torch.float32), new(dtype=torch.float32)
     packed, code = new(D * F // 2, dtype=torch.uint8), new(16, dtype=torch.float32)
-    dequantize.dequantize_nf4(packed, new(blocks, dtype=torch.uint8), code, (F, D), dtype, 64, *nested)
-    dequantize.dequantize_nf4(packed, new(blocks, dtype=torch.float32), code, (F, D), dtype)
+    plain = dequantize.Quantized(packed, new(blocks, dtype=torch.float32), code, (F, D))
+    double = dequantize.Quantized(packed, new(blocks, dtype=torch.uint8), code, (F, D), 64, *nested)
+    dequantize.dequantize_nf4(plain, dtype)
+    for weights in ([double], [double] * 2, [double] * 3):
+        dequantize.dequantize_nf4(weights, dtype, out=new(len(weights) * F, D + R)[:, :D])
     x, weight, bound = new(N, D), new(D), new(N, dtype=torch.int32)
     rms_norm.rms_norm(x, weight, 1e-5)
     rstd = rms_norm.add_rms_norm(x, x, weight, 1e-5)[2]
     rms_norm.rms_norm_backward(x, x, weight, rstd, x)
-    lora_linear.lora_linear(x, new(F, D), None, new(R, D), new(F, R))
-    lora_linear.lora_linear(x, new(F, D), new(F))
-    lora_linear.lora_linear_backward(new(N, F), x, new(F, D), new(R, D), new(F, R), dx=x)
+    adapter = new(R, D, dtype=torch.float32), new(F, R, dtype=torch.float32), F
+    for parts in (1, 2, 3):
+        spare = lora_linear.columns_to_spare(parts * R)
+        lora_linear.write_adapters_(new(parts * F + spare, D + spare), [adapter] * parts, parts * F, D)
     q, k = new(N, H, K), new(N, G, K)
     rope.rope_(q, k, *[new(2048, K // 2, dtype=torch.float32)] * 2, new(N, dtype=torch.int64))
-    out, lse = attention.attention(q, k, k, bound, bound, K**-0.5)
-    attention.attention_backward(out, q, k, k, out, lse, bound, bound, K**-0.5)
+    for longest in (100, 4096):
+        out, lse = attention.attention(q, k, k, bound, bound, K**-0.5, longest=longest)
+        attention.attention_backward(out, q, k, k, out, lse, bound, bound, K**-0.5, longest=longest)
     swiglu.swiglu_backward(new(N, F), new(N, F), swiglu.swiglu(new(N, F), new(N, F)))
     cross_entropy.linear_cross_entropy(x, new(V, D), new(N, dtype=torch.int64), N)
+    flat, absmax, tables = (new(*shape, dtype=torch.float32) for shape in ((R * D,), (R * D // 256,), (4, 256)))
+    codes, norm = new(R * D, dtype=torch.uint8), adamw.global_norm(flat)
+    settings = {"lr": 1.0, "step": 1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    adamw.adamw_(flat, flat, flat, flat, norm, **settings)
+    adamw.adamw_8bit_(flat, flat, codes, codes, absmax, absmax, tables, norm, **settings)
 
 
 def recorded_launches(arch, model, dtype, rows):
@@ -81,7 +92,8 @@ def recorded_launches(arch, model, dtype, rows):
         packed = self._pack_args(backend, kwargs, bound, specialization, options)
         options, signature, constants, attributes = packed
         named = {self.arg_names[path[0]]: value for path, value in constants.items()}
-        name = f"{self.__name__}({', '.join(signature.values())}) {named} {options.num_warps}x{options.num_stages}"
+        types = ", ".join(map(str, signature.values()))
+        name = f"{self.__name__}({types}) {named} {options.num_warps}x{options.num_stages}"
         launches[name] = (ASTSource(self, signature, constants, attributes), target, options.__dict__)
 
     jit.JITFunction.run = record

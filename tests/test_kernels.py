@@ -5,7 +5,9 @@ same formula in float64 (plus 1e-6 of the largest value, for results that happen
 kernels run in Triton's interpreter, whose bfloat16 is wrong; so float32 and float16 there, and bfloat16 on a GPU.
 """
 
+import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +15,10 @@ from conftest import GPU
 from torch.nn import functional
 
 from minitune.kernels import attention as attention_fwd
-from minitune.kernels import attention_bwd, cross_entropy, launch, lora_linear, rms_norm, rope, swiglu
+from minitune.kernels import attention_bwd, attention_cudnn, cross_entropy, launch, lora_linear, rms_norm, rope, swiglu
 from minitune.kernels.attention import attention, attention_backward
 from minitune.kernels.cross_entropy import linear_cross_entropy
-from minitune.kernels.dequantize import dequantize_nf4
+from minitune.kernels.dequantize import Quantized, dequantize_nf4, dequantize_nf4_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 EPS = 1e-5
@@ -165,9 +167,13 @@ def test_rope_turns_q_and_k_of_a_fused_projection_in_place_and_back(N, H, G, K, 
 def test_swiglu_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, device):
     gate, up, dout = (strided(3 * normal(*shape, dtype=dtype, device=device, seed=s)) for s in range(3))
     out = swiglu.swiglu(gate, up)
-    dgate, dup, again = swiglu.swiglu_backward(dout, gate, up)
-    assert torch.equal(out, again)
+    dgate, dup = swiglu.swiglu_backward(dout, gate, up)
     judge([out, dgate, dup], swiglu.swiglu_reference, [gate, up], [dout])
+    wide = strided(torch.zeros_like(out))
+    assert torch.equal(swiglu.swiglu(gate, up, out=wide), out)
+    swiglu.swiglu_backward(dout, gate, up, gate, up, out=dout)  # in place of its inputs
+    for mine, expected in ((gate, dgate), (up, dup), (dout, out)):
+        assert torch.equal(mine, expected)
 
 
 @kernel
@@ -195,14 +201,14 @@ def visible(start):
     return (row[None, :] <= row[:, None]) & (row[None, :] >= start[:, None])
 
 
-def run_attention(lengths, H, G, K, dtype, device):
+def run_attention(lengths, H, G, K, dtype, device, **how):
     N = sum(lengths)
     fused = normal(N, (H + 2 * G) * K, dtype=dtype, device=device)
     q, k, v = (x.unflatten(1, (-1, K)) for x in fused.split([H * K, G * K, G * K], dim=1))
     dout = strided(normal(N, H, K, dtype=dtype, device=device, seed=1))
     start, end = bounds(lengths, device)
-    out, lse = attention(q, k, v, start, end, K**-0.5)
-    grads = attention_backward(dout, q, k, v, out, lse, start, end, K**-0.5)
+    out, lse = attention(q, k, v, start, end, K**-0.5, **how)
+    grads = attention_backward(dout, q, k, v, out, lse, start, end, K**-0.5, **how)
     return (q, k, v), dout, visible(start), [out, lse, *grads]
 
 
@@ -254,50 +260,130 @@ def test_attention_shows_a_nan_of_a_query_in_its_row_only(device):
     assert lse.isnan()[0].nonzero().tolist() == [[66]]
 
 
+@kernel
+@pytest.mark.parametrize("longest", [1, 10**6])
+def test_attention_is_right_with_the_tiles_for_any_length(longest, device, monkeypatch):
+    """The heads of a group too, split over programs: PROGRAMS says how many those for long samples have to be."""
+    monkeypatch.setattr(attention_bwd, "PROGRAMS", 40)
+    assert attention_bwd.parts_of_a_group(10, 2, 6, longest) == (2 if longest > 1 else 1)
+    for lengths, H, G, K in (([3, 150, 1, 100], 4, 2, 64), ([70, 1], 6, 1, 24), ([130], 3, 3, 128)):
+        inputs, dout, seen, results = run_attention(lengths, H, G, K, torch.float16, device, longest=longest)
+        dlse = torch.zeros_like(results[1])
+        judge(results, lambda q, k, v: plain_attention(q, k, v, seen, K**-0.5), inputs, [dout, dlse])  # noqa: B023
+
+
+@pytest.mark.usefixtures("triton_everywhere")
+@pytest.mark.parametrize("triton", [True, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("longest", [1, 10**6])
+def test_attention_writes_its_results_into_columns_of_wider_rows(longest, triton, device, monkeypatch):
+    if not triton:
+        monkeypatch.setattr(launch, "use_triton", lambda x: False)
+    H, G, K, lengths = 4, 2, 24, [40, 30]
+    inputs, dout, _, (out, lse, *grads) = run_attention(lengths, H, G, K, torch.float32, device, longest=longest)
+    start, end = bounds(lengths, device)
+    row, drow = (torch.full((70, width), math.nan, device=device) for width in (H * K + 8, (H + 2 * G) * K + 16))
+    buffer = row[:, : H * K].unflatten(1, (H, K))
+    result, _ = attention(*inputs, start, end, K**-0.5, out=buffer, longest=longest)
+    dbuffers = [x.unflatten(1, (-1, K)) for x in drow[:, :-16].split([H * K, G * K, G * K], dim=1)]
+    dresults = attention_backward(dout, *inputs, result, lse, start, end, K**-0.5, *dbuffers, longest=longest)
+    for x, given, alone in zip((result, *dresults), (buffer, *dbuffers), (out, *grads), strict=True):
+        assert x is given
+        assert torch.equal(x, alone)
+    assert row[:, H * K :].isnan().all()
+    assert drow[:, -16:].isnan().all()
+
+
+def test_attention_refuses_buffers_and_lengths_that_do_not_fit():
+    q, (start, end) = normal(6, 2, 8), bounds([3, 3])
+    for wrong, message in ((q[:5], "expected \\(6"), (q.half(), "expected torch.float32"), (q.mT, "expected \\(6")):
+        with pytest.raises(ValueError, match=message):
+            attention(q, q, q, start, end, 1.0, out=wrong)
+        with pytest.raises(ValueError, match=message):
+            attention_backward(q, q, q, q, q, normal(2, 6), start, end, 1.0, dv=wrong)
+    with pytest.raises(ValueError, match="head vectors of out have stride 2"):
+        attention(q, q, q, start, end, 1.0, out=normal(6, 2, 16)[..., ::2])
+    with pytest.raises(ValueError, match="6 rows are no whole number of samples of 4"):
+        attention(q, q, q, start, end, 1.0, length=4)
+    with pytest.raises(ValueError, match=r"scale -1\.0; expected above 0"):
+        attention(q, q, q, start, end, -1.0)
+
+
+def test_attention_runs_without_cudnn_where_there_is_none():
+    q, (start, end) = normal(6, 2, 8), bounds([3, 3])
+    expected = attention(q, q, q, start, end, 1.0)
+    for x, e in zip(attention(q, q, q, start, end, 1.0, length=3), expected, strict=True):
+        assert torch.equal(x, e)
+
+
 # ---------------------------------------------------------------------------------------------------- LoRA linear
 
 
-def plain_lora(x, a, b, weight, bias, scaling):
-    y = functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return y if a is None else y + scaling * functional.linear(functional.linear(x, a), b)
+def extended(weights, a, b, dtype, device):
+    """The extended weight of linears that share an input; an adapter may be None."""
+    rows, width = sum(len(w) for w in weights), weights[0].shape[1]
+    spare = lora_linear.columns_to_spare(sum(0 if x is None else len(x) for x in a))
+    weight = torch.zeros(rows + spare, width + spare, dtype=dtype, device=device)
+    weight[:rows, :width] = torch.cat(weights)
+    lora_linear.write_adapters_(weight, [(x, y, len(w)) for w, x, y in zip(weights, a, b, strict=True)], rows, width)
+    return weight
+
+
+def beside_spare(x, spare):
+    return torch.cat([x, torch.full((len(x), spare), math.nan, dtype=x.dtype, device=x.device)], 1)
+
+
+def plain_lora(x, *adapters, weights, scaling):
+    """Each linear on its own, as PEFT computes it; x (N, in), then A and B of each linear (None, None) without one."""
+    outs = []
+    for weight, a, b in zip(weights, adapters[::2], adapters[1::2], strict=True):
+        out = functional.linear(x, weight.to(x.dtype))
+        outs.append(out if a is None else out + scaling * functional.linear(functional.linear(x, a), b))
+    return torch.cat(outs, 1)
 
 
 @kernel
 @in_each_dtype
 @pytest.mark.parametrize(
-    ("N", "D", "F", "R"), [(3, 423, 213, 8), (1, 64, 40, 4), (130, 72, 136, 80), (213, 100, 3, None)]
+    ("N", "D", "rows", "ranks"), [(3, 213, [70], [4]), (33, 64, [48, 16, 16], [8, 0, 8]), (1, 96, [40, 40], [16, 20])]
 )
-def test_lora_linear_and_its_backward_err_no_more_than_plain_pytorch(N, D, F, R, dtype, device):
-    x, dy = strided(normal(N, D, dtype=dtype, device=device)), strided(normal(N, F, dtype=dtype, device=device))
-    weight, bias = normal(F, D, dtype=dtype, device=device), normal(F, dtype=dtype, device=device)
-    a, b = (None if R is None else 0.3 * normal(*s, dtype=dtype, device=device) for s in ((R or 1, D), (F, R or 1)))
-    y = lora_linear.lora_linear(x, weight, bias, a, b, 0.7)
-    grads = lora_linear.lora_linear_backward(dy, x, weight, a, b, 0.7)
-    results = [y, *(grad for grad in grads if grad is not None)]
-    assert all(grad is None or grad.dtype == torch.float32 for grad in grads[1:])
-    judge(results, lambda x, a, b: plain_lora(x, a, b, weight, bias, 0.7), [x, a, b], [dy])
+def test_lora_linears_and_their_gradients_err_no_more_than_plain_pytorch(N, D, rows, ranks, dtype, device):
+    x, dy = normal(N, D, dtype=dtype, device=device), normal(N, sum(rows), dtype=dtype, device=device)
+    weights = [normal(n, D, dtype=dtype, device=device, seed=n + i) / D**0.5 for i, n in enumerate(rows)]
+    adapters = []
+    for i, (n, R) in enumerate(zip(rows, ranks, strict=True)):
+        shapes = [(R, D), (n, R)] if R else [None, None]
+        adapters += [s and normal(*s, dtype=dtype, device=device, seed=9 * i) / s[1] ** 0.5 for s in shapes]
+    weight = extended(weights, adapters[::2], adapters[1::2], dtype, device)
+    spare = weight.shape[1] - D
+    wide_x, wide_dy = beside_spare(x, spare), beside_spare(dy, spare)
+    y = lora_linear.lora_linear(wide_x, weight, sum(rows), 0.7)
+    dx = lora_linear.lora_linear_backward(wide_dy, weight, D, 0.7)
+    pairs = lora_linear.lora_gradients(wide_dy, wide_x, list(zip(rows, ranks, strict=True)))
+    gradients = [g for pair in pairs for g in pair]
+    assert all(g.dtype == launch.accumulator(dtype) for g in gradients)
+    formula = functools.partial(plain_lora, weights=weights, scaling=0.7)
+    judge([y, dx, *gradients], formula, [x, *adapters], [dy])
 
 
 @kernel
-def test_lora_linear_backward_adds_onto_a_given_dx_or_leaves_it_alone(device):
-    x, dy, weight, dx = (normal(*s, device=device) for s in ((5, 24), (5, 40), (40, 24), (5, 24)))
-    a, b, before = normal(4, 24, device=device), normal(40, 4, device=device), dx.clone()
-    alone, da, db = lora_linear.lora_linear_backward(dy, x, weight, a, b, 2.0)
-    result = lora_linear.lora_linear_backward(dy, x, weight, a, b, 2.0, dx=dx)
-    assert result[0] is dx
-    torch.testing.assert_close(dx, before + alone)
-    left, *gradients = lora_linear.lora_linear_backward(dy, x, weight, a, b, 2.0, need_dx=False)
-    assert left is None
-    assert torch.equal(gradients[0], da)
-    assert torch.equal(gradients[1], db)
+def test_a_lora_linear_adds_a_residual_and_its_adapter_alone_can_be_rewritten(device):
+    x, w, residual = normal(5, 32, device=device), normal(24, 32, device=device), normal(5, 24, device=device)
+    a, b = normal(4, 32, device=device), normal(24, 4, device=device)
+    weight = extended([w], [a], [b], torch.float32, device)
+    lora_linear.write_adapters_(weight, [(-a, b, 24)], 24, 32)
+    wide = beside_spare(x, lora_linear.columns_to_spare(4))
+    y = lora_linear.lora_linear(wide, weight, 24, 2.0, residual=residual)
+    assert torch.allclose(y, residual + x @ w.T - 2 * x @ a.T @ b.T, atol=1e-4)
+    assert torch.equal(weight[:24, :32], w) and not weight[24:, 32:].any()
 
 
-@kernel
-def test_lora_linear_keeps_a_nan_in_its_row(device):
-    x = normal(3, 40, device=device)
-    x[1, 39] = math.nan
-    y = lora_linear.lora_linear(x, normal(24, 40, device=device))
-    assert y.isnan().any(1).tolist() == y.isnan().all(1).tolist() == [False, True, False]
+def test_without_an_adapter_the_extended_weight_is_the_weight():
+    x, w, dy = normal(5, 32), normal(24, 32), normal(5, 24)
+    assert lora_linear.columns_to_spare(0) == 0
+    assert torch.equal(lora_linear.lora_linear(x, w, 24, 0.0), x @ w.T)
+    assert torch.equal(lora_linear.lora_linear_backward(dy, w, 32, 0.0), dy @ w)
+    assert lora_linear.lora_linear_backward(dy, w, 32, 0.0, need_dx=False) is None
+    assert lora_linear.lora_gradients(dy, x, [(24, 0)]) == []
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -352,32 +438,44 @@ CODE = torch.linspace(-1, 1, 16).pow(3)
 
 
 def quantised(shape, nested, blocksize=64, device="cpu"):
-    """Random bytes and scales in the form that dequantize_nf4 takes: every byte and every code occurs."""
+    """Random bytes and scales: every byte and every code occurs."""
     n = math.prod(shape)
     generator = torch.Generator().manual_seed(n)
     blocks = -(-n // blocksize)
     packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator)
     if not nested:
-        return {"packed": packed.to(device), "absmax": torch.rand(blocks, generator=generator).to(device)}
-    scales = {
-        "absmax": torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator),
-        "nested_absmax": torch.rand(-(-blocks // 256), generator=generator),
-        "nested_code": torch.randn(256, generator=generator),
-        "nested_offset": torch.tensor(0.123),
-    }
-    return {"packed": packed.to(device)} | {name: x.to(device) for name, x in scales.items()}
+        absmax, scales = torch.rand(blocks, generator=generator), {}
+    else:
+        absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
+        scales = {
+            "nested_absmax": torch.rand(-(-blocks // 256), generator=generator),
+            "nested_code": torch.randn(256, generator=generator),
+            "nested_offset": torch.tensor(0.123),
+        }
+    scales = {name: x.to(device) for name, x in scales.items()}
+    return Quantized(packed.to(device), absmax.to(device), CODE.to(device), shape, blocksize, **scales)
 
 
 @kernel
 @in_each_dtype
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("shape", [(3, 423), (130, 256), (1, 64)])
-def test_dequantize_kernel_equals_the_reference_bit_for_bit(shape, nested, dtype, device, monkeypatch):
-    arguments = quantised(shape, nested, device=device)
-    code = CODE.to(device)
-    mine = dequantize_nf4(code=code, shape=shape, dtype=dtype, **arguments)
-    monkeypatch.setattr(launch, "use_triton", lambda x: False)
-    assert torch.equal(mine, dequantize_nf4(code=code, shape=shape, dtype=dtype, **arguments))
+def test_dequantize_kernel_equals_the_reference_bit_for_bit(shape, nested, dtype, device):
+    weight = quantised(shape, nested, device=device)
+    assert torch.equal(dequantize_nf4(weight, dtype), dequantize_nf4_reference(weight, dtype))
+
+
+@kernel
+@pytest.mark.parametrize("width", [192, 423])
+def test_weights_of_one_width_are_dequantised_below_each_other_into_a_part_of_wider_rows(width, device):
+    weights = [quantised((rows, width), nested, device=device) for rows, nested in ((70, True), (3, True), (1, False))]
+    for chosen in (weights[:2], weights):  # stored in one way, and not
+        rows = sum(weight.shape[0] for weight in chosen)
+        wide = torch.full((rows + 2, width + 5), 7.0, device=device)
+        out = wide[1:-1, :width]
+        assert dequantize_nf4(chosen, torch.float32, out=out) is out
+        assert torch.equal(out, torch.cat([dequantize_nf4_reference(w, torch.float32) for w in chosen]))
+        assert (wide[:, width:] == 7).all() and (wide[[0, -1]] == 7).all()
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -390,29 +488,28 @@ def test_dequantize_reference_equals_bitsandbytes_bit_for_bit(nested, dtype):
     scales = {}
     if nested:
         scales = {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "nested_offset": state.offset}
-    mine = dequantize_nf4(packed, state.absmax, state.code, (96, 200), dtype, **scales)
-    assert torch.equal(mine, bnb.dequantize_4bit(packed, state))
-    out = torch.full((96, 200), math.nan, dtype=dtype)
-    assert dequantize_nf4(packed, state.absmax, state.code, (96, 200), dtype, **scales, out=out) is out
-    assert torch.equal(out, mine)
+    mine = Quantized(packed, state.absmax, state.code, (96, 200), **scales)
+    assert torch.equal(dequantize_nf4(mine, dtype), bnb.dequantize_4bit(packed, state))
 
 
 def test_dequantize_reference_is_the_formula_over_several_chunks(monkeypatch):
     monkeypatch.setattr("minitune.kernels.dequantize.CHUNK", 128)
-    arguments = quantised((30, 128), nested=True)
-    mine = dequantize_nf4(code=CODE, shape=(30, 128), dtype=torch.float32, **arguments)
-    nibbles = torch.stack([arguments["packed"] >> 4, arguments["packed"] & 15], dim=1).flatten().int()
+    weight = quantised((30, 128), nested=True)
+    nibbles = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).flatten().int()
     block = torch.arange(30 * 128) // 64
-    scale = arguments["nested_code"][arguments["absmax"].int()[block]] * arguments["nested_absmax"][block // 256]
-    assert torch.equal(mine.flatten(), CODE[nibbles] * (scale + arguments["nested_offset"]))
+    scale = weight.nested_code[weight.absmax.int()[block]] * weight.nested_absmax[block // 256]
+    expected = CODE[nibbles] * (scale + weight.nested_offset)
+    assert torch.equal(dequantize_nf4(weight, torch.float32).flatten(), expected)
 
 
 def test_dequantize_refuses_sizes_that_do_not_fit_the_shape():
-    arguments = quantised((4, 64), nested=False)
+    weight = quantised((4, 64), nested=False)
     with pytest.raises(ValueError, match="128 packed bytes for shape"):
-        dequantize_nf4(code=CODE, shape=(5, 64), dtype=torch.float32, **arguments)
+        dequantize_nf4(replace(weight, shape=(5, 64)), torch.float32)
     with pytest.raises(ValueError, match="3 scales; 256 elements in blocks of 64 have 4"):
-        dequantize_nf4(code=CODE, shape=(4, 64), dtype=torch.float32, **arguments | {"absmax": torch.ones(3)})
+        dequantize_nf4(replace(weight, absmax=torch.ones(3)), torch.float32)
+    with pytest.raises(ValueError, match="differ in in_features"):
+        dequantize_nf4([weight, quantised((4, 128), nested=False)], torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------- all of them
@@ -469,12 +566,20 @@ def test_the_backward_of_the_attention_reference_passes_gradcheck():
     assert torch.autograd.gradcheck(pair, (double(8, 4, 8), double(8, 2, 8, seed=1), double(8, 2, 8, seed=2)))
 
 
-def test_the_backward_of_the_lora_reference_passes_gradcheck():
+def test_the_gradients_of_a_lora_linear_pass_gradcheck():
     weight = double(4, 5).detach()
-    pair = as_function(
-        lambda x, a, b: (lora_linear.lora_linear_reference(x, weight, None, a, b, 0.7), []),
-        lambda dy, x, a, b: lora_linear.lora_linear_backward_reference(dy, x, weight, a, b, 0.7),
-    )
+
+    def forward(x, a, b):
+        whole = extended([weight], [a], [b], x.dtype, "cpu")
+        wide = beside_spare(x, whole.shape[1] - 5)
+        return lora_linear.lora_linear(wide, whole, 4, 0.7), [wide, whole]
+
+    def backward(dy, x, a, b, wide, whole):
+        wide_dy = beside_spare(dy, whole.shape[1] - 5)
+        dx = lora_linear.lora_linear_backward(wide_dy, whole, 5, 0.7)
+        return dx, *lora_linear.lora_gradients(wide_dy, wide, [(4, 2)])[0]
+
+    pair = as_function(forward, backward)
     assert torch.autograd.gradcheck(pair, (double(3, 5), double(2, 5), double(4, 2)))
 
 
@@ -502,12 +607,11 @@ def test_no_rows_give_empty_results_and_a_loss_of_zero(triton, device, monkeypat
     assert (out.shape, lse.shape) == ((0, 2, 8), (2, 0))
     assert attention_backward(q, q, q, q, out, lse, bound, bound, 1.0)[1].shape == (0, 2, 8)
     a, b = normal(4, 16, device=device), normal(24, 4, device=device)
-    y = lora_linear.lora_linear(x, weight, None, a, b)
-    assert y.shape == (0, 24)
-    dx, da, db = lora_linear.lora_linear_backward(y, x, weight, a, b)
-    assert dx.shape == (0, 16)
-    assert not da.any()
-    assert not db.any()
+    wide = extended([weight], [a], [b], weight.dtype, device)
+    x_wide, dy = (torch.empty(0, n, device=device) for n in (wide.shape[1], wide.shape[0]))
+    assert lora_linear.lora_linear(x_wide, wide, 24, 1.0).shape == (0, 24)
+    assert lora_linear.lora_linear_backward(dy, wide, 16, 1.0).shape == (0, 16)
+    assert not any(g.any() for g in lora_linear.lora_gradients(dy, x_wide, [(24, 4)])[0])
     loss, dhidden = linear_cross_entropy(x, weight, bound.long(), 1)
     assert (loss.item(), dhidden.shape) == (0.0, (0, 16))
 
@@ -520,8 +624,15 @@ REFUSED = {
     "heads": (lambda x: attention(x.view(3, 2, 8), *[x.view(3, 2, 8)[:, :0]] * 2, x, x, 1.0), "2 query heads are not"),
     "bound": (lambda x: attention(*[x[:, None]] * 3, x[:, 0], x[:, 0], 1.0), "start is (3,) torch.float32"),
     "width": (lambda x: attention(*[x[:, None, :12]] * 3, x[:, 0], x[:, 0], 1.0), "head width 12; expected a multiple"),
-    "linear": (lambda x: lora_linear.lora_linear(x, x[:, :5]), "x is (3, 16); weight (3, 5) expects rows of 5"),
-    "adapter": (lambda x: lora_linear.lora_linear(x, x, a=x), "an adapter is both a and b"),
+    "linear": (lambda x: lora_linear.lora_linear(x, x[:, :5], 3, 1.0), "x is (3, 16); an extended weight (3, 5)"),
+    "adapter": (
+        lambda x: lora_linear.write_adapters_(x, [(x, x, 3)], 3, 16),
+        "b (3, 16); expected contiguous (3, 16) and",
+    ),
+    "spare": (
+        lambda x: lora_linear.write_adapters_(x, [(x, x.new_zeros(3, 3), 3)], 3, 16),
+        "has (0, 0) rows and columns to spare",
+    ),
     "loss": (lambda x: linear_cross_entropy(x, x, torch.zeros(2), 1), "targets are (2,); hidden has 3 rows"),
 }
 
@@ -585,11 +696,11 @@ class TestBeyondTwoToThe31:
         for x, t in zip((q, k, v), tail, strict=True):
             x[-T:] = t
         start, end = bounds([T] * (N // T), "cuda")
-        out, lse = attention(q, k, v, start, end, K**-0.5)
-        small, small_lse = attention(*tail, *bounds([T], "cuda"), K**-0.5)
+        out, lse = attention(q, k, v, start, end, K**-0.5, longest=T)
+        small, small_lse = attention(*tail, *bounds([T], "cuda"), K**-0.5, longest=T)
         assert torch.equal(out[-T:], small)
-        grads = attention_backward(q, q, k, v, out, lse, start, end, K**-0.5)
-        expected = attention_backward(tail[0], *tail, small, small_lse, *bounds([T], "cuda"), K**-0.5)
+        grads = attention_backward(q, q, k, v, out, lse, start, end, K**-0.5, longest=T)
+        expected = attention_backward(tail[0], *tail, small, small_lse, *bounds([T], "cuda"), K**-0.5, longest=T)
         for x, e in zip(grads, expected, strict=True):
             assert torch.equal(x[-T:], e)
 
@@ -598,9 +709,9 @@ class TestBeyondTwoToThe31:
         x = normal(N, D, dtype=torch.bfloat16, device="cuda")
         weight = normal(F, D, dtype=x.dtype, device="cuda")
         exact = x[-3:].double() @ weight.double().T
-        y = lora_linear.lora_linear(x, weight)
+        y = lora_linear.lora_linear(x, weight, F, 1.0)
         assert_as_good_as_plain([y[-3:]], [functional.linear(x[-3:], weight)], [exact])
-        back = lora_linear.lora_linear_backward(y, x, weight)[0]
+        back = lora_linear.lora_linear_backward(y, weight, D, 1.0)
         assert_as_good_as_plain([back[-3:]], [y[-3:] @ weight], [y[-3:].double() @ weight.double()])
         del y, back
         targets = torch.zeros(N, dtype=torch.long, device="cuda")
@@ -608,14 +719,14 @@ class TestBeyondTwoToThe31:
         small = linear_cross_entropy(x[-3:], weight, targets[-3:], 1)[1]
         torch.testing.assert_close(dhidden[-3:], small, rtol=2**-7, atol=1e-3)
         assert loss.isfinite()
-        arguments = quantised((N, F), nested=True, device="cuda")
-        whole = dequantize_nf4(code=CODE.cuda(), shape=(N, F), dtype=torch.bfloat16, **arguments)
+        stored = quantised((N, F), nested=True, device="cuda")
+        whole = dequantize_nf4(stored, torch.bfloat16)
         blocks = 3 * F // 64
-        last = arguments | {"packed": arguments["packed"][-3 * F // 2 :], "absmax": arguments["absmax"][-blocks:]}
+        packed, absmax = stored.packed[-3 * F // 2 :], stored.absmax[-blocks:]
         first = N * F // 64 - blocks
         nested = torch.arange(first, first + blocks, device="cuda") // 256
-        scale = last["nested_code"][last["absmax"].int()] * last["nested_absmax"][nested] + last["nested_offset"]
-        nibbles = torch.stack([last["packed"] >> 4, last["packed"] & 15], dim=1).flatten().int()
+        scale = stored.nested_code[absmax.int()] * stored.nested_absmax[nested] + stored.nested_offset
+        nibbles = torch.stack([packed >> 4, packed & 15], dim=1).flatten().int()
         expected = (CODE.cuda()[nibbles] * scale.repeat_interleave(64)).bfloat16()
         assert torch.equal(whole[-3:].flatten(), expected)
 
@@ -630,14 +741,59 @@ def test_attention_holds_its_bound_at_real_sizes(N, H, G, K, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("lengths", "H", "G", "K"), [([1024] * 2, 32, 8, 128), ([300, 1500, 7, 200], 9, 3, 64)], ids=str
+)
+def test_the_backward_of_attention_repeats_bit_for_bit(lengths, H, G, K):
+    _, _, _, first = run_attention(lengths, H, G, K, torch.bfloat16, "cuda")
+    for _ in range(5):
+        for x, again in zip(first, run_attention(lengths, H, G, K, torch.bfloat16, "cuda")[3], strict=True):
+            assert torch.equal(x, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("B", "L", "H", "G", "K"), [(2, 512, 8, 2, 128), (4, 119, 9, 3, 64), (1, 700, 4, 4, 96), (8, 16, 2, 1, 64)]
+)
+def test_cudnn_holds_the_bound_and_mixes_with_the_kernels(B, L, H, G, K, dtype):
+    inputs, dout, seen, results = run_attention([L] * B, H, G, K, dtype, "cuda", length=L)
+    if not attention_cudnn.cudnn_supports(*inputs, L):
+        pytest.skip("cuDNN does not take this here")
+    dlse = torch.zeros_like(results[1])
+    judge(results, lambda q, k, v: plain_attention(q, k, v, seen, K**-0.5), inputs, [dout, dlse])
+    start, end = bounds([L] * B, "cuda")
+    scale, (out, lse) = K**-0.5, results[:2]
+    mixed = attention_backward(dout, *inputs, out, lse, start, end, scale)
+    judge([out, lse, *mixed], lambda q, k, v: plain_attention(q, k, v, seen, scale), inputs, [dout, dlse])
+    row, drow = (
+        torch.zeros(B * L, H * K + 16, dtype=dtype).cuda(),
+        torch.zeros(B * L, (H + 2 * G) * K, dtype=dtype).cuda(),
+    )
+    buffer = row[:, : H * K].unflatten(1, (H, K))
+    dbuffers = [x.unflatten(1, (-1, K)) for x in drow.split([H * K, G * K, G * K], dim=1)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention(*inputs, start, end, scale, out=buffer, length=L)
+        attention_backward(dout, *inputs, buffer, lse, start, end, scale, *dbuffers, length=L)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(buffer, out)
+    judge([buffer, lse, *dbuffers], lambda q, k, v: plain_attention(q, k, v, seen, scale), inputs, [dout, dlse])
+
+
+@pytest.mark.gpu
 @in_each_dtype
 @pytest.mark.parametrize(("N", "D", "F"), [(2048, 4096, 14336), (1900, 576, 1536)])
 def test_lora_linear_holds_its_bound_at_real_sizes(N, D, F, dtype):
     x, dy = normal(N, D, dtype=dtype, device="cuda"), normal(N, F, dtype=dtype, device="cuda")
     weight, a, b = (0.02 * normal(*s, dtype=dtype, device="cuda") for s in ((F, D), (16, D), (F, 16)))
-    results = [lora_linear.lora_linear(x, weight, None, a, b, 2.0)]
-    results += lora_linear.lora_linear_backward(dy, x, weight, a, b, 2.0)
-    judge(results, lambda x, a, b: plain_lora(x, a, b, weight, None, 2.0), [x, a, b], [dy])
+    whole = extended([weight], [a], [b], dtype, "cuda")
+    wide_x, wide_dy = (beside_spare(x, whole.shape[1] - D) for x in (x, dy))
+    results = [lora_linear.lora_linear(wide_x, whole, F, 2.0), lora_linear.lora_linear_backward(wide_dy, whole, D, 2.0)]
+    results += lora_linear.lora_gradients(wide_dy, wide_x, [(F, 16)])[0]
+    judge(results, functools.partial(plain_lora, weights=[weight], scaling=2.0), [x, a, b], [dy])
 
 
 @pytest.mark.gpu
@@ -647,19 +803,22 @@ def test_no_kernel_waits_for_the_gpu():
     positions, targets = torch.arange(64, device="cuda"), torch.arange(64, device="cuda")
     cos, sin = angles(64, 32, "cuda")
     a, b = normal(8, 64, device="cuda"), normal(64, 8, device="cuda")
-    arguments, code = quantised((64, 64), nested=True, device="cuda"), CODE.cuda()
+    stored, whole = quantised((64, 64), nested=True, device="cuda"), torch.zeros(128, 128, device="cuda")
 
     def everything():
-        dequantize_nf4(code=code, shape=(64, 64), dtype=torch.bfloat16, **arguments)
+        dequantize_nf4(stored, whole.dtype, out=whole[:64, :64])
+        lora_linear.write_adapters_(whole, [(a, b, 64)], 64, 64)
         s, y, rstd = rms_norm.add_rms_norm(x, x, weight[0], EPS)
         rms_norm.rms_norm_backward(y, s, weight[0], rstd, y)
-        q = lora_linear.lora_linear(y, weight, None, a, b).view(64, 2, 32)
+        wide = torch.cat([y, y], 1)
+        q = lora_linear.lora_linear(wide, whole, 64, 1.0).view(64, 2, 32)
         rope.rope_(q, q[:, :1].contiguous(), cos, sin, positions)
         out, lse = attention(q, q, q, start, end, 1.0)
         attention_backward(out, q, q, q, out, lse, start, end, 1.0)
         swiglu.swiglu_backward(x, x, swiglu.swiglu(x, x))
         linear_cross_entropy(x, weight, targets, 64)
-        lora_linear.lora_linear_backward(x, x, weight, a, b)
+        lora_linear.lora_linear_backward(wide, whole, 64, 1.0)
+        lora_linear.lora_gradients(wide, wide, [(64, 8)])
 
     everything()
     torch.cuda.synchronize()

@@ -244,7 +244,7 @@ def test_resident_weights_change_no_number(tmp_path):
     with model.resident_weights():
         resident = gradients_of(model, input_ids=ids, labels=labels)
     assert torch.equal(plain[1], resident[1])
-    assert all(linear.resident is None for _, linear in model.linears())
+    assert all(projection.resident is None for projection in model.projections())
 
 
 BAD_CALLS = {

@@ -1,4 +1,4 @@
-"""The flat optimizer against torch.optim, the schedules against transformers, and the training loop on tiny models."""
+"""The training loop on tiny models."""
 
 import json
 import math
@@ -11,11 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_model
-from torch import nn
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.config import LoraConfig
-from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
 from minitune.report import Report
 from minitune.trainer import epoch_order
 
@@ -48,91 +46,6 @@ def records_of(output):
 
 def without_times(records):
     return [{k: v for k, v in r.items() if "second" not in k} for r in records]
-
-
-# ---- the optimizer and the schedules
-
-
-def matrices(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in [(4, 33), (7, 4), (1, 1), (4, 4)]]
-
-
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_flat_adamw_moves_parameters_as_torch_adamw_does(weight_decay, max_grad_norm):
-    ours, theirs = ([nn.Parameter(m) for m in matrices()] for _ in range(2))
-    optimizer = FlatAdamW(ours, betas=(0.8, 0.95), weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-    reference = torch.optim.AdamW(theirs, betas=(0.8, 0.95), weight_decay=weight_decay)
-    for step in range(30):
-        lr = 1e-2 * (1 + step % 3)
-        optimizer.zero_grad()
-        for p, q, g in zip(ours, theirs, matrices(seed=step + 1), strict=True):
-            p.grad += g * 10 ** (step % 4 - 3)
-            q.grad = g * 10 ** (step % 4 - 3)
-        reference.param_groups[0]["lr"] = lr
-        norm = nn.utils.clip_grad_norm_(theirs, max_grad_norm or math.inf)
-        assert torch.equal(optimizer.step(lr), norm)
-        reference.step()
-        for p, q in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
-
-
-def test_rate_may_be_a_tensor():
-    number, tensor = ([nn.Parameter(m) for m in matrices()] for _ in range(2))
-    for parameters, lr in ((number, 1e-2), (tensor, torch.tensor(1e-2))):
-        for p, g in zip(parameters, matrices(seed=1), strict=True):
-            p.grad = g
-        FlatAdamW(parameters, weight_decay=0.1).step(lr)
-    for p, q in zip(number, tensor, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-
-
-def test_parameters_and_gradients_are_views_of_one_buffer():
-    parameters = [nn.Parameter(m) for m in matrices()]
-    optimizer = FlatAdamW(parameters)
-    optimizer.values.fill_(3.0)
-    optimizer.grads.fill_(5.0)
-    assert all((p == 3).all() and (p.grad == 5).all() for p in parameters)
-
-
-def test_replaced_values_and_gradients_are_taken_over():
-    ours, theirs = ([nn.Parameter(m) for m in matrices()] for _ in range(2))
-    optimizer, reference = FlatAdamW(ours), torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.0)
-    for step in range(3):
-        for p, q, g in zip(ours, theirs, matrices(seed=step + 1), strict=True):
-            p.grad = None  # as zero_grad(set_to_none=True) leaves it; backward then makes a tensor of its own
-            p.grad, q.grad = g.clone(), g.clone()
-        if step == 1:
-            ours[0].data = ours[0].data * 2  # a new tensor
-            ours[1].data.mul_(3)  # in place
-            theirs[0].data.mul_(2)
-            theirs[1].data.mul_(3)
-        optimizer.step(1e-2)
-        reference.step()
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
-    optimizer.values.zero_()
-    assert all((p == 0).all() for p in ours)
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
-@pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 20), (1, 1), (5, 5)])
-def test_schedules_equal_those_of_transformers(kind, warmup, total):
-    transformers = pytest.importorskip("transformers")
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-    for step in range(total + 2):
-        assert learning_rate_factor(kind, step, warmup, total) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
-        optimizer.step()
-        schedule.step()
-
-
-def test_warmup_is_a_number_of_steps_or_a_share_of_all():
-    assert [warmup_count(5, 0.5, 100), warmup_count(0.1, 0, 100), warmup_count(0, 0.033, 100)] == [5, 10, 4]
-
-
-# ---- the loop
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -417,14 +330,14 @@ def test_checkpoint_whose_state_lacks_something_is_refused_by_file(tiny, tmp_pat
 
 def test_gpu_out_of_memory_says_what_needs_less(tiny, tmp_path, monkeypatch):
     trainer = new_trainer(tiny, tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
-    forward = trainer.model.forward
+    loss = trainer.model.labelled_loss
 
     def full(*arguments, **options):
         if trainer.progress.step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(*arguments, **options)
+        return loss(*arguments, **options)
 
-    monkeypatch.setattr(trainer.model, "forward", full)
+    monkeypatch.setattr(trainer.model, "labelled_loss", full)
     words = r"step 3; lower micro_step_tokens .*max_length .*use_gradient_checkpointing .*load_in_4bit .*checkpoint-2"
     with pytest.raises(ValueError, match=words):
         trainer.train()
@@ -503,8 +416,7 @@ def test_checkpoint_past_the_last_step_is_refused_and_one_at_it_has_nothing_left
         ({"learning_rate": math.nan}, "learning_rate is nan; expected a finite number"),
         ({"adam_beta1": 1.0}, "adam_beta1 is 1.0; expected less than 1"),
         ({"num_train_epochs": 0}, "num_train_epochs is 0; expected more than 0"),
-        ({"optim": "adamw_8bit"}, "optim 'adamw_8bit': moments are kept in float32"),
-        ({"optim": "sgd"}, "expected one of adamw_torch, adamw_torch_fused"),
+        ({"optim": "paged_adamw_8bit"}, "expected one of adamw_torch, adamw_torch_fused, adamw_8bit"),
         ({"lr_scheduler_type": "polynomial"}, "expected one of linear, cosine"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "constant_with_warmup"),
         ({"packing": 1}, "packing is 1; expected true or false"),

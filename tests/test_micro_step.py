@@ -1,0 +1,147 @@
+"""A micro-step without the autograd engine, as CUDA graphs on a GPU: the same numbers as `loss.backward()`."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import GPU
+from tiny import make_tiny_model
+
+from minitune import FastLanguageModel
+from minitune.data import Sample, collate, micro_steps
+from minitune.graphs import MicroStep, _padded, padded_size
+
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def load(folder, **options):
+    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=256, device=DEVICE, **options)
+    FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.lora_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.05 if "lora_B" in name else p.shape[1] ** -0.5))
+    return model
+
+
+def random_samples(lengths, vocab=512, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
+    return [Sample(sample, [-100] * (len(sample) // 3) + sample[len(sample) // 3 :]) for sample in ids]
+
+
+def gradients(model):
+    found = torch.cat([p.grad.flatten().clone() for _, p in model.lora_parameters()])
+    for _, p in model.lora_parameters():
+        p.grad.zero_()
+    return found
+
+
+def of_autograd(model, batch, denominator):
+    inputs = {"input_ids": batch.input_ids, "labels": batch.labels, "position_ids": batch.position_ids}
+    loss = model(**inputs, num_items_in_batch=denominator).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("level", [0, 2, 3, 4, None])
+def test_a_micro_step_gives_the_bits_of_autograd(tmp_path, level):
+    model = load(make_tiny_model(tmp_path / "m"))
+    model.level = level
+    batch = collate(random_samples([40, 9, 30]))
+    micro_step = MicroStep(model, capture=False)
+    loss = micro_step(batch, 50)
+    assert not loss.requires_grad
+    mine = gradients(model)
+    expected_loss, expected = of_autograd(model, batch, 50)
+    assert torch.equal(loss, expected_loss)
+    assert torch.equal(mine, expected) and mine.any()
+    micro_step(batch, 50)
+    micro_step(batch, 50)
+    assert torch.allclose(gradients(model), 2 * mine)  # added to what is there
+
+
+@pytest.mark.parametrize("part", [1, 3, 5])
+def test_a_micro_step_trains_the_adapted_linears_only(tmp_path, part):
+    model, _ = FastLanguageModel.from_pretrained(make_tiny_model(tmp_path / "m"), max_seq_length=256, device=DEVICE)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"][part - 1 : part + 1]
+    FastLanguageModel.get_peft_model(model, r=4, target_modules=names)
+    with torch.no_grad():
+        for _, p in model.lora_parameters():
+            p.normal_(std=0.1)
+    batch = collate(random_samples([40, 9, 30]))
+    loss = MicroStep(model, capture=False)(batch, 50)
+    assert torch.equal(gradients(model), of_autograd(model, batch, 50)[1])
+    assert loss > 0
+
+
+@pytest.mark.parametrize(("parts", "tokens"), [(1, 200), (2, 100), (4, 60)])
+def test_loss_and_gradients_do_not_depend_on_how_samples_are_split_into_micro_steps(tmp_path, parts, tokens):
+    model = load(make_tiny_model(tmp_path / "m"), dtype=torch.float32)
+    samples = random_samples([40, 9, 30, 25, 31, 12, 4, 27])
+    alone = [collate([sample]) for sample in samples]  # as in padded batches, no sample sees another
+    targets = sum(batch.targets for batch in alone)
+    expected_loss = sum(of_autograd(model, batch, targets)[0] for batch in alone)
+    expected = sum(of_autograd(model, batch, targets)[1] for batch in alone)
+    packs = micro_steps(samples, tokens)
+    assert len(packs) == parts
+    micro_step = MicroStep(model)
+    for _ in range(2):  # on a GPU, plainly and then captured
+        loss = sum(micro_step(collate(pack), targets) for pack in packs)
+        assert torch.allclose(loss, expected_loss, rtol=1e-5)
+        assert (gradients(model) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 500, 1000, 4096, 5000, 100_000])
+def test_a_padded_size_is_at_most_an_eighth_more_or_64(tokens):
+    size = padded_size(tokens)
+    assert tokens <= size < tokens + max(64, tokens / 8)
+    assert padded_size(size) == size
+
+
+@pytest.mark.parametrize(("lengths", "longest"), [([40, 9], 256), ([100], 256), ([100], 110), ([3], 5)])
+def test_padding_is_behind_the_samples_and_stays_within_the_known_positions(lengths, longest):
+    batch = collate(random_samples(lengths))
+    ids, positions = _padded(batch, 128, longest)
+    n = sum(lengths)
+    assert len(ids) == len(positions) == 128
+    assert torch.equal(ids[:n], batch.input_ids) and torch.equal(positions[:n], batch.position_ids)
+    assert positions.max() < longest
+    follows = positions[1:] == positions[:-1] + 1
+    assert (follows | (positions[1:] == 0)).all()
+    assert (positions[n] == n) == (lengths == [100] and longest == 256)  # behind a single sample, more of it
+
+
+def test_tokens_and_labels_that_the_model_does_not_have_are_refused(tmp_path):
+    micro_step = MicroStep(load(make_tiny_model(tmp_path / "m")))
+    batch = collate(random_samples([40]))
+    with pytest.raises(ValueError, match="input_ids reach 512"):
+        micro_step(dataclasses.replace(batch, input_ids=batch.input_ids + (512 - batch.input_ids.max())), 1)
+    with pytest.raises(ValueError, match="label 600 is neither"):
+        micro_step(dataclasses.replace(batch, labels=torch.full_like(batch.labels, 600)), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["triton", "auto"])
+@pytest.mark.parametrize("lengths", [[128, 128], [100], [40, 9, 30]])
+def test_a_replayed_graph_gives_the_bits_of_plain_launches_and_waits_for_nothing(tmp_path, lengths, attention):
+    """Shown on one H200, torch 2.11.0, Triton 3.6.0, November 2026."""
+    shape = {"hidden": 256, "layers": 3, "heads": 8, "kv_heads": 2, "head_dim": 64, "ffn": 704, "vocab": 512}
+    model = load(make_tiny_model(tmp_path / "m", **shape), dtype=torch.bfloat16, attention=attention)
+    batch, other = collate(random_samples(lengths)), collate(random_samples(lengths, seed=2))
+    micro_step = MicroStep(model)
+    plain = micro_step(batch, 50), gradients(model)
+    captured = micro_step(batch, 50), gradients(model)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        different = micro_step(other, 50)
+        replayed = micro_step(batch, 50)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    both = gradients(model)
+    assert torch.equal(plain[0], captured[0]) and torch.equal(plain[1], captured[1])
+    assert torch.equal(plain[0], replayed) and not torch.equal(plain[0], different)
+    micro_step(other, 50)
+    micro_step(batch, 50)
+    assert torch.equal(both, gradients(model))
