@@ -135,9 +135,10 @@ def linear_cross_entropy(
 
     losses = torch.empty(N, dtype=wide, device=hidden.device)
     dhidden = torch.empty((N, D), dtype=hidden.dtype, device=hidden.device) if need_grad else None
+    tile = torch.empty((min(tile_rows, N), V), dtype=hidden.dtype, device=hidden.device)
     for first in range(0, N, tile_rows):
         rows = slice(first, first + tile_rows)
-        logits = torch.mm(hidden[rows], weight.t())
+        logits = torch.mm(hidden[rows], weight.t(), out=tile[: min(tile_rows, N - first)])
         _cross_entropy_(logits, targets[rows], losses[rows], need_grad)
         if need_grad:
             torch.mul(matmul_accumulated(logits, weight), share, out=dhidden[rows])

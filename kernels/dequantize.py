@@ -25,7 +25,9 @@ from . import launch
 from .launch import cdiv, require, tl, triton
 
 CHUNK = 1 << 18  # bytes that the reference unpacks at a time: the unpacked 2 MB stay in the CPU's cache
-BLOCKS = 32  # quantisation blocks a program: 1 KB in, 4 KB out at 16 bit; rows of real models are multiples of that
+# Quantisation blocks a program, the first that divides a row. On an H200 in November 2026, the seven linears of an 8B
+# layer: 0.153 ms with 64 where the width is 4096 and 32 where it is 14336, 3.6 TB/s; a copy runs at 4.2, a fill at 3.3.
+BLOCKS = (64, 32)
 
 
 def dequantize_nf4_reference(weight, dtype):
@@ -91,11 +93,12 @@ def _dequantize_part(
     even = tl.load(code_ptr + (byte >> 4)) * scale[:, None]
     odd = tl.load(code_ptr + (byte & 15)) * scale[:, None]
     value = tl.reshape(tl.join(even, odd), (BLOCKS, 2 * HALF)).to(out_ptr.dtype.element_ty)
-    element = first * (2 * HALF)
     if WHOLE:
-        tl.store(out_ptr + element + element // in_features * (out_row_stride - in_features) + at, value)
+        programs = in_features // (2 * HALF * BLOCKS)  # of a row
+        out_ptr += (pid // programs).to(tl.int64) * out_row_stride + pid % programs * (2 * HALF * BLOCKS)
+        tl.store(out_ptr + at, value)
     else:
-        element += at
+        element = first * (2 * HALF) + at
         to = element + element // in_features * (out_row_stride - in_features)
         tl.store(out_ptr + to, value, mask=element < n)
 
@@ -220,13 +223,15 @@ def dequantize_nf4(
 
 
 def _launch(weights, parts):
+    in_features, blocksize = weights[0].shape[1], weights[0].blocksize
+    whole = next((n for n in BLOCKS if in_features % (n * blocksize) == 0), None)
+    blocks = whole or BLOCKS[0]
     first_programs = [0]
     for weight in weights:
-        first_programs.append(first_programs[-1] + cdiv(weight.absmax.numel(), BLOCKS))
+        first_programs.append(first_programs[-1] + cdiv(weight.absmax.numel(), blocks))
     if not first_programs[-1]:
         return
     tensors = [(w.packed, w.absmax, w.code, w.nested_absmax, w.nested_code, w.nested_offset) for w in weights]
-    nested, in_features = weights[0].nested_absmax is not None, weights[0].shape[1]
     _dequantize[(first_programs[-1],)](
         *zip(*tensors, strict=True),
         tuple(parts),
@@ -235,10 +240,10 @@ def _launch(weights, parts):
         in_features,
         parts[0].stride(0),
         PARTS=len(weights),
-        WHOLE=in_features % (BLOCKS * weights[0].blocksize) == 0,
-        NESTED_BLOCKSIZE=weights[0].nested_blocksize if nested else 0,
-        HALF=weights[0].blocksize // 2,
-        BLOCKS=BLOCKS,
+        WHOLE=whole is not None,
+        NESTED_BLOCKSIZE=0 if weights[0].nested_absmax is None else weights[0].nested_blocksize,
+        HALF=blocksize // 2,
+        BLOCKS=blocks,
         num_warps=4,
         enable_fp_fusion=False,
     )

@@ -74,8 +74,10 @@ def choose_tile(tiles: dict, kept: int, K: int, itemsize: int, longest: int, sha
     their way. tiles: by the width of heads up to which they hold, for short, medium and long samples.
     """
     row = max(power_of_two(K), 16) * itemsize
-    best = tiles[64 if K <= 64 else 128][(SHORT, MEDIUM, None).index(bound_of(longest))]
-    candidates = FLOAT32_TILES if itemsize == 4 else (best, *SMALL_TILES)
+    candidates = FLOAT32_TILES if itemsize == 4 else SMALL_TILES
+    if itemsize == 2 and max(tiles) >= K:
+        measured = tiles[min(width for width in tiles if width >= K)]
+        candidates = measured[(SHORT, MEDIUM, None).index(bound_of(longest))], *candidates
     for KEEP, PASS, warps, stages, *registers in candidates:  # noqa: B007
         if (KEEP * kept + 2 * PASS * stages) * row <= shared_memory:
             break

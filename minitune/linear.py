@@ -5,6 +5,8 @@ which holds the adapters beside the frozen values (kernels/lora_linear.py), is w
 buffer that all layers share: dequantised weights of one layer exist at a time (8B in bf16: 0.44 GB).
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -156,6 +158,12 @@ class LayerWeights:
         self.buffers, self.dtype, self.device = buffers, dtype, device
         self._written: dict[Projection, Tensor] = {}
 
+    def reserve(self, projections: Iterable[Projection]) -> None:
+        """Have buffers for all of these, which outlive the pass."""
+        for projection in projections:
+            if not self._as_stored(projection) and projection.resident is None:
+                self._buffer(projection)
+
     def __getitem__(self, projection: Projection) -> Tensor:
         if projection not in self._written:
             self._written[projection] = self._write(projection)
@@ -164,13 +172,21 @@ class LayerWeights:
     def _write(self, projection: Projection) -> Tensor:
         weight = projection.resident
         if weight is None or weight.dtype != self.dtype:
-            first = projection.linears[0]
-            if len(projection.linears) == 1 and not first.rank and not first.is_quantized:
-                return first.dense(self.dtype)
-            key = (projection.name, projection.spare, self.dtype)
-            if key not in self.buffers:
-                self.buffers[key] = projection.new_weight(self.dtype, self.device)
-            weight = self.buffers[key]
+            if self._as_stored(projection):
+                return projection.linears[0].dense(self.dtype)
+            weight = self._buffer(projection)
             projection.write_base(weight)
         projection.write_adapters(weight)
         return weight
+
+    @staticmethod
+    def _as_stored(projection: Projection) -> bool:
+        """Whether one linear in 16 or 32 bit without an adapter is all there is: it needs no buffer."""
+        first = projection.linears[0]
+        return len(projection.linears) == 1 and not first.rank and not first.is_quantized
+
+    def _buffer(self, projection: Projection) -> Tensor:
+        key = (projection.name, projection.spare, self.dtype)
+        if key not in self.buffers:
+            self.buffers[key] = projection.new_weight(self.dtype, self.device)
+        return self.buffers[key]

@@ -86,16 +86,16 @@ def test_loss_and_gradients_do_not_depend_on_how_samples_are_split_into_micro_st
     packs = micro_steps(samples, tokens)
     assert len(packs) == parts
     micro_step = MicroStep(model)
-    for _ in range(2):  # on a GPU, plainly and then captured
+    for _ in range(2):  # on a GPU, plainly and then as graphs
         loss = sum(micro_step(collate(pack), targets) for pack in packs)
         assert torch.allclose(loss, expected_loss, rtol=1e-5)
         assert (gradients(model) - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 500, 1000, 4096, 5000, 100_000])
-def test_a_padded_size_is_at_most_an_eighth_more_or_64(tokens):
+def test_a_padded_size_is_at_most_a_quarter_more_or_64(tokens):
     size = padded_size(tokens)
-    assert tokens <= size < tokens + max(64, tokens / 8)
+    assert tokens <= size < tokens + max(64, tokens / 4)
     assert padded_size(size) == size
 
 
@@ -130,7 +130,7 @@ def test_a_replayed_graph_gives_the_bits_of_plain_launches_and_waits_for_nothing
     model = load(make_tiny_model(tmp_path / "m", **shape), dtype=torch.bfloat16, attention=attention)
     batch, other = collate(random_samples(lengths)), collate(random_samples(lengths, seed=2))
     micro_step = MicroStep(model)
-    plain = micro_step(batch, 50), gradients(model)
+    plain = micro_step(batch, 50), gradients(model)  # and captured
     captured = micro_step(batch, 50), gradients(model)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
