@@ -4,7 +4,8 @@ from minitune import FastLanguageModel, SFTTrainer, SFTConfig
 """
 
 from minitune.config import LoraConfig, ModelConfig, SFTConfig
-from minitune.model import FastLanguageModel, LlamaForCausalLM
+from minitune.loading import FastLanguageModel
+from minitune.model import LlamaForCausalLM
 from minitune.tokenizer import Tokenizer
 from minitune.trainer import SFTTrainer
 

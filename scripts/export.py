@@ -13,8 +13,8 @@ from pathlib import Path
 
 from minitune.config import GGUF_METHODS, ModelConfig
 from minitune.gguf import convert_folder, export_gguf
+from minitune.loading import FastLanguageModel
 from minitune.merge import MERGE_BASES, merge_to_folder
-from minitune.model import FastLanguageModel
 from minitune.weights import resolve_model
 
 

@@ -8,7 +8,8 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from minitune.model import FastLanguageModel, LlamaForCausalLM
+from minitune.loading import FastLanguageModel
+from minitune.model import LlamaForCausalLM
 from minitune.tokenizer import Tokenizer
 
 

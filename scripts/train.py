@@ -19,7 +19,7 @@ from minitune import runs
 from minitune.data import load_dataset
 from minitune.flags import Settings, as_dict, parse
 from minitune.gguf import trained_name
-from minitune.model import FastLanguageModel
+from minitune.loading import FastLanguageModel
 from minitune.trainer import SFTTrainer
 from minitune.weights import resolve_model
 
