@@ -198,7 +198,7 @@ class LoraConfig:
 def bytes_of(size: str) -> int:
     """Bytes of a size like 24GiB, 500MiB or 8GB. ValueError for anything else."""
     units = {"B": 1, "MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
-    if not (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]?i?B)", size)) or found[2] not in units:
+    if not (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(B|MB|GB|MiB|GiB)", size)):
         raise ValueError(f"{size!r} is not a size; write it as 24GiB or 800MB")
     return int(float(found[1]) * units[found[2]])
 
@@ -248,9 +248,9 @@ class SFTConfig:
     micro_step_tokens: int | None = setting(None, "tokens of one forward/backward; default by device", least=1)
     memory_budget: str | None = setting(
         None,
-        "GPU memory to stay within, as 24GiB, where use_gradient_checkpointing is 'unsloth'; default: what is free",
+        "allocated GPU memory to aim at, as 24GiB, with use_gradient_checkpointing 'unsloth'; default: what is free",
     )
-    cuda_graphs: bool = setting(True, "on a GPU, capture a micro-step of a size that comes again and replay it")
+    cuda_graphs: bool = setting(True, "on a GPU, capture a micro-step of each size and replay it")
     overwrite: bool = setting(False, "replace the run that output_dir holds")
     resume: bool = setting(False, "continue from output_dir's newest checkpoint, or start where there is none")
 

@@ -1,4 +1,4 @@
-"""The parts of a Llama: embedding, norm, the frozen linears with their LoRA branches, and the decoder layer.
+"""The parts of a Llama: where packed tokens stand, RoPE's tables, embedding, norm, and the decoder layer.
 
 A decoder layer is one autograd function whose forward and backward are written out below over the kernels; nothing
 inside a layer depends on the autograd engine, and the backward reads like the derivation:

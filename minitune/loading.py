@@ -32,8 +32,8 @@ class FastLanguageModel:
         device: cpu, cuda, cuda:1 and so on; by default a GPU where there is one.
         load_in_4bit: quantise the linears to NF4 as they are read; False keeps them as stored. A folder that is
             already NF4 is taken as it stands either way.
-        attention: "triton" is the project's own kernels; "auto" takes cuDNN's where all samples have one length, which
-            is when it can be used and is faster. Without a GPU both are PyTorch.
+        attention: "triton" is the project's own kernels; "auto" takes cuDNN's where all samples have one length of 4096
+            tokens or more, which is when it can be used and is faster. Without a GPU both are PyTorch.
 
         Raises ValueError that names the file or tensor at fault.
         """
@@ -68,7 +68,8 @@ class FastLanguageModel:
         """Attach LoRA to the named linears of every layer of `model`, and return it.
 
         target_modules: names out of LINEARS, or "all-linear".
-        use_gradient_checkpointing: True, "unsloth" or "auto" computes activations again in backward; False keeps them.
+        use_gradient_checkpointing: True computes activations again in backward, False keeps them, and "unsloth" or
+            "auto" keeps those of as many layers as memory has room for.
 
         Raises ValueError for a module that does not exist and for what is not supported (dropout, trained biases).
         """

@@ -122,7 +122,9 @@ def banner(model: "LlamaForCausalLM", data: "Prepared", rows: Sequence[tuple[str
     kind = "NF4" if any(linear.is_quantized for linear in linears) else "16-bit"
     attention = "reference (PyTorch)"
     if model.device.type == "cuda":
-        attention = "triton" if model.shared.attention == "triton" else "triton, or cuDNN where samples have one length"
+        attention = (
+            "triton" if model.shared.attention == "triton" else "triton, or cuDNN for long samples of one length"
+        )
     kept = {None: "kept as far as they fit", KEEP_INPUT: "recomputed", KEEP_ALL: "kept"}.get(
         model.level, "kept in part"
     )

@@ -111,10 +111,21 @@ class SFTTrainer:
             "random_state": model.lora_seed,
             **as_dict(model.lora),
         }
-        model.memory_budget = bytes_of(self.args.memory_budget) if self.args.memory_budget else None
+        model.memory_budget = self._memory_budget()
         self._micro_step = MicroStep(model, self.args.cuda_graphs)
         self.progress = Progress()
         self._pending: list[Tensor] = []  # (loss, gradient norm) of steps whose numbers are still on the device
+
+    def _memory_budget(self) -> int | None:
+        """Bytes. ValueError where there is nothing that could be chosen by them."""
+        if self.args.memory_budget is None:
+            return None
+        if self.model.device.type != "cuda" or self.model.level is not None:
+            raise ValueError(
+                f"memory_budget {self.args.memory_budget} decides what a GPU keeps where use_gradient_checkpointing is "
+                f"'unsloth'; the model is on {self.model.device}, with {self.settings['use_gradient_checkpointing']!r}"
+            )
+        return bytes_of(self.args.memory_budget)
 
     def _prepare(self, source: str | Path | Sequence[dict]) -> Prepared:
         a = self.args
@@ -246,9 +257,9 @@ class SFTTrainer:
             settings = self.settings
             raise ValueError(
                 f"{self.model.device} is out of memory in step {self.progress.step + 1}; lower micro_step_tokens "
-                f"({self.micro_step_tokens}) or max_length ({self.max_length}), or turn on use_gradient_checkpointing "
-                f"({settings['use_gradient_checkpointing']}) or load_in_4bit ({settings['load_in_4bit']}); last "
-                f"checkpoint: {self._last_checkpoint()}"
+                f"({self.micro_step_tokens}) or max_length ({self.max_length}), or set use_gradient_checkpointing to "
+                f"true (it is {settings['use_gradient_checkpointing']}) or load_in_4bit to true (it is "
+                f"{settings['load_in_4bit']}); last checkpoint: {self._last_checkpoint()}"
             ) from error
 
     def _report(self, report: Report, record: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ Every run prints a table and a line `RESULT {json}` a system, and adds the same 
 
 A step is `batch` samples of `tokens` random tokens, every token a label, on the path that SFTTrainer takes itself. Its
 time is the wall clock between two waits for the device, the median of --steps. The --warmup steps before them are told
-apart (warmup_s, and each in warmup_steps_s): the first is launched plainly and compiles, the second captures. Memory is
-in GiB as torch counts it, from after loading and before the first step, so captures are in it. A peer runs before us,
-in a process of its own (tests/peers.py), on the same checkpoint and as many tokens: only ratios within one sitting mean
+apart (warmup_s, and each in warmup_steps_s): the first compiles, is launched plainly, and captured. Memory is in GiB as
+torch counts it, from after loading and before the first step, so captures are in it. A peer runs before us, in a
+process of its own (tests/peers.py), on the same checkpoint and as many tokens: only ratios within one sitting mean
 something.
 
 --short is the usual small fine-tune: 4,000 samples of 24 to 1024 letters, 119 on average, 8 an optimizer step. Its

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from minitune.kernels.attention import attention, attention_backward, attention_reference
 from minitune.kernels.attention_bwd import attention_backward_reference
+from minitune.kernels.attention_cudnn import WORTHWHILE
 from minitune.kernels.cross_entropy import linear_cross_entropy
 from minitune.kernels.lora_linear import columns_to_spare, lora_gradients, lora_linear, lora_linear_backward
+from minitune.kernels.packed import MEDIUM, bound_of
 
 SCALING = 2.0
 
 
 def attention_rows(s: Sizes, device: str) -> Iterator[Row]:
-    """The project's own kernels, and where all samples have one length, "auto": what is chosen there."""
+    """The project's own kernels; for long samples of one length also what attention="auto" chooses there."""
     scale = s.K**-0.5
 
     def forward_inputs(lengths: tuple[int, ...]) -> tuple:
@@ -40,8 +42,8 @@ def attention_rows(s: Sizes, device: str) -> Iterator[Row]:
 
     for shape, lengths in s.samples:
         flops = 2 * s.H * s.K * sum(n * n for n in lengths)
-        choices = {shape: {"longest": max(lengths)}}
-        if len(set(lengths)) == 1:
+        choices = {shape: {"longest": bound_of(max(*lengths, MEDIUM))}}  # as the model says it
+        if len(set(lengths)) == 1 and lengths[0] >= WORTHWHILE:
             choices[f"{shape} auto"] = {"longest": lengths[0], "length": lengths[0]}  # cuDNN's, where that is possible
         for name, hints in choices.items():
             forward = direct(lambda *inputs, hints=hints: attention(*inputs[:-1], **hints))

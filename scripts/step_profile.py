@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
+from minitune.kernels.lora_linear import columns_to_spare
+
 GROUPS = ("attention", "base matmuls", "LoRA", "dequantisation", "elementwise", "loss", "optimizer", "idle")
 FILES = {  # how a file of kernels/ begins -> group; the others are elementwise
     "attention": "attention",
@@ -90,7 +92,7 @@ def profile_step(
     """
     if not torch.cuda.is_available():
         raise ValueError("--profile needs a GPU: it sorts the time of GPU kernels")
-    groups = group_times(_events(micro), own_kernels(), vocab, thin=4 * max(16, r))
+    groups = group_times(_events(micro), own_kernels(), vocab, thin=columns_to_spare(3 * r))
     groups["optimizer"] += sum(group_times(_events(optimizer), {}, vocab, 0).values())
     milliseconds = {name: groups[name] / REPEATS / 1e3 for name in GROUPS[:-1]}
     return milliseconds | {"idle": wall_ms - sum(milliseconds.values())}

@@ -36,9 +36,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitune import FastLanguageModel
-from minitune.config import LINEARS
+from minitune.config import LINEARS, ModelConfig
 from minitune.data import Sample, collate
 from minitune.graphs import MicroStep
+from minitune.kernels.attention_cudnn import WORTHWHILE
 from minitune.optim import FlatAdamW
 
 GRADIENTS = ("reference", "plain-float64", "plain-bf16", "hf", "unsloth", "minitune", "minitune-triton")
@@ -163,14 +164,18 @@ def repeat_once(args: argparse.Namespace) -> None:
 
 
 def steps_of(folder: Path, attention: str, graphs: bool, steps: int) -> tuple[Tensor, Tensor]:
-    """The losses (steps,) and the adapter (P,) after training on random tokens in samples of all lengths."""
-    model, _ = FastLanguageModel.from_pretrained(folder, attention=attention)
+    """The losses (steps,) and the adapter (P,) after training on random tokens in samples of all lengths.
+
+    The longest are so long that attention="auto" takes cuDNN's, where the model knows as many positions.
+    """
+    longest = min(WORTHWHILE, ModelConfig.from_folder(folder).max_position_embeddings)
+    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=longest, attention=attention)
     FastLanguageModel.get_peft_model(model, r=R, lora_alpha=ALPHA, use_gradient_checkpointing=True)
     optimizer = FlatAdamW([p for _, p in model.lora_parameters()], max_grad_norm=1.0)
     micro, generator, losses = MicroStep(model, capture=graphs), seeded(1), []
     optimizer.zero_grad()
     for step in range(steps):
-        lengths = (256,) * 4 if step % 2 else (3, 250, 1, 90, 200, 240, 240)  # of one length, and not: 1024 tokens
+        lengths = ((3, 250, 1, 90, 200, 240, 240), (256,) * 4, (longest,))[step % 3]
         ids = [torch.randint(3, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
         batch = collate([Sample(row, row) for row in ids])
         losses.append(micro(batch, batch.targets))

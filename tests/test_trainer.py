@@ -338,7 +338,9 @@ def test_gpu_out_of_memory_says_what_needs_less(tiny, tmp_path, monkeypatch):
         return loss(*arguments, **options)
 
     monkeypatch.setattr(trainer.model, "labelled_loss", full)
-    words = r"step 3; lower micro_step_tokens .*max_length .*use_gradient_checkpointing .*load_in_4bit .*checkpoint-2"
+    words = (
+        r"step 3; lower micro_step_tokens .*max_length .*use_gradient_checkpointing to true .*load_in_4bit .*point-2"
+    )
     with pytest.raises(ValueError, match=words):
         trainer.train()
 
@@ -472,3 +474,14 @@ def test_model_data_and_settings_that_do_not_go_together_are_refused(tiny, tmp_p
             SFTTrainer(model, SFTConfig(**settings), data, processing_class=tokenizer)
     with pytest.raises(ValueError, match="resume needs output_dir"):
         SFTTrainer(model, SFTConfig(), RECORDS, processing_class=tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_a_memory_budget_that_decides_nothing_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"memory_budget 8GiB decides what a GPU keeps .* the model is on cpu"):
+        new_trainer(tiny, tmp_path, memory_budget="8GiB")
+
+
+@pytest.mark.parametrize("size", ["8", "8 GB of it", "8KiB", "-1GiB", ""])
+def test_a_memory_budget_that_is_no_size_is_refused(size):
+    with pytest.raises(ValueError, match="is not a size; write it as 24GiB"):
+        SFTConfig(memory_budget=size)
