@@ -94,6 +94,11 @@ class Projection:
         return columns_to_spare(sum(linear.rank for linear in self.linears))
 
     @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Of the extended weight, (out + R, in + R)."""
+        return self.out_features + self.spare, self.in_features + self.spare
+
+    @property
     def scaling(self) -> float:
         return max(linear.scaling for linear in self.linears)  # one LoraConfig: the same for all that are adapted
 
@@ -106,8 +111,8 @@ class Projection:
         return torch.empty((len(like), self.out_features + self.spare), dtype=like.dtype, device=like.device)
 
     def new_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer for the extended weight, (out + R, in + R): zero where neither W nor A nor B will stand."""
-        return torch.zeros((self.out_features + self.spare, self.in_features + self.spare), dtype=dtype, device=device)
+        """A buffer for the extended weight, zero where neither W nor A nor B will stand."""
+        return torch.zeros(self.weight_shape, dtype=dtype, device=device)
 
     def write_base(self, weight: Tensor) -> None:
         """The frozen weights into their place in an extended weight."""

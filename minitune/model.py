@@ -6,6 +6,7 @@ rows with a label) is computed on the host and sent along: a training step fetch
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,8 +240,10 @@ class LlamaForCausalLM(nn.Module):
 
     def resident_weights_where_they_fit(self) -> contextlib.AbstractContextManager:
         """`resident_weights`, if they take less than half of the memory that is free."""
-        sizes = ((p.out_features + p.spare) * (p.in_features + p.spare) for p in self.projections())
-        fits = sum(sizes) * self.dtype.itemsize < free_memory(self.device) / 2
+        fits = (
+            sum(math.prod(p.weight_shape) for p in self.projections()) * self.dtype.itemsize
+            < free_memory(self.device) / 2
+        )
         return self.resident_weights() if fits else contextlib.nullcontext()
 
     def levels(self, tokens: int) -> list[int]:
@@ -252,8 +255,7 @@ class LlamaForCausalLM(nn.Module):
         if self.memory_budget is not None and self.device.type == "cuda":
             free = min(free, self.memory_budget - torch.cuda.memory_allocated(self.device))
         if not self.shared.weights:  # the buffers of the weights at work are still to come
-            sizes = ((p.out_features + p.spare) * (p.in_features + p.spare) for p in projections)
-            free -= sum(sizes) * self.dtype.itemsize
+            free -= sum(math.prod(p.weight_shape) for p in projections) * self.dtype.itemsize
         spare = sum(projection.spare for projection in projections)
         return levels_that_fit(self.config, spare, tokens, self.dtype.itemsize, free)
 

@@ -69,21 +69,24 @@ def level_of(use_gradient_checkpointing: bool | str) -> int | None:
     )
 
 
+def _widths(config: ModelConfig) -> tuple[int, int, int, int]:
+    """D, F, H K, G K."""
+    K = config.head_dim
+    return config.hidden_size, config.intermediate_size, config.num_attention_heads * K, config.num_key_value_heads * K
+
+
 def bytes_kept(config: ModelConfig, spare: int, itemsize: int, level: int) -> int:
     """Bytes a token that one layer keeps for backward; `spare` columns are shared out among its matmuls."""
-    D, F = config.hidden_size, config.intermediate_size
-    HK, GK = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    D, F, HK, GK = _widths(config)
     added = [D, HK + spare, D, HK + 2 * GK, 2 * F + spare]
     return sum(added[: level + 1]) * itemsize + 4 * (2 + config.num_attention_heads)
 
 
 def working_bytes(config: ModelConfig, spare: int, itemsize: int) -> int:
     """Bytes a token in use at most while one layer, or the loss, is at work; without the tile of logits."""
-    D, F = config.hidden_size, config.intermediate_size
-    HK, GK = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    mlp = (
-        3 * F + HK + 2 * GK + 6 * D + 3 * spare
-    )  # gate, up and what takes dm; qkv, attention, x_mid, two norms, dy, dx
+    D, F, HK, GK = _widths(config)
+    # gate, up and what takes dm; qkv, attention, x_mid, two norms, dy, dx
+    mlp = 3 * F + HK + 2 * GK + 6 * D + 3 * spare
     loss = 6 * D  # labelled rows, their norm, dh (and in float32), dx, x
     return itemsize * max(mlp, loss)
 

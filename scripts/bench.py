@@ -21,21 +21,29 @@ cost to capture; samples_s_all does, the mean rate over all steps after the warm
 """
 
 import argparse
-import gc
 import json
-import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import bench_table
 import torch
+from bench_record import (
+    ACCUMULATION,
+    FIRST_TOKEN,
+    LEARNING_RATE,
+    memory_and_place,
+    short_figures,
+    short_texts,
+    start_counting,
+    step_figures,
+    wait,
+)
 from random_llama import SHAPES, write_random_llama
 from step_profile import profile_step
 
@@ -50,16 +58,12 @@ from minitune.weights import resolve_model
 TARGETS = {"all": LINEARS, "qkvo": LINEARS[:4]}
 CHECKPOINTING = {"true": True, "false": False, "auto": "auto"}
 OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit")
-LEARNING_RATE = 2e-4
-FIRST_TOKEN = 3  # those below are special
 TABLE_FLAGS = {"rows", "no_peers"}  # for --all alone
 MODES = {  # what is run -> those of the flags that go with it
     "model": lambda flags: set(flags) - TABLE_FLAGS,
     "all": lambda flags: TABLE_FLAGS | {"attention", "peer", "steps", "warmup", "timeout", "json"},
     "make": lambda flags: set(),
 }
-ACCUMULATION = 4  # of --short: with --batch 2, 8 samples an optimizer step
-GIB = 2**30
 
 
 # ---- one system, one configuration
@@ -79,15 +83,7 @@ def load(a: argparse.Namespace, lora_alpha: int) -> tuple[LlamaForCausalLM, Any,
         use_gradient_checkpointing=CHECKPOINTING[a.checkpointing],
     )
     model.memory_budget = bytes_of(a.memory_budget) if a.memory_budget else None
-    loaded = None
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-        loaded = _gib(torch.cuda.memory_allocated())
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.reset_peak_host_memory_stats()
-    trainable = sum(p.numel() for _, p in model.lora_parameters())
-    facts = {"load_s": round(time.perf_counter() - start, 1), "loaded_gb": loaded, "trainable": trainable}
+    facts = start_counting(start, sum(p.numel() for _, p in model.lora_parameters()))
     return model, tokenizer, facts
 
 
@@ -100,32 +96,21 @@ def time_steps(a: argparse.Namespace) -> dict[str, Any]:
     seconds, losses = [], []
     for _ in range(a.warmup + a.steps):
         batch = random_batch(a.batch, a.tokens, model.config.vocab_size, generator)
-        _wait()
+        wait()
         start = time.perf_counter()
         loss = micro(batch, batch.targets)
         optimizer.step(LEARNING_RATE)
         optimizer.zero_grad()
-        _wait()
+        wait()
         seconds.append(time.perf_counter() - start)
         losses.append(float(loss))
-    timed = seconds[a.warmup :]
-    record = {
-        **about(a, facts),
-        "ms": round(1e3 * statistics.median(timed), 2),
-        "min_ms": round(1e3 * min(timed), 2),
-        "max_ms": round(1e3 * max(timed), 2),
-        "tok_s": round(a.batch * a.tokens / statistics.median(timed)),
-        "warmup_s": round(sum(seconds[: a.warmup]), 3),
-        "warmup_steps_s": [round(second, 3) for second in seconds[: a.warmup]],
-        "loss0": round(losses[0], 4),
-        "lossN": round(losses[-1], 4),
-    }
+    record = about(a, facts) | step_figures(seconds, losses, a.warmup, a.batch * a.tokens)
     if a.profile:
         plain = MicroStep(model, capture=False)
         record["profile"] = profile_step(
             lambda: plain(batch, batch.targets),
             lambda: (optimizer.step(LEARNING_RATE), optimizer.zero_grad()),
-            1e3 * statistics.median(timed),
+            1e3 * statistics.median(seconds[a.warmup :]),
             model.config.vocab_size,
             a.r,
         )
@@ -157,41 +142,18 @@ def time_short_samples(a: argparse.Namespace) -> dict[str, Any]:
             logging_steps=1,
             save_strategy="no",
         )
-        trainer = SFTTrainer(model, args, short_samples(a.samples), processing_class=tokenizer)
+        texts = [{"text": text} for text in short_texts(a.samples)]
+        trainer = SFTTrainer(model, args, texts, processing_class=tokenizer)
         trainer.train()
         lines = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()
     ends = [json.loads(line)["seconds"] for line in lines]
     losses = [json.loads(line)["loss"] for line in lines]
-    step = statistics.median(end - begin for begin, end in pairwise(ends[a.warmup - 1 :]))
-    samples = a.batch * ACCUMULATION
     mean_length = statistics.mean(len(sample.input_ids) for sample in trainer.train_data.samples)
-    return {
-        **about(a, facts),
-        "ga": ACCUMULATION,
-        "steps": a.steps,
-        "s_per_step": round(step, 4),
-        "samples_s": round(samples / step, 2),
-        "samples_s_all": round(samples * (a.steps - a.warmup) / (ends[-1] - ends[a.warmup - 1]), 2),
-        "mean_len": round(mean_length, 1),
-        "tok_s": round(samples * mean_length / step),
-        "warmup_s": round(ends[a.warmup - 1], 3),
-        "warmup_steps_s": [round(end - begin, 3) for begin, end in pairwise([0.0, *ends[: a.warmup]])],
-        "train_s": round(ends[-1], 3),
-        "loss0": round(losses[0], 4),
-        "lossN": round(losses[-1], 4),
-    }
-
-
-def short_samples(count: int) -> list[dict[str, str]]:
-    """Texts of random letters; with their end token they have 24 to 1024 tokens, log-normally, most about 100."""
-    rng = random.Random(0)
-    lengths = [max(24, min(1024, int(rng.lognormvariate(4.6, 0.6)))) for _ in range(count)]
-    return [{"text": "".join(chr(rng.randint(97, 122)) for _ in range(n - 1))} for n in lengths]
+    return about(a, facts) | short_figures(ends, losses, a.warmup, a.batch * ACCUMULATION, mean_length)
 
 
 def about(a: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
     """What was run, on what, and the memory that it took so far."""
-    gpu = torch.cuda.is_available()
     return {
         "peer": "minitune",
         "gc": a.checkpointing,
@@ -201,24 +163,11 @@ def about(a: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
         "r": a.r,
         "attention": a.attention,
         "optim": a.optim,
-        "graphs": gpu and not a.no_graphs,
+        "graphs": torch.cuda.is_available() and not a.no_graphs,
         **facts,
-        "peak_gb": _gib(torch.cuda.max_memory_allocated()) if gpu else None,
-        "reserved_gb": _gib(torch.cuda.max_memory_reserved()) if gpu else None,
-        "pinned_gb": _gib(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)) if gpu else None,
-        "gpu": torch.cuda.get_device_name() if gpu else None,
+        **memory_and_place(),
         "versions": {"torch": torch.__version__, "triton": version("triton")},
-        "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _gib(size: int) -> float:
-    return round(size / GIB, 2)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 # ---- the command

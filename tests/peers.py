@@ -13,16 +13,27 @@ The record that it prints has the keys of bench.py's own. Nothing of a peer is i
 """
 
 import argparse
-import gc
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+from bench_record import (
+    ACCUMULATION,
+    FIRST_TOKEN,
+    LEARNING_RATE,
+    memory_and_place,
+    short_figures,
+    short_texts,
+    start_counting,
+    step_figures,
+    wait,
+)
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -35,9 +46,6 @@ OFFLINE = {
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger-kernel")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {"qkvo": ATTENTION, "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj")}
-LEARNING_RATE = 2e-4
-FIRST_TOKEN = 3  # those below are special
-ACCUMULATION = 4
 
 
 def load_unsloth(a):
@@ -104,19 +112,8 @@ def load(a):
     """The peer's model ready to train, its tokenizer, and what the record says of them; memory counts from here."""
     start = time.perf_counter()
     model, tokenizer = load_unsloth(a) if a.peer == "unsloth" else load_peft(a)
-    import torch
-
     model.train()
-    loaded = None
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-        loaded = gib(torch.cuda.memory_allocated())
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.reset_peak_host_memory_stats()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    facts = {"load_s": round(time.perf_counter() - start, 1), "loaded_gb": loaded, "trainable": trainable}
-    return model, tokenizer, facts
+    return model, tokenizer, start_counting(start, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
 def time_steps(a) -> dict:
@@ -145,18 +142,7 @@ def time_steps(a) -> dict:
         wait()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
-    timed = seconds[a.warmup :]
-    return {
-        **about(a, facts),
-        "ms": round(1e3 * statistics.median(timed), 2),
-        "min_ms": round(1e3 * min(timed), 2),
-        "max_ms": round(1e3 * max(timed), 2),
-        "tok_s": round(a.batch * a.tokens / statistics.median(timed)),
-        "warmup_s": round(sum(seconds[: a.warmup]), 3),
-        "warmup_steps_s": [round(second, 3) for second in seconds[: a.warmup]],
-        "loss0": round(losses[0], 4),
-        "lossN": round(losses[-1], 4),
-    }
+    return about(a, facts) | step_figures(seconds, losses, a.warmup, a.batch * a.tokens)
 
 
 def time_short_samples(a) -> dict:
@@ -175,9 +161,7 @@ def time_short_samples(a) -> dict:
             wait()
             self.ends.append(time.perf_counter())
 
-    rng = random.Random(0)
-    lengths = [max(24, min(1024, int(rng.lognormvariate(4.6, 0.6)))) for _ in range(a.samples)]
-    texts = ["".join(chr(rng.randint(97, 122)) for _ in range(n - 1)) for n in lengths]
+    texts = short_texts(a.samples)
     clock = Clock()
     trainer = SFTTrainer(
         model=model,
@@ -207,30 +191,14 @@ def time_short_samples(a) -> dict:
     trainer.train()
     ends = [end - start for end in clock.ends]
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    step = statistics.median(end - begin for begin, end in pairwise(ends[a.warmup - 1 :]))
-    samples, mean_length = a.batch * ACCUMULATION, statistics.mean(lengths)
-    return {
-        **about(a, facts),
-        "ga": ACCUMULATION,
-        "steps": a.steps,
-        "s_per_step": round(step, 4),
-        "samples_s": round(samples / step, 2),
-        "samples_s_all": round(samples * (a.steps - a.warmup) / (ends[-1] - ends[a.warmup - 1]), 2),
-        "mean_len": round(mean_length, 1),
-        "tok_s": round(samples * mean_length / step),
-        "warmup_s": round(ends[a.warmup - 1], 3),
-        "warmup_steps_s": [round(end - begin, 3) for begin, end in pairwise([0.0, *ends[: a.warmup]])],
-        "train_s": round(ends[-1], 3),
-        "loss0": losses[0] if losses else None,
-        "lossN": losses[-1] if losses else None,
-    }
+    mean_length = statistics.mean(len(text) + 1 for text in texts)  # a letter is a token, and then the end
+    return about(a, facts) | short_figures(ends, losses, a.warmup, a.batch * ACCUMULATION, mean_length)
 
 
 def about(a, facts: dict) -> dict:
     """What was run, on what, and the memory that it took so far."""
     import torch
 
-    gpu = torch.cuda.is_available()
     versions = {}
     for name in PACKAGES:
         try:
@@ -248,30 +216,15 @@ def about(a, facts: dict) -> dict:
         "optim": a.optim,
         "graphs": False,
         **facts,
-        "peak_gb": gib(torch.cuda.max_memory_allocated()) if gpu else None,
-        "reserved_gb": gib(torch.cuda.max_memory_reserved()) if gpu else None,
-        "pinned_gb": gib(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)) if gpu else None,
-        "gpu": torch.cuda.get_device_name() if gpu else None,
+        **memory_and_place(),
         "versions": versions | {"torch": torch.__version__},
-        "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def gib(size: int) -> float:
-    return round(size / 2**30, 2)
 
 
 def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def wait() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def main() -> int:

@@ -79,14 +79,14 @@ def test_short_samples_run_through_the_trainer_and_give_a_record(folder):
 
 
 def test_short_samples_have_the_lengths_they_are_drawn_with(scripts, tmp_path):
-    import bench
+    import bench_record
     import random_llama
 
     from minitune.data import prepare
     from minitune.tokenizer import Tokenizer
 
-    texts = bench.short_samples(300)
-    assert texts == bench.short_samples(300)
+    texts = [{"text": text} for text in bench_record.short_texts(300)]
+    assert [record["text"] for record in texts] == bench_record.short_texts(300)
     random_llama.write_random_llama(tmp_path / "m", random_llama.SHAPES["135m"] | TINY | {"num_hidden_layers": 1})
     samples = prepare(texts, Tokenizer.from_folder(tmp_path / "m"), 2048).samples
     lengths = [len(sample.input_ids) for sample in samples]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from plain_llama import PlainLlama
-from tiny import make_tiny_model
+from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
 
@@ -15,10 +15,7 @@ SHAPE = {"hidden": 256, "layers": 4, "heads": 8, "kv_heads": 2, "head_dim": 64, 
 def load(folder, dtype, device="cuda"):
     model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=256, dtype=dtype, device=device)
     FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.lora_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.05 if "lora_B" in name else p.shape[1] ** -0.5))
+    draw_adapter(model, b=0.05)
     return model
 
 

@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny_model
+from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
 from minitune.merge import merge_to_folder, merged_shapes, merged_tensors
@@ -21,16 +21,8 @@ def load(folder, lora=True, **kwargs):
     )
     if lora:
         FastLanguageModel.get_peft_model(model, r=4, lora_alpha=12)
-        draw_adapter(model)
+        draw_adapter(model, b=0.03)  # moves every weight by several units in the last place of bfloat16
     return model, tokenizer
-
-
-def draw_adapter(model, seed=0):
-    """Values that move every weight by several units in the last place of bfloat16."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.lora_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.03 if "lora_B" in name else p.shape[1] ** -0.5))
 
 
 def write_prequantized(model, folder):
@@ -178,7 +170,7 @@ def test_the_same_adapter_is_not_merged_twice(tmp_path):
     again.load_adapter(tmp_path / "adapter")
     with pytest.raises(ValueError, match="this adapter is merged into it already"):
         merge_to_folder(again, tmp_path / "twice", tokenizer)
-    draw_adapter(again, seed=1)  # another adapter may follow, and then neither may come again
+    draw_adapter(again, b=0.03, seed=1)  # another adapter may follow, and then neither may come again
     merge_to_folder(again, tmp_path / "second", tokenizer)
     third, _ = load(tmp_path / "second", lora=False)
     third.load_adapter(tmp_path / "adapter")

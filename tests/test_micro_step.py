@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import GPU
-from tiny import make_tiny_model
+from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
 from minitune.data import Sample, collate, micro_steps
@@ -17,10 +17,7 @@ DEVICE = "cuda" if GPU else "cpu"
 def load(folder, **options):
     model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=256, device=DEVICE, **options)
     FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.lora_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.05 if "lora_B" in name else p.shape[1] ** -0.5))
+    draw_adapter(model, b=0.05)
     return model
 
 

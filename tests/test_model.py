@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from plain_llama import PlainLlama
-from tiny import make_tiny_model
+from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
 from minitune.config import LINEARS
@@ -34,15 +34,8 @@ def load(folder, targets=LINEARS, checkpointing="unsloth", load_in_4bit=True, **
     model = FastLanguageModel.get_peft_model(
         model, r=4, lora_alpha=12, target_modules=targets, use_gradient_checkpointing=checkpointing
     )
-    draw_adapter(model)
+    draw_adapter(model, b=0.1)
     return model, tokenizer
-
-
-def draw_adapter(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.lora_parameters():
-        with torch.no_grad():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.1 if "lora_B" in name else p.shape[1] ** -0.5))
 
 
 def batch(model, rows=2, length=37, seed=0):

@@ -215,3 +215,11 @@ def _write_tensors(folder: Path, tensors: dict[str, torch.Tensor], shards: int) 
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def draw_adapter(model, b: float, seed: int = 0) -> None:
+    """Values as after training: A as large as it begins, B normal with deviation `b`, not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.lora_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (b if "lora_B" in name else p.shape[1] ** -0.5))
