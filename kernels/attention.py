@@ -24,8 +24,8 @@ import torch
 from . import launch
 from .attention_bwd import attention_backward
 from .attention_cudnn import cudnn_attention, cudnn_supports
-from .launch import accumulator, cdiv, power_of_two, tl, triton
-from .packed import check_buffer, check_packed, choose_tile, into, load_rows, samples, store_rows
+from .launch import accumulator, cdiv, into, power_of_two, tl, triton
+from .packed import check_buffer, check_packed, choose_tile, load_rows, samples, store_rows
 
 __all__ = ["attention", "attention_backward"]
 
@@ -108,8 +108,8 @@ def _attention_fwd(
 # For packed.py's choose_tile: (BLOCK_M, BLOCK_N, warps, stages). Fastest of 17 on an H200, November 2026, bf16; TFLOP/s
 # at 2 x 2048 and 1 x 8192 (32 heads, 8 of keys, K = 128): 422 and 493; torch's variable-length flash 248 and 322.
 TILES = {
-    128: ((64, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3)),
-    64: ((64, 64, 4, 4), (64, 64, 4, 4), (128, 64, 8, 3)),
+    128: ((64, 64, 4, 3), (128, 128, 8, 3)),
+    64: ((64, 64, 4, 4), (128, 64, 8, 3)),
 }
 
 

@@ -19,14 +19,12 @@ import torch
 
 from . import launch
 from .attention_cudnn import cudnn_attention_backward, cudnn_supports
-from .launch import accumulator, cdiv, power_of_two, tl, triton
+from .launch import accumulator, cdiv, into, power_of_two, tl, triton
 from .packed import (
     MAX_BLOCK,
-    SHORT,
     check_buffer,
     check_packed,
     choose_tile,
-    into,
     load_rows,
     pack_floats,
     samples,
@@ -227,23 +225,23 @@ def _attention_sum(
 # dv. Fastest of 15 on an H200, November 2026, bf16; ms at 2 x 2048 and 1 x 8192 (32 heads, 8 of keys, K = 128): dq
 # 0.215 and 1.50, dk and dv 0.259 and 1.85; torch's variable-length flash 0.80 and 4.81 for all three.
 DQ_TILES = {
-    128: ((128, 32, 8, 3, 128), (128, 32, 8, 3, 128), (128, 32, 8, 3, 128)),
-    64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    128: ((128, 32, 8, 3, 128), (128, 32, 8, 3, 128)),
+    64: ((64, 64, 4, 3), (64, 64, 4, 3)),
 }
 DKDV_TILES = {
-    128: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    64: ((64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 4)),
+    128: ((64, 64, 4, 2), (64, 64, 4, 2)),
+    64: ((64, 64, 4, 4), (64, 64, 4, 4)),
 }
 PROGRAMS = 264  # two on each of an H200's 132 multiprocessors
 
 
-def parts_of_a_group(blocks: int, G: int, GROUP: int, longest: int) -> int:
+def parts_of_a_group(blocks: int, G: int, GROUP: int) -> int:
     """Into how many programs to split the heads of a group: as many as it takes to fill the GPU.
 
-    Splitting costs a kernel more, and the parts in float32 in memory; samples that are short anyway do not repay that.
+    Splitting costs a kernel more, and the parts in float32 in memory.
     """
     divisors = [parts for parts in range(1, GROUP + 1) if GROUP % parts == 0]
-    return 1 if longest <= SHORT else next((parts for parts in divisors if blocks * G * parts >= PROGRAMS), GROUP)
+    return next((parts for parts in divisors if blocks * G * parts >= PROGRAMS), GROUP)
 
 
 def launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale: float, tile: dict) -> None:
@@ -322,6 +320,6 @@ def attention_backward(
         )
         stats = torch.empty((H, cdiv(N, 16) * 16 + MAX_BLOCK), dtype=torch.int64, device=q.device)
         launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale, tile)
-        parts = parts_of_a_group(cdiv(N, keys_tile["KEEP"]), G, H // G, longest)
+        parts = parts_of_a_group(cdiv(N, keys_tile["KEEP"]), G, H // G)
         launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale, keys_tile, parts)
     return dq, dk, dv

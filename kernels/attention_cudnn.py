@@ -11,8 +11,7 @@ lay differently in memory would silently be computed wrong, so these are always 
 
 import torch
 
-from .launch import require
-from .packed import into
+from .launch import into, require
 
 # From this length on it is worth it: on an H200 in November 2026 (32 heads, 8 of keys, K = 128, bf16), forward and
 # backward, 3.77 ms at 8192 rows against 4.45 of attention.py; at 2048 no difference, and below that it is slower.

@@ -56,6 +56,11 @@ def matmul_accumulated(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.to(wide) @ b.to(wide)
 
 
+def into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    """The result, in the caller's buffer if there is one."""
+    return result if buffer is None else buffer.copy_(result)
+
+
 def require(condition: bool, message: str) -> None:
     """ValueError unless the condition holds: how public functions refuse their input."""
     if not condition:

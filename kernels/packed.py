@@ -18,7 +18,7 @@ import torch
 from .launch import power_of_two, tl, triton
 
 MAX_BLOCK = 128  # rows of the largest tile; offsets within one are 32 bit
-SHORT, MEDIUM = 256, 2048  # rows of the longest sample: up to here it is short, or of medium length
+MEDIUM = 2048  # rows of the longest sample, up to which it is of medium length, and long beyond
 
 # Where shared memory is small. float32 has no tensor cores: its products unroll into one instruction an element, so
 # tiles are small and warps many.
@@ -63,7 +63,7 @@ def unpack_floats(x):
 
 def bound_of(longest: int) -> int | None:
     """The bound that samples of up to `longest` rows choose their tiles by; None where there is no such bound."""
-    return next((bound for bound in (SHORT, MEDIUM) if longest <= bound), None)
+    return MEDIUM if longest <= MEDIUM else None
 
 
 def choose_tile(tiles: dict, kept: int, K: int, itemsize: int, longest: int, shared_memory: int) -> dict:
@@ -71,13 +71,13 @@ def choose_tile(tiles: dict, kept: int, K: int, itemsize: int, longest: int, sha
 
     A tile is (KEEP, PASS, warps, stages[, registers a thread]): KEEP rows of `kept` tensors stay with a program while
     blocks of PASS rows of two others pass by, `stages` of them in shared memory at a time, those at work and those on
-    their way. tiles: by the width of heads up to which they hold, for short, medium and long samples.
+    their way. tiles: by the width of heads up to which they hold, for samples of medium length and long ones.
     """
     row = max(power_of_two(K), 16) * itemsize
     candidates = FLOAT32_TILES if itemsize == 4 else SMALL_TILES
     if itemsize == 2 and max(tiles) >= K:
         measured = tiles[min(width for width in tiles if width >= K)]
-        candidates = measured[(SHORT, MEDIUM, None).index(bound_of(longest))], *candidates
+        candidates = measured[(MEDIUM, None).index(bound_of(longest))], *candidates
     for KEEP, PASS, warps, stages, *registers in candidates:  # noqa: B007
         if (KEEP * kept + 2 * PASS * stages) * row <= shared_memory:
             break
@@ -125,11 +125,6 @@ def check_buffer(name: str, x: torch.Tensor | None, like: torch.Tensor) -> None:
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}; expected {like.device}")
     _check_rows(name, x, like)
-
-
-def into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
-    """The result, in the caller's buffer if there is one."""
-    return result if buffer is None else buffer.copy_(result)
 
 
 def _check_rows(name: str, x: torch.Tensor, q: torch.Tensor) -> None:

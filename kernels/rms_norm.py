@@ -14,7 +14,7 @@ into `out` where that is given: a range of columns of a wider tensor, as the mat
 import torch
 
 from . import launch
-from .launch import accumulator, power_of_two, require, tl, triton
+from .launch import accumulator, into, power_of_two, require, tl, triton
 
 
 def rms_norm_reference(x, weight, eps):
@@ -137,10 +137,6 @@ def _forward(x, residual, weight, eps, out):
     return s, y, rstd
 
 
-def _copied(result, out):
-    return result if out is None else out.copy_(result)
-
-
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +147,7 @@ def rms_norm(
     _check(x, weight, out=out)
     if not launch.use_triton(x):
         y, rstd = rms_norm_reference(x, weight, eps)
-        return _copied(y, out), rstd
+        return into(out, y), rstd
     return _forward(x, None, weight, eps, out)[1:]
 
 
@@ -162,7 +158,7 @@ def add_rms_norm(
     _check(x, weight, residual=residual, out=out)
     if not launch.use_triton(x):
         s, y, rstd = add_rms_norm_reference(x, residual, weight, eps)
-        return s, _copied(y, out), rstd
+        return s, into(out, y), rstd
     return _forward(x, residual, weight, eps, out)
 
 
@@ -181,7 +177,7 @@ def rms_norm_backward(
     _check(x, weight, dy=dy, dresidual=dresidual, out=out)
     require(rstd.shape == x.shape[:1], f"rstd is {tuple(rstd.shape)}; expected ({x.shape[0]},)")
     if not launch.use_triton(x):
-        return _copied(rms_norm_backward_reference(dy, x, weight, rstd, dresidual), out)
+        return into(out, rms_norm_backward_reference(dy, x, weight, rstd, dresidual))
     N, D = x.shape
     dx = torch.empty((N, D), dtype=x.dtype, device=x.device) if out is None else out
     if x.numel():

@@ -12,13 +12,15 @@ most 1/4 more than there are, or 63), inputs are copied to where the graph reads
 Padding is a sample of its own, or, behind a single sample, more of it: nobody sees it, and it has no label.
 
 A micro-step of a new size is launched plainly, which also compiles what has to be, and captured after that; so the
-first of a size takes about twice the time of plain launches. Plain launches and graphs of all sizes share one pool of
-memory: one micro-step runs at a time. One that is larger than all before begins with a new pool and no graphs, for
-memory that was cut for smaller tensors is of no use to it.
+first of a size takes about twice the time of plain launches. Where a capture fails, a warning says why, and everything
+is launched plainly from then on. Plain launches and graphs of all sizes share one pool of memory: one micro-step runs
+at a time. One that is larger than all before begins with a new pool and no graphs, for memory that was cut for smaller
+tensors is of no use to it. The loss has its memory beside the pool, where what the layers keep lies meanwhile.
 """
 
 import contextlib
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -56,7 +58,12 @@ class MicroStep:
     """Adds the gradients of a batch to `.grad` of the model's adapters and returns its loss."""
 
     def __init__(self, model: LlamaForCausalLM, capture: bool = True):
-        """capture=False launches everything as it comes; on a CPU there is no other way."""
+        """capture=False launches everything as it comes; on a CPU there is no other way.
+
+        Raises ValueError for a model without an adapter.
+        """
+        if model.lora is None:
+            raise ValueError("the model has no adapter to train; call FastLanguageModel.get_peft_model first")
         self.model = model
         self._parameters = [layer.adapters() for layer in model.model.layers]
         self._graphs = _Graphs(model.device) if capture and model.device.type == "cuda" else None
@@ -75,28 +82,42 @@ class MicroStep:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
 
-        def loss_into(dx: Tensor, x: Tensor) -> Tensor:
+        def loss_of(top: Tensor) -> Tensor:
+            x = top[:, : model.config.hidden_size]
             loss, d = model.labelled_loss(x, rows, targets, denominator)
-            dx[:, : x.shape[1]].index_copy_(0, rows, d)
+            top.zero_()
+            x.index_copy_(0, rows, d)
             return loss
 
-        with model.as_current_device():
-            if self._graphs is None:
-                inputs, about = self._inputs(batch, len(batch.input_ids))
-                x, kept = self.forward(inputs, about)
-                dx = self.new_dx(x)
-                loss = loss_into(dx, x)
-                del x
-                self.backward(dx, kept, inputs, about)
+        with torch.autocast(model.device.type, enabled=False), model.as_current_device():
+            if self._graphs is not None:
+                loss = self._graphs.run(self, *self._inputs(batch, padded_size(len(batch.input_ids))), loss_of)
+                if self._graphs.failure is not None:
+                    why, self._graphs = self._graphs.failure, None
+                    warnings.warn(f"launching without CUDA graphs from now on: {why}", stacklevel=2)
                 return loss
-            return self._graphs.run(self, *self._inputs(batch, padded_size(len(batch.input_ids))), loss_into)
+            inputs, packed = self._inputs(batch, len(batch.input_ids))
+            top = self.new_top(len(batch.input_ids))
+            kept = self.forward(inputs, packed, top, model.levels(packed))
+            loss = loss_of(top)
+            self.backward(top, kept, packed)
+            return loss
 
-    def _inputs(self, batch: Batch, size: int) -> tuple[Tensor, dict]:
-        """Ids, positions, start and end, int32 (4, size) on the device, and what attention is told about lengths."""
+    def close(self) -> None:
+        """Give up all graphs and their memory; the next call begins anew."""
+        if self._graphs is not None:
+            self._graphs.forget()
+
+    def own_memory(self) -> contextlib.AbstractContextManager:
+        """Runs what is launched within in the memory that the graphs have, where there are any."""
+        return self._graphs.own_memory() if self._graphs is not None else contextlib.nullcontext()
+
+    def _inputs(self, batch: Batch, size: int) -> tuple[Tensor, Packed]:
+        """Ids, positions, start and end, int32 (4, size) on the device, and the samples, which are views of them."""
         ids, positions = _padded(batch, size, self.model.max_seq_length)
         host = Packed.from_positions(positions)
         inputs = self._send(torch.stack([ids.int(), host.positions, host.start, host.end]))
-        return inputs, self.model.shared.about(host)
+        return inputs, Packed(*inputs[1:], host.length, host.longest)
 
     def _send(self, host: Tensor) -> Tensor:
         """A copy on the model's device that the host does not wait for."""
@@ -104,103 +125,131 @@ class MicroStep:
             return host
         return host.pin_memory().to(self.model.device, non_blocking=True)
 
-    def new_dx(self, x: Tensor) -> Tensor:
-        """Zeros (N, D + R): where the gradient of the last layer's output x (N, D) goes."""
-        return self.model.model.layers[-1].down.new_output(x).zero_()
+    def new_top(self, tokens: int) -> Tensor:
+        """An empty buffer (N, D + R): the output x (N, D) of the last layer, and then its gradient."""
+        down = self.model.model.layers[-1].down
+        shape = tokens, down.out_features + down.spare
+        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
 
-    def forward(self, inputs: Tensor, about: dict, levels: list[int] | None = None) -> tuple[Tensor, list[Activations]]:
-        """The last layer's output (N, D), and what each layer keeps."""
-        model, kept, packed = self.model, [], Packed(*inputs[1:], **about)
+    def forward(self, inputs: Tensor, packed: Packed, top: Tensor, levels: list[int]) -> list[Activations]:
+        """x into `top`; returns what each layer keeps."""
+        model, kept = self.model, []
         x = model.model.embed_tokens(inputs[0], model.dtype)
-        for layer, level in zip(model.model.layers, levels or model.levels(len(x)), strict=True):
-            x, a = layer.run(x, packed, model.shared)
+        for layer, level in zip(model.model.layers, levels, strict=True):
+            last = len(kept) == len(levels) - 1
+            x, a = layer.run(x, packed, model.shared, out=top[:, : layer.width] if last else None)
             kept.append(Activations(*a.kept(level)))
             del a  # 8B at 4096 tokens: 0.4 GB that the next layer would otherwise find in use
-        return x, kept
+        return kept
 
-    def backward(self, dx: Tensor, kept: list[Activations], inputs: Tensor, about: dict) -> None:
-        """From dx of `new_dx`. Uses up `kept`."""
-        packed = Packed(*inputs[1:], **about)
+    def backward(self, top: Tensor, kept: list[Activations], packed: Packed) -> None:
+        """From the gradient of x in `top`. Uses up `kept`."""
+        dx = top
         for i in reversed(range(len(kept))):
             layer = self.model.model.layers[i]
             dx, gradients = layer.backward(dx, kept.pop(), packed, self.model.shared, need_dx=i > 0)
             torch._foreach_add_([p.grad for p in self._parameters[i]], gradients)
 
-    def gradients(self) -> list[int]:
-        """Where the gradients are."""
-        return [p.grad.data_ptr() for parameters in self._parameters for p in parameters]
+    def addresses(self) -> list[int]:
+        """Where adapters, gradients and weights that are kept dense are: all that a graph does not get copied."""
+        tensors = [t for parameters in self._parameters for p in parameters for t in (p, p.grad)]
+        tensors += [p.resident for p in self.model.projections() if p.resident is not None]
+        return [t.data_ptr() for t in tensors]
 
 
 @dataclass
 class _Captured:
-    """Two graphs of one size, and what they read and write."""
+    """Two graphs of one size, and what they read."""
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     inputs: Tensor  # int32 (4, N): ids, positions, start, end
-    x: Tensor  # (N, D), the last layer's output
-    dx: Tensor  # (N, D + R), as the last layer's backward wants it
-    gradients: list[int]  # addresses
+    addresses: list[int]
 
 
 class _Graphs:
     """The captured sizes of one MicroStep, and the memory that all of them run in."""
 
     def __init__(self, device: torch.device):
-        self._captured: dict[tuple, _Captured] = {}
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.MemPool()
-        self._largest = 0
+        self.failure: str | None = None  # why a capture failed
+        self.forget()
 
-    def run(
-        self, micro_step: MicroStep, inputs: Tensor, about: dict, loss_into: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """The loss that `loss_into(dx, x)` finds between forward and backward."""
-        key = inputs.shape[1], *about.values()
+    def forget(self) -> None:
+        self._captured: dict[tuple, _Captured] = {}
+        self._pool: torch.cuda.MemPool | None = None
+        self._top: Tensor | None = None  # of the largest size; smaller ones take its first rows
+        torch.cuda.empty_cache()
+
+    def run(self, micro_step: MicroStep, inputs: Tensor, packed: Packed, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The loss that `loss_of(top)` finds between forward and backward."""
+        size = inputs.shape[1]
+        key = size, *micro_step.model.shared.about(packed).values()
         captured = self._captured.get(key)
-        if captured is not None and captured.gradients == micro_step.gradients():
+        if captured is not None and captured.addresses == micro_step.addresses():
             captured.inputs.copy_(inputs)
             captured.forward.replay()
-            loss = loss_into(captured.dx.zero_(), captured.x)
+            loss = loss_of(self._top[:size])
             captured.backward.replay()
             return loss
-        model = micro_step.model
-        LayerWeights(model.shared.weights, model.dtype, model.device).reserve(model.model.layers[0].projections)
-        if inputs.shape[1] > self._largest or len(self._captured) >= MOST_GRAPHS:
-            self._captured.clear()
-            self._pool, self._largest = torch.cuda.MemPool(), inputs.shape[1]
-        levels = model.levels(inputs.shape[1])
-        with self._own_memory():
-            x, kept = micro_step.forward(inputs, about, levels)
-        dx = micro_step.new_dx(x)
-        loss = loss_into(dx, x)
-        del x
-        with self._own_memory():
-            micro_step.backward(dx, kept, inputs, about)
-        self._captured[key] = self._capture(micro_step, inputs, about, levels, dx)
+        self._make_room(micro_step, size)
+        top, levels = self._top[:size], micro_step.model.levels(packed)
+        with self.own_memory():
+            kept = micro_step.forward(inputs, packed, top, levels)
+        loss = loss_of(top)
+        with self.own_memory():
+            micro_step.backward(top, kept, packed)
+        try:
+            self._captured[key] = self._capture(micro_step, inputs, packed, top, levels)
+        except RuntimeError as error:  # nothing that was launched in a capture has run
+            self.forget()
+            self.failure = f"capturing a micro-step of {size} tokens failed ({' '.join(str(error).split())[:300]})"
         return loss
 
+    def _make_room(self, micro_step: MicroStep, size: int) -> None:
+        """A pool and a `top` for this size, and nothing cached beside the pool that it could use."""
+        largest = 0 if self._top is None else len(self._top)
+        if size > largest or len(self._captured) >= MOST_GRAPHS:
+            self.forget()
+            model = micro_step.model
+            LayerWeights(model.shared.weights, model.dtype, model.device).reserve(model.model.layers[0].projections)
+            self._top, self._pool = micro_step.new_top(max(size, largest)), torch.cuda.MemPool()
+        torch.cuda.empty_cache()
+
     @contextlib.contextmanager
-    def _own_memory(self) -> Iterator[None]:
-        """Launch on the graphs' stream, with memory from their pool."""
+    def own_memory(self) -> Iterator[None]:
+        """Launch on the graphs' stream, with memory from their pool; as ever while there is none."""
+        if self._pool is None:
+            yield
+            return
         outside = torch.cuda.current_stream()
         self._stream.wait_stream(outside)
-        with torch.cuda.stream(self._stream):
-            torch.cuda.current_blas_handle()
-            with torch.cuda.use_mem_pool(self._pool):
-                yield
-        outside.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                torch.cuda.current_blas_handle()
+                with torch.cuda.use_mem_pool(self._pool):
+                    yield
+        finally:
+            outside.wait_stream(self._stream)
 
-    def _capture(self, micro_step: MicroStep, inputs: Tensor, about: dict, levels: list[int], dx: Tensor) -> _Captured:
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    def _capture(
+        self, micro_step: MicroStep, inputs: Tensor, packed: Packed, top: Tensor, levels: list[int]
+    ) -> _Captured:
         gc.collect()  # freeing another graph's memory meanwhile would end the capture
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
-            forward.capture_begin(pool=self._pool.id)
-            x, kept = micro_step.forward(inputs, about, levels)
-            forward.capture_end()
-            backward.capture_begin(pool=self._pool.id)
-            micro_step.backward(dx, kept, inputs, about)
-            backward.capture_end()
+            with self._recording() as forward:
+                kept = micro_step.forward(inputs, packed, top, levels)
+            with self._recording() as backward:
+                micro_step.backward(top, kept, packed)
         torch.cuda.synchronize()
-        return _Captured(forward, backward, inputs, x, dx, micro_step.gradients())
+        return _Captured(forward, backward, inputs, micro_step.addresses())
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[torch.cuda.CUDAGraph]:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool.id)
+        try:
+            yield graph
+        finally:  # a capture that is left open would fail everything that follows
+            graph.capture_end()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minitune.config import ModelConfig
 from minitune.kernels.attention import attention, attention_backward
 from minitune.kernels.attention_cudnn import WORTHWHILE
-from minitune.kernels.packed import MEDIUM, bound_of
+from minitune.kernels.packed import bound_of
 from minitune.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from minitune.kernels.rope import rope_
 from minitune.kernels.swiglu import swiglu, swiglu_backward
@@ -34,7 +34,7 @@ class Packed:
     start: Tensor
     end: Tensor
     length: int | None = None  # of every sample, where the host knows that they all have the same
-    longest: int | None = None  # a bound on the longest sample, where the host knows one
+    longest: int | None = None  # rows of the longest sample or a bound on them, where the host knows one
 
     @classmethod
     def from_positions(cls, positions: Tensor) -> "Packed":
@@ -46,7 +46,7 @@ class Packed:
         end = following.flip(0).cummin(0).values.flip(0)
         length = longest = None
         if positions.device.type == "cpu" and len(positions):
-            longest = bound_of(max(int(positions.max()) + 1, MEDIUM))  # one bound for most, so that few graphs do
+            longest = int(positions.max()) + 1
             count = int((positions == 0).sum())
             expected = torch.arange(len(positions) // count, dtype=torch.int32).repeat(count)
             length = len(positions) // count if torch.equal(expected, positions) else None
@@ -165,7 +165,7 @@ class Shared:
     def about(self, packed: Packed) -> dict[str, int | None]:
         """What the attention of these samples is told about their lengths; with a `length` it may take cuDNN's."""
         cudnn = self.attention == "auto" and (packed.length or 0) >= WORTHWHILE
-        return {"length": packed.length if cudnn else None, "longest": packed.longest}
+        return {"length": packed.length if cudnn else None, "longest": packed.longest and bound_of(packed.longest)}
 
 
 class DecoderLayer(nn.Module):
@@ -194,17 +194,17 @@ class DecoderLayer(nn.Module):
         """x (N, D) -> (N, D) under autograd; `level` says what is kept for backward (recompute.py)."""
         return _DecoderLayer.apply(x, self, packed, shared, level, *self.adapters())
 
-    def run(self, x: Tensor, packed: Packed, shared: Shared) -> tuple[Tensor, Activations]:
-        """x (N, D) -> (N, D), and all that lies between; outside of autograd."""
+    def run(self, x: Tensor, packed: Packed, shared: Shared, out: Tensor | None = None) -> tuple[Tensor, Activations]:
+        """x (N, D) -> (N, D), in `out` where that is given, and all that lies between; outside of autograd."""
         weights, a = LayerWeights(shared.weights, x.dtype, x.device), Activations(x)
         self.complete(a, packed, shared, weights)
-        return self.output(a, weights), a
+        return self.output(a, weights, out), a
 
     def rotated_qkv(self, a: Activations, positions: Tensor, rotary: Rotary, weights: LayerWeights) -> None:
         """a.qkv, with q and k rotated, and its input a.h."""
         a.h = self.qkv.new_input(a.x)
         _, a.rstd = self.input_layernorm(a.x, out=a.h[:, : self.width])
-        a.qkv = self.qkv.multiply(a.h, weights[self.qkv])
+        a.qkv, a.h_low = self.qkv.multiply(a.h, weights[self.qkv], a.h_low)
         q, k, _ = self.self_attn.split(a.qkv)
         rope_(q, k, rotary.cos, rotary.sin, positions)
 
@@ -219,7 +219,7 @@ class DecoderLayer(nn.Module):
             out, about = attn.as_heads(a.attn), shared.about(packed)
             _, a.lse = attention(q, k, v, packed.start, packed.end, attn.scale, out=out, **about)
         if a.x_mid is None:
-            o = self.o.multiply(a.attn, weights[self.o])
+            o, a.attn_low = self.o.multiply(a.attn, weights[self.o], a.attn_low)
             a.h_mid = self.gate_up.new_input(a.x)
             a.x_mid, _, a.rstd_mid = self.post_attention_layernorm.after_add(o, a.x, out=a.h_mid[:, :D])
             del o
@@ -228,13 +228,15 @@ class DecoderLayer(nn.Module):
                 a.h_mid = self.gate_up.new_input(a.x)
                 self.post_attention_layernorm(a.x_mid, out=a.h_mid[:, :D])
             a.gate_up = self.gate_up.new_output(a.x)
-            self.gate_up.multiply(a.h_mid, weights[self.gate_up], out=a.gate_up[:, : self.gate_up.out_features])
+            out = a.gate_up[:, : self.gate_up.out_features]
+            _, a.h_mid_low = self.gate_up.multiply(a.h_mid, weights[self.gate_up], a.h_mid_low, out)
 
-    def output(self, a: Activations, weights: LayerWeights) -> Tensor:
-        """The layer's output (N, D) from its complete activations."""
+    def output(self, a: Activations, weights: LayerWeights, out: Tensor | None = None) -> Tensor:
+        """The layer's output (N, D) from its complete activations, in `out` where that is given."""
         m = self.down.new_input(a.x)
         swiglu(*self.halves(a.gate_up), out=m[:, : self.down.in_features])
-        return self.down.multiply(m, weights[self.down], residual=a.x_mid)
+        y, a.m_low = self.down.multiply(m, weights[self.down], out=out, residual=a.x_mid)
+        return y
 
     def halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """Views gate and up, each (N, F), of a buffer (N, 2F + R)."""
@@ -260,12 +262,12 @@ class DecoderLayer(nn.Module):
         swiglu_backward(
             m[:, :F], *self.halves(a.gate_up), *self.halves(dgate_up), m[:, :F] if self.down.spare else None
         )
-        self.down.low_rank_(m, weights[self.down])
+        self.down.fill(m, a.m_low)
         gradients = [self.down.gradients(dy, m)]
         del m
         # gate, up = W h2, h2 = norm(x_mid)
         dh = self.gate_up.backward(dgate_up, weights[self.gate_up])
-        h = self._normalised(a.h_mid, self.post_attention_layernorm, a.x_mid, self.gate_up, weights)
+        h = self._normalised(a.h_mid, self.post_attention_layernorm, a.x_mid, self.gate_up, a.h_mid_low)
         gradients.append(self.gate_up.gradients(dgate_up, h))
         del dgate_up
         a.gate_up = a.h_mid = None
@@ -284,7 +286,7 @@ class DecoderLayer(nn.Module):
         rope_(dq, dk, shared.rotary.cos, shared.rotary.sin, packed.positions, inverse=True)
         # q, k, v = W h1, h1 = norm(x)
         dh = self.qkv.backward(dqkv, weights[self.qkv], need_dx=need_dx)
-        h = self._normalised(a.h, self.input_layernorm, a.x, self.qkv, weights)
+        h = self._normalised(a.h, self.input_layernorm, a.x, self.qkv, a.h_low)
         gradients.append(self.qkv.gradients(dqkv, h))
         if need_dx:
             residual, dx = dx[:, :D], self.down.new_output(dy)
@@ -292,14 +294,14 @@ class DecoderLayer(nn.Module):
         return dx if need_dx else None, [g for pairs in reversed(gradients) for pair in pairs for g in pair]
 
     def _normalised(
-        self, h: Tensor | None, norm: RMSNorm, x: Tensor, projection: Projection, weights: LayerWeights
+        self, h: Tensor | None, norm: RMSNorm, x: Tensor, projection: Projection, low: Tensor | None
     ) -> Tensor:
         """The input of a projection in its filled buffer: `h`, or computed again from x where an adapter needs it."""
         if h is None:
             h = projection.new_input(x)
-            if projection.spare:
+            if low is not None:
                 norm(x, out=h[:, : self.width])
-                projection.low_rank_(h, weights[projection])
+                projection.fill(h, low)
         return h
 
 

@@ -17,7 +17,6 @@ from minitune.kernels.lora_linear import (
     lora_gradients,
     lora_linear,
     lora_linear_backward,
-    low_rank_,
     write_adapters_,
 )
 from minitune.nf4 import NF4
@@ -91,7 +90,8 @@ class Projection:
 
     @property
     def spare(self) -> int:
-        return columns_to_spare(sum(linear.rank for linear in self.linears))
+        ranks = [linear.rank for linear in self.adapted]
+        return columns_to_spare(sum(ranks), self.adapted[0].lora_A.weight.device.type) if ranks else 0
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -129,20 +129,32 @@ class Projection:
             adapters = [(*linear.adapter(), linear.out_features) for linear in self.linears]
             write_adapters_(weight, adapters, self.out_features, self.in_features)
 
-    def multiply(self, x: Tensor, weight: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """y (N, out) [+ residual] of x in its buffer (N, in + R), whose spare columns are filled on the way."""
-        y = lora_linear(x, weight, self.out_features, self.scaling, out, residual)
+    def multiply(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        low: Tensor | None = None,
+        out: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y (N, out) [+ residual] and low = s x A^T (N, R), for x in its buffer (N, in + R).
+
+        Its spare columns are filled, with `low` where that is known; low is None where there is no adapter.
+        """
+        y = lora_linear(x, weight, self.out_features, self.scaling, out, residual, low)
+        if self.spare and low is None:
+            low = x[:, self.in_features :].contiguous()
         row = 0
         for linear in self.linears:
             if linear.bias is not None:
                 y[:, row : row + linear.out_features] += linear.bias.detach().to(y.dtype)
             row += linear.out_features
-        return y
+        return y, low
 
-    def low_rank_(self, x: Tensor, weight: Tensor) -> None:
-        """Fill the spare columns of x (N, in + R) as `multiply` does."""
-        if self.spare:
-            low_rank_(x, weight[self.out_features :, : self.in_features], self.scaling)
+    def fill(self, x: Tensor, low: Tensor | None) -> None:
+        """`low` into the spare columns of x (N, in + R), where there are any."""
+        if low is not None:
+            x[:, self.in_features :].copy_(low)
 
     def backward(self, dy: Tensor, weight: Tensor, out: Tensor | None = None, need_dx: bool = True) -> Tensor | None:
         """dx (N, in) of dy in its buffer (N, out + R), whose spare columns are filled on the way."""
@@ -176,7 +188,7 @@ class LayerWeights:
 
     def _write(self, projection: Projection) -> Tensor:
         weight = projection.resident
-        if weight is None or weight.dtype != self.dtype:
+        if weight is None:
             if self._as_stored(projection):
                 return projection.linears[0].dense(self.dtype)
             weight = self._buffer(projection)

@@ -153,7 +153,7 @@ class LlamaForCausalLM(nn.Module):
         packed = Packed.from_positions(positions).to(self.device)
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
             x = self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
-            for layer, level in zip(self.model.layers, self.levels(len(x)), strict=True):
+            for layer, level in zip(self.model.layers, self.levels(packed), strict=True):
                 x = layer(x, packed, self.shared, level)
             if labels is None:
                 logits = _Logits.apply(x, self.model.norm, self.lm_head.dense(x.dtype))
@@ -246,18 +246,20 @@ class LlamaForCausalLM(nn.Module):
         )
         return self.resident_weights() if fits else contextlib.nullcontext()
 
-    def levels(self, tokens: int) -> list[int]:
-        """What each layer keeps for backward in a forward pass over so many tokens."""
+    def levels(self, packed: Packed) -> list[int]:
+        """What each layer keeps for backward in a forward pass over these samples."""
         if self.level is not None:
             return [self.level] * self.config.num_hidden_layers
         projections = self.model.layers[0].projections
+        # A twentieth is left to what memory loses by being cut up, and as much again to others on the device.
         free = int(free_memory(self.device) * 0.9)
         if self.memory_budget is not None and self.device.type == "cuda":
-            free = min(free, self.memory_budget - torch.cuda.memory_allocated(self.device))
+            free = min(free, int(self.memory_budget * 0.95) - torch.cuda.memory_allocated(self.device))
         if not self.shared.weights:  # the buffers of the weights at work are still to come
             free -= sum(math.prod(p.weight_shape) for p in projections) * self.dtype.itemsize
         spare = sum(projection.spare for projection in projections)
-        return levels_that_fit(self.config, spare, tokens, self.dtype.itemsize, free)
+        tokens = len(packed.positions)
+        return levels_that_fit(self.config, spare, tokens, packed.longest or tokens, self.dtype.itemsize, free)
 
     def as_current_device(self) -> contextlib.AbstractContextManager:
         """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""

@@ -11,7 +11,8 @@ each row in addition to those above it:
     3      q, k, v after RoPE               36 K   gate, up
     4      gate, up                         92 K   nothing but elementwise operations
 
-Forward and recomputation run the same function (`DecoderLayer.complete`), so every level gives the same bits.
+What the thin halves of the LoRA branches give, x A^T, is always kept: 0.5 K. Forward and recomputation run the same
+function (`DecoderLayer.complete`), so every level gives the same bits.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ from torch import Tensor
 from minitune.config import ModelConfig
 from minitune.kernels.cross_entropy import TILE_BYTES
 
-KEEP_INPUT, KEEP_ALL = 0, 4
+KEEP_INPUT, KEEP_ATTENTION, KEEP_ALL = 0, 1, 4
+FIELDS_KEPT = {0: 6, 1: 8, 2: 10, 3: 11, 4: 12}  # by level
 
 
 @dataclass
@@ -37,6 +39,10 @@ class Activations:
 
     x: Tensor  # (N, D)
     rstd: Tensor | None = None  # (N,) of the norm before attention, fp32
+    h_low: Tensor | None = None  # (N, R), s h A^T of q, k, v
+    attn_low: Tensor | None = None  # (N, R), s attn A^T of o
+    h_mid_low: Tensor | None = None  # (N, R), s h_mid A^T of gate and up
+    m_low: Tensor | None = None  # (N, R), s m A^T of down
     attn: Tensor | None = None  # (N, H K + R), the output of attention
     lse: Tensor | None = None  # fp32, a number a row and head
     x_mid: Tensor | None = None  # (N, D), after attention's residual
@@ -48,9 +54,8 @@ class Activations:
 
     def kept(self, level: int) -> tuple[Tensor | None, ...]:
         """The fields in order that may be kept, those that `level` does not keep as None."""
-        count = {0: 2, 1: 4, 2: 6, 3: 7, 4: 8}[level]
-        names = [f.name for f in fields(self)][:8]
-        return tuple(getattr(self, name) if i < count else None for i, name in enumerate(names))
+        names = [f.name for f in fields(self)][: FIELDS_KEPT[KEEP_ALL]]
+        return tuple(getattr(self, name) if i < FIELDS_KEPT[level] else None for i, name in enumerate(names))
 
 
 def level_of(use_gradient_checkpointing: bool | str) -> int | None:
@@ -76,39 +81,47 @@ def _widths(config: ModelConfig) -> tuple[int, int, int, int]:
 
 
 def bytes_kept(config: ModelConfig, spare: int, itemsize: int, level: int) -> int:
-    """Bytes a token that one layer keeps for backward; `spare` columns are shared out among its matmuls."""
+    """Bytes a token that one layer keeps for backward; `spare` columns are those of all its matmuls together."""
     D, F, HK, GK = _widths(config)
-    added = [D, HK + spare, D, HK + 2 * GK, 2 * F + spare]
+    added = [D + spare, HK + spare, D, HK + 2 * GK, 2 * F + spare]
     return sum(added[: level + 1]) * itemsize + 4 * (2 + config.num_attention_heads)
 
 
 def working_bytes(config: ModelConfig, spare: int, itemsize: int) -> int:
-    """Bytes a token in use at most while one layer, or the loss, is at work; without the tile of logits."""
+    """Bytes a token in use at most while a layer is at work, and by the loss, which has memory of its own."""
     D, F, HK, GK = _widths(config)
-    # gate, up and what takes dm; qkv, attention, x_mid, two norms, dy, dx
-    mlp = 3 * F + HK + 2 * GK + 6 * D + 3 * spare
-    loss = 6 * D  # labelled rows, their norm, dh (and in float32), dx, x
-    return itemsize * max(mlp, loss)
+    layer = 3 * F + 2 * HK + 2 * GK + 4 * D + 3 * spare  # gate, up, m; qkv, attention; x_mid, two norms, dy
+    loss = 5 * D  # labelled rows, their norm, dh, d; x, then dx
+    return itemsize * (layer + loss)
 
 
-def levels_that_fit(config: ModelConfig, spare: int, tokens: int, itemsize: int, free: int) -> list[int]:
-    """Levels of all layers: everything is kept by as many of them as fit into `free` bytes beside a layer at work.
+def levels_that_fit(config: ModelConfig, spare: int, tokens: int, longest: int, itemsize: int, free: int) -> list[int]:
+    """Levels of all layers that need at most `free` bytes beside a layer at work, where that is possible at all.
 
-    Keeping a layer's input is the least, also where even that does not fit. The layers that keep everything are the
-    last: backward frees them first, before a layer is computed again.
+    A byte of attention's output saves 2 `longest` multiplications in backward, at half the speed of a matmul, and a
+    byte of the others saves D at full speed: long samples keep that output in all layers first, short ones everything
+    in as many as there is room for. It is the last layers that keep: backward frees them before a layer is computed
+    again.
     """
     layers = config.num_hidden_layers
-    least, most = (tokens * bytes_kept(config, spare, itemsize, level) for level in (KEEP_INPUT, KEEP_ALL))
-    free -= tokens * working_bytes(config, spare, itemsize) + TILE_BYTES + layers * least
-    count = max(0, min(layers, free // (most - least)))
-    return [KEEP_INPUT] * (layers - count) + [KEEP_ALL] * count
+    levels, cost = [KEEP_INPUT] * layers, [tokens * bytes_kept(config, spare, itemsize, level) for level in range(5)]
+    free -= tokens * working_bytes(config, spare, itemsize) + TILE_BYTES + layers * cost[KEEP_INPUT]
+    order = (KEEP_ALL, KEEP_ATTENTION)
+    for level in reversed(order) if 2 * longest >= config.hidden_size else order:
+        for i in reversed(range(layers)):
+            more = cost[level] - cost[levels[i]]
+            if levels[i] < level and more <= free:
+                levels[i], free = level, free - more
+    return levels
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had: the GPU's own count; on the host what is available within the container's limit."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        free, total = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        return min(free + torch.cuda.memory_reserved(device), allowed) - allocated
     available = 4 << 30  # where the system does not say
     with contextlib.suppress(OSError):
         available = int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024

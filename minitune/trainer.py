@@ -189,7 +189,8 @@ class SFTTrainer:
         with counter("evaluating") as progress:
             for first in range(0, len(samples), EVAL_CHUNK):
                 for pack in micro_steps(samples[first : first + EVAL_CHUNK], self.micro_step_tokens):
-                    loss += self._loss(collate(pack), targets)
+                    with self._micro_step.own_memory():
+                        loss += self._loss(collate(pack), targets)
                 progress(min(first + EVAL_CHUNK, len(samples)), len(samples))
         return {"eval_loss": float(loss), "eval_seconds": time.perf_counter() - start}
 
@@ -206,7 +207,14 @@ class SFTTrainer:
         p, a = self.progress, self.args
         started, log_time, log_tokens = time.perf_counter() - p.seconds, time.perf_counter(), p.tokens
         report = Report(self.output / "metrics.jsonl", self.total_steps, p.step)
-        with report, interruptible() as caught, self._telling(report), self._enough_memory(), self._weights():
+        with (
+            report,
+            interruptible() as caught,
+            self._telling(report),
+            self._enough_memory(),
+            self._weights(),
+            contextlib.closing(self._micro_step),
+        ):
             report.say(banner(self.model, self.train_data, run_rows(self, resumed)))
             while p.step < self.total_steps and not caught:
                 self._optimizer_step()

@@ -15,7 +15,7 @@ from minitune.kernels.attention_bwd import attention_backward_reference
 from minitune.kernels.attention_cudnn import WORTHWHILE
 from minitune.kernels.cross_entropy import linear_cross_entropy
 from minitune.kernels.lora_linear import columns_to_spare, lora_gradients, lora_linear, lora_linear_backward
-from minitune.kernels.packed import MEDIUM, bound_of
+from minitune.kernels.packed import bound_of
 
 SCALING = 2.0
 
@@ -42,7 +42,7 @@ def attention_rows(s: Sizes, device: str) -> Iterator[Row]:
 
     for shape, lengths in s.samples:
         flops = 2 * s.H * s.K * sum(n * n for n in lengths)
-        choices = {shape: {"longest": bound_of(max(*lengths, MEDIUM))}}  # as the model says it
+        choices = {shape: {"longest": bound_of(max(lengths))}}  # as the model says it
         if len(set(lengths)) == 1 and lengths[0] >= WORTHWHILE:
             choices[f"{shape} auto"] = {"longest": lengths[0], "length": lengths[0]}  # cuDNN's, where that is possible
         for name, hints in choices.items():

@@ -42,7 +42,7 @@ from minitune.graphs import MicroStep
 from minitune.kernels.attention_cudnn import WORTHWHILE
 from minitune.optim import FlatAdamW
 
-GRADIENTS = ("reference", "plain-float64", "plain-bf16", "hf", "unsloth", "minitune", "minitune-triton")
+GRADIENTS = ("reference", "plain-float64", "plain-bf16", "hf", "unsloth", "minitune")
 
 # ---- gradients
 
@@ -195,7 +195,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out": {"type": Path, "required": True, "help": "where the results go"},
         "--data": {"type": Path, "required": True, "help": "the samples that the command `data` wrote"},
         "--tokens": {"type": int, "default": 1024, "help": "tokens of each of the two samples"},
-        "--systems": {"nargs": "+", "choices": GRADIENTS, "default": GRADIENTS},
+        "--systems": {"nargs": "+", "choices": (*GRADIENTS, "minitune-triton"), "default": GRADIENTS},
         "--system": {"required": True, "help": f"of `curve`: {', '.join(CURVES)}"},
         "--seeds": {"type": int, "default": 3, "help": "runs, with seeds 0, 1, ..."},
         "--steps": {"type": int, "default": 200},

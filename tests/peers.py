@@ -74,23 +74,9 @@ def load_peft(a):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        a.model,
-        quantization_config=quantization,
-        dtype=torch.bfloat16,
-        attn_implementation="sdpa",
-        device_map={"": device()},
-    )
+    model = load_nf4(a.model)
     model.config.use_cache = False
     model = prepare_model_for_kbit_training(
         model,
@@ -106,6 +92,26 @@ def load_peft(a):
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora), None
+
+
+def load_nf4(folder: str | Path):
+    """transformers' model of a 16-bit folder, its linears bitsandbytes': NF4 with double quantisation, bf16 at work."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=quantization,
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa",
+        device_map={"": device()},
+    )
 
 
 def load(a):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import OFFLINE, load_nf4
 from plain_llama import PlainLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,13 +35,6 @@ from minitune.graphs import MicroStep
 from minitune.optim import FlatAdamW
 
 R, ALPHA = 16, 32
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "UNSLOTH_DISABLE_STATISTICS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 NF4_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
 
 
@@ -156,18 +150,13 @@ def _minitune(name: str, folder: str | Path, max_tokens: int) -> System:
         batch = collate([Sample(row, row) for row in ids.tolist()])
         return micro(batch, batch.targets)
 
-    def optimizer() -> FlatAdamW:
-        nonlocal micro
-        flat, micro = FlatAdamW(list(parameters.values())), MicroStep(model)  # graphs add to this one's gradients
-        return flat
-
     return System(
         model,
         parameters,
         _nf4_of_minitune(model),
         lambda ids: model(input_ids=ids, labels=ids).loss,
         backward,
-        optimizer,
+        lambda: FlatAdamW(list(parameters.values())),
         model.resident_weights_where_they_fit if model.device.type == "cpu" else contextlib.nullcontext,
     )
 
@@ -208,23 +197,11 @@ def _hf(folder: str | Path, tensors: dict[str, Tensor], exact: bool) -> System:
     """transformers + PEFT: on bitsandbytes' linears under bf16 autocast, or `exact`, dense and in float32."""
     from bitsandbytes.functional import dequantize_4bit
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        quantization_config=quantisation,
-        dtype=torch.bfloat16,
-        attn_implementation="sdpa",
-        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-    )
+    model = load_nf4(folder)
     nf4 = _nf4_of_bitsandbytes(model)
     if exact:
         _overwrite(nf4, tensors)

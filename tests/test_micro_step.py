@@ -10,6 +10,8 @@ from tiny import draw_adapter, make_tiny_model
 from minitune import FastLanguageModel
 from minitune.data import Sample, collate, micro_steps
 from minitune.graphs import MicroStep, _padded, padded_size
+from minitune.kernels.cross_entropy import TILE_BYTES
+from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, bytes_kept, levels_that_fit, working_bytes
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -118,27 +120,28 @@ def test_tokens_and_labels_that_the_model_does_not_have_are_refused(tmp_path):
         micro_step(dataclasses.replace(batch, labels=torch.full_like(batch.labels, 600)), 1)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["triton", "auto"])
-@pytest.mark.parametrize("lengths", [[128, 128], [100], [40, 9, 30]])
-def test_a_replayed_graph_gives_the_bits_of_plain_launches_and_waits_for_nothing(tmp_path, lengths, attention):
-    """Shown on one H200, torch 2.11.0, Triton 3.6.0, November 2026."""
-    shape = {"hidden": 256, "layers": 3, "heads": 8, "kv_heads": 2, "head_dim": 64, "ffn": 704, "vocab": 512}
-    model = load(make_tiny_model(tmp_path / "m", **shape), dtype=torch.bfloat16, attention=attention)
-    batch, other = collate(random_samples(lengths)), collate(random_samples(lengths, seed=2))
-    micro_step = MicroStep(model)
-    plain = micro_step(batch, 50), gradients(model)  # and captured
-    captured = micro_step(batch, 50), gradients(model)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        different = micro_step(other, 50)
-        replayed = micro_step(batch, 50)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    both = gradients(model)
-    assert torch.equal(plain[0], captured[0]) and torch.equal(plain[1], captured[1])
-    assert torch.equal(plain[0], replayed) and not torch.equal(plain[0], different)
-    micro_step(other, 50)
-    micro_step(batch, 50)
-    assert torch.equal(both, gradients(model))
+def test_a_model_without_an_adapter_is_refused(tmp_path):
+    model, _ = FastLanguageModel.from_pretrained(make_tiny_model(tmp_path / "m"), max_seq_length=256, device=DEVICE)
+    with pytest.raises(ValueError, match="no adapter to train"):
+        MicroStep(model)
+
+
+def test_autocast_around_a_micro_step_changes_nothing(tmp_path):
+    model = load(make_tiny_model(tmp_path / "m"))
+    batch, micro_step = collate(random_samples([40, 9, 30])), MicroStep(model, capture=False)
+    expected = micro_step(batch, 50), gradients(model)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = micro_step(batch, 50), gradients(model)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(("longest", "first"), [(20, KEEP_ALL), (64, KEEP_ATTENTION)])
+def test_layers_keep_what_fits_the_last_first_and_long_samples_attention_first(tmp_path, longest, first):
+    config = load(make_tiny_model(tmp_path / "m", hidden=64, layers=4)).config
+    least = levels_that_fit(config, 0, 100, longest, 2, 0)
+    assert least == [KEEP_INPUT] * 4
+    free = 100 * working_bytes(config, 0, 2) + TILE_BYTES + 400 * bytes_kept(config, 0, 2, KEEP_INPUT)
+    more = 100 * (bytes_kept(config, 0, 2, first) - bytes_kept(config, 0, 2, KEEP_INPUT))
+    assert levels_that_fit(config, 0, 100, longest, 2, free + 2 * more) == [0, 0, first, first]
+    assert first not in levels_that_fit(config, 0, 100, longest, 2, free + 2 * more - 1)[:3]
+    assert levels_that_fit(config, 0, 100, longest, 2, 10 * free) == [KEEP_ALL] * 4

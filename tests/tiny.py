@@ -60,6 +60,7 @@ def make_tiny_model(
     dtype: torch.dtype = torch.bfloat16,
     tokenizer: str = "bpe",
     shards: int = 1,
+    positions: int = 256,
     seed: int = 0,
 ) -> Path:
     """Write config.json, *.safetensors and a tokenizer into `folder` and return it.
@@ -79,7 +80,7 @@ def make_tiny_model(
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": ffn,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": positions,
         "mlp_bias": False,
         "num_attention_heads": heads,
         "num_hidden_layers": layers,

@@ -1,0 +1,200 @@
+"""Micro-steps as CUDA graphs: the same bits as plain launches, whatever happens in between."""
+
+import gc
+import json
+
+import pytest
+import torch
+from test_micro_step import gradients, load, random_samples
+from tiny import make_tiny_model
+
+from minitune import FastLanguageModel, SFTConfig, SFTTrainer
+from minitune.data import collate
+from minitune.graphs import MicroStep
+from minitune.layers import Packed
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = {"hidden": 256, "layers": 3, "heads": 8, "kv_heads": 2, "head_dim": 64, "ffn": 704, "vocab": 512}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return load(make_tiny_model(tmp_path / "m", **SHAPE), dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def micro_step(model):
+    return MicroStep(model)
+
+
+BATCHES = [collate(random_samples(lengths)) for lengths in ([40, 9, 30], [200, 250, 100, 90], [128, 128], [3])]
+
+
+def results(step, batches, model):
+    """Loss and gradients of each batch."""
+    return [(step(batch, 50), gradients(model)) for batch in batches]
+
+
+def assert_same_bits(found, expected):
+    for (loss, mine), (expected_loss, theirs) in zip(found, expected, strict=True):
+        assert torch.equal(loss, expected_loss) and torch.equal(mine, theirs) and mine.any()
+
+
+@pytest.fixture
+def plain(model):
+    """What plain launches give."""
+    return results(MicroStep(model, capture=False), BATCHES, model)
+
+
+@pytest.mark.parametrize("attention", ["triton", "auto"])
+@pytest.mark.parametrize("lengths", [[128, 128], [100], [40, 9, 30]])
+def test_a_replayed_graph_gives_the_bits_of_plain_launches_and_waits_for_nothing(tmp_path, lengths, attention):
+    model = load(make_tiny_model(tmp_path / "m", **SHAPE), dtype=torch.bfloat16, attention=attention)
+    batch, other = collate(random_samples(lengths)), collate(random_samples(lengths, seed=2))
+    micro_step = MicroStep(model)
+    plain = micro_step(batch, 50), gradients(model)  # and captured
+    captured = micro_step(batch, 50), gradients(model)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        different = micro_step(other, 50)
+        replayed = micro_step(batch, 50)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    both = gradients(model)
+    assert torch.equal(plain[0], captured[0]) and torch.equal(plain[1], captured[1])
+    assert torch.equal(plain[0], replayed) and not torch.equal(plain[0], different)
+    micro_step(other, 50)
+    micro_step(batch, 50)
+    assert torch.equal(both, gradients(model))
+
+
+def test_sizes_may_come_in_any_order_larger_ones_after_smaller(micro_step, model, plain):
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [1, 1, 0, 0]):
+        assert_same_bits(results(micro_step, [BATCHES[i] for i in order], model), [plain[i] for i in order])
+
+
+def test_cudnn_attention_is_replayed_as_it_is_launched(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", **SHAPE, positions=4096)
+    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=4096, dtype=torch.bfloat16)
+    FastLanguageModel.get_peft_model(model, r=8)
+    for _, p in model.lora_parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    batch = collate(random_samples([4096]))
+    assert model.shared.about(Packed.from_positions(batch.position_ids))["length"] == 4096
+    expected, found = (results(MicroStep(model, capture=c), [batch] * 2, model)[1] for c in (False, True))
+    assert torch.equal(found[0], expected[0])
+    assert (found[1] - expected[1]).norm() < 1e-2 * expected[1].norm()  # its backward does not repeat bit for bit
+
+
+def test_gradients_and_adapters_that_moved_are_found(micro_step, model, plain):
+    assert_same_bits(results(micro_step, BATCHES[:2], model), plain[:2])
+    for _, p in model.lora_parameters():
+        p.grad = torch.zeros_like(p)
+    assert_same_bits(results(micro_step, BATCHES[:2], model), plain[:2])
+    kept = [p.data for _, p in model.lora_parameters()]
+    for _, p in model.lora_parameters():
+        p.data = p.data.clone()
+    for p in kept:
+        p.fill_(float("nan"))
+    assert_same_bits(results(micro_step, BATCHES[:2], model), plain[:2])
+
+
+def test_evaluation_and_generation_and_dense_weights_between_replays_disturb_nothing(micro_step, model, plain):
+    inputs = {"input_ids": BATCHES[1].input_ids, "labels": BATCHES[1].labels, "position_ids": BATCHES[1].position_ids}
+    for _ in range(2):
+        assert_same_bits(results(micro_step, BATCHES, model), plain)
+        with micro_step.own_memory(), torch.no_grad():
+            model(**inputs)
+        model.generate([[5, 6, 7]], max_new_tokens=3)
+    with model.resident_weights():
+        assert_same_bits(results(micro_step, BATCHES, model), plain)
+    filler = [torch.full((64, 1024), float("nan"), device="cuda") for _ in range(64)]  # where they were
+    assert_same_bits(results(micro_step, BATCHES, model), plain)
+    del filler
+
+
+def test_closing_gives_the_memory_back(micro_step, model, plain):
+    results(micro_step, BATCHES, model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    micro_step.close()
+    assert torch.cuda.memory_reserved() < before
+    assert_same_bits(results(micro_step, BATCHES, model), plain)
+
+
+def fail():
+    raise torch.OutOfMemoryError("no memory is left")
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def disturb(model, monkeypatch):
+    """disturb(f): f runs in the middle of every backward pass that is being captured."""
+    layer = model.model.layers[1]
+    backward = type(layer).backward
+
+    def disturb(f):
+        def disturbed(self, *args, **options):
+            if self is layer and torch.cuda.is_current_stream_capturing():
+                f()
+            return backward(self, *args, **options)
+
+        monkeypatch.setattr(type(layer), "backward", disturbed)
+
+    return disturb
+
+
+@pytest.mark.parametrize(("happens", "why"), [(fail, "no memory is left"), (torch.cuda.synchronize, "")])
+def test_after_a_capture_that_fails_everything_is_launched_plainly(micro_step, model, plain, disturb, happens, why):
+    """A wait for the device is what no capture allows."""
+    assert_same_bits(results(micro_step, BATCHES[:1], model), plain[:1])
+    disturb(happens)
+    with pytest.warns(UserWarning, match=f"without CUDA graphs from now on: .* of 640 tokens.*{why}"):
+        assert_same_bits(results(micro_step, BATCHES[1:2], model), plain[1:2])
+    assert_same_bits(results(micro_step, BATCHES, model), plain)
+
+
+def test_an_interrupt_during_a_capture_leaves_the_gpu_usable(micro_step, model, plain, disturb, monkeypatch):
+    disturb(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        micro_step(BATCHES[0], 50)
+    monkeypatch.undo()
+    gradients(model)
+    assert_same_bits(results(micro_step, BATCHES, model), plain)
+
+
+def trainer_of(folder, output, **settings):
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=256, dtype=torch.bfloat16)
+    FastLanguageModel.get_peft_model(model, r=8)
+    samples = random_samples(range(20, 60), vocab=300)
+    records = [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in samples]
+    args = SFTConfig(output_dir=str(output), per_device_train_batch_size=4, learning_rate=1e-2, **settings)
+    return SFTTrainer(model, args, records, records[:4], processing_class=tokenizer)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+
+
+def test_a_run_that_evaluates_and_resumes_with_graphs_ends_in_the_bits_of_one_without(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", **SHAPE)
+    settings = {"max_steps": 8, "logging_steps": 1, "save_strategy": "no"}
+    trainer_of(folder, tmp_path / "plain", cuda_graphs=False, **settings).train()
+    often = settings | {"eval_strategy": "steps", "eval_steps": 2}
+    trainer = trainer_of(folder, tmp_path / "graphs", **often)
+    trainer.train()
+    saved = settings | {"save_strategy": "steps", "save_steps": 4}
+    trainer_of(folder, tmp_path / "saved", **saved).train()
+    resumed = trainer_of(folder, tmp_path / "resumed", **saved)
+    resumed.train(resume_from_checkpoint=tmp_path / "saved" / "checkpoint-4")
+    found = {name: losses(tmp_path / name) for name in ("plain", "graphs", "saved", "resumed")}
+    assert len(found["plain"]) == 8 and found["plain"] == found["graphs"] == found["saved"]
+    assert found["resumed"] == found["plain"][4:]
+    adapters = [[p.detach() for _, p in t.model.lora_parameters()] for t in (trainer, resumed)]
+    assert all(map(torch.equal, *adapters))

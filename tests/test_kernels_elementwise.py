@@ -1,0 +1,143 @@
+"""RMSNorm, RoPE and SwiGLU against plain PyTorch, forward and backward, within the bound of kernel_checks.py."""
+
+import math
+
+import pytest
+import torch
+from kernel_checks import (
+    EPS,
+    angles,
+    as_function,
+    assert_as_good_as_plain,
+    double,
+    in_each_dtype,
+    judge,
+    kernel,
+    normal,
+    strided,
+    to,
+    with_gradients,
+)
+
+from minitune.kernels import rms_norm, rope, swiglu
+
+# ---------------------------------------------------------------------------------------------------- RMSNorm
+
+
+def plain_norm(x, weight):
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * weight).to(x.dtype)
+
+
+@kernel
+@in_each_dtype
+@pytest.mark.parametrize("shape", [(3, 423), (1, 64), (5, 213)])
+def test_rms_norm_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, device):
+    x, dy, dresidual = (strided(normal(*shape, dtype=dtype, device=device, seed=s)) for s in range(3))
+    weight = normal(shape[1], dtype=dtype, device=device)
+    y, rstd = rms_norm.rms_norm(x, weight, EPS)
+    dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, dresidual)
+    judge([y, x, dx], lambda x: (plain_norm(x, weight.to(x.dtype)), x + 0), [x], [dy, dresidual])
+    alone = rms_norm.rms_norm_backward(dy, x, weight, rstd)
+    judge([y, alone], lambda x: plain_norm(x, weight.to(x.dtype)), [x], [dy])
+
+
+@kernel
+@in_each_dtype
+def test_add_rms_norm_normalises_the_rounded_sum(dtype, device):
+    x, residual = (strided(normal(3, 423, dtype=dtype, device=device, seed=s)) for s in range(2))
+    weight = normal(423, dtype=dtype, device=device)
+    s, y, rstd = rms_norm.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(s, x + residual)
+    for mine, theirs in zip((y, rstd), rms_norm.rms_norm(s, weight, EPS), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@kernel
+def test_rms_norm_keeps_a_nan_in_its_row(device):
+    x = normal(3, 64, device=device)
+    x[1, 5] = math.nan
+    s, y, _ = rms_norm.add_rms_norm(x, torch.zeros_like(x), torch.ones(64, device=device), EPS)
+    assert y.isnan().any(dim=1).tolist() == [False, True, False]
+    assert y[1].isnan().all()
+    assert s.isnan().sum() == 1
+
+
+def test_the_backward_of_the_norm_reference_passes_gradcheck():
+    weight = double(7).detach()
+    norm = as_function(
+        lambda x: (lambda y, rstd: (y, [rstd]))(*rms_norm.rms_norm_reference(x, weight, EPS)),
+        lambda dy, x, rstd: rms_norm.rms_norm_backward_reference(dy, x, weight, rstd),
+    )
+    assert torch.autograd.gradcheck(norm, double(3, 7))
+
+
+# ---------------------------------------------------------------------------------------------------- RoPE
+
+
+def plain_rope(x, cos, sin):
+    turned = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.cat([cos, cos], -1)[:, None] + turned * torch.cat([sin, sin], -1)[:, None]).to(x.dtype)
+
+
+@kernel
+@in_each_dtype
+@pytest.mark.parametrize(("N", "H", "G", "K"), [(7, 9, 3, 64), (1, 2, 1, 128), (13, 3, 3, 24)])
+def test_rope_turns_q_and_k_of_a_fused_projection_in_place_and_back(N, H, G, K, dtype, device):
+    fused = normal(N, (H + 2 * G) * K, dtype=dtype, device=device)
+    before = fused.clone()
+    q, k = fused[:, : H * K].view(N, H, K), fused[:, H * K : (H + G) * K].view(N, G, K)
+    old = [q.clone(), k.clone()]
+    cos, sin = angles(40, K, device)
+    positions = torch.arange(N, device=device) * 7 % 40
+    rope.rope_(q, k, cos, sin, positions)
+    for new, x in zip((q, k), old, strict=True):
+        plain = plain_rope(x, cos[positions], sin[positions])
+        exact = plain_rope(x.double(), cos[positions].double(), sin[positions].double())
+        assert_as_good_as_plain([new], [plain], [exact])
+    assert torch.equal(fused[:, (H + G) * K :], before[:, (H + G) * K :])
+    # The way back is the gradient: <rope(x), dy> = <x, rope_inverse(dy)>.
+    dq, dk = (normal(*x.shape, dtype=dtype, device=device, seed=5) for x in (q, k))
+    grads = [dq.clone(), dk.clone()]
+    rope.rope_(*grads, cos, sin, positions, inverse=True)
+    for grad, x, dy in zip(grads, old, (dq, dk), strict=True):
+        table = [t[positions] for t in (cos, sin)]
+        exact = with_gradients(lambda x: plain_rope(x, *to(torch.float64, table)), [x.double()], [dy.double()])  # noqa: B023
+        plain = with_gradients(lambda x: plain_rope(x, *table), [x], [dy])  # noqa: B023
+        assert_as_good_as_plain([grad], plain[1:], exact[1:])
+
+
+# ---------------------------------------------------------------------------------------------------- SwiGLU
+
+
+@kernel
+@in_each_dtype
+@pytest.mark.parametrize("shape", [(3, 423), (1, 1024), (2, 1536), (213, 3)])
+def test_swiglu_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, device):
+    gate, up, dout = (strided(3 * normal(*shape, dtype=dtype, device=device, seed=s)) for s in range(3))
+    out = swiglu.swiglu(gate, up)
+    dgate, dup = swiglu.swiglu_backward(dout, gate, up)
+    judge([out, dgate, dup], swiglu.swiglu_reference, [gate, up], [dout])
+    wide = strided(torch.zeros_like(out))
+    assert torch.equal(swiglu.swiglu(gate, up, out=wide), out)
+    swiglu.swiglu_backward(dout, gate, up, gate, up, out=dout)  # in place of its inputs
+    for mine, expected in ((gate, dgate), (up, dup), (dout, out)):
+        assert torch.equal(mine, expected)
+
+
+@kernel
+def test_swiglu_is_finite_where_exp_overflows_and_nan_where_an_input_is(device):
+    gate = torch.tensor([[-1e4, 1e4, 0.0, math.nan]], device=device)
+    one = torch.ones_like(gate)
+    assert torch.equal(swiglu.swiglu(gate, one)[:, :3], torch.tensor([[-0.0, 1e4, 0.0]], device=device))
+    for x in (swiglu.swiglu(gate, one), *swiglu.swiglu_backward(one, gate, one)):
+        assert x.isnan().tolist() == [[False, False, False, True]]
+
+
+def test_the_backward_of_the_swiglu_reference_passes_gradcheck():
+    pair = as_function(
+        lambda gate, up: (swiglu.swiglu_reference(gate, up), []),
+        lambda dout, gate, up: swiglu.swiglu_backward_reference(dout, gate, up)[:2],
+    )
+    assert torch.autograd.gradcheck(pair, (double(3, 5), double(3, 5, seed=1)))

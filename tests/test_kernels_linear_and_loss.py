@@ -1,0 +1,178 @@
+"""LoRA linears, and the head with the loss, against plain PyTorch, within the bound of kernel_checks.py."""
+
+import functools
+import math
+
+import pytest
+import torch
+from kernel_checks import (
+    as_function,
+    assert_as_good_as_plain,
+    double,
+    extended,
+    in_each_dtype,
+    judge,
+    kernel,
+    normal,
+    with_gradients,
+)
+from torch.nn import functional
+
+from minitune.kernels import cross_entropy, launch, lora_linear
+from minitune.kernels.cross_entropy import linear_cross_entropy
+
+# ---------------------------------------------------------------------------------------------------- LoRA linear
+
+
+def beside_spare(x, spare):
+    return torch.cat([x, torch.full((len(x), spare), math.nan, dtype=x.dtype, device=x.device)], 1)
+
+
+def plain_lora(x, *adapters, weights, scaling):
+    """Each linear on its own, as PEFT computes it; x (N, in), then A and B of each linear (None, None) without one."""
+    outs = []
+    for weight, a, b in zip(weights, adapters[::2], adapters[1::2], strict=True):
+        out = functional.linear(x, weight.to(x.dtype))
+        outs.append(out if a is None else out + scaling * functional.linear(functional.linear(x, a), b))
+    return torch.cat(outs, 1)
+
+
+@kernel
+@in_each_dtype
+@pytest.mark.parametrize(
+    ("N", "D", "rows", "ranks"), [(3, 213, [70], [4]), (33, 64, [48, 16, 16], [8, 0, 8]), (1, 96, [40, 40], [16, 20])]
+)
+def test_lora_linears_and_their_gradients_err_no_more_than_plain_pytorch(N, D, rows, ranks, dtype, device):
+    x, dy = normal(N, D, dtype=dtype, device=device), normal(N, sum(rows), dtype=dtype, device=device)
+    weights = [normal(n, D, dtype=dtype, device=device, seed=n + i) / D**0.5 for i, n in enumerate(rows)]
+    adapters = []
+    for i, (n, R) in enumerate(zip(rows, ranks, strict=True)):
+        shapes = [(R, D), (n, R)] if R else [None, None]
+        adapters += [s and normal(*s, dtype=dtype, device=device, seed=9 * i) / s[1] ** 0.5 for s in shapes]
+    weight = extended(weights, adapters[::2], adapters[1::2], dtype, device)
+    spare = weight.shape[1] - D
+    wide_x, wide_dy = beside_spare(x, spare), beside_spare(dy, spare)
+    y = lora_linear.lora_linear(wide_x, weight, sum(rows), 0.7)
+    dx = lora_linear.lora_linear_backward(wide_dy, weight, D, 0.7)
+    pairs = lora_linear.lora_gradients(wide_dy, wide_x, list(zip(rows, ranks, strict=True)))
+    gradients = [g for pair in pairs for g in pair]
+    assert all(g.dtype == launch.accumulator(dtype) for g in gradients)
+    formula = functools.partial(plain_lora, weights=weights, scaling=0.7)
+    judge([y, dx, *gradients], formula, [x, *adapters], [dy])
+
+
+@kernel
+def test_a_lora_linear_adds_a_residual_and_its_adapter_alone_can_be_rewritten(device):
+    x, w, residual = normal(5, 32, device=device), normal(24, 32, device=device), normal(5, 24, device=device)
+    a, b = normal(4, 32, device=device), normal(24, 4, device=device)
+    weight = extended([w], [a], [b], torch.float32, device)
+    lora_linear.write_adapters_(weight, [(-a, b, 24)], 24, 32)
+    wide = beside_spare(x, lora_linear.columns_to_spare(4))
+    y = lora_linear.lora_linear(wide, weight, 24, 2.0, residual=residual)
+    assert torch.allclose(y, residual + x @ w.T - 2 * x @ a.T @ b.T, atol=1e-4)
+    assert torch.equal(weight[:24, :32], w) and not weight[24:, 32:].any()
+
+
+def test_without_an_adapter_the_extended_weight_is_the_weight():
+    x, w, dy = normal(5, 32), normal(24, 32), normal(5, 24)
+    assert lora_linear.columns_to_spare(0) == 0
+    assert torch.equal(lora_linear.lora_linear(x, w, 24, 0.0), x @ w.T)
+    assert torch.equal(lora_linear.lora_linear_backward(dy, w, 32, 0.0), dy @ w)
+    assert lora_linear.lora_linear_backward(dy, w, 32, 0.0, need_dx=False) is None
+    assert lora_linear.lora_gradients(dy, x, [(24, 0)]) == []
+
+
+def test_the_gradients_of_a_lora_linear_pass_gradcheck():
+    weight = double(4, 5).detach()
+
+    def forward(x, a, b):
+        whole = extended([weight], [a], [b], x.dtype, "cpu")
+        wide = beside_spare(x, whole.shape[1] - 5)
+        return lora_linear.lora_linear(wide, whole, 4, 0.7), [wide, whole]
+
+    def backward(dy, x, a, b, wide, whole):
+        wide_dy = beside_spare(dy, whole.shape[1] - 5)
+        dx = lora_linear.lora_linear_backward(wide_dy, whole, 5, 0.7)
+        return dx, *lora_linear.lora_gradients(wide_dy, wide, [(4, 2)])[0]
+
+    pair = as_function(forward, backward)
+    assert torch.autograd.gradcheck(pair, (double(3, 5), double(2, 5), double(4, 2)))
+
+
+@pytest.mark.gpu
+@in_each_dtype
+@pytest.mark.parametrize(("N", "D", "F"), [(2048, 4096, 14336), (1900, 576, 1536)])
+def test_lora_linear_holds_its_bound_at_real_sizes(N, D, F, dtype):
+    x, dy = normal(N, D, dtype=dtype, device="cuda"), normal(N, F, dtype=dtype, device="cuda")
+    weight, a, b = (0.02 * normal(*s, dtype=dtype, device="cuda") for s in ((F, D), (16, D), (F, 16)))
+    whole = extended([weight], [a], [b], dtype, "cuda")
+    wide_x, wide_dy = (beside_spare(x, whole.shape[1] - D) for x in (x, dy))
+    results = [lora_linear.lora_linear(wide_x, whole, F, 2.0), lora_linear.lora_linear_backward(wide_dy, whole, D, 2.0)]
+    results += lora_linear.lora_gradients(wide_dy, wide_x, [(F, 16)])[0]
+    judge(results, functools.partial(plain_lora, weights=[weight], scaling=2.0), [x, a, b], [dy])
+
+
+# ---------------------------------------------------------------------------------------------------- loss
+
+
+@kernel
+@in_each_dtype
+@pytest.mark.parametrize("tile_rows", [None, 3])
+@pytest.mark.parametrize(("N", "D", "V"), [(7, 16, 423), (1, 8, 5), (4, 8, 4099)])
+def test_linear_cross_entropy_errs_no_more_than_plain_pytorch(N, D, V, tile_rows, dtype, device):
+    hidden, weight = normal(N, D, dtype=dtype, device=device), normal(V, D, dtype=dtype, device=device)
+    targets = torch.arange(N, device=device) * 31 % V
+    targets[1:2], targets[-1] = -100, V - 1
+    loss, dhidden = linear_cross_entropy(hidden, weight, targets, 3, tile_rows)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, linear_cross_entropy(hidden, weight, targets, 3, tile_rows, need_grad=False)[0])
+
+    def formula(hidden):
+        logits = hidden @ weight.to(hidden.dtype).T
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return functional.cross_entropy(wide, targets, reduction="sum") / 3
+
+    exact = with_gradients(formula, [hidden.double()], None)
+    plain = with_gradients(formula, [hidden], None)
+    assert_as_good_as_plain([loss, dhidden], plain, exact)
+    assert not dhidden[1:2].any()
+
+
+@kernel
+def test_ignored_rows_have_no_loss_and_no_gradient_even_when_they_are_nan(device):
+    hidden, weight = normal(3, 8, device=device), normal(50, 8, device=device)
+    hidden[1] = math.nan
+    targets = torch.tensor([4, -100, 7], device=device)
+    denominator = torch.tensor(2, device=device)
+    loss, dhidden = linear_cross_entropy(hidden, weight, targets, denominator)
+    torch.testing.assert_close(loss, functional.cross_entropy(hidden[[0, 2]] @ weight.T, targets[[0, 2]]))
+    assert not dhidden[1].any()
+    loss, dhidden = linear_cross_entropy(hidden, weight, torch.tensor([4, 1, 7], device=device), denominator)
+    assert loss.isnan()
+    assert dhidden.isnan().any(1).tolist() == [False, True, False]
+
+
+def test_a_target_outside_the_vocabulary_is_refused_on_the_cpu():
+    for wrong in (50, -1):
+        with pytest.raises(ValueError, match=rf"target \[{wrong}\] is outside the vocabulary of 50"):
+            linear_cross_entropy(normal(2, 8), normal(50, 8), torch.tensor([3, wrong]), 2)
+
+
+def test_the_gradient_of_the_loss_reference_passes_gradcheck():
+    weight, targets = double(9, 5).detach(), torch.tensor([3, -100, 8, 0])
+    pair = as_function(
+        lambda hidden: (lambda loss, dhidden: (loss, [dhidden]))(*linear_cross_entropy(hidden, weight, targets, 3, 3)),
+        lambda dout, hidden, dhidden: dout * dhidden,
+    )
+    assert torch.autograd.gradcheck(pair, double(4, 5))
+
+
+def test_cross_entropy_tiles_hold_at_most_256_mib_of_logits(monkeypatch):
+    rows = []
+    monkeypatch.setattr(
+        cross_entropy, "_cross_entropy_", lambda logits, targets, losses, need_grad: rows.append(logits.shape[0])
+    )
+    hidden = torch.empty(3000, 8, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(128256, 8, dtype=torch.bfloat16, device="meta")
+    linear_cross_entropy(hidden, weight, torch.empty(3000, dtype=torch.long, device="meta"), 1)
+    assert rows == [1046, 1046, 908]
