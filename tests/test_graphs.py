@@ -179,7 +179,7 @@ def trainer_of(folder, output, **settings):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
 
 
 def test_a_run_that_evaluates_and_resumes_with_graphs_ends_in_the_bits_of_one_without(tmp_path):
