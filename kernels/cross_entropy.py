@@ -22,6 +22,11 @@ IGNORE = -100
 TILE_BYTES = 256 << 20
 
 
+def tile_rows(V: int, dtype: torch.dtype) -> int:
+    """Rows of a tile of logits."""
+    return max(TILE_BYTES // (V * dtype.itemsize), 1)
+
+
 def cross_entropy_reference_(logits, targets, need_grad):
     """The loss of each row (in at least float32); logits (rows, V) become softmax - onehot where need_grad."""
     wide = logits.to(accumulator(logits.dtype))
@@ -107,14 +112,14 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     denominator: int | float | torch.Tensor,
-    tile_rows: int | None = None,
+    rows_of_tile: int | None = None,
     need_grad: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(loss, dhidden): the 0-dim float32 loss, sum of the rows' losses / denominator, and its gradient (N, D).
 
     hidden (N, D) and weight (V, D) in one dtype; targets (N,) integers in [0, V), or -100 where a row does not count;
     denominator a number or a 0-dim tensor, as a rule the number of targets of the whole optimizer step. dhidden is in
-    the dtype of hidden, None without need_grad. tile_rows: rows of logits that exist at once.
+    the dtype of hidden, None without need_grad. rows_of_tile: rows of logits that exist at once.
     ValueError where shapes do not fit, and on the CPU for a target outside the vocabulary (a GPU is not waited for).
     """
     fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and hidden.dtype == weight.dtype
@@ -126,8 +131,7 @@ def linear_cross_entropy(
     if targets.device.type == "cpu" and N:
         wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= V))]
         require(not len(wrong), f"target {wrong[:1].tolist()} is outside the vocabulary of {V}, and not {IGNORE}")
-    if tile_rows is None:
-        tile_rows = max(TILE_BYTES // (V * hidden.element_size()), 1)
+    step = rows_of_tile or tile_rows(V, hidden.dtype)
     if not isinstance(denominator, torch.Tensor):
         denominator = torch.full((), float(denominator), dtype=wide, device=hidden.device)
     share = denominator.to(wide).reciprocal()
@@ -135,10 +139,10 @@ def linear_cross_entropy(
 
     losses = torch.empty(N, dtype=wide, device=hidden.device)
     dhidden = torch.empty((N, D), dtype=hidden.dtype, device=hidden.device) if need_grad else None
-    tile = torch.empty((min(tile_rows, N), V), dtype=hidden.dtype, device=hidden.device)
-    for first in range(0, N, tile_rows):
-        rows = slice(first, first + tile_rows)
-        logits = torch.mm(hidden[rows], weight.t(), out=tile[: min(tile_rows, N - first)])
+    tile = torch.empty((min(step, N), V), dtype=hidden.dtype, device=hidden.device)
+    for first in range(0, N, step):
+        rows = slice(first, first + step)
+        logits = torch.mm(hidden[rows], weight.t(), out=tile[: min(step, N - first)])
         _cross_entropy_(logits, targets[rows], losses[rows], need_grad)
         if need_grad:
             torch.mul(matmul_accumulated(logits, weight), share, out=dhidden[rows])

@@ -8,7 +8,8 @@
 
 x, residual, y, dy, dx are (N, D), rows may be strided; weight (D,); rstd (N,). A program holds a whole row, so each
 tensor is read once and written once: 2 (rms_norm), 4 (add_rms_norm), 3 or 4 (backward) passes over (N, D). y and dx go
-into `out` where that is given: a range of columns of a wider tensor, as the matmul that reads them wants it.
+into `out` where that is given: a range of columns of a wider tensor, as the matmul that reads them wants it. s may take
+the place of x, and dx that of dresidual.
 """
 
 import torch
@@ -46,6 +47,7 @@ def _rms_norm_fwd(
     rstd_ptr,
     x_row_stride,
     residual_row_stride,
+    s_row_stride,
     y_row_stride,
     D,
     eps,
@@ -59,7 +61,7 @@ def _rms_norm_fwd(
     if ADD:
         x += tl.load(residual_ptr + row * residual_row_stride + at, mask=live, other=0.0).to(tl.float32)
         s = x.to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + row * D + at, s, mask=live)
+        tl.store(s_ptr + row * s_row_stride + at, s, mask=live)
         x = s.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
     tl.store(rstd_ptr + row, rstd)
@@ -113,10 +115,9 @@ def _check(x, weight, **others):
             require(other.stride(1) == 1, f"the rows of {name} have stride {other.stride(1)}; expected contiguous rows")
 
 
-def _forward(x, residual, weight, eps, out):
+def _forward(x, residual, weight, eps, out, s):
     N, D = x.shape
     y = torch.empty((N, D), dtype=x.dtype, device=x.device) if out is None else out
-    s = None if residual is None else torch.empty((N, D), dtype=x.dtype, device=x.device)
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     if x.numel():
         _rms_norm_fwd[(N,)](
@@ -128,13 +129,14 @@ def _forward(x, residual, weight, eps, out):
             rstd,
             x.stride(0),
             0 if residual is None else residual.stride(0),
+            0 if residual is None else s.stride(0),
             y.stride(0),
             D,
             eps,
             ADD=residual is not None,
             **_blocks(D),
         )
-    return s, y, rstd
+    return y, rstd
 
 
 def rms_norm(
@@ -148,18 +150,27 @@ def rms_norm(
     if not launch.use_triton(x):
         y, rstd = rms_norm_reference(x, weight, eps)
         return into(out, y), rstd
-    return _forward(x, None, weight, eps, out)[1:]
+    return _forward(x, None, weight, eps, out, None)
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(s, y, rstd): s = x + residual in their dtype, and y, rstd = rms_norm(s); all (N, D) but rstd (N,)."""
-    _check(x, weight, residual=residual, out=out)
+    """(s, y, rstd): s = x + residual in their dtype, and y, rstd = rms_norm(s); all (N, D) but rstd (N,).
+
+    y goes into `out` and s into `total` where they are given.
+    """
+    _check(x, weight, residual=residual, out=out, total=total)
     if not launch.use_triton(x):
         s, y, rstd = add_rms_norm_reference(x, residual, weight, eps)
-        return s, into(out, y), rstd
-    return _forward(x, residual, weight, eps, out)
+        return into(total, s), into(out, y), rstd
+    s = torch.empty_like(x) if total is None else total
+    return s, *_forward(x, residual, weight, eps, out, s)
 
 
 def rms_norm_backward(

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from minitune.decoder import DecoderLayer
 from minitune.kernels.attention import attention
-from minitune.layers import DecoderLayer, Packed
+from minitune.layers import Packed
 from minitune.linear import LayerWeights
-from minitune.recompute import Activations
 
 
 @torch.no_grad()
@@ -140,12 +140,11 @@ class _Cache:
         model = self.model
         x = model.model.embed_tokens(torch.tensor(ids, device=model.device), model.dtype)
         for index, layer in enumerate(model.model.layers):
-            weights, a = LayerWeights(model.shared.weights, model.dtype, model.device), Activations(x)
+            weights, a = LayerWeights(model.shared.weights, model.dtype, model.device), layer.new_activations(x)
             layer.rotated_qkv(a, positions, model.shared.rotary, weights)
             a.attn = layer.o.new_input(x)
             layer.self_attn.as_heads(a.attn).copy_(attend(layer, index, *layer.self_attn.split(a.qkv)))
-            layer.complete(a, None, model.shared, weights)
-            x = layer.output(a, weights)
+            x = layer.output(a, weights, torch.empty_like(x))
         return x
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from minitune.data import Batch
 from minitune.kernels.launch import cdiv, power_of_two
-from minitune.layers import Packed
+from minitune.layers import Packed, send
 from minitune.linear import LayerWeights
+from minitune.loss import Labelled
 from minitune.model import LlamaForCausalLM
 from minitune.recompute import Activations
 
@@ -76,7 +77,9 @@ class MicroStep:
         """
         model = self.model
         model.check(batch.input_ids, batch.position_ids)
-        rows, targets = (self._send(t) for t in model.labelled_rows(batch.labels, batch.position_ids))
+        tokens, vocab = len(batch.input_ids), model.config.vocab_size
+        size = tokens if self._graphs is None else padded_size(tokens)
+        labelled = Labelled.from_labels(batch.labels, batch.position_ids, vocab, size).to(model.device)
         for parameters in self._parameters:
             for p in parameters:
                 if p.grad is None:
@@ -84,20 +87,17 @@ class MicroStep:
 
         def loss_of(top: Tensor) -> Tensor:
             x = top[:, : model.config.hidden_size]
-            loss, d = model.labelled_loss(x, rows, targets, denominator)
-            top.zero_()
-            x.index_copy_(0, rows, d)
-            return loss
+            return model.labelled_loss(x, labelled, denominator, dx=x)
 
         with torch.autocast(model.device.type, enabled=False), model.as_current_device():
+            inputs, packed = self._inputs(batch, size)
             if self._graphs is not None:
-                loss = self._graphs.run(self, *self._inputs(batch, padded_size(len(batch.input_ids))), loss_of)
+                loss = self._graphs.run(self, inputs, packed, loss_of)
                 if self._graphs.failure is not None:
                     why, self._graphs = self._graphs.failure, None
                     warnings.warn(f"launching without CUDA graphs from now on: {why}", stacklevel=2)
                 return loss
-            inputs, packed = self._inputs(batch, len(batch.input_ids))
-            top = self.new_top(len(batch.input_ids))
+            top = self.new_top(size)
             kept = self.forward(inputs, packed, top, model.levels(packed))
             loss = loss_of(top)
             self.backward(top, kept, packed)
@@ -116,20 +116,12 @@ class MicroStep:
         """Ids, positions, start and end, int32 (4, size) on the device, and the samples, which are views of them."""
         ids, positions = _padded(batch, size, self.model.max_seq_length)
         host = Packed.from_positions(positions)
-        inputs = self._send(torch.stack([ids.int(), host.positions, host.start, host.end]))
+        inputs = send(torch.stack([ids.int(), host.positions, host.start, host.end]), self.model.device)
         return inputs, Packed(*inputs[1:], host.length, host.longest)
 
-    def _send(self, host: Tensor) -> Tensor:
-        """A copy on the model's device that the host does not wait for."""
-        if self.model.device.type == "cpu":
-            return host
-        return host.pin_memory().to(self.model.device, non_blocking=True)
-
     def new_top(self, tokens: int) -> Tensor:
-        """An empty buffer (N, D + R): the output x (N, D) of the last layer, and then its gradient."""
-        down = self.model.model.layers[-1].down
-        shape = tokens, down.out_features + down.spare
-        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+        """An empty buffer (N, D + R): the output x (N, D) of the last layer, and then its gradient, layer by layer."""
+        return self.model.model.layers[-1].new_gradient(tokens, self.model.dtype, self.model.device)
 
     def forward(self, inputs: Tensor, packed: Packed, top: Tensor, levels: list[int]) -> list[Activations]:
         """x into `top`; returns what each layer keeps."""
@@ -137,17 +129,15 @@ class MicroStep:
         x = model.model.embed_tokens(inputs[0], model.dtype)
         for layer, level in zip(model.model.layers, levels, strict=True):
             last = len(kept) == len(levels) - 1
-            x, a = layer.run(x, packed, model.shared, out=top[:, : layer.width] if last else None)
-            kept.append(Activations(*a.kept(level)))
-            del a  # 8B at 4096 tokens: 0.4 GB that the next layer would otherwise find in use
+            x, a = layer.run(x, packed, model.shared, level, out=top[:, : layer.width] if last else None)
+            kept.append(a)
         return kept
 
     def backward(self, top: Tensor, kept: list[Activations], packed: Packed) -> None:
         """From the gradient of x in `top`. Uses up `kept`."""
-        dx = top
         for i in reversed(range(len(kept))):
             layer = self.model.model.layers[i]
-            dx, gradients = layer.backward(dx, kept.pop(), packed, self.model.shared, need_dx=i > 0)
+            gradients = layer.backward(top, kept.pop(), packed, self.model.shared, need_dx=i > 0)
             torch._foreach_add_([p.grad for p in self._parameters[i]], gradients)
 
     def addresses(self) -> list[int]:

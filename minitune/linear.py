@@ -129,27 +129,36 @@ class Projection:
             adapters = [(*linear.adapter(), linear.out_features) for linear in self.linears]
             write_adapters_(weight, adapters, self.out_features, self.in_features)
 
+    def new_low(self, like: Tensor) -> Tensor | None:
+        """An empty (N, R) for what x A^T gives, None where there is no adapter."""
+        return torch.empty((len(like), self.spare), dtype=like.dtype, device=like.device) if self.spare else None
+
+    def new_product(self, like: Tensor) -> Tensor:
+        """An empty (N, out)."""
+        return torch.empty((len(like), self.out_features), dtype=like.dtype, device=like.device)
+
     def multiply(
         self,
         x: Tensor,
         weight: Tensor,
-        low: Tensor | None = None,
+        low: Tensor | None,
+        known: bool,
         out: Tensor | None = None,
         residual: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """y (N, out) [+ residual] and low = s x A^T (N, R), for x in its buffer (N, in + R).
+    ) -> Tensor:
+        """y (N, out) [+ residual] of x in its buffer (N, in + R), whose spare columns are filled on the way.
 
-        Its spare columns are filled, with `low` where that is known; low is None where there is no adapter.
+        low (N, R): what they are filled with where that is `known`, and otherwise a copy of it for later.
         """
-        y = lora_linear(x, weight, self.out_features, self.scaling, out, residual, low)
-        if self.spare and low is None:
-            low = x[:, self.in_features :].contiguous()
+        y = lora_linear(x, weight, self.out_features, self.scaling, out, residual, low if known else None)
+        if low is not None and not known:
+            low.copy_(x[:, self.in_features :])
         row = 0
         for linear in self.linears:
             if linear.bias is not None:
                 y[:, row : row + linear.out_features] += linear.bias.detach().to(y.dtype)
             row += linear.out_features
-        return y, low
+        return y
 
     def fill(self, x: Tensor, low: Tensor | None) -> None:
         """`low` into the spare columns of x (N, in + R), where there are any."""

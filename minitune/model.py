@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config import LoraConfig, ModelConfig
+from minitune.decoder import DecoderLayer, Shared
 from minitune.generate import generate
-from minitune.kernels.cross_entropy import IGNORE, linear_cross_entropy
-from minitune.layers import DecoderLayer, Embedding, Packed, RMSNorm, Rotary, Shared
+from minitune.layers import Embedding, Packed, RMSNorm, Rotary
 from minitune.linear import Linear, Projection
+from minitune.loss import Labelled, labelled_loss
 from minitune.recompute import KEEP_INPUT, free_memory, levels_that_fit
 from minitune.tokenizer import Tokenizer
 
@@ -154,7 +155,7 @@ class LlamaForCausalLM(nn.Module):
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
             x = self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
             for layer, level in zip(self.model.layers, self.levels(packed), strict=True):
-                x = layer(x, packed, self.shared, level)
+                x = layer(x, packed, self.shared, level, None)
             if labels is None:
                 logits = _Logits.apply(x, self.model.norm, self.lm_head.dense(x.dtype))
                 if not keep.all():
@@ -163,34 +164,13 @@ class LlamaForCausalLM(nn.Module):
                 return Output(logits=logits.view(*input_ids.shape, -1))
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ in shape")
-            rows, targets = self.labelled_rows(labels.cpu()[keep], positions)
-            denominator = max(1, len(rows)) if num_items_in_batch is None else num_items_in_batch
-            rows, targets = (t.to(self.device, non_blocking=True) for t in (rows, targets))
-            return Output(loss=_Loss.apply(x, self, rows, targets, denominator))
+            labelled = Labelled.from_labels(labels.cpu()[keep], positions, self.config.vocab_size, len(ids))
+            denominator = max(1, len(labelled)) if num_items_in_batch is None else num_items_in_batch
+            return Output(loss=_Loss.apply(x, self, labelled.to(self.device), denominator))
 
-    def labelled_rows(self, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (M,) that predict a label, and these labels (M,): those of the next token, if it is in the same sample.
-
-        For packed labels (N,) and positions (N,) on the host. ValueError for a label outside the vocabulary.
-        """
-        following = torch.cat([torch.where(positions[1:] == 0, IGNORE, labels[1:]), labels.new_tensor([IGNORE])])
-        rows = (following != IGNORE).nonzero()[:, 0]
-        targets = following[rows]
-        if wrong := targets[(targets < 0) | (targets >= self.config.vocab_size)].tolist():
-            raise ValueError(f"label {wrong[0]} is neither {IGNORE} nor within the vocabulary")
-        return rows, targets
-
-    def labelled_loss(
-        self, x: Tensor, rows: Tensor, targets: Tensor, denominator: float | Tensor, need_grad: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """Final norm, head and cross entropy of the labelled rows (M,) of x (N, D): loss, and d of these rows.
-
-        d is (M, D); targets (M,) are the ids that follow these rows. The rows that are not labelled have no gradient.
-        """
-        labelled = x[rows]
-        h, rstd = self.model.norm(labelled)
-        loss, dh = linear_cross_entropy(h, self.lm_head.dense(x.dtype), targets, denominator, need_grad=need_grad)
-        return loss, self.model.norm.backward(dh, labelled, rstd) if need_grad else None
+    def labelled_loss(self, x: Tensor, labelled: Labelled, denominator: float | Tensor, dx: Tensor | None) -> Tensor:
+        """loss.labelled_loss with the model's norm and head."""
+        return labelled_loss(x, labelled, self.model.norm, self.lm_head.dense(x.dtype), denominator, dx)
 
     def _pack(
         self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -272,19 +252,17 @@ class _Loss(torch.autograd.Function):
     """The loss of `labelled_loss`; its gradient is made in the same pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, model: LlamaForCausalLM, rows: Tensor, targets: Tensor, denominator):
-        loss, d = model.labelled_loss(x, rows, targets, denominator, ctx.needs_input_grad[0])
-        if d is not None:
-            ctx.save_for_backward(d, rows)
-            ctx.shape = x.shape
+    def forward(ctx, x: Tensor, model: LlamaForCausalLM, labelled: Labelled, denominator):
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        loss = model.labelled_loss(x, labelled, denominator, dx)
+        if dx is not None:
+            ctx.save_for_backward(dx)
         return loss
 
     @staticmethod
     def backward(ctx, dloss: Tensor):
-        d, rows = ctx.saved_tensors
-        dx = d.new_zeros(ctx.shape)
-        dx[rows] = d * dloss.to(d.dtype)
-        return dx, None, None, None, None
+        (dx,) = ctx.saved_tensors
+        return dx * dloss.to(dx.dtype), None, None, None
 
 
 class _Logits(torch.autograd.Function):

@@ -26,19 +26,17 @@ from torch import Tensor
 from minitune.config import ModelConfig
 from minitune.kernels.cross_entropy import TILE_BYTES
 
-KEEP_INPUT, KEEP_ATTENTION, KEEP_ALL = 0, 1, 4
-FIELDS_KEPT = {0: 6, 1: 8, 2: 10, 3: 11, 4: 12}  # by level
+KEEP_INPUT, KEEP_ATTENTION, KEEP_MID, KEEP_ALL = 0, 1, 2, 4
 
 
 @dataclass
 class Activations:
     """The intermediates of one layer for N packed tokens; None is what has to be computed again.
 
-    R stands for the spare columns that a matmul with LoRA branches wants beside its input (kernels/lora_linear.py).
+    R stands for the columns to spare beside the input of a matmul with LoRA branches (linear.py).
     """
 
     x: Tensor  # (N, D)
-    rstd: Tensor | None = None  # (N,) of the norm before attention, fp32
     h_low: Tensor | None = None  # (N, R), s h A^T of q, k, v
     attn_low: Tensor | None = None  # (N, R), s attn A^T of o
     h_mid_low: Tensor | None = None  # (N, R), s h_mid A^T of gate and up
@@ -46,16 +44,22 @@ class Activations:
     attn: Tensor | None = None  # (N, H K + R), the output of attention
     lse: Tensor | None = None  # fp32, a number a row and head
     x_mid: Tensor | None = None  # (N, D), after attention's residual
-    rstd_mid: Tensor | None = None  # (N,) of the norm before the MLP, fp32
     qkv: Tensor | None = None  # (N, (H + 2 G) K), q and k rotated
     gate_up: Tensor | None = None  # (N, 2 F + R)
-    h: Tensor | None = None  # (N, D + R), the normalised x; never kept
-    h_mid: Tensor | None = None  # (N, D + R), the normalised x_mid; never kept
+    known: bool = False  # whether what is there has been computed, or is only room for it
 
-    def kept(self, level: int) -> tuple[Tensor | None, ...]:
-        """The fields in order that may be kept, those that `level` does not keep as None."""
-        names = [f.name for f in fields(self)][: FIELDS_KEPT[KEEP_ALL]]
-        return tuple(getattr(self, name) if i < FIELDS_KEPT[level] else None for i, name in enumerate(names))
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name != "known")
+
+    def kept(self, level: int) -> "Activations":
+        """What `level` keeps."""
+        count = {0: 5, 1: 7, 2: 8, 3: 9, 4: 10}[level]
+        return Activations(*self.tensors()[:count], known=True)
+
+    def rows(self, rows: slice) -> "Activations":
+        """Views of some rows of all of them but lse."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("lse", "known")}
+        return Activations(**{k: t if t is None else t[rows] for k, t in parts.items()}, known=self.known)
 
 
 def level_of(use_gradient_checkpointing: bool | str) -> int | None:

@@ -179,7 +179,8 @@ def trainer_of(folder, output, **settings):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
 
 
 def test_a_run_that_evaluates_and_resumes_with_graphs_ends_in_the_bits_of_one_without(tmp_path):

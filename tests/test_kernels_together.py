@@ -123,7 +123,7 @@ class TestBeyondTwoToThe31:
         assert_as_good_as_plain([back[-3:]], [y[-3:] @ weight], [y[-3:].double() @ weight.double()])
         del y, back
         targets = torch.zeros(N, dtype=torch.long, device="cuda")
-        loss, dhidden = linear_cross_entropy(x, weight, targets, 1, tile_rows=N)
+        loss, dhidden = linear_cross_entropy(x, weight, targets, 1, rows_of_tile=N)
         small = linear_cross_entropy(x[-3:], weight, targets[-3:], 1)[1]
         torch.testing.assert_close(dhidden[-3:], small, rtol=2**-7, atol=1e-3)
         assert loss.isfinite()

@@ -1,0 +1,310 @@
+"""The decoder layer, forward and backward written out over the kernels; nothing in it depends on the autograd engine.
+
+    h = norm(x);          q, k, v = W h;      q, k = rope(q, k);       attn = attention(q, k, v)
+    x_mid = x + Wo attn
+    h_mid = norm(x_mid);  gate, up = W h_mid; m = silu(gate) * up;     y = x_mid + Wdown m
+
+Only attention looks from one row to another. What lies before it and after it works on tiles of rows, forward and
+backward, so that the wide tensors (h, gate, up, m and their gradients) exist for one tile at a time. What lies after it
+is done with a tile in one go, from attention's output to y, and back from dy to the gradient of attention's output.
+
+Legend: D model width, H query heads, G key/value heads, K head width, F ffn width, R columns to spare (linear.py),
+N rows = tokens of all samples, packed without padding.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from minitune.config import ModelConfig
+from minitune.kernels.attention import attention, attention_backward
+from minitune.kernels.attention_cudnn import WORTHWHILE
+from minitune.kernels.packed import bound_of
+from minitune.kernels.rope import rope_
+from minitune.kernels.swiglu import swiglu, swiglu_backward
+from minitune.layers import Packed, RMSNorm, Rotary
+from minitune.linear import LayerWeights, Linear, Projection
+from minitune.recompute import KEEP_ALL, KEEP_MID, Activations
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.width = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.scale = c.head_dim**-0.5
+        self.q_proj = Linear(c.hidden_size, self.heads * self.width, c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.width, c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.width, c.attention_bias)
+        self.o_proj = Linear(self.heads * self.width, c.hidden_size, c.attention_bias)
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views q (N, H, K), k and v (N, G, K) of the first columns of qkv (N, (H + 2G) K or more)."""
+        sizes = (self.heads, self.kv_heads, self.kv_heads)
+        columns = qkv[:, : sum(sizes) * self.width].split([n * self.width for n in sizes], dim=1)
+        return tuple(x.unflatten(1, (n, self.width)) for x, n in zip(columns, sizes, strict=True))
+
+    def as_heads(self, x: Tensor) -> Tensor:
+        """The view (N, H, K) of the first columns of x (N, H K or more)."""
+        return x[:, : self.heads * self.width].unflatten(1, (self.heads, self.width))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+
+
+@dataclass
+class Shared:
+    """What the layers of a model share: RoPE's tables, the choice of attention, buffers for the weights at work."""
+
+    rotary: Rotary
+    attention: str = "auto"
+    weights: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def about(self, packed: Packed) -> dict[str, int | None]:
+        """What the attention of these samples is told about their lengths; with a `length` it may take cuDNN's."""
+        cudnn = self.attention == "auto" and (packed.length or 0) >= WORTHWHILE
+        return {"length": packed.length if cudnn else None, "longest": packed.longest and bound_of(packed.longest)}
+
+
+def row_tiles(rows: int, tile: int | None) -> list[slice]:
+    """`rows` cut into tiles of `tile` rows, the last one shorter; None: all in one."""
+    return [slice(first, min(first + tile, rows)) for first in range(0, rows, tile)] if tile else [slice(0, rows)]
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.self_attn = a = Attention(c)
+        self.mlp = m = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.width = c.hidden_size
+        self.qkv = Projection("qkv", a.q_proj, a.k_proj, a.v_proj)
+        self.o = Projection("o", a.o_proj)
+        self.gate_up = Projection("gate_up", m.gate_proj, m.up_proj)
+        self.down = Projection("down", m.down_proj)
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def adapters(self) -> list[nn.Parameter]:
+        """A and B of each adapted linear in turn, the order of the gradients of `backward`."""
+        linears = [linear for projection in self.projections for linear in projection.adapted]
+        return [p for linear in linears for p in (linear.lora_A.weight, linear.lora_B.weight)]
+
+    def forward(self, x: Tensor, packed: Packed, shared: Shared, level: int, tile: int | None) -> Tensor:
+        """x (N, D) -> (N, D) under autograd; `level` and `tile` as in `run`."""
+        return _DecoderLayer.apply(x, self, packed, shared, level, tile, *self.adapters())
+
+    # ---- forward
+
+    def run(
+        self,
+        x: Tensor,
+        packed: Packed,
+        shared: Shared,
+        level: int,
+        tile: int | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Activations]:
+        """x (N, D) -> y (N, D), in `out` where that is given, and what `level` keeps for backward (recompute.py).
+
+        tile: rows that the parts besides attention take at a time, None for all. Outside of autograd.
+        """
+        a, weights = self.new_activations(x), LayerWeights(shared.weights, x.dtype, x.device)
+        self.attend(a, packed, shared, weights, tile)
+        if level >= KEEP_MID:
+            a.x_mid = torch.empty_like(x)
+        if level >= KEEP_ALL:
+            a.gate_up = self.gate_up.new_output(x)
+        y = torch.empty_like(x) if out is None else out
+        for rows in row_tiles(len(x), tile):
+            self.output(a.rows(rows), weights, y[rows])
+        return y, a.kept(level)
+
+    def new_activations(self, x: Tensor) -> Activations:
+        """x, and empty tensors for the low-rank columns."""
+        names = ("h_low", "attn_low", "h_mid_low", "m_low")
+        return Activations(x, **{name: p.new_low(x) for name, p in zip(names, self.projections, strict=True)})
+
+    def attend(
+        self, a: Activations, packed: Packed, shared: Shared, weights: LayerWeights, tile: int | None = None
+    ) -> None:
+        """Compute what `a` lacks of q, k, v and of attention's output."""
+        attn = self.self_attn
+        if a.qkv is None:
+            self.rotated_qkv(a, packed.positions, shared.rotary, weights, tile)
+        if a.attn is None:
+            a.attn = self.o.new_input(a.x)
+            out, about = attn.as_heads(a.attn), shared.about(packed)
+            _, a.lse = attention(*attn.split(a.qkv), packed.start, packed.end, attn.scale, out=out, **about)
+
+    def rotated_qkv(
+        self, a: Activations, positions: Tensor, rotary: Rotary, weights: LayerWeights, tile: int | None = None
+    ) -> None:
+        """a.qkv, with q and k rotated."""
+        a.qkv = self.qkv.new_product(a.x)
+        for rows in row_tiles(len(a.x), tile):
+            part = a.rows(rows)
+            h = self.qkv.new_input(part.x)
+            self.input_layernorm(part.x, out=h[:, : self.width])
+            self.qkv.multiply(h, weights[self.qkv], part.h_low, a.known, out=part.qkv)
+        q, k, _ = self.self_attn.split(a.qkv)
+        rope_(q, k, rotary.cos, rotary.sin, positions)
+
+    def output(self, a: Activations, weights: LayerWeights, out: Tensor) -> Tensor:
+        """The layer's output (rows, D) into `out`, from x and attention's output of these rows."""
+        x_mid, *_ = self.until_gate_up(a, weights)
+        m = self.down.new_input(a.x)
+        swiglu(*self.halves(a.gate_up), out=m[:, : self.down.in_features])
+        return self.down.multiply(m, weights[self.down], a.m_low, a.known, out=out, residual=x_mid)
+
+    def until_gate_up(self, a: Activations, weights: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """x_mid (rows, D), the buffer (rows, D + R) of its norm, filled, and the norm's statistic (rows,); a.gate_up.
+
+        In forward, a.x_mid and a.gate_up are filled where there is room for them; in backward they are known then.
+        """
+        h_mid = self.gate_up.new_input(a.x)
+        norm, out = self.post_attention_layernorm, h_mid[:, : self.width]
+        if a.known and a.x_mid is not None:
+            x_mid, (_, rstd) = a.x_mid, norm(a.x_mid, out=out)
+        else:
+            o = self.o.multiply(a.attn, weights[self.o], a.attn_low, a.known, out=a.x_mid)
+            x_mid, _, rstd = norm.after_add(o, a.x, out=out, total=o)
+        if a.known and a.gate_up is not None:
+            self.gate_up.fill(h_mid, a.h_mid_low)
+        else:
+            a.gate_up = self.gate_up.new_output(a.x) if a.gate_up is None else a.gate_up
+            product = a.gate_up[:, : self.gate_up.out_features]
+            self.gate_up.multiply(h_mid, weights[self.gate_up], a.h_mid_low, a.known, out=product)
+        return x_mid, h_mid, rstd
+
+    def halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """Views gate and up, each (N, F), of a buffer (N, 2F + R)."""
+        F = self.down.in_features
+        return gate_up[:, :F], gate_up[:, F : 2 * F]
+
+    # ---- backward
+
+    def new_gradient(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An empty buffer for `backward`: (rows, D + R), for y's gradient, which becomes x_mid's and then x's."""
+        return torch.empty((rows, self.width + max(self.o.spare, self.down.spare)), dtype=dtype, device=device)
+
+    def backward(
+        self,
+        dx: Tensor,
+        a: Activations,
+        packed: Packed,
+        shared: Shared,
+        tile: int | None = None,
+        need_dx: bool = True,
+    ) -> list[Tensor]:
+        """The gradients of A and B of each adapted linear in turn; what `run` did not keep is computed again.
+
+        dx, from `new_gradient`: the gradient of y in its first columns becomes that of x.
+        """
+        attn, D = self.self_attn, self.width
+        weights = LayerWeights(shared.weights, dx.dtype, dx.device)
+        gradients = _Gradients()
+        self.attend(a, packed, shared, weights, tile)
+        dattn = torch.empty((len(dx), self.o.in_features), dtype=dx.dtype, device=dx.device)
+        for rows in row_tiles(len(dx), tile):
+            self._backward_to_attention(dx[rows], a.rows(rows), weights, gradients, out=dattn[rows])
+        dqkv = self.qkv.new_output(dx)
+        dq, dk, dv = attn.split(dqkv)
+        attention_backward(
+            attn.as_heads(dattn), *attn.split(a.qkv), attn.as_heads(a.attn), a.lse, packed.start, packed.end,
+            attn.scale, dq=dq, dk=dk, dv=dv, **shared.about(packed),
+        )  # fmt: skip
+        rope_(dq, dk, shared.rotary.cos, shared.rotary.sin, packed.positions, inverse=True)
+        a.qkv = a.attn = dattn = None
+        # q, k, v = W h, h = norm(x)
+        for rows in row_tiles(len(dx), tile):
+            part, dx_rows = a.rows(rows), dx[rows, :D]
+            dh = self.qkv.backward(dqkv[rows], weights[self.qkv], need_dx=need_dx)
+            if need_dx or self.qkv.spare:
+                h = self.qkv.new_input(part.x)
+                _, rstd = self.input_layernorm(part.x, out=h[:, :D])
+                self.qkv.fill(h, part.h_low)
+                gradients.add(self.qkv, dqkv[rows], h)
+            if need_dx:
+                self.input_layernorm.backward(dh, part.x, rstd, dresidual=dx_rows, out=dx_rows)
+        return gradients.of(self.projections)
+
+    def _backward_to_attention(
+        self, dx: Tensor, a: Activations, weights: LayerWeights, gradients: "_Gradients", out: Tensor
+    ) -> None:
+        """dx (rows, D + R) from y's gradient to x_mid's; that of attention's output (rows, H K) into `out`."""
+        D, F = self.width, self.down.in_features
+        mine = a.gate_up is None  # what is computed again here may be overwritten
+        x_mid, h_mid, rstd = self.until_gate_up(a, weights)
+        # y = x_mid + Wdown m;  m takes the place of its gradient
+        dy, m = dx[:, : D + self.down.spare], self.down.new_input(dx)
+        self.down.backward(dy, weights[self.down], out=m[:, :F])
+        dgate_up = a.gate_up if mine else torch.empty_like(a.gate_up)
+        swiglu_backward(
+            m[:, :F], *self.halves(a.gate_up), *self.halves(dgate_up), m[:, :F] if self.down.spare else None
+        )
+        self.down.fill(m, a.m_low)
+        gradients.add(self.down, dy, m)
+        del m
+        # gate, up = W h_mid, h_mid = norm(x_mid)
+        dh = self.gate_up.backward(dgate_up, weights[self.gate_up])
+        gradients.add(self.gate_up, dgate_up, h_mid)
+        self.post_attention_layernorm.backward(dh, x_mid, rstd, dresidual=dx[:, :D], out=dx[:, :D])
+        # x_mid = x + Wo attn
+        dx_mid = dx[:, : D + self.o.spare]
+        self.o.backward(dx_mid, weights[self.o], out=out)
+        gradients.add(self.o, dx_mid, a.attn)
+
+
+class _Gradients:
+    """The gradients of A and B, summed over tiles."""
+
+    def __init__(self):
+        self._sums: dict[Projection, list[Tensor]] = {}
+
+    def add(self, projection: Projection, dy: Tensor, x: Tensor) -> None:
+        """The part of these rows, from the filled buffers of dy and x."""
+        if not projection.spare:
+            return
+        found = [g for pair in projection.gradients(dy, x) for g in pair]
+        if projection in self._sums:
+            torch._foreach_add_(self._sums[projection], found)
+        else:
+            self._sums[projection] = found
+
+    def of(self, projections: tuple[Projection, ...]) -> list[Tensor]:
+        return [g for projection in projections for g in self._sums.get(projection, ())]
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        layer: DecoderLayer,
+        packed: Packed,
+        shared: Shared,
+        level: int,
+        tile: int | None,
+        *parameters: Tensor,
+    ):
+        y, a = layer.run(x, packed, shared, level, tile)
+        ctx.layer, ctx.packed, ctx.shared, ctx.tile = layer, packed, shared, tile
+        ctx.save_for_backward(*a.tensors())
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        layer, a = ctx.layer, Activations(*ctx.saved_tensors, known=True)
+        dx = layer.new_gradient(len(dy), dy.dtype, dy.device)
+        dx[:, : layer.width] = dy
+        gradients = layer.backward(dx, a, ctx.packed, ctx.shared, ctx.tile, need_dx=ctx.needs_input_grad[0])
+        return dx[:, : layer.width], None, None, None, None, None, *gradients

@@ -1,0 +1,65 @@
+"""Which rows have a label, and the loss over them: final norm, head and cross entropy, a tile of rows at a time.
+
+Rows without a label never get as far as the norm. A tile's gradient may replace the rows it was computed from, so
+nothing here is as long as the samples are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitune.kernels.cross_entropy import IGNORE, linear_cross_entropy, tile_rows
+from minitune.layers import RMSNorm, send
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The rows (M,) that predict a label, these labels (M,), and all the other rows."""
+
+    rows: Tensor
+    targets: Tensor
+    others: Tensor
+
+    @classmethod
+    def from_labels(cls, labels: Tensor, positions: Tensor, vocab: int, size: int) -> "Labelled":
+        """A row predicts the label of the next token, if that is in the same sample; labels and positions (N,).
+
+        Of `size` rows those from N on are padding. On the host, where a label outside the vocabulary is a ValueError.
+        """
+        following = torch.cat([torch.where(positions[1:] == 0, IGNORE, labels[1:]), labels.new_tensor([IGNORE])])
+        has_one = following != IGNORE
+        targets = following[has_one]
+        if wrong := targets[(targets < 0) | (targets >= vocab)].tolist():
+            raise ValueError(f"label {wrong[0]} is neither {IGNORE} nor within the vocabulary")
+        others = torch.cat([(~has_one).nonzero()[:, 0], torch.arange(len(labels), size)])
+        return cls(has_one.nonzero()[:, 0], targets, others)
+
+    def to(self, device: torch.device) -> "Labelled":
+        """On the device, without the host waiting for it."""
+        return Labelled(*(send(t, device) for t in (self.rows, self.targets, self.others)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def labelled_loss(
+    x: Tensor, labelled: Labelled, norm: RMSNorm, head: Tensor, denominator: float | Tensor, dx: Tensor | None
+) -> Tensor:
+    """The token losses of x (N, D) over `denominator`, 0-dim; their gradient goes into dx (N, D), which may be x.
+
+    head (V, D); dx None: no gradient is wanted.
+    """
+    step = tile_rows(*head.shape[:1], head.dtype)
+    losses = []
+    for first in range(0, len(labelled), step):
+        rows, targets = labelled.rows[first : first + step], labelled.targets[first : first + step]
+        part = x[rows]
+        h, rstd = norm(part)
+        loss, dh = linear_cross_entropy(h, head, targets, denominator, need_grad=dx is not None)
+        losses.append(loss)
+        if dx is not None:
+            dx.index_copy_(0, rows, norm.backward(dh, part, rstd))
+    if dx is not None:
+        dx.index_fill_(0, labelled.others, 0)
+    return torch.stack(losses).sum() if losses else x.new_zeros((), dtype=torch.float32)
