@@ -33,6 +33,8 @@ from minitune.layers import Packed, send
 from minitune.linear import LayerWeights
 from minitune.loss import Labelled
 from minitune.model import LlamaForCausalLM
+from minitune.offload import Offload
+from minitune.plan import Plan
 from minitune.recompute import Activations
 
 MOST_GRAPHS = 64
@@ -67,6 +69,7 @@ class MicroStep:
             raise ValueError("the model has no adapter to train; call FastLanguageModel.get_peft_model first")
         self.model = model
         self._parameters = [layer.adapters() for layer in model.model.layers]
+        self._offload: Offload | None = None
         self._graphs = _Graphs(model.device) if capture and model.device.type == "cuda" else None
 
     @torch.no_grad()
@@ -97,16 +100,17 @@ class MicroStep:
                     why, self._graphs = self._graphs.failure, None
                     warnings.warn(f"launching without CUDA graphs from now on: {why}", stacklevel=2)
                 return loss
-            top = self.new_top(size)
-            kept = self.forward(inputs, packed, top, model.levels(packed))
+            top, plan = self.new_top(size), model.plan(packed)
+            kept = self.forward(inputs, packed, top, plan)
             loss = loss_of(top)
-            self.backward(top, kept, packed)
+            self.backward(top, kept, packed, plan)
             return loss
 
     def close(self) -> None:
         """Give up all graphs and their memory; the next call begins anew."""
         if self._graphs is not None:
             self._graphs.forget()
+        self._offload = None
 
     def own_memory(self) -> contextlib.AbstractContextManager:
         """Runs what is launched within in the memory that the graphs have, where there are any."""
@@ -123,28 +127,48 @@ class MicroStep:
         """An empty buffer (N, D + R): the output x (N, D) of the last layer, and then its gradient, layer by layer."""
         return self.model.model.layers[-1].new_gradient(tokens, self.model.dtype, self.model.device)
 
-    def forward(self, inputs: Tensor, packed: Packed, top: Tensor, levels: list[int]) -> list[Activations]:
-        """x into `top`; returns what each layer keeps."""
-        model, kept = self.model, []
+    def forward(self, inputs: Tensor, packed: Packed, top: Tensor, plan: Plan) -> list[Activations | None]:
+        """x into `top`; returns what each layer keeps, None for what has gone to the host."""
+        model, kept, last = self.model, [], len(plan.layers) - 1
         x = model.model.embed_tokens(inputs[0], model.dtype)
-        for layer, level in zip(model.model.layers, levels, strict=True):
-            last = len(kept) == len(levels) - 1
-            x, a = layer.run(x, packed, model.shared, level, out=top[:, : layer.width] if last else None)
-            kept.append(a)
+        if plan.host_bytes:
+            self._make_arena(plan.host_bytes)
+        for i, (layer, keep) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
+            out = top[:, : layer.width] if i == last else None
+            x, a = layer.run(x, packed, model.shared, keep.level, plan.tile, out)
+            if keep.on_host:
+                self._offload.put(i, a)
+            kept.append(None if keep.on_host else a)
+        if plan.host_bytes:
+            self._offload.settle()
         return kept
 
-    def backward(self, top: Tensor, kept: list[Activations], packed: Packed) -> None:
+    def backward(self, top: Tensor, kept: list[Activations | None], packed: Packed, plan: Plan) -> None:
         """From the gradient of x in `top`. Uses up `kept`."""
+        away = [i for i, keep in enumerate(plan.layers) if keep.on_host]
+        if away:
+            self._offload.fetch(away[-1])
         for i in reversed(range(len(kept))):
-            layer = self.model.model.layers[i]
-            gradients = layer.backward(top, kept.pop(), packed, self.model.shared, need_dx=i > 0)
+            layer, a = self.model.model.layers[i], kept.pop()
+            if a is None:
+                a = self._offload.take(away.pop())
+                if away:
+                    self._offload.fetch(away[-1])
+            gradients = layer.backward(top, a, packed, self.model.shared, plan.tile, need_dx=i > 0)
             torch._foreach_add_([p.grad for p in self._parameters[i]], gradients)
 
+    def _make_arena(self, nbytes: int) -> None:
+        """An empty arena of at least this size."""
+        if self._offload is None or self._offload.nbytes < nbytes:
+            self._offload = None  # before there is another
+            self._offload = Offload(nbytes, self.model.device)
+        self._offload.reset()
+
     def addresses(self) -> list[int]:
-        """Where adapters, gradients and weights that are kept dense are: all that a graph does not get copied."""
+        """Where adapters, gradients, dense weights and the arena are: all that a graph does not get copied."""
         tensors = [t for parameters in self._parameters for p in parameters for t in (p, p.grad)]
         tensors += [p.resident for p in self.model.projections() if p.resident is not None]
-        return [t.data_ptr() for t in tensors]
+        return [t.data_ptr() for t in tensors] + [0 if self._offload is None else self._offload.address]
 
 
 @dataclass
@@ -183,14 +207,14 @@ class _Graphs:
             captured.backward.replay()
             return loss
         self._make_room(micro_step, size)
-        top, levels = self._top[:size], micro_step.model.levels(packed)
+        top, plan = self._top[:size], micro_step.model.plan(packed)
         with self.own_memory():
-            kept = micro_step.forward(inputs, packed, top, levels)
+            kept = micro_step.forward(inputs, packed, top, plan)
         loss = loss_of(top)
         with self.own_memory():
-            micro_step.backward(top, kept, packed)
+            micro_step.backward(top, kept, packed, plan)
         try:
-            self._captured[key] = self._capture(micro_step, inputs, packed, top, levels)
+            self._captured[key] = self._capture(micro_step, inputs, packed, top, plan)
         except RuntimeError as error:  # nothing that was launched in a capture has run
             self.forget()
             self.failure = f"capturing a micro-step of {size} tokens failed ({' '.join(str(error).split())[:300]})"
@@ -222,16 +246,14 @@ class _Graphs:
         finally:
             outside.wait_stream(self._stream)
 
-    def _capture(
-        self, micro_step: MicroStep, inputs: Tensor, packed: Packed, top: Tensor, levels: list[int]
-    ) -> _Captured:
+    def _capture(self, micro_step: MicroStep, inputs: Tensor, packed: Packed, top: Tensor, plan: Plan) -> _Captured:
         gc.collect()  # freeing another graph's memory meanwhile would end the capture
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             with self._recording() as forward:
-                kept = micro_step.forward(inputs, packed, top, levels)
+                kept = micro_step.forward(inputs, packed, top, plan)
             with self._recording() as backward:
-                micro_step.backward(top, kept, packed)
+                micro_step.backward(top, kept, packed, plan)
         torch.cuda.synchronize()
         return _Captured(forward, backward, inputs, micro_step.addresses())
 

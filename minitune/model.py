@@ -20,7 +20,8 @@ from minitune.generate import generate
 from minitune.layers import Embedding, Packed, RMSNorm, Rotary
 from minitune.linear import Linear, Projection
 from minitune.loss import Labelled, labelled_loss
-from minitune.recompute import KEEP_INPUT, free_memory, levels_that_fit
+from minitune.plan import Load, Plan, Sizes, fastest
+from minitune.recompute import KEEP_INPUT, Keep, free_memory
 from minitune.tokenizer import Tokenizer
 
 
@@ -62,6 +63,7 @@ class LlamaForCausalLM(nn.Module):
         self.lora_dropout = 0.0  # that a loaded adapter was trained with; not applied here
         self.level: int | None = KEEP_INPUT  # what a layer keeps for backward (recompute.py); None: what fits
         self.memory_budget: int | None = None  # bytes of GPU memory for everything, where level is None
+        self.host_memory: int | None = None  # bytes for activations on the host, likewise; None: half of what is free
         self.name, self.folder = "", Path()
         self.eos_token_ids: tuple[int, ...] = ()  # where generate stops
 
@@ -154,8 +156,10 @@ class LlamaForCausalLM(nn.Module):
         packed = Packed.from_positions(positions).to(self.device)
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
             x = self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
-            for layer, level in zip(self.model.layers, self.levels(packed), strict=True):
-                x = layer(x, packed, self.shared, level, None)
+            plan = self.plan(packed)
+            for layer, planned in zip(self.model.layers, plan.layers, strict=True):
+                level = KEEP_INPUT if planned.on_host else planned.level  # autograd keeps it all on the device
+                x = layer(x, packed, self.shared, level, plan.tile)
             if labels is None:
                 logits = _Logits.apply(x, self.model.norm, self.lm_head.dense(x.dtype))
                 if not keep.all():
@@ -226,20 +230,25 @@ class LlamaForCausalLM(nn.Module):
         )
         return self.resident_weights() if fits else contextlib.nullcontext()
 
-    def levels(self, packed: Packed) -> list[int]:
-        """What each layer keeps for backward in a forward pass over these samples."""
+    def plan(self, packed: Packed) -> Plan:
+        """What a forward and backward pass over these samples keeps, where, and in what tiles."""
         if self.level is not None:
-            return [self.level] * self.config.num_hidden_layers
-        projections = self.model.layers[0].projections
-        # A twentieth is left to what memory loses by being cut up, and as much again to others on the device.
-        free = int(free_memory(self.device) * 0.9)
-        if self.memory_budget is not None and self.device.type == "cuda":
-            free = min(free, int(self.memory_budget * 0.95) - torch.cuda.memory_allocated(self.device))
+            return Plan((Keep(self.level),) * self.config.num_hidden_layers)
+        sizes = Sizes.of(self.config, self.lora, self.dtype.itemsize, self.device.type)
+        static, budget, host = 0, free_memory(self.device), 0
+        if self.device.type == "cuda":
+            static, host = torch.cuda.memory_allocated(self.device), self.host_memory
+            budget += static
+            if self.memory_budget is not None:
+                budget = min(budget, self.memory_budget)
+            if host is None:
+                host = free_memory(torch.device("cpu")) // 2
         if not self.shared.weights:  # the buffers of the weights at work are still to come
-            free -= sum(math.prod(p.weight_shape) for p in projections) * self.dtype.itemsize
-        spare = sum(projection.spare for projection in projections)
+            static += sizes.buffers
         tokens = len(packed.positions)
-        return levels_that_fit(self.config, spare, tokens, packed.longest or tokens, self.dtype.itemsize, free)
+        cudnn = self.shared.about(packed)["length"] is not None
+        load = Load(tokens, tokens * (packed.longest or tokens), tokens, cudnn)
+        return fastest(sizes, load, static, budget, host)
 
     def as_current_device(self) -> contextlib.AbstractContextManager:
         """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""

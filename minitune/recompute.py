@@ -23,10 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitune.config import ModelConfig
-from minitune.kernels.cross_entropy import TILE_BYTES
+KEEP_INPUT, KEEP_ATTENTION, KEEP_MID, KEEP_QKV, KEEP_ALL = range(5)
 
-KEEP_INPUT, KEEP_ATTENTION, KEEP_MID, KEEP_ALL = 0, 1, 2, 4
+
+@dataclass(frozen=True)
+class Keep:
+    """What a layer keeps for backward, and whether it waits in host memory."""
+
+    level: int
+    on_host: bool = False
 
 
 @dataclass
@@ -76,47 +81,6 @@ def level_of(use_gradient_checkpointing: bool | str) -> int | None:
     raise ValueError(
         f"use_gradient_checkpointing is {use_gradient_checkpointing!r}; choose True, False, 'unsloth' or 'auto'"
     )
-
-
-def _widths(config: ModelConfig) -> tuple[int, int, int, int]:
-    """D, F, H K, G K."""
-    K = config.head_dim
-    return config.hidden_size, config.intermediate_size, config.num_attention_heads * K, config.num_key_value_heads * K
-
-
-def bytes_kept(config: ModelConfig, spare: int, itemsize: int, level: int) -> int:
-    """Bytes a token that one layer keeps for backward; `spare` columns are those of all its matmuls together."""
-    D, F, HK, GK = _widths(config)
-    added = [D + spare, HK + spare, D, HK + 2 * GK, 2 * F + spare]
-    return sum(added[: level + 1]) * itemsize + 4 * (2 + config.num_attention_heads)
-
-
-def working_bytes(config: ModelConfig, spare: int, itemsize: int) -> int:
-    """Bytes a token in use at most while a layer is at work, and by the loss, which has memory of its own."""
-    D, F, HK, GK = _widths(config)
-    layer = 3 * F + 2 * HK + 2 * GK + 4 * D + 3 * spare  # gate, up, m; qkv, attention; x_mid, two norms, dy
-    loss = 5 * D  # labelled rows, their norm, dh, d; x, then dx
-    return itemsize * (layer + loss)
-
-
-def levels_that_fit(config: ModelConfig, spare: int, tokens: int, longest: int, itemsize: int, free: int) -> list[int]:
-    """Levels of all layers that need at most `free` bytes beside a layer at work, where that is possible at all.
-
-    A byte of attention's output saves 2 `longest` multiplications in backward, at half the speed of a matmul, and a
-    byte of the others saves D at full speed: long samples keep that output in all layers first, short ones everything
-    in as many as there is room for. It is the last layers that keep: backward frees them before a layer is computed
-    again.
-    """
-    layers = config.num_hidden_layers
-    levels, cost = [KEEP_INPUT] * layers, [tokens * bytes_kept(config, spare, itemsize, level) for level in range(5)]
-    free -= tokens * working_bytes(config, spare, itemsize) + TILE_BYTES + layers * cost[KEEP_INPUT]
-    order = (KEEP_ALL, KEEP_ATTENTION)
-    for level in reversed(order) if 2 * longest >= config.hidden_size else order:
-        for i in reversed(range(layers)):
-            more = cost[level] - cost[levels[i]]
-            if levels[i] < level and more <= free:
-                levels[i], free = level, free - more
-    return levels
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """A micro-step without the autograd engine, as CUDA graphs on a GPU: the same numbers as `loss.backward()`."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from tiny import draw_adapter, make_tiny_model
 from minitune import FastLanguageModel
 from minitune.data import Sample, collate, micro_steps
 from minitune.graphs import MicroStep, _padded, padded_size
-from minitune.kernels.cross_entropy import TILE_BYTES
-from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, bytes_kept, levels_that_fit, working_bytes
+from minitune.plan import Plan
+from minitune.recompute import KEEP_INPUT, Keep
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -135,13 +136,28 @@ def test_autocast_around_a_micro_step_changes_nothing(tmp_path):
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize(("longest", "first"), [(20, KEEP_ALL), (64, KEEP_ATTENTION)])
-def test_layers_keep_what_fits_the_last_first_and_long_samples_attention_first(tmp_path, longest, first):
-    config = load(make_tiny_model(tmp_path / "m", hidden=64, layers=4)).config
-    least = levels_that_fit(config, 0, 100, longest, 2, 0)
-    assert least == [KEEP_INPUT] * 4
-    free = 100 * working_bytes(config, 0, 2) + TILE_BYTES + 400 * bytes_kept(config, 0, 2, KEEP_INPUT)
-    more = 100 * (bytes_kept(config, 0, 2, first) - bytes_kept(config, 0, 2, KEEP_INPUT))
-    assert levels_that_fit(config, 0, 100, longest, 2, free + 2 * more) == [0, 0, first, first]
-    assert first not in levels_that_fit(config, 0, 100, longest, 2, free + 2 * more - 1)[:3]
-    assert levels_that_fit(config, 0, 100, longest, 2, 10 * free) == [KEEP_ALL] * 4
+@pytest.mark.parametrize("seed", range(8))
+def test_every_mixture_of_levels_places_and_tiles_gives_the_same_loss_and_gradients(tmp_path, seed, monkeypatch):
+    """Bit for bit in one tile; in several, sums over rows are taken in another order."""
+    model = load(make_tiny_model(tmp_path / "m", layers=5), dtype=torch.float32)
+    batch, micro_step = collate(random_samples([40, 9, 30, 57])), MicroStep(model, capture=False)
+    model.level = KEEP_INPUT
+    expected = micro_step(batch, 50), gradients(model)
+    draw = random.Random(seed)
+    layers = tuple(Keep(draw.randrange(5), draw.random() < 0.5) for _ in range(5))
+    for tile in (None, draw.choice([1, 7, 64, 200])):
+        plan = Plan(layers, tile, host_bytes=5 << 20)
+        monkeypatch.setattr(model, "plan", lambda packed, plan=plan: plan)
+        for _ in range(2):
+            loss, found = micro_step(batch, 50), gradients(model)
+            if tile is None:
+                assert torch.equal(loss, expected[0]) and torch.equal(found, expected[1])
+            assert torch.allclose(loss, expected[0], rtol=1e-6)
+            assert (found - expected[1]).norm() < 1e-5 * expected[1].norm()
+
+
+def test_an_arena_that_is_too_small_is_an_error(tmp_path, monkeypatch):
+    model = load(make_tiny_model(tmp_path / "m"))
+    monkeypatch.setattr(model, "plan", lambda packed: Plan((Keep(0, on_host=True),) * 2, host_bytes=1000))
+    with pytest.raises(ValueError, match="an arena of 1000 bytes has no room for layer 0"):
+        MicroStep(model, capture=False)(collate(random_samples([40])), 50)

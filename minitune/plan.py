@@ -1,0 +1,254 @@
+"""Memory and time of a training step, known before it runs; and the plan that takes the least time within a budget.
+
+What there is to decide, for a micro-step of N tokens: what each layer keeps for backward and whether that waits on the
+GPU or on the host (recompute.py, offload.py), and how many rows the wide parts of a layer take at a time (decoder.py).
+Layers are alike, so a plan is a few numbers: the last ones keep level `near` on the GPU, where backward needs it first;
+those before them keep level `far`, on the host where that helps. All combinations are priced and the fastest one that
+fits is taken.
+
+Memory is counted tensor by tensor in the order in which a layer makes and drops them. Time adds up what is multiplied
+and what is moved, at the rates of the machine (`Rates`); copies to and from the host run beside the layers, so a pass
+takes as long as the slower of the two.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from minitune.config import LINEARS, LoraConfig, ModelConfig
+from minitune.kernels.cross_entropy import TILE_BYTES
+from minitune.kernels.lora_linear import columns_to_spare
+from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, KEEP_MID, KEEP_QKV, Keep
+
+LEVELS = (KEEP_INPUT, KEEP_ATTENTION, KEEP_QKV, KEEP_ALL)  # keeping x_mid without q, k, v is never the best
+TILES = (None, 4096, 2048, 1024, 512, 256)  # rows
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a parameter
+MARGIN = 0.05  # of a budget: memory is handed out in blocks that do not always fit together
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does in a second: floating-point operations of a large matmul, bytes of a copy on the GPU, bytes
+    to and from the host. The defaults are one H200's (700 W, PCIe 5), November 2026."""
+
+    matmul: float = 740e12
+    copy: float = 3.5e12  # as kernels of one layer's size reach it
+    to_host: float = 50e9
+    from_host: float = 50e9
+    attention: float = 0.58  # of the rate of a matmul, our own
+    cudnn: float = 0.77  # cuDNN's
+    launch: float = 4e-6  # seconds from one kernel of a graph to the next
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The widths that memory and time depend on, in elements; spare columns by projection: q k v, o, gate up, down."""
+
+    layers: int
+    D: int
+    F: int
+    HK: int
+    GK: int
+    H: int
+    V: int
+    spare: tuple[int, int, int, int]
+    adapter: int  # trainable parameters
+    itemsize: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig, lora: LoraConfig | None, itemsize: int, device_type: str = "cuda") -> "Sizes":
+        D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
+        HK, GK = config.num_attention_heads * K, config.num_key_value_heads * K
+        shapes = {  # (in, out)
+            "q_proj": (D, HK), "k_proj": (D, GK), "v_proj": (D, GK), "o_proj": (HK, D),
+            "gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D),
+        }  # fmt: skip
+        r, targets = (lora.r, lora.target_modules) if lora else (0, ())
+        groups = (LINEARS[:3], LINEARS[3:4], LINEARS[4:6], LINEARS[6:])
+        spare = tuple(columns_to_spare(r * sum(name in targets for name in group), device_type) for group in groups)
+        adapter = config.num_hidden_layers * sum(r * sum(shapes[name]) for name in targets)
+        return cls(
+            config.num_hidden_layers, D, F, HK, GK, config.num_attention_heads, config.vocab_size, spare, adapter,
+            itemsize, config.tie_word_embeddings,
+        )  # fmt: skip
+
+    @property
+    def of_layer(self) -> int:
+        """Parameters of a layer's linears."""
+        return self.D * (self.HK + 2 * self.GK) + self.HK * self.D + 3 * self.D * self.F
+
+    @property
+    def buffers(self) -> int:
+        """Bytes of the extended weights of one layer."""
+        D, F, HK, GK = self.D, self.F, self.HK, self.GK
+        shapes = ((HK + 2 * GK, D), (D, HK), (2 * F, D), (D, F))
+        return self.itemsize * sum((m + s) * (n + s) for (m, n), s in zip(shapes, self.spare, strict=True))
+
+    @property
+    def embeddings(self) -> int:
+        """Bytes of embedding and head."""
+        return self.V * self.D * self.itemsize * (1 if self.tied else 2)
+
+    def kept(self, level: int) -> int:
+        """Bytes a token that a layer keeps; without an arena's rounding."""
+        q, o, g, d = self.spare
+        added = (self.D + q + o + g + d, self.HK + o, self.D, self.HK + 2 * self.GK, 2 * self.F + g)
+        return sum(added[: level + 1]) * self.itemsize + (4 * self.H if level >= KEEP_ATTENTION else 0)
+
+    def forward(self, level: int, N: int, T: int) -> int:
+        """Bytes at most in use while a layer runs forward in tiles of T rows, x and what it keeps included."""
+        q, o, g, d = self.spare
+        D, F, QKV = self.D, self.F, self.HK + 2 * self.GK
+        low = q + o + g + d
+        before = N * (D + low + QKV) + T * (D + q)
+        attention = N * (D + low + QKV + self.HK + o)
+        mid, wide = (N if level >= KEEP_MID else T), (N if level >= KEEP_ALL else T)
+        after = attention + N * D + mid * D + T * (D + g) + wide * (2 * F + g) + T * (F + d)
+        return max(before, attention, after) * self.itemsize + 4 * N * self.H
+
+    def backward(self, level: int, N: int, T: int, cudnn: bool) -> int:
+        """The same backward, without the gradient that is passed down the layers."""
+        q, o, g, d = self.spare
+        D, F, HK, QKV = self.D, self.F, self.HK, self.HK + 2 * self.GK
+        held = N * (D + q + o + g + d + QKV + HK + o)  # x, low-rank columns, q k v, attention's output
+        held += N * D * (level >= KEEP_MID) + N * (2 * F + g) * (level >= KEEP_ALL)
+        after = held + N * HK + T * (D * (level < KEEP_MID) + D + g + 2 * F + g + F + d)
+        attention = held + N * (HK + QKV + q) + (N * (QKV + 2 * HK) if cudnn else 0)
+        before = held - N * (QKV + HK + o) + N * (QKV + q) + T * (2 * D + q)
+        return max(after, attention, before) * self.itemsize + 12 * N * self.H
+
+    def loss(self, N: int) -> int:
+        """Bytes of the loss beside the layers' memory."""
+        rows = min(N, max(1, TILE_BYTES // (self.V * self.itemsize)))
+        return rows * (self.V + 6 * self.D) * self.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a micro-step does, and what that is expected to take."""
+
+    layers: tuple[Keep, ...]
+    tile: int | None = None
+    host_bytes: int = 0
+    parts: tuple[tuple[str, int], ...] = ()  # what the GPU's memory is for, in bytes
+    seconds: float = math.nan  # of forward and backward
+
+    @property
+    def peak(self) -> int:
+        """Bytes of GPU memory allocated at most."""
+        return sum(size for _, size in self.parts)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a micro-step computes: its tokens, the squares of its samples' lengths added up, how many rows have a label,
+    and whether attention is cuDNN's."""
+
+    tokens: int
+    squares: int
+    labelled: int
+    cudnn: bool = False
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The last `count` layers keep level `near` on the GPU, those before them `far`."""
+
+    near: int
+    far: Keep
+    count: int
+    tile: int | None
+
+    def layers(self, L: int) -> tuple[Keep, ...]:
+        return (self.far,) * (L - self.count) + (Keep(self.near),) * self.count
+
+
+def _host_bytes(sizes: Sizes, load: Load, choice: _Choice) -> int:
+    layer = load.tokens * sizes.kept(choice.far.level) + 10 * 512  # ten tensors, each on a line of the arena
+    return (sizes.layers - choice.count) * layer if choice.far.on_host else 0
+
+
+def _memory(sizes: Sizes, load: Load, choice: _Choice) -> tuple[int, int]:
+    """Bytes of what layers keep on the GPU, and of what else is in use when most is."""
+    N, before, far = load.tokens, sizes.layers - choice.count, choice.far
+    T = min(choice.tile or N, N)
+    near_bytes, far_bytes = N * sizes.kept(choice.near), N * sizes.kept(far.level)
+    held = 0 if far.on_host else far_bytes
+    copied = far_bytes if far.on_host else 0  # the layer before, on its way out, or the one to come, on its way in
+    kept = before * held + choice.count * near_bytes
+    peak = kept + sizes.loss(N)
+    if before:
+        beside = (before - 1) * held + copied
+        work = max(sizes.forward(far.level, N, T), sizes.backward(far.level, N, T, load.cudnn))
+        peak = max(peak, beside + work)
+    if choice.count:
+        beside = before * held + (choice.count - 1) * near_bytes + (copied if choice.count == 1 else 0)
+        work = max(sizes.forward(choice.near, N, T), sizes.backward(choice.near, N, T, load.cudnn))
+        peak = max(peak, beside + work)
+    top = N * (sizes.D + max(sizes.spare[1], sizes.spare[3])) * sizes.itemsize
+    return kept, peak - kept + top
+
+
+def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
+    """Of forward, loss and backward."""
+    N, D, F, QKV, HK, b = load.tokens, sizes.D, sizes.F, sizes.HK + 2 * sizes.GK, sizes.HK, sizes.itemsize
+    T = min(choice.tile or N, N)
+    tiles = -(-N // T)
+    rate = r.matmul * T / (T + 96)  # shorter matmuls reach less of it
+    qkv, o, gate_up, down = 2 * N * D * QKV / rate, 2 * N * HK * D / rate, 4 * N * D * F / rate, 2 * N * F * D / rate
+    matmuls = qkv + o + gate_up + down
+    attention = 2 * load.squares * HK / (r.matmul * (r.cudnn if load.cudnn else r.attention))
+    thin = 0.7 * N * (QKV + 3 * D + HK + 3 * F) * b / r.copy if any(sizes.spare) else 0.0  # a look at x or at dy
+    dequantise = sizes.of_layer * (NF4_BYTES + b) / r.copy
+    forward = matmuls + attention + dequantise + thin
+    forward += N * (9 * D + 3 * F + 2 * QKV) * b / r.copy + (14 + 12 * tiles) * r.launch
+    backward = matmuls + 3 * attention + dequantise + 3 * thin
+    backward += N * (12 * D + 6 * F + 2 * QKV) * b / r.copy + (24 + 30 * tiles) * r.launch
+    again = (qkv + attention + o + gate_up, qkv + o + gate_up, qkv + gate_up, gate_up, 0.0)
+    before = sizes.layers - choice.count
+    moved = _host_bytes(sizes, load, choice)
+    loss = 4 * load.labelled * D * sizes.V / r.matmul + 5 * load.labelled * sizes.V * b / r.copy
+    redone = before * again[choice.far.level] + choice.count * again[choice.near]
+    ahead = max(sizes.layers * forward, moved / r.to_host)
+    return ahead + loss + max(sizes.layers * backward + redone, moved / r.from_host)
+
+
+def price(sizes: Sizes, load: Load, choice: _Choice, static: int, rates: Rates) -> Plan:
+    """The plan of a choice. static: bytes that are there whatever the plan."""
+    kept, work = _memory(sizes, load, choice)
+    parts = (("static", static), ("activations", kept), ("workspace", work))
+    host = _host_bytes(sizes, load, choice)
+    return Plan(choice.layers(sizes.layers), choice.tile, host, parts, _seconds(sizes, load, choice, rates))
+
+
+def choices(layers: int, tokens: int, host: bool) -> Iterator[_Choice]:
+    """All that are looked at."""
+    fars = [Keep(level, on_host) for level in LEVELS for on_host in ((False, True) if host else (False,))]
+    tiles = [tile for tile in TILES if tile is None or tile < tokens]
+    for tile, near, far, count in product(tiles, LEVELS, fars, range(layers + 1)):
+        if near >= far.level or count == 0:
+            yield _Choice(near, far, count, tile)
+
+
+def fastest(
+    sizes: Sizes, load: Load, static: int, budget: int, host_budget: int = 0, rates: Rates | None = None
+) -> Plan:
+    """The fastest plan that needs at most `budget` bytes of GPU memory and `host_budget` of the host's.
+
+    Where none fits, the one that needs least. budget counts everything, `static` too.
+    """
+    rates, limit = rates or Rates(), budget * (1 - MARGIN) - static
+    best = least = None
+    for choice in choices(sizes.layers, load.tokens, host_budget > 0):
+        if _host_bytes(sizes, load, choice) > host_budget:
+            continue
+        need = sum(_memory(sizes, load, choice))
+        if least is None or need < least[0]:
+            least = need, choice
+        if need <= limit:
+            seconds = _seconds(sizes, load, choice, rates)
+            if best is None or seconds < best[0]:
+                best = seconds, choice
+    return price(sizes, load, (best or least)[1], static, rates)

@@ -1,0 +1,67 @@
+"""Plans: they stay within their budget, and more memory is never slower."""
+
+import dataclasses
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from minitune.config import LINEARS, LoraConfig, ModelConfig
+from minitune.plan import MARGIN, NF4_BYTES, Load, Rates, Sizes, _Choice, fastest, price
+from minitune.recompute import KEEP_ALL, KEEP_INPUT, Keep
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from random_llama import SHAPES
+
+GIB = 2**30
+B8 = Sizes.of(ModelConfig.from_dict(SHAPES["8b"]), LoraConfig(r=16, target_modules=LINEARS), 2)
+STATIC = int(32 * B8.of_layer * NF4_BYTES) + B8.embeddings + 16 * B8.adapter + B8.buffers
+SHORT, LONG = Load(4096, 4096 * 2048, 4096), Load(8192, 8192 * 8192, 8192, cudnn=True)
+
+
+@pytest.mark.parametrize("load", [SHORT, LONG, Load(1000, 119_000, 800)], ids=["2 x 2048", "1 x 8192", "8 short"])
+@pytest.mark.parametrize("host", [0, 64], ids=["GPU alone", "with the host"])
+def test_plans_stay_within_their_budget_and_more_memory_is_never_slower(load, host):
+    before = float("inf")
+    for budget in (7.5, 8, 9, 10, 14, 24, 40):
+        plan = fastest(B8, load, STATIC, int(budget * GIB), host * GIB)
+        least = fastest(B8, load, STATIC, 0, host * GIB)
+        assert plan.peak <= budget * GIB * (1 - MARGIN) or plan == least
+        assert plan.host_bytes <= host * GIB
+        assert plan.seconds <= before or plan == least
+        before = plan.seconds
+        assert len(plan.layers) == 32 and sum(size for _, size in plan.parts) == plan.peak
+
+
+def test_with_room_everything_is_kept_and_without_it_as_little_as_possible():
+    assert fastest(B8, SHORT, STATIC, 80 * GIB, 64 * GIB).layers == (Keep(KEEP_ALL),) * 32
+    least = fastest(B8, SHORT, STATIC, 0)
+    assert least.layers == (Keep(KEEP_INPUT),) * 32 and least.tile is not None
+    assert fastest(B8, SHORT, STATIC, 0, 64 * GIB).peak < least.peak
+
+
+def test_the_host_is_used_where_it_saves_time_and_only_as_far_as_it_has_memory():
+    alone, with_host = (fastest(B8, SHORT, STATIC, int(7.4 * GIB), host * GIB) for host in (0, 16))
+    assert with_host.seconds < alone.seconds and with_host.host_bytes > 0
+    slow = fastest(B8, SHORT, STATIC, int(7.4 * GIB), 16 * GIB, Rates(to_host=1e9, from_host=1e9))
+    assert slow.host_bytes < with_host.host_bytes
+    assert fastest(B8, SHORT, STATIC, int(7.4 * GIB), GIB).host_bytes <= GIB
+
+
+def test_long_samples_keep_attention_first_and_short_ones_whole_layers():
+    long = Counter(keep.level for keep in fastest(B8, LONG, STATIC, int(11 * GIB)).layers)
+    short = Counter(
+        keep.level for keep in fastest(B8, dataclasses.replace(SHORT, squares=4096 * 119), STATIC, 10 * GIB).layers
+    )
+    assert long[1] > 8 and short[4] > 0 and short[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("load", "level", "gib", "ms"), [(SHORT, KEEP_INPUT, 8.02, 316), (SHORT, KEEP_ALL, 18.42, 242)]
+)
+def test_what_was_measured_on_an_h200_was_planned(load, level, gib, ms):
+    """scripts/bench.py on one H200, November 2026: peak within 5%, time within 15%."""
+    plan = price(B8, load, _Choice(level, Keep(level), 32, None), STATIC, Rates())
+    assert plan.peak / GIB == pytest.approx(gib, rel=0.05)
+    assert 1e3 * plan.seconds == pytest.approx(ms, rel=0.15)
