@@ -248,8 +248,9 @@ class SFTConfig:
     micro_step_tokens: int | None = setting(None, "tokens of one forward/backward; default by device", least=1)
     memory_budget: str | None = setting(
         None,
-        "allocated GPU memory to aim at, as 24GiB, with use_gradient_checkpointing 'unsloth'; default: what is free",
+        "GPU memory to plan with, as 24GiB, with use_gradient_checkpointing 'unsloth'; default: what is free",
     )
+    host_memory: str | None = setting(None, "host memory that activations may wait in, likewise; default: none")
     cuda_graphs: bool = setting(True, "on a GPU, capture a micro-step of each size and replay it")
     overwrite: bool = setting(False, "replace the run that output_dir holds")
     resume: bool = setting(False, "continue from output_dir's newest checkpoint, or start where there is none")
@@ -260,8 +261,9 @@ class SFTConfig:
         check_settings(self)
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps is {self.max_steps}; expected at least 1, or -1 for num_train_epochs")
-        if self.memory_budget is not None:
-            bytes_of(self.memory_budget)
+        for size in (self.memory_budget, self.host_memory):
+            if size is not None:
+                bytes_of(size)
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume exclude each other: one drops the old run, the other continues it")
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):

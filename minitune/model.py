@@ -7,6 +7,7 @@ rows with a label) is computed on the host and sent along: a training step fetch
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class LlamaForCausalLM(nn.Module):
         self.lora_dropout = 0.0  # that a loaded adapter was trained with; not applied here
         self.level: int | None = KEEP_INPUT  # what a layer keeps for backward (recompute.py); None: what fits
         self.memory_budget: int | None = None  # bytes of GPU memory for everything, where level is None
-        self.host_memory: int | None = None  # bytes for activations on the host, likewise; None: half of what is free
+        self.host_memory = 0  # bytes of the host's memory that activations may wait in, likewise
         self.name, self.folder = "", Path()
         self.eos_token_ids: tuple[int, ...] = ()  # where generate stops
 
@@ -235,20 +236,16 @@ class LlamaForCausalLM(nn.Module):
         if self.level is not None:
             return Plan((Keep(self.level),) * self.config.num_hidden_layers)
         sizes = Sizes.of(self.config, self.lora, self.dtype.itemsize, self.device.type)
-        static, budget, host = 0, free_memory(self.device), 0
+        static, budget = 0, free_memory(self.device)
         if self.device.type == "cuda":
-            static, host = torch.cuda.memory_allocated(self.device), self.host_memory
-            budget += static
-            if self.memory_budget is not None:
-                budget = min(budget, self.memory_budget)
-            if host is None:
-                host = free_memory(torch.device("cpu")) // 2
+            static = torch.cuda.memory_allocated(self.device)
+            budget = min(budget + static, self.memory_budget or sys.maxsize)
         if not self.shared.weights:  # the buffers of the weights at work are still to come
             static += sizes.buffers
         tokens = len(packed.positions)
         cudnn = self.shared.about(packed)["length"] is not None
         load = Load(tokens, tokens * (packed.longest or tokens), tokens, cudnn)
-        return fastest(sizes, load, static, budget, host)
+        return fastest(sizes, load, [("allocated", static)], budget, self.host_memory)
 
     def as_current_device(self) -> contextlib.AbstractContextManager:
         """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""

@@ -12,15 +12,18 @@ takes as long as the slower of the two.
 """
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from minitune.config import LINEARS, LoraConfig, ModelConfig
+from minitune.kernels.attention_cudnn import WORTHWHILE
 from minitune.kernels.cross_entropy import TILE_BYTES
 from minitune.kernels.lora_linear import columns_to_spare
 from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, KEEP_MID, KEEP_QKV, Keep
 
+KEPT = ("their input", "input and attention", "all before the MLP but q k v", "all before the MLP", "everything")
 LEVELS = (KEEP_INPUT, KEEP_ATTENTION, KEEP_QKV, KEEP_ALL)  # keeping x_mid without q, k, v is never the best
 TILES = (None, 4096, 2048, 1024, 512, 256)  # rows
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a parameter
@@ -140,6 +143,16 @@ class Plan:
         """Bytes of GPU memory allocated at most."""
         return sum(size for _, size in self.parts)
 
+    def __str__(self) -> str:
+        """What is kept where, in words."""
+        kept = Counter(self.layers)
+        words = [
+            f"{count} {'layer keeps' if count == 1 else 'layers keep'} {KEPT[keep.level]}"
+            f"{' on the host' if keep.on_host else ''}"
+            for keep, count in kept.items()
+        ]
+        return "; ".join(words) + (f"; tiles of {self.tile:,} rows" if self.tile else "")
+
 
 @dataclass(frozen=True)
 class Load:
@@ -215,10 +228,25 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     return ahead + loss + max(sizes.layers * backward + redone, moved / r.from_host)
 
 
-def price(sizes: Sizes, load: Load, choice: _Choice, static: int, rates: Rates) -> Plan:
-    """The plan of a choice. static: bytes that are there whatever the plan."""
+def static_parts(
+    sizes: Sizes, config: ModelConfig, moments: float = 8, load_in_4bit: bool = True, positions: int = 2048
+) -> tuple[tuple[str, int], ...]:
+    """What is there whatever the plan. moments: bytes a trainable parameter, 8 or (8-bit) 2.03."""
+    linears = sizes.layers * sizes.of_layer * (NF4_BYTES if load_in_4bit else sizes.itemsize)
+    weights = int(linears) + sizes.embeddings + (2 * sizes.layers + 1) * sizes.D * sizes.itemsize
+    return (
+        ("weights", weights),
+        ("weights at work", sizes.buffers),
+        ("adapter and its gradient", 8 * sizes.adapter),
+        ("optimizer", int(moments * sizes.adapter)),
+        ("positions", 4 * positions * config.head_dim),
+    )
+
+
+def price(sizes: Sizes, load: Load, choice: _Choice, static: Sequence[tuple[str, int]], rates: Rates) -> Plan:
+    """The plan of a choice. static: what is there whatever the plan, in bytes."""
     kept, work = _memory(sizes, load, choice)
-    parts = (("static", static), ("activations", kept), ("workspace", work))
+    parts = (*static, ("activations", kept), ("workspace", work))
     host = _host_bytes(sizes, load, choice)
     return Plan(choice.layers(sizes.layers), choice.tile, host, parts, _seconds(sizes, load, choice, rates))
 
@@ -233,13 +261,18 @@ def choices(layers: int, tokens: int, host: bool) -> Iterator[_Choice]:
 
 
 def fastest(
-    sizes: Sizes, load: Load, static: int, budget: int, host_budget: int = 0, rates: Rates | None = None
+    sizes: Sizes,
+    load: Load,
+    static: Sequence[tuple[str, int]],
+    budget: int,
+    host_budget: int = 0,
+    rates: Rates | None = None,
 ) -> Plan:
     """The fastest plan that needs at most `budget` bytes of GPU memory and `host_budget` of the host's.
 
     Where none fits, the one that needs least. budget counts everything, `static` too.
     """
-    rates, limit = rates or Rates(), budget * (1 - MARGIN) - static
+    rates, limit = rates or Rates(), budget * (1 - MARGIN) - sum(size for _, size in static)
     best = least = None
     for choice in choices(sizes.layers, load.tokens, host_budget > 0):
         if _host_bytes(sizes, load, choice) > host_budget:
@@ -252,3 +285,42 @@ def fastest(
             if best is None or seconds < best[0]:
                 best = seconds, choice
     return price(sizes, load, (best or least)[1], static, rates)
+
+
+def plan_memory(
+    config: ModelConfig,
+    lora: LoraConfig,
+    budget: int,
+    *,
+    tokens: int = 4096,
+    longest: int | None = None,
+    host_memory: int = 0,
+    eight_bit: bool = False,
+    load_in_4bit: bool = True,
+    rates: Rates | None = None,
+) -> Plan:
+    """The plan of a micro-step of `tokens` in bf16, samples of `longest`, before a model is loaded or a GPU is there.
+
+    budget, host_memory: bytes. Where nothing fits, the plan that needs least; its peak says how much that is.
+    Raises ValueError for a number of tokens that makes no step.
+    """
+    longest = tokens if longest is None else longest
+    if not 0 < longest <= tokens:
+        raise ValueError(f"samples of {longest} tokens in micro-steps of {tokens}: expected 1 to {tokens}")
+    sizes = Sizes.of(config, lora, itemsize=2)
+    static = static_parts(sizes, config, 2.03 if eight_bit else 8, load_in_4bit, longest)
+    load = Load(tokens, tokens * longest, tokens, cudnn=tokens == longest >= WORTHWHILE)
+    return fastest(sizes, load, static, budget, host_memory, rates)
+
+
+def plan_table(plan: Plan, tokens: int, budget: int) -> str:
+    """A plan as lines of (label, text)."""
+    rows = [(name, f"{size / 2**30:8.2f} GiB") for name, size in plan.parts]
+    fits = "" if plan.peak <= budget else f", more than the {budget / 2**30:.2f} GiB there are"
+    rows += [
+        ("peak", f"{plan.peak / 2**30:8.2f} GiB{fits}"),
+        ("on the host", f"{plan.host_bytes / 2**30:8.2f} GiB"),
+        ("time", f"{1e3 * plan.seconds:8.0f} ms, {tokens / plan.seconds:,.0f} tokens/s at the speed of one H200"),
+        ("layers", str(plan)),
+    ]
+    return "\n".join(f"{label:<26}{text}" for label, text in rows)

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from minitune.config import LINEARS, LoraConfig, ModelConfig
-from minitune.plan import MARGIN, NF4_BYTES, Load, Rates, Sizes, _Choice, fastest, price
+from minitune.plan import MARGIN, Load, Rates, Sizes, _Choice, fastest, plan_memory, plan_table, price, static_parts
 from minitune.recompute import KEEP_ALL, KEEP_INPUT, Keep
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from random_llama import SHAPES
 
 GIB = 2**30
-B8 = Sizes.of(ModelConfig.from_dict(SHAPES["8b"]), LoraConfig(r=16, target_modules=LINEARS), 2)
-STATIC = int(32 * B8.of_layer * NF4_BYTES) + B8.embeddings + 16 * B8.adapter + B8.buffers
+CONFIG, LORA = ModelConfig.from_dict(SHAPES["8b"]), LoraConfig(r=16, target_modules=LINEARS)
+B8 = Sizes.of(CONFIG, LORA, 2)
+STATIC = static_parts(B8, CONFIG)
 SHORT, LONG = Load(4096, 4096 * 2048, 4096), Load(8192, 8192 * 8192, 8192, cudnn=True)
 
 
@@ -65,3 +66,15 @@ def test_what_was_measured_on_an_h200_was_planned(load, level, gib, ms):
     plan = price(B8, load, _Choice(level, Keep(level), 32, None), STATIC, Rates())
     assert plan.peak / GIB == pytest.approx(gib, rel=0.05)
     assert 1e3 * plan.seconds == pytest.approx(ms, rel=0.15)
+
+
+def test_a_plan_needs_no_model_and_no_gpu_and_says_what_it_needs():
+    plan = plan_memory(CONFIG, LORA, 24 * GIB, tokens=4096, longest=2048)
+    text = plan_table(plan, 4096, 24 * GIB)
+    assert f"{plan.peak / GIB:8.2f} GiB" in text and "32 layers keep everything" in text
+    assert "tokens/s" in text and "more than" not in text
+    small = plan_memory(CONFIG, LORA, 5 * GIB, tokens=4096, longest=2048)
+    assert "more than the 5.00 GiB there are" in plan_table(small, 4096, 5 * GIB)
+    assert plan_memory(CONFIG, LORA, 7 * GIB, eight_bit=True).peak < plan_memory(CONFIG, LORA, 7 * GIB).peak
+    with pytest.raises(ValueError, match="samples of 5000 tokens in micro-steps of 4096: expected 1 to 4096"):
+        plan_memory(CONFIG, LORA, 24 * GIB, longest=5000)
