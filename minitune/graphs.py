@@ -69,6 +69,7 @@ class MicroStep:
             raise ValueError("the model has no adapter to train; call FastLanguageModel.get_peft_model first")
         self.model = model
         self._parameters = [layer.adapters() for layer in model.model.layers]
+        self.planned: Plan | None = None  # of the plans so far, the one that needs most memory
         self._offload: Offload | None = None
         self._graphs = _Graphs(model.device) if capture and model.device.type == "cuda" else None
 
@@ -100,7 +101,7 @@ class MicroStep:
                     why, self._graphs = self._graphs.failure, None
                     warnings.warn(f"launching without CUDA graphs from now on: {why}", stacklevel=2)
                 return loss
-            top, plan = self.new_top(size), model.plan(packed)
+            top, plan = self.new_top(size), self.plan_of(packed)
             kept = self.forward(inputs, packed, top, plan)
             loss = loss_of(top)
             self.backward(top, kept, packed, plan)
@@ -115,6 +116,13 @@ class MicroStep:
     def own_memory(self) -> contextlib.AbstractContextManager:
         """Runs what is launched within in the memory that the graphs have, where there are any."""
         return self._graphs.own_memory() if self._graphs is not None else contextlib.nullcontext()
+
+    def plan_of(self, packed: Packed) -> Plan:
+        """The model's plan for these samples."""
+        plan = self.model.plan_of(packed)
+        if self.planned is None or plan.peak > self.planned.peak:
+            self.planned = plan
+        return plan
 
     def _inputs(self, batch: Batch, size: int) -> tuple[Tensor, Packed]:
         """Ids, positions, start and end, int32 (4, size) on the device, and the samples, which are views of them."""
@@ -207,7 +215,7 @@ class _Graphs:
             captured.backward.replay()
             return loss
         self._make_room(micro_step, size)
-        top, plan = self._top[:size], micro_step.model.plan(packed)
+        top, plan = self._top[:size], micro_step.plan_of(packed)
         with self.own_memory():
             kept = micro_step.forward(inputs, packed, top, plan)
         loss = loss_of(top)

@@ -7,7 +7,6 @@ rows with a label) is computed on the host and sent along: a training step fetch
 
 import contextlib
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from minitune.generate import generate
 from minitune.layers import Embedding, Packed, RMSNorm, Rotary
 from minitune.linear import Linear, Projection
 from minitune.loss import Labelled, labelled_loss
-from minitune.plan import Load, Plan, Sizes, fastest
-from minitune.recompute import KEEP_INPUT, Keep, free_memory
+from minitune.plan import Load, Plan, Sizes, fastest, uniform
+from minitune.recompute import KEEP_INPUT, free_memory
 from minitune.tokenizer import Tokenizer
 
 
@@ -157,7 +156,7 @@ class LlamaForCausalLM(nn.Module):
         packed = Packed.from_positions(positions).to(self.device)
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
             x = self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
-            plan = self.plan(packed)
+            plan = self.plan_of(packed) if torch.is_grad_enabled() else self.plan(len(x), level=KEEP_INPUT)
             for layer, planned in zip(self.model.layers, plan.layers, strict=True):
                 level = KEEP_INPUT if planned.on_host else planned.level  # autograd keeps it all on the device
                 x = layer(x, packed, self.shared, level, plan.tile)
@@ -231,21 +230,29 @@ class LlamaForCausalLM(nn.Module):
         )
         return self.resident_weights() if fits else contextlib.nullcontext()
 
-    def plan(self, packed: Packed) -> Plan:
-        """What a forward and backward pass over these samples keeps, where, and in what tiles."""
-        if self.level is not None:
-            return Plan((Keep(self.level),) * self.config.num_hidden_layers)
+    def memory_limit(self) -> int:
+        """Bytes that plans are made with, of the device's memory, for everything there is."""
+        allocated = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        limit = free_memory(self.device) + allocated
+        return limit if self.memory_budget is None else min(limit, self.memory_budget)
+
+    def plan(self, tokens: int, longest: int | None = None, cudnn: bool = False, level: int | None = None) -> Plan:
+        """What a pass over so many tokens, in samples of up to `longest`, keeps for backward, where, in what tiles."""
         sizes = Sizes.of(self.config, self.lora, self.dtype.itemsize, self.device.type)
-        static, budget = 0, free_memory(self.device)
-        if self.device.type == "cuda":
-            static = torch.cuda.memory_allocated(self.device)
-            budget = min(budget + static, self.memory_budget or sys.maxsize)
+        static = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         if not self.shared.weights:  # the buffers of the weights at work are still to come
             static += sizes.buffers
-        tokens = len(packed.positions)
+        load = Load(tokens, tokens * min(longest or tokens, tokens), tokens, cudnn)
+        there = [("allocated", static)]
+        level = self.level if level is None else level
+        if level is not None:
+            return uniform(sizes, load, level, there)
+        return fastest(sizes, load, there, self.memory_limit(), self.host_memory)
+
+    def plan_of(self, packed: Packed) -> Plan:
+        """The plan of a forward and backward pass over these samples."""
         cudnn = self.shared.about(packed)["length"] is not None
-        load = Load(tokens, tokens * (packed.longest or tokens), tokens, cudnn)
-        return fastest(sizes, load, [("allocated", static)], budget, self.host_memory)
+        return self.plan(len(packed.positions), packed.longest, cudnn)
 
     def as_current_device(self) -> contextlib.AbstractContextManager:
         """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""

@@ -260,6 +260,11 @@ def choices(layers: int, tokens: int, host: bool) -> Iterator[_Choice]:
             yield _Choice(near, far, count, tile)
 
 
+def uniform(sizes: Sizes, load: Load, level: int, static: Sequence[tuple[str, int]]) -> Plan:
+    """The plan in which all layers keep the same, on the GPU."""
+    return price(sizes, load, _Choice(level, Keep(level), sizes.layers, None), static, Rates())
+
+
 def fastest(
     sizes: Sizes,
     load: Load,

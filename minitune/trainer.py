@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitune.config import SFTConfig, bytes_of
+from minitune.config import SFTConfig
 from minitune.data import Batch, Prepared, Sample, collate, micro_steps, pack_rows, prepare
 from minitune.flags import as_dict
 from minitune.graphs import MicroStep
+from minitune.memory import comparison, enough_memory, size_of, tokens_that_fit, within_memory
 from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
 from minitune.recompute import KEEP_ALL, KEEP_INPUT
 from minitune.report import Report, banner, counter, interruptible, interruption, run_rows
@@ -111,21 +112,13 @@ class SFTTrainer:
             "random_state": model.lora_seed,
             **as_dict(model.lora),
         }
-        model.memory_budget = self._memory_budget()
-        self._micro_step = MicroStep(model, self.args.cuda_graphs)
+        model.memory_budget, model.host_memory = (
+            size_of(self, "memory_budget"),
+            size_of(self, "host_memory") or 0,
+        )
+        self.micro_step = MicroStep(model, self.args.cuda_graphs)
         self.progress = Progress()
         self._pending: list[Tensor] = []  # (loss, gradient norm) of steps whose numbers are still on the device
-
-    def _memory_budget(self) -> int | None:
-        """Bytes. ValueError where there is nothing that could be chosen by them."""
-        if self.args.memory_budget is None:
-            return None
-        if self.model.device.type != "cuda" or self.model.level is not None:
-            raise ValueError(
-                f"memory_budget {self.args.memory_budget} decides what a GPU keeps where use_gradient_checkpointing is "
-                f"'unsloth'; the model is on {self.model.device}, with {self.settings['use_gradient_checkpointing']!r}"
-            )
-        return bytes_of(self.args.memory_budget)
 
     def _prepare(self, source: str | Path | Sequence[dict]) -> Prepared:
         a = self.args
@@ -155,8 +148,8 @@ class SFTTrainer:
         targets = sum(batch.targets for batch in batches)
         loss = torch.zeros((), device=self.model.device)
         for batch in batches:
-            loss += self._micro_step(batch, targets)
-            self.progress.tokens += len(batch.input_ids)
+            loss += self.micro_step(batch, targets)
+        self.progress.tokens += sum(len(batch.input_ids) for batch in batches)
         return loss
 
     def _loss(self, batch: Batch, targets: int) -> Tensor:
@@ -172,8 +165,8 @@ class SFTTrainer:
 
     def _optimizer_step(self) -> None:
         step = self.progress.step
-        self.optimizer.zero_grad()
-        loss = self.accumulate(self.samples_of_step(step))
+        samples = self.samples_of_step(step)
+        loss = within_memory(self, lambda: self.accumulate(samples))
         norm = self.optimizer.step(self.learning_rate(step))
         self._pending.append(torch.stack([loss, norm]))
         self.progress.step += 1
@@ -189,7 +182,7 @@ class SFTTrainer:
         with counter("evaluating") as progress:
             for first in range(0, len(samples), EVAL_CHUNK):
                 for pack in micro_steps(samples[first : first + EVAL_CHUNK], self.micro_step_tokens):
-                    with self._micro_step.own_memory():
+                    with self.micro_step.own_memory():
                         loss += self._loss(collate(pack), targets)
                 progress(min(first + EVAL_CHUNK, len(samples)), len(samples))
         return {"eval_loss": float(loss), "eval_seconds": time.perf_counter() - start}
@@ -205,19 +198,22 @@ class SFTTrainer:
         """
         resumed = self._begin(resume_from_checkpoint)
         p, a = self.progress, self.args
+        first = p.step
         started, log_time, log_tokens = time.perf_counter() - p.seconds, time.perf_counter(), p.tokens
         report = Report(self.output / "metrics.jsonl", self.total_steps, p.step)
         with (
             report,
             interruptible() as caught,
             self._telling(report),
-            self._enough_memory(),
+            enough_memory(self),
             self._weights(),
-            contextlib.closing(self._micro_step),
+            contextlib.closing(self.micro_step),
         ):
             report.say(banner(self.model, self.train_data, run_rows(self, resumed)))
             while p.step < self.total_steps and not caught:
                 self._optimizer_step()
+                if p.step == first + 1 and (memory := comparison(self)):
+                    report.say(memory)
                 report.advance()
                 if self._due(a.logging_steps) or (p.step == 1 and a.logging_first_step):
                     self._collect()
@@ -256,20 +252,6 @@ class SFTTrainer:
             report.say(interruption(self.progress.step, self.total_steps, self._run.last_checkpoint(), config))
             raise
 
-    @contextlib.contextmanager
-    def _enough_memory(self) -> Iterator[None]:
-        """A GPU that runs out of memory within becomes a ValueError that says what needs less."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            settings = self.settings
-            raise ValueError(
-                f"{self.model.device} is out of memory in step {self.progress.step + 1}; lower micro_step_tokens "
-                f"({self.micro_step_tokens}) or max_length ({self.max_length}), or set use_gradient_checkpointing to "
-                f"true (it is {settings['use_gradient_checkpointing']}) or load_in_4bit to true (it is "
-                f"{settings['load_in_4bit']}); last checkpoint: {self._last_checkpoint()}"
-            ) from error
-
     def _report(self, report: Report, record: dict[str, Any]) -> None:
         """Log a record. Where it cannot be written the run ends, after a checkpoint if there is room for one."""
         try:
@@ -277,9 +259,9 @@ class SFTTrainer:
         except ValueError as error:
             with contextlib.suppress(ValueError):  # on a full disk this fails as well
                 self._save()
-            raise ValueError(f"{error}; training stopped, last checkpoint: {self._last_checkpoint()}") from error
+            raise ValueError(f"{error}; training stopped, last checkpoint: {self.last_checkpoint()}") from error
 
-    def _last_checkpoint(self) -> str:
+    def last_checkpoint(self) -> str:
         return str(self._run.last_checkpoint() or "none was saved")
 
     def _due(self, interval: int) -> bool:
@@ -300,7 +282,7 @@ class SFTTrainer:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = f"gradient norm became {norm}" if math.isfinite(loss) else f"loss became {loss}"
                 raise ValueError(
-                    f"{what} at step {step} and training stopped; last checkpoint: {self._last_checkpoint()}. Lower "
+                    f"{what} at step {step} and training stopped; last checkpoint: {self.last_checkpoint()}. Lower "
                     f"learning_rate ({self.args.learning_rate:g}), or look at the samples of that step"
                 )
             self.progress.unlogged.append(loss)
@@ -341,6 +323,7 @@ class SFTTrainer:
         self._pending.clear()
         if self._run.source is not None:
             self.progress = self._run.resume(self.model, self.optimizer, self._identity())
+        self.micro_step_tokens = tokens_that_fit(self)
         self._run.write_config(self.settings, self.max_length)
         return self._run.source
 

@@ -14,6 +14,7 @@ from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.config import LoraConfig
+from minitune.graphs import MicroStep
 from minitune.report import Report
 from minitune.trainer import epoch_order
 
@@ -339,7 +340,7 @@ def test_gpu_out_of_memory_says_what_needs_less(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer.model, "labelled_loss", full)
     words = (
-        r"step 3; lower micro_step_tokens .*max_length .*use_gradient_checkpointing to true .*load_in_4bit .*point-2"
+        r"step 3.*; lower micro_step_tokens .*max_length .*use_gradient_checkpointing to true .*load_in_4bit .*point-2"
     )
     with pytest.raises(ValueError, match=words):
         trainer.train()
@@ -474,6 +475,29 @@ def test_model_data_and_settings_that_do_not_go_together_are_refused(tiny, tmp_p
             SFTTrainer(model, SFTConfig(**settings), data, processing_class=tokenizer)
     with pytest.raises(ValueError, match="resume needs output_dir"):
         SFTTrainer(model, SFTConfig(), RECORDS, processing_class=tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_a_step_out_of_memory_is_done_again_with_a_smaller_plan(tiny, tmp_path, recwarn, monkeypatch):
+    settings = {"max_steps": 3, "logging_steps": 1}
+    new_trainer(tiny, tmp_path / "whole", **settings).train()
+    trainer = new_trainer(tiny, tmp_path / "short", micro_step_tokens=64, **settings)
+    call, failures = MicroStep.__call__, []
+
+    def sometimes(micro_step, batch, denominator):
+        loss = call(micro_step, batch, denominator)
+        if trainer.progress.step == 1 and len(failures) < 2:  # its gradients have been added already
+            failures.append(trainer.model.memory_budget)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    monkeypatch.setattr(MicroStep, "__call__", sometimes)
+    trainer.train()
+    assert failures[0] is None and trainer.model.memory_budget > 0
+    assert len(said := [str(w.message) for w in recwarn if "trying the step again" in str(w.message)]) == 2
+    assert "cpu is out of memory in step 2" in said[0]
+    whole, short = (records_of(tmp_path / name) for name in ("whole", "short"))
+    assert [r["tokens"] for r in whole] == [r["tokens"] for r in short]
+    assert [r["loss"] for r in whole] == pytest.approx([r["loss"] for r in short], rel=1e-5)
 
 
 def test_a_memory_budget_that_decides_nothing_is_refused(tiny, tmp_path):

@@ -1,0 +1,104 @@
+"""What a training run does about memory: plan with it, compare the plan with what was measured, and plan with less.
+
+Plans are made by the model, for every new size of micro-step (plan.py). Here are the settings that they are made by,
+and what happens where a plan was wrong.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from minitune.config import bytes_of
+
+if TYPE_CHECKING:
+    from minitune.trainer import SFTTrainer
+
+SMALLER_PLANS = 4  # that are tried where memory runs out, each with a sixth less
+LEAST_TOKENS = 1024  # of a micro-step, where memory and not the user decides
+
+T = TypeVar("T")
+
+
+def size_of(trainer: "SFTTrainer", name: str) -> int | None:
+    """A setting in bytes. ValueError where there is nothing that could be chosen by it."""
+    size, model = getattr(trainer.args, name), trainer.model
+    if size is None:
+        return None
+    if model.device.type != "cuda" or model.level is not None:
+        raise ValueError(
+            f"{name} {size} decides what a GPU keeps where use_gradient_checkpointing is 'unsloth'; the model is on "
+            f"{model.device}, with {trainer.settings['use_gradient_checkpointing']!r}"
+        )
+    return bytes_of(size)
+
+
+def tokens_that_fit(trainer: "SFTTrainer") -> int:
+    """The default of micro_step_tokens, or as much less as it takes to fit into a GPU's memory."""
+    tokens, model = trainer.micro_step_tokens, trainer.model
+    if trainer.args.micro_step_tokens is not None or model.device.type == "cpu":
+        return tokens
+    longest = max(len(sample.input_ids) for sample in trainer.train_data.samples)
+    while tokens > max(LEAST_TOKENS, longest) and model.plan(tokens, longest).peak > model.memory_limit():
+        tokens //= 2
+    return tokens
+
+
+def within_memory(trainer: "SFTTrainer", accumulate: Callable[[], T]) -> T:
+    """`accumulate` with all gradients at zero; again, with smaller plans, where memory runs out and plans decide."""
+    if trainer.micro_step.planned is None and trainer.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.model.device)  # what loading took is not what a step takes
+    for _ in range(SMALLER_PLANS):
+        trainer.optimizer.zero_grad()
+        try:
+            return accumulate()
+        except torch.OutOfMemoryError:
+            if trainer.model.level is not None:
+                raise
+        _plan_with_less(trainer)  # out here nothing holds the tensors of the step that failed
+    trainer.optimizer.zero_grad()
+    return accumulate()
+
+
+def _plan_with_less(trainer: "SFTTrainer") -> None:
+    model, planned, limit = trainer.model, trainer.micro_step.planned, trainer.model.memory_limit()
+    trainer.micro_step.close()
+    trainer.micro_step.planned = None
+    model.memory_budget = limit * 5 // 6
+    expected = "" if planned is None else f"{_gib(planned.peak)} were planned and "
+    warnings.warn(
+        f"{model.device} is out of memory in step {trainer.progress.step + 1}, though {expected}{_gib(limit)} "
+        f"expected; trying the step again with a plan for {_gib(model.memory_budget)}",
+        stacklevel=2,
+    )
+
+
+def comparison(trainer: "SFTTrainer") -> str | None:
+    """A line of what was planned beside what was measured; none on a CPU, whose peak nobody counts."""
+    planned, device = trainer.micro_step.planned, trainer.model.device
+    if planned is None or device.type == "cpu":
+        return None
+    measured = torch.cuda.max_memory_allocated(device)
+    return f"{'memory':<11}{_gib(planned.peak)} planned, {_gib(measured)} measured; {planned}"
+
+
+@contextlib.contextmanager
+def enough_memory(trainer: "SFTTrainer") -> Iterator[None]:
+    """A GPU that runs out of memory within becomes a ValueError that says what needs less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        settings, planned = trainer.settings, trainer.micro_step.planned
+        expected = "" if planned is None else f" ({_gib(planned.peak)} were planned)"
+        raise ValueError(
+            f"{trainer.model.device} is out of memory in step {trainer.progress.step + 1}{expected}; lower "
+            f"micro_step_tokens ({trainer.micro_step_tokens}) or max_length ({trainer.max_length}), or set "
+            f"use_gradient_checkpointing to true (it is {settings['use_gradient_checkpointing']}) or load_in_4bit to "
+            f"true (it is {settings['load_in_4bit']}); last checkpoint: {trainer.last_checkpoint()}"
+        ) from error
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
