@@ -59,12 +59,13 @@ class RunConfig:
 
 
 class Settings(NamedTuple):
-    """Everything that a command was told, and whether it is the demonstration (whose defaults are its own)."""
+    """Everything that a command was told, and whether it is the demonstration (with defaults of its own) or a plan."""
 
     run: RunConfig
     lora: LoraConfig
     sft: SFTConfig
     demo: bool = False
+    plan: bool = False
 
 
 GROUPS = {"run": RunConfig, "lora": LoraConfig, "sft": SFTConfig}
@@ -142,6 +143,11 @@ def _parser(defaults: dict[str, Any]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--demo", action="store_true", help="fetch a small model, train it on a shipped task, and show it"
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what a step takes of memory and time, from config.json alone, and exit",
+    )
     parser.add_argument("--config", metavar="FILE", help="a TOML file with the settings below; flags win over it")
     for name, (_, item, kinds) in _known().items():
         default = defaults.get(name, item.default)
@@ -174,7 +180,7 @@ def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | Non
         hint = nearest(wrong, flags) if wrong.startswith("-") else "values follow a flag"
         raise ValueError(f"unknown argument {wrong}; {hint if 'known are' not in hint else '--help lists the flags'}")
     flags = vars(given)
-    demo, config = flags.pop("demo", False), flags.pop("config", None)
+    demo, plan, config = flags.pop("demo", False), flags.pop("plan", False), flags.pop("config", None)
     for name, value in flags.items():
         if isinstance(value, list):  # `--gguf q8_0 f16` and `--gguf q8_0,f16` are the same
             flags[name] = tuple(part for text in value for part in text.split(",") if part)
@@ -188,4 +194,4 @@ def parse(argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | Non
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name, value in values.items():
         groups[known[name][0]][name] = value
-    return Settings(**{group: cls(**groups[group]) for group, cls in GROUPS.items()}, demo=demo)
+    return Settings(**{group: cls(**groups[group]) for group, cls in GROUPS.items()}, demo=demo, plan=plan)

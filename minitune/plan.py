@@ -302,11 +302,13 @@ def plan_memory(
     host_memory: int = 0,
     eight_bit: bool = False,
     load_in_4bit: bool = True,
+    level: int | None = None,
     rates: Rates | None = None,
 ) -> Plan:
     """The plan of a micro-step of `tokens` in bf16, samples of `longest`, before a model is loaded or a GPU is there.
 
     budget, host_memory: bytes. Where nothing fits, the plan that needs least; its peak says how much that is.
+    level: what all layers keep, where that is not to be planned (recompute.py).
     Raises ValueError for a number of tokens that makes no step.
     """
     longest = tokens if longest is None else longest
@@ -315,6 +317,8 @@ def plan_memory(
     sizes = Sizes.of(config, lora, itemsize=2)
     static = static_parts(sizes, config, 2.03 if eight_bit else 8, load_in_4bit, longest)
     load = Load(tokens, tokens * longest, tokens, cudnn=tokens == longest >= WORTHWHILE)
+    if level is not None:
+        return uniform(sizes, load, level, static)
     return fastest(sizes, load, static, budget, host_memory, rates)
 
 

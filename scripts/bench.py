@@ -83,6 +83,7 @@ def load(a: argparse.Namespace, lora_alpha: int) -> tuple[LlamaForCausalLM, Any,
         use_gradient_checkpointing=CHECKPOINTING[a.checkpointing],
     )
     model.memory_budget = bytes_of(a.memory_budget) if a.memory_budget else None
+    model.host_memory = bytes_of(a.host_memory) if a.host_memory else 0
     facts = start_counting(start, sum(p.numel() for _, p in model.lora_parameters()))
     return model, tokenizer, facts
 
@@ -104,7 +105,7 @@ def time_steps(a: argparse.Namespace) -> dict[str, Any]:
         wait()
         seconds.append(time.perf_counter() - start)
         losses.append(float(loss))
-    record = about(a, facts) | step_figures(seconds, losses, a.warmup, a.batch * a.tokens)
+    record = about(a, facts) | step_figures(seconds, losses, a.warmup, a.batch * a.tokens) | planned(micro)
     if a.profile:
         plain = MicroStep(model, capture=False)
         record["profile"] = profile_step(
@@ -138,6 +139,7 @@ def time_short_samples(a: argparse.Namespace) -> dict[str, Any]:
             optim=a.optim,
             cuda_graphs=not a.no_graphs,
             memory_budget=a.memory_budget,
+            host_memory=a.host_memory,
             seed=3407,
             logging_steps=1,
             save_strategy="no",
@@ -149,7 +151,15 @@ def time_short_samples(a: argparse.Namespace) -> dict[str, Any]:
     ends = [json.loads(line)["seconds"] for line in lines]
     losses = [json.loads(line)["loss"] for line in lines]
     mean_length = statistics.mean(len(sample.input_ids) for sample in trainer.train_data.samples)
-    return about(a, facts) | short_figures(ends, losses, a.warmup, a.batch * ACCUMULATION, mean_length)
+    figures = short_figures(ends, losses, a.warmup, a.batch * ACCUMULATION, mean_length)
+    return about(a, facts) | figures | planned(trainer.micro_step)
+
+
+def planned(micro: MicroStep) -> dict[str, Any]:
+    """What the plan expected, to be held against peak_gb and ms (which has the optimizer too)."""
+    plan = micro.planned
+    facts = {"planned_gb": plan.peak / 2**30, "planned_ms": 1e3 * plan.seconds, "host_gb": plan.host_bytes / 2**30}
+    return {name: round(value, 2) for name, value in facts.items()} | {"plan": str(plan)}
 
 
 def about(a: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +209,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--no-graphs", action="store_true", help="launch every kernel, capture nothing")
     p.add_argument("--profile", action="store_true", help="where a step's GPU time goes")
     p.add_argument("--memory-budget", help="GPU memory to stay within, as 10GiB; of --checkpointing auto")
+    p.add_argument("--host-memory", help="host memory that activations may wait in, likewise; default: none")
     p.add_argument("--memory-fraction", type=float, help="share of the GPU's memory that may be used")
     p.add_argument("--peer", choices=bench_table.PEER_NAMES, action="append", help="beside it; may be repeated")
     p.add_argument("--rows", help="of --all: these rows only, as 1,2,5")
@@ -226,10 +237,11 @@ def _check(a: argparse.Namespace) -> None:
         raise ValueError("--profile looks at single steps, and --short runs SFTTrainer; leave one of them out")
     if (a.profile or a.memory_fraction is not None) and not torch.cuda.is_available():
         raise ValueError("--profile and --memory-fraction need a GPU, and torch sees none")
-    if a.memory_budget is not None:
-        bytes_of(a.memory_budget)
-        if a.checkpointing != "auto":
-            raise ValueError(f"--memory-budget needs --checkpointing auto; it is {a.checkpointing}")
+    for name in ("memory_budget", "host_memory"):
+        if (size := getattr(a, name)) is not None:
+            bytes_of(size)
+            if a.checkpointing != "auto":
+                raise ValueError(f"--{name.replace('_', '-')} needs --checkpointing auto; it is {a.checkpointing}")
     if a.memory_fraction is not None and not 0 < a.memory_fraction <= 1:
         raise ValueError(f"--memory-fraction is {a.memory_fraction}; expected a share above 0, at most 1")
     if a.all:

@@ -4,6 +4,7 @@
     python scripts/train.py --config run.toml --r 32             a TOML file, and flags that win over it
     python scripts/train.py --config DIR/config.toml --resume    go on where an interrupted run was saved
     python scripts/train.py --demo                               fetch a small model and train it on a shipped task
+    python scripts/train.py --plan --model DIR --memory-budget 24GiB     what a step takes; needs no GPU, no weights
 
 The run folder holds adapter/, checkpoint-N/, metrics.jsonl and config.toml; --merge and --gguf add the merged model.
 What can be expected to go wrong is one line on stderr and exit code 2; Ctrl-C saves, says how to go on, and gives 130.
@@ -16,11 +17,15 @@ import demo
 import torch
 
 from minitune import runs
+from minitune.config import ModelConfig, bytes_of
 from minitune.data import load_dataset
 from minitune.flags import Settings, as_dict, parse
 from minitune.gguf import trained_name
 from minitune.loading import FastLanguageModel
-from minitune.trainer import SFTTrainer
+from minitune.memory import LEAST_TOKENS
+from minitune.plan import plan_memory, plan_table
+from minitune.recompute import level_of
+from minitune.trainer import MICRO_STEP_TOKENS, SFTTrainer
 from minitune.weights import resolve_model
 
 
@@ -74,10 +79,38 @@ def train(settings: Settings) -> None:
         print(f"{'saved':<11}{path}", file=sys.stderr)
 
 
+def plan(settings: Settings) -> str:
+    """The memory and time of a step, in words. Raises ValueError."""
+    run, sft = settings.run, settings.sft
+    if run.model is None:
+        raise ValueError("--model is missing: train.py --plan --model DIR --memory-budget 24GiB")
+    if sft.memory_budget is None and not torch.cuda.is_available():
+        raise ValueError("--plan needs --memory-budget, as 24GiB, where there is no GPU")
+    budget = bytes_of(sft.memory_budget) if sft.memory_budget else torch.cuda.mem_get_info()[0]
+    config = ModelConfig.from_folder(resolve_model(run.model))
+    longest = sft.max_length or run.max_seq_length or min(2048, config.max_position_embeddings)
+    options = {
+        "longest": longest,
+        "host_memory": bytes_of(sft.host_memory) if sft.host_memory else 0,
+        "eight_bit": sft.optim == "adamw_8bit",
+        "load_in_4bit": run.load_in_4bit,
+        "level": level_of({"true": True, "false": False}.get(run.use_gradient_checkpointing, "auto")),
+    }
+    tokens = sft.micro_step_tokens or max(MICRO_STEP_TOKENS["cuda"], longest)
+    planned = plan_memory(config, settings.lora, budget, tokens=tokens, **options)
+    while sft.micro_step_tokens is None and planned.peak > budget and tokens // 2 >= max(longest, LEAST_TOKENS):
+        tokens //= 2
+        planned = plan_memory(config, settings.lora, budget, tokens=tokens, **options)
+    head = f"{run.model}: {tokens:,} tokens a forward/backward, in samples of up to {longest:,}"
+    return f"{head}, on {budget / 2**30:.2f} GiB\n{plan_table(planned, tokens, budget)}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse(argv, demo.DEFAULTS)
-        if settings.demo:
+        if settings.plan:
+            print(plan(settings))
+        elif settings.demo:
             demo.run(settings, prepare)
         else:
             train(settings)

@@ -323,3 +323,25 @@ def test_answers_are_counted_as_right_only_when_they_are_the_expected_ones(train
     records = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": c}]} for c in "abcd"]
     text = demo.table(records, ["", "b ", "C", "x"], ["a", "b", "c", "x"])
     assert "before    0 of 4" in text and "after     3 of 4 held-out answers exactly right (75%)" in text
+
+
+def test_a_plan_is_printed_without_weights_or_a_gpu(train, tmp_path, capsys, files):
+    folder = tmp_path / "8b"
+    folder.mkdir()
+    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+    (folder / "config.json").write_text(json.dumps(shape | {"model_type": "llama", "rms_norm_eps": 1e-5}))
+    assert train(["--plan", "--model", str(folder), "--memory-budget", "24GiB", "--max-seq-length", "4096"]) == 0
+    said = capsys.readouterr().out
+    assert "8,192 tokens a forward/backward, in samples of up to 4,096, on 24.00 GiB" in said
+    for label in ("weights", "adapter and its gradient", "optimizer", "activations", "workspace", "peak", "time"):
+        assert f"\n{label} " in said
+    assert train(["--plan", "--model", str(folder), "--memory-budget", "6GiB"]) == 0
+    assert "1,024 tokens" not in (said := capsys.readouterr().out) and "more than the 6.00 GiB there are" in said
+    for wrong, message in (
+        (["--plan"], "--model is missing: train.py --plan"),
+        (["--plan", "--model", str(files / "model"), "--memory-budget", "24"], "'24' is not a size"),
+        (["--plan", "--model", "nowhere", "--memory-budget", "24GiB"], "nowhere"),
+    ):
+        assert train(wrong) == 2
+        assert message in capsys.readouterr().err

@@ -12,6 +12,9 @@ from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.data import collate
 from minitune.graphs import MicroStep
 from minitune.layers import Packed
+from minitune.optim import FlatAdamW
+from minitune.plan import Plan
+from minitune.recompute import Keep
 
 pytestmark = pytest.mark.gpu
 
@@ -123,6 +126,42 @@ def test_closing_gives_the_memory_back(micro_step, model, plain):
     micro_step.close()
     assert torch.cuda.memory_reserved() < before
     assert_same_bits(results(micro_step, BATCHES, model), plain)
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_offloading_and_tiles_within_graphs_change_nothing(micro_step, model, plain, monkeypatch, tile):
+    layers = (Keep(0, True), Keep(3, True), Keep(4))
+    monkeypatch.setattr(model, "plan_of", lambda packed: Plan(layers, tile, host_bytes=16 << 20))
+    torch.cuda.set_sync_debug_mode("default")
+    for _ in range(3):
+        found = results(micro_step, BATCHES, model)
+        for (loss, mine), (expected_loss, theirs) in zip(found, plain, strict=True):
+            assert torch.equal(loss, expected_loss) or tile
+            assert (loss - expected_loss).abs() < 1e-3 * expected_loss
+            assert (mine - theirs).norm() <= (2e-2 if tile else 0) * theirs.norm()
+
+
+def test_peak_memory_is_what_was_planned(tmp_path):
+    """A layer of 8B's proportions; weights are counted as they are."""
+    shape = {"hidden": 1024, "layers": 8, "heads": 8, "kv_heads": 2, "head_dim": 128, "ffn": 3584, "vocab": 4096}
+    folder = make_tiny_model(tmp_path / "m", **shape, positions=4096)
+    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=4096, dtype=torch.bfloat16)
+    FastLanguageModel.get_peft_model(model, r=16)
+    optimizer = FlatAdamW([p for _, p in model.lora_parameters()])
+    batch = collate(random_samples([1024] * 8, vocab=4096))
+    for budget, host in ((2.0, 0), (1.0, 0), (0.8, 0), (0.8, 4)):
+        model.memory_budget, model.host_memory = int(budget * 2**30), host << 30
+        micro_step = MicroStep(model)
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            micro_step(batch, 8000)
+        measured, planned = torch.cuda.max_memory_allocated(), micro_step.planned
+        figures = f"planned {planned.peak / 2**30:.3f}, measured {measured / 2**30:.3f} GiB"
+        print(f"budget {budget} GiB, host {host}: {figures}; {planned}")
+        micro_step.close()
+        assert measured == pytest.approx(planned.peak, rel=0.05)
 
 
 def fail():
