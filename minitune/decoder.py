@@ -178,7 +178,7 @@ class DecoderLayer(nn.Module):
             o = self.o.multiply(a.attn, weights[self.o], a.attn_low, a.known, out=a.x_mid)
             x_mid, _, rstd = norm.after_add(o, a.x, out=out, total=o)
         if a.known and a.gate_up is not None:
-            self.gate_up.fill(h_mid, a.h_mid_low)
+            self.gate_up.fill(h_mid, weights[self.gate_up], a.h_mid_low)
         else:
             a.gate_up = self.gate_up.new_output(a.x) if a.gate_up is None else a.gate_up
             product = a.gate_up[:, : self.gate_up.out_features]
@@ -231,7 +231,7 @@ class DecoderLayer(nn.Module):
             if need_dx or self.qkv.spare:
                 h = self.qkv.new_input(part.x)
                 _, rstd = self.input_layernorm(part.x, out=h[:, :D])
-                self.qkv.fill(h, part.h_low)
+                self.qkv.fill(h, weights[self.qkv], part.h_low, part.known)
                 gradients.add(self.qkv, dqkv[rows], h)
             if need_dx:
                 self.input_layernorm.backward(dh, part.x, rstd, dresidual=dx_rows, out=dx_rows)
@@ -251,7 +251,7 @@ class DecoderLayer(nn.Module):
         swiglu_backward(
             m[:, :F], *self.halves(a.gate_up), *self.halves(dgate_up), m[:, :F] if self.down.spare else None
         )
-        self.down.fill(m, a.m_low)
+        self.down.fill(m, weights[self.down], a.m_low, a.known)
         gradients.add(self.down, dy, m)
         del m
         # gate, up = W h_mid, h_mid = norm(x_mid)

@@ -35,7 +35,7 @@ from minitune.loss import Labelled
 from minitune.model import LlamaForCausalLM
 from minitune.offload import Offload
 from minitune.plan import Plan
-from minitune.recompute import Activations
+from minitune.recompute import KEEP_INPUT, KEEP_NOTHING, Activations
 
 MOST_GRAPHS = 64
 
@@ -102,6 +102,7 @@ class MicroStep:
                     warnings.warn(f"launching without CUDA graphs from now on: {why}", stacklevel=2)
                 return loss
             top, plan = self.new_top(size), self.plan_of(packed)
+            packed = plan.samples(packed)
             kept = self.forward(inputs, packed, top, plan)
             loss = loss_of(top)
             self.backward(top, kept, packed, plan)
@@ -136,17 +137,17 @@ class MicroStep:
         return self.model.model.layers[-1].new_gradient(tokens, self.model.dtype, self.model.device)
 
     def forward(self, inputs: Tensor, packed: Packed, top: Tensor, plan: Plan) -> list[Activations | None]:
-        """x into `top`; returns what each layer keeps, None for what has gone to the host."""
+        """x into `top`; returns what each layer keeps, None where that has gone to the host or is nothing."""
         model, kept, last = self.model, [], len(plan.layers) - 1
         x = model.model.embed_tokens(inputs[0], model.dtype)
         if plan.host_bytes:
             self._make_arena(plan.host_bytes)
         for i, (layer, keep) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
             out = top[:, : layer.width] if i == last else None
-            x, a = layer.run(x, packed, model.shared, keep.level, plan.tile, out)
+            x, a = layer.run(x, packed, model.shared, max(keep.level, KEEP_INPUT), plan.tile, out)
             if keep.on_host:
                 self._offload.put(i, a)
-            kept.append(None if keep.on_host else a)
+            kept.append(None if keep.on_host or keep.level == KEEP_NOTHING else a)
         if plan.host_bytes:
             self._offload.settle()
         return kept
@@ -157,13 +158,27 @@ class MicroStep:
         if away:
             self._offload.fetch(away[-1])
         for i in reversed(range(len(kept))):
-            layer, a = self.model.model.layers[i], kept.pop()
-            if a is None:
-                a = self._offload.take(away.pop())
+            lowest = next(j for j in range(i, -1, -1) if plan.layers[j].level != KEEP_NOTHING)
+            if kept[lowest] is None:
+                kept[lowest] = self._offload.take(away.pop())
                 if away:
                     self._offload.fetch(away[-1])
-            gradients = layer.backward(top, a, packed, self.model.shared, plan.tile, need_dx=i > 0)
+            if kept[i] is None:
+                self._inputs_again(kept, lowest, i, packed, plan.tile)
+            layer = self.model.model.layers[i]
+            gradients = layer.backward(top, kept.pop(), packed, self.model.shared, plan.tile, need_dx=i > 0)
             torch._foreach_add_([p.grad for p in self._parameters[i]], gradients)
+
+    def _inputs_again(
+        self, kept: list[Activations | None], lowest: int, highest: int, packed: Packed, tile: int | None
+    ) -> None:
+        """Fill in the inputs of the layers above `lowest` up to `highest`, which kept nothing."""
+        layers, x = self.model.model.layers, kept[lowest].x
+        for i in range(lowest, highest):
+            x, a = layers[i].run(x, packed, self.model.shared, KEEP_INPUT, tile)
+            if i > lowest:
+                kept[i] = a
+        kept[highest] = layers[highest].new_activations(x)
 
     def _make_arena(self, nbytes: int) -> None:
         """An empty arena of at least this size."""
@@ -216,6 +231,7 @@ class _Graphs:
             return loss
         self._make_room(micro_step, size)
         top, plan = self._top[:size], micro_step.plan_of(packed)
+        packed = plan.samples(packed)
         with self.own_memory():
             kept = micro_step.forward(inputs, packed, top, plan)
         loss = loss_of(top)

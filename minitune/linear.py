@@ -17,6 +17,7 @@ from minitune.kernels.lora_linear import (
     lora_gradients,
     lora_linear,
     lora_linear_backward,
+    low_rank_,
     write_adapters_,
 )
 from minitune.nf4 import NF4
@@ -160,10 +161,12 @@ class Projection:
             row += linear.out_features
         return y
 
-    def fill(self, x: Tensor, low: Tensor | None) -> None:
-        """`low` into the spare columns of x (N, in + R), where there are any."""
-        if low is not None:
+    def fill(self, x: Tensor, weight: Tensor, low: Tensor | None, known: bool = True) -> None:
+        """Fill the spare columns of x (N, in + R), where there are any, with `low` or, if it is not `known`, anew."""
+        if known and low is not None:
             x[:, self.in_features :].copy_(low)
+        elif low is not None:
+            low_rank_(x, weight[self.out_features :, : self.in_features], self.scaling)
 
     def backward(self, dy: Tensor, weight: Tensor, out: Tensor | None = None, need_dx: bool = True) -> Tensor | None:
         """dx (N, in) of dy in its buffer (N, out + R), whose spare columns are filled on the way."""

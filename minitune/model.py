@@ -157,8 +157,9 @@ class LlamaForCausalLM(nn.Module):
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
             x = self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
             plan = self.plan_of(packed) if torch.is_grad_enabled() else self.plan(len(x), level=KEEP_INPUT)
+            packed = plan.samples(packed)
             for layer, planned in zip(self.model.layers, plan.layers, strict=True):
-                level = KEEP_INPUT if planned.on_host else planned.level  # autograd keeps it all on the device
+                level = KEEP_INPUT if planned.on_host else max(planned.level, KEEP_INPUT)  # all on the device
                 x = layer(x, packed, self.shared, level, plan.tile)
             if labels is None:
                 logits = _Logits.apply(x, self.model.norm, self.lm_head.dense(x.dtype))

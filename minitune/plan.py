@@ -14,16 +14,20 @@ takes as long as the slower of the two.
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from minitune.config import LINEARS, LoraConfig, ModelConfig
 from minitune.kernels.attention_cudnn import WORTHWHILE
 from minitune.kernels.cross_entropy import TILE_BYTES
 from minitune.kernels.lora_linear import columns_to_spare
-from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, KEEP_MID, KEEP_QKV, Keep
+from minitune.layers import Packed
+from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, KEEP_MID, KEEP_NOTHING, KEEP_QKV, Keep
 
-KEPT = ("their input", "input and attention", "all before the MLP but q k v", "all before the MLP", "everything")
+KEPT = (  # by level, from nothing on
+    "nothing", "their input", "input and attention", "all before the MLP but q k v", "all before the MLP", "everything",
+)  # fmt: skip
+SEGMENTS = (2, 4, 8)  # layers of which only the first keeps its input
 LEVELS = (KEEP_INPUT, KEEP_ATTENTION, KEEP_QKV, KEEP_ALL)  # keeping x_mid without q, k, v is never the best
 TILES = (None, 4096, 2048, 1024, 512, 256)  # rows
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a parameter
@@ -135,6 +139,7 @@ class Plan:
     layers: tuple[Keep, ...]
     tile: int | None = None
     host_bytes: int = 0
+    cudnn: bool = False  # whether attention may be cuDNN's
     parts: tuple[tuple[str, int], ...] = ()  # what the GPU's memory is for, in bytes
     seconds: float = math.nan  # of forward and backward
 
@@ -143,11 +148,15 @@ class Plan:
         """Bytes of GPU memory allocated at most."""
         return sum(size for _, size in self.parts)
 
+    def samples(self, packed: Packed) -> Packed:
+        """As attention is to see them: without the length that cuDNN's wants, where that is not planned with."""
+        return packed if self.cudnn else replace(packed, length=None)
+
     def __str__(self) -> str:
         """What is kept where, in words."""
         kept = Counter(self.layers)
         words = [
-            f"{count} {'layer keeps' if count == 1 else 'layers keep'} {KEPT[keep.level]}"
+            f"{count} {'layer keeps' if count == 1 else 'layers keep'} {KEPT[keep.level + 1]}"
             f"{' on the host' if keep.on_host else ''}"
             for keep, count in kept.items()
         ]
@@ -157,7 +166,7 @@ class Plan:
 @dataclass(frozen=True)
 class Load:
     """What a micro-step computes: its tokens, the squares of its samples' lengths added up, how many rows have a label,
-    and whether attention is cuDNN's."""
+    and whether attention may be cuDNN's."""
 
     tokens: int
     squares: int
@@ -167,20 +176,28 @@ class Load:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The last `count` layers keep level `near` on the GPU, those before them `far`."""
+    """The last `count` layers keep level `near` on the GPU; of those before them every `segment`-th keeps `far`, and
+    the others nothing."""
 
     near: int
     far: Keep
     count: int
     tile: int | None
+    cudnn: bool = False
+    segment: int = 1
 
     def layers(self, L: int) -> tuple[Keep, ...]:
-        return (self.far,) * (L - self.count) + (Keep(self.near),) * self.count
+        far = tuple(Keep(KEEP_NOTHING) if i % self.segment else self.far for i in range(L - self.count))
+        return far + (Keep(self.near),) * self.count
+
+    def keepers(self, L: int) -> int:
+        """How many layers keep `far`."""
+        return -(-(L - self.count) // self.segment)
 
 
 def _host_bytes(sizes: Sizes, load: Load, choice: _Choice) -> int:
     layer = load.tokens * sizes.kept(choice.far.level) + 10 * 512  # ten tensors, each on a line of the arena
-    return (sizes.layers - choice.count) * layer if choice.far.on_host else 0
+    return choice.keepers(sizes.layers) * layer if choice.far.on_host else 0
 
 
 def _memory(sizes: Sizes, load: Load, choice: _Choice) -> tuple[int, int]:
@@ -190,15 +207,16 @@ def _memory(sizes: Sizes, load: Load, choice: _Choice) -> tuple[int, int]:
     near_bytes, far_bytes = N * sizes.kept(choice.near), N * sizes.kept(far.level)
     held = 0 if far.on_host else far_bytes
     copied = far_bytes if far.on_host else 0  # the layer before, on its way out, or the one to come, on its way in
-    kept = before * held + choice.count * near_bytes
+    keepers = choice.keepers(sizes.layers)
+    kept = keepers * held + choice.count * near_bytes
     peak = kept + sizes.loss(N)
     if before:
-        beside = (before - 1) * held + copied
-        work = max(sizes.forward(far.level, N, T), sizes.backward(far.level, N, T, load.cudnn))
+        beside = (keepers - 1) * held + copied + (choice.segment - 1) * far_bytes
+        work = max(sizes.forward(far.level, N, T), sizes.backward(far.level, N, T, choice.cudnn))
         peak = max(peak, beside + work)
     if choice.count:
-        beside = before * held + (choice.count - 1) * near_bytes + (copied if choice.count == 1 else 0)
-        work = max(sizes.forward(choice.near, N, T), sizes.backward(choice.near, N, T, load.cudnn))
+        beside = keepers * held + (choice.count - 1) * near_bytes + (copied if choice.count == 1 else 0)
+        work = max(sizes.forward(choice.near, N, T), sizes.backward(choice.near, N, T, choice.cudnn))
         peak = max(peak, beside + work)
     top = N * (sizes.D + max(sizes.spare[1], sizes.spare[3])) * sizes.itemsize
     return kept, peak - kept + top
@@ -212,7 +230,7 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     rate = r.matmul * T / (T + 96)  # shorter matmuls reach less of it
     qkv, o, gate_up, down = 2 * N * D * QKV / rate, 2 * N * HK * D / rate, 4 * N * D * F / rate, 2 * N * F * D / rate
     matmuls = qkv + o + gate_up + down
-    attention = 2 * load.squares * HK / (r.matmul * (r.cudnn if load.cudnn else r.attention))
+    attention = 2 * load.squares * HK / (r.matmul * (r.cudnn if choice.cudnn else r.attention))
     thin = 0.7 * N * (QKV + 3 * D + HK + 3 * F) * b / r.copy if any(sizes.spare) else 0.0  # a look at x or at dy
     dequantise = sizes.of_layer * (NF4_BYTES + b) / r.copy
     forward = matmuls + attention + dequantise + thin
@@ -224,6 +242,7 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     moved = _host_bytes(sizes, load, choice)
     loss = 4 * load.labelled * D * sizes.V / r.matmul + 5 * load.labelled * sizes.V * b / r.copy
     redone = before * again[choice.far.level] + choice.count * again[choice.near]
+    redone += (before - choice.keepers(sizes.layers)) * forward
     ahead = max(sizes.layers * forward, moved / r.to_host)
     return ahead + loss + max(sizes.layers * backward + redone, moved / r.from_host)
 
@@ -248,21 +267,25 @@ def price(sizes: Sizes, load: Load, choice: _Choice, static: Sequence[tuple[str,
     kept, work = _memory(sizes, load, choice)
     parts = (*static, ("activations", kept), ("workspace", work))
     host = _host_bytes(sizes, load, choice)
-    return Plan(choice.layers(sizes.layers), choice.tile, host, parts, _seconds(sizes, load, choice, rates))
+    seconds = _seconds(sizes, load, choice, rates)
+    return Plan(choice.layers(sizes.layers), choice.tile, host, choice.cudnn, parts, seconds)
 
 
-def choices(layers: int, tokens: int, host: bool) -> Iterator[_Choice]:
+def choices(layers: int, load: Load, host: bool) -> Iterator[_Choice]:
     """All that are looked at."""
     fars = [Keep(level, on_host) for level in LEVELS for on_host in ((False, True) if host else (False,))]
-    tiles = [tile for tile in TILES if tile is None or tile < tokens]
-    for tile, near, far, count in product(tiles, LEVELS, fars, range(layers + 1)):
+    tiles = [tile for tile in TILES if tile is None or tile < load.tokens]
+    ways = (True, False) if load.cudnn else (False,)  # cuDNN's attention is faster and needs more memory
+    for cudnn, tile, near, far, count in product(ways, tiles, LEVELS, fars, range(layers + 1)):
         if near >= far.level or count == 0:
-            yield _Choice(near, far, count, tile)
+            yield _Choice(near, far, count, tile, cudnn)
+            if far.level == KEEP_INPUT and count == 0:
+                yield from (_Choice(near, far, count, tile, cudnn, segment) for segment in SEGMENTS)
 
 
 def uniform(sizes: Sizes, load: Load, level: int, static: Sequence[tuple[str, int]]) -> Plan:
     """The plan in which all layers keep the same, on the GPU."""
-    return price(sizes, load, _Choice(level, Keep(level), sizes.layers, None), static, Rates())
+    return price(sizes, load, _Choice(level, Keep(level), sizes.layers, None, load.cudnn), static, Rates())
 
 
 def fastest(
@@ -279,7 +302,7 @@ def fastest(
     """
     rates, limit = rates or Rates(), budget * (1 - MARGIN) - sum(size for _, size in static)
     best = least = None
-    for choice in choices(sizes.layers, load.tokens, host_budget > 0):
+    for choice in choices(sizes.layers, load, host_budget > 0):
         if _host_bytes(sizes, load, choice) > host_budget:
             continue
         need = sum(_memory(sizes, load, choice))

@@ -5,6 +5,7 @@ are cheap to redo. What is worth keeping, in bytes a token a layer for an 8B Lla
 each row in addition to those above it:
 
     level  kept                             bytes  computed again in backward
+    -      nothing                                 its input, through the layers below, and all of the next line
     0      x, the layer's input              8 K   q, k, v, attention, o, gate, up; never down: nothing needs its output
     1      attention output, its logsumexp  16 K   q, k, v, o, gate, up
     2      x after attention                24 K   q, k, v, gate, up
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-KEEP_INPUT, KEEP_ATTENTION, KEEP_MID, KEEP_QKV, KEEP_ALL = range(5)
+KEEP_NOTHING, KEEP_INPUT, KEEP_ATTENTION, KEEP_MID, KEEP_QKV, KEEP_ALL = range(-1, 5)
 
 
 @dataclass(frozen=True)

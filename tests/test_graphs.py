@@ -130,7 +130,7 @@ def test_closing_gives_the_memory_back(micro_step, model, plain):
 
 @pytest.mark.parametrize("tile", [None, 64])
 def test_offloading_and_tiles_within_graphs_change_nothing(micro_step, model, plain, monkeypatch, tile):
-    layers = (Keep(0, True), Keep(3, True), Keep(4))
+    layers = (Keep(0, True), Keep(-1), Keep(3, True)) if tile else (Keep(0, True), Keep(3, True), Keep(4))
     monkeypatch.setattr(model, "plan_of", lambda packed: Plan(layers, tile, host_bytes=16 << 20))
     torch.cuda.set_sync_debug_mode("default")
     for _ in range(3):

@@ -12,7 +12,7 @@ from minitune import FastLanguageModel
 from minitune.data import Sample, collate, micro_steps
 from minitune.graphs import MicroStep, _padded, padded_size
 from minitune.plan import Plan
-from minitune.recompute import KEEP_INPUT, Keep
+from minitune.recompute import KEEP_INPUT, KEEP_NOTHING, Keep
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -136,21 +136,23 @@ def test_autocast_around_a_micro_step_changes_nothing(tmp_path):
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(12))
 def test_every_mixture_of_levels_places_and_tiles_gives_the_same_loss_and_gradients(tmp_path, seed, monkeypatch):
-    """Bit for bit in one tile; in several, sums over rows are taken in another order."""
+    """Bit for bit in one tile; in several, sums over rows are taken in another order, and a layer that kept nothing
+    takes its low-rank columns from m as backward computes it."""
     model = load(make_tiny_model(tmp_path / "m", layers=5), dtype=torch.float32)
     batch, micro_step = collate(random_samples([40, 9, 30, 57])), MicroStep(model, capture=False)
     model.level = KEEP_INPUT
     expected = micro_step(batch, 50), gradients(model)
     draw = random.Random(seed)
     layers = tuple(Keep(draw.randrange(5), draw.random() < 0.5) for _ in range(5))
+    layers = tuple(Keep(KEEP_NOTHING) if i and draw.random() < 0.4 else keep for i, keep in enumerate(layers))
     for tile in (None, draw.choice([1, 7, 64, 200])):
         plan = Plan(layers, tile, host_bytes=5 << 20)
         monkeypatch.setattr(model, "plan_of", lambda packed, plan=plan: plan)
         for _ in range(2):
             loss, found = micro_step(batch, 50), gradients(model)
-            if tile is None:
+            if tile is None and Keep(KEEP_NOTHING) not in layers:
                 assert torch.equal(loss, expected[0]) and torch.equal(found, expected[1])
             assert torch.allclose(loss, expected[0], rtol=1e-6)
             assert (found - expected[1]).norm() < 1e-5 * expected[1].norm()
