@@ -43,6 +43,7 @@ class RunConfig:
     )
     load_in_4bit: bool = setting(True, "keep the frozen linears in NF4 (QLoRA) rather than in 16 bit")
     dtype: str | None = setting(None, "compute dtype; default by device", choices=DTYPES)
+    offload_embedding: bool = setting(False, "keep the embedding in host memory, from where a GPU reads its rows")
     use_gradient_checkpointing: str = setting("unsloth", "what is recomputed in backward", choices=CHECKPOINTING)
     random_state: int | None = setting(
         None, "the adapter's first values are drawn from this; default: seed", least=-(2**63), most=2**64 - 1

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config import ModelConfig
+from minitune.kernels.embedding import embed
 from minitune.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+from minitune.pinned import pin
 
 
 def send(host: Tensor, device: torch.device) -> Tensor:
@@ -89,7 +91,15 @@ class Embedding(nn.Module):
         self.register_parameter("weight", None)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.weight[ids].to(dtype)
+        """(N, D) of ids (N,)."""
+        return embed(ids, self.weight.detach(), dtype)
+
+    def to_host(self) -> None:
+        """Keep the table in pinned host memory. MemoryError where the host refuses."""
+        table = torch.empty(self.shape, dtype=self.weight.dtype)
+        table.copy_(self.weight.detach())
+        pin(table, self)
+        self.weight = nn.Parameter(table, requires_grad=False)
 
 
 class RMSNorm(nn.Module):

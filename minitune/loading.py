@@ -23,6 +23,7 @@ class FastLanguageModel:
         load_in_4bit: bool = True,
         device: str | torch.device | None = None,
         attention: str = "auto",
+        offload_embedding: bool = False,
         progress: bool = False,
     ) -> tuple[LlamaForCausalLM, Tokenizer]:
         """Load a model folder, or `org/name` from the local Hugging Face cache, and its tokenizer.
@@ -34,6 +35,8 @@ class FastLanguageModel:
             already NF4 is taken as it stands either way.
         attention: "triton" is the project's own kernels; "auto" takes cuDNN's where all samples have one length of 4096
             tokens or more, which is when it can be used and is faster. Without a GPU both are PyTorch.
+        offload_embedding: keep the embedding in pinned host memory, from where a GPU reads the rows that it needs. Not
+            for models whose head is the same tensor.
 
         Raises ValueError that names the file or tensor at fault.
         """
@@ -45,12 +48,17 @@ class FastLanguageModel:
         known = config.max_position_embeddings
         if max_seq_length is not None and not 0 < max_seq_length <= known:
             raise ValueError(f"max_seq_length {max_seq_length} is not within the {known} positions the model knows")
+        if offload_embedding and config.tie_word_embeddings:
+            raise ValueError("offload_embedding: the head is the embedding in this model, and is needed on the GPU")
         tokenizer = Tokenizer.from_folder(folder)
         check_vocabulary(tokenizer, config.vocab_size)
         longest = max_seq_length or min(2048, known)
         model = LlamaForCausalLM(config, dtype=dtype, device=device, max_seq_length=longest, attention=attention)
         model.name, model.folder, model.eos_token_ids = str(model_name), folder, tokenizer.eos_token_ids
         load_weights(model, Checkpoint(folder), device, load_in_4bit, progress)
+        if offload_embedding and device.type == "cuda":
+            model.model.embed_tokens.to_host()
+            torch.cuda.empty_cache()
         return model, tokenizer
 
     @staticmethod

@@ -10,12 +10,12 @@ part of a CUDA graph. A tensor that leaves is let go of when its copy is done, w
 after one more layer: two layers' tensors are on the device at most.
 """
 
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minitune.pinned import pin
 from minitune.recompute import Activations
 
 ALIGN = 512  # bytes
@@ -42,8 +42,7 @@ class Offload:
         self._device = device
         self._arena = torch.empty(max(nbytes, ALIGN), dtype=torch.uint8)
         if device.type == "cuda":
-            _pin(self._arena)
-            weakref.finalize(self, _unpin, self._arena)
+            pin(self._arena, self)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.reset()
 
@@ -102,14 +101,3 @@ class Offload:
             for source, target in zip(sources, targets, strict=True):
                 if source is not None:
                     target.copy_(source, non_blocking=True)
-
-
-def _pin(memory: Tensor) -> None:
-    """Memory from torch's own pinned allocator would be rounded up to a power of two."""
-    if code := int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0)):
-        raise MemoryError(f"the host refuses to pin {len(memory) / 2**30:.2f} GiB of memory (CUDA error {code})")
-
-
-def _unpin(memory: Tensor) -> None:
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

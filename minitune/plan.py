@@ -248,11 +248,17 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
 
 
 def static_parts(
-    sizes: Sizes, config: ModelConfig, moments: float = 8, load_in_4bit: bool = True, positions: int = 2048
+    sizes: Sizes,
+    config: ModelConfig,
+    moments: float = 8,
+    load_in_4bit: bool = True,
+    positions: int = 2048,
+    offload_embedding: bool = False,
 ) -> tuple[tuple[str, int], ...]:
     """What is there whatever the plan. moments: bytes a trainable parameter, 8 or (8-bit) 2.03."""
     linears = sizes.layers * sizes.of_layer * (NF4_BYTES if load_in_4bit else sizes.itemsize)
-    weights = int(linears) + sizes.embeddings + (2 * sizes.layers + 1) * sizes.D * sizes.itemsize
+    embeddings = sizes.embeddings // (2 if offload_embedding and not sizes.tied else 1)
+    weights = int(linears) + embeddings + (2 * sizes.layers + 1) * sizes.D * sizes.itemsize
     return (
         ("weights", weights),
         ("weights at work", sizes.buffers),
@@ -325,6 +331,7 @@ def plan_memory(
     host_memory: int = 0,
     eight_bit: bool = False,
     load_in_4bit: bool = True,
+    offload_embedding: bool = False,
     level: int | None = None,
     rates: Rates | None = None,
 ) -> Plan:
@@ -338,7 +345,7 @@ def plan_memory(
     if not 0 < longest <= tokens:
         raise ValueError(f"samples of {longest} tokens in micro-steps of {tokens}: expected 1 to {tokens}")
     sizes = Sizes.of(config, lora, itemsize=2)
-    static = static_parts(sizes, config, 2.03 if eight_bit else 8, load_in_4bit, longest)
+    static = static_parts(sizes, config, 2.03 if eight_bit else 8, load_in_4bit, longest, offload_embedding)
     load = Load(tokens, tokens * longest, tokens, cudnn=tokens == longest >= WORTHWHILE)
     if level is not None:
         return uniform(sizes, load, level, static)

@@ -74,7 +74,9 @@ def load(a: argparse.Namespace, lora_alpha: int) -> tuple[LlamaForCausalLM, Any,
     start = time.perf_counter()
     if a.memory_fraction is not None:
         torch.cuda.set_per_process_memory_fraction(a.memory_fraction)
-    model, tokenizer = FastLanguageModel.from_pretrained(a.model, max_seq_length=a.tokens, attention=a.attention)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        a.model, max_seq_length=a.tokens, attention=a.attention, offload_embedding=a.offload_embedding
+    )
     FastLanguageModel.get_peft_model(
         model,
         r=a.r,
@@ -210,6 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--profile", action="store_true", help="where a step's GPU time goes")
     p.add_argument("--memory-budget", help="GPU memory to stay within, as 10GiB; of --checkpointing auto")
     p.add_argument("--host-memory", help="host memory that activations may wait in, likewise; default: none")
+    p.add_argument("--offload-embedding", action="store_true", help="keep the embedding in host memory")
     p.add_argument("--memory-fraction", type=float, help="share of the GPU's memory that may be used")
     p.add_argument("--peer", choices=bench_table.PEER_NAMES, action="append", help="beside it; may be repeated")
     p.add_argument("--rows", help="of --all: these rows only, as 1,2,5")

@@ -53,6 +53,7 @@ def prepare(settings: Settings) -> SFTTrainer:
         dtype=getattr(torch, run.dtype) if run.dtype else None,
         load_in_4bit=run.load_in_4bit,
         device=run.device,
+        offload_embedding=run.offload_embedding,
         progress=sys.stderr.isatty(),
     )
     checkpointing = {"true": True, "false": False}.get(run.use_gradient_checkpointing, run.use_gradient_checkpointing)
@@ -94,6 +95,7 @@ def plan(settings: Settings) -> str:
         "host_memory": bytes_of(sft.host_memory) if sft.host_memory else 0,
         "eight_bit": sft.optim == "adamw_8bit",
         "load_in_4bit": run.load_in_4bit,
+        "offload_embedding": run.offload_embedding,
         "level": level_of({"true": True, "false": False}.get(run.use_gradient_checkpointing, "auto")),
     }
     tokens = sft.micro_step_tokens or max(MICRO_STEP_TOKENS["cuda"], longest)

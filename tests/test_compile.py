@@ -23,7 +23,7 @@ MODELS = {  # D, H, G, K, F, V
     "heads of 256": (512, 2, 1, 256, 1536, 49152),
 }
 KERNELS = {
-    "_adamw", "_adamw_8bit", "_root_of_sum", "_square_sums",
+    "_adamw", "_adamw_8bit", "_embed", "_root_of_sum", "_square_sums",
     "_attention_dkdv", "_attention_dq", "_attention_fwd", "_attention_sum", "_cross_entropy", "_dequantize",
     "_rms_norm_bwd", "_rms_norm_fwd", "_rope", "_swiglu_bwd", "_swiglu_fwd", "_write_adapters",
 }  # fmt: skip
@@ -37,7 +37,17 @@ def forward_and_backward(model, dtype, rows):
     """Launches every kernel as a decoder layer and the loss do."""
     import torch
 
-    from minitune.kernels import adamw, attention, cross_entropy, dequantize, lora_linear, rms_norm, rope, swiglu
+    from minitune.kernels import (
+        adamw,
+        attention,
+        cross_entropy,
+        dequantize,
+        embedding,
+        lora_linear,
+        rms_norm,
+        rope,
+        swiglu,
+    )
 
     D, H, G, K, F, V = MODELS[model]
     N, R = rows, 16
@@ -54,6 +64,7 @@ def forward_and_backward(model, dtype, rows):
     for weights in ([double], [double] * 2, [double] * 3):
         dequantize.dequantize_nf4(weights, dtype, out=new(len(weights) * F, D + R)[:, :D])
     x, weight, bound = new(N, D), new(D), new(N, dtype=torch.int32)
+    embedding.embed(bound, new(V, D), dtype)
     rms_norm.rms_norm(x, weight, 1e-5)
     rstd = rms_norm.add_rms_norm(x, x, weight, 1e-5)[2]
     rms_norm.rms_norm_backward(x, x, weight, rstd, x)

@@ -164,6 +164,16 @@ def test_peak_memory_is_what_was_planned(tmp_path):
         assert measured == pytest.approx(planned.peak, rel=0.05)
 
 
+def test_an_embedding_in_host_memory_changes_nothing(tmp_path):
+    folder, found = make_tiny_model(tmp_path / "m", **SHAPE, tie=False), []
+    for offload in (False, True):
+        model = load(folder, dtype=torch.bfloat16, offload_embedding=offload)
+        assert model.model.embed_tokens.weight.is_cuda != offload
+        micro_step = MicroStep(model)
+        found.append(results(micro_step, BATCHES, model) + results(micro_step, BATCHES, model))
+    assert_same_bits(*found)
+
+
 def fail():
     raise torch.OutOfMemoryError("no memory is left")
 

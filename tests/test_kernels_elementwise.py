@@ -19,7 +19,7 @@ from kernel_checks import (
     with_gradients,
 )
 
-from minitune.kernels import rms_norm, rope, swiglu
+from minitune.kernels import embedding, rms_norm, rope, swiglu
 
 # ---------------------------------------------------------------------------------------------------- RMSNorm
 
@@ -141,3 +141,17 @@ def test_the_backward_of_the_swiglu_reference_passes_gradcheck():
         lambda dout, gate, up: swiglu.swiglu_backward_reference(dout, gate, up)[:2],
     )
     assert torch.autograd.gradcheck(pair, (double(3, 5), double(3, 5, seed=1)))
+
+
+# ---- embedding
+
+
+@pytest.mark.usefixtures("triton_everywhere", "poisoned")
+@pytest.mark.parametrize("D", [64, 423, 4100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_embedding_is_the_rows_of_the_table(D, dtype, device):
+    table, ids = normal(50, D, device=device), torch.tensor([3, 49, 0, 3, 17], dtype=torch.int32, device=device)
+    assert torch.equal(embedding.embed(ids, table, dtype), table[ids.long()].to(dtype))
+    assert embedding.embed(ids[:0], table, dtype).shape == (0, D)
+    with pytest.raises(ValueError, match="expected contiguous rows"):
+        embedding.embed(ids, table[:, ::2], dtype)
