@@ -30,7 +30,8 @@ Record = dict[str, Any]
 class Row(NamedTuple):
     """aim and peak are what we want to reach on an H100 80GB: ms a step (short: samples/s), GiB allocated.
 
-    budget, for our own runs of "auto", counts what torch reserves, which is more.
+    budget, for our own runs of "auto", counts what torch reserves, which is more. host: the host memory that
+    activations may wait in; frugal: 8-bit moments, and the embedding in host memory.
     """
 
     shape: str
@@ -42,11 +43,14 @@ class Row(NamedTuple):
     peak: float
     budget: str | None = None
     short: bool = False
+    host: str | None = None
+    frugal: bool = False
 
     def __str__(self) -> str:
         if self.short:
             return f"{self.shape.upper()}, short samples"
         kind = "kept" if self.checkpointing == "false" else f"within {self.peak} GiB"
+        kind += (", and the host" if self.host else "") + (", frugal" if self.frugal else "")
         return f"{self.shape.upper()}, {self.targets}, {self.batch} x {self.tokens}, {kind}"
 
 
@@ -59,6 +63,11 @@ ROWS = {
     6: Row("135m", "all", 4, 1024, "false", 25, 2.2),
     7: Row("8b", "all", 2, 2048, "auto", 90, 10, "10GiB", short=True),
     8: Row("1b", "all", 2, 2048, "auto", 400, 3, "3GiB", short=True),
+    9: Row("8b", "qkvo", 2, 2048, "auto", 280, 6.47, "6.8GiB", host="64GiB"),
+    10: Row("8b", "all", 2, 2048, "auto", 295, 7.03, "7.4GiB", host="64GiB"),
+    11: Row("8b", "all", 1, 8192, "auto", 640, 8.05, "8.4GiB", host="64GiB"),
+    12: Row("8b", "all", 2, 2048, "auto", 388, 5.8, "6.1GiB", host="64GiB", frugal=True),
+    13: Row("8b", "all", 1, 32768, "auto", 3900, 14.24, "14.9GiB", host="64GiB"),
 }
 
 
@@ -135,6 +144,8 @@ def run_table(
                 _tell(f"row {number}, minitune, attention {attention}")
                 mode = ["--attention", attention, "--checkpointing", row.checkpointing]
                 mode += ["--memory-budget", row.budget] if row.budget else []
+                mode += ["--host-memory", row.host] if row.host else []
+                mode += ["--optim", "adamw_8bit", "--offload-embedding"] if row.frugal else []
                 ours = {"peer": "minitune", "attention": attention}
                 ours |= child([BENCH, "--model", model, *options, *mode], timeout)
                 emit({"row": number} | ours)
