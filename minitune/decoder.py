@@ -160,7 +160,7 @@ class DecoderLayer(nn.Module):
 
     def output(self, a: Activations, weights: LayerWeights, out: Tensor) -> Tensor:
         """The layer's output (rows, D) into `out`, from x and attention's output of these rows."""
-        x_mid, *_ = self.until_gate_up(a, weights)
+        x_mid = self.until_gate_up(a, weights)[0]
         m = self.down.new_input(a.x)
         swiglu(*self.halves(a.gate_up), out=m[:, : self.down.in_features])
         return self.down.multiply(m, weights[self.down], a.m_low, a.known, out=out, residual=x_mid)

@@ -148,6 +148,7 @@ class MicroStep:
             if keep.on_host:
                 self._offload.put(i, a)
             kept.append(None if keep.on_host or keep.level == KEEP_NOTHING else a)
+            del a  # or the next layer would run beside what this one does not keep
         if plan.host_bytes:
             self._offload.settle()
         return kept

@@ -112,7 +112,7 @@ class Sizes:
         before = N * (D + low + QKV) + T * (D + q)
         attention = N * (D + low + QKV + self.HK + o)
         mid, wide = (N if level >= KEEP_MID else T), (N if level >= KEEP_ALL else T)
-        after = attention + N * D + mid * D + T * (D + g) + wide * (2 * F + g) + T * (F + d)
+        after = attention + N * D + mid * D + wide * (2 * F + g) + T * max(D + g, F + d)
         return max(before, attention, after) * self.itemsize + 4 * N * self.H
 
     def backward(self, level: int, N: int, T: int, cudnn: bool) -> int:
