@@ -21,6 +21,7 @@ from minitune.layers import Embedding, Packed, RMSNorm, Rotary
 from minitune.linear import Linear, Projection
 from minitune.loss import Labelled, labelled_loss
 from minitune.plan import Load, Plan, Sizes, fastest, uniform
+from minitune.rates import machine_rates
 from minitune.recompute import KEEP_INPUT, free_memory
 from minitune.tokenizer import Tokenizer
 
@@ -248,7 +249,8 @@ class LlamaForCausalLM(nn.Module):
         level = self.level if level is None else level
         if level is not None:
             return uniform(sizes, load, level, there)
-        return fastest(sizes, load, there, self.memory_limit(), self.host_memory)
+        rates = machine_rates(self.device) if self.device.type == "cuda" else None
+        return fastest(sizes, load, there, self.memory_limit(), self.host_memory, rates)
 
     def plan_of(self, packed: Packed) -> Plan:
         """The plan of a forward and backward pass over these samples."""

@@ -6,7 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
+from minitune import rates
 from minitune.config import LINEARS, LoraConfig, ModelConfig
 from minitune.plan import MARGIN, Load, Rates, Sizes, _Choice, fastest, plan_memory, plan_table, price, static_parts
 from minitune.recompute import KEEP_ALL, KEEP_INPUT, KEEP_NOTHING, Keep
@@ -87,3 +89,32 @@ def test_inputs_that_fit_nowhere_are_computed_again_from_those_of_every_few_laye
     assert narrow.layers.count(Keep(KEEP_NOTHING)) >= 16 and narrow.layers[0].level == KEEP_INPUT
     assert roomy.host_bytes > 8 * GIB >= narrow.host_bytes and narrow.seconds > roomy.seconds
     assert narrow.peak <= 24 * GIB
+
+
+def test_rates_are_measured_once_and_a_broken_cache_is_measured_again(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    found = {"matmul": 2e14, "copy": 1e12, "to_host": 2e10, "from_host": 3e10}
+    monkeypatch.setattr(rates, "measure", lambda device: measured.append(device) or found)
+    for content in (
+        None,
+        None,
+        "not JSON",
+        '{"A100, torch": 3}',
+        f'{{"A100, torch {torch.__version__}": {{"copy": 1}}}}',
+    ):
+        if content:
+            (tmp_path / "minitune" / "rates.json").write_text(content)
+        rates.machine_rates.cache_clear()
+        assert rates.machine_rates("cuda:0") == Rates(**found)
+    assert len(measured) == 4
+    rates.machine_rates.cache_clear()
+
+
+@pytest.mark.gpu
+def test_rates_of_a_real_gpu_are_within_what_gpus_do():
+    found = rates.measure(torch.device("cuda"))
+    print(found)
+    assert 1e13 < found["matmul"] < 5e15 and 1e11 < found["copy"] < 2e13
+    assert 1e9 < found["to_host"] < 1e12 and 1e9 < found["from_host"] < 1e12
