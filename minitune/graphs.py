@@ -35,6 +35,7 @@ from minitune.loss import Labelled
 from minitune.model import LlamaForCausalLM
 from minitune.offload import Offload
 from minitune.plan import Plan
+from minitune.rates import machine_rates
 from minitune.recompute import KEEP_INPUT, KEEP_NOTHING, Activations
 
 MOST_GRAPHS = 64
@@ -71,6 +72,8 @@ class MicroStep:
         self._parameters = [layer.adapters() for layer in model.model.layers]
         self.planned: Plan | None = None  # of the plans so far, the one that needs most memory
         self._offload: Offload | None = None
+        if model.device.type == "cuda" and model.level is None:
+            machine_rates(model.device)  # now, and not while a step is timed or its memory counted
         self._graphs = _Graphs(model.device) if capture and model.device.type == "cuda" else None
 
     @torch.no_grad()
@@ -101,8 +104,8 @@ class MicroStep:
                     why, self._graphs = self._graphs.failure, None
                     warnings.warn(f"launching without CUDA graphs from now on: {why}", stacklevel=2)
                 return loss
-            top, plan = self.new_top(size), self.plan_of(packed)
-            packed = plan.samples(packed)
+            plan = self.plan_of(packed)
+            top, packed = self.new_top(size), plan.samples(packed)
             kept = self.forward(inputs, packed, top, plan)
             loss = loss_of(top)
             self.backward(top, kept, packed, plan)

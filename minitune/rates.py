@@ -34,6 +34,7 @@ def machine_rates(device: torch.device) -> Rates:
             known[key] = measure(device)
         except torch.OutOfMemoryError:
             return Rates()
+        torch.cuda.empty_cache()
         with contextlib.suppress(OSError, ValueError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(known, indent=1))

@@ -94,6 +94,7 @@ def test_inputs_that_fit_nowhere_are_computed_again_from_those_of_every_few_laye
 def test_rates_are_measured_once_and_a_broken_cache_is_measured_again(tmp_path, monkeypatch):
     measured = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     found = {"matmul": 2e14, "copy": 1e12, "to_host": 2e10, "from_host": 3e10}
     monkeypatch.setattr(rates, "measure", lambda device: measured.append(device) or found)
