@@ -22,9 +22,9 @@ IGNORE = -100
 TILE_BYTES = 256 << 20
 
 
-def tile_rows(V: int, dtype: torch.dtype) -> int:
-    """Rows of a tile of logits."""
-    return max(TILE_BYTES // (V * dtype.itemsize), 1)
+def tile_rows(V: int, itemsize: int) -> int:
+    """Rows of a tile of logits of so many bytes each."""
+    return max(TILE_BYTES // (V * itemsize), 1)
 
 
 def cross_entropy_reference_(logits, targets, need_grad):
@@ -131,7 +131,7 @@ def linear_cross_entropy(
     if targets.device.type == "cpu" and N:
         wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= V))]
         require(not len(wrong), f"target {wrong[:1].tolist()} is outside the vocabulary of {V}, and not {IGNORE}")
-    step = rows_of_tile or tile_rows(V, hidden.dtype)
+    step = rows_of_tile or tile_rows(V, hidden.element_size())
     if not isinstance(denominator, torch.Tensor):
         denominator = torch.full((), float(denominator), dtype=wide, device=hidden.device)
     share = denominator.to(wide).reciprocal()

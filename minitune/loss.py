@@ -50,7 +50,7 @@ def labelled_loss(
 
     head (V, D); dx None: no gradient is wanted.
     """
-    step = tile_rows(*head.shape[:1], head.dtype)
+    step = tile_rows(len(head), head.element_size())
     losses = []
     for first in range(0, len(labelled), step):
         rows, targets = labelled.rows[first : first + step], labelled.targets[first : first + step]

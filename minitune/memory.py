@@ -41,7 +41,12 @@ def tokens_that_fit(trainer: "SFTTrainer") -> int:
     if trainer.args.micro_step_tokens is not None or model.device.type == "cpu":
         return tokens
     longest = max(len(sample.input_ids) for sample in trainer.train_data.samples)
-    while tokens > max(LEAST_TOKENS, longest) and model.plan(tokens, longest).peak > model.memory_limit():
+    return halved(tokens, longest, lambda n: model.plan(n, longest).peak > model.memory_limit())
+
+
+def halved(tokens: int, longest: int, too_many: Callable[[int], bool]) -> int:
+    """`tokens` halved as long as they are too many and the longest sample still fits in."""
+    while tokens // 2 >= max(LEAST_TOKENS, longest) and too_many(tokens):
         tokens //= 2
     return tokens
 

@@ -245,7 +245,7 @@ class LlamaForCausalLM(nn.Module):
         if not self.shared.weights:  # the buffers of the weights at work are still to come
             static += sizes.buffers
         load = Load(tokens, tokens * min(longest or tokens, tokens), tokens, cudnn)
-        there = [("allocated", static)]
+        there = (("allocated", static),)
         level = self.level if level is None else level
         if level is not None:
             return uniform(sizes, load, level, there)

@@ -15,13 +15,16 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 from minitune.config import LINEARS, LoraConfig, ModelConfig
 from minitune.kernels.attention_cudnn import WORTHWHILE
-from minitune.kernels.cross_entropy import TILE_BYTES
+from minitune.kernels.cross_entropy import tile_rows
 from minitune.kernels.lora_linear import columns_to_spare
 from minitune.layers import Packed
+from minitune.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
+from minitune.offload import ALIGN
 from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, KEEP_MID, KEEP_NOTHING, KEEP_QKV, Keep
 
 KEPT = (  # by level, from nothing on
@@ -30,7 +33,7 @@ KEPT = (  # by level, from nothing on
 SEGMENTS = (2, 4, 8)  # layers of which only the first keeps its input
 LEVELS = (KEEP_INPUT, KEEP_ATTENTION, KEEP_QKV, KEEP_ALL)  # keeping x_mid without q, k, v is never the best
 TILES = (None, 4096, 2048, 1024, 512, 256)  # rows
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a parameter
+NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED_BLOCKSIZE)  # a parameter
 MARGIN = 0.05  # of a budget: memory is handed out in blocks that do not always fit together
 
 
@@ -128,7 +131,7 @@ class Sizes:
 
     def loss(self, N: int) -> int:
         """Bytes of the loss beside the layers' memory."""
-        rows = min(N, max(1, TILE_BYTES // (self.V * self.itemsize)))
+        rows = min(N, tile_rows(self.V, self.itemsize))
         return rows * (self.V + 6 * self.D) * self.itemsize
 
 
@@ -196,7 +199,7 @@ class _Choice:
 
 
 def _host_bytes(sizes: Sizes, load: Load, choice: _Choice) -> int:
-    layer = load.tokens * sizes.kept(choice.far.level) + 10 * 512  # ten tensors, each on a line of the arena
+    layer = load.tokens * sizes.kept(choice.far.level) + 10 * ALIGN  # ten tensors, each on a line of the arena
     return choice.keepers(sizes.layers) * layer if choice.far.on_host else 0
 
 
@@ -294,10 +297,11 @@ def uniform(sizes: Sizes, load: Load, level: int, static: Sequence[tuple[str, in
     return price(sizes, load, _Choice(level, Keep(level), sizes.layers, None, load.cudnn), static, Rates())
 
 
+@lru_cache(maxsize=256)  # a loop of equal steps asks the same again and again, and a search takes 10 ms or more
 def fastest(
     sizes: Sizes,
     load: Load,
-    static: Sequence[tuple[str, int]],
+    static: tuple[tuple[str, int], ...],
     budget: int,
     host_budget: int = 0,
     rates: Rates | None = None,

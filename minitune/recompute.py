@@ -13,7 +13,7 @@ each row in addition to those above it:
     4      gate, up                         92 K   nothing but elementwise operations
 
 What the thin halves of the LoRA branches give, x A^T, is always kept: 0.5 K. Forward and recomputation run the same
-function (`DecoderLayer.complete`), so every level gives the same bits.
+functions (`DecoderLayer.attend`, `until_gate_up`), so every level from 0 on gives the same bits.
 """
 
 import contextlib

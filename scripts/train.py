@@ -22,7 +22,7 @@ from minitune.data import load_dataset
 from minitune.flags import Settings, as_dict, parse
 from minitune.gguf import trained_name
 from minitune.loading import FastLanguageModel
-from minitune.memory import LEAST_TOKENS
+from minitune.memory import halved
 from minitune.plan import plan_memory, plan_table
 from minitune.recompute import level_of
 from minitune.trainer import MICRO_STEP_TOKENS, SFTTrainer
@@ -43,6 +43,11 @@ def check(settings: Settings) -> None:
         load_dataset(path)
 
 
+def checkpointing(choice: str) -> bool | str:
+    """The flag's words as get_peft_model takes them."""
+    return {"true": True, "false": False}.get(choice, choice)
+
+
 def prepare(settings: Settings) -> SFTTrainer:
     """Check the settings, load the base model with a new adapter, and prepare the data. Raises ValueError."""
     check(settings)
@@ -56,13 +61,12 @@ def prepare(settings: Settings) -> SFTTrainer:
         offload_embedding=run.offload_embedding,
         progress=sys.stderr.isatty(),
     )
-    checkpointing = {"true": True, "false": False}.get(run.use_gradient_checkpointing, run.use_gradient_checkpointing)
     model = FastLanguageModel.get_peft_model(
         model,
         r=lora.r,
         target_modules=lora.target_modules,
         lora_alpha=lora.lora_alpha,
-        use_gradient_checkpointing=checkpointing,
+        use_gradient_checkpointing=checkpointing(run.use_gradient_checkpointing),
         random_state=sft.seed if run.random_state is None else run.random_state,
         use_rslora=lora.use_rslora,
     )
@@ -96,13 +100,14 @@ def plan(settings: Settings) -> str:
         "eight_bit": sft.optim == "adamw_8bit",
         "load_in_4bit": run.load_in_4bit,
         "offload_embedding": run.offload_embedding,
-        "level": level_of({"true": True, "false": False}.get(run.use_gradient_checkpointing, "auto")),
+        "level": level_of(checkpointing(run.use_gradient_checkpointing)),
     }
     tokens = sft.micro_step_tokens or max(MICRO_STEP_TOKENS["cuda"], longest)
+    if sft.micro_step_tokens is None:
+        tokens = halved(
+            tokens, longest, lambda n: plan_memory(config, settings.lora, budget, tokens=n, **options).peak > budget
+        )
     planned = plan_memory(config, settings.lora, budget, tokens=tokens, **options)
-    while sft.micro_step_tokens is None and planned.peak > budget and tokens // 2 >= max(longest, LEAST_TOKENS):
-        tokens //= 2
-        planned = plan_memory(config, settings.lora, budget, tokens=tokens, **options)
     head = f"{run.model}: {tokens:,} tokens a forward/backward, in samples of up to {longest:,}"
     return f"{head}, on {budget / 2**30:.2f} GiB\n{plan_table(planned, tokens, budget)}"
 
