@@ -56,6 +56,15 @@ def matmul_accumulated(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.to(wide) @ b.to(wide)
 
 
+def add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total += a @ b, where total has the accumulator's dtype and the product is not rounded before."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    if a.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
 def into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
     """The result, in the caller's buffer if there is one."""
     return result if buffer is None else buffer.copy_(result)

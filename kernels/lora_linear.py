@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 
 from . import launch
-from .launch import cdiv, matmul_accumulated, power_of_two, require, tl, triton
+from .launch import add_matmul_, cdiv, matmul_accumulated, power_of_two, require, tl, triton
 
 # Columns to spare come in multiples of this. On a GPU rows of 16 bit then begin at 128-byte lines (with 16, an 8B step
 # on an H200: 330 ms instead of 322); a CPU would only have more to do (with 64, a small model takes 13% longer).
@@ -181,13 +181,14 @@ def lora_linear(
     out_features: int,
     scaling: float,
     out: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
     low: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y (N, out_features) = x W^T + scaling (x A^T) B^T [+ residual], for the extended weight (out + R, in + R).
+    """y (N, out_features) = x W^T + scaling (x A^T) B^T, for the extended weight (out + R, in + R).
 
     x (N, in + R) with x in its first columns; the others are filled here, with `low` (N, R) if that is known to be
-    scaling * x A^T. y goes into `out` where that is given. ValueError where a shape does not fit.
+    scaling * x A^T. y goes into `out` where that is given, or is added to `total` (N, out_features), which is in the
+    accumulator's dtype and returned. ValueError where a shape does not fit.
     """
     R = weight.shape[0] - out_features
     require(x.shape[1:] == weight.shape[1:], f"x is {tuple(x.shape)}; an extended weight {tuple(weight.shape)}")
@@ -195,8 +196,8 @@ def lora_linear(
         x[:, x.shape[1] - R :].copy_(low)
     elif R:
         low_rank_(x, weight[out_features:, : weight.shape[1] - R], scaling)
-    if residual is not None:
-        return torch.addmm(residual, x, weight[:out_features].t(), out=out)
+    if total is not None:
+        return add_matmul_(total, x, weight[:out_features].t())
     return torch.mm(x, weight[:out_features].t(), out=out)
 
 

@@ -1,15 +1,16 @@
-"""RMSNorm, alone and with the residual addition in front of it. The weight is frozen: its gradient is never wanted.
+"""RMSNorm, of a row alone and of the sum of two, and its backward. The weight is frozen: no gradient of it is wanted.
 
-    forward     s = x + residual                        rounded to the dtype: it is the next residual
-                rstd = 1 / sqrt(mean(s^2) + eps)        one a row, float32, saved for backward
-                y = s * rstd * weight                   in float32, rounded once
+    forward     rstd = 1 / sqrt(mean(x^2) + eps)        one a row, float32, saved for backward
+                y = x * rstd * weight                   in float32, rounded once
     backward    g = dy * weight
                 dx = rstd * (g - xhat * mean(g * xhat)) + dresidual      xhat = x * rstd
 
-x, residual, y, dy, dx are (N, D), rows may be strided; weight (D,); rstd (N,). A program holds a whole row, so each
-tensor is read once and written once: 2 (rms_norm), 4 (add_rms_norm), 3 or 4 (backward) passes over (N, D). y and dx go
-into `out` where that is given: a range of columns of a wider tensor, as the matmul that reads them wants it. s may take
-the place of x, and dx that of dresidual.
+x, y, dy, dx and all others are (N, D), rows may be strided; weight (D,); rstd (N,). A program holds a whole row, so
+each tensor is read once and written once. y and dx go into `out` where that is given: a range of columns of a wider
+tensor, as the matmul that reads them wants it. dx may take the place of dresidual.
+
+The residual stream of a model is in its accumulator's dtype, float32: `rms_norm` and its backward take an x that is
+wider than y, and `add_rms_norm` adds to the stream on the way.
 """
 
 import torch
@@ -24,34 +25,38 @@ def rms_norm_reference(x, weight, eps):
     return (wide * rstd[:, None] * weight).to(x.dtype), rstd
 
 
-def add_rms_norm_reference(x, residual, weight, eps):
-    s = x + residual
-    return s, *rms_norm_reference(s, weight, eps)
+def add_rms_norm_reference(x, addend, weight, eps, stream=None):
+    if stream is not None:
+        stream += addend
+    y, rstd = rms_norm_reference(x.to(accumulator(x.dtype)) + addend, weight, eps)
+    return y.to(x.dtype), rstd
 
 
-def rms_norm_backward_reference(dy, x, weight, rstd, dresidual=None):
+def rms_norm_backward_reference(dy, x, weight, rstd, dresidual=None, addend=None):
     wide = accumulator(x.dtype)
-    xhat = x.to(wide) * rstd[:, None]
+    x = x.to(wide) if addend is None else x.to(wide) + addend
+    xhat = x * rstd[:, None]
     g = dy.to(wide) * weight
     dx = rstd[:, None] * (g - xhat * (g * xhat).mean(dim=-1, keepdim=True))
-    return (dx if dresidual is None else dx + dresidual).to(x.dtype)
+    return (dx if dresidual is None else dx + dresidual).to(dy.dtype)
 
 
 @triton.jit
 def _rms_norm_fwd(
     x_ptr,
-    residual_ptr,
+    addend_ptr,
     weight_ptr,
-    s_ptr,
+    stream_ptr,
     y_ptr,
     rstd_ptr,
     x_row_stride,
-    residual_row_stride,
-    s_row_stride,
+    addend_row_stride,
+    stream_row_stride,
     y_row_stride,
     D,
     eps,
     ADD: tl.constexpr,
+    STREAM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -59,10 +64,11 @@ def _rms_norm_fwd(
     live = at < D
     x = tl.load(x_ptr + row * x_row_stride + at, mask=live, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(residual_ptr + row * residual_row_stride + at, mask=live, other=0.0).to(tl.float32)
-        s = x.to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + row * s_row_stride + at, s, mask=live)
-        x = s.to(tl.float32)
+        addend = tl.load(addend_ptr + row * addend_row_stride + at, mask=live, other=0.0).to(tl.float32)
+        x += addend
+        if STREAM:
+            s = stream_ptr + row * stream_row_stride + at
+            tl.store(s, tl.load(s, mask=live, other=0.0) + addend, mask=live)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
     tl.store(rstd_ptr + row, rstd)
     weight = tl.load(weight_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -73,16 +79,19 @@ def _rms_norm_fwd(
 def _rms_norm_bwd(
     dy_ptr,
     x_ptr,
+    addend_ptr,
     weight_ptr,
     rstd_ptr,
     dresidual_ptr,
     dx_ptr,
     dy_row_stride,
     x_row_stride,
+    addend_row_stride,
     dresidual_row_stride,
     dx_row_stride,
     D,
     ADD: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -90,11 +99,13 @@ def _rms_norm_bwd(
     live = at < D
     dy = tl.load(dy_ptr + row * dy_row_stride + at, mask=live, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + row * x_row_stride + at, mask=live, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(addend_ptr + row * addend_row_stride + at, mask=live, other=0.0).to(tl.float32)
     g = dy * tl.load(weight_ptr + at, mask=live, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + row)
     xhat = x * rstd
     dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / D))
-    if ADD:
+    if RESIDUAL:
         dx += tl.load(dresidual_ptr + row * dresidual_row_stride + at, mask=live, other=0.0).to(tl.float32)
     tl.store(dx_ptr + row * dx_row_stride + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
 
@@ -105,35 +116,45 @@ def _blocks(D: int) -> dict:
     return {"BLOCK_D": BLOCK_D, "num_warps": min(max(BLOCK_D // 512, 1), 16)}
 
 
-def _check(x, weight, **others):
-    require(x.dim() == 2, f"x is {tuple(x.shape)}; expected (rows, width)")
-    require(weight.shape == x.shape[1:], f"weight is {tuple(weight.shape)}; rows of x hold {x.shape[1]} elements")
-    for name, other in {"x": x, **others}.items():
-        if other is not None:
-            same = other.shape == x.shape and other.dtype == x.dtype
-            require(same, f"{name} is {tuple(other.shape)} {other.dtype}; x is {tuple(x.shape)} {x.dtype}")
-            require(other.stride(1) == 1, f"the rows of {name} have stride {other.stride(1)}; expected contiguous rows")
+def _check(weight, narrow, wide):
+    """That all are (N, D), those of `narrow` in one dtype, and those of `wide` in that or in its accumulator's."""
+    tensors = {name: t for name, t in (narrow | wide).items() if t is not None}
+    first, like = next(iter(tensors.items()))
+    dtype = next((t.dtype for t in narrow.values() if t is not None), like.dtype)
+    require(like.dim() == 2, f"{first} is {tuple(like.shape)}; expected (rows, width)")
+    width = like.shape[1]
+    require(weight.shape == (width,), f"weight is {tuple(weight.shape)}; rows of {first} hold {width} elements")
+    for name, t in tensors.items():
+        allowed = (dtype, accumulator(dtype)) if name in wide else (dtype,)
+        same = t.shape == like.shape and t.dtype in allowed
+        require(same, f"{name} is {tuple(t.shape)} {t.dtype}; {first} is {tuple(like.shape)} {like.dtype}")
+        require(t.stride(1) == 1, f"the rows of {name} have stride {t.stride(1)}; expected contiguous rows")
 
 
-def _forward(x, residual, weight, eps, out, s):
+def _row_stride(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _empty(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _forward(x, weight, eps, y, addend=None, stream=None):
     N, D = x.shape
-    y = torch.empty((N, D), dtype=x.dtype, device=x.device) if out is None else out
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     if x.numel():
         _rms_norm_fwd[(N,)](
             x,
-            residual,
+            addend,
             weight,
-            s,
+            stream,
             y,
             rstd,
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            0 if residual is None else s.stride(0),
-            y.stride(0),
+            *map(_row_stride, (x, addend, stream, y)),
             D,
             eps,
-            ADD=residual is not None,
+            ADD=addend is not None,
+            STREAM=stream is not None,
             **_blocks(D),
         )
     return y, rstd
@@ -142,35 +163,33 @@ def _forward(x, residual, weight, eps, out, s):
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, rstd) for x (N, D) and weight (D,): y (N, D) in x's dtype, rstd (N,) float32 for the backward.
+    """(y, rstd) for x (N, D) and weight (D,): y (N, D) in `out` or in x's dtype, rstd (N,) float32 for the backward.
 
     ValueError where shapes do not fit or a row is not contiguous.
     """
-    _check(x, weight, out=out)
+    _check(weight, {"out": out}, {"x": x})
     if not launch.use_triton(x):
         y, rstd = rms_norm_reference(x, weight, eps)
         return into(out, y), rstd
-    return _forward(x, None, weight, eps, out, None)
+    return _forward(x, weight, eps, _empty(x) if out is None else out)
 
 
 def add_rms_norm(
     x: torch.Tensor,
-    residual: torch.Tensor,
+    addend: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
+    stream: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    total: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(s, y, rstd): s = x + residual in their dtype, and y, rstd = rms_norm(s); all (N, D) but rstd (N,).
-
-    y goes into `out` and s into `total` where they are given.
-    """
-    _check(x, weight, residual=residual, out=out, total=total)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rms_norm of x + addend, whose sum is not rounded; both (N, D). stream (N, D) in the accumulator's dtype gets
+    addend added."""
+    _check(weight, {"x": x, "addend": addend, "out": out}, {"stream": stream})
     if not launch.use_triton(x):
-        s, y, rstd = add_rms_norm_reference(x, residual, weight, eps)
-        return into(total, s), into(out, y), rstd
-    s = torch.empty_like(x) if total is None else total
-    return s, *_forward(x, residual, weight, eps, out, s)
+        y, rstd = add_rms_norm_reference(x, addend, weight, eps, stream)
+        return into(out, y), rstd
+    y = _empty(x) if out is None else out
+    return _forward(x, weight, eps, y, addend=addend, stream=stream)
 
 
 def rms_norm_backward(
@@ -179,32 +198,32 @@ def rms_norm_backward(
     weight: torch.Tensor,
     rstd: torch.Tensor,
     dresidual: torch.Tensor | None = None,
+    addend: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """dx (N, D) of y = rms_norm(x), plus dresidual, the gradient that reaches x past the norm, if there is one.
 
-    x is what was normalised: for add_rms_norm, its s; dx is then the gradient of both x and residual.
+    With an addend, of y = add_rms_norm(x, addend): dx is the gradient of both.
     """
-    _check(x, weight, dy=dy, dresidual=dresidual, out=out)
+    _check(weight, {"dy": dy, "dresidual": dresidual, "out": out}, {"x": x, "addend": addend})
     require(rstd.shape == x.shape[:1], f"rstd is {tuple(rstd.shape)}; expected ({x.shape[0]},)")
     if not launch.use_triton(x):
-        return into(out, rms_norm_backward_reference(dy, x, weight, rstd, dresidual))
+        return into(out, rms_norm_backward_reference(dy, x, weight, rstd, dresidual, addend))
     N, D = x.shape
-    dx = torch.empty((N, D), dtype=x.dtype, device=x.device) if out is None else out
+    dx = _empty(dy) if out is None else out
     if x.numel():
         _rms_norm_bwd[(N,)](
             dy,
             x,
+            addend,
             weight,
             rstd,
             dresidual,
             dx,
-            dy.stride(0),
-            x.stride(0),
-            0 if dresidual is None else dresidual.stride(0),
-            dx.stride(0),
+            *map(_row_stride, (dy, x, addend, dresidual, dx)),
             D,
-            ADD=dresidual is not None,
+            ADD=addend is not None,
+            RESIDUAL=dresidual is not None,
             **_blocks(D),
         )
     return dx

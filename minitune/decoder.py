@@ -1,8 +1,11 @@
 """The decoder layer, forward and backward written out over the kernels; nothing in it depends on the autograd engine.
 
-    h = norm(x);          q, k, v = W h;      q, k = rope(q, k);       attn = attention(q, k, v)
-    x_mid = x + Wo attn
-    h_mid = norm(x_mid);  gate, up = W h_mid; m = silu(gate) * up;     y = x_mid + Wdown m
+    h = norm(x);          q, k, v = W h;      q, k = rope(q, k);       attn = attention(q, k, v);   o = Wo attn
+    h_mid = norm(x + o);  gate, up = W h_mid; m = silu(gate) * up;     y = x + o + Wdown m
+
+The residual stream s, which o and Wdown m are added to in place, is float32 from the embedding to the head; x is s
+rounded where the layer begins. Were s rounded at each addition, a third of the gradients' error would come from that
+(a 1B Llama in bf16, README). Backward needs no more of s than x.
 
 Only attention looks from one row to another. What lies before it and after it works on tiles of rows, forward and
 backward, so that the wide tensors (h, gate, up, m and their gradients) exist for one tile at a time. What lies after it
@@ -20,12 +23,13 @@ from torch import Tensor, nn
 from minitune.config import ModelConfig
 from minitune.kernels.attention import attention, attention_backward
 from minitune.kernels.attention_cudnn import WORTHWHILE
+from minitune.kernels.launch import accumulator
 from minitune.kernels.packed import bound_of
 from minitune.kernels.rope import rope_
 from minitune.kernels.swiglu import swiglu, swiglu_backward
 from minitune.layers import Packed, RMSNorm, Rotary
 from minitune.linear import LayerWeights, Linear, Projection
-from minitune.recompute import KEEP_ALL, KEEP_MID, Activations
+from minitune.recompute import KEEP_ALL, KEEP_O, Activations
 
 
 class Attention(nn.Module):
@@ -59,9 +63,11 @@ class MLP(nn.Module):
 
 @dataclass
 class Shared:
-    """What the layers of a model share: RoPE's tables, the choice of attention, buffers for the weights at work."""
+    """What the layers of a model share: RoPE's tables, the dtype that they compute in, the choice of attention, buffers
+    for the weights at work."""
 
     rotary: Rotary
+    dtype: torch.dtype
     attention: str = "auto"
     weights: dict[tuple, Tensor] = field(default_factory=dict)
 
@@ -69,6 +75,11 @@ class Shared:
         """What the attention of these samples is told about their lengths; with a `length` it may take cuDNN's."""
         cudnn = self.attention == "auto" and (packed.length or 0) >= WORTHWHILE
         return {"length": packed.length if cudnn else None, "longest": packed.longest and bound_of(packed.longest)}
+
+
+def new_stream(x: Tensor) -> Tensor:
+    """The residual stream that begins with x (N, D), a tensor of its own in the accumulator's dtype."""
+    return x.to(accumulator(x.dtype), copy=True)
 
 
 def row_tiles(rows: int, tile: int | None) -> list[slice]:
@@ -98,35 +109,27 @@ class DecoderLayer(nn.Module):
         linears = [linear for projection in self.projections for linear in projection.adapted]
         return [p for linear in linears for p in (linear.lora_A.weight, linear.lora_B.weight)]
 
-    def forward(self, x: Tensor, packed: Packed, shared: Shared, level: int, tile: int | None) -> Tensor:
-        """x (N, D) -> (N, D) under autograd; `level` and `tile` as in `run`."""
-        return _DecoderLayer.apply(x, self, packed, shared, level, tile, *self.adapters())
+    def forward(self, s: Tensor, packed: Packed, shared: Shared, level: int, tile: int | None) -> Tensor:
+        """s (N, D) -> (N, D) under autograd; `level` and `tile` as in `run`."""
+        return _DecoderLayer.apply(s, self, packed, shared, level, tile, *self.adapters())
 
     # ---- forward
 
-    def run(
-        self,
-        x: Tensor,
-        packed: Packed,
-        shared: Shared,
-        level: int,
-        tile: int | None = None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, Activations]:
-        """x (N, D) -> y (N, D), in `out` where that is given, and what `level` keeps for backward (recompute.py).
+    def run(self, s: Tensor, packed: Packed, shared: Shared, level: int, tile: int | None = None) -> Activations:
+        """Take the residual stream s (N, D) through the layer, in place; what `level` keeps of it (recompute.py).
 
         tile: rows that the parts besides attention take at a time, None for all. Outside of autograd.
         """
-        a, weights = self.new_activations(x), LayerWeights(shared.weights, x.dtype, x.device)
+        a = self.new_activations(s.to(shared.dtype, copy=True))
+        weights = LayerWeights(shared.weights, shared.dtype, s.device)
         self.attend(a, packed, shared, weights, tile)
-        if level >= KEEP_MID:
-            a.x_mid = torch.empty_like(x)
+        if level >= KEEP_O:
+            a.o = torch.empty_like(a.x)
         if level >= KEEP_ALL:
-            a.gate_up = self.gate_up.new_output(x)
-        y = torch.empty_like(x) if out is None else out
-        for rows in row_tiles(len(x), tile):
-            self.output(a.rows(rows), weights, y[rows])
-        return y, a.kept(level)
+            a.gate_up = self.gate_up.new_output(a.x)
+        for rows in row_tiles(len(s), tile):
+            self.output(a.rows(rows), weights, s[rows])
+        return a.kept(level)
 
     def new_activations(self, x: Tensor) -> Activations:
         """x, and empty tensors for the low-rank columns."""
@@ -158,32 +161,32 @@ class DecoderLayer(nn.Module):
         q, k, _ = self.self_attn.split(a.qkv)
         rope_(q, k, rotary.cos, rotary.sin, positions)
 
-    def output(self, a: Activations, weights: LayerWeights, out: Tensor) -> Tensor:
-        """The layer's output (rows, D) into `out`, from x and attention's output of these rows."""
-        x_mid = self.until_gate_up(a, weights)[0]
+    def output(self, a: Activations, weights: LayerWeights, s: Tensor) -> None:
+        """Add o and Wdown m to the stream s (rows, D), from x and attention's output of these rows."""
+        self.until_gate_up(a, weights, s)
         m = self.down.new_input(a.x)
         swiglu(*self.halves(a.gate_up), out=m[:, : self.down.in_features])
-        return self.down.multiply(m, weights[self.down], a.m_low, a.known, out=out, residual=x_mid)
+        self.down.multiply(m, weights[self.down], a.m_low, a.known, total=s)
 
-    def until_gate_up(self, a: Activations, weights: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
-        """x_mid (rows, D), the buffer (rows, D + R) of its norm, filled, and the norm's statistic (rows,); a.gate_up.
+    def until_gate_up(
+        self, a: Activations, weights: LayerWeights, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """o (rows, D), the buffer (rows, D + R) of h_mid, filled, and the norm's statistic (rows,); a.gate_up.
 
-        In forward, a.x_mid and a.gate_up are filled where there is room for them; in backward they are known then.
+        In forward, o is added to the stream s, and a.o and a.gate_up are filled where there is room for them; in
+        backward they are known then.
         """
-        h_mid = self.gate_up.new_input(a.x)
-        norm, out = self.post_attention_layernorm, h_mid[:, : self.width]
-        if a.known and a.x_mid is not None:
-            x_mid, (_, rstd) = a.x_mid, norm(a.x_mid, out=out)
-        else:
-            o = self.o.multiply(a.attn, weights[self.o], a.attn_low, a.known, out=a.x_mid)
-            x_mid, _, rstd = norm.after_add(o, a.x, out=out, total=o)
+        h_mid, o = self.gate_up.new_input(a.x), a.o
+        if o is None or not a.known:
+            o = self.o.multiply(a.attn, weights[self.o], a.attn_low, a.known, out=o)
+        _, rstd = self.post_attention_layernorm.after_add(a.x, o, s, out=h_mid[:, : self.width])
         if a.known and a.gate_up is not None:
             self.gate_up.fill(h_mid, weights[self.gate_up], a.h_mid_low)
         else:
             a.gate_up = self.gate_up.new_output(a.x) if a.gate_up is None else a.gate_up
             product = a.gate_up[:, : self.gate_up.out_features]
             self.gate_up.multiply(h_mid, weights[self.gate_up], a.h_mid_low, a.known, out=product)
-        return x_mid, h_mid, rstd
+        return o, h_mid, rstd
 
     def halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """Views gate and up, each (N, F), of a buffer (N, 2F + R)."""
@@ -193,7 +196,7 @@ class DecoderLayer(nn.Module):
     # ---- backward
 
     def new_gradient(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An empty buffer for `backward`: (rows, D + R), for y's gradient, which becomes x_mid's and then x's."""
+        """An empty buffer for `backward`: (rows, D + R), for y's gradient, then that of x + o, then x's."""
         return torch.empty((rows, self.width + max(self.o.spare, self.down.spare)), dtype=dtype, device=device)
 
     def backward(
@@ -240,11 +243,11 @@ class DecoderLayer(nn.Module):
     def _backward_to_attention(
         self, dx: Tensor, a: Activations, weights: LayerWeights, gradients: "_Gradients", out: Tensor
     ) -> None:
-        """dx (rows, D + R) from y's gradient to x_mid's; that of attention's output (rows, H K) into `out`."""
+        """dx (rows, D + R) from y's gradient to that of x + o; that of attention's output (rows, H K) into `out`."""
         D, F = self.width, self.down.in_features
         mine = a.gate_up is None  # what is computed again here may be overwritten
-        x_mid, h_mid, rstd = self.until_gate_up(a, weights)
-        # y = x_mid + Wdown m;  m takes the place of its gradient
+        o, h_mid, rstd = self.until_gate_up(a, weights)
+        # y = x + o + Wdown m;  m takes the place of its gradient
         dy, m = dx[:, : D + self.down.spare], self.down.new_input(dx)
         self.down.backward(dy, weights[self.down], out=m[:, :F])
         dgate_up = a.gate_up if mine else torch.empty_like(a.gate_up)
@@ -254,14 +257,14 @@ class DecoderLayer(nn.Module):
         self.down.fill(m, weights[self.down], a.m_low, a.known)
         gradients.add(self.down, dy, m)
         del m
-        # gate, up = W h_mid, h_mid = norm(x_mid)
+        # gate, up = W h_mid, h_mid = norm(x + o)
         dh = self.gate_up.backward(dgate_up, weights[self.gate_up])
         gradients.add(self.gate_up, dgate_up, h_mid)
-        self.post_attention_layernorm.backward(dh, x_mid, rstd, dresidual=dx[:, :D], out=dx[:, :D])
-        # x_mid = x + Wo attn
-        dx_mid = dx[:, : D + self.o.spare]
-        self.o.backward(dx_mid, weights[self.o], out=out)
-        gradients.add(self.o, dx_mid, a.attn)
+        self.post_attention_layernorm.backward(dh, a.x, rstd, dresidual=dx[:, :D], addend=o, out=dx[:, :D])
+        # o = Wo attn
+        do = dx[:, : D + self.o.spare]
+        self.o.backward(do, weights[self.o], out=out)
+        gradients.add(self.o, do, a.attn)
 
 
 class _Gradients:
@@ -288,7 +291,7 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        x: Tensor,
+        s: Tensor,
         layer: DecoderLayer,
         packed: Packed,
         shared: Shared,
@@ -296,7 +299,8 @@ class _DecoderLayer(torch.autograd.Function):
         tile: int | None,
         *parameters: Tensor,
     ):
-        y, a = layer.run(x, packed, shared, level, tile)
+        y = s.clone()
+        a = layer.run(y, packed, shared, level, tile)
         ctx.layer, ctx.packed, ctx.shared, ctx.tile = layer, packed, shared, tile
         ctx.save_for_backward(*a.tensors())
         return y
@@ -304,7 +308,7 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         layer, a = ctx.layer, Activations(*ctx.saved_tensors, known=True)
-        dx = layer.new_gradient(len(dy), dy.dtype, dy.device)
+        dx = layer.new_gradient(len(dy), ctx.shared.dtype, dy.device)
         dx[:, : layer.width] = dy
         gradients = layer.backward(dx, a, ctx.packed, ctx.shared, ctx.tile, need_dx=ctx.needs_input_grad[0])
-        return dx[:, : layer.width], None, None, None, None, None, *gradients
+        return dx[:, : layer.width].to(dy.dtype), None, None, None, None, None, *gradients

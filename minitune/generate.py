@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from minitune.decoder import DecoderLayer
+from minitune.decoder import DecoderLayer, new_stream
 from minitune.kernels.attention import attention
 from minitune.layers import Packed
 from minitune.linear import LayerWeights
@@ -136,16 +136,18 @@ class _Cache:
         return logits
 
     def _forward(self, ids: list[int], positions: Tensor, attend: Callable) -> Tensor:
-        """The last layer's output (N, D); `attend` stores k and v, and says what the queries see."""
+        """The residual stream (N, D) at its end; `attend` stores k and v, and says what the queries see."""
         model = self.model
-        x = model.model.embed_tokens(torch.tensor(ids, device=model.device), model.dtype)
+        s = new_stream(model.model.embed_tokens(torch.tensor(ids, device=model.device), model.dtype))
         for index, layer in enumerate(model.model.layers):
-            weights, a = LayerWeights(model.shared.weights, model.dtype, model.device), layer.new_activations(x)
+            weights = LayerWeights(model.shared.weights, model.dtype, model.device)
+            a = layer.new_activations(s.to(model.dtype, copy=True))
             layer.rotated_qkv(a, positions, model.shared.rotary, weights)
-            a.attn = layer.o.new_input(x)
+            a.attn = layer.o.new_input(a.x)
             layer.self_attn.as_heads(a.attn).copy_(attend(layer, index, *layer.self_attn.split(a.qkv)))
-            x = layer.output(a, weights, torch.empty_like(x))
-        return x
+            layer.output(a, weights, s)
+        return s
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.model.model.norm(x)[0] @ self.model.lm_head.dense(self.model.dtype).T
+    def _logits(self, s: Tensor) -> Tensor:
+        h, _ = self.model.model.norm(s, out=torch.empty_like(s, dtype=self.model.dtype))
+        return h @ self.model.lm_head.dense(self.model.dtype).T

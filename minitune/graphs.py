@@ -1,7 +1,7 @@
 """A micro-step, forward and backward of packed samples, without the autograd engine; on a GPU, as CUDA graphs.
 
-    x = embedding;  x = layer(x) for each layer, keeping what its level says        graph 1
-    loss, dx = final norm, head and cross entropy of the labelled rows              launched as it comes
+    s = embedding;  s = layer(s) for each layer, keeping what its level says        graph 1
+    loss, dx = final norm, head and cross entropy of the labelled rows of s         launched as it comes
     dx = layer.backward(dx) for each layer from the last, .grad += dA, dB           graph 2
 
 Python takes tens of microseconds to launch a Triton kernel, and a micro-step has thousands: below some 4,000 tokens a
@@ -13,14 +13,16 @@ Padding is a sample of its own, or, behind a single sample, more of it: nobody s
 
 A micro-step of a new size is launched plainly, which also compiles what has to be, and captured after that; so the
 first of a size takes about twice the time of plain launches. Where a capture fails, a warning says why, and everything
-is launched plainly from then on. Plain launches and graphs of all sizes share one pool of memory: one micro-step runs
-at a time. One that is larger than all before begins with a new pool and no graphs, for memory that was cut for smaller
-tensors is of no use to it. The loss has its memory beside the pool, where what the layers keep lies meanwhile.
+is launched plainly from then on, in the whole process: PyTorch's allocators (2.11) do not recover from it. Plain
+launches and graphs of all sizes share one pool of memory: one micro-step runs at a time. One that is larger than all
+before begins with a new pool and no graphs, for memory that was cut for smaller tensors is of no use to it. The loss
+has its memory beside the pool, where what the layers keep lies meanwhile.
 """
 
 import contextlib
 import gc
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from minitune.data import Batch
+from minitune.decoder import new_stream
 from minitune.kernels.launch import cdiv, power_of_two
 from minitune.layers import Packed, send
 from minitune.linear import LayerWeights
@@ -74,7 +77,8 @@ class MicroStep:
         self._offload: Offload | None = None
         if model.device.type == "cuda" and model.level is None:
             machine_rates(model.device)  # now, and not while a step is timed or its memory counted
-        self._graphs = _Graphs(model.device) if capture and model.device.type == "cuda" else None
+        capture &= model.device.type == "cuda" and _Graphs.failure is None
+        self._graphs = _Graphs(model.device) if capture else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch, denominator: float) -> Tensor:
@@ -84,6 +88,7 @@ class MicroStep:
         """
         model = self.model
         model.check(batch.input_ids, batch.position_ids)
+        self._give_up_after_a_failure()
         tokens, vocab = len(batch.input_ids), model.config.vocab_size
         size = tokens if self._graphs is None else padded_size(tokens)
         labelled = Labelled.from_labels(batch.labels, batch.position_ids, vocab, size).to(model.device)
@@ -92,24 +97,28 @@ class MicroStep:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
 
-        def loss_of(top: Tensor) -> Tensor:
-            x = top[:, : model.config.hidden_size]
-            return model.labelled_loss(x, labelled, denominator, dx=x)
+        def loss_of(s: Tensor, top: Tensor) -> Tensor:
+            return model.labelled_loss(s, labelled, denominator, dx=top[:, : model.config.hidden_size])
 
         with torch.autocast(model.device.type, enabled=False), model.as_current_device():
             inputs, packed = self._inputs(batch, size)
             if self._graphs is not None:
                 loss = self._graphs.run(self, inputs, packed, loss_of)
-                if self._graphs.failure is not None:
-                    why, self._graphs = self._graphs.failure, None
-                    warnings.warn(f"launching without CUDA graphs from now on: {why}", stacklevel=2)
+                self._give_up_after_a_failure()
                 return loss
             plan = self.plan_of(packed)
-            top, packed = self.new_top(size), plan.samples(packed)
-            kept = self.forward(inputs, packed, top, plan)
-            loss = loss_of(top)
+            packed = plan.samples(packed)
+            s, kept = self.forward(inputs, packed, plan)
+            top = self.new_top(size)
+            loss = loss_of(s, top)
+            del s  # backward has no use for it
             self.backward(top, kept, packed, plan)
             return loss
+
+    def _give_up_after_a_failure(self) -> None:
+        if self._graphs is not None and _Graphs.failure is not None:
+            self._graphs = None
+            warnings.warn(f"launching without CUDA graphs from now on: {_Graphs.failure}", stacklevel=3)
 
     def close(self) -> None:
         """Give up all graphs and their memory; the next call begins anew."""
@@ -136,39 +145,37 @@ class MicroStep:
         return inputs, Packed(*inputs[1:], host.length, host.longest)
 
     def new_top(self, tokens: int) -> Tensor:
-        """An empty buffer (N, D + R): the output x (N, D) of the last layer, and then its gradient, layer by layer."""
+        """An empty buffer (N, D + R) for the gradient of the residual stream, layer by layer from the last."""
         return self.model.model.layers[-1].new_gradient(tokens, self.model.dtype, self.model.device)
 
-    def forward(self, inputs: Tensor, packed: Packed, top: Tensor, plan: Plan) -> list[Activations | None]:
-        """x into `top`; returns what each layer keeps, None where that has gone to the host or is nothing."""
-        model, kept, last = self.model, [], len(plan.layers) - 1
-        x = model.model.embed_tokens(inputs[0], model.dtype)
+    def forward(self, inputs: Tensor, packed: Packed, plan: Plan) -> tuple[Tensor, list[Activations | None]]:
+        """The residual stream s (N, D) behind the last layer, and what each layer keeps: None where that has gone to
+        the host or is nothing."""
+        model, kept = self.model, []
+        s = new_stream(model.model.embed_tokens(inputs[0], model.dtype))
         if plan.host_bytes:
             self._make_arena(plan.host_bytes)
         for i, (layer, keep) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
-            out = top[:, : layer.width] if i == last else None
-            x, a = layer.run(x, packed, model.shared, max(keep.level, KEEP_INPUT), plan.tile, out)
+            a = layer.run(s, packed, model.shared, max(keep.level, KEEP_INPUT), plan.tile)
             if keep.on_host:
                 self._offload.put(i, a)
             kept.append(None if keep.on_host or keep.level == KEEP_NOTHING else a)
             del a  # or the next layer would run beside what this one does not keep
         if plan.host_bytes:
             self._offload.settle()
-        return kept
+        return s, kept
 
     def backward(self, top: Tensor, kept: list[Activations | None], packed: Packed, plan: Plan) -> None:
-        """From the gradient of x in `top`. Uses up `kept`."""
-        away = [i for i, keep in enumerate(plan.layers) if keep.on_host]
-        if away:
-            self._offload.fetch(away[-1])
+        """From the gradient of s in `top`. Uses up `kept`."""
+        keepers = [i for i, keep in enumerate(plan.layers) if keep.level != KEEP_NOTHING]
+        lowest = [keepers[bisect_right(keepers, i) - 1] for i in range(len(kept))]  # what layer i is computed from
         for i in reversed(range(len(kept))):
-            lowest = next(j for j in range(i, -1, -1) if plan.layers[j].level != KEEP_NOTHING)
-            if kept[lowest] is None:
-                kept[lowest] = self._offload.take(away.pop())
-                if away:
-                    self._offload.fetch(away[-1])
+            if kept[lowest[i]] is None:
+                kept[lowest[i]] = self._offload.take(lowest[i])
+            if i > 0 and kept[lowest[i - 1]] is None:
+                self._offload.fetch(lowest[i - 1])
             if kept[i] is None:
-                self._inputs_again(kept, lowest, i, packed, plan.tile)
+                self._inputs_again(kept, lowest[i], i, packed, plan.tile)
             layer = self.model.model.layers[i]
             gradients = layer.backward(top, kept.pop(), packed, self.model.shared, plan.tile, need_dx=i > 0)
             torch._foreach_add_([p.grad for p in self._parameters[i]], gradients)
@@ -177,12 +184,12 @@ class MicroStep:
         self, kept: list[Activations | None], lowest: int, highest: int, packed: Packed, tile: int | None
     ) -> None:
         """Fill in the inputs of the layers above `lowest` up to `highest`, which kept nothing."""
-        layers, x = self.model.model.layers, kept[lowest].x
+        layers, s = self.model.model.layers, new_stream(kept[lowest].x)
         for i in range(lowest, highest):
-            x, a = layers[i].run(x, packed, self.model.shared, KEEP_INPUT, tile)
+            a = layers[i].run(s, packed, self.model.shared, KEEP_INPUT, tile)
             if i > lowest:
                 kept[i] = a
-        kept[highest] = layers[highest].new_activations(x)
+        kept[highest] = layers[highest].new_activations(s.to(self.model.dtype, copy=True))
 
     def _make_arena(self, nbytes: int) -> None:
         """An empty arena of at least this size."""
@@ -205,15 +212,29 @@ class _Captured:
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     inputs: Tensor  # int32 (4, N): ids, positions, start, end
+    stream: Tensor  # (N, D), what the layers' forward ends with
     addresses: list[int]
+
+
+class _Place:
+    """Where a tensor is, without a claim to that memory: in a graph's pool it is there as long as the graph."""
+
+    def __init__(self, t: Tensor):
+        kind = {4: "<f4", 8: "<f8"}[t.itemsize]
+        self.__cuda_array_interface__ = {"shape": tuple(t.shape), "typestr": kind, "data": (t.data_ptr(), False)}
+        self.__cuda_array_interface__ |= {"version": 3}
+
+    def tensor(self, device: torch.device) -> Tensor:
+        return torch.as_tensor(self, device=device)
 
 
 class _Graphs:
     """The captured sizes of one MicroStep, and the memory that all of them run in."""
 
+    failure: str | None = None  # why a capture failed in this process
+
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device)
-        self.failure: str | None = None  # why a capture failed
         self.forget()
 
     def forget(self) -> None:
@@ -222,30 +243,33 @@ class _Graphs:
         self._top: Tensor | None = None  # of the largest size; smaller ones take its first rows
         torch.cuda.empty_cache()
 
-    def run(self, micro_step: MicroStep, inputs: Tensor, packed: Packed, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """The loss that `loss_of(top)` finds between forward and backward."""
+    def run(
+        self, micro_step: MicroStep, inputs: Tensor, packed: Packed, loss_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """The loss that `loss_of(s, top)` finds between forward and backward."""
         size = inputs.shape[1]
         key = size, *micro_step.model.shared.about(packed).values()
         captured = self._captured.get(key)
         if captured is not None and captured.addresses == micro_step.addresses():
             captured.inputs.copy_(inputs)
             captured.forward.replay()
-            loss = loss_of(self._top[:size])
+            loss = loss_of(captured.stream, self._top[:size])
             captured.backward.replay()
             return loss
         self._make_room(micro_step, size)
         top, plan = self._top[:size], micro_step.plan_of(packed)
         packed = plan.samples(packed)
         with self.own_memory():
-            kept = micro_step.forward(inputs, packed, top, plan)
-        loss = loss_of(top)
+            s, kept = micro_step.forward(inputs, packed, plan)
+        loss = loss_of(s, top)
+        del s  # its memory is backward's now
         with self.own_memory():
             micro_step.backward(top, kept, packed, plan)
         try:
             self._captured[key] = self._capture(micro_step, inputs, packed, top, plan)
         except RuntimeError as error:  # nothing that was launched in a capture has run
             self.forget()
-            self.failure = f"capturing a micro-step of {size} tokens failed ({' '.join(str(error).split())[:300]})"
+            _Graphs.failure = f"capturing a micro-step of {size} tokens failed ({' '.join(str(error).split())[:300]})"
         return loss
 
     def _make_room(self, micro_step: MicroStep, size: int) -> None:
@@ -279,11 +303,13 @@ class _Graphs:
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             with self._recording() as forward:
-                kept = micro_step.forward(inputs, packed, top, plan)
+                s, kept = micro_step.forward(inputs, packed, plan)
+            stream = _Place(s).tensor(s.device)
+            del s
             with self._recording() as backward:
                 micro_step.backward(top, kept, packed, plan)
         torch.cuda.synchronize()
-        return _Captured(forward, backward, inputs, micro_step.addresses())
+        return _Captured(forward, backward, inputs, stream, micro_step.addresses())
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[torch.cuda.CUDAGraph]:
@@ -291,5 +317,8 @@ class _Graphs:
         graph.capture_begin(pool=self._pool.id)
         try:
             yield graph
+        except BaseException:
+            _Graphs.failure = "a capture was interrupted"
+            raise
         finally:  # a capture that is left open would fail everything that follows
             graph.capture_end()

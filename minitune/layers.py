@@ -113,13 +113,19 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, out)
 
     def after_add(
-        self, x: Tensor, residual: Tensor, out: Tensor | None = None, total: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """s = x + residual, in `total`, norm(s), in `out`, and the reciprocal root mean square of s's rows."""
-        return add_rms_norm(x, residual, self.weight, self.eps, out, total)
+        self, x: Tensor, addend: Tensor, stream: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same of x + addend; addend is added to `stream` as well."""
+        return add_rms_norm(x, addend, self.weight, self.eps, stream, out)
 
     def backward(
-        self, dy: Tensor, x: Tensor, rstd: Tensor, dresidual: Tensor | None = None, out: Tensor | None = None
+        self,
+        dy: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        dresidual: Tensor | None = None,
+        addend: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """dx of the norm, plus the gradient that the residual carries."""
-        return rms_norm_backward(dy, x, self.weight, rstd, dresidual, out)
+        """dx of the norm of x, or of x + addend, plus the gradient that the residual carries."""
+        return rms_norm_backward(dy, x, self.weight, rstd, dresidual, addend, out)

@@ -145,13 +145,14 @@ class Projection:
         low: Tensor | None,
         known: bool,
         out: Tensor | None = None,
-        residual: Tensor | None = None,
+        total: Tensor | None = None,
     ) -> Tensor:
-        """y (N, out) [+ residual] of x in its buffer (N, in + R), whose spare columns are filled on the way.
+        """y (N, out) of x in its buffer (N, in + R), whose spare columns are filled on the way.
 
+        out: where y goes; or total, fp32: what it is added to.
         low (N, R): what they are filled with where that is `known`, and otherwise a copy of it for later.
         """
-        y = lora_linear(x, weight, self.out_features, self.scaling, out, residual, low if known else None)
+        y = lora_linear(x, weight, self.out_features, self.scaling, out, total, low if known else None)
         if low is not None and not known:
             low.copy_(x[:, self.in_features :])
         row = 0

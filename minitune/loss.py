@@ -1,7 +1,6 @@
 """Which rows have a label, and the loss over them: final norm, head and cross entropy, a tile of rows at a time.
 
-Rows without a label never get as far as the norm. A tile's gradient may replace the rows it was computed from, so
-nothing here is as long as the samples are.
+Rows without a label never get as far as the norm, and nothing here is as long as the samples are.
 """
 
 from dataclasses import dataclass
@@ -44,22 +43,22 @@ class Labelled:
 
 
 def labelled_loss(
-    x: Tensor, labelled: Labelled, norm: RMSNorm, head: Tensor, denominator: float | Tensor, dx: Tensor | None
+    s: Tensor, labelled: Labelled, norm: RMSNorm, head: Tensor, denominator: float | Tensor, dx: Tensor | None
 ) -> Tensor:
-    """The token losses of x (N, D) over `denominator`, 0-dim; their gradient goes into dx (N, D), which may be x.
+    """The token losses of the residual stream s (N, D) over `denominator`, 0-dim; their gradient goes into dx (N, D).
 
-    head (V, D); dx None: no gradient is wanted.
+    head (V, D); dx, in its dtype, or None where no gradient is wanted.
     """
     step = tile_rows(len(head), head.element_size())
     losses = []
     for first in range(0, len(labelled), step):
         rows, targets = labelled.rows[first : first + step], labelled.targets[first : first + step]
-        part = x[rows]
-        h, rstd = norm(part)
+        part = s[rows]
+        h, rstd = norm(part, out=torch.empty_like(part, dtype=head.dtype))
         loss, dh = linear_cross_entropy(h, head, targets, denominator, need_grad=dx is not None)
         losses.append(loss)
         if dx is not None:
             dx.index_copy_(0, rows, norm.backward(dh, part, rstd))
     if dx is not None:
         dx.index_fill_(0, labelled.others, 0)
-    return torch.stack(losses).sum() if losses else x.new_zeros((), dtype=torch.float32)
+    return torch.stack(losses).sum() if losses else s.new_zeros((), dtype=torch.float32)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config import LoraConfig, ModelConfig
-from minitune.decoder import DecoderLayer, Shared
+from minitune.decoder import DecoderLayer, Shared, new_stream
 from minitune.generate import generate
+from minitune.kernels.launch import accumulator
 from minitune.layers import Embedding, Packed, RMSNorm, Rotary
 from minitune.linear import Linear, Projection
 from minitune.loss import Labelled, labelled_loss
@@ -58,7 +59,7 @@ class LlamaForCausalLM(nn.Module):
         self.config, self.dtype, self.device, self.max_seq_length = config, dtype, device, max_seq_length
         self.model = Llama(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.shared = Shared(Rotary.build(config, max_seq_length, device), attention)
+        self.shared = Shared(Rotary.build(config, max_seq_length, device), dtype, attention)
         self.lora: LoraConfig | None = None
         self.lora_seed: int | None = None  # drew the adapter's A
         self.lora_dropout = 0.0  # that a loaded adapter was trained with; not applied here
@@ -156,14 +157,14 @@ class LlamaForCausalLM(nn.Module):
         ids, positions, keep = self._pack(input_ids.cpu(), attention_mask, position_ids)
         packed = Packed.from_positions(positions).to(self.device)
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
-            x = self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
-            plan = self.plan_of(packed) if torch.is_grad_enabled() else self.plan(len(x), level=KEEP_INPUT)
+            s = new_stream(self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype))
+            plan = self.plan_of(packed) if torch.is_grad_enabled() else self.plan(len(s), level=KEEP_INPUT)
             packed = plan.samples(packed)
             for layer, planned in zip(self.model.layers, plan.layers, strict=True):
                 level = KEEP_INPUT if planned.on_host else max(planned.level, KEEP_INPUT)  # all on the device
-                x = layer(x, packed, self.shared, level, plan.tile)
+                s = layer(s, packed, self.shared, level, plan.tile)
             if labels is None:
-                logits = _Logits.apply(x, self.model.norm, self.lm_head.dense(x.dtype))
+                logits = _Logits.apply(s, self.model.norm, self.lm_head.dense(self.dtype))
                 if not keep.all():
                     full = logits.new_zeros(keep.numel(), logits.shape[-1])
                     logits = full.index_put((keep.view(-1).nonzero()[:, 0].to(self.device),), logits)
@@ -172,11 +173,11 @@ class LlamaForCausalLM(nn.Module):
                 raise ValueError(f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ in shape")
             labelled = Labelled.from_labels(labels.cpu()[keep], positions, self.config.vocab_size, len(ids))
             denominator = max(1, len(labelled)) if num_items_in_batch is None else num_items_in_batch
-            return Output(loss=_Loss.apply(x, self, labelled.to(self.device), denominator))
+            return Output(loss=_Loss.apply(s, self, labelled.to(self.device), denominator))
 
-    def labelled_loss(self, x: Tensor, labelled: Labelled, denominator: float | Tensor, dx: Tensor | None) -> Tensor:
+    def labelled_loss(self, s: Tensor, labelled: Labelled, denominator: float | Tensor, dx: Tensor | None) -> Tensor:
         """loss.labelled_loss with the model's norm and head."""
-        return labelled_loss(x, labelled, self.model.norm, self.lm_head.dense(x.dtype), denominator, dx)
+        return labelled_loss(s, labelled, self.model.norm, self.lm_head.dense(self.dtype), denominator, dx)
 
     def _pack(
         self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -268,9 +269,9 @@ class _Loss(torch.autograd.Function):
     """The loss of `labelled_loss`; its gradient is made in the same pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, model: LlamaForCausalLM, labelled: Labelled, denominator):
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        loss = model.labelled_loss(x, labelled, denominator, dx)
+    def forward(ctx, s: Tensor, model: LlamaForCausalLM, labelled: Labelled, denominator):
+        dx = torch.empty_like(s, dtype=model.dtype) if ctx.needs_input_grad[0] else None
+        loss = model.labelled_loss(s, labelled, denominator, dx)
         if dx is not None:
             ctx.save_for_backward(dx)
         return loss
@@ -278,20 +279,20 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss: Tensor):
         (dx,) = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), None, None, None
+        return (dx * dloss.to(dx.dtype)).to(accumulator(dx.dtype)), None, None, None
 
 
 class _Logits(torch.autograd.Function):
     """Final norm and head, for whoever wants the logits themselves."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, norm: RMSNorm, head: Tensor):
-        h, rstd = norm(x)
+    def forward(ctx, s: Tensor, norm: RMSNorm, head: Tensor):
+        h, rstd = norm(s, out=torch.empty_like(s, dtype=head.dtype))
         ctx.norm, ctx.head = norm, head
-        ctx.save_for_backward(x, rstd)
+        ctx.save_for_backward(s, rstd)
         return h @ head.T
 
     @staticmethod
     def backward(ctx, dlogits: Tensor):
-        x, rstd = ctx.saved_tensors
-        return ctx.norm.backward(dlogits @ ctx.head, x, rstd), None, None
+        s, rstd = ctx.saved_tensors
+        return ctx.norm.backward(dlogits @ ctx.head, s, rstd).to(s.dtype), None, None

@@ -83,7 +83,9 @@ class Offload:
         self._copy(stored.places, stored.returned)
 
     def take(self, index: int) -> Activations:
-        """What layer `index` kept; `fetch` has been called."""
+        """What layer `index` kept, for which `fetch` is best called some time before."""
+        if not self._stored[index].returned:
+            self.fetch(index)
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
         return Activations(*self._stored.pop(index).returned, known=True)

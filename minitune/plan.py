@@ -25,13 +25,13 @@ from minitune.kernels.lora_linear import columns_to_spare
 from minitune.layers import Packed
 from minitune.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
 from minitune.offload import ALIGN
-from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, KEEP_MID, KEEP_NOTHING, KEEP_QKV, Keep
+from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, KEEP_NOTHING, KEEP_O, KEEP_QKV, Keep
 
 KEPT = (  # by level, from nothing on
     "nothing", "their input", "input and attention", "all before the MLP but q k v", "all before the MLP", "everything",
 )  # fmt: skip
 SEGMENTS = (2, 4, 8)  # layers of which only the first keeps its input
-LEVELS = (KEEP_INPUT, KEEP_ATTENTION, KEEP_QKV, KEEP_ALL)  # keeping x_mid without q, k, v is never the best
+LEVELS = (KEEP_INPUT, KEEP_ATTENTION, KEEP_QKV, KEEP_ALL)  # keeping o without q, k, v is never the best
 TILES = (None, 4096, 2048, 1024, 512, 256)  # rows
 NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED_BLOCKSIZE)  # a parameter
 MARGIN = 0.05  # of a budget: memory is handed out in blocks that do not always fit together
@@ -108,31 +108,35 @@ class Sizes:
         return sum(added[: level + 1]) * self.itemsize + (4 * self.H if level >= KEEP_ATTENTION else 0)
 
     def forward(self, level: int, N: int, T: int) -> int:
-        """Bytes at most in use while a layer runs forward in tiles of T rows, x and what it keeps included."""
+        """Bytes at most in use while a layer runs forward in tiles of T rows: the residual stream, x, what it keeps."""
         q, o, g, d = self.spare
         D, F, QKV = self.D, self.F, self.HK + 2 * self.GK
         low = q + o + g + d
         before = N * (D + low + QKV) + T * (D + q)
         attention = N * (D + low + QKV + self.HK + o)
-        mid, wide = (N if level >= KEEP_MID else T), (N if level >= KEEP_ALL else T)
-        after = attention + N * D + mid * D + wide * (2 * F + g) + T * max(D + g, F + d)
-        return max(before, attention, after) * self.itemsize + 4 * N * self.H
+        o_rows, wide = (N if level >= KEEP_O else T), (N if level >= KEEP_ALL else T)
+        after = attention + o_rows * D + wide * (2 * F + g) + T * max(D + g, F + d)
+        return max(before, attention, after) * self.itemsize + 4 * N * self.H + self.stream(N)
 
     def backward(self, level: int, N: int, T: int, cudnn: bool) -> int:
         """The same backward, without the gradient that is passed down the layers."""
         q, o, g, d = self.spare
         D, F, HK, QKV = self.D, self.F, self.HK, self.HK + 2 * self.GK
         held = N * (D + q + o + g + d + QKV + HK + o)  # x, low-rank columns, q k v, attention's output
-        held += N * D * (level >= KEEP_MID) + N * (2 * F + g) * (level >= KEEP_ALL)
-        after = held + N * HK + T * (D * (level < KEEP_MID) + D + g + 2 * F + g + F + d)
+        held += N * D * (level >= KEEP_O) + N * (2 * F + g) * (level >= KEEP_ALL)
+        after = held + N * HK + T * (D * (level < KEEP_O) + D + g + 2 * F + g + F + d)
         attention = held + N * (HK + QKV + q) + (N * (QKV + 2 * HK) if cudnn else 0)
         before = held - N * (QKV + HK + o) + N * (QKV + q) + T * (2 * D + q)
         return max(after, attention, before) * self.itemsize + 12 * N * self.H
 
     def loss(self, N: int) -> int:
-        """Bytes of the loss beside the layers' memory."""
+        """Bytes of the loss, the residual stream that it looks at included."""
         rows = min(N, tile_rows(self.V, self.itemsize))
-        return rows * (self.V + 6 * self.D) * self.itemsize
+        return rows * (self.V + 8 * self.D) * self.itemsize + self.stream(N)
+
+    def stream(self, N: int) -> int:
+        """Bytes of the residual stream."""
+        return N * self.D * max(self.itemsize, 4)
 
 
 @dataclass(frozen=True)
@@ -237,9 +241,9 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     thin = 0.7 * N * (QKV + 3 * D + HK + 3 * F) * b / r.copy if any(sizes.spare) else 0.0  # a look at x or at dy
     dequantise = sizes.of_layer * (NF4_BYTES + b) / r.copy
     forward = matmuls + attention + dequantise + thin
-    forward += N * (9 * D + 3 * F + 2 * QKV) * b / r.copy + (14 + 12 * tiles) * r.launch
+    forward += N * (15 * D + 3 * F + 2 * QKV) * b / r.copy + (14 + 12 * tiles) * r.launch
     backward = matmuls + 3 * attention + dequantise + 3 * thin
-    backward += N * (12 * D + 6 * F + 2 * QKV) * b / r.copy + (24 + 30 * tiles) * r.launch
+    backward += N * (14 * D + 6 * F + 2 * QKV) * b / r.copy + (24 + 30 * tiles) * r.launch
     again = (qkv + attention + o + gate_up, qkv + o + gate_up, qkv + gate_up, gate_up, 0.0)
     before = sizes.layers - choice.count
     moved = _host_bytes(sizes, load, choice)

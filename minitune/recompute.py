@@ -8,12 +8,13 @@ each row in addition to those above it:
     -      nothing                                 its input, through the layers below, and all of the next line
     0      x, the layer's input              8 K   q, k, v, attention, o, gate, up; never down: nothing needs its output
     1      attention output, its logsumexp  16 K   q, k, v, o, gate, up
-    2      x after attention                24 K   q, k, v, gate, up
+    2      o, what attention adds to x      24 K   q, k, v, gate, up
     3      q, k, v after RoPE               36 K   gate, up
     4      gate, up                         92 K   nothing but elementwise operations
 
 What the thin halves of the LoRA branches give, x A^T, is always kept: 0.5 K. Forward and recomputation run the same
-functions (`DecoderLayer.attend`, `until_gate_up`), so every level from 0 on gives the same bits.
+functions (`DecoderLayer.attend`, `until_gate_up`), so every level from 0 on gives the same bits. Layers that keep
+nothing get their input from x instead of the float32 residual stream, rounded once more than in forward.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-KEEP_NOTHING, KEEP_INPUT, KEEP_ATTENTION, KEEP_MID, KEEP_QKV, KEEP_ALL = range(-1, 5)
+KEEP_NOTHING, KEEP_INPUT, KEEP_ATTENTION, KEEP_O, KEEP_QKV, KEEP_ALL = range(-1, 5)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Activations:
     m_low: Tensor | None = None  # (N, R), s m A^T of down
     attn: Tensor | None = None  # (N, H K + R), the output of attention
     lse: Tensor | None = None  # fp32, a number a row and head
-    x_mid: Tensor | None = None  # (N, D), after attention's residual
+    o: Tensor | None = None  # (N, D), what attention adds to the residual stream
     qkv: Tensor | None = None  # (N, (H + 2 G) K), q and k rotated
     gate_up: Tensor | None = None  # (N, 2 F + R)
     known: bool = False  # whether what is there has been computed, or is only room for it

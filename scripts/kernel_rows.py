@@ -165,7 +165,13 @@ def norm_rows(s: Sizes, device: str) -> Iterator[Row]:
     weight = 1 + normal(device, s.D, std=0.1)
     for name, tensors, inputs, ours, plain in (
         ("rms_norm", 2, lambda: (x(), weight, EPS), rms_norm, rms_norm_reference),
-        ("add_rms_norm", 4, lambda: (x(), x(), weight, EPS), add_rms_norm, add_rms_norm_reference),
+        (
+            "add_rms_norm",
+            7,  # of them 4 for the residual stream, which is float32 and is read and written
+            lambda: (x(), x(), weight, EPS, x().float()),
+            add_rms_norm,
+            add_rms_norm_reference,
+        ),
         (
             "rms_norm_backward",
             4,

@@ -1,6 +1,7 @@
 """Where the kernels run in tests: on the GPU, or without one in Triton's interpreter, on CPU tensors."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,20 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test marked `alone` leaves its process unfit for others, so it runs in one of its own."""
+    if pyfuncitem.get_closest_marker("alone") is None or os.environ.get("PYTEST_ALONE") == pyfuncitem.nodeid:
+        return None
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid],
+        cwd=pyfuncitem.config.rootpath, env=os.environ | {"PYTEST_ALONE": pyfuncitem.nodeid},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 @pytest.fixture(scope="session")

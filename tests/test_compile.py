@@ -65,9 +65,10 @@ def forward_and_backward(model, dtype, rows):
         dequantize.dequantize_nf4(weights, dtype, out=new(len(weights) * F, D + R)[:, :D])
     x, weight, bound = new(N, D), new(D), new(N, dtype=torch.int32)
     embedding.embed(bound, new(V, D), dtype)
-    rms_norm.rms_norm(x, weight, 1e-5)
-    rstd = rms_norm.add_rms_norm(x, x, weight, 1e-5)[2]
-    rms_norm.rms_norm_backward(x, x, weight, rstd, x)
+    stream = new(N, D, dtype=torch.float32)
+    rms_norm.rms_norm(stream, weight, 1e-5, out=x)
+    rstd = rms_norm.add_rms_norm(x, x, weight, 1e-5, stream=stream)[1]
+    rms_norm.rms_norm_backward(x, x, weight, rstd, x, addend=x)
     adapter = new(R, D, dtype=torch.float32), new(F, R, dtype=torch.float32), F
     for parts in (1, 2, 3):
         spare = lora_linear.columns_to_spare(parts * R)

@@ -44,23 +44,42 @@ def test_rms_norm_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, 
 
 @kernel
 @in_each_dtype
-def test_add_rms_norm_normalises_the_rounded_sum(dtype, device):
-    x, residual = (strided(normal(3, 423, dtype=dtype, device=device, seed=s)) for s in range(2))
-    weight = normal(423, dtype=dtype, device=device)
-    s, y, rstd = rms_norm.add_rms_norm(x, residual, weight, EPS)
-    assert torch.equal(s, x + residual)
-    for mine, theirs in zip((y, rstd), rms_norm.rms_norm(s, weight, EPS), strict=True):
-        assert torch.equal(mine, theirs)
+def test_the_norm_of_a_sum_does_not_round_the_sum_and_adds_to_the_stream(dtype, device):
+    x, addend, dy, dresidual = (strided(normal(3, 423, dtype=dtype, device=device, seed=s)) for s in range(4))
+    weight, s = normal(423, dtype=dtype, device=device), strided(normal(3, 423, device=device, seed=4))
+    before = s.clone()
+    y, rstd = rms_norm.add_rms_norm(x, addend, weight, EPS, stream=s)
+    dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, addend=addend)
+    assert torch.equal(s, before + addend)
+    judge([y, dx, dx], lambda x, addend: plain_norm(x + addend, weight.to(x.dtype)), [x, addend], [dy])
+    exact = x.float() + addend
+    alone, same = rms_norm.rms_norm(exact, weight.float(), EPS)
+    assert torch.equal(y, alone.to(dtype)) and torch.equal(rstd, same)
+    dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, dresidual, addend)
+    theirs = rms_norm.rms_norm_backward(dy.float(), exact, weight.float(), rstd, dresidual.float())
+    assert torch.equal(dx, theirs.to(dtype))
+
+
+@kernel
+@in_each_dtype
+def test_rms_norm_takes_a_wider_x(dtype, device):
+    """As the last norm takes the float32 residual stream."""
+    x, weight = normal(3, 64, device=device), normal(64, dtype=dtype, device=device)
+    y = torch.empty(3, 64, dtype=dtype, device=device)
+    _, rstd = rms_norm.rms_norm(x, weight, EPS, out=y)
+    assert torch.equal(y, rms_norm.rms_norm(x, weight.float(), EPS)[0].to(dtype))
+    dx = rms_norm.rms_norm_backward(y, x, weight, rstd)
+    assert dx.dtype == dtype
+    assert torch.equal(dx, rms_norm.rms_norm_backward(y.float(), x, weight.float(), rstd).to(dtype))
 
 
 @kernel
 def test_rms_norm_keeps_a_nan_in_its_row(device):
     x = normal(3, 64, device=device)
     x[1, 5] = math.nan
-    s, y, _ = rms_norm.add_rms_norm(x, torch.zeros_like(x), torch.ones(64, device=device), EPS)
+    y, _ = rms_norm.add_rms_norm(x, torch.zeros_like(x), torch.ones(64, device=device), EPS)
     assert y.isnan().any(dim=1).tolist() == [False, True, False]
     assert y[1].isnan().all()
-    assert s.isnan().sum() == 1
 
 
 def test_the_backward_of_the_norm_reference_passes_gradcheck():

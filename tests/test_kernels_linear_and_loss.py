@@ -62,15 +62,26 @@ def test_lora_linears_and_their_gradients_err_no_more_than_plain_pytorch(N, D, r
 
 
 @kernel
-def test_a_lora_linear_adds_a_residual_and_its_adapter_alone_can_be_rewritten(device):
-    x, w, residual = normal(5, 32, device=device), normal(24, 32, device=device), normal(5, 24, device=device)
+def test_a_lora_linear_adds_to_a_total_and_its_adapter_alone_can_be_rewritten(device):
+    x, w, total = normal(5, 32, device=device), normal(24, 32, device=device), normal(5, 24, device=device)
     a, b = normal(4, 32, device=device), normal(24, 4, device=device)
     weight = extended([w], [a], [b], torch.float32, device)
     lora_linear.write_adapters_(weight, [(-a, b, 24)], 24, 32)
     wide = beside_spare(x, lora_linear.columns_to_spare(4))
-    y = lora_linear.lora_linear(wide, weight, 24, 2.0, residual=residual)
-    assert torch.allclose(y, residual + x @ w.T - 2 * x @ a.T @ b.T, atol=1e-4)
+    before = total.clone()
+    assert lora_linear.lora_linear(wide, weight, 24, 2.0, total=total) is total
+    assert torch.allclose(total, before + x @ w.T - 2 * x @ a.T @ b.T, atol=1e-4)
     assert torch.equal(weight[:24, :32], w) and not weight[24:, 32:].any()
+
+
+@kernel
+@in_each_dtype
+def test_what_is_added_to_a_total_is_not_rounded_before(dtype, device):
+    x, w, total = (normal(*shape, dtype=dtype, device=device) for shape in ((5, 32), (24, 32), (5, 24)))
+    total = total.float()
+    exact = total.double() + x.double() @ w.double().T
+    lora_linear.lora_linear(x, w, 24, 0.0, total=total)
+    assert (total - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def test_without_an_adapter_the_extended_weight_is_the_weight():

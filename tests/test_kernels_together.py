@@ -147,12 +147,13 @@ def test_no_kernel_waits_for_the_gpu():
     cos, sin = angles(64, 32, "cuda")
     a, b = normal(8, 64, device="cuda"), normal(64, 8, device="cuda")
     stored, whole = quantised((64, 64), nested=True, device="cuda"), torch.zeros(128, 128, device="cuda")
+    s = torch.zeros_like(x)
 
     def everything():
         dequantize_nf4(stored, whole.dtype, out=whole[:64, :64])
         lora_linear.write_adapters_(whole, [(a, b, 64)], 64, 64)
-        s, y, rstd = rms_norm.add_rms_norm(x, x, weight[0], EPS)
-        rms_norm.rms_norm_backward(y, s, weight[0], rstd, y)
+        y, rstd = rms_norm.add_rms_norm(x, x, weight[0], EPS, stream=s)
+        rms_norm.rms_norm_backward(y, x, weight[0], rstd, y, addend=x)
         wide = torch.cat([y, y], 1)
         q = lora_linear.lora_linear(wide, whole, 64, 1.0).view(64, 2, 32)
         rope.rope_(q, q[:, :1].contiguous(), cos, sin, positions)

@@ -112,7 +112,7 @@ def test_smollm2_in_float32_equals_transformers_and_peft(smollm2):
 
 def test_gradients_equal_a_plain_autograd_llama_in_float64(tmp_path):
     model, _ = load(make_tiny_model(tmp_path / "m", tie=False))
-    model.dtype = torch.float64
+    model.dtype = model.shared.dtype = torch.float64
     plain = PlainLlama(model, torch.float64)
     ids, labels = batch(model)
     expected = plain.loss(list(zip(ids, labels, strict=True)))
