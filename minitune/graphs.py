@@ -1,14 +1,15 @@
 """A micro-step, forward and backward of packed samples, without the autograd engine; on a GPU, as CUDA graphs.
 
-    s = embedding;  s = layer(s) for each layer, keeping what its level says        graph 1
+    s = embedding;  s = layer(s) for each layer, keeping what its level says        graphs of 1, 1, 2, 4, 8 ... layers
     loss, dx = final norm, head and cross entropy of the labelled rows of s         launched as it comes
-    dx = layer.backward(dx) for each layer from the last, .grad += dA, dB           graph 2
+    dx = layer.backward(dx) for each layer from the last, .grad += dA, dB           likewise
 
 Python takes tens of microseconds to launch a Triton kernel, and a micro-step has thousands: below some 4,000 tokens a
 GPU waits for them (an H200 in November 2026, 8B, 950 tokens: 155 ms, and 73 as graphs). A CUDA graph is launched as
-one. What it replays are addresses and sizes, so tokens are padded to one of four sizes an octave (multiples of 64; at
-most 1/4 more than there are, or 63), inputs are copied to where the graph reads them, and gradients are added to the
-`.grad` that was there at the capture. The number of labelled rows varies freely: the loss lies between the graphs.
+one. That still takes some 3 microseconds a kernel, and none of them starts before, so a pass is cut into several, short
+ones first. What they replay are addresses and sizes, so tokens are padded to one of four sizes an octave (multiples of
+64; at most 1/4 more than there are, or 63), inputs are copied to where the graphs read them, and gradients are added to
+the `.grad` that was there at the capture. The number of labelled rows varies freely: the loss lies between the graphs.
 Padding is a sample of its own, or, behind a single sample, more of it: nobody sees it, and it has no label.
 
 A micro-step of a new size is launched plainly, which also compiles what has to be, and captured after that; so the
@@ -130,9 +131,9 @@ class MicroStep:
         """Runs what is launched within in the memory that the graphs have, where there are any."""
         return self._graphs.own_memory() if self._graphs is not None else contextlib.nullcontext()
 
-    def plan_of(self, packed: Packed) -> Plan:
-        """The model's plan for these samples."""
-        plan = self.model.plan_of(packed)
+    def plan_of(self, packed: Packed, counted: int = 0) -> Plan:
+        """The model's plan for these samples; `counted` as in LlamaForCausalLM.plan."""
+        plan = self.model.plan_of(packed, counted)
         if self.planned is None or plan.peak > self.planned.peak:
             self.planned = plan
         return plan
@@ -148,15 +149,23 @@ class MicroStep:
         """An empty buffer (N, D + R) for the gradient of the residual stream, layer by layer from the last."""
         return self.model.model.layers[-1].new_gradient(tokens, self.model.dtype, self.model.device)
 
-    def forward(self, inputs: Tensor, packed: Packed, plan: Plan) -> tuple[Tensor, list[Activations | None]]:
+    def forward(
+        self, inputs: Tensor, packed: Packed, plan: Plan, cut: Callable[[int], None] = lambda layers: None
+    ) -> tuple[Tensor, list[Activations | None]]:
         """The residual stream s (N, D) behind the last layer, and what each layer keeps: None where that has gone to
-        the host or is nothing."""
+        the host or is nothing.
+
+        cut(layers): called wherever all is on one stream, with how many layers are done.
+        """
         model, kept = self.model, []
         s = new_stream(model.model.embed_tokens(inputs[0], model.dtype))
         if plan.host_bytes:
             self._make_arena(plan.host_bytes)
         for i, (layer, keep) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
             a = layer.run(s, packed, model.shared, max(keep.level, KEEP_INPUT), plan.tile)
+            if plan.host_bytes:
+                self._offload.settle()
+            cut(i + 1)
             if keep.on_host:
                 self._offload.put(i, a)
             kept.append(None if keep.on_host or keep.level == KEEP_NOTHING else a)
@@ -165,13 +174,21 @@ class MicroStep:
             self._offload.settle()
         return s, kept
 
-    def backward(self, top: Tensor, kept: list[Activations | None], packed: Packed, plan: Plan) -> None:
-        """From the gradient of s in `top`. Uses up `kept`."""
+    def backward(
+        self,
+        top: Tensor,
+        kept: list[Activations | None],
+        packed: Packed,
+        plan: Plan,
+        cut: Callable[[int], None] = lambda layers: None,
+    ) -> None:
+        """From the gradient of s in `top`. Uses up `kept`; `cut` as in `forward`."""
         keepers = [i for i, keep in enumerate(plan.layers) if keep.level != KEEP_NOTHING]
         lowest = [keepers[bisect_right(keepers, i) - 1] for i in range(len(kept))]  # what layer i is computed from
         for i in reversed(range(len(kept))):
             if kept[lowest[i]] is None:
                 kept[lowest[i]] = self._offload.take(lowest[i])
+            cut(len(plan.layers) - 1 - i)
             if i > 0 and kept[lowest[i - 1]] is None:
                 self._offload.fetch(lowest[i - 1])
             if kept[i] is None:
@@ -207,10 +224,10 @@ class MicroStep:
 
 @dataclass
 class _Captured:
-    """Two graphs of one size, and what they read."""
+    """The graphs of one size, and what they read."""
 
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
+    forward: list[torch.cuda.CUDAGraph]
+    backward: list[torch.cuda.CUDAGraph]
     inputs: Tensor  # int32 (4, N): ids, positions, start, end
     stream: Tensor  # (N, D), what the layers' forward ends with
     addresses: list[int]
@@ -226,6 +243,32 @@ class _Place:
 
     def tensor(self, device: torch.device) -> Tensor:
         return torch.as_tensor(self, device=device)
+
+
+class _Recording:
+    """Captures what is launched within, as one graph after another."""
+
+    def __init__(self, pool: tuple[int, int]):
+        self._pool, self.graphs = pool, []
+
+    def __enter__(self) -> "_Recording":
+        self._begin()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None:
+            _Graphs.failure = "a capture was interrupted"
+        self.graphs[-1].capture_end()  # one that is left open would fail everything that follows
+
+    def cut(self, layers: int) -> None:
+        """A new graph begins where the layers that are done are a power of two."""
+        if layers > 0 and power_of_two(layers) == layers:
+            self.graphs[-1].capture_end()
+            self._begin()
+
+    def _begin(self) -> None:
+        self.graphs.append(torch.cuda.CUDAGraph())
+        self.graphs[-1].capture_begin(pool=self._pool)
 
 
 class _Graphs:
@@ -252,12 +295,14 @@ class _Graphs:
         captured = self._captured.get(key)
         if captured is not None and captured.addresses == micro_step.addresses():
             captured.inputs.copy_(inputs)
-            captured.forward.replay()
+            for graph in captured.forward:
+                graph.replay()
             loss = loss_of(captured.stream, self._top[:size])
-            captured.backward.replay()
+            for graph in captured.backward:
+                graph.replay()
             return loss
         self._make_room(micro_step, size)
-        top, plan = self._top[:size], micro_step.plan_of(packed)
+        top, plan = self._top[:size], micro_step.plan_of(packed, counted=self._top.nbytes)
         packed = plan.samples(packed)
         with self.own_memory():
             s, kept = micro_step.forward(inputs, packed, plan)
@@ -302,23 +347,11 @@ class _Graphs:
         gc.collect()  # freeing another graph's memory meanwhile would end the capture
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
-            with self._recording() as forward:
-                s, kept = micro_step.forward(inputs, packed, plan)
+            with _Recording(self._pool.id) as forward:
+                s, kept = micro_step.forward(inputs, packed, plan, forward.cut)
             stream = _Place(s).tensor(s.device)
             del s
-            with self._recording() as backward:
-                micro_step.backward(top, kept, packed, plan)
+            with _Recording(self._pool.id) as backward:
+                micro_step.backward(top, kept, packed, plan, backward.cut)
         torch.cuda.synchronize()
-        return _Captured(forward, backward, inputs, stream, micro_step.addresses())
-
-    @contextlib.contextmanager
-    def _recording(self) -> Iterator[torch.cuda.CUDAGraph]:
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool.id)
-        try:
-            yield graph
-        except BaseException:
-            _Graphs.failure = "a capture was interrupted"
-            raise
-        finally:  # a capture that is left open would fail everything that follows
-            graph.capture_end()
+        return _Captured(forward.graphs, backward.graphs, inputs, stream, micro_step.addresses())

@@ -239,10 +239,15 @@ class LlamaForCausalLM(nn.Module):
         limit = free_memory(self.device) + allocated
         return limit if self.memory_budget is None else min(limit, self.memory_budget)
 
-    def plan(self, tokens: int, longest: int | None = None, cudnn: bool = False, level: int | None = None) -> Plan:
-        """What a pass over so many tokens, in samples of up to `longest`, keeps for backward, where, in what tiles."""
+    def plan(
+        self, tokens: int, longest: int | None = None, cudnn: bool = False, level: int | None = None, counted: int = 0
+    ) -> Plan:
+        """What a pass over so many tokens, in samples of up to `longest`, keeps for backward, where, in what tiles.
+
+        counted: bytes that are allocated and that the plan counts as well.
+        """
         sizes = Sizes.of(self.config, self.lora, self.dtype.itemsize, self.device.type)
-        static = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        static = torch.cuda.memory_allocated(self.device) - counted if self.device.type == "cuda" else 0
         if not self.shared.weights:  # the buffers of the weights at work are still to come
             static += sizes.buffers
         load = Load(tokens, tokens * min(longest or tokens, tokens), tokens, cudnn)
@@ -253,10 +258,10 @@ class LlamaForCausalLM(nn.Module):
         rates = machine_rates(self.device) if self.device.type == "cuda" else None
         return fastest(sizes, load, there, self.memory_limit(), self.host_memory, rates)
 
-    def plan_of(self, packed: Packed) -> Plan:
+    def plan_of(self, packed: Packed, counted: int = 0) -> Plan:
         """The plan of a forward and backward pass over these samples."""
         cudnn = self.shared.about(packed)["length"] is not None
-        return self.plan(len(packed.positions), packed.longest, cudnn)
+        return self.plan(len(packed.positions), packed.longest, cudnn, counted=counted)
 
     def as_current_device(self) -> contextlib.AbstractContextManager:
         """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""

@@ -59,8 +59,7 @@ class Offload:
         self._used, self._stored, self._leaving = 0, {}, None
 
     def put(self, index: int, a: Activations) -> None:
-        """Copy out what layer `index` keeps."""
-        self.settle()
+        """Copy out what layer `index` keeps, after `settle`."""
         tensors, places = a.tensors(), []
         if self._used + room(tensors) > self.nbytes:
             raise ValueError(f"an arena of {self.nbytes} bytes has no room for layer {index}: plan with more")

@@ -132,7 +132,7 @@ class Sizes:
     def loss(self, N: int) -> int:
         """Bytes of the loss, the residual stream that it looks at included."""
         rows = min(N, tile_rows(self.V, self.itemsize))
-        return rows * (self.V + 8 * self.D) * self.itemsize + self.stream(N)
+        return rows * (self.V + 6 * self.D) * self.itemsize + self.stream(N)
 
     def stream(self, N: int) -> int:
         """Bytes of the residual stream."""

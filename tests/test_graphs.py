@@ -131,7 +131,7 @@ def test_closing_gives_the_memory_back(micro_step, model, plain):
 @pytest.mark.parametrize("tile", [None, 64])
 def test_offloading_and_tiles_within_graphs_change_nothing(micro_step, model, plain, monkeypatch, tile):
     layers = (Keep(0, True), Keep(-1), Keep(3, True)) if tile else (Keep(0, True), Keep(3, True), Keep(4))
-    monkeypatch.setattr(model, "plan_of", lambda packed: Plan(layers, tile, host_bytes=16 << 20))
+    monkeypatch.setattr(model, "plan_of", lambda packed, counted: Plan(layers, tile, host_bytes=16 << 20))
     torch.cuda.set_sync_debug_mode("default")
     for _ in range(3):
         found = results(micro_step, BATCHES, model)
@@ -251,6 +251,6 @@ def test_a_run_that_evaluates_or_resumes_with_graphs_ends_in_the_same_bits(tmp_p
     found = {name: losses(tmp_path / name) for name in ("plain", "graphs", "saved", "resumed")}
     assert len(found["saved"]) == 8 and found["graphs"] == found["saved"]
     assert found["plain"] == pytest.approx(found["saved"], rel=1e-2)  # without padding a sum may take another order
-    assert found["resumed"] == found["plain"][4:]
+    assert found["resumed"] == found["saved"][4:]
     adapters = [[p.detach() for _, p in t.model.lora_parameters()] for t in (trainer, resumed)]
     assert all(map(torch.equal, *adapters))

@@ -149,7 +149,7 @@ def test_every_mixture_of_levels_places_and_tiles_gives_the_same_loss_and_gradie
     layers = tuple(Keep(KEEP_NOTHING) if i and draw.random() < 0.4 else keep for i, keep in enumerate(layers))
     for tile in (None, draw.choice([1, 7, 64, 200])):
         plan = Plan(layers, tile, host_bytes=5 << 20)
-        monkeypatch.setattr(model, "plan_of", lambda packed, plan=plan: plan)
+        monkeypatch.setattr(model, "plan_of", lambda packed, counted, plan=plan: plan)
         for _ in range(2):
             loss, found = micro_step(batch, 50), gradients(model)
             if tile is None and Keep(KEEP_NOTHING) not in layers:
@@ -160,6 +160,6 @@ def test_every_mixture_of_levels_places_and_tiles_gives_the_same_loss_and_gradie
 
 def test_an_arena_that_is_too_small_is_an_error(tmp_path, monkeypatch):
     model = load(make_tiny_model(tmp_path / "m"))
-    monkeypatch.setattr(model, "plan_of", lambda packed: Plan((Keep(0, on_host=True),) * 2, host_bytes=1000))
+    monkeypatch.setattr(model, "plan_of", lambda packed, counted: Plan((Keep(0, on_host=True),) * 2, host_bytes=1000))
     with pytest.raises(ValueError, match="an arena of 1000 bytes has no room for layer 0"):
         MicroStep(model, capture=False)(collate(random_samples([40])), 50)
