@@ -250,7 +250,9 @@ class SFTConfig:
         None,
         "GPU memory to plan with, as 24GiB, with use_gradient_checkpointing 'unsloth'; default: what is free",
     )
-    host_memory: str | None = setting(None, "host memory that activations may wait in, likewise; default: none")
+    host_memory: str | None = setting(
+        None, "host memory that activations may wait in; default: half of what is available"
+    )
     cuda_graphs: bool = setting(True, "on a GPU, capture a micro-step of each size and replay it")
     overwrite: bool = setting(False, "replace the run that output_dir holds")
     resume: bool = setting(False, "continue from output_dir's newest checkpoint, or start where there is none")

@@ -278,6 +278,9 @@ class _Graphs:
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device)
+        for stream in (torch.cuda.current_stream(device), self._stream):  # cuBLAS's memory, before a plan counts it
+            with torch.cuda.stream(stream):
+                torch.cuda.current_blas_handle()
         self.forget()
 
     def forget(self) -> None:

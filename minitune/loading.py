@@ -57,7 +57,10 @@ class FastLanguageModel:
         model.name, model.folder, model.eos_token_ids = str(model_name), folder, tokenizer.eos_token_ids
         load_weights(model, Checkpoint(folder), device, load_in_4bit, progress)
         if offload_embedding and device.type == "cuda":
-            model.model.embed_tokens.to_host()
+            try:
+                model.model.embed_tokens.to_host()
+            except MemoryError as error:
+                raise ValueError(f"offload_embedding: {error}") from error
             torch.cuda.empty_cache()
         return model, tokenizer
 

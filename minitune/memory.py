@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from minitune.config import bytes_of
+from minitune.recompute import free_memory
 
 if TYPE_CHECKING:
     from minitune.trainer import SFTTrainer
@@ -33,6 +34,15 @@ def size_of(trainer: "SFTTrainer", name: str) -> int | None:
             f"{model.device}, with {trainer.settings['use_gradient_checkpointing']!r}"
         )
     return bytes_of(size)
+
+
+def host_memory_for(trainer: "SFTTrainer") -> int:
+    """Bytes of the host's memory that activations may wait in: as set, or half of what is available."""
+    size = size_of(trainer, "host_memory")
+    if size is not None:
+        return size
+    decides = trainer.model.device.type == "cuda" and trainer.model.level is None
+    return free_memory(torch.device("cpu")) // 2 if decides else 0
 
 
 def tokens_that_fit(trainer: "SFTTrainer") -> int:
@@ -62,7 +72,12 @@ def within_memory(trainer: "SFTTrainer", accumulate: Callable[[], T]) -> T:
         except torch.OutOfMemoryError:
             if trainer.model.level is not None:
                 raise
-        _plan_with_less(trainer)  # out here nothing holds the tensors of the step that failed
+            plan_anew = _plan_with_less
+        except MemoryError:
+            if trainer.model.host_memory == 0:
+                raise
+            plan_anew = _plan_without_host
+        plan_anew(trainer)  # out here nothing holds the tensors of the step that failed
     trainer.optimizer.zero_grad()
     return accumulate()
 
@@ -76,6 +91,19 @@ def _plan_with_less(trainer: "SFTTrainer") -> None:
     warnings.warn(
         f"{model.device} is out of memory in step {trainer.progress.step + 1}, though {expected}{_gib(limit)} "
         f"expected; trying the step again with a plan for {_gib(model.memory_budget)}",
+        stacklevel=2,
+    )
+
+
+def _plan_without_host(trainer: "SFTTrainer") -> None:
+    planned = trainer.micro_step.planned
+    trainer.micro_step.close()
+    trainer.micro_step.planned = None
+    trainer.model.host_memory = 0
+    wanted = "" if planned is None else f" {_gib(planned.host_bytes)} of"
+    warnings.warn(
+        f"the host does not give{wanted} pinned memory; activations stay on the GPU or are computed again, which takes "
+        f"longer",
         stacklevel=2,
     )
 

@@ -21,9 +21,10 @@ from minitune.kernels.launch import accumulator
 from minitune.layers import Embedding, Packed, RMSNorm, Rotary
 from minitune.linear import Linear, Projection
 from minitune.loss import Labelled, labelled_loss
-from minitune.plan import Load, Plan, Sizes, fastest, uniform
+from minitune.plan import Load, Plan, fastest, uniform
 from minitune.rates import machine_rates
 from minitune.recompute import KEEP_INPUT, free_memory
+from minitune.sizes import Sizes
 from minitune.tokenizer import Tokenizer
 
 

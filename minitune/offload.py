@@ -40,7 +40,10 @@ class Offload:
     def __init__(self, nbytes: int, device: torch.device):
         """Raises MemoryError where the host does not have, or does not pin, so much memory."""
         self._device = device
-        self._arena = torch.empty(max(nbytes, ALIGN), dtype=torch.uint8)
+        try:
+            self._arena = torch.empty(max(nbytes, ALIGN), dtype=torch.uint8)
+        except RuntimeError as error:
+            raise MemoryError(f"the host has no {nbytes / 2**30:.2f} GiB of memory") from error
         if device.type == "cuda":
             pin(self._arena, self)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -6,9 +6,8 @@ Layers are alike, so a plan is a few numbers: the last ones keep level `near` on
 those before them keep level `far`, on the host where that helps. All combinations are priced and the fastest one that
 fits is taken.
 
-Memory is counted tensor by tensor in the order in which a layer makes and drops them. Time adds up what is multiplied
-and what is moved, at the rates of the machine (`Rates`); copies to and from the host run beside the layers, so a pass
-takes as long as the slower of the two.
+Memory is counted in sizes.py. Time adds up what is multiplied and what is moved, at the rates of the machine (`Rates`);
+copies to and from the host run beside the layers, so a pass takes as long as the slower of the two.
 """
 
 import math
@@ -18,14 +17,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from minitune.config import LINEARS, LoraConfig, ModelConfig
+from minitune.config import LoraConfig, ModelConfig
 from minitune.kernels.attention_cudnn import WORTHWHILE
-from minitune.kernels.cross_entropy import tile_rows
-from minitune.kernels.lora_linear import columns_to_spare
 from minitune.layers import Packed
-from minitune.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
 from minitune.offload import ALIGN
-from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, KEEP_NOTHING, KEEP_O, KEEP_QKV, Keep
+from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, KEEP_NOTHING, KEEP_QKV, Keep
+from minitune.sizes import NF4_BYTES, Sizes, static_parts
 
 KEPT = (  # by level, from nothing on
     "nothing", "their input", "input and attention", "all before the MLP but q k v", "all before the MLP", "everything",
@@ -33,7 +30,6 @@ KEPT = (  # by level, from nothing on
 SEGMENTS = (2, 4, 8)  # layers of which only the first keeps its input
 LEVELS = (KEEP_INPUT, KEEP_ATTENTION, KEEP_QKV, KEEP_ALL)  # keeping o without q, k, v is never the best
 TILES = (None, 4096, 2048, 1024, 512, 256)  # rows
-NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED_BLOCKSIZE)  # a parameter
 MARGIN = 0.05  # of a budget: memory is handed out in blocks that do not always fit together
 
 
@@ -49,94 +45,6 @@ class Rates:
     attention: float = 0.58  # of the rate of a matmul, our own
     cudnn: float = 0.77  # cuDNN's
     launch: float = 4e-6  # seconds from one kernel of a graph to the next
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The widths that memory and time depend on, in elements; spare columns by projection: q k v, o, gate up, down."""
-
-    layers: int
-    D: int
-    F: int
-    HK: int
-    GK: int
-    H: int
-    V: int
-    spare: tuple[int, int, int, int]
-    adapter: int  # trainable parameters
-    itemsize: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: ModelConfig, lora: LoraConfig | None, itemsize: int, device_type: str = "cuda") -> "Sizes":
-        D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
-        HK, GK = config.num_attention_heads * K, config.num_key_value_heads * K
-        shapes = {  # (in, out)
-            "q_proj": (D, HK), "k_proj": (D, GK), "v_proj": (D, GK), "o_proj": (HK, D),
-            "gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D),
-        }  # fmt: skip
-        r, targets = (lora.r, lora.target_modules) if lora else (0, ())
-        groups = (LINEARS[:3], LINEARS[3:4], LINEARS[4:6], LINEARS[6:])
-        spare = tuple(columns_to_spare(r * sum(name in targets for name in group), device_type) for group in groups)
-        adapter = config.num_hidden_layers * sum(r * sum(shapes[name]) for name in targets)
-        return cls(
-            config.num_hidden_layers, D, F, HK, GK, config.num_attention_heads, config.vocab_size, spare, adapter,
-            itemsize, config.tie_word_embeddings,
-        )  # fmt: skip
-
-    @property
-    def of_layer(self) -> int:
-        """Parameters of a layer's linears."""
-        return self.D * (self.HK + 2 * self.GK) + self.HK * self.D + 3 * self.D * self.F
-
-    @property
-    def buffers(self) -> int:
-        """Bytes of the extended weights of one layer."""
-        D, F, HK, GK = self.D, self.F, self.HK, self.GK
-        shapes = ((HK + 2 * GK, D), (D, HK), (2 * F, D), (D, F))
-        return self.itemsize * sum((m + s) * (n + s) for (m, n), s in zip(shapes, self.spare, strict=True))
-
-    @property
-    def embeddings(self) -> int:
-        """Bytes of embedding and head."""
-        return self.V * self.D * self.itemsize * (1 if self.tied else 2)
-
-    def kept(self, level: int) -> int:
-        """Bytes a token that a layer keeps; without an arena's rounding."""
-        q, o, g, d = self.spare
-        added = (self.D + q + o + g + d, self.HK + o, self.D, self.HK + 2 * self.GK, 2 * self.F + g)
-        return sum(added[: level + 1]) * self.itemsize + (4 * self.H if level >= KEEP_ATTENTION else 0)
-
-    def forward(self, level: int, N: int, T: int) -> int:
-        """Bytes at most in use while a layer runs forward in tiles of T rows: the residual stream, x, what it keeps."""
-        q, o, g, d = self.spare
-        D, F, QKV = self.D, self.F, self.HK + 2 * self.GK
-        low = q + o + g + d
-        before = N * (D + low + QKV) + T * (D + q)
-        attention = N * (D + low + QKV + self.HK + o)
-        o_rows, wide = (N if level >= KEEP_O else T), (N if level >= KEEP_ALL else T)
-        after = attention + o_rows * D + wide * (2 * F + g) + T * max(D + g, F + d)
-        return max(before, attention, after) * self.itemsize + 4 * N * self.H + self.stream(N)
-
-    def backward(self, level: int, N: int, T: int, cudnn: bool) -> int:
-        """The same backward, without the gradient that is passed down the layers."""
-        q, o, g, d = self.spare
-        D, F, HK, QKV = self.D, self.F, self.HK, self.HK + 2 * self.GK
-        held = N * (D + q + o + g + d + QKV + HK + o)  # x, low-rank columns, q k v, attention's output
-        held += N * D * (level >= KEEP_O) + N * (2 * F + g) * (level >= KEEP_ALL)
-        after = held + N * HK + T * (D * (level < KEEP_O) + D + g + 2 * F + g + F + d)
-        attention = held + N * (HK + QKV + q) + (N * (QKV + 2 * HK) if cudnn else 0)
-        before = held - N * (QKV + HK + o) + N * (QKV + q) + T * (2 * D + q)
-        return max(after, attention, before) * self.itemsize + 12 * N * self.H
-
-    def loss(self, N: int) -> int:
-        """Bytes of the loss, the residual stream that it looks at included."""
-        rows = min(N, tile_rows(self.V, self.itemsize))
-        return rows * (self.V + 6 * self.D) * self.itemsize + self.stream(N)
-
-    def stream(self, N: int) -> int:
-        """Bytes of the residual stream."""
-        return N * self.D * max(self.itemsize, 4)
 
 
 @dataclass(frozen=True)
@@ -252,27 +160,6 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     redone += (before - choice.keepers(sizes.layers)) * forward
     ahead = max(sizes.layers * forward, moved / r.to_host)
     return ahead + loss + max(sizes.layers * backward + redone, moved / r.from_host)
-
-
-def static_parts(
-    sizes: Sizes,
-    config: ModelConfig,
-    moments: float = 8,
-    load_in_4bit: bool = True,
-    positions: int = 2048,
-    offload_embedding: bool = False,
-) -> tuple[tuple[str, int], ...]:
-    """What is there whatever the plan. moments: bytes a trainable parameter, 8 or (8-bit) 2.03."""
-    linears = sizes.layers * sizes.of_layer * (NF4_BYTES if load_in_4bit else sizes.itemsize)
-    embeddings = sizes.embeddings // (2 if offload_embedding and not sizes.tied else 1)
-    weights = int(linears) + embeddings + (2 * sizes.layers + 1) * sizes.D * sizes.itemsize
-    return (
-        ("weights", weights),
-        ("weights at work", sizes.buffers),
-        ("adapter and its gradient", 8 * sizes.adapter),
-        ("optimizer", int(moments * sizes.adapter)),
-        ("positions", 4 * positions * config.head_dim),
-    )
 
 
 def price(sizes: Sizes, load: Load, choice: _Choice, static: Sequence[tuple[str, int]], rates: Rates) -> Plan:

@@ -7,7 +7,6 @@ written, every process measures for itself.
 import contextlib
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from functools import cache
@@ -64,7 +63,7 @@ def measure(device: torch.device) -> dict[str, float]:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Of one call, the median of some, each of them several in a row."""
+    """Of one call, the fastest of some, each of them several in a row: another process may be at work meanwhile."""
     found = []
     for _ in range(repeats):
         torch.cuda.synchronize(device)
@@ -73,4 +72,4 @@ def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5)
             work()
         torch.cuda.synchronize(device)
         found.append((time.perf_counter() - start) / 4)
-    return statistics.median(found)
+    return min(found)

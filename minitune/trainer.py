@@ -29,7 +29,7 @@ from minitune.config import SFTConfig
 from minitune.data import Batch, Prepared, Sample, collate, micro_steps, pack_rows, prepare
 from minitune.flags import as_dict
 from minitune.graphs import MicroStep
-from minitune.memory import comparison, enough_memory, size_of, tokens_that_fit, within_memory
+from minitune.memory import comparison, enough_memory, host_memory_for, size_of, tokens_that_fit, within_memory
 from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
 from minitune.recompute import KEEP_ALL, KEEP_INPUT
 from minitune.report import Report, banner, counter, interruptible, interruption, run_rows
@@ -112,10 +112,7 @@ class SFTTrainer:
             "random_state": model.lora_seed,
             **as_dict(model.lora),
         }
-        model.memory_budget, model.host_memory = (
-            size_of(self, "memory_budget"),
-            size_of(self, "host_memory") or 0,
-        )
+        model.memory_budget, model.host_memory = size_of(self, "memory_budget"), host_memory_for(self)
         self.micro_step = MicroStep(model, self.args.cuda_graphs)
         self.progress = Progress()
         self._pending: list[Tensor] = []  # (loss, gradient norm) of steps whose numbers are still on the device

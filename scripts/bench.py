@@ -141,7 +141,7 @@ def time_short_samples(a: argparse.Namespace) -> dict[str, Any]:
             optim=a.optim,
             cuda_graphs=not a.no_graphs,
             memory_budget=a.memory_budget,
-            host_memory=a.host_memory,
+            host_memory=a.host_memory or ("0GiB" if a.checkpointing == "auto" else None),
             seed=3407,
             logging_steps=1,
             save_strategy="no",

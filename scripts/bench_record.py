@@ -45,6 +45,18 @@ def start_counting(start: float, trainable: int) -> dict[str, Any]:
     return {"load_s": round(time.perf_counter() - start, 1), "loaded_gb": loaded, "trainable": trainable}
 
 
+def _pinned() -> int:
+    """Bytes of pinned host memory: the most that torch had, and what is registered besides."""
+    import torch
+
+    torchs = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
+    try:
+        from minitune.pinned import pinned_bytes
+    except ImportError:  # in a peer's process
+        return torchs
+    return torchs + pinned_bytes()
+
+
 def memory_and_place() -> dict[str, Any]:
     """The memory that was taken so far, in GiB, on what, and when."""
     import torch
@@ -53,7 +65,7 @@ def memory_and_place() -> dict[str, Any]:
     return {
         "peak_gb": _gib(torch.cuda.max_memory_allocated()) if gpu else None,
         "reserved_gb": _gib(torch.cuda.max_memory_reserved()) if gpu else None,
-        "pinned_gb": _gib(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)) if gpu else None,
+        "pinned_gb": _gib(_pinned()) if gpu else None,
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ if not GPU:
     # Read when triton is imported, so it has to be set before anything here imports it.
     assert "triton" not in sys.modules, "triton was imported before the interpreter was chosen"
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# What a GPU does in a second, measured while other tests keep it busy, is not to be remembered.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="minitune-tests-")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,17 +1,22 @@
 """Plans: they stay within their budget, and more memory is never slower."""
 
 import dataclasses
+import math
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_tiny_model
 
-from minitune import rates
+from minitune import FastLanguageModel, rates
 from minitune.config import LINEARS, LoraConfig, ModelConfig
-from minitune.plan import MARGIN, Load, Rates, Sizes, _Choice, fastest, plan_memory, plan_table, price, static_parts
+from minitune.decoder import new_stream
+from minitune.layers import Packed
+from minitune.plan import MARGIN, Load, Rates, _Choice, fastest, plan_memory, plan_table, price
 from minitune.recompute import KEEP_ALL, KEEP_INPUT, KEEP_NOTHING, Keep
+from minitune.sizes import Sizes, static_parts
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from random_llama import SHAPES
@@ -89,6 +94,23 @@ def test_inputs_that_fit_nowhere_are_computed_again_from_those_of_every_few_laye
     assert narrow.layers.count(Keep(KEEP_NOTHING)) >= 16 and narrow.layers[0].level == KEEP_INPUT
     assert roomy.host_bytes > 8 * GIB >= narrow.host_bytes and narrow.seconds > roomy.seconds
     assert narrow.peak <= 24 * GIB
+
+
+@pytest.mark.parametrize("targets", [LINEARS, LINEARS[:4], ("v_proj",)])
+def test_sizes_without_a_model_are_those_of_a_model(tmp_path, targets):
+    shape = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 160}
+    model, _ = FastLanguageModel.from_pretrained(make_tiny_model(tmp_path / "m", **shape), dtype=torch.float32)
+    FastLanguageModel.get_peft_model(model, r=8, target_modules=targets)
+    sizes, layer = Sizes.of(model.config, model.lora, 4, model.device.type), model.model.layers[0]
+    assert sizes.spare == tuple(projection.spare for projection in layer.projections)
+    assert sizes.buffers == 4 * sum(math.prod(projection.weight_shape) for projection in layer.projections)
+    assert sizes.adapter == sum(p.numel() for _, p in model.lora_parameters())
+    assert sizes.layers * sizes.of_layer == sum(n.in_features * n.out_features for _, n in model.linears())
+    s = new_stream(torch.randn(40, 64, device=model.device))
+    packed = Packed.from_positions(torch.arange(40)).to(model.device)
+    for level in range(5):
+        kept = layer.run(s, packed, model.shared, level)
+        assert sum(t.nbytes for t in kept.tensors() if t is not None) == 40 * sizes.kept(level)
 
 
 def test_rates_are_measured_once_and_a_broken_cache_is_measured_again(tmp_path, monkeypatch):

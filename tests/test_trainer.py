@@ -500,6 +500,23 @@ def test_a_step_out_of_memory_is_done_again_with_a_smaller_plan(tiny, tmp_path, 
     assert [r["loss"] for r in whole] == pytest.approx([r["loss"] for r in short], rel=1e-5)
 
 
+def test_a_host_that_pins_no_memory_is_done_without(tiny, tmp_path, monkeypatch):
+    trainer = new_trainer(tiny, tmp_path / "run", max_steps=2, logging_steps=1)
+    call, asked = MicroStep.__call__, []
+
+    def refused(micro_step, batch, denominator):
+        asked.append(micro_step.model.host_memory)
+        if micro_step.model.host_memory:
+            raise MemoryError("the host refuses to pin 3.00 GiB of memory (CUDA error 2)")
+        return call(micro_step, batch, denominator)
+
+    monkeypatch.setattr(MicroStep, "__call__", refused)
+    trainer.model.host_memory = 4 << 30
+    with pytest.warns(UserWarning, match="the host does not give pinned memory; activations stay on the GPU"):
+        trainer.train()
+    assert asked[0] == 4 << 30 and not any(asked[1:]) and len(records_of(tmp_path / "run")) >= 2
+
+
 def test_a_memory_budget_that_decides_nothing_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"memory_budget 8GiB decides what a GPU keeps .* the model is on cpu"):
         new_trainer(tiny, tmp_path, memory_budget="8GiB")

@@ -1,0 +1,126 @@
+"""What a training step has in GPU memory, in bytes: weights, what layers keep, and what is in use while one runs.
+
+Tensor by tensor, in the order in which a layer makes and drops them (decoder.py), and without a model: the shape, the
+rank and the linears with an adapter say it all. plan.py chooses by these numbers.
+"""
+
+from dataclasses import dataclass
+
+from minitune.config import LINEARS, LoraConfig, ModelConfig
+from minitune.kernels.cross_entropy import tile_rows
+from minitune.kernels.lora_linear import columns_to_spare
+from minitune.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
+from minitune.recompute import KEEP_ALL, KEEP_ATTENTION, KEEP_O
+
+NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED_BLOCKSIZE)  # a parameter
+CUBLAS_BYTES = 32 << 20  # that PyTorch gives cuBLAS for each stream on Hopper; there are two
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The widths that memory and time depend on, in elements; spare columns by projection: q k v, o, gate up, down."""
+
+    layers: int
+    D: int
+    F: int
+    HK: int
+    GK: int
+    H: int
+    V: int
+    spare: tuple[int, int, int, int]
+    adapter: int  # trainable parameters
+    itemsize: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig, lora: LoraConfig | None, itemsize: int, device_type: str = "cuda") -> "Sizes":
+        D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
+        HK, GK = config.num_attention_heads * K, config.num_key_value_heads * K
+        shapes = {  # (in, out)
+            "q_proj": (D, HK), "k_proj": (D, GK), "v_proj": (D, GK), "o_proj": (HK, D),
+            "gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D),
+        }  # fmt: skip
+        r, targets = (lora.r, lora.target_modules) if lora else (0, ())
+        groups = (LINEARS[:3], LINEARS[3:4], LINEARS[4:6], LINEARS[6:])
+        spare = tuple(columns_to_spare(r * sum(name in targets for name in group), device_type) for group in groups)
+        adapter = config.num_hidden_layers * sum(r * sum(shapes[name]) for name in targets)
+        return cls(
+            config.num_hidden_layers, D, F, HK, GK, config.num_attention_heads, config.vocab_size, spare, adapter,
+            itemsize, config.tie_word_embeddings,
+        )  # fmt: skip
+
+    @property
+    def of_layer(self) -> int:
+        """Parameters of a layer's linears."""
+        return self.D * (self.HK + 2 * self.GK) + self.HK * self.D + 3 * self.D * self.F
+
+    @property
+    def buffers(self) -> int:
+        """Bytes of the extended weights of one layer."""
+        D, F, HK, GK = self.D, self.F, self.HK, self.GK
+        shapes = ((HK + 2 * GK, D), (D, HK), (2 * F, D), (D, F))
+        return self.itemsize * sum((m + s) * (n + s) for (m, n), s in zip(shapes, self.spare, strict=True))
+
+    @property
+    def embeddings(self) -> int:
+        """Bytes of embedding and head."""
+        return self.V * self.D * self.itemsize * (1 if self.tied else 2)
+
+    def kept(self, level: int) -> int:
+        """Bytes a token that a layer keeps; without an arena's rounding."""
+        q, o, g, d = self.spare
+        added = (self.D + q + o + g + d, self.HK + o, self.D, self.HK + 2 * self.GK, 2 * self.F + g)
+        return sum(added[: level + 1]) * self.itemsize + (4 * self.H if level >= KEEP_ATTENTION else 0)
+
+    def forward(self, level: int, N: int, T: int) -> int:
+        """Bytes at most in use while a layer runs forward in tiles of T rows: the residual stream, x, what it keeps."""
+        q, o, g, d = self.spare
+        D, F, QKV = self.D, self.F, self.HK + 2 * self.GK
+        low = q + o + g + d
+        before = N * (D + low + QKV) + T * (D + q)
+        attention = N * (D + low + QKV + self.HK + o)
+        o_rows, wide = (N if level >= KEEP_O else T), (N if level >= KEEP_ALL else T)
+        after = attention + o_rows * D + wide * (2 * F + g) + T * max(D + g, F + d)
+        return max(before, attention, after) * self.itemsize + 4 * N * self.H + self.stream(N)
+
+    def backward(self, level: int, N: int, T: int, cudnn: bool) -> int:
+        """The same backward, without the gradient that is passed down the layers."""
+        q, o, g, d = self.spare
+        D, F, HK, QKV = self.D, self.F, self.HK, self.HK + 2 * self.GK
+        held = N * (D + q + o + g + d + QKV + HK + o)  # x, low-rank columns, q k v, attention's output
+        held += N * D * (level >= KEEP_O) + N * (2 * F + g) * (level >= KEEP_ALL)
+        after = held + N * HK + T * (D * (level < KEEP_O) + D + g + 2 * F + g + F + d)
+        attention = held + N * (HK + QKV + q) + (N * (QKV + 2 * HK) if cudnn else 0)
+        before = held - N * (QKV + HK + o) + N * (QKV + q) + T * (2 * D + q)
+        return max(after, attention, before) * self.itemsize + 12 * N * self.H
+
+    def loss(self, N: int) -> int:
+        """Bytes of the loss, the residual stream that it looks at included."""
+        rows = min(N, tile_rows(self.V, self.itemsize))
+        return rows * (self.V + 6 * self.D) * self.itemsize + self.stream(N)
+
+    def stream(self, N: int) -> int:
+        """Bytes of the residual stream."""
+        return N * self.D * max(self.itemsize, 4)
+
+
+def static_parts(
+    sizes: Sizes,
+    config: ModelConfig,
+    moments: float = 8,
+    load_in_4bit: bool = True,
+    positions: int = 2048,
+    offload_embedding: bool = False,
+) -> tuple[tuple[str, int], ...]:
+    """What is there whatever the plan. moments: bytes a trainable parameter, 8 or (8-bit) 2.03."""
+    linears = sizes.layers * sizes.of_layer * (NF4_BYTES if load_in_4bit else sizes.itemsize)
+    embeddings = sizes.embeddings // (2 if offload_embedding and not sizes.tied else 1)
+    weights = int(linears) + embeddings + (2 * sizes.layers + 1) * sizes.D * sizes.itemsize
+    return (
+        ("weights", weights),
+        ("weights at work", sizes.buffers),
+        ("cuBLAS", 2 * CUBLAS_BYTES),
+        ("adapter and its gradient", 8 * sizes.adapter),
+        ("optimizer", int(moments * sizes.adapter)),
+        ("positions", 4 * positions * config.head_dim),
+    )
