@@ -29,7 +29,7 @@ from minitune.kernels.rope import rope_
 from minitune.kernels.swiglu import swiglu, swiglu_backward
 from minitune.layers import Packed, RMSNorm, Rotary
 from minitune.linear import LayerWeights, Linear, Projection
-from minitune.recompute import KEEP_ALL, KEEP_O, Activations
+from minitune.recompute import KEEP_ALL, KEEP_O, Activations, row_tiles
 
 
 class Attention(nn.Module):
@@ -82,11 +82,6 @@ def new_stream(x: Tensor) -> Tensor:
     return x.to(accumulator(x.dtype), copy=True)
 
 
-def row_tiles(rows: int, tile: int | None) -> list[slice]:
-    """`rows` cut into tiles of `tile` rows, the last one shorter; None: all in one."""
-    return [slice(first, min(first + tile, rows)) for first in range(0, rows, tile)] if tile else [slice(0, rows)]
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -115,8 +110,10 @@ class DecoderLayer(nn.Module):
 
     # ---- forward
 
-    def run(self, s: Tensor, packed: Packed, shared: Shared, level: int, tile: int | None = None) -> Activations:
-        """Take the residual stream s (N, D) through the layer, in place; what `level` keeps of it (recompute.py).
+    def run(
+        self, s: Tensor, packed: Packed, shared: Shared, level: int, tile: int | None = None, wide: int = 0
+    ) -> Activations:
+        """Take the residual stream s (N, D) through the layer, in place; what is kept of it, as in recompute.Keep.
 
         tile: rows that the parts besides attention take at a time, None for all. Outside of autograd.
         """
@@ -125,9 +122,9 @@ class DecoderLayer(nn.Module):
         self.attend(a, packed, shared, weights, tile)
         if level >= KEEP_O:
             a.o = torch.empty_like(a.x)
-        if level >= KEEP_ALL:
-            a.gate_up = self.gate_up.new_output(a.x)
-        for rows in row_tiles(len(s), tile):
+        if wide or level >= KEEP_ALL:
+            a.gate_up = self.gate_up.new_output(a.x if level >= KEEP_ALL else a.x[:wide])
+        for rows in a.tiles(tile):
             self.output(a.rows(rows), weights, s[rows])
         return a.kept(level)
 
@@ -217,7 +214,7 @@ class DecoderLayer(nn.Module):
         gradients = _Gradients()
         self.attend(a, packed, shared, weights, tile)
         dattn = torch.empty((len(dx), self.o.in_features), dtype=dx.dtype, device=dx.device)
-        for rows in row_tiles(len(dx), tile):
+        for rows in a.tiles(tile):
             self._backward_to_attention(dx[rows], a.rows(rows), weights, gradients, out=dattn[rows])
         dqkv = self.qkv.new_output(dx)
         dq, dk, dv = attn.split(dqkv)

@@ -162,7 +162,7 @@ class MicroStep:
         if plan.host_bytes:
             self._make_arena(plan.host_bytes)
         for i, (layer, keep) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
-            a = layer.run(s, packed, model.shared, max(keep.level, KEEP_INPUT), plan.tile)
+            a = layer.run(s, packed, model.shared, max(keep.level, KEEP_INPUT), plan.tile, keep.wide)
             if plan.host_bytes:
                 self._offload.settle()
             cut(i + 1)

@@ -27,6 +27,7 @@ from minitune.sizes import NF4_BYTES, Sizes, static_parts
 KEPT = (  # by level, from nothing on
     "nothing", "their input", "input and attention", "all before the MLP but q k v", "all before the MLP", "everything",
 )  # fmt: skip
+SHARES = (8, 6, 4, 3, 2)  # of the rows, one in so many keeps gate and up
 SEGMENTS = (2, 4, 8)  # layers of which only the first keeps its input
 LEVELS = (KEEP_INPUT, KEEP_ATTENTION, KEEP_QKV, KEEP_ALL)  # keeping o without q, k, v is never the best
 TILES = (None, 4096, 2048, 1024, 512, 256)  # rows
@@ -72,7 +73,7 @@ class Plan:
         kept = Counter(self.layers)
         words = [
             f"{count} {'layer keeps' if count == 1 else 'layers keep'} {KEPT[keep.level + 1]}"
-            f"{' on the host' if keep.on_host else ''}"
+            f"{f' and {keep.wide:,} rows of gate and up' if keep.wide else ''}{' on the host' if keep.on_host else ''}"
             for keep, count in kept.items()
         ]
         return "; ".join(words) + (f"; tiles of {self.tile:,} rows" if self.tile else "")
@@ -111,15 +112,20 @@ class _Choice:
 
 
 def _host_bytes(sizes: Sizes, load: Load, choice: _Choice) -> int:
-    layer = load.tokens * sizes.kept(choice.far.level) + 10 * ALIGN  # ten tensors, each on a line of the arena
+    layer = _kept(sizes, load, choice.far) + 10 * ALIGN  # ten tensors, each on a line of the arena
     return choice.keepers(sizes.layers) * layer if choice.far.on_host else 0
+
+
+def _kept(sizes: Sizes, load: Load, keep: Keep) -> int:
+    """Bytes that a layer keeps."""
+    return load.tokens * sizes.kept(keep.level) + sizes.wide(keep.wide)
 
 
 def _memory(sizes: Sizes, load: Load, choice: _Choice) -> tuple[int, int]:
     """Bytes of what layers keep on the GPU, and of what else is in use when most is."""
     N, before, far = load.tokens, sizes.layers - choice.count, choice.far
     T = min(choice.tile or N, N)
-    near_bytes, far_bytes = N * sizes.kept(choice.near), N * sizes.kept(far.level)
+    near_bytes, far_bytes = N * sizes.kept(choice.near), _kept(sizes, load, far)
     held = 0 if far.on_host else far_bytes
     copied = far_bytes if far.on_host else 0  # the layer before, on its way out, or the one to come, on its way in
     keepers = choice.keepers(sizes.layers)
@@ -128,7 +134,7 @@ def _memory(sizes: Sizes, load: Load, choice: _Choice) -> tuple[int, int]:
     if before:
         beside = (keepers - 1) * held + copied + (choice.segment - 1) * far_bytes
         work = max(sizes.forward(far.level, N, T), sizes.backward(far.level, N, T, choice.cudnn))
-        peak = max(peak, beside + work)
+        peak = max(peak, beside + work + sizes.wide(far.wide))
     if choice.count:
         beside = keepers * held + (choice.count - 1) * near_bytes + (copied if choice.count == 1 else 0)
         work = max(sizes.forward(choice.near, N, T), sizes.backward(choice.near, N, T, choice.cudnn))
@@ -142,7 +148,7 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     N, D, F, QKV, HK, b = load.tokens, sizes.D, sizes.F, sizes.HK + 2 * sizes.GK, sizes.HK, sizes.itemsize
     T = min(choice.tile or N, N)
     tiles = -(-N // T)
-    rate = r.matmul * T / (T + 96)  # shorter matmuls reach less of it
+    rate = r.matmul * T / (T + 64)  # shorter matmuls reach less of it
     qkv, o, gate_up, down = 2 * N * D * QKV / rate, 2 * N * HK * D / rate, 4 * N * D * F / rate, 2 * N * F * D / rate
     matmuls = qkv + o + gate_up + down
     attention = 2 * load.squares * HK / (r.matmul * (r.cudnn if choice.cudnn else r.attention))
@@ -156,7 +162,7 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     before = sizes.layers - choice.count
     moved = _host_bytes(sizes, load, choice)
     loss = 4 * load.labelled * D * sizes.V / r.matmul + 5 * load.labelled * sizes.V * b / r.copy
-    redone = before * again[choice.far.level] + choice.count * again[choice.near]
+    redone = before * (again[choice.far.level] - gate_up * choice.far.wide / N) + choice.count * again[choice.near]
     redone += (before - choice.keepers(sizes.layers)) * forward
     ahead = max(sizes.layers * forward, moved / r.to_host)
     return ahead + loss + max(sizes.layers * backward + redone, moved / r.from_host)
@@ -173,7 +179,8 @@ def price(sizes: Sizes, load: Load, choice: _Choice, static: Sequence[tuple[str,
 
 def choices(layers: int, load: Load, host: bool) -> Iterator[_Choice]:
     """All that are looked at."""
-    fars = [Keep(level, on_host) for level in LEVELS for on_host in ((False, True) if host else (False,))]
+    kinds = [(level, 0) for level in LEVELS] + [(KEEP_QKV, load.tokens // share) for share in SHARES]
+    fars = [Keep(level, on_host, wide) for level, wide in kinds for on_host in ((False, True) if host else (False,))]
     tiles = [tile for tile in TILES if tile is None or tile < load.tokens]
     ways = (True, False) if load.cudnn else (False,)  # cuDNN's attention is faster and needs more memory
     for cudnn, tile, near, far, count in product(ways, tiles, LEVELS, fars, range(layers + 1)):

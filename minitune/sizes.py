@@ -66,6 +66,10 @@ class Sizes:
         """Bytes of embedding and head."""
         return self.V * self.D * self.itemsize * (1 if self.tied else 2)
 
+    def wide(self, rows: int) -> int:
+        """Bytes of gate and up of so many rows."""
+        return rows * (2 * self.F + self.spare[2]) * self.itemsize
+
     def kept(self, level: int) -> int:
         """Bytes a token that a layer keeps; without an arena's rounding."""
         q, o, g, d = self.spare
