@@ -34,7 +34,7 @@ from minitune.data import Batch
 from minitune.decoder import new_stream
 from minitune.kernels.launch import cdiv, power_of_two
 from minitune.layers import Packed, send
-from minitune.linear import LayerWeights
+from minitune.linear import LayerWeights, Projection
 from minitune.loss import Labelled
 from minitune.model import LlamaForCausalLM
 from minitune.offload import Offload
@@ -76,6 +76,7 @@ class MicroStep:
         self._parameters = [layer.adapters() for layer in model.model.layers]
         self.planned: Plan | None = None  # of the plans so far, the one that needs most memory
         self._offload: Offload | None = None
+        self._dense: set[Projection] = set()
         if model.device.type == "cuda" and model.level is None:
             machine_rates(model.device)  # now, and not while a step is timed or its memory counted
         capture &= model.device.type == "cuda" and _Graphs.failure is None
@@ -126,17 +127,34 @@ class MicroStep:
         if self._graphs is not None:
             self._graphs.forget()
         self._offload = None
+        self.keep_dense(0)
 
     def own_memory(self) -> contextlib.AbstractContextManager:
         """Runs what is launched within in the memory that the graphs have, where there are any."""
         return self._graphs.own_memory() if self._graphs is not None else contextlib.nullcontext()
 
-    def plan_of(self, packed: Packed, counted: int = 0) -> Plan:
-        """The model's plan for these samples; `counted` as in LlamaForCausalLM.plan."""
-        plan = self.model.plan_of(packed, counted)
+    def plan_of(self, packed: Packed, **options) -> Plan:
+        """The model's plan for these samples; options as of LlamaForCausalLM.plan."""
+        plan = self.model.plan_of(packed, **options)
         if self.planned is None or plan.peak > self.planned.peak:
             self.planned = plan
         return plan
+
+    def keep_dense(self, count: int) -> None:
+        """Keep the weights of the first `count` layers dequantised, and no others that were so because of this."""
+        wanted = [projection for layer in self.model.model.layers[:count] for projection in layer.projections]
+        for projection in self._dense - set(wanted):
+            projection.resident = None
+        self._dense &= set(wanted)
+        for projection in wanted:
+            if projection.resident is None:
+                projection.keep_dense(self.model.dtype, self.model.device)
+                self._dense.add(projection)
+
+    @property
+    def dense_bytes(self) -> int:
+        """What `keep_dense` takes now."""
+        return sum(projection.resident.nbytes for projection in self._dense)
 
     def _inputs(self, batch: Batch, size: int) -> tuple[Tensor, Packed]:
         """Ids, positions, start and end, int32 (4, size) on the device, and the samples, which are views of them."""
@@ -304,9 +322,8 @@ class _Graphs:
             for graph in captured.backward:
                 graph.replay()
             return loss
-        self._make_room(micro_step, size)
-        top, plan = self._top[:size], micro_step.plan_of(packed, counted=self._top.nbytes)
-        packed = plan.samples(packed)
+        plan = self._make_room(micro_step, packed)
+        top, packed = self._top[:size], plan.samples(packed)
         with self.own_memory():
             s, kept = micro_step.forward(inputs, packed, plan)
         loss = loss_of(s, top)
@@ -320,15 +337,22 @@ class _Graphs:
             _Graphs.failure = f"capturing a micro-step of {size} tokens failed ({' '.join(str(error).split())[:300]})"
         return loss
 
-    def _make_room(self, micro_step: MicroStep, size: int) -> None:
-        """A pool and a `top` for this size, and nothing cached beside the pool that it could use."""
-        largest = 0 if self._top is None else len(self._top)
-        if size > largest or len(self._captured) >= MOST_GRAPHS:
+    def _make_room(self, micro_step: MicroStep, packed: Packed) -> Plan:
+        """A plan, a pool and a `top` for these samples, and nothing cached beside the pool that it could use."""
+        largest, size = 0 if self._top is None else len(self._top), len(packed.positions)
+        grows = size > largest
+        if grows or len(self._captured) >= MOST_GRAPHS:
             self.forget()
             model = micro_step.model
-            LayerWeights(model.shared.weights, model.dtype, model.device).reserve(model.model.layers[0].projections)
+            LayerWeights(model.shared.weights, model.dtype, model.device).reserve(model.model.layers[-1].projections)
             self._top, self._pool = micro_step.new_top(max(size, largest)), torch.cuda.MemPool()
+        if not grows:
+            plan = micro_step.plan_of(packed, counted=self._top.nbytes)
+        else:  # the largest step says how much room there is for dequantised weights
+            plan = micro_step.plan_of(packed, counted=self._top.nbytes + micro_step.dense_bytes, dense=True)
+            micro_step.keep_dense(plan.dense)
         torch.cuda.empty_cache()
+        return plan
 
     @contextlib.contextmanager
     def own_memory(self) -> Iterator[None]:

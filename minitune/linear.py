@@ -115,6 +115,11 @@ class Projection:
         """A buffer for the extended weight, zero where neither W nor A nor B will stand."""
         return torch.zeros(self.weight_shape, dtype=dtype, device=device)
 
+    def keep_dense(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Have the extended weight beside the stored one, until `resident` is None again."""
+        self.resident = self.new_weight(dtype, device)
+        self.write_base(self.resident)
+
     def write_base(self, weight: Tensor) -> None:
         """The frozen weights into their place in an extended weight."""
         rows = weight[: self.out_features, : self.in_features]

@@ -217,13 +217,13 @@ class LlamaForCausalLM(nn.Module):
     @contextlib.contextmanager
     def resident_weights(self) -> Iterator[None]:
         """Keep every linear as a dense weight in the compute dtype meanwhile: same numbers, nothing to dequantise."""
+        others = [projection for projection in self.projections() if projection.resident is None]
         try:
-            for projection in self.projections():
-                projection.resident = projection.new_weight(self.dtype, self.device)
-                projection.write_base(projection.resident)
+            for projection in others:
+                projection.keep_dense(self.dtype, self.device)
             yield
         finally:
-            for projection in self.projections():
+            for projection in others:
                 projection.resident = None
 
     def resident_weights_where_they_fit(self) -> contextlib.AbstractContextManager:
@@ -241,11 +241,17 @@ class LlamaForCausalLM(nn.Module):
         return limit if self.memory_budget is None else min(limit, self.memory_budget)
 
     def plan(
-        self, tokens: int, longest: int | None = None, cudnn: bool = False, level: int | None = None, counted: int = 0
+        self,
+        tokens: int,
+        longest: int | None = None,
+        cudnn: bool = False,
+        level: int | None = None,
+        counted: int = 0,
+        dense: bool = False,
     ) -> Plan:
         """What a pass over so many tokens, in samples of up to `longest`, keeps for backward, where, in what tiles.
 
-        counted: bytes that are allocated and that the plan counts as well.
+        counted: bytes that are allocated and that the plan counts as well; dense: whether weights may stay dequantised.
         """
         sizes = Sizes.of(self.config, self.lora, self.dtype.itemsize, self.device.type)
         static = torch.cuda.memory_allocated(self.device) - counted if self.device.type == "cuda" else 0
@@ -257,12 +263,12 @@ class LlamaForCausalLM(nn.Module):
         if level is not None:
             return uniform(sizes, load, level, there)
         rates = machine_rates(self.device) if self.device.type == "cuda" else None
-        return fastest(sizes, load, there, self.memory_limit(), self.host_memory, rates)
+        return fastest(sizes, load, there, self.memory_limit(), self.host_memory, rates, dense)
 
-    def plan_of(self, packed: Packed, counted: int = 0) -> Plan:
-        """The plan of a forward and backward pass over these samples."""
+    def plan_of(self, packed: Packed, **options) -> Plan:
+        """The plan of a forward and backward pass over these samples; options as of `plan`."""
         cudnn = self.shared.about(packed)["length"] is not None
-        return self.plan(len(packed.positions), packed.longest, cudnn, counted=counted)
+        return self.plan(len(packed.positions), packed.longest, cudnn, **options)
 
     def as_current_device(self) -> contextlib.AbstractContextManager:
         """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""

@@ -4,17 +4,18 @@ What there is to decide, for a micro-step of N tokens: what each layer keeps for
 GPU or on the host (recompute.py, offload.py), and how many rows the wide parts of a layer take at a time (decoder.py).
 Layers are alike, so a plan is a few numbers: the last ones keep level `near` on the GPU, where backward needs it first;
 those before them keep level `far`, on the host where that helps. All combinations are priced and the fastest one that
-fits is taken.
+fits is taken; in memory that is left then, the weights of the first layers stay dequantised.
 
 Memory is counted in sizes.py. Time adds up what is multiplied and what is moved, at the rates of the machine (`Rates`);
 copies to and from the host run beside the layers, so a pass takes as long as the slower of the two.
 """
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 
 from minitune.config import LoraConfig, ModelConfig
@@ -56,6 +57,7 @@ class Plan:
     tile: int | None = None
     host_bytes: int = 0
     cudnn: bool = False  # whether attention may be cuDNN's
+    dense: int = 0  # layers, the first ones, whose weights stay dequantised
     parts: tuple[tuple[str, int], ...] = ()  # what the GPU's memory is for, in bytes
     seconds: float = math.nan  # of forward and backward
 
@@ -76,7 +78,9 @@ class Plan:
             f"{f' and {keep.wide:,} rows of gate and up' if keep.wide else ''}{' on the host' if keep.on_host else ''}"
             for keep, count in kept.items()
         ]
-        return "; ".join(words) + (f"; tiles of {self.tile:,} rows" if self.tile else "")
+        words += [f"tiles of {self.tile:,} rows"] if self.tile else []
+        words += [f"weights of {self.dense} stay dequantised"] if self.dense else []
+        return "; ".join(words)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     matmuls = qkv + o + gate_up + down
     attention = 2 * load.squares * HK / (r.matmul * (r.cudnn if choice.cudnn else r.attention))
     thin = 0.7 * N * (QKV + 3 * D + HK + 3 * F) * b / r.copy if any(sizes.spare) else 0.0  # a look at x or at dy
-    dequantise = sizes.of_layer * (NF4_BYTES + b) / r.copy
+    dequantise = _dequantise(sizes, r)
     forward = matmuls + attention + dequantise + thin
     forward += N * (15 * D + 3 * F + 2 * QKV) * b / r.copy + (14 + 12 * tiles) * r.launch
     backward = matmuls + 3 * attention + dequantise + 3 * thin
@@ -168,26 +172,35 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     return ahead + loss + max(sizes.layers * backward + redone, moved / r.from_host)
 
 
-def price(sizes: Sizes, load: Load, choice: _Choice, static: Sequence[tuple[str, int]], rates: Rates) -> Plan:
-    """The plan of a choice. static: what is there whatever the plan, in bytes."""
+def _dequantise(sizes: Sizes, r: Rates) -> float:
+    """Seconds for the weights of a layer."""
+    return sizes.of_layer * (NF4_BYTES + sizes.itemsize) / r.copy
+
+
+def price(
+    sizes: Sizes, load: Load, choice: _Choice, static: Sequence[tuple[str, int]], rates: Rates, dense: int = 0
+) -> Plan:
+    """The plan of a choice. static: what is there whatever the plan, in bytes; dense: as in Plan."""
     kept, work = _memory(sizes, load, choice)
     parts = (*static, ("activations", kept), ("workspace", work))
+    parts += (("dequantised weights", dense * sizes.buffers),) if dense else ()
     host = _host_bytes(sizes, load, choice)
-    seconds = _seconds(sizes, load, choice, rates)
-    return Plan(choice.layers(sizes.layers), choice.tile, host, choice.cudnn, parts, seconds)
+    seconds = _seconds(sizes, load, choice, rates) - 2 * dense * _dequantise(sizes, rates)
+    return Plan(choice.layers(sizes.layers), choice.tile, host, choice.cudnn, dense, parts, seconds)
 
 
-def choices(layers: int, load: Load, host: bool) -> Iterator[_Choice]:
-    """All that are looked at."""
-    kinds = [(level, 0) for level in LEVELS] + [(KEEP_QKV, load.tokens // share) for share in SHARES]
+def choices(load: Load, host: bool) -> Iterator[_Choice]:
+    """All that are looked at, with a count of 0."""
+    kinds = [(level, 0) for level in LEVELS]
+    kinds += [(KEEP_QKV, wide) for share in SHARES if (wide := load.tokens // share // 128 * 128)]  # whole tiles
     fars = [Keep(level, on_host, wide) for level, wide in kinds for on_host in ((False, True) if host else (False,))]
     tiles = [tile for tile in TILES if tile is None or tile < load.tokens]
     ways = (True, False) if load.cudnn else (False,)  # cuDNN's attention is faster and needs more memory
-    for cudnn, tile, near, far, count in product(ways, tiles, LEVELS, fars, range(layers + 1)):
-        if near >= far.level or count == 0:
-            yield _Choice(near, far, count, tile, cudnn)
-            if far.level == KEEP_INPUT and count == 0:
-                yield from (_Choice(near, far, count, tile, cudnn, segment) for segment in SEGMENTS)
+    for cudnn, tile, near, far in product(ways, tiles, LEVELS, fars):
+        if near >= far.level:
+            yield _Choice(near, far, 0, tile, cudnn)
+        if near == far.level == KEEP_INPUT:
+            yield from (_Choice(near, far, 0, tile, cudnn, segment) for segment in SEGMENTS)
 
 
 def uniform(sizes: Sizes, load: Load, level: int, static: Sequence[tuple[str, int]]) -> Plan:
@@ -203,24 +216,37 @@ def fastest(
     budget: int,
     host_budget: int = 0,
     rates: Rates | None = None,
+    dense: bool = False,
 ) -> Plan:
     """The fastest plan that needs at most `budget` bytes of GPU memory and `host_budget` of the host's.
 
-    Where none fits, the one that needs least. budget counts everything, `static` too.
+    Where none fits, the one that needs least. budget counts everything, `static` too. dense: whether weights may stay
+    dequantised; for their bytes that saves less than anything else, so they get what is left.
     """
-    rates, limit = rates or Rates(), budget * (1 - MARGIN) - sum(size for _, size in static)
+    rates, limit, L = rates or Rates(), budget * (1 - MARGIN) - sum(size for _, size in static), sizes.layers
+
+    def need(choice: _Choice) -> int:
+        return sum(_memory(sizes, load, choice))
+
     best = least = None
-    for choice in choices(sizes.layers, load, host_budget > 0):
-        if _host_bytes(sizes, load, choice) > host_budget:
-            continue
-        need = sum(_memory(sizes, load, choice))
-        if least is None or need < least[0]:
-            least = need, choice
-        if need <= limit:
-            seconds = _seconds(sizes, load, choice, rates)
-            if best is None or seconds < best[0]:
-                best = seconds, choice
-    return price(sizes, load, (best or least)[1], static, rates)
+    for none_near in choices(load, host_budget > 0):
+        found, of_count = [none_near], partial(replace, none_near)
+        if none_near.segment == 1:  # the more layers keep `near`, the more memory and the less time it takes
+            fitting = bisect_right(range(1, L), limit, key=lambda count: need(of_count(count=count)))
+            found += [of_count(count=fitting), of_count(count=L)]
+        for choice in found:
+            if _host_bytes(sizes, load, choice) > host_budget:
+                continue
+            memory, seconds = need(choice), _seconds(sizes, load, choice, rates)
+            if least is None or memory < least[0]:
+                least = memory, choice
+            if memory <= limit and (best is None or seconds < best[0]):
+                best = seconds, choice, memory
+    if best is None:
+        return price(sizes, load, least[1], static, rates)
+    _, choice, memory = best
+    count = min(int(limit - memory) // sizes.buffers, L) if dense else 0
+    return price(sizes, load, choice, static, rates, count)
 
 
 def plan_memory(
@@ -251,7 +277,7 @@ def plan_memory(
     load = Load(tokens, tokens * longest, tokens, cudnn=tokens == longest >= WORTHWHILE)
     if level is not None:
         return uniform(sizes, load, level, static)
-    return fastest(sizes, load, static, budget, host_memory, rates)
+    return fastest(sizes, load, static, budget, host_memory, rates, dense=True)
 
 
 def plan_table(plan: Plan, tokens: int, budget: int) -> str:

@@ -131,7 +131,7 @@ def test_closing_gives_the_memory_back(micro_step, model, plain):
 @pytest.mark.parametrize("tile", [None, 64])
 def test_offloading_and_tiles_within_graphs_change_nothing(micro_step, model, plain, monkeypatch, tile):
     layers = (Keep(0, True), Keep(-1), Keep(3, True)) if tile else (Keep(0, True), Keep(3, True), Keep(4))
-    monkeypatch.setattr(model, "plan_of", lambda packed, counted: Plan(layers, tile, host_bytes=16 << 20))
+    monkeypatch.setattr(model, "plan_of", lambda packed, **options: Plan(layers, tile, host_bytes=16 << 20))
     torch.cuda.set_sync_debug_mode("default")
     for _ in range(3):
         found = results(micro_step, BATCHES, model)
@@ -162,6 +162,18 @@ def test_peak_memory_is_what_was_planned(tmp_path):
         print(f"budget {budget} GiB, host {host}: {figures}; {planned}")
         micro_step.close()
         assert measured == pytest.approx(planned.peak, rel=0.05)
+
+
+def test_weights_stay_dequantised_where_memory_is_left(micro_step, model, plain):
+    assert model.level is None
+    for order in ([3, 0, 2, 1], [0, 1, 2, 3]):
+        assert_same_bits(results(micro_step, [BATCHES[i] for i in order], model), [plain[i] for i in order])
+    assert micro_step.planned.dense == len(model.model.layers)
+    assert all(projection.resident is not None for projection in model.projections())
+    micro_step.close()
+    assert all(projection.resident is None for projection in model.projections())
+    model.memory_budget = torch.cuda.memory_allocated() + (50 << 20)
+    assert_same_bits(results(micro_step, BATCHES, model), plain)
 
 
 def test_an_embedding_in_host_memory_changes_nothing(tmp_path):

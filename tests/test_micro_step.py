@@ -149,7 +149,7 @@ def test_every_mixture_of_levels_places_and_tiles_gives_the_same_loss_and_gradie
     layers = tuple(Keep(KEEP_NOTHING) if i and draw.random() < 0.4 else keep for i, keep in enumerate(layers))
     for tile in (None, draw.choice([1, 7, 64, 200])):
         plan = Plan(layers, tile, host_bytes=5 << 20)
-        monkeypatch.setattr(model, "plan_of", lambda packed, counted, plan=plan: plan)
+        monkeypatch.setattr(model, "plan_of", lambda packed, plan=plan, **options: plan)
         for _ in range(2):
             loss, found = micro_step(batch, 50), gradients(model)
             if tile is None and not any(keep.wide or keep.level == KEEP_NOTHING for keep in layers):
@@ -158,8 +158,24 @@ def test_every_mixture_of_levels_places_and_tiles_gives_the_same_loss_and_gradie
             assert (found - expected[1]).norm() < 1e-5 * expected[1].norm()
 
 
+def test_weights_that_stay_dequantised_change_nothing(tmp_path):
+    model = load(make_tiny_model(tmp_path / "m"))
+    batch, micro_step = collate(random_samples([40, 9, 30])), MicroStep(model, capture=False)
+    expected = micro_step(batch, 50), gradients(model)
+    for count in (1, 2, 0):
+        micro_step.keep_dense(count)
+        assert [p.resident is not None for p in model.projections()] == [True] * 4 * count + [False] * 4 * (2 - count)
+        with model.resident_weights():
+            pass
+        loss, found = micro_step(batch, 50), gradients(model)
+        assert torch.equal(loss, expected[0]) and torch.equal(found, expected[1])
+    micro_step.keep_dense(2)
+    micro_step.close()
+    assert not any(p.resident is not None for p in model.projections())
+
+
 def test_an_arena_that_is_too_small_is_an_error(tmp_path, monkeypatch):
     model = load(make_tiny_model(tmp_path / "m"))
-    monkeypatch.setattr(model, "plan_of", lambda packed, counted: Plan((Keep(0, on_host=True),) * 2, host_bytes=1000))
+    monkeypatch.setattr(model, "plan_of", lambda packed, **options: Plan((Keep(0, on_host=True),) * 2, host_bytes=1000))
     with pytest.raises(ValueError, match="an arena of 1000 bytes has no room for layer 0"):
         MicroStep(model, capture=False)(collate(random_samples([40])), 50)

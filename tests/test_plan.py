@@ -49,6 +49,15 @@ def test_with_room_everything_is_kept_and_without_it_as_little_as_possible():
     assert fastest(B8, SHORT, STATIC, 0, 64 * GIB).peak < least.peak
 
 
+def test_weights_stay_dequantised_in_what_memory_is_left():
+    some, all_of_them = (fastest(B8, SHORT, STATIC, gib * GIB, dense=True) for gib in (22, 60))
+    assert 0 < some.dense < all_of_them.dense == 32 and some.peak <= 22 * GIB * (1 - MARGIN)
+    without = fastest(B8, SHORT, STATIC, 22 * GIB)
+    assert some.layers == without.layers and some.seconds < without.seconds
+    assert "weights of 32 stay dequantised" in str(all_of_them)
+    assert fastest(B8, SHORT, STATIC, 0, dense=True).dense == 0
+
+
 def test_the_host_is_used_where_it_saves_time_and_only_as_far_as_it_has_memory():
     alone, with_host = (fastest(B8, SHORT, STATIC, int(7.4 * GIB), host * GIB) for host in (0, 16))
     assert with_host.seconds < alone.seconds and with_host.host_bytes > 0
