@@ -79,7 +79,7 @@ class Plan:
             for keep, count in kept.items()
         ]
         words += [f"tiles of {self.tile:,} rows"] if self.tile else []
-        words += [f"weights of {self.dense} stay dequantised"] if self.dense else []
+        words += [f"weights of {self.dense} layer{'s' * (self.dense > 1)} stay dequantised"] if self.dense else []
         return "; ".join(words)
 
 

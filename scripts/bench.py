@@ -72,8 +72,9 @@ MODES = {  # what is run -> those of the flags that go with it
 def load(a: argparse.Namespace, lora_alpha: int) -> tuple[LlamaForCausalLM, Any, dict[str, Any]]:
     """Model with a new adapter, tokenizer, and what the record says of them; the peak of memory counts from here."""
     start = time.perf_counter()
-    if a.memory_fraction is not None:
-        torch.cuda.set_per_process_memory_fraction(a.memory_fraction)
+    if a.memory_limit is not None:
+        total = torch.cuda.get_device_properties("cuda").total_memory
+        torch.cuda.set_per_process_memory_fraction(min(bytes_of(a.memory_limit) / total, 1.0))
     model, tokenizer = FastLanguageModel.from_pretrained(
         a.model, max_seq_length=a.tokens, attention=a.attention, offload_embedding=a.offload_embedding
     )
@@ -213,7 +214,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--memory-budget", help="GPU memory to stay within, as 10GiB; of --checkpointing auto")
     p.add_argument("--host-memory", help="host memory that activations may wait in, likewise; default: none")
     p.add_argument("--offload-embedding", action="store_true", help="keep the embedding in host memory")
-    p.add_argument("--memory-fraction", type=float, help="share of the GPU's memory that may be used")
+    p.add_argument("--memory-limit", help="behave as if the GPU had so much memory, as 24GiB")
     p.add_argument("--peer", choices=bench_table.PEER_NAMES, action="append", help="beside it; may be repeated")
     p.add_argument("--rows", help="of --all: these rows only, as 1,2,5")
     p.add_argument("--no-peers", action="store_true", help="of --all: ours only")
@@ -238,15 +239,15 @@ def _check(a: argparse.Namespace) -> None:
         raise ValueError(f"--make {a.make[0]}: no such shape; choose from {', '.join(SHAPES)}")
     if a.short and a.profile:
         raise ValueError("--profile looks at single steps, and --short runs SFTTrainer; leave one of them out")
-    if (a.profile or a.memory_fraction is not None) and not torch.cuda.is_available():
-        raise ValueError("--profile and --memory-fraction need a GPU, and torch sees none")
+    if (a.profile or a.memory_limit is not None) and not torch.cuda.is_available():
+        raise ValueError("--profile and --memory-limit need a GPU, and torch sees none")
+    if a.memory_limit is not None:
+        bytes_of(a.memory_limit)
     for name in ("memory_budget", "host_memory"):
         if (size := getattr(a, name)) is not None:
             bytes_of(size)
             if a.checkpointing != "auto":
                 raise ValueError(f"--{name.replace('_', '-')} needs --checkpointing auto; it is {a.checkpointing}")
-    if a.memory_fraction is not None and not 0 < a.memory_fraction <= 1:
-        raise ValueError(f"--memory-fraction is {a.memory_fraction}; expected a share above 0, at most 1")
     if a.all:
         return
     a.attention = a.attention or "auto"

@@ -46,11 +46,15 @@ class Row(NamedTuple):
     short: bool = False
     host: str | None = None
     frugal: bool = False
+    r: int = 16
+    limit: str | None = None  # memory that the GPU is to have; no peer runs in it
+    steps: int | None = None  # of each, timed and before, where a step takes minutes
 
     def __str__(self) -> str:
         if self.short:
             return f"{self.shape.upper()}, short samples"
         kind = "kept" if self.checkpointing == "false" else f"within {self.peak} GiB"
+        kind = f"on a GPU of {self.limit}" if self.limit else kind
         kind += (", and the host" if self.host else "") + (", frugal" if self.frugal else "")
         return f"{self.shape.upper()}, {self.targets}, {self.batch} x {self.tokens}, {kind}"
 
@@ -69,6 +73,8 @@ ROWS = {
     11: Row("8b", "all", 1, 8192, "auto", 640, 8.05, "8.4GiB", host="64GiB"),
     12: Row("8b", "all", 2, 2048, "auto", 388, 5.8, "6.1GiB", host="64GiB", frugal=True),
     13: Row("8b", "all", 1, 32768, "auto", 3900, 14.24, "14.9GiB", host="64GiB"),
+    14: Row("8b", "all", 1, 200_000, "auto", 111_000, 24, host="110GiB", frugal=True, r=32, limit="24GiB", steps=1),
+    15: Row("8b", "all", 1, 24_000, "auto", 4000, 8, host="110GiB", frugal=True, r=32, limit="8GiB", steps=1),
 }
 
 
@@ -131,11 +137,12 @@ def run_table(
     try:
         for number in numbers:
             row, model = ROWS[number], models / ROWS[number].shape
-            options = ["--batch", row.batch, "--tokens", row.tokens, "--targets", row.targets, *counts]
+            options = ["--batch", row.batch, "--tokens", row.tokens, "--targets", row.targets, "--r", row.r, *counts]
+            options += ["--steps", row.steps, "--warmup", row.steps] if row.steps and not counts else []
             options = [*map(str, options), *(["--short"] if row.short else [])]
             theirs = []
             for peer in peers:
-                if row.short and peer != "unsloth":
+                if row.limit or (row.short and peer != "unsloth"):
                     continue
                 _tell(f"row {number}, {peer}")
                 mode = [] if row.short else ["--checkpointing", PEER_CHECKPOINTING[row.checkpointing]]
@@ -144,6 +151,7 @@ def run_table(
             for attention in attentions if row.tokens >= WORTHWHILE else attentions[-1:]:
                 _tell(f"row {number}, minitune, attention {attention}")
                 mode = ["--attention", attention, "--checkpointing", "auto" if row.budget else row.checkpointing]
+                mode += ["--memory-limit", row.limit] if row.limit else []
                 mode += ["--memory-budget", row.budget] if row.budget else []
                 mode += ["--host-memory", row.host, "--offload-embedding"] if row.host else []
                 mode += ["--optim", "adamw_8bit"] if row.frugal else []

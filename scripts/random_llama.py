@@ -19,8 +19,8 @@ SHARD_BYTES = 4e9
 SPECIAL = ("<s>", "</s>", "<pad>")  # ids 0, 1 and 2; the bytes follow
 
 
-def _shape(hidden, ffn, layers, heads, kv_heads, vocab, theta, positions, tie, scaling_factor=None) -> dict:
-    """config.json of one shape; with a factor, rope scaling is llama3's from 8192 positions."""
+def llama(hidden, ffn, layers, heads, kv_heads, vocab, theta, positions, tie, scaling_factor=None) -> dict:
+    """config.json of a Llama; with a factor, rope scaling is llama3's from 8192 positions."""
     scaling = {"rope_type": "llama3", "factor": scaling_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -47,10 +47,10 @@ def _shape(hidden, ffn, layers, heads, kv_heads, vocab, theta, positions, tie, s
     }
 
 
-SHAPES = {
-    "8b": _shape(4096, 14336, 32, 32, 8, 128256, 500000.0, 131072, tie=False, scaling_factor=8.0),
-    "1b": _shape(2048, 8192, 16, 32, 8, 128256, 500000.0, 131072, tie=True, scaling_factor=32.0),
-    "135m": _shape(576, 1536, 30, 9, 3, 49152, 100000.0, 8192, tie=True),
+SHAPES = {  # 8b knows twice the positions of Llama 3.1, for the longest contexts
+    "8b": llama(4096, 14336, 32, 32, 8, 128256, 500000.0, 262144, tie=False, scaling_factor=8.0),
+    "1b": llama(2048, 8192, 16, 32, 8, 128256, 500000.0, 131072, tie=True, scaling_factor=32.0),
+    "135m": llama(576, 1536, 30, 9, 3, 49152, 100000.0, 8192, tie=True),
 }
 
 

@@ -108,7 +108,7 @@ def test_short_samples_have_the_lengths_they_are_drawn_with(scripts, tmp_path):
         (["--model", "MODEL", "--short", "--profile"], "--profile looks at single steps"),
         (["--model", "MODEL", "--short", "--tokens", "64", "--steps", "5"], "leaves none after the 5 of --warmup"),
         (["--all", "DIR", "--r", "8"], "--r does not go with --all"),
-        (["--all", "DIR", "--rows", "2,14"], "there is no row 14; the rows are 1 to 13"),
+        (["--all", "DIR", "--rows", "2,99"], "there is no row 99; the rows are 1 to"),
         (["--all", "DIR", "--rows", "two"], "expected numbers with commas between them"),
         (["--make", "3b", "DIR"], "--make 3b: no such shape; choose from 8b, 1b, 135m"),
         (["--make", "135m", "MODEL"], "holds a model already"),
@@ -289,3 +289,46 @@ def test_a_peer_that_is_not_there_or_has_no_such_recipe_is_named_in_the_error(sc
     monkeypatch.setitem(os.environ, "PYTHONPATH", str(ROOT))
     record = bench_table.peer_record("liger", folder, ["--short"], 60)
     assert record["peer"] == "liger" and "--short is Unsloth's recipe; liger has none here" in record["error"]
+
+
+# ---- plans
+
+
+def test_the_shapes_that_plans_are_checked_on_are_models_with_a_budget_for_each(scripts):
+    import bench
+    import check_plans
+
+    from minitune.config import ModelConfig, bytes_of
+
+    for seed in range(50):
+        config, arguments = check_plans.drawn(seed)
+        assert ModelConfig.from_dict(config).hidden_size == config["hidden_size"]
+        assert (config, arguments) == check_plans.drawn(seed)
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        assert bytes_of(given["--memory-budget"]) > 10**8
+        assert given.keys() <= {f"--{name.replace('_', '-')}" for name in vars(bench.parse(["--make", "8b", "m"]))}
+
+
+def test_a_plot_has_a_line_for_each_system_and_a_point_for_each_length(scripts, tmp_path, capsys):
+    import plot_memory
+
+    common = {"bs": 2, "host_gb": 0.0}
+    records = [
+        common | {"peer": "unsloth", "seq": 4096, "peak_gb": 8.0},
+        common | {"peer": "unsloth", "seq": 1024, "peak_gb": 6.5},
+        common | {"peer": "minitune", "seq": 1024, "peak_gb": 6.0, "host_gb": 4.0},
+        common | {"peer": "minitune", "seq": 1024, "peak_gb": 7.0},
+        {"peer": "hf", "error": "exit code 1"},
+    ]
+    found = plot_memory.points(records)
+    assert found == {
+        "unsloth": [(2048, 6.5), (8192, 8.0)],
+        "minitune, with host memory": [(2048, 6.0)],
+        "minitune": [(2048, 7.0)],
+    }
+    (tmp_path / "nothing.jsonl").write_text(json.dumps(records[-1]) + "\n")
+    assert plot_memory.main([str(tmp_path / "nothing.jsonl"), "--output", str(tmp_path / "x.png")]) == 2
+    assert "there is no record of a run that went well" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    plot_memory.plot(found, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -54,7 +54,7 @@ def test_weights_stay_dequantised_in_what_memory_is_left():
     assert 0 < some.dense < all_of_them.dense == 32 and some.peak <= 22 * GIB * (1 - MARGIN)
     without = fastest(B8, SHORT, STATIC, 22 * GIB)
     assert some.layers == without.layers and some.seconds < without.seconds
-    assert "weights of 32 stay dequantised" in str(all_of_them)
+    assert "weights of 32 layers stay dequantised" in str(all_of_them)
     assert fastest(B8, SHORT, STATIC, 0, dense=True).dense == 0
 
 
