@@ -1,16 +1,12 @@
-"""A micro-step, forward and backward of packed samples, without the autograd engine; on a GPU, as CUDA graphs.
-
-    s = embedding;  s = layer(s) for each layer, keeping what its level says        graphs of 1, 1, 2, 4, 8 ... layers
-    loss, dx = final norm, head and cross entropy of the labelled rows of s         launched as it comes
-    dx = layer.backward(dx) for each layer from the last, .grad += dA, dB           likewise
+"""Micro-steps as CUDA graphs, and the memory that they run in.
 
 Python takes tens of microseconds to launch a Triton kernel, and a micro-step has thousands: below some 4,000 tokens a
 GPU waits for them (an H200 in November 2026, 8B, 950 tokens: 155 ms, and 73 as graphs). A CUDA graph is launched as
-one. That still takes some 3 microseconds a kernel, and none of them starts before, so a pass is cut into several, short
-ones first. What they replay are addresses and sizes, so tokens are padded to one of four sizes an octave (multiples of
-64; at most 1/4 more than there are, or 63), inputs are copied to where the graphs read them, and gradients are added to
-the `.grad` that was there at the capture. The number of labelled rows varies freely: the loss lies between the graphs.
-Padding is a sample of its own, or, behind a single sample, more of it: nobody sees it, and it has no label.
+one. That still takes some 3 microseconds a kernel, and none of them starts before, so a pass is cut into several, of
+1, 1, 2, 4, 8 ... layers. What they replay are addresses and sizes, so tokens are padded to one of four sizes an octave
+(multiples of 64; at most 1/4 more than there are, or 63), inputs are copied to where the graphs read them, and
+gradients are added to the `.grad` that was there at the capture. The number of labelled rows varies freely: the loss
+lies between the graphs.
 
 A micro-step of a new size is launched plainly, which also compiles what has to be, and captured after that; so the
 first of a size takes about twice the time of plain launches. Where a capture fails, a warning says why, and everything
@@ -22,222 +18,28 @@ has its memory beside the pool, where what the layers keep lies meanwhile.
 
 import contextlib
 import gc
-import warnings
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from minitune.data import Batch
-from minitune.decoder import new_stream
 from minitune.kernels.launch import cdiv, power_of_two
-from minitune.layers import Packed, send
-from minitune.linear import LayerWeights, Projection
-from minitune.loss import Labelled
-from minitune.model import LlamaForCausalLM
-from minitune.offload import Offload
+from minitune.layers import Packed
+from minitune.linear import LayerWeights
 from minitune.plan import Plan
-from minitune.rates import machine_rates
-from minitune.recompute import KEEP_INPUT, KEEP_NOTHING, Activations
 
-MOST_GRAPHS = 64
+if TYPE_CHECKING:
+    from minitune.micro_step import MicroStep
+
+MOST_SIZES = 64
 
 
 def padded_size(tokens: int) -> int:
     """The size that so many tokens are padded to: a multiple of a quarter of the power of two below, 64 at least."""
     step = max(power_of_two(tokens) // 8, 64)
     return cdiv(tokens, step) * step
-
-
-def _padded(batch: Batch, size: int, longest: int) -> tuple[Tensor, Tensor]:
-    """Ids and positions, (size,) each; no position reaches `longest`."""
-    ids, positions = batch.input_ids, batch.position_ids
-    more = size - len(ids)
-    if more == 0:
-        return ids, positions
-    first = len(ids) if not positions[1:].eq(0).any() and size <= longest else 0
-    padding = torch.arange(first, first + more) if first else torch.arange(more) % longest
-    return torch.cat([ids, ids.new_zeros(more)]), torch.cat([positions, padding])
-
-
-class MicroStep:
-    """Adds the gradients of a batch to `.grad` of the model's adapters and returns its loss."""
-
-    def __init__(self, model: LlamaForCausalLM, capture: bool = True):
-        """capture=False launches everything as it comes; on a CPU there is no other way.
-
-        Raises ValueError for a model without an adapter.
-        """
-        if model.lora is None:
-            raise ValueError("the model has no adapter to train; call FastLanguageModel.get_peft_model first")
-        self.model = model
-        self._parameters = [layer.adapters() for layer in model.model.layers]
-        self.planned: Plan | None = None  # of the plans so far, the one that needs most memory
-        self._offload: Offload | None = None
-        self._dense: set[Projection] = set()
-        if model.device.type == "cuda" and model.level is None:
-            machine_rates(model.device)  # now, and not while a step is timed or its memory counted
-        capture &= model.device.type == "cuda" and _Graphs.failure is None
-        self._graphs = _Graphs(model.device) if capture else None
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch, denominator: float) -> Tensor:
-        """The batch's token losses over `denominator`, the targets of the whole optimizer step; 0-dim, on the device.
-
-        Raises ValueError for tokens and labels that the model does not have.
-        """
-        model = self.model
-        model.check(batch.input_ids, batch.position_ids)
-        self._give_up_after_a_failure()
-        tokens, vocab = len(batch.input_ids), model.config.vocab_size
-        size = tokens if self._graphs is None else padded_size(tokens)
-        labelled = Labelled.from_labels(batch.labels, batch.position_ids, vocab, size).to(model.device)
-        for parameters in self._parameters:
-            for p in parameters:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-
-        def loss_of(s: Tensor, top: Tensor) -> Tensor:
-            return model.labelled_loss(s, labelled, denominator, dx=top[:, : model.config.hidden_size])
-
-        with torch.autocast(model.device.type, enabled=False), model.as_current_device():
-            inputs, packed = self._inputs(batch, size)
-            if self._graphs is not None:
-                loss = self._graphs.run(self, inputs, packed, loss_of)
-                self._give_up_after_a_failure()
-                return loss
-            plan = self.plan_of(packed)
-            packed = plan.samples(packed)
-            s, kept = self.forward(inputs, packed, plan)
-            top = self.new_top(size)
-            loss = loss_of(s, top)
-            del s  # backward has no use for it
-            self.backward(top, kept, packed, plan)
-            return loss
-
-    def _give_up_after_a_failure(self) -> None:
-        if self._graphs is not None and _Graphs.failure is not None:
-            self._graphs = None
-            warnings.warn(f"launching without CUDA graphs from now on: {_Graphs.failure}", stacklevel=3)
-
-    def close(self) -> None:
-        """Give up all graphs and their memory; the next call begins anew."""
-        if self._graphs is not None:
-            self._graphs.forget()
-        self._offload = None
-        self.keep_dense(0)
-
-    def own_memory(self) -> contextlib.AbstractContextManager:
-        """Runs what is launched within in the memory that the graphs have, where there are any."""
-        return self._graphs.own_memory() if self._graphs is not None else contextlib.nullcontext()
-
-    def plan_of(self, packed: Packed, **options) -> Plan:
-        """The model's plan for these samples; options as of LlamaForCausalLM.plan."""
-        plan = self.model.plan_of(packed, **options)
-        if self.planned is None or plan.peak > self.planned.peak:
-            self.planned = plan
-        return plan
-
-    def keep_dense(self, count: int) -> None:
-        """Keep the weights of the first `count` layers dequantised, and no others that were so because of this."""
-        wanted = [projection for layer in self.model.model.layers[:count] for projection in layer.projections]
-        for projection in self._dense - set(wanted):
-            projection.resident = None
-        self._dense &= set(wanted)
-        for projection in wanted:
-            if projection.resident is None:
-                projection.keep_dense(self.model.dtype, self.model.device)
-                self._dense.add(projection)
-
-    @property
-    def dense_bytes(self) -> int:
-        """What `keep_dense` takes now."""
-        return sum(projection.resident.nbytes for projection in self._dense)
-
-    def _inputs(self, batch: Batch, size: int) -> tuple[Tensor, Packed]:
-        """Ids, positions, start and end, int32 (4, size) on the device, and the samples, which are views of them."""
-        ids, positions = _padded(batch, size, self.model.max_seq_length)
-        host = Packed.from_positions(positions)
-        inputs = send(torch.stack([ids.int(), host.positions, host.start, host.end]), self.model.device)
-        return inputs, Packed(*inputs[1:], host.length, host.longest)
-
-    def new_top(self, tokens: int) -> Tensor:
-        """An empty buffer (N, D + R) for the gradient of the residual stream, layer by layer from the last."""
-        return self.model.model.layers[-1].new_gradient(tokens, self.model.dtype, self.model.device)
-
-    def forward(
-        self, inputs: Tensor, packed: Packed, plan: Plan, cut: Callable[[int], None] = lambda layers: None
-    ) -> tuple[Tensor, list[Activations | None]]:
-        """The residual stream s (N, D) behind the last layer, and what each layer keeps: None where that has gone to
-        the host or is nothing.
-
-        cut(layers): called wherever all is on one stream, with how many layers are done.
-        """
-        model, kept = self.model, []
-        s = new_stream(model.model.embed_tokens(inputs[0], model.dtype))
-        if plan.host_bytes:
-            self._make_arena(plan.host_bytes)
-        for i, (layer, keep) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
-            a = layer.run(s, packed, model.shared, max(keep.level, KEEP_INPUT), plan.tile, keep.wide)
-            if plan.host_bytes:
-                self._offload.settle()
-            cut(i + 1)
-            if keep.on_host:
-                self._offload.put(i, a)
-            kept.append(None if keep.on_host or keep.level == KEEP_NOTHING else a)
-            del a  # or the next layer would run beside what this one does not keep
-        if plan.host_bytes:
-            self._offload.settle()
-        return s, kept
-
-    def backward(
-        self,
-        top: Tensor,
-        kept: list[Activations | None],
-        packed: Packed,
-        plan: Plan,
-        cut: Callable[[int], None] = lambda layers: None,
-    ) -> None:
-        """From the gradient of s in `top`. Uses up `kept`; `cut` as in `forward`."""
-        keepers = [i for i, keep in enumerate(plan.layers) if keep.level != KEEP_NOTHING]
-        lowest = [keepers[bisect_right(keepers, i) - 1] for i in range(len(kept))]  # what layer i is computed from
-        for i in reversed(range(len(kept))):
-            if kept[lowest[i]] is None:
-                kept[lowest[i]] = self._offload.take(lowest[i])
-            cut(len(plan.layers) - 1 - i)
-            if i > 0 and kept[lowest[i - 1]] is None:
-                self._offload.fetch(lowest[i - 1])
-            if kept[i] is None:
-                self._inputs_again(kept, lowest[i], i, packed, plan.tile)
-            layer = self.model.model.layers[i]
-            gradients = layer.backward(top, kept.pop(), packed, self.model.shared, plan.tile, need_dx=i > 0)
-            torch._foreach_add_([p.grad for p in self._parameters[i]], gradients)
-
-    def _inputs_again(
-        self, kept: list[Activations | None], lowest: int, highest: int, packed: Packed, tile: int | None
-    ) -> None:
-        """Fill in the inputs of the layers above `lowest` up to `highest`, which kept nothing."""
-        layers, s = self.model.model.layers, new_stream(kept[lowest].x)
-        for i in range(lowest, highest):
-            a = layers[i].run(s, packed, self.model.shared, KEEP_INPUT, tile)
-            if i > lowest:
-                kept[i] = a
-        kept[highest] = layers[highest].new_activations(s.to(self.model.dtype, copy=True))
-
-    def _make_arena(self, nbytes: int) -> None:
-        """An empty arena of at least this size."""
-        if self._offload is None or self._offload.nbytes < nbytes:
-            self._offload = None  # before there is another
-            self._offload = Offload(nbytes, self.model.device)
-        self._offload.reset()
-
-    def addresses(self) -> list[int]:
-        """Where adapters, gradients, dense weights and the arena are: all that a graph does not get copied."""
-        tensors = [t for parameters in self._parameters for p in parameters for t in (p, p.grad)]
-        tensors += [p.resident for p in self.model.projections() if p.resident is not None]
-        return [t.data_ptr() for t in tensors] + [0 if self._offload is None else self._offload.address]
 
 
 @dataclass
@@ -275,7 +77,7 @@ class _Recording:
 
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
-            _Graphs.failure = "a capture was interrupted"
+            Graphs.failure = "a capture was interrupted"
         self.graphs[-1].capture_end()  # one that is left open would fail everything that follows
 
     def cut(self, layers: int) -> None:
@@ -289,7 +91,7 @@ class _Recording:
         self.graphs[-1].capture_begin(pool=self._pool)
 
 
-class _Graphs:
+class Graphs:
     """The captured sizes of one MicroStep, and the memory that all of them run in."""
 
     failure: str | None = None  # why a capture failed in this process
@@ -308,7 +110,7 @@ class _Graphs:
         torch.cuda.empty_cache()
 
     def run(
-        self, micro_step: MicroStep, inputs: Tensor, packed: Packed, loss_of: Callable[[Tensor, Tensor], Tensor]
+        self, micro_step: "MicroStep", inputs: Tensor, packed: Packed, loss_of: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """The loss that `loss_of(s, top)` finds between forward and backward."""
         size = inputs.shape[1]
@@ -334,14 +136,14 @@ class _Graphs:
             self._captured[key] = self._capture(micro_step, inputs, packed, top, plan)
         except RuntimeError as error:  # nothing that was launched in a capture has run
             self.forget()
-            _Graphs.failure = f"capturing a micro-step of {size} tokens failed ({' '.join(str(error).split())[:300]})"
+            Graphs.failure = f"capturing a micro-step of {size} tokens failed ({' '.join(str(error).split())[:300]})"
         return loss
 
-    def _make_room(self, micro_step: MicroStep, packed: Packed) -> Plan:
+    def _make_room(self, micro_step: "MicroStep", packed: Packed) -> Plan:
         """A plan, a pool and a `top` for these samples, and nothing cached beside the pool that it could use."""
         largest, size = 0 if self._top is None else len(self._top), len(packed.positions)
         grows = size > largest
-        if grows or len(self._captured) >= MOST_GRAPHS:
+        if grows or len(self._captured) >= MOST_SIZES:
             self.forget()
             model = micro_step.model
             LayerWeights(model.shared.weights, model.dtype, model.device).reserve(model.model.layers[-1].projections)
@@ -370,7 +172,7 @@ class _Graphs:
         finally:
             outside.wait_stream(self._stream)
 
-    def _capture(self, micro_step: MicroStep, inputs: Tensor, packed: Packed, top: Tensor, plan: Plan) -> _Captured:
+    def _capture(self, micro_step: "MicroStep", inputs: Tensor, packed: Packed, top: Tensor, plan: Plan) -> _Captured:
         gc.collect()  # freeing another graph's memory meanwhile would end the capture
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):

@@ -28,8 +28,8 @@ from torch import Tensor
 from minitune.config import SFTConfig
 from minitune.data import Batch, Prepared, Sample, collate, micro_steps, pack_rows, prepare
 from minitune.flags import as_dict
-from minitune.graphs import MicroStep
 from minitune.memory import comparison, enough_memory, host_memory_for, size_of, tokens_that_fit, within_memory
+from minitune.micro_step import MicroStep
 from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
 from minitune.recompute import KEEP_ALL, KEEP_INPUT
 from minitune.report import Report, banner, counter, interruptible, interruption, run_rows

@@ -51,7 +51,7 @@ from minitune import FastLanguageModel, LlamaForCausalLM, SFTConfig, SFTTrainer
 from minitune.config import LINEARS, ModelConfig, bytes_of
 from minitune.data import Batch
 from minitune.files import writing
-from minitune.graphs import MicroStep
+from minitune.micro_step import MicroStep
 from minitune.optim import FlatAdamW
 from minitune.weights import resolve_model
 

@@ -23,7 +23,7 @@ from random_llama import llama, write_random_llama
 
 from minitune import FastLanguageModel
 from minitune.config import LINEARS, LoraConfig, ModelConfig, bytes_of
-from minitune.graphs import MicroStep
+from minitune.micro_step import MicroStep
 from minitune.plan import MARGIN, plan_memory
 from minitune.recompute import KEEP_ALL
 

@@ -38,8 +38,8 @@ from torch import Tensor
 from minitune import FastLanguageModel
 from minitune.config import LINEARS, ModelConfig
 from minitune.data import Sample, collate
-from minitune.graphs import MicroStep
 from minitune.kernels.attention_cudnn import WORTHWHILE
+from minitune.micro_step import MicroStep
 from minitune.optim import FlatAdamW
 
 GRADIENTS = ("reference", "plain-float64", "plain-bf16", "hf", "unsloth", "minitune")

@@ -31,7 +31,7 @@ from torch import Tensor
 from minitune import FastLanguageModel
 from minitune.config import LINEARS
 from minitune.data import Sample, collate
-from minitune.graphs import MicroStep
+from minitune.micro_step import MicroStep
 from minitune.optim import FlatAdamW
 
 R, ALPHA = 16, 32

@@ -10,8 +10,8 @@ from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.data import collate
-from minitune.graphs import MicroStep
 from minitune.layers import Packed
+from minitune.micro_step import MicroStep
 from minitune.optim import FlatAdamW
 from minitune.plan import Plan
 from minitune.recompute import Keep

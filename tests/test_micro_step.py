@@ -10,7 +10,8 @@ from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
 from minitune.data import Sample, collate, micro_steps
-from minitune.graphs import MicroStep, _padded, padded_size
+from minitune.graphs import padded_size
+from minitune.micro_step import MicroStep, _padded
 from minitune.plan import Plan
 from minitune.recompute import KEEP_INPUT, KEEP_NOTHING, Keep
 

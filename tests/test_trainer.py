@@ -14,7 +14,7 @@ from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.config import LoraConfig
-from minitune.graphs import MicroStep
+from minitune.micro_step import MicroStep
 from minitune.report import Report
 from minitune.trainer import epoch_order
 
