@@ -20,6 +20,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from minitune.micro_step import MicroStep
 
 MOST_SIZES = 64
+MOST_TOKENS = 32768  # of a size: longer ones are launched plainly and unpadded, the GPU being slower than any host
 
 
 def padded_size(tokens: int) -> int:
@@ -91,16 +93,21 @@ class _Recording:
         self.graphs[-1].capture_begin(pool=self._pool)
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all graphs, for cuBLAS has 32 MiB for each stream, and keeps it."""
+    return torch.cuda.Stream(device)
+
+
 class Graphs:
     """The captured sizes of one MicroStep, and the memory that all of them run in."""
 
     failure: str | None = None  # why a capture failed in this process
 
     def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device)
-        for stream in (torch.cuda.current_stream(device), self._stream):  # cuBLAS's memory, before a plan counts it
-            with torch.cuda.stream(stream):
-                torch.cuda.current_blas_handle()
+        self._stream = _stream(device)
+        with torch.cuda.stream(self._stream):  # cuBLAS's memory, before a plan counts what there is
+            torch.cuda.current_blas_handle()
         self.forget()
 
     def forget(self) -> None:
@@ -146,12 +153,14 @@ class Graphs:
         if grows or len(self._captured) >= MOST_SIZES:
             self.forget()
             model = micro_step.model
-            LayerWeights(model.shared.weights, model.dtype, model.device).reserve(model.model.layers[-1].projections)
+            last = model.model.layers[-1].projections  # the first layers' may be dequantised already
+            LayerWeights(model.shared.weights, model.dtype, model.device).reserve(last)
             self._top, self._pool = micro_step.new_top(max(size, largest)), torch.cuda.MemPool()
+        counted = self._top[:size].nbytes
         if not grows:
-            plan = micro_step.plan_of(packed, counted=self._top.nbytes)
+            plan = micro_step.plan_of(packed, counted=counted)
         else:  # the largest step says how much room there is for dequantised weights
-            plan = micro_step.plan_of(packed, counted=self._top.nbytes + micro_step.dense_bytes, dense=True)
+            plan = micro_step.plan_of(packed, counted=counted + micro_step.dense_bytes, dense=True)
             micro_step.keep_dense(plan.dense)
         torch.cuda.empty_cache()
         return plan
@@ -165,10 +174,8 @@ class Graphs:
         outside = torch.cuda.current_stream()
         self._stream.wait_stream(outside)
         try:
-            with torch.cuda.stream(self._stream):
-                torch.cuda.current_blas_handle()
-                with torch.cuda.use_mem_pool(self._pool):
-                    yield
+            with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+                yield
         finally:
             outside.wait_stream(self._stream)
 

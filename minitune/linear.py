@@ -2,7 +2,8 @@
 
 A decoder layer has seven linears and four matmuls: q, k, v are one, gate and up another. A matmul's extended weight,
 which holds the adapters beside the frozen values (kernels/lora_linear.py), is written once a layer and pass into a
-buffer that all layers share: dequantised weights of one layer exist at a time (8B in bf16: 0.44 GB).
+buffer that all layers share: dequantised weights of one layer exist at a time (8B in bf16: 0.44 GB), but for those that
+are kept so on purpose (`resident`).
 """
 
 from collections.abc import Iterable
@@ -95,6 +96,12 @@ class Projection:
         return columns_to_spare(sum(ranks), self.adapted[0].lora_A.weight.device.type) if ranks else 0
 
     @property
+    def as_stored(self) -> bool:
+        """Whether one linear in 16 or 32 bit without an adapter is all there is: it needs no buffer."""
+        first = self.linears[0]
+        return len(self.linears) == 1 and not first.rank and not first.is_quantized
+
+    @property
     def weight_shape(self) -> tuple[int, int]:
         """Of the extended weight, (out + R, in + R)."""
         return self.out_features + self.spare, self.in_features + self.spare
@@ -116,7 +123,9 @@ class Projection:
         return torch.zeros(self.weight_shape, dtype=dtype, device=device)
 
     def keep_dense(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Have the extended weight beside the stored one, until `resident` is None again."""
+        """Have the extended weight beside the stored one, where that is another, until `resident` is None again."""
+        if self.as_stored:
+            return
         self.resident = self.new_weight(dtype, device)
         self.write_base(self.resident)
 
@@ -196,7 +205,7 @@ class LayerWeights:
     def reserve(self, projections: Iterable[Projection]) -> None:
         """Have buffers for all of these, which outlive the pass."""
         for projection in projections:
-            if not self._as_stored(projection) and projection.resident is None:
+            if not projection.as_stored and projection.resident is None:
                 self._buffer(projection)
 
     def __getitem__(self, projection: Projection) -> Tensor:
@@ -207,18 +216,12 @@ class LayerWeights:
     def _write(self, projection: Projection) -> Tensor:
         weight = projection.resident
         if weight is None:
-            if self._as_stored(projection):
+            if projection.as_stored:
                 return projection.linears[0].dense(self.dtype)
             weight = self._buffer(projection)
             projection.write_base(weight)
         projection.write_adapters(weight)
         return weight
-
-    @staticmethod
-    def _as_stored(projection: Projection) -> bool:
-        """Whether one linear in 16 or 32 bit without an adapter is all there is: it needs no buffer."""
-        first = projection.linears[0]
-        return len(projection.linears) == 1 and not first.rank and not first.is_quantized
 
     def _buffer(self, projection: Projection) -> Tensor:
         key = (projection.name, projection.spare, self.dtype)

@@ -7,6 +7,7 @@ and what happens where a plan was wrong.
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -41,8 +42,12 @@ def host_memory_for(trainer: "SFTTrainer") -> int:
     size = size_of(trainer, "host_memory")
     if size is not None:
         return size
-    decides = trainer.model.device.type == "cuda" and trainer.model.level is None
-    return free_memory(torch.device("cpu")) // 2 if decides else 0
+    return half_of_host() if trainer.model.device.type == "cuda" and trainer.model.level is None else 0
+
+
+def half_of_host() -> int:
+    """Half of the host's free bytes; none where torch sees no GPU."""
+    return free_memory(torch.device("cpu")) // 2 if torch.cuda.is_available() else 0
 
 
 def tokens_that_fit(trainer: "SFTTrainer") -> int:
@@ -73,10 +78,10 @@ def within_memory(trainer: "SFTTrainer", accumulate: Callable[[], T]) -> T:
             if trainer.model.level is not None:
                 raise
             plan_anew = _plan_with_less
-        except MemoryError:
+        except MemoryError as error:
             if trainer.model.host_memory == 0:
                 raise
-            plan_anew = _plan_without_host
+            plan_anew = partial(_plan_without_host, why=str(error))
         plan_anew(trainer)  # out here nothing holds the tensors of the step that failed
     trainer.optimizer.zero_grad()
     return accumulate()
@@ -95,17 +100,11 @@ def _plan_with_less(trainer: "SFTTrainer") -> None:
     )
 
 
-def _plan_without_host(trainer: "SFTTrainer") -> None:
-    planned = trainer.micro_step.planned
+def _plan_without_host(trainer: "SFTTrainer", why: str) -> None:
     trainer.micro_step.close()
     trainer.micro_step.planned = None
     trainer.model.host_memory = 0
-    wanted = "" if planned is None else f" {_gib(planned.host_bytes)} of"
-    warnings.warn(
-        f"the host does not give{wanted} pinned memory; activations stay on the GPU or are computed again, which takes "
-        f"longer",
-        stacklevel=2,
-    )
+    warnings.warn(f"{why}: activations stay on the GPU or are computed again, which takes longer", stacklevel=2)
 
 
 def comparison(trainer: "SFTTrainer") -> str | None:

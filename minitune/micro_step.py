@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minitune.data import Batch
 from minitune.decoder import new_stream
-from minitune.graphs import Graphs, padded_size
+from minitune.graphs import MOST_TOKENS, Graphs, padded_size
 from minitune.layers import Packed, send
 from minitune.linear import Projection
 from minitune.loss import Labelled
@@ -55,8 +55,10 @@ class MicroStep:
         self.planned: Plan | None = None  # of the plans so far, the one that needs most memory
         self._offload: Offload | None = None
         self._dense: set[Projection] = set()
-        if model.device.type == "cuda" and model.level is None:
-            machine_rates(model.device)  # now, and not while a step is timed or its memory counted
+        if model.device.type == "cuda":  # now, and not while a step is timed or its memory counted
+            torch.cuda.current_blas_handle()
+            if model.level is None:
+                machine_rates(model.device)
         capture &= model.device.type == "cuda" and Graphs.failure is None
         self._graphs = Graphs(model.device) if capture else None
 
@@ -70,7 +72,8 @@ class MicroStep:
         model.check(batch.input_ids, batch.position_ids)
         self._give_up_after_a_failure()
         tokens, vocab = len(batch.input_ids), model.config.vocab_size
-        size = tokens if self._graphs is None else padded_size(tokens)
+        capture = self._graphs is not None and tokens <= MOST_TOKENS
+        size = padded_size(tokens) if capture else tokens
         labelled = Labelled.from_labels(batch.labels, batch.position_ids, vocab, size).to(model.device)
         for parameters in self._parameters:
             for p in parameters:
@@ -82,10 +85,13 @@ class MicroStep:
 
         with torch.autocast(model.device.type, enabled=False), model.as_current_device():
             inputs, packed = self._inputs(batch, size)
-            if self._graphs is not None:
+            if capture:
                 loss = self._graphs.run(self, inputs, packed, loss_of)
                 self._give_up_after_a_failure()
                 return loss
+            if self._graphs is not None:
+                self._graphs.forget()
+                self.keep_dense(0)
             plan = self.plan_of(packed)
             packed = plan.samples(packed)
             s, kept = self.forward(inputs, packed, plan)
@@ -98,6 +104,7 @@ class MicroStep:
     def _give_up_after_a_failure(self) -> None:
         if self._graphs is not None and Graphs.failure is not None:
             self._graphs = None
+            self.keep_dense(0)
             warnings.warn(f"launching without CUDA graphs from now on: {Graphs.failure}", stacklevel=3)
 
     def close(self) -> None:
@@ -127,6 +134,7 @@ class MicroStep:
         for projection in wanted:
             if projection.resident is None:
                 projection.keep_dense(self.model.dtype, self.model.device)
+            if projection.resident is not None:
                 self._dense.add(projection)
 
     @property
@@ -161,7 +169,8 @@ class MicroStep:
             a = layer.run(s, packed, model.shared, max(keep.level, KEEP_INPUT), plan.tile, keep.wide)
             if plan.host_bytes:
                 self._offload.settle()
-            cut(i + 1)
+            if i + 1 < len(plan.layers):
+                cut(i + 1)
             if keep.on_host:
                 self._offload.put(i, a)
             kept.append(None if keep.on_host or keep.level == KEEP_NOTHING else a)

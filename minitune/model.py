@@ -8,7 +8,7 @@ rows with a label) is computed on the host and sent along: a training step fetch
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ from minitune.rates import machine_rates
 from minitune.recompute import KEEP_INPUT, free_memory
 from minitune.sizes import Sizes
 from minitune.tokenizer import Tokenizer
+
+EVALUATION_ROWS = 2048  # that the wide parts of a layer take at a time
 
 
 @dataclass
@@ -159,7 +161,7 @@ class LlamaForCausalLM(nn.Module):
         packed = Packed.from_positions(positions).to(self.device)
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
             s = new_stream(self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype))
-            plan = self.plan_of(packed) if torch.is_grad_enabled() else self.plan(len(s), level=KEEP_INPUT)
+            plan = self.plan_of(packed) if torch.is_grad_enabled() else self._plan_without_backward(len(s))
             packed = plan.samples(packed)
             for layer, planned in zip(self.model.layers, plan.layers, strict=True):
                 level = KEEP_INPUT if planned.on_host else max(planned.level, KEEP_INPUT)  # all on the device
@@ -264,6 +266,10 @@ class LlamaForCausalLM(nn.Module):
             return uniform(sizes, load, level, there)
         rates = machine_rates(self.device) if self.device.type == "cuda" else None
         return fastest(sizes, load, there, self.memory_limit(), self.host_memory, rates, dense)
+
+    def _plan_without_backward(self, tokens: int) -> Plan:
+        """In tiles: what a training step has room for, an evaluation has."""
+        return replace(self.plan(tokens, level=KEEP_INPUT), tile=EVALUATION_ROWS)
 
     def plan_of(self, packed: Packed, **options) -> Plan:
         """The plan of a forward and backward pass over these samples; options as of `plan`."""

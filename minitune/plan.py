@@ -3,8 +3,8 @@
 What there is to decide, for a micro-step of N tokens: what each layer keeps for backward and whether that waits on the
 GPU or on the host (recompute.py, offload.py), and how many rows the wide parts of a layer take at a time (decoder.py).
 Layers are alike, so a plan is a few numbers: the last ones keep level `near` on the GPU, where backward needs it first;
-those before them keep level `far`, on the host where that helps. All combinations are priced and the fastest one that
-fits is taken; in memory that is left then, the weights of the first layers stay dequantised.
+those before them keep level `far`, on the host where that helps. Each combination is priced with as many `near` layers
+as fit, and the fastest is taken; in memory that is left then, the weights of the first layers stay dequantised.
 
 Memory is counted in sizes.py. Time adds up what is multiplied and what is moved, at the rates of the machine (`Rates`);
 copies to and from the host run beside the layers, so a pass takes as long as the slower of the two.
@@ -192,7 +192,7 @@ def price(
 def choices(load: Load, host: bool) -> Iterator[_Choice]:
     """All that are looked at, with a count of 0."""
     kinds = [(level, 0) for level in LEVELS]
-    kinds += [(KEEP_QKV, wide) for share in SHARES if (wide := load.tokens // share // 128 * 128)]  # whole tiles
+    kinds += [(KEEP_QKV, wide) for share in SHARES if (wide := load.tokens // share // 128 * 128)]
     fars = [Keep(level, on_host, wide) for level, wide in kinds for on_host in ((False, True) if host else (False,))]
     tiles = [tile for tile in TILES if tile is None or tile < load.tokens]
     ways = (True, False) if load.cudnn else (False,)  # cuDNN's attention is faster and needs more memory
@@ -203,9 +203,11 @@ def choices(load: Load, host: bool) -> Iterator[_Choice]:
             yield from (_Choice(near, far, 0, tile, cudnn, segment) for segment in SEGMENTS)
 
 
-def uniform(sizes: Sizes, load: Load, level: int, static: Sequence[tuple[str, int]]) -> Plan:
+def uniform(
+    sizes: Sizes, load: Load, level: int, static: Sequence[tuple[str, int]], rates: Rates | None = None
+) -> Plan:
     """The plan in which all layers keep the same, on the GPU."""
-    return price(sizes, load, _Choice(level, Keep(level), sizes.layers, None, load.cudnn), static, Rates())
+    return price(sizes, load, _Choice(level, Keep(level), sizes.layers, None, load.cudnn), static, rates or Rates())
 
 
 @lru_cache(maxsize=256)  # a loop of equal steps asks the same again and again, and a search takes 10 ms or more
@@ -231,7 +233,7 @@ def fastest(
     best = least = None
     for none_near in choices(load, host_budget > 0):
         found, of_count = [none_near], partial(replace, none_near)
-        if none_near.segment == 1:  # the more layers keep `near`, the more memory and the less time it takes
+        if none_near.segment == 1:  # as a rule more layers that keep `near` take more memory and less time
             fitting = bisect_right(range(1, L), limit, key=lambda count: need(of_count(count=count)))
             found += [of_count(count=fitting), of_count(count=L)]
         for choice in found:
@@ -276,7 +278,7 @@ def plan_memory(
     static = static_parts(sizes, config, 2.03 if eight_bit else 8, load_in_4bit, longest, offload_embedding)
     load = Load(tokens, tokens * longest, tokens, cudnn=tokens == longest >= WORTHWHILE)
     if level is not None:
-        return uniform(sizes, load, level, static)
+        return uniform(sizes, load, level, static, rates)
     return fastest(sizes, load, static, budget, host_memory, rates, dense=True)
 
 

@@ -111,7 +111,12 @@ def free_memory(device: torch.device) -> int:
     available = 4 << 30  # where the system does not say
     with contextlib.suppress(OSError):
         available = int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        available = min(available, limit - used)
+    group = Path("/")
+    with contextlib.suppress(OSError):
+        group = Path(Path("/proc/self/cgroup").read_text().rsplit("::", 1)[-1].strip() or "/")
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+            files = Path("/sys/fs/cgroup") / folder.relative_to("/")
+            limit, used = (int((files / f"memory.{name}").read_text()) for name in ("max", "current"))
+            available = min(available, limit - used)
     return available

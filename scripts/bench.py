@@ -169,6 +169,7 @@ def about(a: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
     """What was run, on what, and the memory that it took so far."""
     return {
         "peer": "minitune",
+        "model": Path(a.model).name,
         "gc": a.checkpointing,
         "targets": a.targets,
         "bs": a.batch,

@@ -51,10 +51,10 @@ def _pinned() -> int:
 
     torchs = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
     try:
-        from minitune.pinned import pinned_bytes
+        from minitune.pinned import most_pinned
     except ImportError:  # in a peer's process
         return torchs
-    return torchs + pinned_bytes()
+    return torchs + most_pinned()
 
 
 def memory_and_place() -> dict[str, Any]:

@@ -31,8 +31,8 @@ class Row(NamedTuple):
     """aim and peak are what we want to reach on an H100 80GB: ms a step (short: samples/s), GiB allocated.
 
     checkpointing: the peer's; ours is "auto" where there is a budget. That is a twentieth more than the peak, because
-    plans leave as much of it. host: the host memory that activations may wait in, with the embedding there too; frugal:
-    8-bit moments.
+    plans leave as much of it (short: less, for the sizes that come). host: the host memory that activations may wait
+    in, with the embedding there too; frugal: 8-bit moments.
     """
 
     shape: str
@@ -110,7 +110,9 @@ def peer_record(peer: str, model: Path, options: Sequence[str], timeout: float) 
     path = os.pathsep.join(folder for folder in folders if folder != str(ROOT))
     with tempfile.TemporaryDirectory() as empty:
         command = [PEERS, peer, model.resolve(), *options]
-        return {"peer": peer} | child(command, timeout, cwd=empty, env=os.environ | {"PYTHONPATH": path})
+        return {"peer": peer, "model": model.name} | child(
+            command, timeout, cwd=empty, env=os.environ | {"PYTHONPATH": path}
+        )
 
 
 def run_table(

@@ -101,7 +101,7 @@ def gradients(a: argparse.Namespace) -> int:
         model.memory_budget, model.host_memory = budget, host
         micro = MicroStep(model)
         loss = float(micro(batch, batch.targets))
-        found.append((loss, torch.cat([p.grad.flatten() for _, p in model.lora_parameters()])))
+        found.append((loss, torch.cat([p.grad.flatten().cpu() for _, p in model.lora_parameters()])))
         print(f"loss {loss:.6f}; {micro.planned.peak / GIB:.2f} GiB planned: {micro.planned}")
         micro.close()
         del micro
@@ -128,10 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_gradients.add_argument("--memory-budget", required=True)
     of_gradients.add_argument("--host-memory", default="64GiB")
     a = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("check_plans.py: error: plans are kept on a GPU, and torch sees none", file=sys.stderr)
+    try:
+        if not torch.cuda.is_available():
+            raise ValueError("plans are kept on a GPU, and torch sees none")
+        return a.run(a)
+    except (ValueError, OSError) as error:
+        print(f"check_plans.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return a.run(a)
 
 
 if __name__ == "__main__":

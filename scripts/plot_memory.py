@@ -12,12 +12,12 @@ from typing import Any
 
 
 def points(records: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """(tokens, GiB) of each system's records, shortest first; one that failed has no point."""
+    """(tokens, GiB) of each model and system, shortest first, without runs that failed and those of short samples."""
     found: dict[str, dict[int, float]] = {}
     for record in records:
-        if "error" not in record:
+        if "error" not in record and "samples_s" not in record and record["peak_gb"] is not None:
             place = ", with host memory" if record.get("host_gb") else ""
-            lengths = found.setdefault(f"{record['peer']}{place}", {})
+            lengths = found.setdefault(f"{record['model']}, {record['peer']}{place}", {})
             tokens = record["bs"] * record["seq"]
             lengths[tokens] = min(record["peak_gb"], lengths.get(tokens, float("inf")))
     return {system: sorted(lengths.items()) for system, lengths in found.items()}

@@ -22,7 +22,7 @@ from minitune.data import load_dataset
 from minitune.flags import Settings, as_dict, parse
 from minitune.gguf import trained_name
 from minitune.loading import FastLanguageModel
-from minitune.memory import halved
+from minitune.memory import half_of_host, halved
 from minitune.plan import plan_memory, plan_table
 from minitune.recompute import level_of
 from minitune.trainer import MICRO_STEP_TOKENS, SFTTrainer
@@ -96,7 +96,7 @@ def plan(settings: Settings) -> str:
     longest = sft.max_length or run.max_seq_length or min(2048, config.max_position_embeddings)
     options = {
         "longest": longest,
-        "host_memory": bytes_of(sft.host_memory) if sft.host_memory else 0,
+        "host_memory": bytes_of(sft.host_memory) if sft.host_memory else half_of_host(),
         "eight_bit": sft.optim == "adamw_8bit",
         "load_in_4bit": run.load_in_4bit,
         "offload_embedding": run.offload_embedding,

@@ -21,7 +21,8 @@ if not GPU:
 
 
 # What a GPU does in a second, measured while other tests keep it busy, is not to be remembered.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="minitune-tests-")
+_CACHE = tempfile.TemporaryDirectory(prefix="minitune-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,21 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-BOTH = {"peer", "gc", "targets", "bs", "seq", "r", "attention", "optim", "graphs", "load_s", "loaded_gb", "trainable"}
+BOTH = {
+    "peer",
+    "model",
+    "gc",
+    "targets",
+    "bs",
+    "seq",
+    "r",
+    "attention",
+    "optim",
+    "graphs",
+    "load_s",
+    "loaded_gb",
+    "trainable",
+}
 BOTH |= {"peak_gb", "reserved_gb", "pinned_gb", "gpu", "versions", "date", "warmup_s", "warmup_steps_s", "tok_s"}
 BOTH |= {"loss0", "lossN"}
 STEP = BOTH | {"ms", "min_ms", "max_ms"}
@@ -312,19 +326,21 @@ def test_the_shapes_that_plans_are_checked_on_are_models_with_a_budget_for_each(
 def test_a_plot_has_a_line_for_each_system_and_a_point_for_each_length(scripts, tmp_path, capsys):
     import plot_memory
 
-    common = {"bs": 2, "host_gb": 0.0}
+    common = {"bs": 2, "host_gb": 0.0, "model": "8b"}
     records = [
         common | {"peer": "unsloth", "seq": 4096, "peak_gb": 8.0},
         common | {"peer": "unsloth", "seq": 1024, "peak_gb": 6.5},
         common | {"peer": "minitune", "seq": 1024, "peak_gb": 6.0, "host_gb": 4.0},
         common | {"peer": "minitune", "seq": 1024, "peak_gb": 7.0},
+        common | {"peer": "minitune", "seq": 2048, "peak_gb": 9.0, "samples_s": 90.0},
+        common | {"peer": "minitune", "seq": 2048, "peak_gb": None},
         {"peer": "hf", "error": "exit code 1"},
     ]
     found = plot_memory.points(records)
     assert found == {
-        "unsloth": [(2048, 6.5), (8192, 8.0)],
-        "minitune, with host memory": [(2048, 6.0)],
-        "minitune": [(2048, 7.0)],
+        "8b, unsloth": [(2048, 6.5), (8192, 8.0)],
+        "8b, minitune, with host memory": [(2048, 6.0)],
+        "8b, minitune": [(2048, 7.0)],
     }
     (tmp_path / "nothing.jsonl").write_text(json.dumps(records[-1]) + "\n")
     assert plot_memory.main([str(tmp_path / "nothing.jsonl"), "--output", str(tmp_path / "x.png")]) == 2
