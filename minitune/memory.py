@@ -87,6 +87,14 @@ def within_memory(trainer: "SFTTrainer", accumulate: Callable[[], T]) -> T:
     return accumulate()
 
 
+def in_all_memory(trainer: "SFTTrainer", work: Callable[[], T]) -> T:
+    """`work` in the graphs' memory; where that is too little, again without graphs and dequantised weights."""
+    with contextlib.suppress(torch.OutOfMemoryError), trainer.micro_step.own_memory():
+        return work()
+    trainer.micro_step.close()
+    return work()
+
+
 def _plan_with_less(trainer: "SFTTrainer") -> None:
     model, planned, limit = trainer.model, trainer.micro_step.planned, trainer.model.memory_limit()
     trainer.micro_step.close()

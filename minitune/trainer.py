@@ -28,7 +28,15 @@ from torch import Tensor
 from minitune.config import SFTConfig
 from minitune.data import Batch, Prepared, Sample, collate, micro_steps, pack_rows, prepare
 from minitune.flags import as_dict
-from minitune.memory import comparison, enough_memory, host_memory_for, size_of, tokens_that_fit, within_memory
+from minitune.memory import (
+    comparison,
+    enough_memory,
+    host_memory_for,
+    in_all_memory,
+    size_of,
+    tokens_that_fit,
+    within_memory,
+)
 from minitune.micro_step import MicroStep
 from minitune.optim import FlatAdamW, learning_rate_factor, warmup_count
 from minitune.recompute import KEEP_ALL, KEEP_INPUT
@@ -179,8 +187,8 @@ class SFTTrainer:
         with counter("evaluating") as progress:
             for first in range(0, len(samples), EVAL_CHUNK):
                 for pack in micro_steps(samples[first : first + EVAL_CHUNK], self.micro_step_tokens):
-                    with self.micro_step.own_memory():
-                        loss += self._loss(collate(pack), targets)
+                    batch = collate(pack)
+                    loss += in_all_memory(self, lambda batch=batch: self._loss(batch, targets))
                 progress(min(first + EVAL_CHUNK, len(samples)), len(samples))
         return {"eval_loss": float(loss), "eval_seconds": time.perf_counter() - start}
 

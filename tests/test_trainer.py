@@ -500,6 +500,20 @@ def test_a_step_out_of_memory_is_done_again_with_a_smaller_plan(tiny, tmp_path, 
     assert [r["loss"] for r in whole] == pytest.approx([r["loss"] for r in short], rel=1e-5)
 
 
+def test_an_evaluation_out_of_memory_is_done_again_with_what_training_kept(tiny, tmp_path, monkeypatch):
+    trainer = new_trainer(tiny, tmp_path / "run", eval_dataset=RECORDS[:4], max_steps=1)
+    expected, closed, loss = trainer.evaluate()["eval_loss"], [], trainer.model.labelled_loss
+
+    def full(*arguments, **options):
+        if not closed:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(*arguments, **options)
+
+    monkeypatch.setattr(trainer.model, "labelled_loss", full)
+    monkeypatch.setattr(trainer.micro_step, "close", lambda: closed.append(True))
+    assert trainer.evaluate()["eval_loss"] == expected and len(closed) == 1
+
+
 def test_a_host_that_pins_no_memory_is_done_without(tiny, tmp_path, monkeypatch):
     trainer = new_trainer(tiny, tmp_path / "run", max_steps=2, logging_steps=1)
     call, asked = MicroStep.__call__, []
