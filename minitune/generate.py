@@ -141,7 +141,7 @@ class _Cache:
         s = new_stream(model.model.embed_tokens(torch.tensor(ids, device=model.device), model.dtype))
         for index, layer in enumerate(model.model.layers):
             weights = LayerWeights(model.shared.weights, model.dtype, model.device)
-            a = layer.new_activations(s.to(model.dtype, copy=True))
+            a = layer.new_activations(s, model.dtype)
             layer.rotated_qkv(a, positions, model.shared.rotary, weights)
             a.attn = layer.o.new_input(a.x)
             layer.self_attn.as_heads(a.attn).copy_(attend(layer, index, *layer.self_attn.split(a.qkv)))
@@ -149,5 +149,5 @@ class _Cache:
         return s
 
     def _logits(self, s: Tensor) -> Tensor:
-        h, _ = self.model.model.norm(s, out=torch.empty_like(s, dtype=self.model.dtype))
+        h, _ = self.model.model.norm.of_stream(s, self.model.dtype)
         return h @ self.model.lm_head.dense(self.model.dtype).T

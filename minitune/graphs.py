@@ -59,9 +59,8 @@ class _Place:
     """Where a tensor is, without a claim to that memory: in a graph's pool it is there as long as the graph."""
 
     def __init__(self, t: Tensor):
-        kind = {4: "<f4", 8: "<f8"}[t.itemsize]
-        self.__cuda_array_interface__ = {"shape": tuple(t.shape), "typestr": kind, "data": (t.data_ptr(), False)}
-        self.__cuda_array_interface__ |= {"version": 3}
+        kind, data = {4: "<f4", 8: "<f8"}[t.itemsize], (t.data_ptr(), False)
+        self.__cuda_array_interface__ = {"shape": tuple(t.shape), "typestr": kind, "data": data, "version": 3}
 
     def tensor(self, device: torch.device) -> Tensor:
         return torch.as_tensor(self, device=device)
@@ -108,12 +107,16 @@ class Graphs:
         self._stream = _stream(device)
         with torch.cuda.stream(self._stream):  # cuBLAS's memory, before a plan counts what there is
             torch.cuda.current_blas_handle()
-        self.forget()
-
-    def forget(self) -> None:
         self._captured: dict[tuple, _Captured] = {}
         self._pool: torch.cuda.MemPool | None = None
         self._top: Tensor | None = None  # of the largest size; smaller ones take its first rows
+
+    def forget(self) -> None:
+        """Give up all graphs and their memory, where there are any."""
+        if self._pool is None:
+            return
+        self._captured.clear()
+        self._pool = self._top = None
         torch.cuda.empty_cache()
 
     def run(

@@ -112,10 +112,14 @@ class RMSNorm(nn.Module):
         """x (N, D) -> its norm (N, D) and the reciprocal root mean square of each row, fp32 (N,)."""
         return rms_norm(x, self.weight, self.eps, out)
 
+    def of_stream(self, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `forward`, of rows of the residual stream, which is wider than dtype, that of the norm."""
+        return self(s, out=torch.empty_like(s, dtype=dtype))
+
     def after_add(
         self, x: Tensor, addend: Tensor, stream: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The same of x + addend; addend is added to `stream` as well."""
+        """As `forward`, of x + addend; addend is added to `stream` as well."""
         return add_rms_norm(x, addend, self.weight, self.eps, stream, out)
 
     def backward(

@@ -54,7 +54,7 @@ def labelled_loss(
     for first in range(0, len(labelled), step):
         rows, targets = labelled.rows[first : first + step], labelled.targets[first : first + step]
         part = s[rows]
-        h, rstd = norm(part, out=torch.empty_like(part, dtype=head.dtype))
+        h, rstd = norm.of_stream(part, head.dtype)
         loss, dh = linear_cross_entropy(h, head, targets, denominator, need_grad=dx is not None)
         losses.append(loss)
         if dx is not None:

@@ -211,7 +211,7 @@ class MicroStep:
             a = layers[i].run(s, packed, self.model.shared, KEEP_INPUT, tile)
             if i > lowest:
                 kept[i] = a
-        kept[highest] = layers[highest].new_activations(s.to(self.model.dtype, copy=True))
+        kept[highest] = layers[highest].new_activations(s, self.model.dtype)
 
     def _make_arena(self, nbytes: int) -> None:
         """An empty arena of at least this size."""

@@ -305,7 +305,7 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, s: Tensor, norm: RMSNorm, head: Tensor):
-        h, rstd = norm(s, out=torch.empty_like(s, dtype=head.dtype))
+        h, rstd = norm.of_stream(s, head.dtype)
         ctx.norm, ctx.head = norm, head
         ctx.save_for_backward(s, rstd)
         return h @ head.T

@@ -70,19 +70,7 @@ def shapes(a: argparse.Namespace) -> int:
         step = f"{run.batch} x {run.tokens}, r {run.r}, {run.targets}"
         figures = record["planned_gb"], peak, f"{of_peak:+.1%}", record["planned_ms"], took, f"{of_time:+.0%}"
         rows.append([seed, shape, step, run.memory_budget, *figures, record["plan"]])
-    header = [
-        "seed",
-        "layers x D, F",
-        "step",
-        "budget",
-        "planned",
-        "measured",
-        "",
-        "planned ms",
-        "measured",
-        "",
-        "plan",
-    ]
+    header = ["seed", "layers x D, F", "step", "budget", "planned", "peak", "", "planned ms", "took", "", "plan"]
     print("\n" + text_table(header, rows))
     print(f"\npeaks within {worst[0]:.1%}, {worst[2]} above their budget; times within {worst[1]:.0%}")
     return int(worst[0] > PEAK_WITHIN or worst[1] > TIME_WITHIN or worst[2] > 0)
