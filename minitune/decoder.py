@@ -122,9 +122,11 @@ class DecoderLayer(nn.Module):
         self.attend(a, packed, shared, weights, tile)
         if level >= KEEP_O:
             a.o = torch.empty_like(a.x)
-        if wide or level >= KEEP_ALL:
-            a.gate_up = self.gate_up.new_output(a.x if level >= KEEP_ALL else a.x[:wide])
-        for rows in a.tiles(tile):
+        if level >= KEEP_ALL:
+            a.gate_up = self.gate_up.new_output(a.x)
+        if wide:
+            a.wide = self.gate_up.new_product(a.x[:wide])
+        for rows in row_tiles(len(s), tile):
             self.output(a.rows(rows), weights, s[rows])
         return a.kept(level)
 
@@ -162,6 +164,8 @@ class DecoderLayer(nn.Module):
     def output(self, a: Activations, weights: LayerWeights, s: Tensor) -> None:
         """Add o and Wdown m to the stream s (rows, D), from x and attention's output of these rows."""
         self.until_gate_up(a, weights, s)
+        if a.wide is not None:
+            a.wide.copy_(a.gate_up[: len(a.wide), : self.gate_up.out_features])
         m = self.down.new_input(a.x)
         swiglu(*self.halves(a.gate_up), out=m[:, : self.down.in_features])
         self.down.multiply(m, weights[self.down], a.m_low, a.known, total=s)
@@ -182,8 +186,13 @@ class DecoderLayer(nn.Module):
             self.gate_up.fill(h_mid, weights[self.gate_up], a.h_mid_low)
         else:
             a.gate_up = self.gate_up.new_output(a.x) if a.gate_up is None else a.gate_up
-            product = a.gate_up[:, : self.gate_up.out_features]
-            self.gate_up.multiply(h_mid, weights[self.gate_up], a.h_mid_low, a.known, out=product)
+            product, W = a.gate_up[:, : self.gate_up.out_features], 0
+            if a.known and a.wide is not None:
+                W = len(a.wide)
+                product[:W] = a.wide
+                self.gate_up.fill(h_mid[:W], weights[self.gate_up], a.rows(slice(W)).h_mid_low)
+            low = a.rows(slice(W, None)).h_mid_low
+            self.gate_up.multiply(h_mid[W:], weights[self.gate_up], low, a.known, out=product[W:])
         return o, h_mid, rstd
 
     def halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +224,7 @@ class DecoderLayer(nn.Module):
         gradients = _Gradients()
         self.attend(a, packed, shared, weights, tile)
         dattn = torch.empty((len(dx), self.o.in_features), dtype=dx.dtype, device=dx.device)
-        for rows in a.tiles(tile):
+        for rows in row_tiles(len(dx), tile):
             self._backward_to_attention(dx[rows], a.rows(rows), weights, gradients, out=dattn[rows])
         dqkv = self.qkv.new_output(dx)
         dq, dk, dv = attn.split(dqkv)

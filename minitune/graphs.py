@@ -2,11 +2,10 @@
 
 Python takes tens of microseconds to launch a Triton kernel, and a micro-step has thousands: below some 4,000 tokens a
 GPU waits for them (an H200 in November 2026, 8B, 950 tokens: 155 ms, and 73 as graphs). A CUDA graph is launched as
-one. That still takes some 3 microseconds a kernel, and none of them starts before, so a pass is cut into several, of
-1, 1, 2, 4, 8 ... layers. What they replay are addresses and sizes, so tokens are padded to one of four sizes an octave
-(multiples of 64; at most 1/4 more than there are, or 63), inputs are copied to where the graphs read them, and
-gradients are added to the `.grad` that was there at the capture. The number of labelled rows varies freely: the loss
-lies between the graphs.
+one: forward is one, backward another. What they replay are addresses and sizes, so tokens are padded to one of four
+sizes an octave (multiples of 64; at most 1/4 more than there are, or 63), inputs are copied to where the graphs read
+them, and gradients are added to the `.grad` that was there at the capture. The number of labelled rows varies freely:
+the loss lies between the graphs.
 
 A micro-step of a new size is launched plainly, which also compiles what has to be, and captured after that; so the
 first of a size takes about twice the time of plain launches. Where a capture fails, a warning says why, and everything
@@ -48,8 +47,8 @@ def padded_size(tokens: int) -> int:
 class _Captured:
     """The graphs of one size, and what they read."""
 
-    forward: list[torch.cuda.CUDAGraph]
-    backward: list[torch.cuda.CUDAGraph]
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
     inputs: Tensor  # int32 (4, N): ids, positions, start, end
     stream: Tensor  # (N, D), what the layers' forward ends with
     addresses: list[int]
@@ -66,30 +65,30 @@ class _Place:
         return torch.as_tensor(self, device=device)
 
 
-class _Recording:
-    """Captures what is launched within, as one graph after another."""
+@contextlib.contextmanager
+def _recording(pool: tuple[int, int]) -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures what is launched within."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool=pool)
+    try:
+        yield graph
+    except BaseException:
+        Graphs.failure = "a capture was interrupted"
+        raise
+    finally:
+        graph.capture_end()  # one that is left open would fail everything that follows
 
-    def __init__(self, pool: tuple[int, int]):
-        self._pool, self.graphs = pool, []
 
-    def __enter__(self) -> "_Recording":
-        self._begin()
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is not None:
-            Graphs.failure = "a capture was interrupted"
-        self.graphs[-1].capture_end()  # one that is left open would fail everything that follows
-
-    def cut(self, layers: int) -> None:
-        """A new graph begins where the layers that are done are a power of two."""
-        if layers > 0 and power_of_two(layers) == layers:
-            self.graphs[-1].capture_end()
-            self._begin()
-
-    def _begin(self) -> None:
-        self.graphs.append(torch.cuda.CUDAGraph())
-        self.graphs[-1].capture_begin(pool=self._pool)
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's garbage collector, for to free another graph's memory would end a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @cache
@@ -128,11 +127,9 @@ class Graphs:
         captured = self._captured.get(key)
         if captured is not None and captured.addresses == micro_step.addresses():
             captured.inputs.copy_(inputs)
-            for graph in captured.forward:
-                graph.replay()
+            captured.forward.replay()
             loss = loss_of(captured.stream, self._top[:size])
-            for graph in captured.backward:
-                graph.replay()
+            captured.backward.replay()
             return loss
         plan = self._make_room(micro_step, packed)
         top, packed = self._top[:size], plan.samples(packed)
@@ -183,14 +180,13 @@ class Graphs:
             outside.wait_stream(self._stream)
 
     def _capture(self, micro_step: "MicroStep", inputs: Tensor, packed: Packed, top: Tensor, plan: Plan) -> _Captured:
-        gc.collect()  # freeing another graph's memory meanwhile would end the capture
         torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):
-            with _Recording(self._pool.id) as forward:
-                s, kept = micro_step.forward(inputs, packed, plan, forward.cut)
+        with _no_collection(), torch.cuda.stream(self._stream):
+            with _recording(self._pool.id) as forward:
+                s, kept = micro_step.forward(inputs, packed, plan)
             stream = _Place(s).tensor(s.device)
             del s
-            with _Recording(self._pool.id) as backward:
-                micro_step.backward(top, kept, packed, plan, backward.cut)
+            with _recording(self._pool.id) as backward:
+                micro_step.backward(top, kept, packed, plan)
         torch.cuda.synchronize()
-        return _Captured(forward.graphs, backward.graphs, inputs, stream, micro_step.addresses())
+        return _Captured(forward, backward, inputs, stream, micro_step.addresses())

@@ -27,12 +27,12 @@ class Labelled:
         Of `size` rows those from N on are padding. On the host, where a label outside the vocabulary is a ValueError.
         """
         following = torch.cat([torch.where(positions[1:] == 0, IGNORE, labels[1:]), labels.new_tensor([IGNORE])])
-        has_one = following != IGNORE
-        targets = following[has_one]
-        if wrong := targets[(targets < 0) | (targets >= vocab)].tolist():
-            raise ValueError(f"label {wrong[0]} is neither {IGNORE} nor within the vocabulary")
-        others = torch.cat([(~has_one).nonzero()[:, 0], torch.arange(len(labels), size)])
-        return cls(has_one.nonzero()[:, 0], targets, others)
+        rows = (following != IGNORE).nonzero()[:, 0]
+        targets = following[rows]
+        if wrong := [label for label in targets.aminmax() if not 0 <= label < vocab] if len(rows) else []:
+            raise ValueError(f"label {int(wrong[0])} is neither {IGNORE} nor within the vocabulary")
+        others = torch.ones(size, dtype=torch.bool).index_fill_(0, rows, False).nonzero()[:, 0]
+        return cls(rows, targets, others)
 
     def to(self, device: torch.device) -> "Labelled":
         """On the device, without the host waiting for it."""

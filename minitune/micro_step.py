@@ -11,7 +11,6 @@ behind a single sample, more of it: nobody sees it, and it has no label.
 import contextlib
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -71,17 +70,19 @@ class MicroStep:
         model = self.model
         model.check(batch.input_ids, batch.position_ids)
         self._give_up_after_a_failure()
-        tokens, vocab = len(batch.input_ids), model.config.vocab_size
+        tokens = len(batch.input_ids)
         capture = self._graphs is not None and tokens <= MOST_TOKENS
         size = padded_size(tokens) if capture else tokens
-        labelled = Labelled.from_labels(batch.labels, batch.position_ids, vocab, size).to(model.device)
         for parameters in self._parameters:
             for p in parameters:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
 
         def loss_of(s: Tensor, top: Tensor) -> Tensor:
-            return model.labelled_loss(s, labelled, denominator, dx=top[:, : model.config.hidden_size])
+            # the host's work for the loss, now that the GPU has a forward pass to do
+            labelled = Labelled.from_labels(batch.labels, batch.position_ids, model.config.vocab_size, size)
+            dx = top[:, : model.config.hidden_size]
+            return model.labelled_loss(s, labelled.to(model.device), denominator, dx)
 
         with torch.autocast(model.device.type, enabled=False), model.as_current_device():
             inputs, packed = self._inputs(batch, size)
@@ -153,47 +154,32 @@ class MicroStep:
         """An empty buffer (N, D + R) for the gradient of the residual stream, layer by layer from the last."""
         return self.model.model.layers[-1].new_gradient(tokens, self.model.dtype, self.model.device)
 
-    def forward(
-        self, inputs: Tensor, packed: Packed, plan: Plan, cut: Callable[[int], None] = lambda layers: None
-    ) -> tuple[Tensor, list[Activations | None]]:
+    def forward(self, inputs: Tensor, packed: Packed, plan: Plan) -> tuple[Tensor, list[Activations | None]]:
         """The residual stream s (N, D) behind the last layer, and what each layer keeps: None where that has gone to
-        the host or is nothing.
-
-        cut(layers): called wherever all is on one stream, with how many layers are done.
-        """
+        the host or is nothing."""
         model, kept = self.model, []
         s = new_stream(model.model.embed_tokens(inputs[0], model.dtype))
         if plan.host_bytes:
             self._make_arena(plan.host_bytes)
         for i, (layer, keep) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
-            a = layer.run(s, packed, model.shared, max(keep.level, KEEP_INPUT), plan.tile, keep.wide)
             if plan.host_bytes:
-                self._offload.settle()
-            if i + 1 < len(plan.layers):
-                cut(i + 1)
+                self._offload.settle(plan.leaving(i))
+            a = layer.run(s, packed, model.shared, max(keep.level, KEEP_INPUT), plan.tile, keep.wide)
             if keep.on_host:
                 self._offload.put(i, a)
             kept.append(None if keep.on_host or keep.level == KEEP_NOTHING else a)
             del a  # or the next layer would run beside what this one does not keep
         if plan.host_bytes:
-            self._offload.settle()
+            self._offload.settle(0)
         return s, kept
 
-    def backward(
-        self,
-        top: Tensor,
-        kept: list[Activations | None],
-        packed: Packed,
-        plan: Plan,
-        cut: Callable[[int], None] = lambda layers: None,
-    ) -> None:
-        """From the gradient of s in `top`. Uses up `kept`; `cut` as in `forward`."""
+    def backward(self, top: Tensor, kept: list[Activations | None], packed: Packed, plan: Plan) -> None:
+        """From the gradient of s in `top`. Uses up `kept`."""
         keepers = [i for i, keep in enumerate(plan.layers) if keep.level != KEEP_NOTHING]
         lowest = [keepers[bisect_right(keepers, i) - 1] for i in range(len(kept))]  # what layer i is computed from
         for i in reversed(range(len(kept))):
             if kept[lowest[i]] is None:
                 kept[lowest[i]] = self._offload.take(lowest[i])
-            cut(len(plan.layers) - 1 - i)
             if i > 0 and kept[lowest[i - 1]] is None:
                 self._offload.fetch(lowest[i - 1])
             if kept[i] is None:

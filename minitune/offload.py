@@ -1,4 +1,4 @@
-"""What layers keep for backward, in host memory: copied out while the next layer runs, and back one layer ahead.
+"""What layers keep for backward, in host memory: copied out while later layers run, and back one layer ahead.
 
     forward     layer 0 | layer 1      | layer 2      | ...            the stream that computes
                           layer 0 out    layer 1 out                   a stream of its own
@@ -6,10 +6,12 @@
     layer 2 in  layer 1 in     layer 0 in
 
 One pinned arena of exactly the size that is needed holds all of it, each layer in its own place, so the copies can be
-part of a CUDA graph. A tensor that leaves is let go of when its copy is done, which the stream that computes waits for
-after one more layer: two layers' tensors are on the device at most.
+part of a CUDA graph. A tensor that leaves is let go of when its copy is done. The stream that computes waits for that
+where the next layer needs the memory, and no sooner: a layer may take longer to copy than to run, as long as there is
+room for the tensors that wait (`Plan.leaving`).
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +30,19 @@ def room(tensors: tuple[Tensor | None, ...]) -> int:
 
 @dataclass
 class _Stored:
-    """A layer's tensors in the arena, and those on the device while they are copied there."""
+    """A layer's tensors in the arena, and those on the device that they are copied back to."""
 
     places: tuple[Tensor | None, ...]
     returned: tuple[Tensor | None, ...] = ()
+
+
+@dataclass
+class _Leaving:
+    """Tensors on the device until they have been copied out, and when that is."""
+
+    tensors: tuple[Tensor | None, ...]
+    nbytes: int
+    done: torch.cuda.Event | None
 
 
 class Offload:
@@ -59,10 +70,11 @@ class Offload:
 
     def reset(self) -> None:
         """Begin anew with an empty arena."""
-        self._used, self._stored, self._leaving = 0, {}, None
+        self._used, self._stored = 0, {}
+        self._leaving: deque[_Leaving] = deque()
 
     def put(self, index: int, a: Activations) -> None:
-        """Copy out what layer `index` keeps, after `settle`."""
+        """Begin to copy out what layer `index` keeps."""
         tensors, places = a.tensors(), []
         if self._used + room(tensors) > self.nbytes:
             raise ValueError(f"an arena of {self.nbytes} bytes has no room for layer {index}: plan with more")
@@ -70,13 +82,15 @@ class Offload:
             places.append(None if t is None else self._place(t))
         self._stored[index] = _Stored(tuple(places))
         self._copy(tensors, places)
-        self._leaving = tensors
+        done = None if self._stream is None else self._stream.record_event()
+        self._leaving.append(_Leaving(tensors, room(tensors), done))
 
-    def settle(self) -> None:
-        """Let go of the tensors that left last, when they have left."""
-        if self._leaving is not None and self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-        self._leaving = None
+    def settle(self, nbytes: int) -> None:
+        """Let go of the tensors that left first, when they have left, until the others take `nbytes` at most."""
+        while sum(leaving.nbytes for leaving in self._leaving) > nbytes:
+            first = self._leaving.popleft()
+            if first.done is not None:
+                torch.cuda.current_stream().wait_event(first.done)
 
     def fetch(self, index: int) -> None:
         """Begin to copy layer `index` back."""

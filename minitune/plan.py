@@ -28,7 +28,7 @@ from minitune.sizes import NF4_BYTES, Sizes, static_parts
 KEPT = (  # by level, from nothing on
     "nothing", "their input", "input and attention", "all before the MLP but q k v", "all before the MLP", "everything",
 )  # fmt: skip
-SHARES = (8, 6, 4, 3, 2)  # of the rows, one in so many keeps gate and up
+SHARES = (16, 12, 8, 6, 4, 3, 2)  # of the rows, one in so many keeps gate and up
 SEGMENTS = (2, 4, 8)  # layers of which only the first keeps its input
 LEVELS = (KEEP_INPUT, KEEP_ATTENTION, KEEP_QKV, KEEP_ALL)  # keeping o without q, k, v is never the best
 TILES = (None, 4096, 2048, 1024, 512, 256)  # rows
@@ -65,6 +65,14 @@ class Plan:
     def peak(self) -> int:
         """Bytes of GPU memory allocated at most."""
         return sum(size for _, size in self.parts)
+
+    def leaving(self, i: int) -> int:
+        """Bytes that may still be on their way to the host while layer i runs: those of the layer before, and as much
+        as the layers after i will keep in the same memory."""
+        on_host = sum(keep.on_host for keep in self.layers)
+        kept, near = dict(self.parts).get("activations", 0), len(self.layers) - on_host
+        last = self.host_bytes // on_host if i > 0 and self.layers[i - 1].on_host else 0
+        return max(last, kept * min(len(self.layers) - 1 - i, near - 1) // near if near else 0)
 
     def samples(self, packed: Packed) -> Packed:
         """As attention is to see them: without the length that cuDNN's wants, where that is not planned with."""
@@ -132,15 +140,17 @@ def _memory(sizes: Sizes, load: Load, choice: _Choice) -> tuple[int, int]:
     near_bytes, far_bytes = N * sizes.kept(choice.near), _kept(sizes, load, far)
     held = 0 if far.on_host else far_bytes
     copied = far_bytes if far.on_host else 0  # the layer before, on its way out, or the one to come, on its way in
+    others = (choice.count - 1) * near_bytes if choice.count else 0
     keepers = choice.keepers(sizes.layers)
     kept = keepers * held + choice.count * near_bytes
     peak = kept + sizes.loss(N)
     if before:
-        beside = (keepers - 1) * held + copied + (choice.segment - 1) * far_bytes
-        work = max(sizes.forward(far.level, N, T), sizes.backward(far.level, N, T, choice.cudnn))
-        peak = max(peak, beside + work + sizes.wide(far.wide))
+        beside = (keepers - 1) * held + (choice.segment - 1) * far_bytes + sizes.wide(far.wide)
+        forward = max(copied, others if far.on_host else 0) + sizes.forward(far.level, N, T)  # Plan.leaving
+        backward = copied + sizes.backward(far.level, N, T, choice.cudnn)
+        peak = max(peak, beside + max(forward, backward))
     if choice.count:
-        beside = keepers * held + (choice.count - 1) * near_bytes + (copied if choice.count == 1 else 0)
+        beside = keepers * held + max(copied, others)
         work = max(sizes.forward(choice.near, N, T), sizes.backward(choice.near, N, T, choice.cudnn))
         peak = max(peak, beside + work)
     top = N * (sizes.D + max(sizes.spare[1], sizes.spare[3])) * sizes.itemsize
@@ -164,12 +174,31 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     backward += N * (14 * D + 6 * F + 2 * QKV) * b / r.copy + (24 + 30 * tiles) * r.launch
     again = (qkv + attention + o + gate_up, qkv + o + gate_up, qkv + gate_up, gate_up, 0.0)
     before = sizes.layers - choice.count
-    moved = _host_bytes(sizes, load, choice)
     loss = 4 * load.labelled * D * sizes.V / r.matmul + 5 * load.labelled * sizes.V * b / r.copy
-    redone = before * (again[choice.far.level] - gate_up * choice.far.wide / N) + choice.count * again[choice.near]
-    redone += (before - choice.keepers(sizes.layers)) * forward
-    ahead = max(sizes.layers * forward, moved / r.to_host)
-    return ahead + loss + max(sizes.layers * backward + redone, moved / r.from_host)
+    thick = 2 * sizes.wide(choice.far.wide) / r.copy  # a copy of gate and up of some rows
+    far = backward + again[choice.far.level] + thick - gate_up * choice.far.wide / N
+    if choice.far.on_host:
+        far = max(far, _kept(sizes, load, choice.far) / r.from_host)
+    nothing = before - choice.keepers(sizes.layers)
+    back = before * far + nothing * forward + choice.count * (backward + again[choice.near])
+    ahead = sizes.layers * forward + before * thick + _waits(sizes, load, choice, forward, r)
+    return ahead + loss + back
+
+
+def _waits(sizes: Sizes, load: Load, choice: _Choice, forward: float, r: Rates) -> float:
+    """Seconds that forward waits for copies to the host, with as many on their way as `Plan.leaving` lets.
+
+    What is copied falls behind by what a layer keeps more than is copied while one runs. Once all that may wait is
+    waiting, each layer waits; and before the last one all has to have left.
+    """
+    if not choice.far.on_host:
+        return 0.0
+    far_bytes, near_bytes = _kept(sizes, load, choice.far), load.tokens * sizes.kept(choice.near)
+    while_one_runs, others = forward * r.to_host, max(choice.count - 1, 0)
+    behind = max(far_bytes - while_one_runs, 0.0) * choice.keepers(sizes.layers)
+    room = others * near_bytes
+    left = min(behind, room) - others * while_one_runs
+    return (max(behind - room, 0.0) + max(left, 0.0)) / r.to_host
 
 
 def _dequantise(sizes: Sizes, r: Rates) -> float:

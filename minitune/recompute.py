@@ -56,33 +56,28 @@ class Activations:
     lse: Tensor | None = None  # fp32, a number a row and head
     o: Tensor | None = None  # (N, D), what attention adds to the residual stream
     qkv: Tensor | None = None  # (N, (H + 2 G) K), q and k rotated
-    gate_up: Tensor | None = None  # (N, 2 F + R), or of the first rows only
+    gate_up: Tensor | None = None  # (N, 2 F + R)
+    wide: Tensor | None = None  # (W, 2 F), gate and up of the first W rows
     known: bool = False  # whether what is there has been computed, or is only room for it
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return tuple(getattr(self, f.name) for f in fields(self) if f.name != "known")
 
     def kept(self, level: int) -> "Activations":
-        """What `level` keeps, and gate_up."""
-        count = {0: 5, 1: 7, 2: 8, 3: 9, 4: 9}[level]
-        return Activations(*self.tensors()[:count], gate_up=self.gate_up, known=True)
+        """What `level` keeps, and `wide`."""
+        count = {0: 5, 1: 7, 2: 8, 3: 9, 4: 10}[level]
+        return Activations(*self.tensors()[:count], wide=self.wide, known=True)
 
     def rows(self, rows: slice) -> "Activations":
-        """Views of some rows of all of them that reach so far, but for lse."""
+        """Views of some rows of all of them but lse."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("lse", "known")}
-        parts = {name: t[rows] for name, t in tensors.items() if t is not None and rows.stop <= len(t)}
-        return Activations(**parts, known=self.known)
-
-    def tiles(self, tile: int | None) -> list[slice]:
-        """All rows in tiles of `tile` at most (None: no limit), each with gate_up or without."""
-        wide = 0 if self.gate_up is None else len(self.gate_up)
-        return row_tiles(wide, tile) + row_tiles(len(self.x), tile, wide)
+        return Activations(**{name: t[rows] for name, t in tensors.items() if t is not None}, known=self.known)
 
 
-def row_tiles(rows: int, tile: int | None, first: int = 0) -> list[slice]:
-    """The rows from `first` on in tiles of `tile`, the last one shorter; None: all in one."""
+def row_tiles(rows: int, tile: int | None) -> list[slice]:
+    """So many rows in tiles of `tile`, the last one shorter; None: all in one."""
     tile = tile or max(rows, 1)
-    return [slice(i, min(i + tile, rows)) for i in range(first, rows, tile)]
+    return [slice(i, min(i + tile, rows)) for i in range(0, rows, tile)]
 
 
 def level_of(use_gradient_checkpointing: bool | str) -> int | None:

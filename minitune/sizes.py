@@ -68,7 +68,7 @@ class Sizes:
 
     def wide(self, rows: int) -> int:
         """Bytes of gate and up of so many rows."""
-        return rows * (2 * self.F + self.spare[2]) * self.itemsize
+        return rows * 2 * self.F * self.itemsize
 
     def kept(self, level: int) -> int:
         """Bytes a token that a layer keeps; without an arena's rounding."""

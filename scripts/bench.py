@@ -206,7 +206,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--checkpointing", choices=CHECKPOINTING, default="true", help="compute again? (default: true)")
     p.add_argument("--attention", choices=("auto", "triton"), help="default: auto; of --all, both")
     p.add_argument("--optim", choices=OPTIMIZERS, help="default: adamw_torch_fused; of --short, adamw_8bit")
-    p.add_argument("--steps", type=int, help="steps that are timed (default: 8); of --short, all (default: 30)")
+    p.add_argument("--steps", type=int, help="steps that are timed (default: 8); of --short, all (default: 60)")
     p.add_argument("--warmup", type=int, help="steps before those (default: 3); of --short, the first (default: 5)")
     p.add_argument("--short", action="store_true", help="short samples, through SFTTrainer")
     p.add_argument("--samples", type=int, default=4000, help="of --short: samples of the data set (default: 4000)")
@@ -253,7 +253,7 @@ def _check(a: argparse.Namespace) -> None:
         return
     a.attention = a.attention or "auto"
     a.optim = a.optim or ("adamw_8bit" if a.short else "adamw_torch_fused")
-    a.steps = a.steps or (30 if a.short else 8)
+    a.steps = a.steps or (60 if a.short else 8)
     a.warmup = a.warmup or (5 if a.short else 3)
     if a.short and a.steps <= a.warmup:
         raise ValueError(f"--steps {a.steps} of --short leaves none after the {a.warmup} of --warmup")

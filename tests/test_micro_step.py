@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import weakref
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from minitune import FastLanguageModel
 from minitune.data import Sample, collate, micro_steps
 from minitune.graphs import padded_size
 from minitune.micro_step import MicroStep, _padded
+from minitune.offload import Offload
 from minitune.plan import Plan
-from minitune.recompute import KEEP_INPUT, KEEP_NOTHING, Keep
+from minitune.recompute import KEEP_INPUT, KEEP_NOTHING, Activations, Keep
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -173,6 +175,19 @@ def test_weights_that_stay_dequantised_change_nothing(tmp_path):
     micro_step.keep_dense(2)
     micro_step.close()
     assert not any(p.resident is not None for p in model.projections())
+
+
+def test_tensors_that_leave_are_let_go_of_first_come_first_served():
+    offload, alive = Offload(1 << 20, torch.device("cpu")), []
+    for i in range(3):
+        x = torch.full((128,), i)
+        alive.append(weakref.ref(x))
+        offload.put(i, Activations(x))
+    del x
+    for nbytes, left in ((4096, 3), (2048, 2), (1024, 1), (1023, 0)):
+        offload.settle(nbytes)
+        assert [ref() is not None for ref in alive] == [False] * (3 - left) + [True] * left
+    assert [int(offload.take(i).x[0]) for i in (2, 1, 0)] == [2, 1, 0]
 
 
 def test_an_arena_that_is_too_small_is_an_error(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from minitune import FastLanguageModel, rates
 from minitune.config import LINEARS, LoraConfig, ModelConfig
 from minitune.decoder import new_stream
 from minitune.layers import Packed
-from minitune.plan import MARGIN, Load, Rates, _Choice, fastest, plan_memory, plan_table, price
-from minitune.recompute import KEEP_ALL, KEEP_INPUT, KEEP_NOTHING, Keep
+from minitune.plan import MARGIN, Load, Plan, Rates, _Choice, _waits, fastest, plan_memory, plan_table, price
+from minitune.recompute import KEEP_ALL, KEEP_INPUT, KEEP_NOTHING, KEEP_QKV, Keep
 from minitune.sizes import Sizes, static_parts
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
@@ -64,6 +64,26 @@ def test_the_host_is_used_where_it_saves_time_and_only_as_far_as_it_has_memory()
     slow = fastest(B8, SHORT, STATIC, int(7.4 * GIB), 16 * GIB, Rates(to_host=1e9, from_host=1e9))
     assert slow.host_bytes < with_host.host_bytes
     assert fastest(B8, SHORT, STATIC, int(7.4 * GIB), GIB).host_bytes <= GIB
+
+
+def test_copies_may_wait_in_what_the_last_layers_will_keep():
+    layers = (Keep(KEEP_INPUT, on_host=True),) * 4
+    plan = Plan((*layers, *(Keep(KEEP_ALL),) * 3), host_bytes=400, parts=(("activations", 900),))
+    assert [plan.leaving(i) for i in range(7)] == [600] * 5 + [300, 0]
+    plan = Plan((*layers, Keep(KEEP_ALL)), host_bytes=400, parts=(("activations", 300),))
+    assert [plan.leaving(i) for i in range(5)] == [0] + [100] * 4  # the layer before, and no other
+    assert [Plan(layers, host_bytes=400).leaving(i) for i in range(4)] == [0] + [100] * 3
+
+
+def test_forward_waits_for_copies_only_where_no_memory_is_left_for_them():
+    far, r = Keep(KEEP_QKV, on_host=True), Rates(to_host=1e9)
+    size = SHORT.tokens * B8.kept(KEEP_QKV)
+    waits = [_waits(B8, SHORT, _Choice(KEEP_ALL, far, count, None), 0.05, r) for count in (0, 1, 8, 16)]
+    behind = size / r.to_host - 0.05
+    assert waits[0] == pytest.approx(32 * behind) and waits[1] == pytest.approx(31 * behind)
+    assert waits[2] == pytest.approx(24 * behind - 7 * 0.05)  # all wait in the last ones' memory, and leave meanwhile
+    assert waits[3] == pytest.approx(16 * behind - 15 * 0.05)
+    assert _waits(B8, SHORT, _Choice(KEEP_ALL, far, 8, None), 1.0, r) == 0
 
 
 def test_long_samples_keep_attention_first_and_short_ones_whole_layers():
