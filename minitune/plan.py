@@ -46,7 +46,7 @@ class Rates:
     from_host: float = 50e9
     attention: float = 0.58  # of the rate of a matmul, our own
     cudnn: float = 0.77  # cuDNN's
-    launch: float = 4e-6  # seconds from one kernel of a graph to the next
+    launch: float = 3e-6  # seconds from one kernel of a graph to the next
 
 
 @dataclass(frozen=True)

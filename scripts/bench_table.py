@@ -72,9 +72,11 @@ ROWS = {
     10: Row("8b", "all", 2, 2048, "auto", 295, 7.03, "7.4GiB", host="64GiB"),
     11: Row("8b", "all", 1, 8192, "auto", 640, 8.05, "8.4GiB", host="64GiB"),
     12: Row("8b", "all", 2, 2048, "auto", 388, 5.8, "6.1GiB", host="64GiB", frugal=True),
-    13: Row("8b", "all", 1, 32768, "auto", 3900, 14.24, "14.9GiB", host="64GiB"),
+    13: Row("8b", "all", 1, 32768, "auto", 3900, 14.24, "14.9GiB", host="64GiB", steps=3),
     14: Row("8b", "all", 1, 200_000, "auto", 111_000, 24, host="110GiB", frugal=True, r=32, limit="24GiB", steps=1),
     15: Row("8b", "all", 1, 24_000, "auto", 4000, 8, host="110GiB", frugal=True, r=32, limit="8GiB", steps=1),
+    16: Row("8b", "all", 1, 8192, "auto", 878, 6.8, "7.15GiB", host="64GiB", frugal=True),
+    17: Row("8b", "all", 1, 32768, "auto", 5073, 8.45, "8.9GiB", host="64GiB", frugal=True, steps=3),
 }
 
 

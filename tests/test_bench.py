@@ -122,7 +122,7 @@ def test_short_samples_have_the_lengths_they_are_drawn_with(scripts, tmp_path):
         (["--model", "MODEL", "--short", "--profile"], "--profile looks at single steps"),
         (["--model", "MODEL", "--short", "--tokens", "64", "--steps", "5"], "leaves none after the 5 of --warmup"),
         (["--all", "DIR", "--r", "8"], "--r does not go with --all"),
-        (["--all", "DIR", "--rows", "2,99"], "there is no row 99; the rows are 1 to 15"),
+        (["--all", "DIR", "--rows", "2,99"], "there is no row 99; the rows are 1 to 17"),
         (["--all", "DIR", "--rows", "two"], "expected numbers with commas between them"),
         (["--make", "3b", "DIR"], "--make 3b: no such shape; choose from 8b, 1b, 135m"),
         (["--make", "135m", "MODEL"], "holds a model already"),
