@@ -186,13 +186,13 @@ class DecoderLayer(nn.Module):
             self.gate_up.fill(h_mid, weights[self.gate_up], a.h_mid_low)
         else:
             a.gate_up = self.gate_up.new_output(a.x) if a.gate_up is None else a.gate_up
-            product, W = a.gate_up[:, : self.gate_up.out_features], 0
-            if a.known and a.wide is not None:
-                W = len(a.wide)
+            product, low = a.gate_up[:, : self.gate_up.out_features], a.h_mid_low
+            W = len(a.wide) if a.known and a.wide is not None else 0
+            first, rest = (None, None) if low is None else (low[:W], low[W:])
+            if W:
                 product[:W] = a.wide
-                self.gate_up.fill(h_mid[:W], weights[self.gate_up], a.rows(slice(W)).h_mid_low)
-            low = a.rows(slice(W, None)).h_mid_low
-            self.gate_up.multiply(h_mid[W:], weights[self.gate_up], low, a.known, out=product[W:])
+                self.gate_up.fill(h_mid[:W], weights[self.gate_up], first)
+            self.gate_up.multiply(h_mid[W:], weights[self.gate_up], rest, a.known, out=product[W:])
         return o, h_mid, rstd
 
     def halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:

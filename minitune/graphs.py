@@ -74,9 +74,10 @@ def _recording(pool: tuple[int, int]) -> Iterator[torch.cuda.CUDAGraph]:
         yield graph
     except BaseException:
         Graphs.failure = "a capture was interrupted"
+        with contextlib.suppress(RuntimeError):  # a stream that is not joined; left open, all that follows would fail
+            graph.capture_end()
         raise
-    finally:
-        graph.capture_end()  # one that is left open would fail everything that follows
+    graph.capture_end()
 
 
 @contextlib.contextmanager

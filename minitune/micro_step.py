@@ -11,6 +11,8 @@ behind a single sample, more of it: nobody sees it, and it has no label.
 import contextlib
 import warnings
 from bisect import bisect_right
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,27 +86,34 @@ class MicroStep:
             dx = top[:, : model.config.hidden_size]
             return model.labelled_loss(s, labelled.to(model.device), denominator, dx)
 
-        with torch.autocast(model.device.type, enabled=False), model.as_current_device():
-            inputs, packed = self._inputs(batch, size)
-            if capture:
-                loss = self._graphs.run(self, inputs, packed, loss_of)
-                self._give_up_after_a_failure()
-                return loss
-            if self._graphs is not None:
-                self._graphs.forget()
-                self.keep_dense(0)
-            plan = self.plan_of(packed)
-            packed = plan.samples(packed)
-            s, kept = self.forward(inputs, packed, plan)
-            top = self.new_top(size)
-            loss = loss_of(s, top)
-            del s  # backward has no use for it
-            self.backward(top, kept, packed, plan)
-            return loss
+        try:
+            with torch.autocast(model.device.type, enabled=False), model.as_current_device():
+                inputs, packed = self._inputs(batch, size)
+                run = partial(self._graphs.run, self) if capture else self._plainly
+                loss = run(inputs, packed, loss_of)
+        except BaseException:
+            self._offload = None  # and what was on its way to the host
+            raise
+        self._give_up_after_a_failure()
+        return loss
+
+    def _plainly(self, inputs: Tensor, packed: Packed, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The loss that `loss_of(s, top)` finds between forward and backward; as Graphs.run, with plain launches."""
+        if self._graphs is not None:
+            self._graphs.forget()
+            self.keep_dense(0)
+        plan = self.plan_of(packed)
+        packed = plan.samples(packed)
+        s, kept = self.forward(inputs, packed, plan)
+        top = self.new_top(inputs.shape[1])
+        loss = loss_of(s, top)
+        del s  # backward has no use for it
+        self.backward(top, kept, packed, plan)
+        return loss
 
     def _give_up_after_a_failure(self) -> None:
         if self._graphs is not None and Graphs.failure is not None:
-            self._graphs = None
+            self._graphs = self._offload = None
             self.keep_dense(0)
             warnings.warn(f"launching without CUDA graphs from now on: {Graphs.failure}", stacklevel=3)
 
@@ -161,6 +170,8 @@ class MicroStep:
         s = new_stream(model.model.embed_tokens(inputs[0], model.dtype))
         if plan.host_bytes:
             self._make_arena(plan.host_bytes)
+            # One piece, of which the tensors of all sizes are cut: where small ones had been, no large one would fit.
+            torch.empty(plan.kept, dtype=torch.uint8, device=model.device)
         for i, (layer, keep) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
             if plan.host_bytes:
                 self._offload.settle(plan.leaving(i))

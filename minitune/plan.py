@@ -7,7 +7,7 @@ those before them keep level `far`, on the host where that helps. Each combinati
 as fit, and the fastest is taken; in memory that is left then, the weights of the first layers stay dequantised.
 
 Memory is counted in sizes.py. Time adds up what is multiplied and what is moved, at the rates of the machine (`Rates`);
-copies to and from the host run beside the layers, so a pass takes as long as the slower of the two.
+copies to and from the host run beside the layers, which wait where a copy falls behind by more than there is room for.
 """
 
 import math
@@ -67,12 +67,21 @@ class Plan:
         return sum(size for _, size in self.parts)
 
     def leaving(self, i: int) -> int:
-        """Bytes that may still be on their way to the host while layer i runs: those of the layer before, and as much
-        as the layers after i will keep in the same memory."""
+        """Bytes that may still be on their way to the host while layer i runs.
+
+        One layer's, up to the first that keeps its own on the GPU; or as much as the layers after i, but for that one,
+        will keep there, which is memory that nothing else is in yet.
+        """
         on_host = sum(keep.on_host for keep in self.layers)
-        kept, near = dict(self.parts).get("activations", 0), len(self.layers) - on_host
-        last = self.host_bytes // on_host if i > 0 and self.layers[i - 1].on_host else 0
-        return max(last, kept * min(len(self.layers) - 1 - i, near - 1) // near if near else 0)
+        near = sum(not keep.on_host and keep.level != KEEP_NOTHING for keep in self.layers)
+        after = len(self.layers) - 1 - i
+        one = self.host_bytes // on_host if 0 < i <= len(self.layers) - near and on_host else 0
+        return max(one, self.kept * min(after, near - 1) // near if near else 0)
+
+    @property
+    def kept(self) -> int:
+        """Bytes of what layers keep on the GPU."""
+        return dict(self.parts).get("activations", 0)
 
     def samples(self, packed: Packed) -> Packed:
         """As attention is to see them: without the length that cuDNN's wants, where that is not planned with."""
@@ -175,29 +184,33 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     again = (qkv + attention + o + gate_up, qkv + o + gate_up, qkv + gate_up, gate_up, 0.0)
     before = sizes.layers - choice.count
     loss = 4 * load.labelled * D * sizes.V / r.matmul + 5 * load.labelled * sizes.V * b / r.copy
-    thick = 2 * sizes.wide(choice.far.wide) / r.copy  # a copy of gate and up of some rows
-    far = backward + again[choice.far.level] + thick - gate_up * choice.far.wide / N
-    if choice.far.on_host:
-        far = max(far, _kept(sizes, load, choice.far) / r.from_host)
+    wide = 2 * sizes.wide(choice.far.wide) / r.copy  # a copy of gate and up of some rows
+    far_backward = backward + again[choice.far.level] + wide - gate_up * choice.far.wide / N
     nothing = before - choice.keepers(sizes.layers)
-    back = before * far + nothing * forward + choice.count * (backward + again[choice.near])
-    ahead = sizes.layers * forward + before * thick + _waits(sizes, load, choice, forward, r)
-    return ahead + loss + back
+    back = choice.count * (backward + again[choice.near]) + nothing * forward
+    if choice.far.on_host:
+        fetch = _kept(sizes, load, choice.far) / r.from_host
+        far_backward = max(far_backward, fetch / choice.segment)
+        back += fetch if choice.count == 0 else 0.0  # the first one, which runs beside nothing
+    ahead = sizes.layers * forward + before * wide + _waits(sizes, load, choice, forward, r)
+    return ahead + loss + back + before * far_backward
 
 
 def _waits(sizes: Sizes, load: Load, choice: _Choice, forward: float, r: Rates) -> float:
     """Seconds that forward waits for copies to the host, with as many on their way as `Plan.leaving` lets.
 
-    What is copied falls behind by what a layer keeps more than is copied while one runs. Once all that may wait is
-    waiting, each layer waits; and before the last one all has to have left.
+    While layers run, what they keep falls behind, by whole layers as long as there is room; then each one waits; and
+    what is left in the end is waited for, which may be as soon as the last layer.
     """
-    if not choice.far.on_host:
+    keepers = choice.keepers(sizes.layers)
+    if not choice.far.on_host or not keepers:
         return 0.0
-    far_bytes, near_bytes = _kept(sizes, load, choice.far), load.tokens * sizes.kept(choice.near)
-    while_one_runs, others = forward * r.to_host, max(choice.count - 1, 0)
-    behind = max(far_bytes - while_one_runs, 0.0) * choice.keepers(sizes.layers)
-    room = others * near_bytes
-    left = min(behind, room) - others * while_one_runs
+    far, near = _kept(sizes, load, choice.far), load.tokens * sizes.kept(choice.near)
+    run = forward * r.to_host  # bytes that leave while a layer runs
+    between = choice.segment * run
+    behind = keepers * max(far - between, 0.0) + min(far, between)  # when the last that goes to the host has run
+    room = max((choice.count - 1) * near, far) // far * far
+    left = min(behind, room) - max(choice.count - 1, min(choice.count, 1)) * run
     return (max(behind - room, 0.0) + max(left, 0.0)) / r.to_host
 
 

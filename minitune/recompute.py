@@ -13,8 +13,9 @@ each row in addition to those above it:
     4      gate, up                         92 K   nothing but elementwise operations
 
 What the thin halves of the LoRA branches give, x A^T, is always kept: 0.5 K. Forward and recomputation run the same
-functions (`DecoderLayer.attend`, `until_gate_up`), so every level from 0 on gives the same bits. Layers that keep
-nothing get their input from x instead of the float32 residual stream, rounded once more than in forward.
+functions (`DecoderLayer.attend`, `until_gate_up`), so every level from 0 on gives the same bits; not so where gate and
+up are kept of some rows and computed again of the others. Layers that keep nothing get their input from x instead of
+the float32 residual stream, rounded once more than in forward.
 """
 
 import contextlib

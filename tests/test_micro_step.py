@@ -190,6 +190,21 @@ def test_tensors_that_leave_are_let_go_of_first_come_first_served():
     assert [int(offload.take(i).x[0]) for i in (2, 1, 0)] == [2, 1, 0]
 
 
+def test_a_step_that_fails_leaves_nothing_on_its_way_and_the_next_one_is_right(tmp_path, monkeypatch):
+    model = load(make_tiny_model(tmp_path / "m"), dtype=torch.float32)
+    batch, micro_step = collate(random_samples([40, 9])), MicroStep(model, capture=False)
+    layers = (Keep(KEEP_INPUT, on_host=True), Keep(KEEP_INPUT))
+    monkeypatch.setattr(model, "plan_of", lambda packed, **options: Plan(layers, host_bytes=1 << 20))
+    expected, kept = (micro_step(batch, 50), gradients(model)), []
+    put = Offload.put
+    monkeypatch.setattr(Offload, "put", lambda self, i, a: (put(self, i, a), kept.append(weakref.ref(a.x))))
+    with pytest.raises(ValueError, match="label 600 is neither"):
+        micro_step(dataclasses.replace(batch, labels=torch.full_like(batch.labels, 600)), 1)
+    assert len(kept) == 1 and kept[0]() is None
+    found = micro_step(batch, 50), gradients(model)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_an_arena_that_is_too_small_is_an_error(tmp_path, monkeypatch):
     model = load(make_tiny_model(tmp_path / "m"))
     monkeypatch.setattr(model, "plan_of", lambda packed, **options: Plan((Keep(0, on_host=True),) * 2, host_bytes=1000))

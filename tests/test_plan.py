@@ -73,17 +73,27 @@ def test_copies_may_wait_in_what_the_last_layers_will_keep():
     plan = Plan((*layers, Keep(KEEP_ALL)), host_bytes=400, parts=(("activations", 300),))
     assert [plan.leaving(i) for i in range(5)] == [0] + [100] * 4  # the layer before, and no other
     assert [Plan(layers, host_bytes=400).leaving(i) for i in range(4)] == [0] + [100] * 3
+    segments = (layers[0], *(Keep(KEEP_NOTHING),) * 3) * 2
+    assert [Plan(segments, host_bytes=200).leaving(i) for i in range(8)] == [0] + [100] * 7
 
 
-def test_forward_waits_for_copies_only_where_no_memory_is_left_for_them():
-    far, r = Keep(KEEP_QKV, on_host=True), Rates(to_host=1e9)
-    size = SHORT.tokens * B8.kept(KEEP_QKV)
-    waits = [_waits(B8, SHORT, _Choice(KEEP_ALL, far, count, None), 0.05, r) for count in (0, 1, 8, 16)]
-    behind = size / r.to_host - 0.05
-    assert waits[0] == pytest.approx(32 * behind) and waits[1] == pytest.approx(31 * behind)
-    assert waits[2] == pytest.approx(24 * behind - 7 * 0.05)  # all wait in the last ones' memory, and leave meanwhile
-    assert waits[3] == pytest.approx(16 * behind - 15 * 0.05)
-    assert _waits(B8, SHORT, _Choice(KEEP_ALL, far, 8, None), 1.0, r) == 0
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 8, 16, 31])
+@pytest.mark.parametrize("copy", [0.5, 1.0, 1.2, 3.0])
+def test_forward_waits_for_copies_as_long_as_was_planned(count, copy):
+    """Layers one after the other, each in a second, with their copies beside them; a copy takes `copy` seconds."""
+    far, r = Keep(KEEP_QKV, on_host=True), Rates(to_host=SHORT.tokens * B8.kept(KEEP_QKV) / copy)
+    choice = _Choice(KEEP_ALL, far, count, None)
+    plan = price(B8, SHORT, choice, STATIC, r)
+    size, now, copied, leaving = plan.host_bytes / choice.keepers(32), 0.0, 0.0, []
+    for i, keep in enumerate(plan.layers):
+        while len(leaving) * size > plan.leaving(i):
+            now = max(now, leaving.pop(0))
+        now += 1.0
+        if keep.on_host:
+            copied = max(copied, now) + copy
+            leaving.append(copied)
+    took = max(now, copied)
+    assert _waits(B8, SHORT, choice, 1.0, r) == pytest.approx(took - 32, abs=0.01)
 
 
 def test_long_samples_keep_attention_first_and_short_ones_whole_layers():
