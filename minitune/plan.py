@@ -46,7 +46,7 @@ class Rates:
     from_host: float = 50e9
     attention: float = 0.58  # of the rate of a matmul, our own
     cudnn: float = 0.66  # cuDNN's
-    launch: float = 3e-6  # seconds from one kernel of a graph to the next
+    launch: float = 3e-6  # seconds of a small kernel in a graph, with the gap before it
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Plan:
     def leaving(self, i: int) -> int:
         """Bytes that may still be on their way to the host while layer i runs.
 
-        One layer's, up to the first that keeps its own on the GPU; or as much as the layers after i, but for that one,
-        will keep there, which is memory that nothing else is in yet.
+        As much as the layers after i will keep on the GPU, where nothing is yet, less one layer's, which the plan
+        counts in what a layer works with. Or one layer's, up to the first of those that keep theirs on the GPU.
         """
         on_host = sum(keep.on_host for keep in self.layers)
         near = sum(not keep.on_host and keep.level != KEEP_NOTHING for keep in self.layers)
