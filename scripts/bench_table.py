@@ -31,8 +31,9 @@ class Row(NamedTuple):
     """aim and peak are what we want to reach on an H100 80GB: ms a step (short: samples/s), GiB allocated.
 
     checkpointing: the peer's; ours is "auto" where there is a budget. That is a twentieth more than the peak, because
-    plans leave as much of it (short: less, for the sizes that come). host: the host memory that activations may wait
-    in, with the embedding there too; frugal: 8-bit moments.
+    plans leave as much of it (short: less, for the sizes that come; with a limit: less, as memory is reserved that is
+    not allocated). host: the host memory that activations may wait in, with the embedding there too; frugal: 8-bit
+    moments.
     """
 
     shape: str
@@ -73,8 +74,8 @@ ROWS = {
     11: Row("8b", "all", 1, 8192, "auto", 640, 8.05, "8.4GiB", host="64GiB"),
     12: Row("8b", "all", 2, 2048, "auto", 388, 5.8, "6.1GiB", host="64GiB", frugal=True),
     13: Row("8b", "all", 1, 32768, "auto", 3900, 14.24, "14.9GiB", host="64GiB", steps=3),
-    14: Row("8b", "all", 1, 200_000, "auto", 111_000, 24, host="110GiB", frugal=True, r=32, limit="24GiB", steps=1),
-    15: Row("8b", "all", 1, 24_000, "auto", 4000, 8, host="110GiB", frugal=True, r=32, limit="8GiB", steps=1),
+    14: Row("8b", "all", 1, 200_000, "auto", 111_000, 24, "21.5GiB", False, "110GiB", True, 32, "24GiB", 1),
+    15: Row("8b", "all", 1, 24_000, "auto", 4000, 8, "7.7GiB", False, "110GiB", True, 32, "8GiB", 1),
     16: Row("8b", "all", 1, 8192, "auto", 878, 6.8, "7.15GiB", host="64GiB", frugal=True),
     17: Row("8b", "all", 1, 32768, "auto", 5073, 8.45, "8.9GiB", host="64GiB", frugal=True, steps=3),
 }
