@@ -12,7 +12,7 @@ first of a size takes about twice the time of plain launches. Where a capture fa
 is launched plainly from then on, in the whole process: PyTorch's allocators (2.11) do not recover from it. Plain
 launches and graphs of all sizes share one pool of memory: one micro-step runs at a time. One that is larger than all
 before begins with a new pool and no graphs, for memory that was cut for smaller tensors is of no use to it. The loss
-has its logits in the pool too, where the layers keep nothing meanwhile.
+has its memory beside the pool, where what the layers keep lies meanwhile.
 """
 
 import contextlib
@@ -51,7 +51,6 @@ class _Captured:
     backward: torch.cuda.CUDAGraph
     inputs: Tensor  # int32 (4, N): ids, positions, start, end
     stream: Tensor  # (N, D), what the layers' forward ends with
-    tile: Tensor  # (rows, V), for the logits between forward and backward
     addresses: list[int]
 
 
@@ -59,12 +58,11 @@ class _Place:
     """Where a tensor is, without a claim to that memory: in a graph's pool it is there as long as the graph."""
 
     def __init__(self, t: Tensor):
-        self._shape, self._dtype, self._device = t.shape, t.dtype, t.device
-        data = (t.data_ptr(), False)
-        self.__cuda_array_interface__ = {"shape": (t.nbytes,), "typestr": "|u1", "data": data, "version": 3}
+        kind, data = {4: "<f4", 8: "<f8"}[t.itemsize], (t.data_ptr(), False)
+        self.__cuda_array_interface__ = {"shape": tuple(t.shape), "typestr": kind, "data": data, "version": 3}
 
-    def tensor(self) -> Tensor:
-        return torch.as_tensor(self, device=self._device).view(self._dtype).view(self._shape)
+    def tensor(self, device: torch.device) -> Tensor:
+        return torch.as_tensor(self, device=device)
 
 
 @contextlib.contextmanager
@@ -121,24 +119,25 @@ class Graphs:
         self._pool = self._top = None
         torch.cuda.empty_cache()
 
-    def run(self, micro_step: "MicroStep", inputs: Tensor, packed: Packed, loss_of: Callable[..., Tensor]) -> Tensor:
-        """The loss that `loss_of(s, top, tile)` finds between forward and backward, with its logits in `tile`."""
+    def run(
+        self, micro_step: "MicroStep", inputs: Tensor, packed: Packed, loss_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """The loss that `loss_of(s, top)` finds between forward and backward."""
         size = inputs.shape[1]
         key = size, *micro_step.model.shared.about(packed).values()
         captured = self._captured.get(key)
         if captured is not None and captured.addresses == micro_step.addresses():
             captured.inputs.copy_(inputs)
             captured.forward.replay()
-            loss = loss_of(captured.stream, self._top[:size], captured.tile)
+            loss = loss_of(captured.stream, self._top[:size])
             captured.backward.replay()
             return loss
         plan = self._make_room(micro_step, packed)
         top, packed = self._top[:size], plan.samples(packed)
         with self.own_memory():
             s, kept = micro_step.forward(inputs, packed, plan)
-            tile = micro_step.model.new_tile(size)
-        loss = loss_of(s, top, tile)
-        del s, tile  # their memory is backward's now
+        loss = loss_of(s, top)
+        del s  # its memory is backward's now
         with self.own_memory():
             micro_step.backward(top, kept, packed, plan)
         try:
@@ -186,11 +185,9 @@ class Graphs:
         with _no_collection(), torch.cuda.stream(self._stream):
             with _recording(self._pool.id) as forward:
                 s, kept = micro_step.forward(inputs, packed, plan)
-            with torch.cuda.use_mem_pool(self._pool):
-                tile = micro_step.model.new_tile(len(s))
-            places = [_Place(t).tensor() for t in (s, tile)]
-            del s, tile
+            stream = _Place(s).tensor(s.device)
+            del s
             with _recording(self._pool.id) as backward:
                 micro_step.backward(top, kept, packed, plan)
         torch.cuda.synchronize()
-        return _Captured(forward, backward, inputs, *places, micro_step.addresses())
+        return _Captured(forward, backward, inputs, stream, micro_step.addresses())

@@ -184,18 +184,6 @@ def test_ignored_rows_have_no_loss_and_no_gradient_even_when_they_are_nan(device
     assert dhidden.isnan().any(1).tolist() == [False, True, False]
 
 
-@kernel
-def test_logits_go_where_there_is_room_for_them(device):
-    hidden, weight, tile = normal(5, 8, device=device), normal(50, 8, device=device), torch.zeros(2, 50, device=device)
-    targets = torch.tensor([4, -100, 7, 0, 49], device=device)
-    expected = linear_cross_entropy(hidden, weight, targets, 3, rows_of_tile=2)
-    assert all(map(torch.equal, linear_cross_entropy(hidden, weight, targets, 3, tile=tile), expected))
-    assert tile[0, 49] < 0  # of the last row: the softmax, less one at the target
-    for wrong in (tile[:, 1:], tile.double(), tile[:0]):
-        with pytest.raises(ValueError, match=r"tile is .*; expected \(rows, 50\) torch.float32"):
-            linear_cross_entropy(hidden, weight, targets, 3, tile=wrong)
-
-
 def test_a_target_outside_the_vocabulary_is_refused_on_the_cpu():
     for wrong in (50, -1):
         with pytest.raises(ValueError, match=rf"target \[{wrong}\] is outside the vocabulary of 50"):
