@@ -49,7 +49,7 @@ class Row(NamedTuple):
     frugal: bool = False
     r: int = 16
     limit: str | None = None  # memory that the GPU is to have; no peer runs in it
-    steps: int | None = None  # of each, timed and before, where a step takes minutes
+    steps: int | None = None  # of each, timed and before, where a step takes long
 
     def __str__(self) -> str:
         if self.short:
@@ -60,6 +60,7 @@ class Row(NamedTuple):
         return f"{self.shape.upper()}, {self.targets}, {self.batch} x {self.tokens}, {kind}"
 
 
+LONGEST = {"host": "110GiB", "frugal": True, "r": 32, "steps": 1}
 ROWS = {
     1: Row("8b", "qkvo", 2, 2048, "auto", 300, 7.6, "8GiB"),
     2: Row("8b", "all", 2, 2048, "auto", 315, 8.2, "8.6GiB"),
@@ -74,8 +75,8 @@ ROWS = {
     11: Row("8b", "all", 1, 8192, "auto", 640, 8.05, "8.4GiB", host="64GiB"),
     12: Row("8b", "all", 2, 2048, "auto", 388, 5.8, "6.1GiB", host="64GiB", frugal=True),
     13: Row("8b", "all", 1, 32768, "auto", 3900, 14.24, "14.9GiB", host="64GiB", steps=3),
-    14: Row("8b", "all", 1, 200_000, "auto", 111_000, 24, "21.5GiB", False, "110GiB", True, 32, "24GiB", 1),
-    15: Row("8b", "all", 1, 24_000, "auto", 4000, 8, "7.7GiB", False, "110GiB", True, 32, "8GiB", 1),
+    14: Row("8b", "all", 1, 200_000, "auto", 111_000, 24, "21.5GiB", limit="24GiB", **LONGEST),
+    15: Row("8b", "all", 1, 24_000, "auto", 4000, 8, "7.7GiB", limit="8GiB", **LONGEST),
     16: Row("8b", "all", 1, 8192, "auto", 878, 6.8, "7.15GiB", host="64GiB", frugal=True),
     17: Row("8b", "all", 1, 32768, "auto", 5073, 8.45, "8.9GiB", host="64GiB", frugal=True, steps=3),
 }
