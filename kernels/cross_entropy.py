@@ -114,12 +114,14 @@ def linear_cross_entropy(
     denominator: int | float | torch.Tensor,
     rows_of_tile: int | None = None,
     need_grad: bool = True,
+    tile: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(loss, dhidden): the 0-dim float32 loss, sum of the rows' losses / denominator, and its gradient (N, D).
 
     hidden (N, D) and weight (V, D) in one dtype; targets (N,) integers in [0, V), or -100 where a row does not count;
     denominator a number or a 0-dim tensor, as a rule the number of targets of the whole optimizer step. dhidden is in
-    the dtype of hidden, None without need_grad. rows_of_tile: rows of logits that exist at once.
+    the dtype of hidden, None without need_grad. rows_of_tile: rows of logits that exist at once; or tile, (rows, V) in
+    that dtype: where they do.
     ValueError where shapes do not fit, and on the CPU for a target outside the vocabulary (a GPU is not waited for).
     """
     fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and hidden.dtype == weight.dtype
@@ -131,7 +133,12 @@ def linear_cross_entropy(
     if targets.device.type == "cpu" and N:
         wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= V))]
         require(not len(wrong), f"target {wrong[:1].tolist()} is outside the vocabulary of {V}, and not {IGNORE}")
-    step = rows_of_tile or tile_rows(V, hidden.element_size())
+    if tile is None:
+        step = rows_of_tile or tile_rows(V, hidden.element_size())
+        tile = torch.empty((min(step, N), V), dtype=hidden.dtype, device=hidden.device)
+    fits = tile.shape[1:] == (V,) and tile.dtype == hidden.dtype and len(tile) >= min(N, 1)
+    require(fits, f"tile is {tuple(tile.shape)} {tile.dtype}; expected (rows, {V}) {hidden.dtype}")
+    step = max(len(tile), 1)
     if not isinstance(denominator, torch.Tensor):
         denominator = torch.full((), float(denominator), dtype=wide, device=hidden.device)
     share = denominator.to(wide).reciprocal()
@@ -139,7 +146,6 @@ def linear_cross_entropy(
 
     losses = torch.empty(N, dtype=wide, device=hidden.device)
     dhidden = torch.empty((N, D), dtype=hidden.dtype, device=hidden.device) if need_grad else None
-    tile = torch.empty((min(step, N), V), dtype=hidden.dtype, device=hidden.device)
     for first in range(0, N, step):
         rows = slice(first, first + step)
         logits = torch.mm(hidden[rows], weight.t(), out=tile[: min(step, N - first)])

@@ -21,6 +21,7 @@ forward, dx, dA and dB of 4096 rows (960 rows): 180 ms (45 ms); the frozen matmu
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -84,17 +85,17 @@ def _write_adapter(
 
 @triton.jit
 def _write_adapters(
-    weight_ptr,
+    weight_ptrs,
     a_ptrs,
     b_ptrs,
     ranks,
     rows,
     first_ranks,
     first_rows,
-    first_programs,
-    weight_row_stride,
+    weight_row_strides,
     out_features,
     in_features,
+    first_programs,
     PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -105,12 +106,12 @@ def _write_adapters(
         if (pid >= first_programs[i]) & (pid < first_programs[i + 1]):
             _write_adapter(
                 pid - first_programs[i],
-                weight_ptr,
+                weight_ptrs[i],
                 a_ptrs[i],
                 b_ptrs[i],
-                weight_row_stride,
-                out_features,
-                in_features,
+                weight_row_strides[i],
+                out_features[i],
+                in_features[i],
                 first_rows[i],
                 first_ranks[i],
                 rows[i],
@@ -120,50 +121,52 @@ def _write_adapters(
             )
 
 
-def write_adapters_(
-    weight: torch.Tensor,
-    adapters: Sequence[tuple[torch.Tensor | None, torch.Tensor | None, int]],
-    out_features: int,
-    in_features: int,
-) -> None:
-    """Write (A (R, in), B (out, R), out) of each linear in turn into their extended weight.
+Adapters = Sequence[tuple[torch.Tensor | None, torch.Tensor | None, int]]
 
-    It is (out_features + R, in_features + R), R what is to spare. A and B are (None, None) for a linear without an
-    adapter. ValueError where a shape does not fit.
+
+def write_adapters_(targets: Sequence[tuple[torch.Tensor, Adapters, int, int]]) -> None:
+    """Write the adapters of several extended weights, in one launch.
+
+    A target is (weight, adapters, out_features, in_features): weight (out_features + R, in_features + R), R what is to
+    spare; adapters (A (R, in), B (out, R), out) of each linear in turn, (None, None, out) for one without an adapter.
+    ValueError where a shape does not fit.
     """
+    parts = [part for target in targets for part in _parts(*target)]
+    if not parts or not launch.use_triton(targets[0][0]):
+        for target in targets:
+            write_adapters_reference(*target)
+        return
+    BLOCK_R = power_of_two(max(len(a) for _, a, *_ in parts))
+    BLOCK = max(4096 // BLOCK_R, 16)
+    programs = [cdiv(a.shape[1], BLOCK) + cdiv(len(b), BLOCK) for _, a, b, *_ in parts]
+    _write_adapters[(sum(programs),)](
+        *zip(*parts, strict=True),
+        (0, *accumulate(programs)),
+        PARTS=len(parts),
+        BLOCK_R=BLOCK_R,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
+
+def _parts(weight: torch.Tensor, adapters: Adapters, out_features: int, in_features: int) -> list[tuple]:
+    """The first arguments of `_write_adapters` for each adapter of a weight."""
     require(weight.stride(1) == 1, f"the rows of weight have stride {weight.stride(1)}; expected contiguous rows")
     total = sum(rows for _, _, rows in adapters)
     require(total == out_features, f"linears of {total} rows in all; the extended weight has {out_features}")
-    parts, row, rank, first_programs = [], 0, 0, [0]
-    BLOCK_R = power_of_two(max(0 if a is None else len(a) for a, _, _ in adapters))
-    BLOCK = max(4096 // BLOCK_R, 16)
+    parts, row, rank = [], 0, 0
     for a, b, rows in adapters:
         if a is not None:
             R = len(a)
             fits = a.shape == (R, in_features) and b.shape == (rows, R) and a.is_contiguous() and b.is_contiguous()
             wanted = f"contiguous ({R}, {in_features}) and ({rows}, {R})"
             require(fits, f"a {tuple(a.shape)} and b {tuple(b.shape)}; expected {wanted}")
-            parts.append((a, b, R, rows, rank, row))
-            first_programs.append(first_programs[-1] + cdiv(in_features, BLOCK) + cdiv(rows, BLOCK))
+            parts.append((weight, a, b, R, rows, rank, row, weight.stride(0), out_features, in_features))
             rank += R
         row += rows
     spare = (weight.shape[0] - out_features, weight.shape[1] - in_features)
     require(min(spare) >= rank, f"the weight has {spare} rows and columns to spare; the ranks add up to {rank}")
-    if not launch.use_triton(weight):
-        write_adapters_reference(weight, adapters, out_features, in_features)
-    elif parts:
-        _write_adapters[(first_programs[-1],)](
-            weight,
-            *zip(*parts, strict=True),
-            tuple(first_programs),
-            weight.stride(0),
-            out_features,
-            in_features,
-            PARTS=len(parts),
-            BLOCK_R=BLOCK_R,
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
+    return parts
 
 
 def low_rank_(x: torch.Tensor, thin: torch.Tensor, scaling: float) -> None:

@@ -118,7 +118,7 @@ class DecoderLayer(nn.Module):
         tile: rows that the parts besides attention take at a time, None for all. Outside of autograd.
         """
         a = self.new_activations(s, shared.dtype)
-        weights = LayerWeights(shared.weights, shared.dtype, s.device)
+        weights = LayerWeights(self.projections, shared.weights, shared.dtype, s.device)
         self.attend(a, packed, shared, weights, tile)
         if level >= KEEP_O:
             a.o = torch.empty_like(a.x)
@@ -220,7 +220,7 @@ class DecoderLayer(nn.Module):
         dx, from `new_gradient`: the gradient of y in its first columns becomes that of x.
         """
         attn, D = self.self_attn, self.width
-        weights = LayerWeights(shared.weights, dx.dtype, dx.device)
+        weights = LayerWeights(self.projections, shared.weights, dx.dtype, dx.device)
         gradients = _Gradients()
         self.attend(a, packed, shared, weights, tile)
         dattn = torch.empty((len(dx), self.o.in_features), dtype=dx.dtype, device=dx.device)

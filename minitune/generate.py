@@ -140,7 +140,7 @@ class _Cache:
         model = self.model
         s = new_stream(model.model.embed_tokens(torch.tensor(ids, device=model.device), model.dtype))
         for index, layer in enumerate(model.model.layers):
-            weights = LayerWeights(model.shared.weights, model.dtype, model.device)
+            weights = LayerWeights(layer.projections, model.shared.weights, model.dtype, model.device)
             a = layer.new_activations(s, model.dtype)
             layer.rotated_qkv(a, positions, model.shared.rotary, weights)
             a.attn = layer.o.new_input(a.x)

@@ -12,7 +12,7 @@ first of a size takes about twice the time of plain launches. Where a capture fa
 is launched plainly from then on, in the whole process: PyTorch's allocators (2.11) do not recover from it. Plain
 launches and graphs of all sizes share one pool of memory: one micro-step runs at a time. One that is larger than all
 before begins with a new pool and no graphs, for memory that was cut for smaller tensors is of no use to it. The loss
-has its memory beside the pool, where what the layers keep lies meanwhile.
+has its logits in the pool too, where the layers keep nothing meanwhile.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minitune.kernels.launch import cdiv, power_of_two
 from minitune.layers import Packed
-from minitune.linear import LayerWeights
+from minitune.linear import reserve
 from minitune.plan import Plan
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class _Captured:
     backward: torch.cuda.CUDAGraph
     inputs: Tensor  # int32 (4, N): ids, positions, start, end
     stream: Tensor  # (N, D), what the layers' forward ends with
+    tile: Tensor  # (rows, V), for the logits between forward and backward
     addresses: list[int]
 
 
@@ -58,11 +59,12 @@ class _Place:
     """Where a tensor is, without a claim to that memory: in a graph's pool it is there as long as the graph."""
 
     def __init__(self, t: Tensor):
-        kind, data = {4: "<f4", 8: "<f8"}[t.itemsize], (t.data_ptr(), False)
-        self.__cuda_array_interface__ = {"shape": tuple(t.shape), "typestr": kind, "data": data, "version": 3}
+        self._shape, self._dtype, self._device = t.shape, t.dtype, t.device
+        data = (t.data_ptr(), False)
+        self.__cuda_array_interface__ = {"shape": (t.nbytes,), "typestr": "|u1", "data": data, "version": 3}
 
-    def tensor(self, device: torch.device) -> Tensor:
-        return torch.as_tensor(self, device=device)
+    def tensor(self) -> Tensor:
+        return torch.as_tensor(self, device=self._device).view(self._dtype).view(self._shape)
 
 
 @contextlib.contextmanager
@@ -119,25 +121,24 @@ class Graphs:
         self._pool = self._top = None
         torch.cuda.empty_cache()
 
-    def run(
-        self, micro_step: "MicroStep", inputs: Tensor, packed: Packed, loss_of: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """The loss that `loss_of(s, top)` finds between forward and backward."""
+    def run(self, micro_step: "MicroStep", inputs: Tensor, packed: Packed, loss_of: Callable[..., Tensor]) -> Tensor:
+        """The loss that `loss_of(s, top, tile)` finds between forward and backward, with its logits in `tile`."""
         size = inputs.shape[1]
         key = size, *micro_step.model.shared.about(packed).values()
         captured = self._captured.get(key)
         if captured is not None and captured.addresses == micro_step.addresses():
             captured.inputs.copy_(inputs)
             captured.forward.replay()
-            loss = loss_of(captured.stream, self._top[:size])
+            loss = loss_of(captured.stream, self._top[:size], captured.tile)
             captured.backward.replay()
             return loss
         plan = self._make_room(micro_step, packed)
         top, packed = self._top[:size], plan.samples(packed)
         with self.own_memory():
             s, kept = micro_step.forward(inputs, packed, plan)
-        loss = loss_of(s, top)
-        del s  # its memory is backward's now
+            tile = micro_step.model.new_tile(size)
+        loss = loss_of(s, top, tile)
+        del s, tile  # their memory is backward's now
         with self.own_memory():
             micro_step.backward(top, kept, packed, plan)
         try:
@@ -155,7 +156,7 @@ class Graphs:
             self.forget()
             model = micro_step.model
             last = model.model.layers[-1].projections  # the first layers' may be dequantised already
-            LayerWeights(model.shared.weights, model.dtype, model.device).reserve(last)
+            reserve(last, model.shared.weights, model.dtype, model.device)
             self._top, self._pool = micro_step.new_top(max(size, largest)), torch.cuda.MemPool()
         counted = self._top[:size].nbytes
         if not grows:
@@ -185,9 +186,11 @@ class Graphs:
         with _no_collection(), torch.cuda.stream(self._stream):
             with _recording(self._pool.id) as forward:
                 s, kept = micro_step.forward(inputs, packed, plan)
-            stream = _Place(s).tensor(s.device)
-            del s
+            with torch.cuda.use_mem_pool(self._pool):
+                tile = micro_step.model.new_tile(len(s))
+            places = [_Place(t).tensor() for t in (s, tile)]
+            del s, tile
             with _recording(self._pool.id) as backward:
                 micro_step.backward(top, kept, packed, plan)
         torch.cuda.synchronize()
-        return _Captured(forward, backward, inputs, stream, micro_step.addresses())
+        return _Captured(forward, backward, inputs, *places, micro_step.addresses())

@@ -6,7 +6,7 @@ buffer that all layers share: dequantised weights of one layer exist at a time (
 are kept so on purpose (`resident`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -138,11 +138,10 @@ class Projection:
         for linear, part in zip(self.linears, rows.split([n.out_features for n in self.linears]), strict=True):
             linear.dense(weight.dtype, out=part)
 
-    def write_adapters(self, weight: Tensor) -> None:
-        """The adapters as they are now into their places in an extended weight."""
-        if self.spare:
-            adapters = [(*linear.adapter(), linear.out_features) for linear in self.linears]
-            write_adapters_(weight, adapters, self.out_features, self.in_features)
+    def adapters_for(self, weight: Tensor) -> tuple[Tensor, list, int, int]:
+        """What `write_adapters_` is to write into an extended weight: the adapters as they are now."""
+        adapters = [(*linear.adapter(), linear.out_features) for linear in self.linears]
+        return weight, adapters, self.out_features, self.in_features
 
     def new_low(self, like: Tensor) -> Tensor | None:
         """An empty (N, R) for what x A^T gives, None where there is no adapter."""
@@ -193,38 +192,47 @@ class Projection:
 
 
 class LayerWeights:
-    """The extended weights of one layer during one pass, each written once, at its first use.
+    """The extended weights of one layer during one pass: all adapters at once, and each frozen weight at its first use.
 
     The buffers belong to the model: what the layer before left in them is overwritten.
     """
 
-    def __init__(self, buffers: dict[tuple, Tensor], dtype: torch.dtype, device: torch.device):
-        self.buffers, self.dtype, self.device = buffers, dtype, device
-        self._written: dict[Projection, Tensor] = {}
-
-    def reserve(self, projections: Iterable[Projection]) -> None:
-        """Have buffers for all of these, which outlive the pass."""
-        for projection in projections:
-            if not projection.as_stored and projection.resident is None:
-                self._buffer(projection)
+    def __init__(
+        self,
+        projections: Sequence[Projection],
+        buffers: dict[tuple, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self._dtype = dtype
+        self._weights = {p: _extended(p, buffers, dtype, device) for p in projections if not p.as_stored}
+        self._ready = {p for p in projections if p.resident is not None}
+        write_adapters_([p.adapters_for(weight) for p, weight in self._weights.items() if p.spare])
 
     def __getitem__(self, projection: Projection) -> Tensor:
-        if projection not in self._written:
-            self._written[projection] = self._write(projection)
-        return self._written[projection]
-
-    def _write(self, projection: Projection) -> Tensor:
-        weight = projection.resident
-        if weight is None:
+        if projection not in self._ready:
             if projection.as_stored:
-                return projection.linears[0].dense(self.dtype)
-            weight = self._buffer(projection)
-            projection.write_base(weight)
-        projection.write_adapters(weight)
-        return weight
+                self._weights[projection] = projection.linears[0].dense(self._dtype)
+            else:
+                projection.write_base(self._weights[projection])
+            self._ready.add(projection)
+        return self._weights[projection]
 
-    def _buffer(self, projection: Projection) -> Tensor:
-        key = (projection.name, projection.spare, self.dtype)
-        if key not in self.buffers:
-            self.buffers[key] = projection.new_weight(self.dtype, self.device)
-        return self.buffers[key]
+
+def reserve(
+    projections: Sequence[Projection], buffers: dict[tuple, Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Have buffers for the extended weights of a layer."""
+    for projection in projections:
+        if not projection.as_stored:
+            _extended(projection, buffers, dtype, device)
+
+
+def _extended(projection: Projection, buffers: dict[tuple, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Where a projection's extended weight stands, or is to be written."""
+    if projection.resident is not None:
+        return projection.resident
+    key = (projection.name, projection.spare, dtype)
+    if key not in buffers:
+        buffers[key] = projection.new_weight(dtype, device)
+    return buffers[key]

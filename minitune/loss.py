@@ -42,20 +42,31 @@ class Labelled:
         return len(self.rows)
 
 
+def new_tile(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tile of logits (rows, V), of fewer rows where there would be too many."""
+    return torch.empty((min(rows, tile_rows(vocab, dtype.itemsize)), vocab), dtype=dtype, device=device)
+
+
 def labelled_loss(
-    s: Tensor, labelled: Labelled, norm: RMSNorm, head: Tensor, denominator: float | Tensor, dx: Tensor | None
+    s: Tensor,
+    labelled: Labelled,
+    norm: RMSNorm,
+    head: Tensor,
+    denominator: float | Tensor,
+    dx: Tensor | None,
+    tile: Tensor | None = None,
 ) -> Tensor:
     """The token losses of the residual stream s (N, D) over `denominator`, 0-dim; their gradient goes into dx (N, D).
 
-    head (V, D); dx, in its dtype, or None where no gradient is wanted.
+    head (V, D); dx, in its dtype, or None where no gradient is wanted; tile, from `new_tile`: where the logits go.
     """
-    step = tile_rows(len(head), head.element_size())
+    step = tile_rows(len(head), head.element_size()) if tile is None else len(tile)
     losses = []
     for first in range(0, len(labelled), step):
         rows, targets = labelled.rows[first : first + step], labelled.targets[first : first + step]
         part = s[rows]
         h, rstd = norm.of_stream(part, head.dtype)
-        loss, dh = linear_cross_entropy(h, head, targets, denominator, need_grad=dx is not None)
+        loss, dh = linear_cross_entropy(h, head, targets, denominator, need_grad=dx is not None, tile=tile)
         losses.append(loss)
         if dx is not None:
             dx.index_copy_(0, rows, norm.backward(dh, part, rstd))

@@ -80,11 +80,11 @@ class MicroStep:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
 
-        def loss_of(s: Tensor, top: Tensor) -> Tensor:
+        def loss_of(s: Tensor, top: Tensor, tile: Tensor | None = None) -> Tensor:
             # the host's work for the loss, now that the GPU has a forward pass to do
             labelled = Labelled.from_labels(batch.labels, batch.position_ids, model.config.vocab_size, size)
             dx = top[:, : model.config.hidden_size]
-            return model.labelled_loss(s, labelled.to(model.device), denominator, dx)
+            return model.labelled_loss(s, labelled.to(model.device), denominator, dx, tile)
 
         try:
             with torch.autocast(model.device.type, enabled=False), model.as_current_device():
@@ -97,7 +97,7 @@ class MicroStep:
         self._give_up_after_a_failure()
         return loss
 
-    def _plainly(self, inputs: Tensor, packed: Packed, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _plainly(self, inputs: Tensor, packed: Packed, loss_of: Callable[..., Tensor]) -> Tensor:
         """The loss that `loss_of(s, top)` finds between forward and backward; as Graphs.run, with plain launches."""
         if self._graphs is not None:
             self._graphs.forget()

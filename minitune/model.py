@@ -20,7 +20,7 @@ from minitune.generate import generate
 from minitune.kernels.launch import accumulator
 from minitune.layers import Embedding, Packed, RMSNorm, Rotary
 from minitune.linear import Linear, Projection
-from minitune.loss import Labelled, labelled_loss
+from minitune.loss import Labelled, labelled_loss, new_tile
 from minitune.plan import Load, Plan, fastest, uniform
 from minitune.rates import machine_rates
 from minitune.recompute import KEEP_INPUT, free_memory
@@ -178,9 +178,20 @@ class LlamaForCausalLM(nn.Module):
             denominator = max(1, len(labelled)) if num_items_in_batch is None else num_items_in_batch
             return Output(loss=_Loss.apply(s, self, labelled.to(self.device), denominator))
 
-    def labelled_loss(self, s: Tensor, labelled: Labelled, denominator: float | Tensor, dx: Tensor | None) -> Tensor:
+    def labelled_loss(
+        self,
+        s: Tensor,
+        labelled: Labelled,
+        denominator: float | Tensor,
+        dx: Tensor | None,
+        tile: Tensor | None = None,
+    ) -> Tensor:
         """loss.labelled_loss with the model's norm and head."""
-        return labelled_loss(s, labelled, self.model.norm, self.lm_head.dense(self.dtype), denominator, dx)
+        return labelled_loss(s, labelled, self.model.norm, self.lm_head.dense(self.dtype), denominator, dx, tile)
+
+    def new_tile(self, rows: int) -> Tensor:
+        """Where the logits of the loss over so many rows go, a tile at a time."""
+        return new_tile(rows, self.config.vocab_size, self.dtype, self.device)
 
     def _pack(
         self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None

@@ -178,9 +178,9 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     thin = 0.7 * N * (QKV + 3 * D + HK + 3 * F) * b / r.copy if any(sizes.spare) else 0.0  # a look at x or at dy
     dequantise = _dequantise(sizes, r)
     forward = matmuls + attention + dequantise + thin
-    forward += N * (15 * D + 3 * F + 2 * QKV) * b / r.copy + (14 + 12 * tiles) * r.launch
+    forward += N * (15 * D + 3 * F + 2 * QKV) * b / r.copy + (11 + 12 * tiles) * r.launch
     backward = matmuls + 3 * attention + dequantise + 3 * thin
-    backward += N * (14 * D + 6 * F + 2 * QKV) * b / r.copy + (24 + 30 * tiles) * r.launch
+    backward += N * (14 * D + 6 * F + 2 * QKV) * b / r.copy + (21 + 30 * tiles) * r.launch
     again = (qkv + attention + o + gate_up, qkv + o + gate_up, qkv + gate_up, gate_up, 0.0)
     before = sizes.layers - choice.count
     loss = 4 * load.labelled * D * sizes.V / r.matmul + 5 * load.labelled * sizes.V * b / r.copy

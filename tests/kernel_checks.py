@@ -105,7 +105,8 @@ def extended(weights, a, b, dtype, device):
     spare = lora_linear.columns_to_spare(sum(0 if x is None else len(x) for x in a))
     weight = torch.zeros(rows + spare, width + spare, dtype=dtype, device=device)
     weight[:rows, :width] = torch.cat(weights)
-    lora_linear.write_adapters_(weight, [(x, y, len(w)) for w, x, y in zip(weights, a, b, strict=True)], rows, width)
+    adapters = [(x, y, len(w)) for w, x, y in zip(weights, a, b, strict=True)]
+    lora_linear.write_adapters_([(weight, adapters, rows, width)])
     return weight
 
 

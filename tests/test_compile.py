@@ -70,9 +70,11 @@ def forward_and_backward(model, dtype, rows):
     rstd = rms_norm.add_rms_norm(x, x, weight, 1e-5, stream=stream)[1]
     rms_norm.rms_norm_backward(x, x, weight, rstd, x, addend=x)
     adapter = new(R, D, dtype=torch.float32), new(F, R, dtype=torch.float32), F
-    for parts in (1, 2, 3):
+    targets = []
+    for parts in (1, 2, 3, 1):
         spare = lora_linear.columns_to_spare(parts * R)
-        lora_linear.write_adapters_(new(parts * F + spare, D + spare), [adapter] * parts, parts * F, D)
+        targets.append((new(parts * F + spare, D + spare), [adapter] * parts, parts * F, D))
+        lora_linear.write_adapters_(targets)
     q, k = new(N, H, K), new(N, G, K)
     rope.rope_(q, k, *[new(2048, K // 2, dtype=torch.float32)] * 2, new(N, dtype=torch.int64))
     for longest in (1000, 4096):

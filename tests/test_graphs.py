@@ -190,7 +190,7 @@ def test_peak_memory_is_what_was_planned(tmp_path):
         figures = ", ".join(f"{x / 2**30:.3f}" for x in (planned.peak, measured, reserved))
         print(f"budget {budget} GiB, host {host}: planned, measured, reserved {figures}; {planned}")
         micro_step.close()
-        assert measured == pytest.approx(planned.peak, rel=0.05) and reserved < 1.2 * planned.peak
+        assert measured == pytest.approx(planned.peak, rel=0.05) and reserved < planned.peak + (256 << 20)
 
 
 def test_weights_stay_dequantised_where_memory_is_left(micro_step, model, plain):

@@ -62,11 +62,32 @@ def test_lora_linears_and_their_gradients_err_no_more_than_plain_pytorch(N, D, r
 
 
 @kernel
+def test_the_adapters_of_several_weights_are_written_at_once(device):
+    def targets():
+        for out, width, ranks in ((70, 33, [4, 0, 8]), (16, 200, [3]), (24, 16, [0])):
+            rows = [out // len(ranks)] * (len(ranks) - 1)
+            rows.append(out - sum(rows))
+            pairs = [(normal(R, width, seed=R), normal(n, R, seed=n)) for n, R in zip(rows, ranks, strict=True)]
+            adapters = [
+                (a.to(device), b.to(device), n) if len(a) else (None, None, n)
+                for (a, b), n in zip(pairs, rows, strict=True)
+            ]
+            yield torch.full((out + 16, width + 16), 7.0, device=device), adapters, out, width
+
+    found, expected = list(targets()), list(targets())
+    lora_linear.write_adapters_(found)
+    for target in expected:
+        lora_linear.write_adapters_reference(*target)
+    assert all(torch.equal(mine[0], theirs[0]) for mine, theirs in zip(found, expected, strict=True))
+    assert (found[1][0] != 7).sum() == 3 * (16 + 200) and (found[2][0] == 7).all()
+
+
+@kernel
 def test_a_lora_linear_adds_to_a_total_and_its_adapter_alone_can_be_rewritten(device):
     x, w, total = normal(5, 32, device=device), normal(24, 32, device=device), normal(5, 24, device=device)
     a, b = normal(4, 32, device=device), normal(24, 4, device=device)
     weight = extended([w], [a], [b], torch.float32, device)
-    lora_linear.write_adapters_(weight, [(-a, b, 24)], 24, 32)
+    lora_linear.write_adapters_([(weight, [(-a, b, 24)], 24, 32)])
     wide = beside_spare(x, lora_linear.columns_to_spare(4))
     before = total.clone()
     assert lora_linear.lora_linear(wide, weight, 24, 2.0, total=total) is total
@@ -161,6 +182,18 @@ def test_ignored_rows_have_no_loss_and_no_gradient_even_when_they_are_nan(device
     loss, dhidden = linear_cross_entropy(hidden, weight, torch.tensor([4, 1, 7], device=device), denominator)
     assert loss.isnan()
     assert dhidden.isnan().any(1).tolist() == [False, True, False]
+
+
+@kernel
+def test_logits_go_where_there_is_room_for_them(device):
+    hidden, weight, tile = normal(5, 8, device=device), normal(50, 8, device=device), torch.zeros(2, 50, device=device)
+    targets = torch.tensor([4, -100, 7, 0, 49], device=device)
+    expected = linear_cross_entropy(hidden, weight, targets, 3, rows_of_tile=2)
+    assert all(map(torch.equal, linear_cross_entropy(hidden, weight, targets, 3, tile=tile), expected))
+    assert tile[0, 49] < 0  # of the last row: the softmax, less one at the target
+    for wrong in (tile[:, 1:], tile.double(), tile[:0]):
+        with pytest.raises(ValueError, match=r"tile is .*; expected \(rows, 50\) torch.float32"):
+            linear_cross_entropy(hidden, weight, targets, 3, tile=wrong)
 
 
 def test_a_target_outside_the_vocabulary_is_refused_on_the_cpu():

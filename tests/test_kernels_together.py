@@ -45,11 +45,11 @@ REFUSED = {
     "width": (lambda x: attention(*[x[:, None, :12]] * 3, x[:, 0], x[:, 0], 1.0), "head width 12; expected a multiple"),
     "linear": (lambda x: lora_linear.lora_linear(x, x[:, :5], 3, 1.0), "x is (3, 16); an extended weight (3, 5)"),
     "adapter": (
-        lambda x: lora_linear.write_adapters_(x, [(x, x, 3)], 3, 16),
+        lambda x: lora_linear.write_adapters_([(x, [(x, x, 3)], 3, 16)]),
         "b (3, 16); expected contiguous (3, 16) and",
     ),
     "spare": (
-        lambda x: lora_linear.write_adapters_(x, [(x, x.new_zeros(3, 3), 3)], 3, 16),
+        lambda x: lora_linear.write_adapters_([(x, [(x, x.new_zeros(3, 3), 3)], 3, 16)]),
         "has (0, 0) rows and columns to spare",
     ),
     "loss": (lambda x: linear_cross_entropy(x, x, torch.zeros(2), 1), "targets are (2,); hidden has 3 rows"),
@@ -151,7 +151,7 @@ def test_no_kernel_waits_for_the_gpu():
 
     def everything():
         dequantize_nf4(stored, whole.dtype, out=whole[:64, :64])
-        lora_linear.write_adapters_(whole, [(a, b, 64)], 64, 64)
+        lora_linear.write_adapters_([(whole, [(a, b, 64)], 64, 64)])
         y, rstd = rms_norm.add_rms_norm(x, x, weight[0], EPS, stream=s)
         rms_norm.rms_norm_backward(y, x, weight[0], rstd, y, addend=x)
         wide = torch.cat([y, y], 1)

@@ -18,7 +18,7 @@ SHAPE = {"hidden": 1024, "layers": 8, "heads": 8, "kv_heads": 2, "head_dim": 128
 def losses(folder, output, host_memory):
     trained, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=1024, dtype=torch.bfloat16)
     FastLanguageModel.get_peft_model(trained, r=16)
-    records = [{"input_ids": s.input_ids, "labels": s.labels} for s in random_samples([1024] * 24, vocab=4096)]
+    records = [{"input_ids": s.input_ids, "labels": s.labels} for s in random_samples([1024] * 24, vocab=400)]
     settings = {"max_steps": 3, "per_device_train_batch_size": 8, "micro_step_tokens": 8192, "host_memory": host_memory}
     args = SFTConfig(output_dir=str(output), logging_steps=1, save_strategy="no", **settings)
     SFTTrainer(trained, args, records, processing_class=tokenizer).train()
