@@ -1,21 +1,27 @@
 """Attention through cuDNN, for packed samples that all have one length L: they lie there as (N / L, heads, L, K).
 
 Results are those of attention.py: out, and lse (H, N) in the natural logarithm, so that forward and backward can be
-mixed. k and v are not expanded. PyTorch's operators allocate what they return, so a buffer of the caller's is filled by
-a copy. cuDNN's backward is not promised to repeat bit for bit, and PyTorch has no switch that would make it. The first
-call with a new shape has cuDNN plan for it.
+mixed. PyTorch's operators allocate what they return, so a buffer of the caller's is filled by a copy; and the backward
+works with a gradient of q in float32 and of k and v for every head of q. So where there are many rows, some of the
+heads are taken at a time. cuDNN's backward is not promised to repeat bit for bit, and PyTorch has no switch that would
+make it. The first call with a new shape has cuDNN plan for it.
 
 PyTorch keeps cuDNN's compiled graphs by the shapes and strides of q, k and v alone. A later call whose out, dout or lse
 lay differently in memory would silently be computed wrong, so these are always made dense here.
 """
 
+from collections.abc import Iterator
+
 import torch
 
-from .launch import into, require
+from .launch import cdiv, require
 
 # From this length on it is worth it: on an H200 in November 2026 (32 heads, 8 of keys, K = 128, bf16), forward and
 # backward, 3.77 ms at 8192 rows against 4.45 of attention.py; at 2048 no difference, and below that it is slower.
 WORTHWHILE = 4096
+# Rows x heads of a call. There, of 16384 to 65536 rows in 2 to 8 calls instead of 1, the backward takes as long and the
+# forward 2 to 6% longer; 8192 rows in 2 calls take 9% longer.
+ENOUGH = 1 << 18
 
 
 def cudnn_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> bool:
@@ -31,17 +37,26 @@ def cudnn_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: in
     return aligned and capable and length > 1
 
 
+def kv_heads_at_once(rows: int, heads: int, kv_heads: int) -> int:
+    """Heads of keys in a call over so many rows: as few as keep a GPU busy, for cuDNN's memory grows with them."""
+    return cdiv(kv_heads, max(rows * heads // ENOUGH, 1))
+
+
 def cudnn_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, scale: float, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out (N, H, K), lse (H, N) float32), causal within samples of `length` rows; into `out` if it is given."""
-    (N, H, K) = q.shape
-    inputs = [_batch(x, length) for x in (q, k, v)]
+    N, H, K = q.shape
+    out = q.new_empty((N, H, K)) if out is None else out
+    lse = q.new_empty((H, N), dtype=torch.float32)
     forward = torch.ops.aten._scaled_dot_product_cudnn_attention
-    result, lse = forward(*inputs, None, True, 0.0, True, False, scale=scale)[:2]
-    result = result.transpose(1, 2).reshape(N, H, K)
-    lse = lse.view(-1, H, length).transpose(0, 1).reshape(H, N)
-    return into(out, result), lse
+    for heads, kv_heads in _parts(q, k):
+        inputs = [_batch(x, length) for x in (q[:, heads], k[:, kv_heads], v[:, kv_heads])]
+        result, sums = forward(*inputs, None, True, 0.0, True, False, scale=scale)[:2]
+        _batch(out[:, heads], length).copy_(result)
+        lse[heads].unflatten(1, (-1, length)).copy_(sums.view(-1, result.shape[1], length).transpose(0, 1))
+        del result  # before the next takes as much
+    return out, lse
 
 
 def cudnn_attention_backward(
@@ -58,15 +73,34 @@ def cudnn_attention_backward(
     dv: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) for dout (N, H, K), from what the forward took and returned; into the buffers that are given."""
-    dout, q4, k4, v4, out = (_batch(x, length) for x in (dout.contiguous(), q, k, v, out.contiguous()))
-    lse = lse.view(len(lse), -1, length).transpose(0, 1).contiguous().unsqueeze(-1)  # (N / L, H, L, 1)
+    gradients = tuple(torch.empty_like(x) if d is None else d for d, x in ((dq, q), (dk, k), (dv, v)))
+    for heads, kv_heads in _parts(q, k):
+        into = [d[:, part] for d, part in zip(gradients, (heads, kv_heads, kv_heads), strict=True)]
+        inputs = dout[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads], out[:, heads], lse[heads]
+        _backward(*inputs, length, scale, into)
+    return gradients
+
+
+def _backward(dout, q, k, v, out, lse, length, scale, gradients) -> None:
+    """Into the gradients; by itself, so that what it takes is free again before the next part."""
+    dout, q, k, v, out = (_batch(x, length) for x in (dout.contiguous(), q, k, v, out.contiguous()))
+    lse = lse.unflatten(1, (-1, length)).transpose(0, 1).contiguous().unsqueeze(-1)  # (N / L, H, L, 1)
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of a dropout that is not there
     backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
     results = backward(
-        dout, q4, k4, v4, out, lse, unused, unused, None, None, None, length, length, 0.0, True, scale=scale
+        dout, q, k, v, out, lse, unused, unused, None, None, None, length, length, 0.0, True, scale=scale
     )
-    results = [result.transpose(1, 2).reshape(x.shape) for result, x in zip(results, (q, k, v), strict=False)]
-    return tuple(into(buffer, result) for buffer, result in zip((dq, dk, dv), results, strict=True))
+    for d, result in zip(gradients, results, strict=False):
+        _batch(d, length).copy_(result)
+
+
+def _parts(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """The heads of q (N, H, K) and of k (N, G, K) that each call takes."""
+    (N, H, _), G = q.shape, k.shape[1]
+    step = kv_heads_at_once(N, H, G)
+    for first in range(0, G, step):
+        last = min(first + step, G)
+        yield slice(first * H // G, last * H // G), slice(first, last)
 
 
 def _batch(x: torch.Tensor, length: int) -> torch.Tensor:

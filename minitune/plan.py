@@ -44,9 +44,10 @@ class Rates:
     copy: float = 3.5e12  # as kernels of one layer's size reach it
     to_host: float = 50e9
     from_host: float = 50e9
-    attention: float = 0.58  # of the rate of a matmul, our own
-    cudnn: float = 0.66  # cuDNN's
+    attention: float = 0.62  # of the rate of a matmul, our own
+    cudnn: float = 0.72  # cuDNN's
     launch: float = 3e-6  # seconds of a small kernel in a graph, with the gap before it
+    start: float = 0.35e-3  # seconds of a micro-step in which no layer runs
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,13 @@ def _memory(sizes: Sizes, load: Load, choice: _Choice) -> tuple[int, int]:
     peak = kept + sizes.loss(N)
     if before:
         beside = (keepers - 1) * held + (choice.segment - 1) * far_bytes + sizes.wide(far.wide)
-        forward = max(copied, others if far.on_host else 0) + sizes.forward(far.level, N, T)  # Plan.leaving
+        forward = sizes.forward(far.level, N, T, choice.cudnn)
+        forward += max(copied, others if far.on_host else 0)  # Plan.leaving
         backward = copied + sizes.backward(far.level, N, T, choice.cudnn)
         peak = max(peak, beside + max(forward, backward))
     if choice.count:
         beside = keepers * held + max(copied, others)
-        work = max(sizes.forward(choice.near, N, T), sizes.backward(choice.near, N, T, choice.cudnn))
+        work = max(way(choice.near, N, T, choice.cudnn) for way in (sizes.forward, sizes.backward))
         peak = max(peak, beside + work)
     top = N * (sizes.D + max(sizes.spare[1], sizes.spare[3])) * sizes.itemsize
     return kept, peak - kept + top
@@ -171,11 +173,13 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     N, D, F, QKV, HK, b = load.tokens, sizes.D, sizes.F, sizes.HK + 2 * sizes.GK, sizes.HK, sizes.itemsize
     T = min(choice.tile or N, N)
     tiles = -(-N // T)
-    rate = r.matmul * T / (T + 64)  # shorter matmuls reach less of it
+    rate = r.matmul * T / (T + 32)  # shorter matmuls reach less of it
     qkv, o, gate_up, down = 2 * N * D * QKV / rate, 2 * N * HK * D / rate, 4 * N * D * F / rate, 2 * N * F * D / rate
     matmuls = qkv + o + gate_up + down
     attention = 2 * load.squares * HK / (r.matmul * (r.cudnn if choice.cudnn else r.attention))
-    thin = 0.7 * N * (QKV + 3 * D + HK + 3 * F) * b / r.copy if any(sizes.spare) else 0.0  # a look at x or at dy
+    widths = (D + QKV, HK + D, D + 2 * F, F + D)  # of x and y of each projection
+    adapted = sum(width for width, spare in zip(widths, sizes.spare, strict=True) if spare)
+    thin = 0.7 * N * adapted * b / r.copy  # a look at x or at dy
     dequantise = _dequantise(sizes, r)
     forward = matmuls + attention + dequantise + thin
     forward += N * (15 * D + 3 * F + 2 * QKV) * b / r.copy + (11 + 12 * tiles) * r.launch
@@ -193,7 +197,7 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
         far_backward = max(far_backward, fetch / choice.segment)
         back += fetch if choice.count == 0 else 0.0  # the first one, which runs beside nothing
     ahead = sizes.layers * forward + before * wide + _waits(sizes, load, choice, forward, r)
-    return ahead + loss + back + before * far_backward
+    return r.start + ahead + loss + back + before * far_backward
 
 
 def _waits(sizes: Sizes, load: Load, choice: _Choice, forward: float, r: Rates) -> float:

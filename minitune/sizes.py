@@ -7,6 +7,7 @@ rank and the linears with an adapter say it all. plan.py chooses by these number
 from dataclasses import dataclass
 
 from minitune.config import LINEARS, LoraConfig, ModelConfig
+from minitune.kernels.attention_cudnn import kv_heads_at_once
 from minitune.kernels.cross_entropy import tile_rows
 from minitune.kernels.lora_linear import columns_to_spare
 from minitune.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
@@ -76,13 +77,13 @@ class Sizes:
         added = (self.D + q + o + g + d, self.HK + o, self.D, self.HK + 2 * self.GK, 2 * self.F + g)
         return sum(added[: level + 1]) * self.itemsize + (4 * self.H if level >= KEEP_ATTENTION else 0)
 
-    def forward(self, level: int, N: int, T: int) -> int:
+    def forward(self, level: int, N: int, T: int, cudnn: bool) -> int:
         """Bytes at most in use while a layer runs forward in tiles of T rows: the residual stream, x, what it keeps."""
         q, o, g, d = self.spare
         D, F, QKV = self.D, self.F, self.HK + 2 * self.GK
         low = q + o + g + d
         before = N * (D + low + QKV) + T * (D + q)
-        attention = N * (D + low + QKV + self.HK + o)
+        attention = N * (D + low + QKV + self.HK + o) + cudnn * int(self._at_once(N) * N * self.HK)
         o_rows, wide = (N if level >= KEEP_O else T), (N if level >= KEEP_ALL else T)
         after = attention + o_rows * D + wide * (2 * F + g) + T * max(D + g, F + d)
         return max(before, attention, after) * self.itemsize + 4 * N * self.H + self.stream(N)
@@ -94,9 +95,17 @@ class Sizes:
         held = N * (D + q + o + g + d + QKV + HK + o)  # x, low-rank columns, q k v, attention's output
         held += N * D * (level >= KEEP_O) + N * (2 * F + g) * (level >= KEEP_ALL)
         after = held + N * HK + T * (D * (level < KEEP_O) + D + g + 2 * F + g + F + d)
-        attention = held + N * (HK + QKV + q) + (N * (QKV + 2 * HK) if cudnn else 0)
+        attention = held + N * (HK + QKV + q)
+        if cudnn:  # dense copies of attention's output and its gradient, those of q, k, v, and what cuDNN works with
+            part = self._at_once(N)
+            attention += int(part * N * (HK * (1 + (part < 1)) + QKV + 4 * HK))
         before = held - N * (QKV + HK + o) + N * (QKV + q) + T * (2 * D + q)
         return max(after, attention, before) * self.itemsize + 12 * N * self.H
+
+    def _at_once(self, N: int) -> float:
+        """The part of the heads that cuDNN's attention takes at a time."""
+        G = self.H * self.GK // self.HK
+        return kv_heads_at_once(N, self.H, G) / G
 
     def loss(self, N: int) -> int:
         """Bytes of the loss, the residual stream that it looks at included."""

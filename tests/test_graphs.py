@@ -169,15 +169,19 @@ def test_a_tensor_stays_until_it_has_been_copied_out_however_long_that_takes(tmp
         assert_same_bits(results(micro_step, BATCHES[:2], model), expected)
 
 
-def test_peak_memory_is_what_was_planned(tmp_path):
-    """A layer of 8B's proportions; weights are counted as they are."""
+@pytest.mark.parametrize(
+    ("lengths", "budgets"),
+    [([1024] * 8, ((2.0, 0), (1.0, 0), (0.8, 0), (0.8, 4), (1.4, 4))), ([65536], ((2.5, 0), (4.0, 0)))],
+)
+def test_peak_memory_is_what_was_planned(tmp_path, lengths, budgets):
+    """A layer of 8B's proportions; weights are counted as they are. Of the long sample, attention takes the most."""
     shape = {"hidden": 1024, "layers": 8, "heads": 8, "kv_heads": 2, "head_dim": 128, "ffn": 3584, "vocab": 4096}
-    folder = make_tiny_model(tmp_path / "m", **shape, positions=4096)
-    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=4096, dtype=torch.bfloat16)
+    folder = make_tiny_model(tmp_path / "m", **shape, positions=max(lengths))
+    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=max(lengths), dtype=torch.bfloat16)
     FastLanguageModel.get_peft_model(model, r=16)
     optimizer = FlatAdamW([p for _, p in model.lora_parameters()])
-    batch = collate(random_samples([1024] * 8, vocab=4096))
-    for budget, host in ((2.0, 0), (1.0, 0), (0.8, 0), (0.8, 4), (1.4, 4)):
+    batch = collate(random_samples(lengths, vocab=4096))
+    for budget, host in budgets:
         model.memory_budget, model.host_memory = int(budget * 2**30), host << 30
         micro_step = MicroStep(model)
         optimizer.zero_grad()
@@ -190,7 +194,7 @@ def test_peak_memory_is_what_was_planned(tmp_path):
         figures = ", ".join(f"{x / 2**30:.3f}" for x in (planned.peak, measured, reserved))
         print(f"budget {budget} GiB, host {host}: planned, measured, reserved {figures}; {planned}")
         micro_step.close()
-        assert measured == pytest.approx(planned.peak, rel=0.05) and reserved < planned.peak + (256 << 20)
+        assert measured == pytest.approx(planned.peak, rel=0.05) and reserved < 1.2 * planned.peak + (128 << 20)
 
 
 def test_weights_stay_dequantised_where_memory_is_left(micro_step, model, plain):

@@ -174,12 +174,20 @@ def test_the_backward_of_attention_repeats_bit_for_bit(lengths, H, G, K):
             assert torch.equal(x, again)
 
 
+def test_cudnn_takes_as_few_heads_at_a_time_as_keep_a_gpu_busy():
+    rows = [4096, 8192, 16384, 32768, 65536, 200_000]
+    assert [attention_cudnn.kv_heads_at_once(N, 32, 8) for N in rows] == [8, 8, 4, 2, 1, 1]
+    assert [attention_cudnn.kv_heads_at_once(N, 9, 3) for N in rows] == [3, 3, 3, 3, 2, 1]
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("enough", [attention_cudnn.ENOUGH, 1000, 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("B", "L", "H", "G", "K"), [(2, 512, 8, 2, 128), (4, 119, 9, 3, 64), (1, 700, 4, 4, 96), (8, 16, 2, 1, 64)]
 )
-def test_cudnn_holds_the_bound_and_mixes_with_the_kernels(B, L, H, G, K, dtype):
+def test_cudnn_holds_the_bound_and_mixes_with_the_kernels(B, L, H, G, K, dtype, enough, monkeypatch):
+    monkeypatch.setattr(attention_cudnn, "ENOUGH", enough)
     inputs, dout, seen, results = run_attention([L] * B, H, G, K, dtype, "cuda", length=L)
     if not attention_cudnn.cudnn_supports(*inputs, L):
         pytest.skip("cuDNN does not take this here")
