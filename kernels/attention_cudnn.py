@@ -19,8 +19,8 @@ from .launch import cdiv, require
 # From this length on it is worth it: on an H200 in November 2026 (32 heads, 8 of keys, K = 128, bf16), forward and
 # backward, 3.77 ms at 8192 rows against 4.45 of attention.py; at 2048 no difference, and below that it is slower.
 WORTHWHILE = 4096
-# Rows x heads of a call. There, of 16384 to 65536 rows in 2 to 8 calls instead of 1, the backward takes as long and the
-# forward 2 to 6% longer; 8192 rows in 2 calls take 9% longer.
+# Rows x heads of a call. There, of 16384 to 65536 rows in 2 to 8 calls instead of 1, the backward takes up to 2% longer
+# and the forward up to 6%; 8192 rows in 2 calls take 10% longer.
 ENOUGH = 1 << 18
 
 

@@ -36,9 +36,12 @@ def plot(series: dict[str, list[tuple[int, float]]], path: Path) -> None:
     for system, lengths in series.items():
         axes.plot(*zip(*lengths, strict=True), marker="o", label=system)
     axes.set(xscale="log", xlabel="tokens a step", ylabel="peak of GPU memory, GiB", ylim=(0, None))
+    tokens = sorted({n for lengths in series.values() for n, _ in lengths})
+    axes.set_xticks(tokens, [f"{n:,}" for n in tokens], rotation=30)
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
