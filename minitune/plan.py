@@ -187,7 +187,7 @@ def _seconds(sizes: Sizes, load: Load, choice: _Choice, r: Rates) -> float:
     backward += N * (14 * D + 6 * F + 2 * QKV) * b / r.copy + (21 + 30 * tiles) * r.launch
     again = (qkv + attention + o + gate_up, qkv + o + gate_up, qkv + gate_up, gate_up, 0.0)
     before = sizes.layers - choice.count
-    loss = 4 * load.labelled * (D + 256) * sizes.V / r.matmul  # at 4096 columns; a narrow head is slower
+    loss = 4 * load.labelled * (D + 256) * sizes.V / r.matmul  # a narrow head reaches less of it
     loss += 5 * load.labelled * sizes.V * b / r.copy
     wide = 2 * sizes.wide(choice.far.wide) / r.copy  # a copy of gate and up of some rows
     far_backward = backward + again[choice.far.level] + wide - gate_up * choice.far.wide / N
