@@ -121,7 +121,13 @@ class Graphs:
         self._pool = self._top = None
         torch.cuda.empty_cache()
 
-    def run(self, micro_step: "MicroStep", inputs: Tensor, packed: Packed, loss_of: Callable[..., Tensor]) -> Tensor:
+    def run(
+        self,
+        micro_step: "MicroStep",
+        inputs: Tensor,
+        packed: Packed,
+        loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
         """The loss that `loss_of(s, top, tile)` finds between forward and backward, with its logits in `tile`."""
         size = inputs.shape[1]
         key = size, *micro_step.model.shared.about(packed).values()

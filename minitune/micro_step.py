@@ -80,7 +80,7 @@ class MicroStep:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
 
-        def loss_of(s: Tensor, top: Tensor, tile: Tensor | None = None) -> Tensor:
+        def loss_of(s: Tensor, top: Tensor, tile: Tensor) -> Tensor:
             # the host's work for the loss, now that the GPU has a forward pass to do
             labelled = Labelled.from_labels(batch.labels, batch.position_ids, model.config.vocab_size, size)
             dx = top[:, : model.config.hidden_size]
@@ -97,8 +97,8 @@ class MicroStep:
         self._give_up_after_a_failure()
         return loss
 
-    def _plainly(self, inputs: Tensor, packed: Packed, loss_of: Callable[..., Tensor]) -> Tensor:
-        """The loss that `loss_of(s, top)` finds between forward and backward; as Graphs.run, with plain launches."""
+    def _plainly(self, inputs: Tensor, packed: Packed, loss_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """As Graphs.run, with plain launches."""
         if self._graphs is not None:
             self._graphs.forget()
             self.keep_dense(0)
@@ -106,7 +106,7 @@ class MicroStep:
         packed = plan.samples(packed)
         s, kept = self.forward(inputs, packed, plan)
         top = self.new_top(inputs.shape[1])
-        loss = loss_of(s, top)
+        loss = loss_of(s, top, self.model.new_tile(inputs.shape[1]))
         del s  # backward has no use for it
         self.backward(top, kept, packed, plan)
         return loss

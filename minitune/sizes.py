@@ -83,7 +83,9 @@ class Sizes:
         D, F, QKV = self.D, self.F, self.HK + 2 * self.GK
         low = q + o + g + d
         before = N * (D + low + QKV) + T * (D + q)
-        attention = N * (D + low + QKV + self.HK + o) + cudnn * int(self._at_once(N) * N * self.HK)
+        attention = N * (D + low + QKV + self.HK + o)
+        if cudnn:  # its output, before it is copied
+            attention += int(self._at_once(N) * N * self.HK)
         o_rows, wide = (N if level >= KEEP_O else T), (N if level >= KEEP_ALL else T)
         after = attention + o_rows * D + wide * (2 * F + g) + T * max(D + g, F + d)
         return max(before, attention, after) * self.itemsize + 4 * N * self.H + self.stream(N)

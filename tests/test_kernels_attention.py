@@ -178,6 +178,8 @@ def test_cudnn_takes_as_few_heads_at_a_time_as_keep_a_gpu_busy():
     rows = [4096, 8192, 16384, 32768, 65536, 200_000]
     assert [attention_cudnn.kv_heads_at_once(N, 32, 8) for N in rows] == [8, 8, 4, 2, 1, 1]
     assert [attention_cudnn.kv_heads_at_once(N, 9, 3) for N in rows] == [3, 3, 3, 3, 2, 1]
+    q, k = (torch.empty(1, device="meta").expand(65536, heads, 8) for heads in (9, 3))
+    assert list(attention_cudnn._parts(q, k)) == [(slice(0, 6), slice(0, 2)), (slice(6, 9), slice(2, 3))]
 
 
 @pytest.mark.gpu
