@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minitune.kernels.launch import cdiv, power_of_two
 from minitune.layers import Packed
-from minitune.linear import reserve
+from minitune.linear import extended_weights
 from minitune.plan import Plan
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Graphs:
             self.forget()
             model = micro_step.model
             last = model.model.layers[-1].projections  # the first layers' may be dequantised already
-            reserve(last, model.shared.weights, model.dtype, model.device)
+            extended_weights(last, model.shared.weights, model.dtype, model.device)
             self._top, self._pool = micro_step.new_top(max(size, largest)), torch.cuda.MemPool()
         counted = self._top[:size].nbytes
         if not grows:

@@ -205,7 +205,7 @@ class LayerWeights:
         device: torch.device,
     ):
         self._dtype = dtype
-        self._weights = {p: _extended(p, buffers, dtype, device) for p in projections if not p.as_stored}
+        self._weights = extended_weights(projections, buffers, dtype, device)
         self._ready = {p for p in projections if p.resident is not None}
         write_adapters_([p.adapters_for(weight) for p, weight in self._weights.items() if p.spare])
 
@@ -219,20 +219,16 @@ class LayerWeights:
         return self._weights[projection]
 
 
-def reserve(
+def extended_weights(
     projections: Sequence[Projection], buffers: dict[tuple, Tensor], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Have buffers for the extended weights of a layer."""
-    for projection in projections:
-        if not projection.as_stored:
-            _extended(projection, buffers, dtype, device)
-
-
-def _extended(projection: Projection, buffers: dict[tuple, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Where a projection's extended weight stands, or is to be written."""
-    if projection.resident is not None:
-        return projection.resident
-    key = (projection.name, projection.spare, dtype)
-    if key not in buffers:
-        buffers[key] = projection.new_weight(dtype, device)
-    return buffers[key]
+) -> dict[Projection, Tensor]:
+    """Where the extended weights of a layer stand or are to be written: in `buffers`, where missing ones are added."""
+    weights = {}
+    for p in projections:
+        if p.as_stored:
+            continue
+        key = (p.name, p.spare, dtype)
+        if p.resident is None and key not in buffers:
+            buffers[key] = p.new_weight(dtype, device)
+        weights[p] = buffers[key] if p.resident is None else p.resident
+    return weights

@@ -83,11 +83,10 @@ class Sizes:
         D, F, QKV = self.D, self.F, self.HK + 2 * self.GK
         low = q + o + g + d
         before = N * (D + low + QKV) + T * (D + q)
-        attention = N * (D + low + QKV + self.HK + o)
-        if cudnn:  # its output, before it is copied
-            attention += int(self._at_once(N) * N * self.HK)
+        held = N * (D + low + QKV + self.HK + o)
+        attention = held + (int(self._at_once(N) * N * self.HK) if cudnn else 0)  # its output, before it is copied
         o_rows, wide = (N if level >= KEEP_O else T), (N if level >= KEEP_ALL else T)
-        after = attention + o_rows * D + wide * (2 * F + g) + T * max(D + g, F + d)
+        after = held + o_rows * D + wide * (2 * F + g) + T * max(D + g, F + d)
         return max(before, attention, after) * self.itemsize + 4 * N * self.H + self.stream(N)
 
     def backward(self, level: int, N: int, T: int, cudnn: bool) -> int:

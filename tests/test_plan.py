@@ -66,6 +66,14 @@ def test_the_host_is_used_where_it_saves_time_and_only_as_far_as_it_has_memory()
     assert fastest(B8, SHORT, STATIC, int(7.4 * GIB), GIB).host_bytes <= GIB
 
 
+def test_what_attention_works_with_is_gone_when_the_mlp_runs():
+    for level in (KEEP_INPUT, KEEP_QKV, KEEP_ALL):
+        assert B8.forward(level, 8192, 8192, True) == B8.forward(level, 8192, 8192, False)  # all rows at once
+        assert B8.backward(level, 8192, 8192, True) == B8.backward(level, 8192, 8192, False)
+    assert B8.forward(KEEP_INPUT, 8192, 256, True) > B8.forward(KEEP_INPUT, 8192, 256, False)
+    assert B8.backward(KEEP_INPUT, 8192, 256, True) > B8.backward(KEEP_INPUT, 8192, 256, False)
+
+
 def test_copies_may_wait_in_what_the_last_layers_will_keep():
     layers = (Keep(KEEP_INPUT, on_host=True),) * 4
     plan = Plan((*layers, *(Keep(KEEP_ALL),) * 3), host_bytes=400, parts=(("activations", 900),))
