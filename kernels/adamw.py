@@ -6,7 +6,7 @@
 
 That is torch.optim.AdamW after clip_grad_norm_, but for g, which is scaled on its way and stays as it was in memory.
 Everything is (P,) float32 and contiguous. `global_norm` reads 4 bytes a parameter; `adamw_` moves 28 (w, m and v in and
-out, g in) in one launch. What changes from step to step arrives as float arguments: nothing is compiled again.
+out, g in) in one backend. What changes from step to step arrives as float arguments: nothing is compiled again.
 
 `adamw_8bit_` moves 16 and keeps each moment as bitsandbytes' blockwise optimizers do: for every 256 consecutive
 parameters a float32 scale, for each of them the number of a value in a table of 256:
@@ -25,8 +25,8 @@ import math
 
 import torch
 
-from . import launch
-from .launch import cdiv, require, tl, triton
+from . import backend
+from .backend import cdiv, require, tl, triton
 
 BLOCKSIZE = 256
 
@@ -36,7 +36,9 @@ def global_norm_reference(x):
     return torch.nn.utils.get_total_norm(x.split(65536))
 
 
-def adamw_reference_(values, grads, exp_avg, exp_avg_sq, norm, b1, g1, b2, g2, rate, eps, keep, max_grad_norm):
+def adamw_reference_(
+    values, grads, exp_avg, exp_avg_sq, norm, b1, g1, b2, g2, rate, eps, keep, max_grad_norm
+):
     if max_grad_norm > 0:
         grads = grads * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     exp_avg.mul_(b1).add_(grads, alpha=g1)
@@ -44,18 +46,27 @@ def adamw_reference_(values, grads, exp_avg, exp_avg_sq, norm, b1, g1, b2, g2, r
     values.mul_(keep).addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps), value=-rate)
 
 
-def adamw_8bit_reference_(values, grads, exp_avg, exp_avg_sq, absmax, absmax_sq, tables, norm, *scalars):
+def adamw_8bit_reference_(
+    values, grads, exp_avg, exp_avg_sq, absmax, absmax_sq, tables, norm, *scalars
+):
     m = dequantize_moment(exp_avg, absmax, tables[0])
     v = dequantize_moment(exp_avg_sq, absmax_sq, tables[2])
     adamw_reference_(values, grads, m, v, norm, *scalars)
-    for x, codes, scales, borders in ((m, exp_avg, absmax, tables[1]), (v, exp_avg_sq, absmax_sq, tables[3])):
+    for x, codes, scales, borders in (
+        (m, exp_avg, absmax, tables[1]),
+        (v, exp_avg_sq, absmax_sq, tables[3]),
+    ):
         blocks = torch.nn.functional.pad(x, (0, -len(x) % BLOCKSIZE)).view(-1, BLOCKSIZE)
         scales.copy_(blocks.abs().amax(1))
-        nearest = torch.bucketize(blocks * (1.0 / scales.clamp(min=1e-38))[:, None], borders[:-1], out_int32=True)
+        nearest = torch.bucketize(
+            blocks * (1.0 / scales.clamp(min=1e-38))[:, None], borders[:-1], out_int32=True
+        )
         codes.copy_(nearest.view(-1)[: len(x)])
 
 
-def dequantize_moment(codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def dequantize_moment(
+    codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
     """The float32 moment (P,) of its codes (P,) and scales (P / 256, rounded up)."""
     return table[codes.int()] * absmax.repeat_interleave(BLOCKSIZE)[: len(codes)]
 
@@ -81,10 +92,14 @@ def _root_of_sum(sums_ptr, norm_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _update(w, g, m, v, norm_ptr, b1, g1, b2, g2, rate, eps, keep, max_grad_norm, CLIP: tl.constexpr):
+def _update(
+    w, g, m, v, norm_ptr, b1, g1, b2, g2, rate, eps, keep, max_grad_norm, CLIP: tl.constexpr
+):
     if CLIP:
         scale = max_grad_norm / (tl.load(norm_ptr) + 1e-6)
-        g *= tl.where(scale >= 1.0, 1.0, scale)  # a norm of NaN makes everything NaN, as in clip_grad_norm_
+        g *= tl.where(
+            scale >= 1.0, 1.0, scale
+        )  # a norm of NaN makes everything NaN, as in clip_grad_norm_
     m = b1 * m + g1 * g
     v = b2 * v + g2 * (g * g)
     w = keep * w - rate * tl.div_rn(m, tl.sqrt_rn(v) + eps)
@@ -201,20 +216,39 @@ def _scalars(lr, step, betas, eps, weight_decay, max_grad_norm) -> tuple[float, 
 
 
 def _check(values, norm, step, **others):
-    require(values.dim() == 1 and values.numel(), f"values is {tuple(values.shape)}; expected a flat vector, not empty")
-    require(norm.numel() == 1, f"norm is {tuple(norm.shape)}; expected one number, of global_norm(grads)")
+    require(
+        values.dim() == 1 and values.numel(),
+        f"values is {tuple(values.shape)}; expected a flat vector, not empty",
+    )
+    require(
+        norm.numel() == 1,
+        f"norm is {tuple(norm.shape)}; expected one number, of global_norm(grads)",
+    )
     require(step >= 1, f"step is {step}; the first update is step 1")
-    for name, (x, count, dtype) in {"values": (values, values.numel(), torch.float32), **others}.items():
-        fits = x.shape == (count,) and x.dtype == dtype and x.is_contiguous() and x.device == values.device
+    for name, (x, count, dtype) in {
+        "values": (values, values.numel(), torch.float32),
+        **others,
+    }.items():
+        fits = (
+            x.shape == (count,)
+            and x.dtype == dtype
+            and x.is_contiguous()
+            and x.device == values.device
+        )
         found = f"{tuple(x.shape)} {x.dtype} on {x.device}"
-        require(fits, f"{name} is {found}; expected ({count},) {dtype} on {values.device}, contiguous")
+        require(
+            fits, f"{name} is {found}; expected ({count},) {dtype} on {values.device}, contiguous"
+        )
 
 
 def global_norm(x: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm of x (P,) float32, 0-dim float32 on its device. ValueError for anything else."""
     flat = x.dim() == 1 and x.numel() and x.is_contiguous() and x.dtype == torch.float32
-    require(flat, f"x is {tuple(x.shape)} {x.dtype}; expected a contiguous vector of torch.float32, not empty")
-    if not launch.use_triton(x):
+    require(
+        flat,
+        f"x is {tuple(x.shape)} {x.dtype}; expected a contiguous vector of torch.float32, not empty",
+    )
+    if not backend.use_triton(x):
         return global_norm_reference(x)
     PARTS, BLOCK = 4, 4096
     count = cdiv(len(x), PARTS * BLOCK)
@@ -249,11 +283,13 @@ def adamw_(
     _check(values, norm, step, grads=(grads, P, torch.float32), **moments)
     scalars = _scalars(lr, step, betas, eps, weight_decay, max_grad_norm)
     tensors = values, grads, exp_avg, exp_avg_sq, norm
-    if not launch.use_triton(values):
+    if not backend.use_triton(values):
         adamw_reference_(*tensors, *scalars)
         return
     BLOCK = 1024
-    _adamw[(cdiv(P, BLOCK),)](*tensors, P, *scalars, CLIP=max_grad_norm > 0, BLOCK=BLOCK, num_warps=4)
+    _adamw[(cdiv(P, BLOCK),)](
+        *tensors, P, *scalars, CLIP=max_grad_norm > 0, BLOCK=BLOCK, num_warps=4
+    )
 
 
 def adamw_8bit_(
@@ -289,8 +325,10 @@ def adamw_8bit_(
     require(fits, f"tables is {tuple(tables.shape)}; expected (4, 256), contiguous")
     scalars = _scalars(lr, step, betas, eps, weight_decay, max_grad_norm)
     tensors = values, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, tables, norm
-    if not launch.use_triton(values):
+    if not backend.use_triton(values):
         adamw_8bit_reference_(*tensors, *scalars)
         return
     # A warp finds the maximum of its block without shared memory.
-    _adamw_8bit[(blocks,)](*tensors, P, *scalars, CLIP=max_grad_norm > 0, BLOCK=BLOCKSIZE, num_warps=1)
+    _adamw_8bit[(blocks,)](
+        *tensors, P, *scalars, CLIP=max_grad_norm > 0, BLOCK=BLOCKSIZE, num_warps=1
+    )

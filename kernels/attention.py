@@ -21,25 +21,41 @@ import math
 
 import torch
 
-from . import launch
-from .attention_bwd import attention_backward
+from . import backend
+from .attention_backward import attention_backward
+from .attention_common import (
+    check_buffer,
+    check_packed,
+    choose_tile,
+    load_rows,
+    samples,
+    store_rows,
+)
 from .attention_cudnn import cudnn_attention, cudnn_supports
-from .launch import accumulator, cdiv, into, power_of_two, tl, triton
-from .packed import check_buffer, check_packed, choose_tile, load_rows, samples, store_rows
+from .backend import accumulator, cdiv, into, power_of_two, tl, triton
 
 __all__ = ["attention", "attention_backward"]
 
 
 def attention_reference(q, k, v, start, end, scale):
     dtype, wide, (N, H, K), G = q.dtype, accumulator(q.dtype), q.shape, k.shape[1]
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((H, N), dtype=wide)
+    out, lse = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty((H, N), dtype=wide),
+    )
     for a, b in samples(start):
         T = b - a
         # The query heads of a group one below the other, (G, H/G * T, K), so that its keys serve them all.
         qs = q[a:b].to(wide).transpose(0, 1).reshape(G, H // G * T, K)
         ks, vs = k[a:b].to(wide).transpose(0, 1), v[a:b].to(wide).transpose(0, 1)
         unseen = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        scores = (qs @ ks.mT).mul_(scale).view(G, H // G, T, T).masked_fill_(unseen, -math.inf).view(G, -1, T)
+        scores = (
+            (qs @ ks.mT)
+            .mul_(scale)
+            .view(G, H // G, T, T)
+            .masked_fill_(unseen, -math.inf)
+            .view(G, -1, T)
+        )
         sums = torch.logsumexp(scores, dim=-1, keepdim=True)
         out[a:b] = (scores.sub_(sums).exp_() @ vs).view(H, T, K).transpose(0, 1).to(dtype)
         lse[:, a:b] = sums.view(H, T)
@@ -94,13 +110,24 @@ def _attention_fwd(
             seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= start[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, axis=1))
-        base = tl.where(new == float("-inf"), 0.0, new * scale_log2)  # -inf: a row that has seen no key yet
+        base = tl.where(
+            new == float("-inf"), 0.0, new * scale_log2
+        )  # -inf: a row that has seen no key yet
         p = tl.exp2(scores * scale_log2 - base[:, None])
         shrink = tl.exp2(top * scale_log2 - base)
         total = total * shrink + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new
-    store_rows(out_ptr + head * out_head_stride, acc / total[:, None], first, out_row_stride, N, K, BLOCK_M, BLOCK_K)
+    store_rows(
+        out_ptr + head * out_head_stride,
+        acc / total[:, None],
+        first,
+        out_row_stride,
+        N,
+        K,
+        BLOCK_M,
+        BLOCK_K,
+    )
     LN_2: tl.constexpr = 0.6931471805599453
     tl.store(lse_ptr + head * N + rows, (top * scale_log2 + tl.log2(total)) * LN_2, mask=rows < N)
 
@@ -133,8 +160,8 @@ def attention(
     end: torch.Tensor,
     scale: float,
     out: torch.Tensor | None = None,
-    longest: int | None = None,
-    length: int | None = None,
+    max_seqlen: int | None = None,
+    uniform_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out (N, H, K) in q's dtype, lse (H, N) float32, the natural logarithm, for the backward).
 
@@ -149,16 +176,16 @@ def attention(
     if not scale > 0:
         raise ValueError(f"scale {scale}; expected above 0")
     check_buffer("out", out, q)
-    if length is not None and cudnn_supports(q, k, v, length):
-        return cudnn_attention(q, k, v, length, scale, out)
-    if not launch.use_triton(q):
+    if uniform_seqlen is not None and cudnn_supports(q, k, v, uniform_seqlen):
+        return cudnn_attention(q, k, v, uniform_seqlen, scale, out)
+    if not backend.use_triton(q):
         result, lse = attention_reference(q, k, v, start, end, scale)
         return into(out, result), lse
     N, H, K = q.shape
     out = torch.empty((N, H, K), dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((H, N), dtype=torch.float32, device=q.device)
     if N:
-        shared = launch.shared_memory_limit(q.device)
-        tile = choose_tile(TILES, 1, K, q.element_size(), longest or length or N, shared)
+        shared = backend.shared_memory_limit(q.device)
+        tile = choose_tile(TILES, 1, K, q.element_size(), max_seqlen or uniform_seqlen or N, shared)
         launch_forward(q, k, v, out, lse, start, scale, tile)
     return out, lse

@@ -14,36 +14,51 @@ from collections.abc import Iterator
 
 import torch
 
-from .launch import cdiv, require
+from .backend import cdiv, require
 
 # From this length on it is worth it: on an H200 in November 2026 (32 heads, 8 of keys, K = 128, bf16), forward and
 # backward, 3.77 ms at 8192 rows against 4.45 of attention.py; at 2048 no difference, and below that it is slower.
-WORTHWHILE = 4096
+CUDNN_MIN_LENGTH = 4096
 # Rows x heads of a call. There, of 16384 to 65536 rows in 2 to 8 calls instead of 1, the backward takes up to 2% longer
 # and the forward up to 6%; 8192 rows in 2 calls take 10% longer.
-ENOUGH = 1 << 18
+CUDNN_ROW_HEADS_PER_CALL = 1 << 18
 
 
-def cudnn_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> bool:
+def cudnn_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uniform_seqlen: int) -> bool:
     """Whether cuDNN can take q (N, H, K), k, v (N, G, K) as samples of `length` rows: 16 bit, sm_90 or later.
 
     ValueError where N is no multiple of `length`.
     """
-    require(length > 0 and len(q) % length == 0, f"{len(q)} rows are no whole number of samples of {length}")
-    if not q.is_cuda or len(q) == 0 or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 128:
+    require(
+        uniform_seqlen > 0 and len(q) % uniform_seqlen == 0,
+        f"{len(q)} rows are no whole number of samples of {uniform_seqlen}",
+    )
+    if (
+        not q.is_cuda
+        or len(q) == 0
+        or q.dtype not in (torch.float16, torch.bfloat16)
+        or q.shape[2] > 128
+    ):
         return False
     aligned = all(x.stride(0) % 8 == x.stride(1) % 8 == x.data_ptr() % 16 == 0 for x in (q, k, v))
-    capable = torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return aligned and capable and length > 1
+    capable = torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(
+        q.device
+    ) >= (9, 0)
+    return aligned and capable and uniform_seqlen > 1
 
 
 def kv_heads_at_once(rows: int, heads: int, kv_heads: int) -> int:
     """Heads of keys in a call over so many rows: as few as keep a GPU busy, for cuDNN's memory grows with them."""
-    return cdiv(kv_heads, max(rows * heads // ENOUGH, 1))
+    return cdiv(kv_heads, max(rows * heads // CUDNN_ROW_HEADS_PER_CALL, 1))
 
 
 def cudnn_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, scale: float, out: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    uniform_seqlen: int,
+    scale: float,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out (N, H, K), lse (H, N) float32), causal within samples of `length` rows; into `out` if it is given."""
     N, H, K = q.shape
@@ -51,10 +66,12 @@ def cudnn_attention(
     lse = q.new_empty((H, N), dtype=torch.float32)
     forward = torch.ops.aten._scaled_dot_product_cudnn_attention
     for heads, kv_heads in _parts(q, k):
-        inputs = [_batch(x, length) for x in (q[:, heads], k[:, kv_heads], v[:, kv_heads])]
+        inputs = [_batch(x, uniform_seqlen) for x in (q[:, heads], k[:, kv_heads], v[:, kv_heads])]
         result, sums = forward(*inputs, None, True, 0.0, True, False, scale=scale)[:2]
-        _batch(out[:, heads], length).copy_(result)
-        lse[heads].unflatten(1, (-1, length)).copy_(sums.view(-1, result.shape[1], length).transpose(0, 1))
+        _batch(out[:, heads], uniform_seqlen).copy_(result)
+        lse[heads].unflatten(1, (-1, uniform_seqlen)).copy_(
+            sums.view(-1, result.shape[1], uniform_seqlen).transpose(0, 1)
+        )
         del result  # before the next takes as much
     return out, lse
 
@@ -66,32 +83,62 @@ def cudnn_attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    length: int,
+    uniform_seqlen: int,
     scale: float,
     dq: torch.Tensor | None = None,
     dk: torch.Tensor | None = None,
     dv: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) for dout (N, H, K), from what the forward took and returned; into the buffers that are given."""
-    gradients = tuple(torch.empty_like(x) if d is None else d for d, x in ((dq, q), (dk, k), (dv, v)))
+    gradients = tuple(
+        torch.empty_like(x) if d is None else d for d, x in ((dq, q), (dk, k), (dv, v))
+    )
     for heads, kv_heads in _parts(q, k):
         into = [d[:, part] for d, part in zip(gradients, (heads, kv_heads, kv_heads), strict=True)]
-        inputs = dout[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads], out[:, heads], lse[heads]
-        _backward(*inputs, length, scale, into)
+        inputs = (
+            dout[:, heads],
+            q[:, heads],
+            k[:, kv_heads],
+            v[:, kv_heads],
+            out[:, heads],
+            lse[heads],
+        )
+        _backward(*inputs, uniform_seqlen, scale, into)
     return gradients
 
 
-def _backward(dout, q, k, v, out, lse, length, scale, gradients) -> None:
+def _backward(dout, q, k, v, out, lse, uniform_seqlen, scale, gradients) -> None:
     """Into the gradients; by itself, so that what it takes is free again before the next part."""
-    dout, q, k, v, out = (_batch(x, length) for x in (dout.contiguous(), q, k, v, out.contiguous()))
-    lse = lse.unflatten(1, (-1, length)).transpose(0, 1).contiguous().unsqueeze(-1)  # (N / L, H, L, 1)
-    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of a dropout that is not there
+    dout, q, k, v, out = (
+        _batch(x, uniform_seqlen) for x in (dout.contiguous(), q, k, v, out.contiguous())
+    )
+    lse = (
+        lse.unflatten(1, (-1, uniform_seqlen)).transpose(0, 1).contiguous().unsqueeze(-1)
+    )  # (N / L, H, L, 1)
+    unused = torch.empty(
+        (), dtype=torch.int64, device=q.device
+    )  # the random state of a dropout that is not there
     backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
     results = backward(
-        dout, q, k, v, out, lse, unused, unused, None, None, None, length, length, 0.0, True, scale=scale
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        unused,
+        unused,
+        None,
+        None,
+        None,
+        uniform_seqlen,
+        uniform_seqlen,
+        0.0,
+        True,
+        scale=scale,
     )
     for d, result in zip(gradients, results, strict=False):
-        _batch(d, length).copy_(result)
+        _batch(d, uniform_seqlen).copy_(result)
 
 
 def _parts(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
@@ -103,6 +150,6 @@ def _parts(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(first * H // G, last * H // G), slice(first, last)
 
 
-def _batch(x: torch.Tensor, length: int) -> torch.Tensor:
+def _batch(x: torch.Tensor, uniform_seqlen: int) -> torch.Tensor:
     """(N, heads, K) seen as (N / L, heads, L, K)."""
-    return x.unflatten(0, (-1, length)).transpose(1, 2)
+    return x.unflatten(0, (-1, uniform_seqlen)).transpose(1, 2)

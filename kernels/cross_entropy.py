@@ -15,8 +15,8 @@ Logits move 3 times (written, then 2 reads and a write). Without need_grad there
 
 import torch
 
-from . import launch
-from .launch import accumulator, matmul_accumulated, power_of_two, require, tl, triton
+from . import backend
+from .backend import accumulator, matmul_accumulated, power_of_two, require, tl, triton
 
 IGNORE = -100
 TILE_BYTES = 256 << 20
@@ -69,7 +69,9 @@ def _cross_entropy(
         total = tl.zeros((BLOCK_V,), dtype=tl.float32)
         chosen = tl.zeros((BLOCK_V,), dtype=tl.float32)
         for first in range(0, V, BLOCK_V):
-            x = tl.load(row_ptr + first + at, mask=first + at < V, other=float("-inf")).to(tl.float32)
+            x = tl.load(row_ptr + first + at, mask=first + at < V, other=float("-inf")).to(
+                tl.float32
+            )
             new = tl.maximum(highest, x)
             base = tl.where(new == float("-inf"), 0.0, new)
             total = total * tl.exp(highest - base) + tl.exp(x - base)
@@ -80,15 +82,19 @@ def _cross_entropy(
         tl.store(losses_ptr + row, lse - tl.sum(chosen, axis=0))
         if NEED_GRAD:
             for first in range(0, V, BLOCK_V):
-                x = tl.load(row_ptr + first + at, mask=first + at < V, other=float("-inf")).to(tl.float32)
+                x = tl.load(row_ptr + first + at, mask=first + at < V, other=float("-inf")).to(
+                    tl.float32
+                )
                 p = tl.exp(x - lse)
                 p = tl.where(first + at == target, p - 1.0, p)
-                tl.store(row_ptr + first + at, p.to(logits_ptr.dtype.element_ty), mask=first + at < V)
+                tl.store(
+                    row_ptr + first + at, p.to(logits_ptr.dtype.element_ty), mask=first + at < V
+                )
 
 
 def _cross_entropy_(logits, targets, losses, need_grad):
     """Fills losses with the loss of each row; logits become softmax - onehot where need_grad."""
-    if not launch.use_triton(logits):
+    if not backend.use_triton(logits):
         losses.copy_(cross_entropy_reference_(logits, targets, need_grad))
     elif logits.numel():
         V = logits.shape[1]
@@ -124,15 +130,23 @@ def linear_cross_entropy(
     that dtype: where they do.
     ValueError where shapes do not fit, and on the CPU for a target outside the vocabulary (a GPU is not waited for).
     """
-    fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and hidden.dtype == weight.dtype
+    fits = (
+        hidden.dim() == weight.dim() == 2
+        and hidden.shape[1] == weight.shape[1]
+        and hidden.dtype == weight.dtype
+    )
     require(
-        fits, f"hidden {tuple(hidden.shape)} {hidden.dtype} does not fit weight {tuple(weight.shape)} {weight.dtype}"
+        fits,
+        f"hidden {tuple(hidden.shape)} {hidden.dtype} does not fit weight {tuple(weight.shape)} {weight.dtype}",
     )
     (N, D), V, wide = hidden.shape, weight.shape[0], accumulator(hidden.dtype)
     require(targets.shape == (N,), f"targets are {tuple(targets.shape)}; hidden has {N} rows")
     if targets.device.type == "cpu" and N:
         wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= V))]
-        require(not len(wrong), f"target {wrong[:1].tolist()} is outside the vocabulary of {V}, and not {IGNORE}")
+        require(
+            not len(wrong),
+            f"target {wrong[:1].tolist()} is outside the vocabulary of {V}, and not {IGNORE}",
+        )
     if tile is None:
         step = rows_of_tile or tile_rows(V, hidden.element_size())
         tile = torch.empty((min(step, N), V), dtype=hidden.dtype, device=hidden.device)

@@ -21,10 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import launch
-from .launch import cdiv, require, tl, triton
+from . import backend
+from .backend import cdiv, require, tl, triton
 
-CHUNK = 1 << 18  # bytes that the reference unpacks at a time: the unpacked 2 MB stay in the CPU's cache
+CHUNK = (
+    1 << 18
+)  # bytes that the reference unpacks at a time: the unpacked 2 MB stay in the CPU's cache
 # Quantisation blocks a program, the first that a row has as many of. On an H200 in November 2026, the seven linears of
 # an 8B layer: 0.149 ms, 3.7 TB/s; a copy runs at 4.25, a fill at 3.3. Dividing to find a block's row took 0.158 ms.
 BLOCKS = (64, 32, 8)
@@ -32,12 +34,20 @@ BLOCKS = (64, 32, 8)
 
 def dequantize_nf4_reference(weight, dtype):
     """A table of the 256 pairs of values turns a byte into two floats with one 8-byte copy."""
-    packed, absmax, blocksize = weight.packed.reshape(-1), weight.absmax.reshape(-1), weight.blocksize
+    packed, absmax, blocksize = (
+        weight.packed.reshape(-1),
+        weight.absmax.reshape(-1),
+        weight.blocksize,
+    )
     if weight.nested_absmax is not None:
         coarse = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]
         absmax = weight.nested_code[absmax.int()] * coarse + weight.nested_offset
     byte = torch.arange(256, device=packed.device)
-    pairs = torch.stack([weight.code[byte >> 4], weight.code[byte & 15]], dim=1).view(torch.int64).view(256)
+    pairs = (
+        torch.stack([weight.code[byte >> 4], weight.code[byte & 15]], dim=1)
+        .view(torch.int64)
+        .view(256)
+    )
     out = torch.empty(weight.shape, dtype=dtype, device=packed.device)
     flat, n = out.view(-1), out.numel()
     step = max(CHUNK // blocksize, 1) * blocksize  # bytes; a whole number of blocks
@@ -76,7 +86,11 @@ def _dequantize_part(
     block = tl.arange(0, BLOCKS)
     live = block < n // (2 * HALF) + (n % (2 * HALF) > 0) - first
     if NESTED_BLOCKSIZE:
-        code = tl.load(absmax_ptr + first + block) if WHOLE else tl.load(absmax_ptr + first + block, mask=live, other=0)
+        code = (
+            tl.load(absmax_ptr + first + block)
+            if WHOLE
+            else tl.load(absmax_ptr + first + block, mask=live, other=0)
+        )
         coarse_ptr = nested_absmax_ptr + (first + block) // NESTED_BLOCKSIZE
         coarse = tl.load(coarse_ptr) if WHOLE else tl.load(coarse_ptr, mask=live, other=0.0)
         scale = tl.load(nested_code_ptr + code.to(tl.int32)) * coarse + tl.load(nested_offset_ptr)
@@ -89,7 +103,9 @@ def _dequantize_part(
     if WHOLE:
         byte = tl.load(packed_ptr + byte_at).to(tl.int32)
     else:
-        byte = tl.load(packed_ptr + byte_at, mask=(first * HALF + byte_at) * 2 < n, other=0).to(tl.int32)
+        byte = tl.load(packed_ptr + byte_at, mask=(first * HALF + byte_at) * 2 < n, other=0).to(
+            tl.int32
+        )
     even = tl.load(code_ptr + (byte >> 4)) * scale[:, None]
     odd = tl.load(code_ptr + (byte & 15)) * scale[:, None]
     value = tl.reshape(tl.join(even, odd), (BLOCKS, 2 * HALF)).to(out_ptr.dtype.element_ty)
@@ -173,11 +189,17 @@ class Quantized:
         power = size >= 2 and size & (size - 1) == 0
         require(power, f"blocksize is {size}; NF4 blocks are a power of two, 64 as a rule")
         packed, absmax, code = self.packed, self.absmax, self.code
-        require(packed.dtype == torch.uint8, f"packed weights are {packed.dtype}; expected torch.uint8")
         require(
-            packed.numel() == (n + 1) // 2, f"{packed.numel()} packed bytes for shape {self.shape}: not {n} elements"
+            packed.dtype == torch.uint8, f"packed weights are {packed.dtype}; expected torch.uint8"
         )
-        require(absmax.numel() == blocks, f"{absmax.numel()} scales; {n} elements in blocks of {size} have {blocks}")
+        require(
+            packed.numel() == (n + 1) // 2,
+            f"{packed.numel()} packed bytes for shape {self.shape}: not {n} elements",
+        )
+        require(
+            absmax.numel() == blocks,
+            f"{absmax.numel()} scales; {n} elements in blocks of {size} have {blocks}",
+        )
         wanted, kind = (torch.uint8, "nested") if nested else (torch.float32, "plain")
         require(absmax.dtype == wanted, f"{kind} scales are {absmax.dtype}; expected {wanted}")
         fits = code.numel() == 16 and code.dtype == torch.float32
@@ -185,9 +207,14 @@ class Quantized:
         if nested:
             have, want = self.nested_absmax.numel(), cdiv(blocks, self.nested_blocksize)
             require(
-                have == want, f"{have} nested scales; {blocks} blocks in groups of {self.nested_blocksize} have {want}"
+                have == want,
+                f"{have} nested scales; {blocks} blocks in groups of {self.nested_blocksize} have {want}",
             )
-            missing = self.nested_code is None or self.nested_offset is None or self.nested_code.numel() != 256
+            missing = (
+                self.nested_code is None
+                or self.nested_offset is None
+                or self.nested_code.numel() != 256
+            )
             require(not missing, "nested scales need nested_code (256,) and nested_offset as well")
 
 
@@ -204,16 +231,22 @@ def dequantize_nf4(
         weight.check()
     first, in_features = weights[0], weights[0].shape[1]
     require(
-        all(w.shape[1] == in_features for w in weights), f"shapes {[w.shape for w in weights]} differ in in_features"
+        all(w.shape[1] == in_features for w in weights),
+        f"shapes {[w.shape for w in weights]} differ in in_features",
     )
     shape = sum(w.shape[0] for w in weights), in_features
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=first.packed.device)
-    fits = tuple(out.shape) == shape and out.dtype == dtype and (out.stride(1) == 1 or not out.numel())
-    require(fits, f"out is {tuple(out.shape)} {out.dtype}; expected {shape} {dtype} with contiguous rows")
+    fits = (
+        tuple(out.shape) == shape and out.dtype == dtype and (out.stride(1) == 1 or not out.numel())
+    )
+    require(
+        fits,
+        f"out is {tuple(out.shape)} {out.dtype}; expected {shape} {dtype} with contiguous rows",
+    )
     parts = out.split([w.shape[0] for w in weights])
     storage = {(w.blocksize, w.nested_blocksize, w.nested_absmax is None) for w in weights}
-    if not launch.use_triton(first.packed):
+    if not backend.use_triton(first.packed):
         for weight, part in zip(weights, parts, strict=True):
             part.copy_(dequantize_nf4_reference(weight, dtype))
     elif len(storage) == 1:
@@ -233,7 +266,10 @@ def _launch(weights, parts):
         first_programs.append(first_programs[-1] + cdiv(weight.absmax.numel(), blocks))
     if not first_programs[-1]:
         return
-    tensors = [(w.packed, w.absmax, w.code, w.nested_absmax, w.nested_code, w.nested_offset) for w in weights]
+    tensors = [
+        (w.packed, w.absmax, w.code, w.nested_absmax, w.nested_code, w.nested_offset)
+        for w in weights
+    ]
     _dequantize[(first_programs[-1],)](
         *zip(*tensors, strict=True),
         tuple(parts),

@@ -8,8 +8,8 @@ graph replays it like any other kernel. Each row is read and written once.
 
 import torch
 
-from . import launch
-from .launch import cdiv, power_of_two, require, tl, triton
+from . import backend
+from .backend import cdiv, power_of_two, require, tl, triton
 
 
 def embed_reference(ids, table, dtype):
@@ -32,9 +32,13 @@ def embed(ids: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> torch.T
     ValueError where a shape does not fit.
     """
     shapes = f"ids {tuple(ids.shape)}, table {tuple(table.shape)}"
-    require(ids.dim() == 1 and table.dim() == 2, f"{shapes}; expected (rows,) and (vocabulary, width)")
-    require(table.is_contiguous(), f"the table's strides are {table.stride()}; expected contiguous rows")
-    if not launch.use_triton(ids):
+    require(
+        ids.dim() == 1 and table.dim() == 2, f"{shapes}; expected (rows,) and (vocabulary, width)"
+    )
+    require(
+        table.is_contiguous(), f"the table's strides are {table.stride()}; expected contiguous rows"
+    )
+    if not backend.use_triton(ids):
         return embed_reference(ids, table, dtype)
     N, D = len(ids), table.shape[1]
     out = torch.empty((N, D), dtype=dtype, device=ids.device)

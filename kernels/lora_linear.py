@@ -25,15 +25,15 @@ from itertools import accumulate
 
 import torch
 
-from . import launch
-from .launch import add_matmul_, cdiv, matmul_accumulated, power_of_two, require, tl, triton
+from . import backend
+from .backend import add_matmul_, cdiv, matmul_accumulated, power_of_two, require, tl, triton
 
 # Columns to spare come in multiples of this. On a GPU rows of 16 bit then begin at 128-byte lines (with 16, an 8B step
 # on an H200: 330 ms instead of 322); a CPU would only have more to do (with 64, a small model takes 13% longer).
 ALIGN = {"cuda": 64, "cpu": 16}
 
 
-def columns_to_spare(rank: int, device_type: str = "cuda") -> int:
+def padded_rank(rank: int, device_type: str = "cuda") -> int:
     """R of the extended weight for linears whose ranks add up to `rank`."""
     return cdiv(rank, ALIGN[device_type]) * ALIGN[device_type]
 
@@ -73,13 +73,20 @@ def _write_adapter(
         column = pid * BLOCK + tl.arange(0, BLOCK)
         live_a = (rank < R)[:, None] & (column < in_features)[None, :]
         a = tl.load(a_ptr + rank[:, None] * in_features + column[None, :], mask=live_a)
-        to_a = (out_features + first_rank + rank).to(tl.int64)[:, None] * weight_row_stride + column[None, :]
+        to_a = (out_features + first_rank + rank).to(tl.int64)[
+            :, None
+        ] * weight_row_stride + column[None, :]
         tl.store(weight_ptr + to_a, a.to(dtype), mask=live_a)
     else:
         row = (pid - programs_a) * BLOCK + tl.arange(0, BLOCK)
         live_b = (row < rows_b)[:, None] & (rank < R)[None, :]
         b = tl.load(b_ptr + row[:, None] * R + rank[None, :], mask=live_b)
-        to_b = (first_row + row).to(tl.int64)[:, None] * weight_row_stride + in_features + first_rank + rank[None, :]
+        to_b = (
+            (first_row + row).to(tl.int64)[:, None] * weight_row_stride
+            + in_features
+            + first_rank
+            + rank[None, :]
+        )
         tl.store(weight_ptr + to_b, b.to(dtype), mask=live_b)
 
 
@@ -125,14 +132,14 @@ Adapters = Sequence[tuple[torch.Tensor | None, torch.Tensor | None, int]]
 
 
 def write_adapters_(targets: Sequence[tuple[torch.Tensor, Adapters, int, int]]) -> None:
-    """Write the adapters of several extended weights, in one launch.
+    """Write the adapters of several extended weights, in one backend.
 
     A target is (weight, adapters, out_features, in_features): weight (out_features + R, in_features + R), R what is to
     spare; adapters (A (R, in), B (out, R), out) of each linear in turn, (None, None, out) for one without an adapter.
     ValueError where a shape does not fit.
     """
     parts = [part for target in targets for part in _parts(*target)]
-    if not parts or not launch.use_triton(targets[0][0]):
+    if not parts or not backend.use_triton(targets[0][0]):
         for target in targets:
             write_adapters_reference(*target)
         return
@@ -149,23 +156,41 @@ def write_adapters_(targets: Sequence[tuple[torch.Tensor, Adapters, int, int]]) 
     )
 
 
-def _parts(weight: torch.Tensor, adapters: Adapters, out_features: int, in_features: int) -> list[tuple]:
+def _parts(
+    weight: torch.Tensor, adapters: Adapters, out_features: int, in_features: int
+) -> list[tuple]:
     """The first arguments of `_write_adapters` for each adapter of a weight."""
-    require(weight.stride(1) == 1, f"the rows of weight have stride {weight.stride(1)}; expected contiguous rows")
+    require(
+        weight.stride(1) == 1,
+        f"the rows of weight have stride {weight.stride(1)}; expected contiguous rows",
+    )
     total = sum(rows for _, _, rows in adapters)
-    require(total == out_features, f"linears of {total} rows in all; the extended weight has {out_features}")
+    require(
+        total == out_features,
+        f"linears of {total} rows in all; the extended weight has {out_features}",
+    )
     parts, row, rank = [], 0, 0
     for a, b, rows in adapters:
         if a is not None:
             R = len(a)
-            fits = a.shape == (R, in_features) and b.shape == (rows, R) and a.is_contiguous() and b.is_contiguous()
+            fits = (
+                a.shape == (R, in_features)
+                and b.shape == (rows, R)
+                and a.is_contiguous()
+                and b.is_contiguous()
+            )
             wanted = f"contiguous ({R}, {in_features}) and ({rows}, {R})"
             require(fits, f"a {tuple(a.shape)} and b {tuple(b.shape)}; expected {wanted}")
-            parts.append((weight, a, b, R, rows, rank, row, weight.stride(0), out_features, in_features))
+            parts.append(
+                (weight, a, b, R, rows, rank, row, weight.stride(0), out_features, in_features)
+            )
             rank += R
         row += rows
     spare = (weight.shape[0] - out_features, weight.shape[1] - in_features)
-    require(min(spare) >= rank, f"the weight has {spare} rows and columns to spare; the ranks add up to {rank}")
+    require(
+        min(spare) >= rank,
+        f"the weight has {spare} rows and columns to spare; the ranks add up to {rank}",
+    )
     return parts
 
 
@@ -173,7 +198,8 @@ def low_rank_(x: torch.Tensor, thin: torch.Tensor, scaling: float) -> None:
     """Fill the last R columns of x (N, width + R) with scaling * x[:, :width] thin^T, for a thin (R, width)."""
     R, width = thin.shape
     require(
-        x.shape[1] == width + R, f"x is {tuple(x.shape)}; a thin matrix {tuple(thin.shape)} needs {width + R} columns"
+        x.shape[1] == width + R,
+        f"x is {tuple(x.shape)}; a thin matrix {tuple(thin.shape)} needs {width + R} columns",
     )
     x[:, width:].addmm_(x[:, :width], thin.t(), beta=0, alpha=scaling)
 
@@ -194,7 +220,10 @@ def lora_linear(
     accumulator's dtype and returned. ValueError where a shape does not fit.
     """
     R = weight.shape[0] - out_features
-    require(x.shape[1:] == weight.shape[1:], f"x is {tuple(x.shape)}; an extended weight {tuple(weight.shape)}")
+    require(
+        x.shape[1:] == weight.shape[1:],
+        f"x is {tuple(x.shape)}; an extended weight {tuple(weight.shape)}",
+    )
     if low is not None:
         x[:, x.shape[1] - R :].copy_(low)
     elif R:
@@ -218,7 +247,10 @@ def lora_linear_backward(
     wants them. ValueError where a shape does not fit.
     """
     R = weight.shape[1] - in_features
-    require(dy.shape[1] == weight.shape[0], f"dy is {tuple(dy.shape)}; an extended weight {tuple(weight.shape)}")
+    require(
+        dy.shape[1] == weight.shape[0],
+        f"dy is {tuple(dy.shape)}; an extended weight {tuple(weight.shape)}",
+    )
     if R:
         low_rank_(dy, weight[: weight.shape[0] - R, in_features:].t(), scaling)
     return torch.mm(dy, weight[:, :in_features], out=out) if need_dx else None
@@ -236,12 +268,16 @@ def lora_gradients(
     spare = dy.shape[1] - out_features
     in_features = x.shape[1] - spare
     fits = dy.shape[0] == x.shape[0] and spare >= ranks and in_features > 0
-    require(fits, f"dy {tuple(dy.shape)} and x {tuple(x.shape)} do not fit linears of (out, R) {splits}")
+    require(
+        fits, f"dy {tuple(dy.shape)} and x {tuple(x.shape)} do not fit linears of (out, R) {splits}"
+    )
     dA = matmul_accumulated(dy[:, out_features : out_features + ranks].t(), x[:, :in_features])
     gradients, row, rank = [], 0, 0
     for out, R in splits:
         if R:
             columns = slice(in_features + rank, in_features + rank + R)
-            gradients.append((dA[rank : rank + R], matmul_accumulated(dy[:, row : row + out].t(), x[:, columns])))
+            gradients.append(
+                (dA[rank : rank + R], matmul_accumulated(dy[:, row : row + out].t(), x[:, columns]))
+            )
         row, rank = row + out, rank + R
     return gradients

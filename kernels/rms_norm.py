@@ -15,8 +15,8 @@ wider than y, and `add_rms_norm` adds to the stream on the way.
 
 import torch
 
-from . import launch
-from .launch import accumulator, into, power_of_two, require, tl, triton
+from . import backend
+from .backend import accumulator, into, power_of_two, require, tl, triton
 
 
 def rms_norm_reference(x, weight, eps):
@@ -64,7 +64,9 @@ def _rms_norm_fwd(
     live = at < D
     x = tl.load(x_ptr + row * x_row_stride + at, mask=live, other=0.0).to(tl.float32)
     if ADD:
-        addend = tl.load(addend_ptr + row * addend_row_stride + at, mask=live, other=0.0).to(tl.float32)
+        addend = tl.load(addend_ptr + row * addend_row_stride + at, mask=live, other=0.0).to(
+            tl.float32
+        )
         x += addend
         if STREAM:
             s = stream_ptr + row * stream_row_stride + at
@@ -72,7 +74,9 @@ def _rms_norm_fwd(
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
     tl.store(rstd_ptr + row, rstd)
     weight = tl.load(weight_ptr + at, mask=live, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * y_row_stride + at, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=live)
+    tl.store(
+        y_ptr + row * y_row_stride + at, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=live
+    )
 
 
 @triton.jit
@@ -106,7 +110,9 @@ def _rms_norm_bwd(
     xhat = x * rstd
     dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / D))
     if RESIDUAL:
-        dx += tl.load(dresidual_ptr + row * dresidual_row_stride + at, mask=live, other=0.0).to(tl.float32)
+        dx += tl.load(dresidual_ptr + row * dresidual_row_stride + at, mask=live, other=0.0).to(
+            tl.float32
+        )
     tl.store(dx_ptr + row * dx_row_stride + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
 
 
@@ -123,12 +129,21 @@ def _check(weight, narrow, wide):
     dtype = next((t.dtype for t in narrow.values() if t is not None), like.dtype)
     require(like.dim() == 2, f"{first} is {tuple(like.shape)}; expected (rows, width)")
     width = like.shape[1]
-    require(weight.shape == (width,), f"weight is {tuple(weight.shape)}; rows of {first} hold {width} elements")
+    require(
+        weight.shape == (width,),
+        f"weight is {tuple(weight.shape)}; rows of {first} hold {width} elements",
+    )
     for name, t in tensors.items():
         allowed = (dtype, accumulator(dtype)) if name in wide else (dtype,)
         same = t.shape == like.shape and t.dtype in allowed
-        require(same, f"{name} is {tuple(t.shape)} {t.dtype}; {first} is {tuple(like.shape)} {like.dtype}")
-        require(t.stride(1) == 1, f"the rows of {name} have stride {t.stride(1)}; expected contiguous rows")
+        require(
+            same,
+            f"{name} is {tuple(t.shape)} {t.dtype}; {first} is {tuple(like.shape)} {like.dtype}",
+        )
+        require(
+            t.stride(1) == 1,
+            f"the rows of {name} have stride {t.stride(1)}; expected contiguous rows",
+        )
 
 
 def _row_stride(t: torch.Tensor | None) -> int:
@@ -168,7 +183,7 @@ def rms_norm(
     ValueError where shapes do not fit or a row is not contiguous.
     """
     _check(weight, {"out": out}, {"x": x})
-    if not launch.use_triton(x):
+    if not backend.use_triton(x):
         y, rstd = rms_norm_reference(x, weight, eps)
         return into(out, y), rstd
     return _forward(x, weight, eps, _empty(x) if out is None else out)
@@ -185,7 +200,7 @@ def add_rms_norm(
     """rms_norm of x + addend, whose sum is not rounded; both (N, D). stream (N, D) in the accumulator's dtype gets
     addend added."""
     _check(weight, {"x": x, "addend": addend, "out": out}, {"stream": stream})
-    if not launch.use_triton(x):
+    if not backend.use_triton(x):
         y, rstd = add_rms_norm_reference(x, addend, weight, eps, stream)
         return into(out, y), rstd
     y = _empty(x) if out is None else out
@@ -207,7 +222,7 @@ def rms_norm_backward(
     """
     _check(weight, {"dy": dy, "dresidual": dresidual, "out": out}, {"x": x, "addend": addend})
     require(rstd.shape == x.shape[:1], f"rstd is {tuple(rstd.shape)}; expected ({x.shape[0]},)")
-    if not launch.use_triton(x):
+    if not backend.use_triton(x):
         return into(out, rms_norm_backward_reference(dy, x, weight, rstd, dresidual, addend))
     N, D = x.shape
     dx = _empty(dy) if out is None else out

@@ -12,8 +12,8 @@ each packed sample. Reads and writes q and k once; the tables stay in cache.
 
 import torch
 
-from . import launch
-from .launch import accumulator, power_of_two, require, tl, triton
+from . import backend
+from .backend import accumulator, power_of_two, require, tl, triton
 
 
 def rope_reference_(q, k, cos, sin, positions, inverse=False):
@@ -26,7 +26,16 @@ def rope_reference_(q, k, cos, sin, positions, inverse=False):
 
 
 @triton.jit
-def _rotate(x_ptr, cos, sin, heads, head_stride, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr):
+def _rotate(
+    x_ptr,
+    cos,
+    sin,
+    heads,
+    head_stride,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
     """Rotates the heads of one row, which begins at x_ptr."""
     head = tl.arange(0, BLOCK_H)[:, None]
     i = tl.arange(0, BLOCK_HALF)[None, :]
@@ -85,15 +94,22 @@ def rope_(
     """
     for name, x in (("q", q), ("k", k)):
         require(x.dim() == 3, f"{name} is {tuple(x.shape)}; expected (rows, heads, head width)")
-        require(x.stride(2) == 1, f"the head vectors of {name} have stride {x.stride(2)}; expected contiguous ones")
+        require(
+            x.stride(2) == 1,
+            f"the head vectors of {name} have stride {x.stride(2)}; expected contiguous ones",
+        )
     (N, H, K), G = q.shape, k.shape[1]
     same = k.shape == (N, G, K) and k.dtype == q.dtype and positions.shape == (N,)
-    require(same, f"q {tuple(q.shape)}, k {tuple(k.shape)}, positions {tuple(positions.shape)} do not belong together")
+    require(
+        same,
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, positions {tuple(positions.shape)} do not belong together",
+    )
     tables = cos.shape == sin.shape and cos.dim() == 2 and 2 * cos.shape[1] == K
     require(
-        tables, f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)}; a head width of {K} needs (positions, {K // 2})"
+        tables,
+        f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)}; a head width of {K} needs (positions, {K // 2})",
     )
-    if not launch.use_triton(q):
+    if not backend.use_triton(q):
         rope_reference_(q, k, cos, sin, positions, inverse)
     elif N:
         contiguous = cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()

@@ -12,8 +12,8 @@ backward pass needs no further memory of this width. Forward moves 3 tensors, ba
 
 import torch
 
-from . import launch
-from .launch import accumulator, cdiv, power_of_two, require, tl, triton
+from . import backend
+from .backend import accumulator, cdiv, power_of_two, require, tl, triton
 
 
 def swiglu_reference(gate, up):
@@ -31,14 +31,25 @@ def swiglu_backward_reference(dout, gate, up):
 
 
 @triton.jit
-def _swiglu_fwd(gate_ptr, up_ptr, out_ptr, gate_row_stride, up_row_stride, out_row_stride, F, BLOCK_F: tl.constexpr):
+def _swiglu_fwd(
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    gate_row_stride,
+    up_row_stride,
+    out_row_stride,
+    F,
+    BLOCK_F: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     live = at < F
     gate = tl.load(gate_ptr + row * gate_row_stride + at, mask=live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row_stride + at, mask=live, other=0.0).to(tl.float32)
     silu = gate * (1.0 / (1.0 + tl.exp(-gate)))
-    tl.store(out_ptr + row * out_row_stride + at, (silu * up).to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(
+        out_ptr + row * out_row_stride + at, (silu * up).to(out_ptr.dtype.element_ty), mask=live
+    )
 
 
 @triton.jit
@@ -69,7 +80,9 @@ def _swiglu_bwd(
     silu = gate * sigmoid
     dtype = dgate_ptr.dtype.element_ty
     tl.store(
-        dgate_ptr + row * dgate_row_stride + at, (dout * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=live
+        dgate_ptr + row * dgate_row_stride + at,
+        (dout * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype),
+        mask=live,
     )
     tl.store(dup_ptr + row * dup_row_stride + at, (dout * silu).to(dtype), mask=live)
     if OUT:
@@ -86,8 +99,13 @@ def _check(**tensors):
     require(gate.dim() == 2, f"gate is {tuple(gate.shape)}; expected (rows, width)")
     for name, x in tensors.items():
         same = x.shape == gate.shape and x.dtype == gate.dtype
-        require(same, f"{name} is {tuple(x.shape)} {x.dtype}; gate is {tuple(gate.shape)} {gate.dtype}")
-        require(x.stride(1) == 1, f"the rows of {name} have stride {x.stride(1)}; expected contiguous rows")
+        require(
+            same, f"{name} is {tuple(x.shape)} {x.dtype}; gate is {tuple(gate.shape)} {gate.dtype}"
+        )
+        require(
+            x.stride(1) == 1,
+            f"the rows of {name} have stride {x.stride(1)}; expected contiguous rows",
+        )
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -97,7 +115,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None
     """
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     _check(gate=gate, up=up, out=out)
-    if not launch.use_triton(gate):
+    if not backend.use_triton(gate):
         return out.copy_(swiglu_reference(gate, up))
     N, F = gate.shape
     if out.numel():
@@ -120,12 +138,15 @@ def swiglu_backward(
     `out`, where given, is filled with swiglu(gate, up) in the same pass. Each of the three may be one of the inputs.
     """
     dgate, dup = (
-        torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if x is None else x for x in (dgate, dup)
+        torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if x is None else x
+        for x in (dgate, dup)
     )
     results = {"dgate": dgate, "dup": dup} | ({} if out is None else {"out": out})
     _check(gate=gate, up=up, dout=dout, **results)
-    if not launch.use_triton(gate):
-        for result, value in zip(results.values(), swiglu_backward_reference(dout, gate, up), strict=False):
+    if not backend.use_triton(gate):
+        for result, value in zip(
+            results.values(), swiglu_backward_reference(dout, gate, up), strict=False
+        ):
             result.copy_(value)
         return dgate, dup
     N, F = gate.shape

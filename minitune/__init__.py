@@ -3,15 +3,15 @@
 from minitune import FastLanguageModel, SFTTrainer, SFTConfig
 """
 
-from minitune.config import LoraConfig, ModelConfig, SFTConfig
-from minitune.loading import FastLanguageModel
-from minitune.model import LlamaForCausalLM
-from minitune.tokenizer import Tokenizer
-from minitune.trainer import SFTTrainer
+from minitune.api import FastLanguageModel, LanguageModel
+from minitune.config.model_config import ModelConfig
+from minitune.config.training_config import LoraConfig, SFTConfig
+from minitune.data.tokenizer import Tokenizer
+from minitune.training.trainer import SFTTrainer
 
 __all__ = [
     "FastLanguageModel",
-    "LlamaForCausalLM",
+    "LanguageModel",
     "LoraConfig",
     "ModelConfig",
     "SFTConfig",

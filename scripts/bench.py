@@ -47,15 +47,17 @@ from bench_record import (
 from random_llama import SHAPES, write_random_llama
 from step_profile import profile_step
 
-from minitune import FastLanguageModel, LlamaForCausalLM, SFTConfig, SFTTrainer
-from minitune.config import LINEARS, ModelConfig, bytes_of
-from minitune.data import Batch
-from minitune.files import writing
-from minitune.micro_step import MicroStep
-from minitune.optim import FlatAdamW
-from minitune.weights import resolve_model
+from minitune import FastLanguageModel, LanguageModel, SFTConfig, SFTTrainer
+from minitune.atomic_files import os_errors_as_value_error
+from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.config.architectures import LORA_TARGETS
+from minitune.config.model_config import ModelConfig
+from minitune.config.training_config import parse_bytes
+from minitune.data.batching import Batch
+from minitune.training.micro_step import MicroStep
+from minitune.training.optimizer import FlatAdamW
 
-TARGETS = {"all": LINEARS, "qkvo": LINEARS[:4]}
+TARGETS = {"all": LORA_TARGETS, "qkvo": LORA_TARGETS[:4]}
 CHECKPOINTING = {"true": True, "false": False, "auto": "auto"}
 OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit")
 TABLE_FLAGS = {"rows", "no_peers"}  # for --all alone
@@ -69,14 +71,17 @@ MODES = {  # what is run -> those of the flags that go with it
 # ---- one system, one configuration
 
 
-def load(a: argparse.Namespace, lora_alpha: int) -> tuple[LlamaForCausalLM, Any, dict[str, Any]]:
+def load(a: argparse.Namespace, lora_alpha: int) -> tuple[LanguageModel, Any, dict[str, Any]]:
     """Model with a new adapter, tokenizer, and what the record says of them; the peak of memory counts from here."""
     start = time.perf_counter()
     if a.memory_limit is not None:
         total = torch.cuda.get_device_properties("cuda").total_memory
-        torch.cuda.set_per_process_memory_fraction(min(bytes_of(a.memory_limit) / total, 1.0))
+        torch.cuda.set_per_process_memory_fraction(min(parse_bytes(a.memory_limit) / total, 1.0))
     model, tokenizer = FastLanguageModel.from_pretrained(
-        a.model, max_seq_length=a.tokens, attention=a.attention, offload_embedding=a.offload_embedding
+        a.model,
+        max_seq_length=a.tokens,
+        attention=a.attention,
+        offload_embedding=a.offload_embedding,
     )
     FastLanguageModel.get_peft_model(
         model,
@@ -85,16 +90,18 @@ def load(a: argparse.Namespace, lora_alpha: int) -> tuple[LlamaForCausalLM, Any,
         target_modules=TARGETS[a.targets],
         use_gradient_checkpointing=CHECKPOINTING[a.checkpointing],
     )
-    model.memory_budget = bytes_of(a.memory_budget) if a.memory_budget else None
-    model.host_memory = bytes_of(a.host_memory) if a.host_memory else 0
-    facts = start_counting(start, sum(p.numel() for _, p in model.lora_parameters()))
+    model.memory_budget = parse_bytes(a.memory_budget) if a.memory_budget else None
+    model.host_memory = parse_bytes(a.host_memory) if a.host_memory else 0
+    facts = start_counting(start, sum(p.numel() for _, p in model.trainable_parameters()))
     return model, tokenizer, facts
 
 
 def time_steps(a: argparse.Namespace) -> dict[str, Any]:
     """The figures of `batch` samples of `tokens` random tokens a step."""
     model, _, facts = load(a, 2 * a.r)
-    optimizer = FlatAdamW([p for _, p in model.lora_parameters()], eight_bit=a.optim == "adamw_8bit")
+    optimizer = FlatAdamW(
+        [p for _, p in model.trainable_parameters()], eight_bit=a.optim == "adamw_8bit"
+    )
     micro = MicroStep(model, capture=not a.no_graphs)
     generator = torch.Generator().manual_seed(1)
     seconds, losses = [], []
@@ -108,7 +115,11 @@ def time_steps(a: argparse.Namespace) -> dict[str, Any]:
         wait()
         seconds.append(time.perf_counter() - start)
         losses.append(float(loss))
-    record = about(a, facts) | step_figures(seconds, losses, a.warmup, a.batch * a.tokens) | planned(micro)
+    record = (
+        about(a, facts)
+        | step_figures(seconds, losses, a.warmup, a.batch * a.tokens)
+        | planned(micro)
+    )
     if a.profile:
         plain = MicroStep(model, capture=False)
         record["profile"] = profile_step(
@@ -161,7 +172,11 @@ def time_short_samples(a: argparse.Namespace) -> dict[str, Any]:
 def planned(micro: MicroStep) -> dict[str, Any]:
     """What the plan expected, to be held against peak_gb and ms (which has the optimizer too)."""
     plan = micro.planned
-    facts = {"planned_gb": plan.peak / 2**30, "planned_ms": 1e3 * plan.seconds, "host_gb": plan.host_bytes / 2**30}
+    facts = {
+        "planned_gb": plan.peak / 2**30,
+        "planned_ms": 1e3 * plan.seconds,
+        "host_gb": plan.host_bytes / 2**30,
+    }
     return {name: round(value, 2) for name, value in facts.items()} | {"plan": str(plan)}
 
 
@@ -194,36 +209,94 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked. Raises ValueError."""
-    p = _Parser(prog="bench.py", description="Time training steps and their peak memory.", allow_abbrev=False)
+    p = _Parser(
+        prog="bench.py",
+        description="Time training steps and their peak memory.",
+        allow_abbrev=False,
+    )
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="DIR", help="measure on this checkpoint")
-    what.add_argument("--all", metavar="DIR", type=Path, help="the table; makes DIR/8b, 1b and 135m where missing")
-    what.add_argument("--make", nargs=2, metavar=("SHAPE", "DIR"), help="write random weights: 8b, 1b or 135m")
-    p.add_argument("--batch", type=int, default=2, help="samples a step; of --short, a quarter of them (default: 2)")
-    p.add_argument("--tokens", type=int, default=2048, help="tokens of a sample; of --short, at most (default: 2048)")
-    p.add_argument("--targets", choices=TARGETS, default="all", help="linears with an adapter (default: all seven)")
+    what.add_argument(
+        "--all", metavar="DIR", type=Path, help="the table; makes DIR/8b, 1b and 135m where missing"
+    )
+    what.add_argument(
+        "--make", nargs=2, metavar=("SHAPE", "DIR"), help="write random weights: 8b, 1b or 135m"
+    )
+    p.add_argument(
+        "--batch",
+        type=int,
+        default=2,
+        help="samples a step; of --short, a quarter of them (default: 2)",
+    )
+    p.add_argument(
+        "--tokens",
+        type=int,
+        default=2048,
+        help="tokens of a sample; of --short, at most (default: 2048)",
+    )
+    p.add_argument(
+        "--targets",
+        choices=TARGETS,
+        default="all",
+        help="linears with an adapter (default: all seven)",
+    )
     p.add_argument("--r", type=int, default=16, help="rank (default: 16)")
-    p.add_argument("--checkpointing", choices=CHECKPOINTING, default="true", help="compute again? (default: true)")
+    p.add_argument(
+        "--checkpointing",
+        choices=CHECKPOINTING,
+        default="true",
+        help="compute again? (default: true)",
+    )
     p.add_argument("--attention", choices=("auto", "triton"), help="default: auto; of --all, both")
-    p.add_argument("--optim", choices=OPTIMIZERS, help="default: adamw_torch_fused; of --short, adamw_8bit")
-    p.add_argument("--steps", type=int, help="steps that are timed (default: 8); of --short, all (default: 60)")
-    p.add_argument("--warmup", type=int, help="steps before those (default: 3); of --short, the first (default: 5)")
+    p.add_argument(
+        "--optim", choices=OPTIMIZERS, help="default: adamw_torch_fused; of --short, adamw_8bit"
+    )
+    p.add_argument(
+        "--steps", type=int, help="steps that are timed (default: 8); of --short, all (default: 60)"
+    )
+    p.add_argument(
+        "--warmup",
+        type=int,
+        help="steps before those (default: 3); of --short, the first (default: 5)",
+    )
     p.add_argument("--short", action="store_true", help="short samples, through SFTTrainer")
-    p.add_argument("--samples", type=int, default=4000, help="of --short: samples of the data set (default: 4000)")
+    p.add_argument(
+        "--samples",
+        type=int,
+        default=4000,
+        help="of --short: samples of the data set (default: 4000)",
+    )
     p.add_argument("--no-graphs", action="store_true", help="launch every kernel, capture nothing")
     p.add_argument("--profile", action="store_true", help="where a step's GPU time goes")
-    p.add_argument("--memory-budget", help="GPU memory to stay within, as 10GiB; of --checkpointing auto")
-    p.add_argument("--host-memory", help="host memory that activations may wait in, likewise; default: none")
-    p.add_argument("--offload-embedding", action="store_true", help="keep the embedding in host memory")
+    p.add_argument(
+        "--memory-budget", help="GPU memory to stay within, as 10GiB; of --checkpointing auto"
+    )
+    p.add_argument(
+        "--host-memory", help="host memory that activations may wait in, likewise; default: none"
+    )
+    p.add_argument(
+        "--offload-embedding", action="store_true", help="keep the embedding in host memory"
+    )
     p.add_argument("--memory-limit", help="behave as if the GPU had so much memory, as 24GiB")
-    p.add_argument("--peer", choices=bench_table.PEER_NAMES, action="append", help="beside it; may be repeated")
+    p.add_argument(
+        "--peer", choices=bench_table.PEER_NAMES, action="append", help="beside it; may be repeated"
+    )
     p.add_argument("--rows", help="of --all: these rows only, as 1,2,5")
     p.add_argument("--no-peers", action="store_true", help="of --all: ours only")
-    p.add_argument("--timeout", type=float, default=900, help="seconds for each process that is started (default: 900)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="add every record to this file, one a line")
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=900,
+        help="seconds for each process that is started (default: 900)",
+    )
+    p.add_argument(
+        "--json", type=Path, metavar="FILE", help="add every record to this file, one a line"
+    )
     a = p.parse_args(argv)
     mode = next(name for name in MODES if getattr(a, name))
-    given = [name for name, value in vars(a).items() if value != p.get_default(name) and name != mode]
+    given = [
+        name for name, value in vars(a).items() if value != p.get_default(name) and name != mode
+    ]
     if wrong := [name for name in given if name not in MODES[mode](vars(a))]:
         raise ValueError(f"--{wrong[0].replace('_', '-')} does not go with --{mode}")
     _check(a)
@@ -239,16 +312,20 @@ def _check(a: argparse.Namespace) -> None:
     if a.make and a.make[0] not in SHAPES:
         raise ValueError(f"--make {a.make[0]}: no such shape; choose from {', '.join(SHAPES)}")
     if a.short and a.profile:
-        raise ValueError("--profile looks at single steps, and --short runs SFTTrainer; leave one of them out")
+        raise ValueError(
+            "--profile looks at single steps, and --short runs SFTTrainer; leave one of them out"
+        )
     if (a.profile or a.memory_limit is not None) and not torch.cuda.is_available():
         raise ValueError("--profile and --memory-limit need a GPU, and torch sees none")
     if a.memory_limit is not None:
-        bytes_of(a.memory_limit)
+        parse_bytes(a.memory_limit)
     for name in ("memory_budget", "host_memory"):
         if (size := getattr(a, name)) is not None:
-            bytes_of(size)
+            parse_bytes(size)
             if a.checkpointing != "auto":
-                raise ValueError(f"--{name.replace('_', '-')} needs --checkpointing auto; it is {a.checkpointing}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} needs --checkpointing auto; it is {a.checkpointing}"
+                )
     if a.all:
         return
     a.attention = a.attention or "auto"
@@ -256,11 +333,15 @@ def _check(a: argparse.Namespace) -> None:
     a.steps = a.steps or (60 if a.short else 8)
     a.warmup = a.warmup or (5 if a.short else 3)
     if a.short and a.steps <= a.warmup:
-        raise ValueError(f"--steps {a.steps} of --short leaves none after the {a.warmup} of --warmup")
+        raise ValueError(
+            f"--steps {a.steps} of --short leaves none after the {a.warmup} of --warmup"
+        )
     if a.model:
         known = ModelConfig.from_folder(resolve_model(a.model)).max_position_embeddings
         if a.tokens > known:  # found here, because a peer would take a minute to find it
-            raise ValueError(f"--tokens {a.tokens} is more than the {known} positions that {a.model} knows")
+            raise ValueError(
+                f"--tokens {a.tokens} is more than the {known} positions that {a.model} knows"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -284,11 +365,20 @@ def run_all(a: argparse.Namespace) -> bool:
     except ValueError:
         raise ValueError(f"--rows {a.rows}: expected numbers with commas between them") from None
     if wrong := [number for number in rows if number not in bench_table.ROWS]:
-        raise ValueError(f"--rows: there is no row {wrong[0]}; the rows are 1 to {len(bench_table.ROWS)}")
+        raise ValueError(
+            f"--rows: there is no row {wrong[0]}; the rows are 1 to {len(bench_table.ROWS)}"
+        )
     attentions = [a.attention] if a.attention else ["triton", "auto"]
     peers = [] if a.no_peers else a.peer or ["unsloth"]
-    counts = [part for name in ("steps", "warmup") if getattr(a, name) for part in (f"--{name}", str(getattr(a, name)))]
-    return bench_table.run_table(a.all, rows, attentions, peers, counts, a.timeout, lambda record: emit(record, a.json))
+    counts = [
+        part
+        for name in ("steps", "warmup")
+        if getattr(a, name)
+        for part in (f"--{name}", str(getattr(a, name)))
+    ]
+    return bench_table.run_table(
+        a.all, rows, attentions, peers, counts, a.timeout, lambda record: emit(record, a.json)
+    )
 
 
 def run_one(a: argparse.Namespace) -> bool:
@@ -314,7 +404,7 @@ def emit(record: dict[str, Any], path: Path | None) -> None:
     line = json.dumps(record)
     print(bench_table.MARK + line, flush=True)
     if path is not None:
-        with writing(path), path.open("a", encoding="utf-8") as file:
+        with os_errors_as_value_error(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 

@@ -34,7 +34,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_rows import Maker, Row, Sizes, dequantize_rows, norm_rows, optimizer_rows, rope_rows, swiglu_rows
+from kernel_rows import (
+    Maker,
+    MemoryModel,
+    Row,
+    dequantize_rows,
+    norm_rows,
+    optimizer_rows,
+    rope_rows,
+    swiglu_rows,
+)
 from matmul_rows import attention_rows, lora_rows, loss_rows, matmul_rows
 from torch import Tensor
 
@@ -53,7 +62,15 @@ COLUMNS = ("eager", "compile", "Liger", "bitsandbytes", "flash", "cuDNN")  # bes
 # Our error: at most twice eager's, or what float32's rounding explains; without an eager one, what bfloat16's explains.
 ALLOWED, NOISE, ROUNDING = 2.0, 1e-5, 1e-2
 # What another library may raise that is installed in a version without the function, or does not take the shape.
-PEER_ERRORS = (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError, OSError)
+PEER_ERRORS = (
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    OSError,
+)
 
 
 # ---- checking and timing one row
@@ -88,7 +105,9 @@ def rotation(row: Row, l2_bytes: int) -> list[tuple]:
     """Sets of inputs of the row's shape, which together are four times the cache, but at most 32 and at least 2."""
     first = row.inputs()
     size = sum(x.numel() * x.element_size() for x in tensors_of(first))
-    return [first] + [row.inputs() for _ in range(min(max(math.ceil(4 * l2_bytes / size), 2), 32) - 1)]
+    return [first] + [
+        row.inputs() for _ in range(min(max(math.ceil(4 * l2_bytes / size), 2), 32) - 1)
+    ]
 
 
 def milliseconds(calls: Sequence[Callable[[], Any]], capture: bool) -> float:
@@ -109,7 +128,9 @@ def milliseconds(calls: Sequence[Callable[[], Any]], capture: bool) -> float:
     end.synchronize()
     rounds = max(1, round(1.0 / begin.elapsed_time(end)))
     graph = torch.cuda.CUDAGraph()
-    results: deque = deque(maxlen=len(calls))  # or the next call would write to the same place, which is in the cache
+    results: deque = deque(
+        maxlen=len(calls)
+    )  # or the next call would write to the same place, which is in the cache
     graph.capture_begin()
     try:
         for call in list(calls) * rounds:
@@ -119,7 +140,9 @@ def milliseconds(calls: Sequence[Callable[[], Any]], capture: bool) -> float:
     return do_bench(graph.replay, warmup=5, rep=40, return_mode="median") / (rounds * len(calls))
 
 
-def run_row(row: Row, peers: dict[str, Maker], l2_bytes: int, timer: Callable = milliseconds) -> dict[str, Any]:
+def run_row(
+    row: Row, peers: dict[str, Maker], l2_bytes: int, timer: Callable = milliseconds
+) -> dict[str, Any]:
     """The row's record: errors and milliseconds by column. A peer that fails is left out, and says why on stderr."""
     makers = {"ours": row.makers["ours"]}
     makers |= {k: make for k, make in {**row.makers, **peers}.items() if k in COLUMNS}
@@ -139,7 +162,13 @@ def run_row(row: Row, peers: dict[str, Maker], l2_bytes: int, timer: Callable = 
                 ms[column] = timer([makers[column](*inputs) for inputs in sets], capture)
                 break
     allowed = max(ALLOWED * errors["eager"], NOISE) if "eager" in errors else ROUNDING
-    return {"kernel": row.kernel, "shape": row.shape, "ms": ms, "error": errors, "right": errors["ours"] <= allowed}
+    return {
+        "kernel": row.kernel,
+        "shape": row.shape,
+        "ms": ms,
+        "error": errors,
+        "right": errors["ours"] <= allowed,
+    }
 
 
 @contextlib.contextmanager
@@ -185,7 +214,9 @@ def about_the_machine(peers: Any) -> dict[str, Any]:
 
 
 def header(machine: dict[str, Any], rates: dict[str, float]) -> str:
-    speeds = f"copy {rates['copy'] / 1e12:.2f} TB/s, bf16 matmul {rates['matmul'] / 1e12:.0f} TFLOP/s"
+    speeds = (
+        f"copy {rates['copy'] / 1e12:.2f} TB/s, bf16 matmul {rates['matmul'] / 1e12:.0f} TFLOP/s"
+    )
     titles = [f"{'kernel':<22}{'shape':<28}{'ms':>8}{'of peak':>14}"]
     titles += [f"{column:>13}" for column in COLUMNS] + [f"{'faster':>8}{'error':>10}{'eager':>10}"]
     return ", ".join(f"{k} {v}" if k not in ("gpu", "date") else v for k, v in machine.items()) + (
@@ -200,7 +231,10 @@ def line(record: dict[str, Any]) -> str:
     cells.append(f"{record['of_peak']:>7.2f} {record['unit']:<6}")
     cells += [f"{ms[column]:>13.4f}" if column in ms else f"{'-':>13}" for column in COLUMNS]
     cells.append(f"{record['faster']:>8.2f}" if record["faster"] else f"{'-':>8}")
-    cells += [f"{error[column]:>10.1e}" if column in error else f"{'-':>10}" for column in ("ours", "eager")]
+    cells += [
+        f"{error[column]:>10.1e}" if column in error else f"{'-':>10}"
+        for column in ("ours", "eager")
+    ]
     return "".join(cells) + ("" if record["right"] else "   MORE THAN TWICE EAGER'S ERROR")
 
 
@@ -215,7 +249,7 @@ def bench(args: argparse.Namespace) -> int:
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs are captured where autograd's forward ran
         rates, machine = peak_rates(device), about_the_machine(peers)
         print(header(machine, rates), flush=True)
-        for row in itertools.chain.from_iterable(group(Sizes(), device) for group in GROUPS):
+        for row in itertools.chain.from_iterable(group(MemoryModel(), device) for group in GROUPS):
             if args.only and not any(word in row.kernel for word in args.only):
                 continue
             theirs = peers.makers(row.kernel) if peers is not None else {}
@@ -223,7 +257,9 @@ def bench(args: argparse.Namespace) -> int:
                 row.makers.pop("compile", None)
                 theirs.pop("compile", None)
             record = run_row(row, theirs, torch.cuda.get_device_properties(device).L2_cache_size)
-            best = min((ms for column, ms in record["ms"].items() if column != "ours"), default=None)
+            best = min(
+                (ms for column, ms in record["ms"].items() if column != "ours"), default=None
+            )
             record |= {
                 "unit": row.unit,
                 "of_peak": row.work / record["ms"]["ours"] * 1e3 / rates[row.unit],
@@ -234,7 +270,9 @@ def bench(args: argparse.Namespace) -> int:
             gc.collect()
             torch.cuda.empty_cache()
     if not records:
-        raise ValueError(f"no kernel has {' or '.join(args.only)} in its name; without --only all of them are timed")
+        raise ValueError(
+            f"no kernel has {' or '.join(args.only)} in its name; without --only all of them are timed"
+        )
     print(f"{len(records)} rows in {time.perf_counter() - start:.0f} s")
     lines = [json.dumps({**record, **machine, "rates": rates}) for record in records]
     print("\n".join(f"RESULT {text}" for text in lines))
@@ -244,11 +282,19 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", action="store_true", help="time other libraries too (tests/kernel_peers.py)")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="kernels whose name contains one of these words")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="time other libraries too (tests/kernel_peers.py)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="kernels whose name contains one of these words"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there, one JSON object a line")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the records there, one JSON object a line"
+    )
     args = parser.parse_args(argv)
     try:
         if not torch.cuda.is_available():

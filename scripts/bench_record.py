@@ -42,7 +42,11 @@ def start_counting(start: float, trainable: int) -> dict[str, Any]:
         loaded = _gib(torch.cuda.memory_allocated())
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.reset_peak_host_memory_stats()
-    return {"load_s": round(time.perf_counter() - start, 1), "loaded_gb": loaded, "trainable": trainable}
+    return {
+        "load_s": round(time.perf_counter() - start, 1),
+        "loaded_gb": loaded,
+        "trainable": trainable,
+    }
 
 
 def _pinned() -> int:
@@ -51,7 +55,7 @@ def _pinned() -> int:
 
     torchs = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
     try:
-        from minitune.pinned import most_pinned
+        from minitune.device import most_pinned
     except ImportError:  # in a peer's process
         return torchs
     return torchs + most_pinned()
@@ -71,7 +75,9 @@ def memory_and_place() -> dict[str, Any]:
     }
 
 
-def step_figures(seconds: Sequence[float], losses: Sequence[float], warmup: int, tokens: int) -> dict[str, Any]:
+def step_figures(
+    seconds: Sequence[float], losses: Sequence[float], warmup: int, tokens: int
+) -> dict[str, Any]:
     """The figures of steps that took `seconds`, `tokens` tokens each, the first `warmup` of them apart."""
     timed = seconds[warmup:]
     return {

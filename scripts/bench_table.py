@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitune.kernels.attention_cudnn import WORTHWHILE
+from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "scripts" / "bench.py"
@@ -22,7 +22,12 @@ PEER_NAMES = ("unsloth", "hf", "liger")
 PEER_CHECKPOINTING = {"true": "default", "auto": "default", "false": "none"}
 MARK = "RESULT "
 STEP_COLUMNS = {"ms": "ms", "min": "min_ms", "max": "max_ms", "tok/s": "tok_s"}
-SHORT_COLUMNS = {"s/step": "s_per_step", "samples/s": "samples_s", "over all": "samples_s_all", "tok/s": "tok_s"}
+SHORT_COLUMNS = {
+    "s/step": "s_per_step",
+    "samples/s": "samples_s",
+    "over all": "samples_s_all",
+    "tok/s": "tok_s",
+}
 
 Record = dict[str, Any]
 
@@ -78,7 +83,9 @@ ROWS = {
     14: Row("8b", "all", 1, 200_000, "auto", 111_000, 24, "21.5GiB", limit="24GiB", **LONGEST),
     15: Row("8b", "all", 1, 24_000, "auto", 4000, 8, "7.7GiB", limit="8GiB", **LONGEST),
     16: Row("8b", "all", 1, 8192, "auto", 878, 6.8, "7.15GiB", host="64GiB", frugal=True),
-    17: Row("8b", "all", 1, 32768, "auto", 5073, 8.45, "8.9GiB", host="64GiB", frugal=True, steps=3),
+    17: Row(
+        "8b", "all", 1, 32768, "auto", 5073, 8.45, "8.9GiB", host="64GiB", frugal=True, steps=3
+    ),
 }
 
 
@@ -86,21 +93,29 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns as wide as they need to be; None is a dash."""
     lines = [list(header), *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def child(command: Sequence[str | Path], timeout: float, **options) -> Record:
     """The record of a benchmark in a process of its own, or {"error": one line} where it left none."""
     try:
         done = subprocess.run(
-            [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=timeout, **options
+            [sys.executable, *map(str, command)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            **options,
         )
     except subprocess.TimeoutExpired:
         return {"error": f"no result within {timeout:g} s"}
     for line in done.stdout.splitlines():
         if line.startswith(MARK):
             return json.loads(line.removeprefix(MARK))
-    said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["nothing was said"]
+    said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()] or [
+        "nothing was said"
+    ]
     return {"error": f"exit code {done.returncode}: {said[-1][:300]}"}
 
 
@@ -110,7 +125,11 @@ def peer_record(peer: str, model: Path, options: Sequence[str], timeout: float) 
     It starts in an empty folder and without the checkout on the path: transformers takes a folder named `kernels` that
     it can import for the package of that name, and fails.
     """
-    folders = [str(Path(folder).resolve()) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    folders = [
+        str(Path(folder).resolve())
+        for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if folder
+    ]
     path = os.pathsep.join(folder for folder in folders if folder != str(ROOT))
     with tempfile.TemporaryDirectory() as empty:
         command = [PEERS, peer, model.resolve(), *options]
@@ -143,20 +162,39 @@ def run_table(
     try:
         for number in numbers:
             row, model = ROWS[number], models / ROWS[number].shape
-            options = ["--batch", row.batch, "--tokens", row.tokens, "--targets", row.targets, "--r", row.r, *counts]
-            options += ["--steps", row.steps, "--warmup", row.steps] if row.steps and not counts else []
+            options = [
+                "--batch",
+                row.batch,
+                "--tokens",
+                row.tokens,
+                "--targets",
+                row.targets,
+                "--r",
+                row.r,
+                *counts,
+            ]
+            options += (
+                ["--steps", row.steps, "--warmup", row.steps] if row.steps and not counts else []
+            )
             options = [*map(str, options), *(["--short"] if row.short else [])]
             theirs = []
             for peer in peers:
                 if row.limit or (row.short and peer != "unsloth"):
                     continue
                 _tell(f"row {number}, {peer}")
-                mode = [] if row.short else ["--checkpointing", PEER_CHECKPOINTING[row.checkpointing]]
+                mode = (
+                    [] if row.short else ["--checkpointing", PEER_CHECKPOINTING[row.checkpointing]]
+                )
                 theirs.append(peer_record(peer, model, [*options, *mode], timeout))
                 emit({"row": number} | theirs[-1])
-            for attention in attentions if row.tokens >= WORTHWHILE else attentions[-1:]:
+            for attention in attentions if row.tokens >= CUDNN_MIN_LENGTH else attentions[-1:]:
                 _tell(f"row {number}, minitune, attention {attention}")
-                mode = ["--attention", attention, "--checkpointing", "auto" if row.budget else row.checkpointing]
+                mode = [
+                    "--attention",
+                    attention,
+                    "--checkpointing",
+                    "auto" if row.budget else row.checkpointing,
+                ]
                 mode += ["--memory-limit", row.limit] if row.limit else []
                 mode += ["--memory-budget", row.budget] if row.budget else []
                 mode += ["--host-memory", row.host, "--offload-embedding"] if row.host else []
@@ -167,9 +205,24 @@ def run_table(
                 lines.append(_line(number, row, ours, theirs))
                 good &= not any("error" in record for record in (ours, *theirs))
     finally:
-        print("\nms a step (short samples: samples/s); ratio: how many times as fast as the fastest peer; peak in GiB;")
-        print(f"aims are for an H100 80GB; below {WORTHWHILE} tokens attention is our own either way, and runs once")
-        header = ["row", "what", "attention", "ours", "peer", "ratio", "aim", "peak", "peer's peak", "peak aim"]
+        print(
+            "\nms a step (short samples: samples/s); ratio: how many times as fast as the fastest peer; peak in GiB;"
+        )
+        print(
+            f"aims are for an H100 80GB; below {CUDNN_MIN_LENGTH} tokens attention is our own either way, and runs once"
+        )
+        header = [
+            "row",
+            "what",
+            "attention",
+            "ours",
+            "peer",
+            "ratio",
+            "aim",
+            "peak",
+            "peer's peak",
+            "peak aim",
+        ]
         print(text_table(header, lines), flush=True)
     return good
 
@@ -190,7 +243,11 @@ def comparison(records: Sequence[Record]) -> str:
     }
     rows = []
     for record in records:
-        ratio = f"{speed(records[-1]) / speed(record):.2f}x" if speed(record) else f"failed ({record['error']})"
+        ratio = (
+            f"{speed(records[-1]) / speed(record):.2f}x"
+            if speed(record)
+            else f"failed ({record['error']})"
+        )
         rows.append([*(record.get(key) for key in shown.values()), ratio])
     return text_table([*shown, "ratio"], rows)
 
@@ -199,7 +256,10 @@ def shares(milliseconds: dict[str, float]) -> str:
     """A profile as a table: ms a step and share of it, the largest first, idle last."""
     total = sum(milliseconds.values())
     order = sorted(milliseconds, key=lambda name: (name == "idle", -milliseconds[name]))
-    rows = [[name, f"{milliseconds[name]:.2f}", f"{100 * milliseconds[name] / total:.1f}%"] for name in order]
+    rows = [
+        [name, f"{milliseconds[name]:.2f}", f"{100 * milliseconds[name] / total:.1f}%"]
+        for name in order
+    ]
     return text_table(["group", "ms", "share"], [*rows, ["a step", f"{total:.2f}", "100.0%"]])
 
 
@@ -222,7 +282,17 @@ def _line(number: int, row: Row, ours: Record, theirs: list[Record]) -> list[Any
         ratio = f"{speed(ours) / speed(best):.2f}x"
     other = "; ".join(f"{record['peer']} {figure(record)}" for record in theirs) or None
     peaks = ours.get("peak_gb"), best and best.get("peak_gb")
-    return [number, row, ours["attention"], figure(ours), other, ratio, f"{row.aim:g}", *peaks, f"{row.peak:g}"]
+    return [
+        number,
+        row,
+        ours["attention"],
+        figure(ours),
+        other,
+        ratio,
+        f"{row.aim:g}",
+        *peaks,
+        f"{row.peak:g}",
+    ]
 
 
 def _tell(text: str) -> None:

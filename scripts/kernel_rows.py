@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minitune.kernels.adamw import BLOCKSIZE, adamw_, adamw_8bit_, global_norm
 from minitune.kernels.dequantize import dequantize_nf4
-from minitune.kernels.lora_linear import columns_to_spare
+from minitune.kernels.lora_linear import padded_rank
 from minitune.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -27,17 +27,22 @@ from minitune.kernels.rms_norm import (
     rms_norm_reference,
 )
 from minitune.kernels.rope import rope_, rope_reference_
-from minitune.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
-from minitune.nf4 import BLOCKSIZE as NF4_BLOCKSIZE
-from minitune.nf4 import NESTED_BLOCKSIZE, NF4, dynamic_map, nf4_code
-from minitune.optim import moment_tables
+from minitune.kernels.swiglu import (
+    swiglu,
+    swiglu_backward,
+    swiglu_backward_reference,
+    swiglu_reference,
+)
+from minitune.model.nf4 import BLOCKSIZE as NF4_BLOCKSIZE
+from minitune.model.nf4 import NESTED_BLOCKSIZE, NF4, dynamic_map, nf4_code
+from minitune.training.optimizer import moment_tables
 
 BF16, EPS = torch.bfloat16, 1e-5
 Maker = Callable[..., Callable[[], Any]]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MemoryModel:
     """Rows, widths and heads; by default those of an 8B Llama and a step of 4096 tokens."""
 
     N: int = 4096
@@ -91,7 +96,9 @@ def beside(ours: Callable, plain: Callable) -> dict[str, Maker]:
 
 def widened(f: Callable) -> Callable:
     """f with every 16-bit tensor among its inputs in float32."""
-    return lambda *inputs: f(*(x.float() if isinstance(x, Tensor) and x.dtype == BF16 else x for x in inputs))
+    return lambda *inputs: f(
+        *(x.float() if isinstance(x, Tensor) and x.dtype == BF16 else x for x in inputs)
+    )
 
 
 def normal(device: str, *shape: int, std: float = 1.0) -> Tensor:
@@ -101,7 +108,7 @@ def normal(device: str, *shape: int, std: float = 1.0) -> Tensor:
 # ---- elementwise
 
 
-def dequantize_rows(s: Sizes, device: str) -> Iterator[Row]:
+def dequantize_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     """A layer's seven linears as a step wants them: those that share an input in one, with columns to spare."""
     groups = [([(out, width) for out in outs], width) for outs, width in s.linears().values()]
     count = sum(out * width for shapes, _ in groups for out, width in shapes)
@@ -110,12 +117,16 @@ def dequantize_rows(s: Sizes, device: str) -> Iterator[Row]:
         found = []
         for group, (shapes, width) in zip(weights, groups, strict=True):
             rows = [out for out, _ in shapes]
-            wide = torch.empty(sum(rows), width + columns_to_spare(s.R * len(rows)), device=device, dtype=BF16)
+            wide = torch.empty(
+                sum(rows), width + padded_rank(s.R * len(rows)), device=device, dtype=BF16
+            )
             found += dequantize_nf4(group, BF16, out=wide[:, :width]).split(rows)
         return found
 
     def plain(w: NF4, unpack: Callable, dtype: torch.dtype) -> Tensor:
-        return unpack(w.packed, w.absmax, w.code, w.nested_absmax, w.nested_code, w.nested_offset, dtype).view(w.shape)
+        return unpack(
+            w.packed, w.absmax, w.code, w.nested_absmax, w.nested_code, w.nested_offset, dtype
+        ).view(w.shape)
 
     def each(unpack: Callable, dtype: torch.dtype = BF16) -> Callable:
         return lambda weights: [plain(w, unpack, dtype) for group in weights for w in group]
@@ -156,7 +167,7 @@ def _random_nf4(shape: tuple[int, int], device: str) -> NF4:
     )
 
 
-def norm_rows(s: Sizes, device: str) -> Iterator[Row]:
+def norm_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     shape, bytes_each = f"{s.N} x {s.D}", s.N * s.D * BF16.itemsize
 
     def x() -> Tensor:
@@ -180,10 +191,12 @@ def norm_rows(s: Sizes, device: str) -> Iterator[Row]:
             rms_norm_backward_reference,
         ),
     ):
-        yield Row(name, shape, inputs, widened(plain), tensors * bytes_each, "copy", beside(ours, plain))
+        yield Row(
+            name, shape, inputs, widened(plain), tensors * bytes_each, "copy", beside(ours, plain)
+        )
 
 
-def rope_rows(s: Sizes, device: str) -> Iterator[Row]:
+def rope_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     angles = torch.rand(s.N, s.K // 2, device=device) * 6.3
     cos, sin = angles.cos(), angles.sin()
     positions = torch.arange(s.N, device=device, dtype=torch.int32) % (s.N // 2)
@@ -206,14 +219,16 @@ def rope_rows(s: Sizes, device: str) -> Iterator[Row]:
     )
 
 
-def swiglu_rows(s: Sizes, device: str) -> Iterator[Row]:
+def swiglu_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     shape, bytes_each = f"{s.N} x {s.F}", s.N * s.F * BF16.itemsize
 
     def tensors(count: int) -> Callable[[], tuple]:
         return lambda: tuple(normal(device, s.N, s.F) for _ in range(count))
 
     plain = swiglu_reference
-    yield Row("swiglu", shape, tensors(2), widened(plain), 3 * bytes_each, "copy", beside(swiglu, plain))
+    yield Row(
+        "swiglu", shape, tensors(2), widened(plain), 3 * bytes_each, "copy", beside(swiglu, plain)
+    )
 
     def backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         """With the output once more, which the gradient of down_proj's adapter needs."""
@@ -225,11 +240,18 @@ def swiglu_rows(s: Sizes, device: str) -> Iterator[Row]:
     yield Row("swiglu_backward", shape, tensors(3), widened(plain), 6 * bytes_each, "copy", makers)
 
 
-def optimizer_rows(s: Sizes, device: str) -> Iterator[Row]:
+def optimizer_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     """One update of a whole adapter, with moments in float32 and in 8 bits, and the norm for clipping."""
     P = s.layers * s.R * sum(out + width for outs, width in s.linears().values() for out in outs)
     blocks, shape = -(-P // BLOCKSIZE), f"{P / 1e6:.1f} M"
-    settings = {"lr": 2e-4, "step": 1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 0.0}
+    settings = {
+        "lr": 2e-4,
+        "step": 1,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+    }
 
     def vectors() -> tuple:
         """Values, their gradients, and the norm of these."""
@@ -242,7 +264,10 @@ def optimizer_rows(s: Sizes, device: str) -> Iterator[Row]:
 
     def byte_inputs() -> tuple:
         values, grads, norm = vectors()
-        codes, scales = torch.zeros(2, P, device=device, dtype=torch.uint8), torch.zeros(2, blocks, device=device)
+        codes, scales = (
+            torch.zeros(2, P, device=device, dtype=torch.uint8),
+            torch.zeros(2, blocks, device=device),
+        )
         return values, grads, *codes, *scales, moment_tables(torch.device(device)), norm
 
     def update(f: Callable, *moments: int) -> Callable:
@@ -274,9 +299,13 @@ def optimizer_rows(s: Sizes, device: str) -> Iterator[Row]:
 
     plain_norm = torch.linalg.vector_norm
     norms = {"ours": direct(global_norm), "eager": direct(plain_norm)}
-    yield Row("global_norm", shape, norm_inputs, lambda x: plain_norm(x.double()), 4 * P, "copy", norms)
+    yield Row(
+        "global_norm", shape, norm_inputs, lambda x: plain_norm(x.double()), 4 * P, "copy", norms
+    )
     ours = update(adamw_, 2, 3)
     makers = {"ours": direct(ours), "eager": torch_adamw}
     yield Row("adamw_", shape, float_inputs, on_the_cpu(ours), 28 * P, "copy", makers)
     ours = update(adamw_8bit_, 4, 5)
-    yield Row("adamw_8bit_", shape, byte_inputs, on_the_cpu(ours), 16 * P, "copy", {"ours": direct(ours)})
+    yield Row(
+        "adamw_8bit_", shape, byte_inputs, on_the_cpu(ours), 16 * P, "copy", {"ours": direct(ours)}
+    )

@@ -7,20 +7,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernel_rows import BF16, Maker, Row, Sizes, direct, normal, widened
+from kernel_rows import BF16, Maker, MemoryModel, Row, direct, normal, widened
 from torch import Tensor
 
 from minitune.kernels.attention import attention, attention_backward, attention_reference
-from minitune.kernels.attention_bwd import attention_backward_reference
-from minitune.kernels.attention_cudnn import WORTHWHILE
+from minitune.kernels.attention_backward import attention_backward_reference
+from minitune.kernels.attention_common import seqlen_bound
+from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 from minitune.kernels.cross_entropy import linear_cross_entropy
-from minitune.kernels.lora_linear import columns_to_spare, lora_gradients, lora_linear, lora_linear_backward
-from minitune.kernels.packed import bound_of
+from minitune.kernels.lora_linear import (
+    lora_gradients,
+    lora_linear,
+    lora_linear_backward,
+    padded_rank,
+)
 
 SCALING = 2.0
 
 
-def attention_rows(s: Sizes, device: str) -> Iterator[Row]:
+def attention_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     """The project's own kernels; for long samples of one length also what attention="auto" chooses there."""
     scale = s.K**-0.5
 
@@ -42,12 +47,17 @@ def attention_rows(s: Sizes, device: str) -> Iterator[Row]:
 
     for shape, lengths in s.samples:
         flops = 2 * s.H * s.K * sum(n * n for n in lengths)
-        choices = {shape: {"longest": bound_of(max(lengths))}}  # as the model says it
-        if len(set(lengths)) == 1 and lengths[0] >= WORTHWHILE:
-            choices[f"{shape} auto"] = {"longest": lengths[0], "length": lengths[0]}  # cuDNN's, where that is possible
+        choices = {shape: {"max_seqlen": seqlen_bound(max(lengths))}}  # as the model says it
+        if len(set(lengths)) == 1 and lengths[0] >= CUDNN_MIN_LENGTH:
+            choices[f"{shape} auto"] = {
+                "max_seqlen": lengths[0],
+                "uniform_seqlen": lengths[0],
+            }  # cuDNN's, where that is possible
         for name, hints in choices.items():
             forward = direct(lambda *inputs, hints=hints: attention(*inputs[:-1], **hints))
-            backward = direct(lambda *inputs, hints=hints: attention_backward(*inputs[:-1], **hints))
+            backward = direct(
+                lambda *inputs, hints=hints: attention_backward(*inputs[:-1], **hints)
+            )
             yield Row(
                 "attention",
                 name,
@@ -68,12 +78,16 @@ def attention_rows(s: Sizes, device: str) -> Iterator[Row]:
             )
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: tuple[int, ...], mask: Tensor | None) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: tuple[int, ...], mask: Tensor | None
+) -> Tensor:
     """scaled_dot_product_attention of packed (N, heads, K): samples of one length as a batch, others under a mask."""
     B = 1 if mask is not None else len(lengths)
     q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v))
     causal = mask is None
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -81,7 +95,9 @@ def sample_mask(lengths: tuple[int, ...], device: torch.device) -> Tensor | None
     """(N, N), true where a row sees a key; None where the samples are equally long."""
     if len(set(lengths)) == 1:
         return None
-    sample = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    sample = torch.arange(len(lengths), device=device).repeat_interleave(
+        torch.tensor(lengths, device=device)
+    )
     return (sample[:, None] == sample).tril()
 
 
@@ -100,7 +116,7 @@ def backward_of(f: Callable, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *res
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
-def loss_rows(s: Sizes, device: str) -> Iterator[Row]:
+def loss_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     weight = normal(device, s.V, s.D, std=s.D**-0.5)
 
     def mean_loss(hidden, weight, targets):
@@ -122,7 +138,9 @@ def loss_rows(s: Sizes, device: str) -> Iterator[Row]:
         4 * s.N * s.D * s.V,
         "matmul",
         {
-            "ours": direct(lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, s.N)),
+            "ours": direct(
+                lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, s.N)
+            ),
             "eager": direct(with_gradient(mean_loss)),
             "compile": direct(with_gradient(torch.compile(mean_loss, dynamic=False))),
         },
@@ -130,14 +148,18 @@ def loss_rows(s: Sizes, device: str) -> Iterator[Row]:
     )
 
 
-def matmul_rows(s: Sizes, device: str) -> Iterator[Row]:
+def matmul_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     """The frozen matmuls alone, as cuBLAS runs them: the floor of the LoRA rows."""
     for name, (outs, width) in s.linears().items():
         out = sum(outs)
         yield Row(
             "torch.mm",
             f"{name} {s.N} x {width} x {out}",
-            partial(lambda out, width: (normal(device, s.N, width), normal(device, out, width)), out, width),
+            partial(
+                lambda out, width: (normal(device, s.N, width), normal(device, out, width)),
+                out,
+                width,
+            ),
             widened(lambda x, w: x @ w.t()),
             2 * s.N * width * out,
             "matmul",
@@ -145,7 +167,7 @@ def matmul_rows(s: Sizes, device: str) -> Iterator[Row]:
         )
 
 
-def lora_rows(s: Sizes, device: str) -> Iterator[Row]:
+def lora_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     """lora_linear, its dx and its adapter gradients; in plain PyTorch a matmul, then `addmm_` for each adapter."""
     for name, (outs, width) in s.linears().items():
         out = sum(outs)
@@ -153,7 +175,13 @@ def lora_rows(s: Sizes, device: str) -> Iterator[Row]:
         splits = [(rows, s.R) for rows in outs]
         shape, flops = f"{name} {s.N} x {width} x {out}", 2 * s.N * width * out
         for kernel, ours, plain, work, unit in (
-            ("lora_linear", lambda x, dy, w, out=out: lora_linear(x, w, out, SCALING), forward, flops, "matmul"),
+            (
+                "lora_linear",
+                lambda x, dy, w, out=out: lora_linear(x, w, out, SCALING),
+                forward,
+                flops,
+                "matmul",
+            ),
             (
                 "lora_linear_backward",
                 lambda x, dy, w, width=width: lora_linear_backward(dy, w, width, SCALING),
@@ -163,14 +191,21 @@ def lora_rows(s: Sizes, device: str) -> Iterator[Row]:
             ),
             (
                 "lora_gradients",
-                lambda x, dy, w, splits=splits: [g for pair in lora_gradients(dy, x, splits) for g in pair],
+                lambda x, dy, w, splits=splits: [
+                    g for pair in lora_gradients(dy, x, splits) for g in pair
+                ],
                 gradients,
                 s.N * (width + out) * BF16.itemsize,
                 "copy",
             ),
         ):
-            inputs, exact = partial(_lora_inputs, s, outs, width, device), widened(lambda *t, f=plain: f(*t)())
-            yield Row(kernel, shape, inputs, exact, work, unit, {"ours": direct(ours), "eager": plain})
+            inputs, exact = (
+                partial(_lora_inputs, s, outs, width, device),
+                widened(lambda *t, f=plain: f(*t)()),
+            )
+            yield Row(
+                kernel, shape, inputs, exact, work, unit, {"ours": direct(ours), "eager": plain}
+            )
 
 
 def _parts(outs: list[int], R: int) -> list[tuple[slice, slice]]:
@@ -179,9 +214,11 @@ def _parts(outs: list[int], R: int) -> list[tuple[slice, slice]]:
     return [(slice(ends[i] - outs[i], ends[i]), slice(i * R, i * R + R)) for i in range(len(outs))]
 
 
-def _lora_inputs(s: Sizes, outs: list[int], width: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def _lora_inputs(
+    s: MemoryModel, outs: list[int], width: int, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """x and dy with columns to spare, and the extended weight of kernels/lora_linear.py."""
-    out, spare = sum(outs), columns_to_spare(s.R * len(outs))
+    out, spare = sum(outs), padded_rank(s.R * len(outs))
     weight = normal(device, out + spare, width + spare, std=width**-0.5)
     weight[:, width:] = 0
     for rows, rank in _parts(outs, s.R):
@@ -194,7 +231,10 @@ def _plain_lora(outs: list[int], width: int, R: int) -> tuple[Maker, Maker, Make
     out, parts = sum(outs), _parts(outs, R)
 
     def split(weight: Tensor) -> tuple[Tensor, list[tuple[slice, Tensor, Tensor]]]:
-        adapters = [(r, weight[out:, :width][k].contiguous(), weight[r, width:][:, k].contiguous()) for r, k in parts]
+        adapters = [
+            (r, weight[out:, :width][k].contiguous(), weight[r, width:][:, k].contiguous())
+            for r, k in parts
+        ]
         return weight[:out, :width].contiguous(), adapters
 
     def forward(x: Tensor, dy: Tensor, weight: Tensor) -> Callable[[], Tensor]:

@@ -12,16 +12,23 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from minitune.files import require_space, writing
-from minitune.merge import write_safetensors
+from minitune.atomic_files import os_errors_as_value_error, require_space
+from minitune.checkpoints.merge import write_safetensors
 
 SHARD_BYTES = 4e9
 SPECIAL = ("<s>", "</s>", "<pad>")  # ids 0, 1 and 2; the bytes follow
 
 
-def llama(hidden, ffn, layers, heads, kv_heads, vocab, theta, positions, tie, scaling_factor=None) -> dict:
+def llama(
+    hidden, ffn, layers, heads, kv_heads, vocab, theta, positions, tie, scaling_factor=None
+) -> dict:
     """config.json of a Llama; with a factor, rope scaling is llama3's from 8192 positions."""
-    scaling = {"rope_type": "llama3", "factor": scaling_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling = {
+        "rope_type": "llama3",
+        "factor": scaling_factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -56,7 +63,9 @@ SHAPES = {  # 8b knows twice the positions of Llama 3.1, for the longest context
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """The checkpoint's names, in the order of the model, and their shapes."""
-    D, F, V, K = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
+    D, F, V, K = (
+        config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
+    )
     H, G = config["num_attention_heads"], config["num_key_value_heads"]
     layer = {
         "input_layernorm": (D,),
@@ -76,7 +85,9 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return shapes if config["tie_word_embeddings"] else shapes | {"lm_head.weight": (V, D)}
 
 
-def write_random_llama(folder: str | Path, config: dict, seed: int = 0, shard_bytes: float = SHARD_BYTES) -> Path:
+def write_random_llama(
+    folder: str | Path, config: dict, seed: int = 0, shard_bytes: float = SHARD_BYTES
+) -> Path:
     """Write a checkpoint of this config.json and return its folder; config.json comes last, when all the rest is there.
 
     Raises ValueError where the folder holds a model already, or there is no room for it.
@@ -88,7 +99,7 @@ def write_random_llama(folder: str | Path, config: dict, seed: int = 0, shard_by
     require_space(folder, size)
     tensors = _random_tensors(shapes, config["num_hidden_layers"], seed)
     shards = _shards(shapes, shard_bytes)
-    with writing(folder):
+    with os_errors_as_value_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for file, names in shards.items():
             part = {name: shapes[name] for name in names}
@@ -109,7 +120,11 @@ def _random_tensors(shapes: dict[str, tuple[int, ...]], layers: int, seed: int):
     """
     generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
     for name, shape in shapes.items():
-        std = 0.02 / math.sqrt(2 * layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        std = (
+            0.02 / math.sqrt(2 * layers)
+            if name.endswith(("o_proj.weight", "down_proj.weight"))
+            else 0.02
+        )
         values = torch.ones(shape)
         if len(shape) > 1:
             values = torch.randn(shape, generator=generator, device=generator.device).mul_(std)
@@ -125,19 +140,28 @@ def _shards(shapes: dict[str, tuple[int, ...]], shard_bytes: float) -> dict[str,
             size = 0.0
         shards[-1].append(name)
         size += 2 * math.prod(shape)
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+    return {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": names
+        for i, names in enumerate(shards, 1)
+    }
 
 
 def _write_tokenizer(folder: Path, positions: int) -> None:
     """A byte-level tokenizer without merges: one token a byte, nothing added around a text."""
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())))}
+    vocabulary = {
+        token: i for i, token in enumerate((*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())))
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
     named = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": positions, **named}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": positions,
+        **named,
+    }
     _write_json(folder / "tokenizer_config.json", settings)
 
 

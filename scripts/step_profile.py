@@ -22,9 +22,18 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
-from minitune.kernels.lora_linear import columns_to_spare
+from minitune.kernels.lora_linear import padded_rank
 
-GROUPS = ("attention", "base matmuls", "LoRA", "dequantisation", "elementwise", "loss", "optimizer", "idle")
+GROUPS = (
+    "attention",
+    "base matmuls",
+    "LoRA",
+    "dequantisation",
+    "elementwise",
+    "loss",
+    "optimizer",
+    "idle",
+)
 FILES = {  # how a file of kernels/ begins -> group; the others are elementwise
     "attention": "attention",
     "lora": "LoRA",
@@ -32,7 +41,14 @@ FILES = {  # how a file of kernels/ begins -> group; the others are elementwise
     "cross_entropy": "loss",
     "adam": "optimizer",
 }
-MATMULS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_"}
+MATMULS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::baddbmm_",
+}
 REPEATS = 3
 
 
@@ -40,19 +56,29 @@ def own_kernels(folder: Path = Path(__file__).parents[1] / "kernels") -> dict[st
     """Our kernels' names -> their group."""
     groups = {}
     for path in sorted(folder.glob("*.py")):
-        group = next((group for start, group in FILES.items() if path.name.startswith(start)), "elementwise")
-        for name in re.findall(r"^@\w*\.?jit\b[^\n]*\n(?:@[^\n]*\n)*def (\w+)", path.read_text(), re.MULTILINE):
+        group = next(
+            (group for start, group in FILES.items() if path.name.startswith(start)), "elementwise"
+        )
+        for name in re.findall(
+            r"^@\w*\.?jit\b[^\n]*\n(?:@[^\n]*\n)*def (\w+)", path.read_text(), re.MULTILINE
+        ):
             groups[name] = group
     return groups
 
 
-def group_of(kernel: str, operation: str, shapes: Iterable, own: dict[str, str], vocab: int, thin: int) -> str:
+def group_of(
+    kernel: str, operation: str, shapes: Iterable, own: dict[str, str], vocab: int, thin: int
+) -> str:
     """The group of a kernel that `operation` launched on inputs of `shapes`; "" and () where that is not known."""
     if kernel in own:
         return own[kernel]
     if "attention" in operation or re.search("sdpa|fmha|flash", kernel):
         return "attention"
-    sizes = {size for shape in shapes if len(shape) >= 2 for size in shape[-2:]} if operation in MATMULS else set()
+    sizes = (
+        {size for shape in shapes if len(shape) >= 2 for size in shape[-2:]}
+        if operation in MATMULS
+        else set()
+    )
     if vocab in sizes:
         return "loss"
     if sizes and min(sizes) <= thin:
@@ -76,7 +102,9 @@ def group_times(events: Iterable, own: dict[str, str], vocab: int, thin: int) ->
                 left[event.name] += event.time_range.elapsed_us()
             continue
         for kernel in event.kernels:
-            groups[group_of(kernel.name, event.name, event.input_shapes, own, vocab, thin)] += kernel.duration
+            groups[group_of(kernel.name, event.name, event.input_shapes, own, vocab, thin)] += (
+                kernel.duration
+            )
             left[kernel.name] -= kernel.duration
     for name, microseconds in left.items():
         groups[group_of(name, "", (), own, vocab, thin)] += microseconds
@@ -92,7 +120,7 @@ def profile_step(
     """
     if not torch.cuda.is_available():
         raise ValueError("--profile needs a GPU: it sorts the time of GPU kernels")
-    groups = group_times(_events(micro), own_kernels(), vocab, thin=columns_to_spare(3 * r))
+    groups = group_times(_events(micro), own_kernels(), vocab, thin=padded_rank(3 * r))
     groups["optimizer"] += sum(group_times(_events(optimizer), {}, vocab, 0).values())
     milliseconds = {name: groups[name] / REPEATS / 1e3 for name in GROUPS[:-1]}
     return milliseconds | {"idle": wall_ms - sum(milliseconds.values())}

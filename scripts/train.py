@@ -16,17 +16,17 @@ from collections.abc import Sequence
 import demo
 import torch
 
-from minitune import runs
-from minitune.config import ModelConfig, bytes_of
-from minitune.data import load_dataset
-from minitune.flags import Settings, as_dict, parse
-from minitune.gguf import trained_name
-from minitune.loading import FastLanguageModel
-from minitune.memory import half_of_host, halved
-from minitune.plan import plan_memory, plan_table
-from minitune.recompute import level_of
-from minitune.trainer import MICRO_STEP_TOKENS, SFTTrainer
-from minitune.weights import resolve_model
+from minitune.api import FastLanguageModel
+from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.config.cli import Settings, as_dict, parse
+from minitune.config.model_config import ModelConfig
+from minitune.config.training_config import parse_bytes
+from minitune.data.tokenize_dataset import load_dataset
+from minitune.gguf.export import gguf_file_name
+from minitune.memory.planner import parse_gradient_checkpointing, plan_memory, plan_table
+from minitune.training import run_folder as runs
+from minitune.training.out_of_memory import default_host_budget, halve_until_fits
+from minitune.training.trainer import MICRO_STEP_TOKENS, SFTTrainer
 
 
 def check(settings: Settings) -> None:
@@ -34,10 +34,15 @@ def check(settings: Settings) -> None:
     run, sft = settings.run, settings.sft
     for name in ("model", "data"):
         if getattr(run, name) is None:
-            raise ValueError(f"--{name} is missing: train.py --model DIR --data FILE --output-dir DIR, or --demo")
-    folder, data = resolve_model(run.model), [path for path in (run.data, run.eval_data) if path is not None]
+            raise ValueError(
+                f"--{name} is missing: train.py --model DIR --data FILE --output-dir DIR, or --demo"
+            )
+    folder, data = (
+        resolve_model(run.model),
+        [path for path in (run.data, run.eval_data) if path is not None],
+    )
     if sft.output_dir is not None:
-        files = [trained_name(run.model, folder, method) for method in run.gguf]
+        files = [gguf_file_name(run.model, folder, method) for method in run.gguf]
         runs.check_output(sft.output_dir, sft.overwrite, sft.resume, [folder, *data], files)
     for path in data:
         load_dataset(path)
@@ -71,7 +76,9 @@ def prepare(settings: Settings) -> SFTTrainer:
         use_rslora=lora.use_rslora,
     )
     trainer = SFTTrainer(model, sft, run.data, run.eval_data, tokenizer)
-    trainer.settings |= {name: value for name, value in as_dict(run, lora).items() if value is not None}
+    trainer.settings |= {
+        name: value for name, value in as_dict(run, lora).items() if value is not None
+    }
     return trainer
 
 
@@ -91,21 +98,23 @@ def plan(settings: Settings) -> str:
         raise ValueError("--model is missing: train.py --plan --model DIR --memory-budget 24GiB")
     if sft.memory_budget is None and not torch.cuda.is_available():
         raise ValueError("--plan needs --memory-budget, as 24GiB, where there is no GPU")
-    budget = bytes_of(sft.memory_budget) if sft.memory_budget else torch.cuda.mem_get_info()[0]
+    budget = parse_bytes(sft.memory_budget) if sft.memory_budget else torch.cuda.mem_get_info()[0]
     config = ModelConfig.from_folder(resolve_model(run.model))
     longest = sft.max_length or run.max_seq_length or min(2048, config.max_position_embeddings)
     options = {
         "longest": longest,
-        "host_memory": bytes_of(sft.host_memory) if sft.host_memory else half_of_host(),
+        "host_memory": parse_bytes(sft.host_memory) if sft.host_memory else default_host_budget(),
         "eight_bit": sft.optim == "adamw_8bit",
         "load_in_4bit": run.load_in_4bit,
         "offload_embedding": run.offload_embedding,
-        "level": level_of(checkpointing(run.use_gradient_checkpointing)),
+        "level": parse_gradient_checkpointing(checkpointing(run.use_gradient_checkpointing)),
     }
     tokens = sft.micro_step_tokens or max(MICRO_STEP_TOKENS["cuda"], longest)
     if sft.micro_step_tokens is None:
-        tokens = halved(
-            tokens, longest, lambda n: plan_memory(config, settings.lora, budget, tokens=n, **options).peak > budget
+        tokens = halve_until_fits(
+            tokens,
+            longest,
+            lambda n: plan_memory(config, settings.lora, budget, tokens=n, **options).peak > budget,
         )
     planned = plan_memory(config, settings.lora, budget, tokens=tokens, **options)
     head = f"{run.model}: {tokens:,} tokens a forward/backward, in samples of up to {longest:,}"

@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("same examples every time, however slow the machine", derandomize=True, deadline=None)
+settings.register_profile(
+    "same examples every time, however slow the machine", derandomize=True, deadline=None
+)
 settings.load_profile("same examples every time, however slow the machine")
 
 GPU = torch.cuda.is_available()
@@ -35,7 +37,10 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     """A test marked `alone` leaves its process unfit for others, so it runs in one of its own."""
-    if pyfuncitem.get_closest_marker("alone") is None or os.environ.get("PYTEST_ALONE") == pyfuncitem.nodeid:
+    if (
+        pyfuncitem.get_closest_marker("alone") is None
+        or os.environ.get("PYTEST_ALONE") == pyfuncitem.nodeid
+    ):
         return None
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid],
@@ -69,9 +74,9 @@ def device() -> str:
 def triton_everywhere(monkeypatch) -> None:
     """Public functions of the kernels run Triton on any device (the interpreter where it is the CPU)."""
     pytest.importorskip("triton")
-    from minitune.kernels import launch
+    from minitune.kernels import backend
 
-    monkeypatch.setattr(launch, "use_triton", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr(backend, "use_triton", lambda x: x.dtype != torch.float64)
 
 
 @pytest.fixture

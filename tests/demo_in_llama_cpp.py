@@ -17,7 +17,7 @@ from smollm2 import DEFAULT  # noqa: E402
 from test_gguf import LlamaCpp  # noqa: E402
 
 from minitune import FastLanguageModel  # noqa: E402
-from minitune.data import load_dataset  # noqa: E402
+from minitune.data.tokenize_dataset import load_dataset  # noqa: E402
 
 
 def main() -> None:
@@ -25,7 +25,10 @@ def main() -> None:
     model.load_adapter(ROOT / demo.OUTPUT / "adapter")
     records = [record for _, record in load_dataset(demo.DATA / "heldout.jsonl")]
     expected = [record["messages"][-1]["content"] for record in records]
-    prompts = [tokenizer.apply_chat_template(r["messages"][:-1], add_generation_prompt=True) for r in records]
+    prompts = [
+        tokenizer.apply_chat_template(r["messages"][:-1], add_generation_prompt=True)
+        for r in records
+    ]
     ours = demo.ask(model, tokenizer, records)
     print(f"{'model.generate':<18}{'':24}right {matches(ours, expected)}")
     for merge_base in ("nf4", "original"):
@@ -35,7 +38,9 @@ def main() -> None:
                 llama = LlamaCpp(path)
                 answers = [llama.answer(ids, 48).strip() for ids in prompts]
             equal, right = matches(answers, ours), matches(answers, expected)
-            print(f"{merge_base + ' ' + method:<18}equal to ours {equal:<10}right {right}", flush=True)
+            print(
+                f"{merge_base + ' ' + method:<18}equal to ours {equal:<10}right {right}", flush=True
+            )
 
 
 def matches(a: list[str], b: list[str]) -> str:

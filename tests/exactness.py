@@ -36,11 +36,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitune import FastLanguageModel
-from minitune.config import LINEARS, ModelConfig
-from minitune.data import Sample, collate
-from minitune.kernels.attention_cudnn import WORTHWHILE
-from minitune.micro_step import MicroStep
-from minitune.optim import FlatAdamW
+from minitune.config.architectures import LORA_TARGETS
+from minitune.config.model_config import ModelConfig
+from minitune.data.batching import collate
+from minitune.data.tokenize_dataset import Sample
+from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
+from minitune.training.micro_step import MicroStep
+from minitune.training.optimizer import FlatAdamW
 
 GRADIENTS = ("reference", "plain-float64", "plain-bf16", "hf", "unsloth", "minitune")
 
@@ -51,20 +53,37 @@ def gradients(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     out, model = args.out.resolve(), args.model.resolve()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    checked(run_self("weights", "--model", model, "--out", out / "nf4.safetensors", "--device", device))
+    checked(
+        run_self("weights", "--model", model, "--out", out / "nf4.safetensors", "--device", device)
+    )
     for system in args.systems:
         (out / f"{system}.json").unlink(missing_ok=True)
         process = run_self(
-            "gradient", "--model", model, "--out", out, "--system", system, "--tokens", args.tokens, cwd=out
+            "gradient",
+            "--model",
+            model,
+            "--out",
+            out,
+            "--system",
+            system,
+            "--tokens",
+            args.tokens,
+            cwd=out,
         )
         if process.returncode:
             (out / f"{system}.stderr").write_text(process.stderr)
             last = (process.stderr.strip().splitlines() or ["no message"])[-1]
             print(f"{system} failed ({out / system}.stderr): {last[:200]}", file=sys.stderr)
-    found = {s: json.loads((out / f"{s}.json").read_text()) for s in args.systems if (out / f"{s}.json").exists()}
+    found = {
+        s: json.loads((out / f"{s}.json").read_text())
+        for s in args.systems
+        if (out / f"{s}.json").exists()
+    }
     if "reference" not in found:
         raise ValueError("the reference could not be computed, so nothing can be held against it")
-    for system, key in [(s, k) for s in found for k in ("nf4", "adapter") if found[s][k] != found["reference"][k]]:
+    for system, key in [
+        (s, k) for s in found for k in ("nf4", "adapter") if found[s][k] != found["reference"][k]
+    ]:
         print(f"{system} has another {key} than the reference and is left out", file=sys.stderr)
         found.pop(system, None)
     exact = load_file(out / "reference.safetensors")
@@ -100,7 +119,9 @@ def vocabulary(model: Path) -> int:
 def gradient_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Any]:
     """||g - exact|| / ||exact||: of all tensors together, and the median and the worst of them one by one."""
     if found.keys() != exact.keys():
-        raise ValueError(f"gradients are there of {len(found)} tensors, the reference has {len(exact)}")
+        raise ValueError(
+            f"gradients are there of {len(found)} tensors, the reference has {len(exact)}"
+        )
     squares = {name: (found[name] - exact[name]).square().sum().item() for name in exact}
     norms = {name: exact[name].square().sum().item() for name in exact}
     each = {name: (squares[name] / norms[name]) ** 0.5 for name in exact}
@@ -108,23 +129,48 @@ def gradient_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[
         "all": (sum(squares.values()) / sum(norms.values())) ** 0.5,
         "median": statistics.median(each.values()),
         "worst": max(each.values()),
-        "by_module": {m: statistics.median(e for name, e in each.items() if f".{m}." in name) for m in LINEARS},
+        "by_module": {
+            m: statistics.median(e for name, e in each.items() if f".{m}." in name)
+            for m in LORA_TARGETS
+        },
     }
 
 
 def print_gradients(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
     where = ", ".join(f"{k} {v}" for k, v in found["reference"]["about"].items())
     print(f"LoRA gradients of {args.model.name}, 2 x {args.tokens} random tokens; {where}")
-    print("relative error against transformers + PEFT in float32; by module the median over its tensors\n")
+    print(
+        "relative error against transformers + PEFT in float32; by module the median over its tensors\n"
+    )
     rows = []
     for system, record in found.items():
         errors = [record["all"], record["median"], record["worst"], *record["by_module"].values()]
-        rows.append([system, f"{record['loss']:.5f}", *(f"{e:.4f}" if e >= 1e-4 else f"{e:.0e}" for e in errors)])
-    print(table(["system", "loss", "all", "median", "worst", *(m.removesuffix("_proj") for m in LINEARS)], rows))
+        rows.append(
+            [
+                system,
+                f"{record['loss']:.5f}",
+                *(f"{e:.4f}" if e >= 1e-4 else f"{e:.0e}" for e in errors),
+            ]
+        )
+    print(
+        table(
+            [
+                "system",
+                "loss",
+                "all",
+                "median",
+                "worst",
+                *(m.removesuffix("_proj") for m in LORA_TARGETS),
+            ],
+            rows,
+        )
+    )
     for other in ("plain-bf16", "hf", "unsloth"):
         for ours in ("minitune", "minitune-triton"):
             if ours in found and other in found:
-                print(f"{ours} errs {found[ours]['all'] / found[other]['all']:.2f} times as much as {other}")
+                print(
+                    f"{ours} errs {found[ours]['all'] / found[other]['all']:.2f} times as much as {other}"
+                )
     print("RESULT " + json.dumps(found))
 
 
@@ -136,14 +182,21 @@ def repeat(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     files = [args.out / f"repeat-{i}.safetensors" for i in range(2)]
     for path in files:
-        checked(run_self("repeat_once", "--model", args.model, "--out", path, "--steps", args.steps))
+        checked(
+            run_self("repeat_once", "--model", args.model, "--out", path, "--steps", args.steps)
+        )
     one, two = map(load_file, files)
     rows, failed = [], False
     for name in dict.fromkeys(name.rsplit("/", 1)[0] for name in sorted(one)):
-        equal = [torch.equal(one[f"{name}/{what}"], two[f"{name}/{what}"]) for what in ("losses", "adapter")]
+        equal = [
+            torch.equal(one[f"{name}/{what}"], two[f"{name}/{what}"])
+            for what in ("losses", "adapter")
+        ]
         failed |= not all(equal) and not name.startswith("auto/")
         last = one[f"{name}/losses"][-1].item()
-        rows.append([*name.split("/"), *("same bits" if e else "DIFFERENT" for e in equal), f"{last:.6f}"])
+        rows.append(
+            [*name.split("/"), *("same bits" if e else "DIFFERENT" for e in equal), f"{last:.6f}"]
+        )
     where = ", ".join(f"{k} {v}" for k, v in about().items())
     print(f"{args.steps} steps of {args.model.name}, twice; {where}\n")
     print(table(["attention", "CUDA graphs", "losses", "adapter", "last loss"], rows))
@@ -168,15 +221,20 @@ def steps_of(folder: Path, attention: str, graphs: bool, steps: int) -> tuple[Te
 
     The longest are so long that attention="auto" takes cuDNN's, where the model knows as many positions.
     """
-    longest = min(WORTHWHILE, ModelConfig.from_folder(folder).max_position_embeddings)
-    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=longest, attention=attention)
+    longest = min(CUDNN_MIN_LENGTH, ModelConfig.from_folder(folder).max_position_embeddings)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=longest, attention=attention
+    )
     FastLanguageModel.get_peft_model(model, r=R, lora_alpha=ALPHA, use_gradient_checkpointing=True)
-    optimizer = FlatAdamW([p for _, p in model.lora_parameters()], max_grad_norm=1.0)
+    optimizer = FlatAdamW([p for _, p in model.trainable_parameters()], max_grad_norm=1.0)
     micro, generator, losses = MicroStep(model, capture=graphs), seeded(1), []
     optimizer.zero_grad()
     for step in range(steps):
         lengths = ((3, 250, 1, 90, 200, 240, 240), (256,) * 4, (longest,))[step % 3]
-        ids = [torch.randint(3, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+        ids = [
+            torch.randint(3, model.config.vocab_size, (n,), generator=generator).tolist()
+            for n in lengths
+        ]
         batch = collate([Sample(row, row) for row in ids])
         losses.append(micro(batch, batch.targets))
         optimizer.step(2e-4)
@@ -188,14 +246,24 @@ def steps_of(folder: Path, attention: str, graphs: bool, steps: int) -> tuple[Te
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     options = {
         "--model": {"type": Path, "required": True, "help": "a model folder in 16 bit"},
         "--out": {"type": Path, "required": True, "help": "where the results go"},
-        "--data": {"type": Path, "required": True, "help": "the samples that the command `data` wrote"},
+        "--data": {
+            "type": Path,
+            "required": True,
+            "help": "the samples that the command `data` wrote",
+        },
         "--tokens": {"type": int, "default": 1024, "help": "tokens of each of the two samples"},
-        "--systems": {"nargs": "+", "choices": (*GRADIENTS, "minitune-triton"), "default": GRADIENTS},
+        "--systems": {
+            "nargs": "+",
+            "choices": (*GRADIENTS, "minitune-triton"),
+            "default": GRADIENTS,
+        },
         "--system": {"required": True, "help": f"of `curve`: {', '.join(CURVES)}"},
         "--seeds": {"type": int, "default": 3, "help": "runs, with seeds 0, 1, ..."},
         "--steps": {"type": int, "default": 200},

@@ -18,7 +18,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float
 EPS = 1e-5
 CODE = torch.linspace(-1, 1, 16).pow(3)  # in place of NF4's 16 values
 kernel = pytest.mark.usefixtures("triton_everywhere", "poisoned")
-in_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+in_each_dtype = pytest.mark.parametrize(
+    "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 
 
 def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
@@ -52,7 +54,9 @@ def assert_as_good_as_plain(results, plain, exact):
         assert x.shape == e.shape, f"result {i}: {tuple(x.shape)} instead of {tuple(e.shape)}"
         error, plain_error = ((y.double() - e).abs().max().item() for y in (x, p))
         allowed = 2 * plain_error + 1e-6 * largest
-        assert error <= allowed, f"result {i}: error {error:.3g}; plain PyTorch errs by {plain_error:.3g}"
+        assert error <= allowed, (
+            f"result {i}: error {error:.3g}; plain PyTorch errs by {plain_error:.3g}"
+        )
 
 
 def judge(results, formula, inputs, douts):
@@ -102,7 +106,7 @@ def angles(positions, width, device):
 def extended(weights, a, b, dtype, device):
     """The extended weight of linears that share an input; an adapter may be None."""
     rows, width = sum(len(w) for w in weights), weights[0].shape[1]
-    spare = lora_linear.columns_to_spare(sum(0 if x is None else len(x) for x in a))
+    spare = lora_linear.padded_rank(sum(0 if x is None else len(x) for x in a))
     weight = torch.zeros(rows + spare, width + spare, dtype=dtype, device=device)
     weight[:rows, :width] = torch.cat(weights)
     adapters = [(x, y, len(w)) for w, x, y in zip(weights, a, b, strict=True)]
@@ -126,4 +130,6 @@ def quantised(shape, nested, blocksize=64, device="cpu"):
             "nested_offset": torch.tensor(0.123),
         }
     scales = {name: x.to(device) for name, x in scales.items()}
-    return Quantized(packed.to(device), absmax.to(device), CODE.to(device), shape, blocksize, **scales)
+    return Quantized(
+        packed.to(device), absmax.to(device), CODE.to(device), shape, blocksize, **scales
+    )

@@ -41,7 +41,9 @@ def bitsandbytes_dequantize(weights: list) -> Callable:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     def state(w) -> QuantState:
-        coarse = QuantState(w.nested_absmax, code=w.nested_code, blocksize=w.nested_blocksize, dtype=torch.float32)
+        coarse = QuantState(
+            w.nested_absmax, code=w.nested_code, blocksize=w.nested_blocksize, dtype=torch.float32
+        )
         return QuantState(
             w.absmax,
             shape=torch.Size(w.shape),
@@ -99,7 +101,9 @@ def liger_rms_norm_backward(dy, x, weight, rstd, dresidual) -> Callable:
 def liger_rope(q, k, cos, sin, positions) -> Callable:
     from liger_kernel.ops import LigerRopeFunction
 
-    q, k = (x[None].transpose(1, 2) for x in (q, k))  # they rotate (1, heads, rows, K), stored as (1, rows, heads, K)
+    q, k = (
+        x[None].transpose(1, 2) for x in (q, k)
+    )  # they rotate (1, heads, rows, K), stored as (1, rows, heads, K)
     cos, sin = (table[positions.long()].repeat(1, 2)[None] for table in (cos, sin))
 
     def run():
@@ -140,15 +144,19 @@ def liger_linear_cross_entropy(hidden, weight, targets) -> Callable:
 
 def flash(q, k, v, start, end, scale, lengths) -> Callable:
     """torch's variable-length flash attention. It takes grouped k and v as they are."""
-    bounds, longest = _bounds(lengths, q.device), max(lengths)
+    bounds, max_seqlen = _bounds(lengths, q.device), max(lengths)
     forward = torch.ops.aten._flash_attention_forward
-    return lambda: forward(q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale)[:1]
+    return lambda: forward(
+        q, k, v, bounds, bounds, max_seqlen, max_seqlen, 0.0, True, False, scale=scale
+    )[:1]
 
 
 def flash_backward(dout, q, k, v, out, lse, start, end, scale, lengths) -> Callable:
-    bounds, longest = _bounds(lengths, q.device), max(lengths)
-    args = (bounds, bounds, longest, longest, 0.0, True)
-    out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, *args, False, scale=scale)
+    bounds, max_seqlen = _bounds(lengths, q.device), max(lengths)
+    args = (bounds, bounds, max_seqlen, max_seqlen, 0.0, True)
+    out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+        q, k, v, *args, False, scale=scale
+    )
     backward = torch.ops.aten._flash_attention_backward
     return lambda: backward(dout, q, k, v, out, lse, *args, rng, unused, scale=scale)
 
@@ -170,7 +178,11 @@ def cudnn_backward(dout, q, k, v, out, lse, start, end, scale, lengths) -> Calla
 def _cudnn(q, k, v, scale):
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+        return (
+            attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            .transpose(1, 2)
+            .flatten(0, 1)
+        )
 
 
 def _batched(lengths, *packed):
@@ -202,7 +214,9 @@ def _compiled_flex() -> Callable:
 
 def _flex(q, k, v, scale, mask):
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+    return _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)[0].transpose(
+        0, 1
+    )
 
 
 @cache

@@ -43,7 +43,16 @@ OFFLINE = {
     "WANDB_DISABLED": "true",
     "TOKENIZERS_PARALLELISM": "false",
 }
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger-kernel")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "trl",
+    "unsloth",
+    "liger-kernel",
+)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {"qkvo": ATTENTION, "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj")}
 
@@ -119,7 +128,11 @@ def load(a):
     start = time.perf_counter()
     model, tokenizer = load_unsloth(a) if a.peer == "unsloth" else load_peft(a)
     model.train()
-    return model, tokenizer, start_counting(start, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    return (
+        model,
+        tokenizer,
+        start_counting(start, sum(p.numel() for p in model.parameters() if p.requires_grad)),
+    )
 
 
 def time_steps(a) -> dict:
@@ -137,7 +150,9 @@ def time_steps(a) -> dict:
     shape = (a.batch, a.tokens)
     seconds, losses = [], []
     for _ in range(a.warmup + a.steps):
-        ids = torch.randint(FIRST_TOKEN, model.config.vocab_size, shape, generator=generator, device=device())
+        ids = torch.randint(
+            FIRST_TOKEN, model.config.vocab_size, shape, generator=generator, device=device()
+        )
         wait()
         start = time.perf_counter()
         with torch.autocast(device(), dtype=torch.bfloat16):
@@ -197,8 +212,12 @@ def time_short_samples(a) -> dict:
     trainer.train()
     ends = [end - start for end in clock.ends]
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    mean_length = statistics.mean(len(text) + 1 for text in texts)  # a letter is a token, and then the end
-    return about(a, facts) | short_figures(ends, losses, a.warmup, a.batch * ACCUMULATION, mean_length)
+    mean_length = statistics.mean(
+        len(text) + 1 for text in texts
+    )  # a letter is a token, and then the end
+    return about(a, facts) | short_figures(
+        ends, losses, a.warmup, a.batch * ACCUMULATION, mean_length
+    )
 
 
 def about(a, facts: dict) -> dict:

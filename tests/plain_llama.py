@@ -14,13 +14,17 @@ class PlainLlama:
     def __init__(self, model, dtype: torch.dtype):
         self.c, self.dtype = model.config, dtype
         self.cos, self.sin = model.shared.rotary.cos.to(dtype), model.shared.rotary.sin.to(dtype)
-        self.weights = {n: p.detach().to(dtype) for n, p in model.named_parameters() if ".lora_" not in n}
+        self.weights = {
+            n: p.detach().to(dtype) for n, p in model.named_parameters() if ".lora_" not in n
+        }
         self.scaling = {}
         for name, linear in model.linears():
             # the values of the model's own compute dtype, so that only what is computed from them differs
-            self.weights[f"{name}.weight"] = linear.dense(model.dtype).to(dtype)
+            self.weights[f"{name}.weight"] = linear.weight_as(model.dtype).to(dtype)
             self.scaling[name] = linear.scaling
-        self.adapter = {n: p.detach().to(dtype).requires_grad_() for n, p in model.lora_parameters()}
+        self.adapter = {
+            n: p.detach().to(dtype).requires_grad_() for n, p in model.trainable_parameters()
+        }
 
     def linear(self, name, x):
         y = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
@@ -64,6 +68,8 @@ class PlainLlama:
         """Mean over all labels that count of a list of (ids, labels)."""
         total, count = 0, 0
         for ids, labels in samples:
-            total = total + F.cross_entropy(self.logits(ids)[:-1], labels[1:], ignore_index=-100, reduction="sum")
+            total = total + F.cross_entropy(
+                self.logits(ids)[:-1], labels[1:], ignore_index=-100, reduction="sum"
+            )
             count += int((labels[1:] != -100).sum())
         return total / count

@@ -29,10 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitune import FastLanguageModel
-from minitune.config import LINEARS
-from minitune.data import Sample, collate
-from minitune.micro_step import MicroStep
-from minitune.optim import FlatAdamW
+from minitune.config.architectures import LORA_TARGETS
+from minitune.data.batching import collate
+from minitune.data.tokenize_dataset import Sample
+from minitune.training.micro_step import MicroStep
+from minitune.training.optimizer import FlatAdamW
 
 R, ALPHA = 16, 32
 NF4_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
@@ -44,11 +45,15 @@ class System:
 
     model: Any
     parameters: dict[str, Tensor]
-    nf4: dict[str, Tensor]  # what the model computes with, under model.layers.0.self_attn.q_proj.packed and so on
+    nf4: dict[
+        str, Tensor
+    ]  # what the model computes with, under model.layers.0.self_attn.q_proj.packed and so on
     loss: Callable[[Tensor], Tensor]  # ids (B, T) -> mean loss, every token a label, under autograd
     backward: Callable[[Tensor], Tensor] | None = None  # the same, detached; adds to .grad
     optimizer: Callable[[], Any] | None = None  # with zero_grad() and step(lr)
-    working: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around many steps
+    working: Callable[[], contextlib.AbstractContextManager] = (
+        contextlib.nullcontext
+    )  # around many steps
 
     def __post_init__(self):
         self.backward = self.backward or self._autograd
@@ -61,7 +66,9 @@ class System:
 
     def set_adapter(self, values: dict[str, Tensor]) -> None:
         if values.keys() != self.parameters.keys():
-            raise ValueError(f"the adapters differ in {sorted(values.keys() ^ self.parameters.keys())[:3]}")
+            raise ValueError(
+                f"the adapters differ in {sorted(values.keys() ^ self.parameters.keys())[:3]}"
+            )
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(values[name])
@@ -72,7 +79,9 @@ class System:
 
 class TorchAdamW:
     def __init__(self, parameters):
-        self._optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(
+            parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        )
         self.zero_grad = self._optimizer.zero_grad
 
     def step(self, lr: float) -> None:
@@ -91,7 +100,9 @@ def drawn_adapter(shapes: dict[str, torch.Size], seed: int, trained: bool) -> di
         elif "lora_A" in name:
             values[name] = torch.randn(shape, generator=generator) * shape[1] ** -0.5
         else:
-            values[name] = 0.02 * torch.randn(shape, generator=generator) if trained else torch.zeros(shape)
+            values[name] = (
+                0.02 * torch.randn(shape, generator=generator) if trained else torch.zeros(shape)
+            )
     return values
 
 
@@ -127,7 +138,9 @@ def load(name: str, folder: str | Path, nf4: Path, max_tokens: int) -> System:
 
 def _overwrite(nf4: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     if nf4.keys() != tensors.keys():
-        raise ValueError(f"the quantised linears differ in {sorted(nf4.keys() ^ tensors.keys())[:3]}")
+        raise ValueError(
+            f"the quantised linears differ in {sorted(nf4.keys() ^ tensors.keys())[:3]}"
+        )
     with torch.no_grad():
         for name, t in nf4.items():
             t.copy_(tensors[name].view_as(t))
@@ -144,7 +157,7 @@ def _minitune(name: str, folder: str | Path, max_tokens: int) -> System:
         device="cpu" if name == "minitune-cpu" else None,
     )
     FastLanguageModel.get_peft_model(model, r=R, lora_alpha=ALPHA, use_gradient_checkpointing=False)
-    parameters, micro = dict(model.lora_parameters()), MicroStep(model)
+    parameters, micro = dict(model.trainable_parameters()), MicroStep(model)
 
     def backward(ids: Tensor) -> Tensor:
         batch = collate([Sample(row, row) for row in ids.tolist()])
@@ -157,12 +170,18 @@ def _minitune(name: str, folder: str | Path, max_tokens: int) -> System:
         lambda ids: model(input_ids=ids, labels=ids).loss,
         backward,
         lambda: FlatAdamW(list(parameters.values())),
-        model.resident_weights_where_they_fit if model.device.type == "cpu" else contextlib.nullcontext,
+        model.resident_weights_where_they_fit
+        if model.device.type == "cpu"
+        else contextlib.nullcontext,
     )
 
 
 def _nf4_of_minitune(model) -> dict[str, Tensor]:
-    return {f"{name}.{part}": getattr(linear.nf4, part) for name, linear in model.linears() for part in NF4_PARTS}
+    return {
+        f"{name}.{part}": getattr(linear.nf4, part)
+        for name, linear in model.linears()
+        for part in NF4_PARTS
+    }
 
 
 def _plain(name: str, folder: str | Path, tensors: dict[str, Tensor], max_tokens: int) -> System:
@@ -207,15 +226,23 @@ def _hf(folder: str | Path, tensors: dict[str, Tensor], exact: bool) -> System:
         _overwrite(nf4, tensors)
         torch.set_float32_matmul_precision("highest")
         quantised = dict(model.named_modules())
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
         model.to(_device())
         for name, linear in model.named_modules():
-            if name.rsplit(".", 1)[-1] in LINEARS:
+            if name.rsplit(".", 1)[-1] in LORA_TARGETS:
                 w = quantised[name].weight
                 w.quant_state.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
                 linear.weight.data = dequantize_4bit(w.data, w.quant_state).float()
         del quantised
-    lora = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(LINEARS), lora_dropout=0.0, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=R,
+        lora_alpha=ALPHA,
+        target_modules=list(LORA_TARGETS),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
     return _with_peft(get_peft_model(model, lora), nf4, autocast=not exact)
 
 
@@ -229,7 +256,7 @@ def _unsloth(folder: str | Path, max_tokens: int) -> System:
         model,
         r=R,
         lora_alpha=ALPHA,
-        target_modules=list(LINEARS),
+        target_modules=list(LORA_TARGETS),
         lora_dropout=0,
         bias="none",
         use_gradient_checkpointing="unsloth",
@@ -261,13 +288,17 @@ def _nf4_of_bitsandbytes(model: Any) -> dict[str, Tensor]:
         if isinstance(module, Linear4bit):
             state = module.weight.quant_state
             parts = (module.weight.data, state.absmax, state.state2.absmax, state.offset)
-            found |= {f"{_plain_name(name)}.{part}": t for part, t in zip(NF4_PARTS, parts, strict=True)}
+            found |= {
+                f"{_plain_name(name)}.{part}": t for part, t in zip(NF4_PARTS, parts, strict=True)
+            }
     return found
 
 
 def _plain_name(name: str) -> str:
     """Of PEFT's names, those of the checkpoint."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default.", ".")
+    return (
+        name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default.", ".")
+    )
 
 
 def stay_offline() -> None:

@@ -25,13 +25,19 @@ def about() -> dict[str, str]:
     return found
 
 
-def run_self(*args: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+def run_self(
+    *args: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
     """exactness.py once more, in a process of its own."""
     folder = Path(__file__).resolve().parent
     path = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(folder / "exactness.py"), *map(str, args)]
     return subprocess.run(
-        command, cwd=cwd, env={**os.environ, "PYTHONPATH": path, **environment}, capture_output=True, text=True
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
     )
 
 

@@ -10,17 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel
-from minitune.checkpoint import (
-    CONFIG,
-    STATE,
-    WEIGHTS,
-    load_adapter,
-    load_checkpoint,
-    save_adapter,
-    save_checkpoint,
-)
-from minitune.files import whole_folder
-from minitune.optim import FlatAdamW
+from minitune.atomic_files import atomic_folder
+from minitune.checkpoints.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
+from minitune.training.checkpoint import STATE, load_checkpoint, save_checkpoint
+from minitune.training.optimizer import FlatAdamW
 
 IDS = torch.tensor([[5, 17, 300, 42, 7, 7, 260, 99, 3]])
 
@@ -41,7 +34,7 @@ def adapted(folder, r=4, **options):
     """A model whose adapter matters: B drawn at random."""
     model = FastLanguageModel.get_peft_model(base(folder), r=r, **options)
     generator = torch.Generator().manual_seed(1)
-    for name, p in model.lora_parameters():
+    for name, p in model.trainable_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.2, generator=generator)
     return model
@@ -59,7 +52,11 @@ def hugging_face_base(folder):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True, "lora_alpha": 8}, {"target_modules": ["q_proj", "down_proj"], "r": 2}],
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 8},
+        {"target_modules": ["q_proj", "down_proj"], "r": 2},
+    ],
 )
 def test_peft_computes_the_same_logits_with_our_adapter(tiny, tmp_path, options):
     peft = pytest.importorskip("peft")
@@ -92,7 +89,9 @@ def test_saved_adapter_comes_back_bit_for_bit_into_a_bare_and_into_an_adapted_mo
     save_adapter(model, tmp_path / "a")
     for other in (base(tiny), FastLanguageModel.get_peft_model(base(tiny), r=4)):
         load_adapter(other, tmp_path / "a")
-        for (name, p), (_, q) in zip(model.lora_parameters(), other.lora_parameters(), strict=True):
+        for (name, p), (_, q) in zip(
+            model.trainable_parameters(), other.trainable_parameters(), strict=True
+        ):
             assert torch.equal(p, q), name
 
 
@@ -115,7 +114,9 @@ def test_saved_adapter_comes_back_bit_for_bit_into_a_bare_and_into_an_adapted_mo
         ({"use_rslora": "no"}, "adapter_config.json: use_rslora is 'no'; expected true or false"),
     ],
 )
-def test_adapter_configurations_that_are_not_supported_are_refused_by_name(tiny, tmp_path, change, message):
+def test_adapter_configurations_that_are_not_supported_are_refused_by_name(
+    tiny, tmp_path, change, message
+):
     model = adapted(tiny)
     save_adapter(model, tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -131,7 +132,8 @@ def test_adapter_files_that_do_not_fit_are_refused_and_the_model_is_unchanged(ti
     names = sorted(whole)
     broken = {
         f"lacks {names[0]}": {n: t for n, t in whole.items() if n != names[0]},
-        "holds .*layers.9.*no place": whole | {names[0].replace("layers.0", "layers.9"): whole[names[0]].clone()},
+        "holds .*layers.9.*no place": whole
+        | {names[0].replace("layers.0", "layers.9"): whole[names[0]].clone()},
         "has shape": whole | {names[0]: whole[names[0]][:-1].contiguous()},
         "not a LoRA matrix": whole | {"base_model.model.lm_head.weight": torch.zeros(2, 2)},
         "holds no LoRA matrix": {},
@@ -162,29 +164,37 @@ def test_model_without_an_adapter_has_none_to_save(tiny, tmp_path):
 
 def test_checkpoint_brings_back_adapter_moments_and_state(tiny, tmp_path):
     model = adapted(tiny)
-    optimizer = FlatAdamW([p for _, p in model.lora_parameters()])
+    optimizer = FlatAdamW([p for _, p in model.trainable_parameters()])
     for _ in range(3):
         optimizer.grads.normal_(generator=torch.Generator().manual_seed(0))
         optimizer.step(1e-2)
     save_checkpoint(model, optimizer, {"step": 3}, tmp_path / "checkpoint-3")
     other = adapted(tiny)
-    restored = FlatAdamW([p for _, p in other.lora_parameters()])
+    restored = FlatAdamW([p for _, p in other.trainable_parameters()])
     assert load_checkpoint(other, restored, tmp_path / "checkpoint-3")["step"] == 3
     assert restored.steps == 3
     for name in ("values", "exp_avg", "exp_avg_sq"):
         assert torch.equal(getattr(restored, name), getattr(optimizer, name)), name
     small = adapted(tiny, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="target_modules"):
-        load_checkpoint(small, FlatAdamW([p for _, p in small.lora_parameters()]), tmp_path / "checkpoint-3")
+        load_checkpoint(
+            small,
+            FlatAdamW([p for _, p in small.trainable_parameters()]),
+            tmp_path / "checkpoint-3",
+        )
 
 
 @pytest.mark.parametrize(
     ("state", "message"),
-    [("[]", "holds a list; expected an object"), ("{}", "optimizer_steps is missing"), ("{", "not JSON")],
+    [
+        ("[]", "holds a list; expected an object"),
+        ("{}", "optimizer_steps is missing"),
+        ("{", "not JSON"),
+    ],
 )
 def test_broken_state_of_a_checkpoint_names_the_file(tiny, tmp_path, state, message):
     model = adapted(tiny)
-    optimizer = FlatAdamW([p for _, p in model.lora_parameters()])
+    optimizer = FlatAdamW([p for _, p in model.trainable_parameters()])
     save_checkpoint(model, optimizer, {}, tmp_path)
     (tmp_path / STATE).write_text(state)
     with pytest.raises(ValueError, match=f"state.json: {message}"):
@@ -195,9 +205,11 @@ def test_symlinked_folder_stays_a_symlink_and_its_target_gets_the_files(tmp_path
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "a").symlink_to(tmp_path / "elsewhere")
     for text in ("first", "second"):
-        with whole_folder(tmp_path / "a") as partial:
+        with atomic_folder(tmp_path / "a") as partial:
             (partial / "file").write_text(text)
-    assert (tmp_path / "a").is_symlink() and (tmp_path / "elsewhere" / "file").read_text() == "second"
+    assert (tmp_path / "a").is_symlink() and (
+        tmp_path / "elsewhere" / "file"
+    ).read_text() == "second"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "elsewhere"]
 
 
@@ -207,7 +219,9 @@ def test_full_disk_names_the_folder_and_leaves_the_earlier_save_whole(tiny, tmp_
     save_adapter(model, folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # a write past it fails as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (8192, limits[1])
+    )  # a write past it fails as on a full disk
     try:
         with pytest.raises(ValueError, match=r"adapter: could not be written .*unchanged"):
             save_adapter(model, folder)
@@ -225,13 +239,16 @@ def test_saved_files_get_the_mode_that_open_gives(tiny, tmp_path, umask, mode):
         save_adapter(model, tmp_path / "adapter")
     finally:
         os.umask(previous)
-    assert {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()} == {CONFIG: mode, WEIGHTS: mode}
+    assert {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()} == {
+        CONFIG: mode,
+        WEIGHTS: mode,
+    }
 
 
 def test_interrupted_save_leaves_the_earlier_folder_whole(tmp_path):
-    with whole_folder(tmp_path / "a") as partial:
+    with atomic_folder(tmp_path / "a") as partial:
         (partial / "file").write_text("first")
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "a") as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "a") as partial:
         (partial / "file").write_text("second")
         raise KeyboardInterrupt
     assert (tmp_path / "a" / "file").read_text() == "first"
@@ -249,10 +266,10 @@ def test_other_files_in_the_folder_stay(tiny, tmp_path):
 
 
 def test_save_that_was_killed_between_its_renames_is_recovered(tmp_path):
-    with whole_folder(tmp_path / "a") as partial:
+    with atomic_folder(tmp_path / "a") as partial:
         (partial / "file").write_text("first")
     (tmp_path / "a").rename(tmp_path / ".a.old")
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "a"):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "a"):
         raise KeyboardInterrupt
     assert (tmp_path / "a" / "file").read_text() == "first"
 
@@ -260,7 +277,7 @@ def test_save_that_was_killed_between_its_renames_is_recovered(tmp_path):
 def test_folder_left_by_a_killed_save_is_cleared_by_the_next(tmp_path):
     (tmp_path / ".a.partial").mkdir()
     (tmp_path / ".a.partial" / "half").write_text("")
-    with whole_folder(tmp_path / "a") as partial:
+    with atomic_folder(tmp_path / "a") as partial:
         (partial / "file").write_text("whole")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["file"]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -270,11 +287,11 @@ def test_a_whole_folder_may_replace_all_that_was_there_and_does_so_only_when_it_
     folder = tmp_path / "merged"
     folder.mkdir()
     (folder / "model-00001-of-00002.safetensors").write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole_folder(folder, keep_others=False) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder, keep_others=False) as partial:
         (partial / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
     assert [path.name for path in folder.iterdir()] == ["model-00001-of-00002.safetensors"]
-    with whole_folder(folder, keep_others=False) as partial:
+    with atomic_folder(folder, keep_others=False) as partial:
         (partial / "model.safetensors").write_text("new")
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]

@@ -14,12 +14,20 @@ import pytest
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
-from minitune.config import LINEARS
-from minitune.flags import as_dict, parse, read_toml, toml_text
+from minitune.config.architectures import LORA_TARGETS
+from minitune.config.cli import as_dict, parse, read_toml, toml_text
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
-FORBIDDEN = {"transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "huggingface_hub"}
+FORBIDDEN = {
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "huggingface_hub",
+}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -29,7 +37,12 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     make_tiny_model(folder / "model")
     records = [
-        {"messages": [{"role": "user", "content": f"number {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"number {i}"},
+                {"role": "assistant", "content": f"it is {i}"},
+            ]
+        }
         for i in range(12)
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -60,7 +73,11 @@ def arguments(files, output, *more):
         "--max-steps",
         "2",
     )
-    return [str(files / a) if a in ("model", "data.jsonl") else a for a in fixed] + ["--output-dir", str(output), *more]
+    return [str(files / a) if a in ("model", "data.jsonl") else a for a in fixed] + [
+        "--output-dir",
+        str(output),
+        *more,
+    ]
 
 
 def test_training_from_the_command_line_imports_no_hugging_face_trainer_stack(files, tmp_path):
@@ -71,20 +88,38 @@ def test_training_from_the_command_line_imports_no_hugging_face_trainer_stack(fi
         f"print(sorted({FORBIDDEN!r} & set(sys.modules)), 'torch' in sys.modules)\n"
     )
     start = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv[0] = {str(SCRIPTS / 'train.py')!r}\n"
-    command = arguments(files, tmp_path / "run", "--merge", "--gguf", "f16", "--eval-data", str(files / "data.jsonl"))
+    command = arguments(
+        files,
+        tmp_path / "run",
+        "--merge",
+        "--gguf",
+        "f16",
+        "--eval-data",
+        str(files / "data.jsonl"),
+    )
     done = subprocess.run(
-        [sys.executable, "-c", start + program, *command], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
+        [sys.executable, "-c", start + program, *command],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
     )
     assert done.stdout.splitlines() == ["0", "[] True"], done.stderr
     written = {p.name for p in (tmp_path / "run").iterdir()}
     assert written >= {"adapter", "checkpoint-2", "config.toml", "merged", "metrics.jsonl"}
     assert len(list((tmp_path / "run").glob("*.gguf"))) == 1
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["step"] for r in records if "eval_loss" in r] == [2]
 
 
 def test_expected_error_is_one_line_on_stderr_and_exit_code_2(files, tmp_path):
-    command = [sys.executable, SCRIPTS / "train.py", *arguments(files, tmp_path / "run", "--data", "absent.jsonl")]
+    command = [
+        sys.executable,
+        SCRIPTS / "train.py",
+        *arguments(files, tmp_path / "run", "--data", "absent.jsonl"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("train.py: error: ")
@@ -146,20 +181,31 @@ def test_run_is_refused_resumed_and_repeated_from_its_own_config(train, files, t
 
 
 def test_run_started_from_python_is_repeated_from_its_own_config(train, files, tmp_path):
-    model, tokenizer = FastLanguageModel.from_pretrained(files / "model", max_seq_length=100, device="cpu")
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        files / "model", max_seq_length=100, device="cpu"
+    )
     options = {"r": 2, "random_state": 11, "use_gradient_checkpointing": False}
     model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj", "up_proj"], **options)
     args = SFTConfig(output_dir=tmp_path / "first", max_steps=2, learning_rate=1e-3)
     SFTTrainer(model, args, files / "data.jsonl", processing_class=tokenizer).train()
     settings = tomllib.loads((tmp_path / "first" / "config.toml").read_text())
     assert (settings["random_state"], settings["use_gradient_checkpointing"]) == (11, "false")
-    command = ["--config", str(tmp_path / "first" / "config.toml"), "--output-dir", str(tmp_path / "again")]
+    command = [
+        "--config",
+        str(tmp_path / "first" / "config.toml"),
+        "--output-dir",
+        str(tmp_path / "again"),
+    ]
     assert train([*command, "--device", "cpu"]) == 0
-    adapters = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("first", "again")]
+    adapters = [
+        tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("first", "again")
+    ]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
     command[-1] = str(tmp_path / "other")
     assert train([*command, "--device", "cpu", "--random-state", "12"]) == 0
-    assert (tmp_path / "other" / "adapter" / "adapter_model.safetensors").read_bytes() != adapters[0].read_bytes()
+    assert (tmp_path / "other" / "adapter" / "adapter_model.safetensors").read_bytes() != adapters[
+        0
+    ].read_bytes()
 
 
 def test_only_the_models_of_the_same_name_are_replaced(train, files, tmp_path, capsys):
@@ -170,7 +216,9 @@ def test_only_the_models_of_the_same_name_are_replaced(train, files, tmp_path, c
     command = arguments(files, output, "--gguf", "f16", "--merge")
     assert train(command) == 2
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "model-minitune-F16.gguf exists; pass --overwrite" in error
+    assert (
+        len(error.splitlines()) == 1 and "model-minitune-F16.gguf exists; pass --overwrite" in error
+    )
     assert (output / "model-minitune-F16.gguf").read_bytes() == b"old"
     for more in ("--overwrite", "--resume"):
         assert train([*command, more]) == 0
@@ -180,17 +228,23 @@ def test_only_the_models_of_the_same_name_are_replaced(train, files, tmp_path, c
     assert not list(output.glob(".*"))
 
 
-def test_overwritten_run_takes_its_own_gguf_files_along_and_no_others(train, files, tmp_path, capsys):
+def test_overwritten_run_takes_its_own_gguf_files_along_and_no_others(
+    train, files, tmp_path, capsys
+):
     output = tmp_path / "run"
     assert train(arguments(files, output, "--gguf", "f16", "q8_0")) == 0
     for name in ("mine-F16.gguf", "model-minitune-BF16.gguf"):  # the run was not asked for BF16
         (output / name).write_bytes(b"mine")
-    assert {p.name for p in output.glob("model-*")} == {f"model-minitune-{t}.gguf" for t in ("F16", "Q8_0", "BF16")}
+    assert {p.name for p in output.glob("model-*")} == {
+        f"model-minitune-{t}.gguf" for t in ("F16", "Q8_0", "BF16")
+    }
     assert train(arguments(files, output, "--overwrite")) == 0
     assert {p.name for p in output.glob("*.gguf")} == {"mine-F16.gguf", "model-minitune-BF16.gguf"}
 
 
-def test_command_that_ctrl_c_advises_goes_on_with_the_run(train, files, tmp_path, monkeypatch, capsys):
+def test_command_that_ctrl_c_advises_goes_on_with_the_run(
+    train, files, tmp_path, monkeypatch, capsys
+):
     output, accumulate = tmp_path / "a run", SFTTrainer.accumulate
 
     def interrupted(trainer, samples):
@@ -200,8 +254,16 @@ def test_command_that_ctrl_c_advises_goes_on_with_the_run(train, files, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(SFTTrainer, "accumulate", interrupted)
-        assert train(arguments(files, output, "--r", "2", "--eval-data", str(files / "data.jsonl"))) == 130
-    advice = capsys.readouterr().err.splitlines()[-1].split("continue with ")[1].split(", or SFTConfig")[0]
+        assert (
+            train(arguments(files, output, "--r", "2", "--eval-data", str(files / "data.jsonl")))
+            == 130
+        )
+    advice = (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .split("continue with ")[1]
+        .split(", or SFTConfig")[0]
+    )
     program, *flags = shlex.split(advice)
     assert program == "train.py" and flags == ["--config", str(output / "config.toml"), "--resume"]
     assert train(flags) == 0
@@ -209,7 +271,9 @@ def test_command_that_ctrl_c_advises_goes_on_with_the_run(train, files, tmp_path
     assert (output / "adapter").is_dir() and (output / "checkpoint-2").is_dir()
 
 
-def test_models_of_an_earlier_run_stay_until_new_ones_are_whole(train, files, tmp_path, monkeypatch, capsys):
+def test_models_of_an_earlier_run_stay_until_new_ones_are_whole(
+    train, files, tmp_path, monkeypatch, capsys
+):
     command = arguments(files, tmp_path, "--gguf", "f16", "--merge")
     assert train(command) == 0
     paths = [tmp_path / "merged" / "model.safetensors", tmp_path / "model-minitune-F16.gguf"]
@@ -218,7 +282,10 @@ def test_models_of_an_earlier_run_stay_until_new_ones_are_whole(train, files, tm
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for module, written in (("merge", "write_safetensors"), ("gguf", "write_gguf")):
+    for module, written in (
+        ("checkpoints.merge", "write_safetensors"),
+        ("gguf.export", "write_gguf"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(f"minitune.{module}.{written}", full)
             assert train([*command, "--resume"]) == 2
@@ -240,34 +307,50 @@ def test_overwrite_does_not_remove_the_model_that_is_trained_on(train, files, tm
 
 def test_demonstration_keeps_the_files_of_others_in_its_folder(train, files, tmp_path, capsys):
     (tmp_path / "mine.gguf").write_bytes(b"mine")
-    command = ["--demo", "--model", str(files / "model"), "--max-steps", "1", "--max-seq-length", "256"]
+    command = [
+        "--demo",
+        "--model",
+        str(files / "model"),
+        "--max-steps",
+        "1",
+        "--max-seq-length",
+        "256",
+    ]
     command += ["--device", "cpu", "--no-merge", "--output-dir", str(tmp_path)]
     assert train(command) == 0
-    assert (tmp_path / "mine.gguf").read_bytes() == b"mine" and (tmp_path / "model-minitune-Q8_0.gguf").is_file()
+    assert (tmp_path / "mine.gguf").read_bytes() == b"mine" and (
+        tmp_path / "model-minitune-Q8_0.gguf"
+    ).is_file()
     assert train(command) == 2
     assert "already holds a run" in capsys.readouterr().err
 
 
 def test_flags_win_over_toml_and_toml_over_defaults(tmp_path):
-    (tmp_path / "run.toml").write_text('learning_rate = 1e-3\nseed = 7\ntarget_modules = ["q_proj", "v_proj"]\n')
-    settings = parse(["--config", str(tmp_path / "run.toml"), "--seed", "8", "--no-load-in-4bit", "--packing"])
+    (tmp_path / "run.toml").write_text(
+        'learning_rate = 1e-3\nseed = 7\ntarget_modules = ["q_proj", "v_proj"]\n'
+    )
+    settings = parse(
+        ["--config", str(tmp_path / "run.toml"), "--seed", "8", "--no-load-in-4bit", "--packing"]
+    )
     assert (settings.sft.learning_rate, settings.sft.seed, settings.sft.packing) == (1e-3, 8, True)
     assert settings.lora.target_modules == ("q_proj", "v_proj") and not settings.run.load_in_4bit
     assert settings.sft.logging_steps == 10
-    assert parse([]).sft.learning_rate == 2e-4  # the command's own default, where the dataclass keeps TRL's
+    assert (
+        parse([]).sft.learning_rate == 2e-4
+    )  # the command's own default, where the dataclass keeps TRL's
 
 
 def test_all_linear_means_every_linear_on_the_command_line_and_in_toml(tmp_path):
     (tmp_path / "run.toml").write_text('target_modules = "all-linear"\n')
-    assert parse(["--target-modules", "all-linear"]).lora.target_modules == LINEARS
-    assert parse(["--config", str(tmp_path / "run.toml")]).lora.target_modules == LINEARS
+    assert parse(["--target-modules", "all-linear"]).lora.target_modules == LORA_TARGETS
+    assert parse(["--config", str(tmp_path / "run.toml")]).lora.target_modules == LORA_TARGETS
 
 
 def test_help_shows_lists_as_they_are_typed_and_what_eval_data_turns_on(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert f"(default: {' '.join(LINEARS)})" in text and "('" not in text
+    assert f"(default: {' '.join(LORA_TARGETS)})" in text and "('" not in text
     assert "--eval-data makes it epoch" in text
 
 
@@ -289,14 +372,27 @@ def test_toml_errors_name_file_key_and_the_nearest_names(tmp_path):
 
 def test_settings_written_as_toml_read_back_as_they_were(tmp_path):
     odd = 'a "quoted"\\path\n\tü \x7f 🦙'
-    settings = parse(["--model", odd, "--gguf", "q8_0", "f16", "--learning-rate", "1e-7", "--completion-only-loss"])
+    settings = parse(
+        [
+            "--model",
+            odd,
+            "--gguf",
+            "q8_0",
+            "f16",
+            "--learning-rate",
+            "1e-7",
+            "--completion-only-loss",
+        ]
+    )
     text = toml_text(as_dict(settings.run, settings.lora, settings.sft))
     assert tomllib.loads(text)["model"] == odd
     (tmp_path / "config.toml").write_text(text, encoding="utf-8")
     assert parse(["--config", str(tmp_path / "config.toml")]) == settings
 
 
-def test_demonstration_asks_trains_asks_again_and_may_be_repeated(train, files, tmp_path, capsys, monkeypatch):
+def test_demonstration_asks_trains_asks_again_and_may_be_repeated(
+    train, files, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     command = [
         "--demo",
@@ -314,33 +410,83 @@ def test_demonstration_asks_trains_asks_again_and_may_be_repeated(train, files, 
         out, error = capsys.readouterr()
         assert out.count("of 48 held-out answers exactly right") == 2 and "step 2/2" in error
     written = {p.name for p in (tmp_path / "runs" / "demo").iterdir()}
-    assert written == {"adapter", "config.toml", "merged", "metrics.jsonl", "model-minitune-Q8_0.gguf"}
+    assert written == {
+        "adapter",
+        "config.toml",
+        "merged",
+        "metrics.jsonl",
+        "model-minitune-Q8_0.gguf",
+    }
 
 
 def test_answers_are_counted_as_right_only_when_they_are_the_expected_ones(train):
     import demo
 
-    records = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": c}]} for c in "abcd"]
+    records = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": c}]}
+        for c in "abcd"
+    ]
     text = demo.table(records, ["", "b ", "C", "x"], ["a", "b", "c", "x"])
-    assert "before    0 of 4" in text and "after     3 of 4 held-out answers exactly right (75%)" in text
+    assert (
+        "before    0 of 4" in text
+        and "after     3 of 4 held-out answers exactly right (75%)" in text
+    )
 
 
 def test_a_plan_is_printed_without_weights_or_a_gpu(train, tmp_path, capsys, files):
     folder = tmp_path / "8b"
     folder.mkdir()
-    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-    (folder / "config.json").write_text(json.dumps(shape | {"model_type": "llama", "rms_norm_eps": 1e-5}))
-    assert train(["--plan", "--model", str(folder), "--memory-budget", "24GiB", "--max-seq-length", "4096"]) == 0
+    shape = {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+    }
+    shape |= {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    }
+    (folder / "config.json").write_text(
+        json.dumps(shape | {"model_type": "llama", "rms_norm_eps": 1e-5})
+    )
+    assert (
+        train(
+            [
+                "--plan",
+                "--model",
+                str(folder),
+                "--memory-budget",
+                "24GiB",
+                "--max-seq-length",
+                "4096",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "8,192 tokens a forward/backward, in samples of up to 4,096, on 24.00 GiB" in said
-    for label in ("weights", "adapter and its gradient", "optimizer", "activations", "workspace", "peak", "time"):
+    for label in (
+        "weights",
+        "adapter and its gradient",
+        "optimizer",
+        "activations",
+        "workspace",
+        "peak",
+        "time",
+    ):
         assert f"\n{label} " in said
     assert train(["--plan", "--model", str(folder), "--memory-budget", "6GiB"]) == 0
-    assert "1,024 tokens" not in (said := capsys.readouterr().out) and "more than the 6.00 GiB there are" in said
+    assert (
+        "1,024 tokens" not in (said := capsys.readouterr().out)
+        and "more than the 6.00 GiB there are" in said
+    )
     for wrong, message in (
         (["--plan"], "--model is missing: train.py --plan"),
-        (["--plan", "--model", str(files / "model"), "--memory-budget", "24"], "'24' is not a size"),
+        (
+            ["--plan", "--model", str(files / "model"), "--memory-budget", "24"],
+            "'24' is not a size",
+        ),
         (["--plan", "--model", "nowhere", "--memory-budget", "24GiB"], "nowhere"),
     ):
         assert train(wrong) == 2

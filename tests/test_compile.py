@@ -56,7 +56,11 @@ def forward_and_backward(model, dtype, rows):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     blocks = D * F // 64
-    nested = new(-(-blocks // 256), dtype=torch.float32), new(256, dtype=torch.float32), new(dtype=torch.float32)
+    nested = (
+        new(-(-blocks // 256), dtype=torch.float32),
+        new(256, dtype=torch.float32),
+        new(dtype=torch.float32),
+    )
     packed, code = new(D * F // 2, dtype=torch.uint8), new(16, dtype=torch.float32)
     plain = dequantize.Quantized(packed, new(blocks, dtype=torch.float32), code, (F, D))
     double = dequantize.Quantized(packed, new(blocks, dtype=torch.uint8), code, (F, D), 64, *nested)
@@ -72,19 +76,30 @@ def forward_and_backward(model, dtype, rows):
     adapter = new(R, D, dtype=torch.float32), new(F, R, dtype=torch.float32), F
     targets = []
     for parts in (1, 2, 3, 1):
-        spare = lora_linear.columns_to_spare(parts * R)
+        spare = lora_linear.padded_rank(parts * R)
         targets.append((new(parts * F + spare, D + spare), [adapter] * parts, parts * F, D))
         lora_linear.write_adapters_(targets)
     q, k = new(N, H, K), new(N, G, K)
     rope.rope_(q, k, *[new(2048, K // 2, dtype=torch.float32)] * 2, new(N, dtype=torch.int64))
-    for longest in (1000, 4096):
-        out, lse = attention.attention(q, k, k, bound, bound, K**-0.5, longest=longest)
-        attention.attention_backward(out, q, k, k, out, lse, bound, bound, K**-0.5, longest=longest)
+    for max_seqlen in (1000, 4096):
+        out, lse = attention.attention(q, k, k, bound, bound, K**-0.5, max_seqlen=max_seqlen)
+        attention.attention_backward(
+            out, q, k, k, out, lse, bound, bound, K**-0.5, max_seqlen=max_seqlen
+        )
     swiglu.swiglu_backward(new(N, F), new(N, F), swiglu.swiglu(new(N, F), new(N, F)))
     cross_entropy.linear_cross_entropy(x, new(V, D), new(N, dtype=torch.int64), N)
-    flat, absmax, tables = (new(*shape, dtype=torch.float32) for shape in ((R * D,), (R * D // 256,), (4, 256)))
+    flat, absmax, tables = (
+        new(*shape, dtype=torch.float32) for shape in ((R * D,), (R * D // 256,), (4, 256))
+    )
     codes, norm = new(R * D, dtype=torch.uint8), adamw.global_norm(flat)
-    settings = {"lr": 1.0, "step": 1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    settings = {
+        "lr": 1.0,
+        "step": 1,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }
     adamw.adamw_(flat, flat, flat, flat, norm, **settings)
     adamw.adamw_8bit_(flat, flat, codes, codes, absmax, absmax, tables, norm, **settings)
 
@@ -96,26 +111,30 @@ def recorded_launches(arch, model, dtype, rows):
     from triton.compiler import ASTSource, make_backend
     from triton.runtime import jit
 
-    from minitune.kernels import launch
+    from minitune.kernels import backend
 
     target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
+    compiler = make_backend(target)
     launches = {}
 
     def record(self, *args, grid, warmup, **kwargs):
         kwargs["debug"] = False
-        binder = jit.create_function_from_signature(self.signature, self.params, backend)
+        binder = jit.create_function_from_signature(self.signature, self.params, compiler)
         bound, specialization, options = binder(*args, **kwargs)
-        packed = self._pack_args(backend, kwargs, bound, specialization, options)
+        packed = self._pack_args(compiler, kwargs, bound, specialization, options)
         options, signature, constants, attributes = packed
         named = {self.arg_names[path[0]]: value for path, value in constants.items()}
         types = ", ".join(map(str, signature.values()))
         name = f"{self.__name__}({types}) {named} {options.num_warps}x{options.num_stages}"
-        launches[name] = (ASTSource(self, signature, constants, attributes), target, options.__dict__)
+        launches[name] = (
+            ASTSource(self, signature, constants, attributes),
+            target,
+            options.__dict__,
+        )
 
     jit.JITFunction.run = record
-    launch.use_triton = lambda x: True
-    launch.shared_memory_limit = lambda device: SHARED_MEMORY[arch] * 1024
+    backend.use_triton = lambda x: True
+    backend.shared_memory_limit = lambda device: SHARED_MEMORY[arch] * 1024
     forward_and_backward(model, getattr(torch, dtype), rows)
     return launches
 
@@ -135,8 +154,14 @@ def compiled(tmp_path_factory):
     """arch -> {launch: bytes of shared memory}"""
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=900)
+    env |= {
+        "PYTHONPATH": str(ROOT),
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     result = {arch: {} for arch in SHARED_MEMORY}
     for arch, name, shared in json.loads(done.stdout):
@@ -147,7 +172,11 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_every_kernel_compiles_and_fits_into_shared_memory(arch, compiled):
     assert {name.split("(")[0] for name in compiled[arch]} == KERNELS
-    too_large = {name: shared for name, shared in compiled[arch].items() if shared > SHARED_MEMORY[arch] * 1024}
+    too_large = {
+        name: shared
+        for name, shared in compiled[arch].items()
+        if shared > SHARED_MEMORY[arch] * 1024
+    }
     assert not too_large
 
 
@@ -160,4 +189,6 @@ def test_the_list_of_kernels_is_all_that_are_launched():
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(2) as pool:
-        print(json.dumps([launch for launches in pool.map(compile_all, TASKS) for launch in launches]))
+        print(
+            json.dumps([launch for launches in pool.map(compile_all, TASKS) for launch in launches])
+        )

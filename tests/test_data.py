@@ -10,11 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from minitune.data import Sample, load_dataset, prepare
-from minitune.tokenizer import Tokenizer as OurTokenizer
+from minitune.data.tokenize_dataset import Sample, load_dataset, prepare
+from minitune.data.tokenizer import Tokenizer as OurTokenizer
 
 PAIR = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Four é."}]
-TURNS = [{"role": "system", "content": "Count."}, *PAIR, {"role": "user", "content": "And now?"}, PAIR[1]]
+TURNS = [
+    {"role": "system", "content": "Count."},
+    *PAIR,
+    {"role": "user", "content": "And now?"},
+    PAIR[1],
+]
 HEAD = "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}\n"
 FOOT = "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 CHATML = HEAD + "{{ m['content'] }}<|end|>\n" + FOOT
@@ -24,7 +29,9 @@ TAGGED = (
     + "{% else %}{{ m['content'] }}<|end|>{% endif %}{{ '\n' }}"
     + FOOT
 )
-FORGETFUL = HEAD + "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}<|end|>\n" + FOOT
+FORGETFUL = (
+    HEAD + "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}<|end|>\n" + FOOT
+)
 
 
 @pytest.fixture(scope="session")
@@ -33,11 +40,16 @@ def library():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in ("<|bos|>", "<|end|>", "<|start|>")]
+    special = [
+        AddedToken(token, special=True, normalized=False)
+        for token in ("<|bos|>", "<|end|>", "<|start|>")
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(["How many? Four. And now? user assistant system Count."] * 3, trainer)
+    tokenizer.train_from_iterator(
+        ["How many? Four. And now? user assistant system Count."] * 3, trainer
+    )
     tokenizer.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=True),
@@ -51,7 +63,12 @@ def library():
 def make(tmp_path, library):
     def tokenizer(template=CHATML, eos="<|end|>"):
         library.save(str(tmp_path / "tokenizer.json"))
-        config = {"bos_token": "<|bos|>", "eos_token": eos, "pad_token": "<|end|>", "chat_template": template}
+        config = {
+            "bos_token": "<|bos|>",
+            "eos_token": eos,
+            "pad_token": "<|end|>",
+            "chat_template": template,
+        }
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         return OurTokenizer.from_folder(tmp_path)
 
@@ -102,11 +119,16 @@ SHAREGPT = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "F
 def test_every_conversational_shape_trains_on_the_answer_and_its_stop_token(make, record, template):
     tokenizer = make(template)
     sample = one(record, tokenizer)
-    assert text_of(sample, tokenizer) == f"<|bos|><|start|>user\nHow many?<|end|>\n<|start|>assistant\n{ANSWER}\n"
+    assert (
+        text_of(sample, tokenizer)
+        == f"<|bos|><|start|>user\nHow many?<|end|>\n<|start|>assistant\n{ANSWER}\n"
+    )
     assert trained(sample, tokenizer) == [ANSWER]
 
 
-def test_alpaca_s_input_follows_the_instruction_and_without_a_template_the_prompt_is_written_out(make):
+def test_alpaca_s_input_follows_the_instruction_and_without_a_template_the_prompt_is_written_out(
+    make,
+):
     record = {"instruction": "Add.", "input": "2 2", "output": "4"}
     tokenizer = make()
     assert "<|start|>user\nAdd.\n\n2 2<|end|>" in text_of(one(record, tokenizer), tokenizer)
@@ -138,7 +160,9 @@ def test_plain_text_trains_on_everything_with_one_bos_and_one_eos(make):
         sample = one({"text": text, "id": 3}, tokenizer)
         assert text_of(sample, tokenizer) == "<|bos|>How many?<|end|>"
         assert sample.labels == sample.input_ids
-    assert trained(one({"body": "Four"}, tokenizer, dataset_text_field="body"), tokenizer) == ["<|bos|>Four<|end|>"]
+    assert trained(one({"body": "Four"}, tokenizer, dataset_text_field="body"), tokenizer) == [
+        "<|bos|>Four<|end|>"
+    ]
 
 
 def test_a_conversation_that_was_rendered_to_text_before_is_not_given_a_second_bos(make):
@@ -149,13 +173,19 @@ def test_a_conversation_that_was_rendered_to_text_before_is_not_given_a_second_b
 
 def test_tokens_are_taken_as_they_are(make):
     tokenizer = make()
-    assert one({"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}, tokenizer) == Sample([5, 6, 7], [-100, 6, -100])
+    assert one({"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}, tokenizer) == Sample(
+        [5, 6, 7], [-100, 6, -100]
+    )
     assert one({"input_ids": torch.tensor([5, 6])}, tokenizer) == Sample([5, 6], [5, 6])
 
 
 def test_masks_beside_tokens_say_what_is_trained_on_unless_switched_off(make):
     tokenizer = make()
-    both = {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 1, 0, 1]}
+    both = {
+        "input_ids": [5, 6, 7, 8],
+        "completion_mask": [0, 1, 1, 1],
+        "assistant_masks": [1, 1, 0, 1],
+    }
     cases = [
         ({}, [-100, 6, -100, 8]),
         ({"completion_only_loss": True, "assistant_only_loss": True}, [-100, 6, -100, 8]),
@@ -164,8 +194,12 @@ def test_masks_beside_tokens_say_what_is_trained_on_unless_switched_off(make):
     ]
     for options, labels in cases:
         assert one(both, tokenizer, **options) == Sample([5, 6, 7, 8], labels), options
-    labelled = {**both, "labels": [5, 6, 7, -100], "attention_mask": torch.ones(4, dtype=torch.int64)}
-    assert one(labelled, tokenizer) == Sample([5, 6, 7, 8], [-100, 6, -100, -100])
+    loss_rows = {
+        **both,
+        "labels": [5, 6, 7, -100],
+        "attention_mask": torch.ones(4, dtype=torch.int64),
+    }
+    assert one(loss_rows, tokenizer) == Sample([5, 6, 7, 8], [-100, 6, -100, -100])
     without = {"input_ids": [5, 6], "labels": [-100, 6], "completion_mask": None}
     assert one(without, tokenizer, completion_only_loss=True) == Sample([5, 6], [-100, 6])
 
@@ -176,7 +210,10 @@ def test_content_in_text_parts_is_their_text(make):
     expected = one({"messages": PAIR}, tokenizer)
     assert one({"messages": [{"role": "user", "content": parts}, PAIR[1]]}, tokenizer) == expected
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Four é."}]}
-    assert one({"prompt": [{"role": "user", "content": parts}], "completion": [answer]}, tokenizer) == expected
+    assert (
+        one({"prompt": [{"role": "user", "content": parts}], "completion": [answer]}, tokenizer)
+        == expected
+    )
     assert tokenizer.apply_chat_template([PAIR[0], answer]) == tokenizer.apply_chat_template(PAIR)
 
 
@@ -192,7 +229,9 @@ def test_the_two_switches_mean_what_they_mean_in_trl(make):
     whole = [tokenizer.apply_chat_template(TURNS, tokenize=False)]
     chat = {"prompt": TURNS[:2], "completion": TURNS[2:]}
     assert trained(one({"messages": TURNS}, tokenizer), tokenizer) == [ANSWER, ANSWER]
-    assert trained(one({"messages": TURNS}, tokenizer, assistant_only_loss=False), tokenizer) == whole
+    assert (
+        trained(one({"messages": TURNS}, tokenizer, assistant_only_loss=False), tokenizer) == whole
+    )
     later = "\n<|start|>user\nAnd now?<|end|>\n<|start|>assistant\n"
     assert trained(one(chat, tokenizer), tokenizer) == [ANSWER + later + ANSWER]
     assert trained(one(chat, tokenizer, completion_only_loss=False), tokenizer) == whole
@@ -216,28 +255,40 @@ def test_pad_equal_to_eos_leaves_the_stop_token_trained_on(make):
 
 def test_an_answer_repeated_in_the_question_is_not_trained_on_there(make):
     tokenizer = make()
-    echo = [{"role": "user", "content": "<|start|>assistant\nFour"}, {"role": "assistant", "content": "Four"}]
+    echo = [
+        {"role": "user", "content": "<|start|>assistant\nFour"},
+        {"role": "assistant", "content": "Four"},
+    ]
     sample = one({"messages": echo}, tokenizer)
     assert trained(sample, tokenizer) == ["Four<|end|>"]
     assert sample.labels[-6:] != [-100] * 6
 
 
-def test_labels_are_transformers_assistant_mask_where_the_template_marks_answers(make, library, tmp_path):
+def test_labels_are_transformers_assistant_mask_where_the_template_marks_answers(
+    make, library, tmp_path
+):
     transformers = pytest.importorskip("transformers")
     tokenizer = make(TAGGED)
     referee = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|end|>"
     )
     referee.chat_template = TAGGED
-    spaced = [{"role": "user", "content": "  "}, {"role": "assistant", "content": "\n Four  \u2028é\U0001f600"}]
+    spaced = [
+        {"role": "user", "content": "  "},
+        {"role": "assistant", "content": "\n Four  \u2028é\U0001f600"},
+    ]
     for messages in (PAIR, TURNS, TURNS + spaced):
-        expected = referee.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        expected = referee.apply_chat_template(
+            messages, return_assistant_tokens_mask=True, return_dict=True
+        )
         sample = one({"messages": messages}, tokenizer)
         assert sample.input_ids == expected["input_ids"]
         assert [int(label != -100) for label in sample.labels] == expected["assistant_masks"]
 
 
-CONTENT = st.text(st.characters(exclude_characters="\ufdd0\ufdd1", exclude_categories=["Cs"]), max_size=8)
+CONTENT = st.text(
+    st.characters(exclude_characters="\ufdd0\ufdd1", exclude_categories=["Cs"]), max_size=8
+)
 
 
 @settings(max_examples=60)
@@ -245,7 +296,10 @@ CONTENT = st.text(st.characters(exclude_characters="\ufdd0\ufdd1", exclude_categ
 def test_rendering_prefixes_finds_what_generation_tags_mark(library, tmp_path_factory, turns):
     messages = []
     for question, answer in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     folder = tmp_path_factory.getbasetemp() / "prefixes"
     folder.mkdir(exist_ok=True)
     library.save(str(folder / "tokenizer.json"))
@@ -258,17 +312,23 @@ def test_rendering_prefixes_finds_what_generation_tags_mark(library, tmp_path_fa
     assert samples[0] == samples[1]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_by_line_and_trains_on_everything_when_told(make, tmp_path):
+def test_a_template_that_rewrites_earlier_turns_is_refused_by_line_and_trains_on_everything_when_told(
+    make, tmp_path
+):
     tokenizer = make(FORGETFUL)
     path = tmp_path / "turns.jsonl"
     path.write_text("\n" + json.dumps({"messages": TURNS}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"turns.jsonl:2: the chat template renders .* message 3 differently"):
+    with pytest.raises(
+        ValueError, match=r"turns.jsonl:2: the chat template renders .* message 3 differently"
+    ):
         prepare(path, tokenizer, 500)
     assert len(prepare(path, tokenizer, 500, assistant_only_loss=False).samples) == 1
 
 
 def test_an_empty_answer_inside_a_token_trains_on_nothing(make):
-    tokenizer = make("{{ messages[0].content }} ma{% generation %}{{ messages[1].content }}{% endgeneration %}ny")
+    tokenizer = make(
+        "{{ messages[0].content }} ma{% generation %}{{ messages[1].content }}{% endgeneration %}ny"
+    )
     with pytest.raises(ValueError, match="none of its 1 samples has a token to train on"):
         prepare([{"messages": [PAIR[0], {"role": "assistant", "content": ""}]}], tokenizer, 100)
 
@@ -300,7 +360,10 @@ def test_truncation_keeps_the_beginning_and_samples_without_a_label_are_counted(
     tokenizer = make()
     records = [{"text": "How many?" * 20}, {"messages": PAIR}, {"text": "Four"}, {"input_ids": []}]
     prepared = prepare(records, tokenizer, 10)
-    assert [len(sample.input_ids) for sample in prepared.samples] == [10, len(tokenizer.encode("Four<|end|>"))]
+    assert [len(sample.input_ids) for sample in prepared.samples] == [
+        10,
+        len(tokenizer.encode("Four<|end|>")),
+    ]
     assert prepared.samples[0].input_ids == tokenizer.encode("How many?" * 20)[:10]
     assert (prepared.skipped, prepared.truncated) == (2, 2)
 
@@ -313,7 +376,9 @@ def test_a_label_on_the_first_token_alone_is_no_label(make):
 
 def test_progress_reaches_the_number_of_records_in_order(make):
     calls, tokenizer = [], make()
-    prepared = prepare([{"text": str(i)} for i in range(2500)], tokenizer, 9, progress=lambda *at: calls.append(at))
+    prepared = prepare(
+        [{"text": str(i)} for i in range(2500)], tokenizer, 9, progress=lambda *at: calls.append(at)
+    )
     assert calls == [(1000, 2500), (2000, 2500), (2500, 2500)]
     digits = [tokenizer.decode(sample.input_ids) for sample in prepared.samples]
     assert digits == [str(i) for i in range(2500)]
@@ -329,7 +394,10 @@ KNOWN = r'known are .*{"messages": \[...\]}.*{"input_ids": \[...\], "labels": \[
     [
         ('{"text": "a"', r"not JSON: Expecting ',' delimiter at column 13; known are"),
         ('["text"]', f"holds a list, not an object; {KNOWN}"),
-        ('{"question": "a", "answer": "b"}', f"unknown shape with the fields question, answer; {KNOWN}"),
+        (
+            '{"question": "a", "answer": "b"}',
+            f"unknown shape with the fields question, answer; {KNOWN}",
+        ),
         ("{}", rf"unknown shape with the fields \(none\); {KNOWN}"),
         ('{"prompt": "a"}', "unknown shape with the fields prompt"),
         ('{"text": 3}', '"text" is a number, expected a text'),
@@ -338,30 +406,60 @@ KNOWN = r'known are .*{"messages": \[...\]}.*{"input_ids": \[...\], "labels": \[
         ('{"messages": []}', '"messages" is a list, expected a list of at least one'),
         ('{"messages": [{"content": "a"}]}', r'"messages"\[0\] is not a message'),
         ('{"messages": [{"role": "user"}]}', r'"messages"\[0\] has no content'),
-        ('{"messages": [{"role": "user", "content": 3}]}', r'the content of "messages"\[0\] is a number'),
-        ('{"conversations": [{"from": "narrator", "value": "a"}]}', "a turn is from 'narrator'; known are human"),
+        (
+            '{"messages": [{"role": "user", "content": 3}]}',
+            r'the content of "messages"\[0\] is a number',
+        ),
+        (
+            '{"conversations": [{"from": "narrator", "value": "a"}]}',
+            "a turn is from 'narrator'; known are human",
+        ),
         ('{"conversations": [{"from": "gpt"}]}', r'"conversations"\[0\] has no content'),
         ('{"prompt": "a", "completion": ["b"]}', '"completion" is a list, expected a text'),
         ('{"prompt": ["a"], "completion": "b"}', r'"prompt"\[0\] is not a message'),
         ('{"instruction": "a", "output": {}}', '"output" is a dict, expected a text'),
         ('{"text": "a\\ud800"}', "surrogates not allowed"),
-        ('{"messages": [{"role": "user", "content": "a"}], "tools": 3}', '"tools" is a number, expected a list'),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "tools": 3}',
+            '"tools" is a number, expected a list',
+        ),
         ('{"input_ids": [1, 2], "labels": [1]}', "2 input_ids but 1 labels"),
         ('{"input_ids": [1, 2.5]}', '"input_ids" is not a list of whole numbers'),
         ('{"input_ids": [1, 300]}', "input_ids hold 300, but the tokenizer's ids are 0 to 294"),
         ('{"input_ids": [1, 2], "labels": [-1, 2]}', "labels hold -1, but"),
-        ('{"input_ids": [1, 2], "attention_mask": [1, 0]}', '"attention_mask" holds a 0; .* leave padded tokens out'),
-        ('{"input_ids": [1, 2], "attention_mask": [1]}', '"attention_mask" is not a list of 2 zeros and ones'),
-        ('{"input_ids": [1, 2], "completion_mask": [1, 2]}', '"completion_mask" is not a list of 2 zeros and ones'),
-        ('{"input_ids": [1, 2], "assistant_masks": "10"}', '"assistant_masks" is not a list of whole numbers'),
+        (
+            '{"input_ids": [1, 2], "attention_mask": [1, 0]}',
+            '"attention_mask" holds a 0; .* leave padded tokens out',
+        ),
+        (
+            '{"input_ids": [1, 2], "attention_mask": [1]}',
+            '"attention_mask" is not a list of 2 zeros and ones',
+        ),
+        (
+            '{"input_ids": [1, 2], "completion_mask": [1, 2]}',
+            '"completion_mask" is not a list of 2 zeros and ones',
+        ),
+        (
+            '{"input_ids": [1, 2], "assistant_masks": "10"}',
+            '"assistant_masks" is not a list of whole numbers',
+        ),
         (
             '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]}',
             "the content of message 1 has a part 'image'; parts are",
         ),
-        ('{"messages": [{"role": "user", "content": ["a"]}]}', "the content of message 1 has a part 'a'; parts are"),
+        (
+            '{"messages": [{"role": "user", "content": ["a"]}]}',
+            "the content of message 1 has a part 'a'; parts are",
+        ),
         (f'{{"text": {"[" * 100_000}', "JSON that is nested too deeply to be read; known are"),
-        (f'{{"text": 1{"0" * 5000}}}', r"JSON that cannot be read: Exceeds the limit \(4300 digits\).*; known are"),
-        ('{"messages": [{"role": "user", "content": "a"}], "tools": "["}', "not JSON: Expecting value at column 2"),
+        (
+            f'{{"text": 1{"0" * 5000}}}',
+            r"JSON that cannot be read: Exceeds the limit \(4300 digits\).*; known are",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "tools": "["}',
+            "not JSON: Expecting value at column 2",
+        ),
     ],
 )
 def test_a_wrong_line_is_named_by_file_and_number(make, tmp_path, line, message):
@@ -374,14 +472,42 @@ def test_a_wrong_line_is_named_by_file_and_number(make, tmp_path, line, message)
 @pytest.mark.parametrize(
     ("record", "options", "message"),
     [
-        ({"text": "a"}, {"assistant_only_loss": True}, "assistant_only_loss=True needs records with conversations"),
-        ({"text": "a"}, {"completion_only_loss": True}, "completion_only_loss=True needs records with prompt and"),
-        ({"messages": PAIR}, {"completion_only_loss": True}, "completion_only_loss=True needs records with prompt and"),
-        ({"prompt": "a", "completion": "b"}, {"assistant_only_loss": True}, "assistant_only_loss=True needs"),
-        ({"input_ids": [5, 6]}, {"completion_only_loss": True}, "needs records with completion_mask or labels"),
-        ({"input_ids": [5, 6]}, {"assistant_only_loss": True}, "needs records with assistant_masks or labels"),
+        (
+            {"text": "a"},
+            {"assistant_only_loss": True},
+            "assistant_only_loss=True needs records with conversations",
+        ),
+        (
+            {"text": "a"},
+            {"completion_only_loss": True},
+            "completion_only_loss=True needs records with prompt and",
+        ),
+        (
+            {"messages": PAIR},
+            {"completion_only_loss": True},
+            "completion_only_loss=True needs records with prompt and",
+        ),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"assistant_only_loss": True},
+            "assistant_only_loss=True needs",
+        ),
+        (
+            {"input_ids": [5, 6]},
+            {"completion_only_loss": True},
+            "needs records with completion_mask or labels",
+        ),
+        (
+            {"input_ids": [5, 6]},
+            {"assistant_only_loss": True},
+            "needs records with assistant_masks or labels",
+        ),
         ({"messages": PAIR[:1]}, {}, r"dataset: none of its 1 samples has a token to train on\.$"),
-        ({"text": "a"}, {"dataset_text_field": "body"}, r"dataset\[0\]: unknown shape with the fields text"),
+        (
+            {"text": "a"},
+            {"dataset_text_field": "body"},
+            r"dataset\[0\]: unknown shape with the fields text",
+        ),
     ],
 )
 def test_a_record_that_cannot_be_trained_on_as_asked_is_refused(make, record, options, message):
@@ -390,7 +516,9 @@ def test_a_record_that_cannot_be_trained_on_as_asked_is_refused(make, record, op
 
 
 def test_nothing_left_after_cutting_names_the_length_to_raise(make):
-    with pytest.raises(ValueError, match=r"none of its 1 samples .* 1 of them were cut to max_length 5: raise it"):
+    with pytest.raises(
+        ValueError, match=r"none of its 1 samples .* 1 of them were cut to max_length 5: raise it"
+    ):
         prepare([{"messages": PAIR}], make(), 5)
     with pytest.raises(ValueError, match="max_length is 1"):
         prepare([{"messages": PAIR}], make(), 1)

@@ -10,12 +10,14 @@ from minitune import FastLanguageModel
 @pytest.fixture
 def model(tmp_path):
     folder = make_tiny_model(tmp_path / "m", attention_bias=True)
-    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=64, dtype=torch.float32, device="cpu")
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=64, dtype=torch.float32, device="cpu"
+    )
     FastLanguageModel.get_peft_model(model, r=4)
     assert model.eos_token_ids == (2,)
     model.eos_token_ids = ()  # random weights say 2 now and then
     with torch.no_grad():
-        for i, (_, p) in enumerate(model.lora_parameters()):
+        for i, (_, p) in enumerate(model.trainable_parameters()):
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
     return model
 
@@ -59,7 +61,9 @@ def test_the_models_own_end_token_is_the_default_and_a_tensor_of_prompts_is_take
     free = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=20)
     assert free == model.generate([PROMPTS[0]], max_new_tokens=20)
     model.eos_token_ids = (free[0][7],)
-    assert model.generate([PROMPTS[0]], max_new_tokens=20)[0] == free[0][: free[0].index(free[0][7])]
+    assert (
+        model.generate([PROMPTS[0]], max_new_tokens=20)[0] == free[0][: free[0].index(free[0][7])]
+    )
 
 
 def test_decoding_stops_at_the_context_the_model_was_loaded_for(model):
@@ -69,12 +73,16 @@ def test_decoding_stops_at_the_context_the_model_was_loaded_for(model):
 
 def test_tokens_are_streamed_as_they_are_chosen(model):
     streamed = [[] for _ in PROMPTS]
-    answers = model.generate(PROMPTS, max_new_tokens=9, on_token=lambda row, token: streamed[row].append(token))
+    answers = model.generate(
+        PROMPTS, max_new_tokens=9, on_token=lambda row, token: streamed[row].append(token)
+    )
     assert streamed == answers
 
 
 def test_sampling_follows_its_seed_and_its_limits(model):
-    sampled = [model.generate(PROMPTS, max_new_tokens=15, temperature=1.5, seed=s) for s in (1, 1, 2)]
+    sampled = [
+        model.generate(PROMPTS, max_new_tokens=15, temperature=1.5, seed=s) for s in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
     greedy = model.generate(PROMPTS, max_new_tokens=15)
     assert model.generate(PROMPTS, max_new_tokens=15, temperature=1.5, top_k=1) == greedy

@@ -15,11 +15,12 @@ from test_merge import load, write_prequantized
 from tiny import CHATML, TEXTS, make_tiny_model, sentencepiece_model, write_tokenizer
 
 from minitune import FastLanguageModel
-from minitune.config import GGUF_METHODS
-from minitune.data import collate, load_dataset, prepare
-from minitune.gguf import convert_folder, export_gguf, gguf_name, size_label
-from minitune.merge import merge_to_folder, merged_tensors
-from minitune.tokenizer import Tokenizer
+from minitune.checkpoints.merge import merge_to_folder, merged_tensors
+from minitune.config.training_config import GGUF_METHODS
+from minitune.data.batching import collate
+from minitune.data.tokenize_dataset import load_dataset, prepare
+from minitune.data.tokenizer import Tokenizer
+from minitune.gguf.export import convert_folder, export_gguf, gguf_name, size_label
 
 DEMO = Path(__file__).parents[1] / "scripts" / "demo"
 LLAMA3 = {
@@ -40,7 +41,13 @@ SHAPES = {
     "linear rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "wide heads": {"head_dim": 32, "kv_heads": 1},
     "biases": {"attention_bias": True, "tie": False},
-    "sentencepiece, width no multiple of 32": {"hidden": 48, "heads": 3, "kv_heads": 1, "ffn": 80, "tokenizer": "spm"},
+    "sentencepiece, width no multiple of 32": {
+        "hidden": 48,
+        "heads": 3,
+        "kv_heads": 1,
+        "ffn": 80,
+        "tokenizer": "spm",
+    },
 }
 
 
@@ -59,7 +66,13 @@ class LlamaCpp:
         """Log probability of every token after the prompt `ids` (vocab,)."""
         # The reply has no entry for a token that ends inside a character, so a whole one is forced to come next; the
         # probabilities reported are those before that.
-        request = {"prompt": ids, "max_tokens": 1, "temperature": 0, "n_probs": vocab, "logit_bias": [[20, 1000]]}
+        request = {
+            "prompt": ids,
+            "max_tokens": 1,
+            "temperature": 0,
+            "n_probs": vocab,
+            "logit_bias": [[20, 1000]],
+        }
         step = self.server.handle_completions(request)["choices"][0]["logprobs"]["content"][0]
         values = {token["id"]: token["logprob"] for token in step["top_logprobs"]}
         return torch.tensor([values[id] for id in range(vocab)])
@@ -70,7 +83,9 @@ class LlamaCpp:
         return self.server.handle_completions(request)["choices"][0]["text"]
 
     def tokenize(self, text, add_special=True):
-        body = json.dumps({"content": text, "add_special": add_special, "parse_special": True}).encode()
+        body = json.dumps(
+            {"content": text, "add_special": add_special, "parse_special": True}
+        ).encode()
         request = urllib.request.Request(self.server.listening_address + "/tokenize", body)
         request.add_header("Content-Type", "application/json")
         with urllib.request.urlopen(request) as reply:
@@ -98,7 +113,10 @@ def test_llama_cpp_computes_what_transformers_does_on_the_merged_folder(tmp_path
     path = export_gguf(model, tmp_path / "model.gguf", tokenizer, "f16")
     merge_to_folder(model, tmp_path / "merged", tokenizer)
     prompt = torch.randint(3, 400, (90,), generator=torch.Generator().manual_seed(2)).tolist()
-    expected, llama_cpp = transformers_log_probabilities(tmp_path / "merged", prompt), LlamaCpp(path)
+    expected, llama_cpp = (
+        transformers_log_probabilities(tmp_path / "merged", prompt),
+        LlamaCpp(path),
+    )
     for length in (1, 2, 17, 40, 90):
         found = llama_cpp.next_log_probabilities(prompt[:length], 512)
         # float16 makes 0.01 - 0.06; rows not permuted, rope_freqs or a bias left out make several units
@@ -107,7 +125,9 @@ def test_llama_cpp_computes_what_transformers_does_on_the_merged_folder(tmp_path
 
 @pytest.mark.parametrize("method", GGUF_METHODS)
 def test_the_tensors_are_the_merged_ones_with_q_and_k_rows_paired(tmp_path, method):
-    model, tokenizer = load(make_tiny_model(tmp_path / "base", attention_bias=True, kv_heads=2, tie=False))
+    model, tokenizer = load(
+        make_tiny_model(tmp_path / "base", attention_bias=True, kv_heads=2, tie=False)
+    )
     stored = tensors_of(export_gguf(model, tmp_path, tokenizer, method))
     merged = dict(merged_tensors(model))
     assert sorted(stored) == sorted(map(gguf_name, merged))
@@ -119,13 +139,21 @@ def test_the_tensors_are_the_merged_ones_with_q_and_k_rows_paired(tmp_path, meth
             values = values[[K * head + row for head in range(len(values) // K) for row in pairs]]
         found = stored[gguf_name(name)]
         if method == "q8_0" and tensor.dim() == 2:
-            assert np.array_equal(found.data, quants.quantize(values.numpy(), found.tensor_type)), name
+            assert np.array_equal(found.data, quants.quantize(values.numpy(), found.tensor_type)), (
+                name
+            )
             # half a step, and the rounding of the scale to float16: 127 * 2**-11 of a step
-            blocks = torch.from_numpy(dequantize(found.data, found.tensor_type)).view(-1, 32) - values.view(-1, 32)
-            assert (blocks.abs().amax(1) <= values.view(-1, 32).abs().amax(1) / 127 * 0.57).all(), name
+            blocks = torch.from_numpy(dequantize(found.data, found.tensor_type)).view(
+                -1, 32
+            ) - values.view(-1, 32)
+            assert (blocks.abs().amax(1) <= values.view(-1, 32).abs().amax(1) / 127 * 0.57).all(), (
+                name
+            )
         else:
             back = torch.from_numpy(dequantize(found.data, found.tensor_type).astype(np.float32))
-            tolerance = 2**-24 if method == "f16" else 0.0  # float16 rounds what is smaller than its smallest step
+            tolerance = (
+                2**-24 if method == "f16" else 0.0
+            )  # float16 rounds what is smaller than its smallest step
             assert (back - values).abs().max() <= tolerance, (name, part)
         assert found.tensor_type.name == ("F32" if tensor.dim() == 1 else method.upper())
 
@@ -133,12 +161,18 @@ def test_the_tensors_are_the_merged_ones_with_q_and_k_rows_paired(tmp_path, meth
 def test_q8_0_gives_way_to_f16_where_a_row_is_no_multiple_of_32(tmp_path):
     folder = make_tiny_model(tmp_path / "base", hidden=48, heads=3, kv_heads=1, ffn=96)
     stored = tensors_of(convert_folder(folder, tmp_path / "x.gguf"))
-    assert stored["blk.0.ffn_up.weight"].tensor_type.name == stored["token_embd.weight"].tensor_type.name == "F16"
+    assert (
+        stored["blk.0.ffn_up.weight"].tensor_type.name
+        == stored["token_embd.weight"].tensor_type.name
+        == "F16"
+    )
     assert stored["blk.0.ffn_down.weight"].tensor_type.name == "Q8_0"
 
 
 def test_the_metadata_says_what_llama_cpp_needs(tmp_path):
-    scaled = make_tiny_model(tmp_path / "Tiny-Llama", rope_scaling=LLAMA3, head_dim=32, tokenizer="llama3")
+    scaled = make_tiny_model(
+        tmp_path / "Tiny-Llama", rope_scaling=LLAMA3, head_dim=32, tokenizer="llama3"
+    )
     settings = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "eos_token_id": [2, 0]}
     (scaled / "generation_config.json").write_text(json.dumps(settings))
     model, tokenizer = load(scaled)
@@ -181,7 +215,9 @@ def test_the_metadata_says_what_llama_cpp_needs(tmp_path):
         "tokenizer.chat_template": CHATML,
     }
     arrays = ("tokens", "token_type", "merges")
-    assert {k: v for k, v in metadata.items() if not k.startswith("GGUF.") and not k.endswith(arrays)} == expected
+    assert {
+        k: v for k, v in metadata.items() if not k.startswith("GGUF.") and not k.endswith(arrays)
+    } == expected
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     assert tokens[:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] and types[:3] == [3, 3, 3]
     assert set(types[3:400]) == {1} and set(types[400:]) == {5} and tokens[511] == "[PAD511]"
@@ -202,9 +238,18 @@ def test_a_model_out_of_the_cache_is_named_with_its_organisation(tmp_path, monke
 def test_linear_rope_scaling_and_the_plain_case_have_their_keys(tmp_path):
     linear = make_tiny_model(tmp_path / "base", rope_scaling={"type": "linear", "factor": 4.0})
     metadata = metadata_of(convert_folder(linear, tmp_path / "x.gguf", "f16"))
-    assert metadata["llama.rope.scaling.type"] == "linear" and metadata["llama.rope.scaling.factor"] == 4.0
-    assert metadata["tokenizer.ggml.pre"] == "smollm" and metadata["tokenizer.ggml.add_bos_token"] is False
-    assert "general.quantization_version" not in metadata and "general.base_model.count" not in metadata
+    assert (
+        metadata["llama.rope.scaling.type"] == "linear"
+        and metadata["llama.rope.scaling.factor"] == 4.0
+    )
+    assert (
+        metadata["tokenizer.ggml.pre"] == "smollm"
+        and metadata["tokenizer.ggml.add_bos_token"] is False
+    )
+    assert (
+        "general.quantization_version" not in metadata
+        and "general.base_model.count" not in metadata
+    )
 
 
 def test_converting_a_merged_folder_gives_the_tensors_of_a_direct_export(tmp_path):
@@ -219,11 +264,18 @@ def test_converting_a_merged_folder_gives_the_tensors_of_a_direct_export(tmp_pat
 @pytest.mark.parametrize("kind", ["bpe", "llama3", "spm"])
 def test_llama_cpp_cuts_text_into_the_tokens_the_tokenizer_gives(tmp_path, kind):
     folder = make_tiny_model(tmp_path / "base", tokenizer=kind)
-    tokenizer, llama_cpp = Tokenizer.from_folder(folder), LlamaCpp(convert_folder(folder, tmp_path / "x.gguf"))
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Two lamps?"}], tokenize=False)
+    tokenizer, llama_cpp = (
+        Tokenizer.from_folder(folder),
+        LlamaCpp(convert_folder(folder, tmp_path / "x.gguf")),
+    )
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Two lamps?"}], tokenize=False
+    )
     for text in TEXTS:
         assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
-    assert llama_cpp.tokenize(chat, add_special=False) == tokenizer.encode(chat, add_special_tokens=False)
+    assert llama_cpp.tokenize(chat, add_special=False) == tokenizer.encode(
+        chat, add_special_tokens=False
+    )
 
 
 def write_byte_fallback_json(folder):
@@ -239,7 +291,10 @@ def write_byte_fallback_json(folder):
         for cut in range(1, len(piece))
         if piece[:cut] in vocab and piece[cut:] in vocab
     ]
-    special = [{"id": id, "content": text, "special": True} for id, text in enumerate(["<unk>", "<s>", "</s>"])]
+    special = [
+        {"id": id, "content": text, "special": True}
+        for id, text in enumerate(["<unk>", "<s>", "</s>"])
+    ]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     content = {
         "version": "1.0",
@@ -251,12 +306,24 @@ def write_byte_fallback_json(folder):
                 {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
             ],
         },
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": "<unk>", "byte_fallback": True}
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": merges,
+            "unk_token": "<unk>",
+            "byte_fallback": True,
+        }
         | {"fuse_unk": True},
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
             "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
         },
     }
@@ -267,7 +334,10 @@ def write_byte_fallback_json(folder):
 def test_scores_rebuilt_from_merges_cut_text_as_the_tokenizer_does(tmp_path):
     folder = make_tiny_model(tmp_path / "base", tokenizer="spm")
     write_byte_fallback_json(folder)
-    tokenizer, llama_cpp = Tokenizer.from_folder(folder), LlamaCpp(convert_folder(folder, tmp_path / "x.gguf"))
+    tokenizer, llama_cpp = (
+        Tokenizer.from_folder(folder),
+        LlamaCpp(convert_folder(folder, tmp_path / "x.gguf")),
+    )
     for text in TEXTS:
         assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
 
@@ -276,7 +346,10 @@ def test_added_tokens_keep_their_ids_and_kinds(tmp_path):
     folder = make_tiny_model(tmp_path / "base")
     content = json.loads((folder / "tokenizer.json").read_text())
     added = {**content["added_tokens"][0], "special": False}
-    content["added_tokens"] += [{**added, "id": 400, "content": "<tool>"}, {**added, "id": 401, "content": "<|end|>"}]
+    content["added_tokens"] += [
+        {**added, "id": 400, "content": "<tool>"},
+        {**added, "id": 401, "content": "<|end|>"},
+    ]
     (folder / "tokenizer.json").write_text(json.dumps(content))
     path = convert_folder(folder, tmp_path / "x.gguf")
     metadata = metadata_of(path)
@@ -298,7 +371,9 @@ def edit_json(path, change):
 def twice_the_same_token(folder):
     write_tokenizer(folder, "spm")
     (folder / "tokenizer.json").unlink()
-    (folder / "added_tokens.json").write_text(json.dumps({"\u2581lamp": 401, "\u2581lamps": 402, "<s>": 403}))
+    (folder / "added_tokens.json").write_text(
+        json.dumps({"\u2581lamp": 401, "\u2581lamps": 402, "<s>": 403})
+    )
     return "tokens 1 and 403 are both '<s>'"
 
 
@@ -310,8 +385,15 @@ def larger_than_the_embedding(folder):
 
 
 def unknown_words(folder):
-    split = {"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated", "invert": False}
-    edit_json(folder / "tokenizer.json", lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, split))
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "[a-z]+"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    edit_json(
+        folder / "tokenizer.json", lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, split)
+    )
     return "tokenizer.json: llama.cpp has no name for this pre-tokenizer"
 
 
@@ -323,7 +405,10 @@ def lowercase(folder):
 def word_level(folder):
     model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "a"}
     edit_json(folder / "tokenizer.json", lambda c: c.update(model=model, added_tokens=[]))
-    edit_json(folder / "tokenizer_config.json", lambda c: [c.pop(key) for key in list(c) if key.endswith("_token")])
+    edit_json(
+        folder / "tokenizer_config.json",
+        lambda c: [c.pop(key) for key in list(c) if key.endswith("_token")],
+    )
     return "is a WordLevel tokenizer; GGUF export knows BPE"
 
 
@@ -338,7 +423,9 @@ def foreign_tensor(folder):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"model.layers.0.mlp.experts.weight": torch.ones(2)}, folder / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.0.mlp.experts.weight": torch.ones(2)}, folder / "model.safetensors"
+    )
     return "model.layers.0.mlp.experts.weight has no place in a Llama"
 
 
@@ -371,22 +458,39 @@ def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypat
     (tmp_path / "old.gguf").write_bytes(b"mine")
     write_prequantized(model, tmp_path / "nf4")
     cases = [
-        (lambda: export_gguf(model, tmp_path, tokenizer, "q4_k_m"), "quantization_method 'q4_k_m' is not supported"),
-        (lambda: export_gguf(model, tmp_path, tokenizer, ["q8_0", "f16"]), "choose one of q8_0, f16, bf16, f32"),
-        (lambda: export_gguf(model, tmp_path / "old.gguf", tokenizer), "old.gguf: exists; remove it"),
+        (
+            lambda: export_gguf(model, tmp_path, tokenizer, "q4_k_m"),
+            "quantization_method 'q4_k_m' is not supported",
+        ),
+        (
+            lambda: export_gguf(model, tmp_path, tokenizer, ["q8_0", "f16"]),
+            "choose one of q8_0, f16, bf16, f32",
+        ),
+        (
+            lambda: export_gguf(model, tmp_path / "old.gguf", tokenizer),
+            "old.gguf: exists; remove it",
+        ),
         (
             lambda: export_gguf(model, tmp_path / "base" / "config.json", tokenizer),
             "give a folder, or a file name that",
         ),
-        (lambda: export_gguf(model, tmp_path, tokenizer, merge_base="x"), "merge_base 'x' does not exist"),
-        (lambda: convert_folder(tmp_path / "nf4", tmp_path), "nf4: holds 4-bit weights; load it as a model"),
+        (
+            lambda: export_gguf(model, tmp_path, tokenizer, merge_base="x"),
+            "merge_base 'x' does not exist",
+        ),
+        (
+            lambda: convert_folder(tmp_path / "nf4", tmp_path),
+            "nf4: holds 4-bit weights; load it as a model",
+        ),
         (lambda: convert_folder(tmp_path / "none", tmp_path), "none/config.json: not found"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match=r"x.gguf: needs [\d,]+ bytes, but only 1,000 are left on the disk"):
+    with pytest.raises(
+        ValueError, match=r"x.gguf: needs [\d,]+ bytes, but only 1,000 are left on the disk"
+    ):
         export_gguf(model, tmp_path / "x.gguf", tokenizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "nf4", "old.gguf"]
 
@@ -395,18 +499,26 @@ def test_a_path_that_cannot_be_made_is_refused_and_what_is_there_stays(tmp_path)
     folder = make_tiny_model(tmp_path / "base")
     (tmp_path / "x.gguf").write_bytes(b"mine")
     for below in ("x.gguf/y.gguf", "x.gguf/deep/y.gguf"):
-        with pytest.raises(ValueError, match=rf"{below}: its folder could not be made \(.*: .*x.gguf.*\)"):
+        with pytest.raises(
+            ValueError, match=rf"{below}: its folder could not be made \(.*: .*x.gguf.*\)"
+        ):
             convert_folder(folder, tmp_path / below)
     assert (tmp_path / "x.gguf").read_bytes() == b"mine"
     with pytest.raises(ValueError, match=r"could not be written \(File name too long\)"):
         convert_folder(folder, tmp_path / f"{'x' * 248}.gguf")
 
 
-@pytest.mark.parametrize("wrong", ['{"temperature": [0.7]}', '{"top_k": "40"}', '{"top_p": NaN}', '{"min_p": true}'])
-def test_a_sampling_default_that_is_no_number_is_named_with_its_file_and_nothing_is_written(tmp_path, wrong):
+@pytest.mark.parametrize(
+    "wrong", ['{"temperature": [0.7]}', '{"top_k": "40"}', '{"top_p": NaN}', '{"min_p": true}']
+)
+def test_a_sampling_default_that_is_no_number_is_named_with_its_file_and_nothing_is_written(
+    tmp_path, wrong
+):
     folder = make_tiny_model(tmp_path / "base")
     (folder / "generation_config.json").write_text(wrong)
-    with pytest.raises(ValueError, match=r"base/generation_config.json: \w+ is .*, expected a number"):
+    with pytest.raises(
+        ValueError, match=r"base/generation_config.json: \w+ is .*, expected a number"
+    ):
         convert_folder(folder, tmp_path / "out" / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -414,7 +526,9 @@ def test_a_sampling_default_that_is_no_number_is_named_with_its_file_and_nothing
 def test_a_write_that_fails_midway_leaves_nothing(tmp_path):
     folder = make_tiny_model(tmp_path / "base")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel refuses to let a file grow further
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, hard)
+    )  # the kernel refuses to let a file grow further
     try:
         with pytest.raises(ValueError, match=r"x\.gguf: could not be written"):
             convert_folder(folder, tmp_path / "x.gguf")
@@ -443,13 +557,32 @@ def test_the_command_exports_and_reports_bad_input_in_one_line(tmp_path, monkeyp
 
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
-    arguments = ("--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--merge-base", "nf4")
-    code, out, _ = command(*arguments, "--output", tmp_path / "x.gguf", "--merged", tmp_path / "merged")
+    arguments = (
+        "--model",
+        tmp_path / "base",
+        "--adapter",
+        tmp_path / "adapter",
+        "--merge-base",
+        "nf4",
+    )
+    code, out, _ = command(
+        *arguments, "--output", tmp_path / "x.gguf", "--merged", tmp_path / "merged"
+    )
     assert code == 0 and out.splitlines() == [str(tmp_path / "merged"), str(tmp_path / "x.gguf")]
     expected = tensors_of(export_gguf(model, tmp_path / "y.gguf", tokenizer, merge_base="nf4"))
     found = tensors_of(tmp_path / "x.gguf")
     assert all(np.array_equal(found[name].data, expected[name].data) for name in expected)
-    assert command("--model", tmp_path / "merged", "--output", tmp_path / "z", "--quantization-method", "f16")[0] == 0
+    assert (
+        command(
+            "--model",
+            tmp_path / "merged",
+            "--output",
+            tmp_path / "z",
+            "--quantization-method",
+            "f16",
+        )[0]
+        == 0
+    )
     assert (tmp_path / "z" / "merged-F16.gguf").is_file()
     for bad, message in [
         (("--model", tmp_path / "base"), "nothing to write"),
@@ -459,7 +592,9 @@ def test_the_command_exports_and_reports_bad_input_in_one_line(tmp_path, monkeyp
         ((*arguments, "--output", tmp_path / ("x" * 300 + ".gguf")), "File name too long"),
     ]:
         code, out, err = command(*bad)
-        assert code == 2 and not out and re.fullmatch(rf"export.py: error: .*{message}.*\n", err), err
+        assert code == 2 and not out and re.fullmatch(rf"export.py: error: .*{message}.*\n", err), (
+            err
+        )
 
 
 def test_an_interrupted_command_ends_with_130_and_says_nothing(monkeypatch, capsys):
@@ -478,11 +613,13 @@ def train_a_little(model, tokenizer, steps=5, rows=3):
     """A few optimizer steps on the demonstration's texts: answers turn into JSON, not yet the right one."""
     records = [record for _, record in load_dataset(DEMO / "train.jsonl")[: steps * rows]]
     samples = prepare(records, tokenizer, 256).samples
-    optimizer = torch.optim.AdamW([p for _, p in model.lora_parameters()], lr=3e-3)
+    optimizer = torch.optim.AdamW([p for _, p in model.trainable_parameters()], lr=3e-3)
     with model.resident_weights():
         for step in range(steps):
             batch = collate(samples[step * rows : (step + 1) * rows])
-            model(batch.input_ids, labels=batch.labels, position_ids=batch.position_ids).loss.backward()
+            model(
+                batch.input_ids, labels=batch.labels, position_ids=batch.position_ids
+            ).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -492,9 +629,14 @@ def test_the_trained_real_model_answers_in_llama_cpp_as_it_does_here(tmp_path, s
     FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16, use_gradient_checkpointing=False)
     train_a_little(model, tokenizer)
     records = [record for _, record in load_dataset(DEMO / "heldout.jsonl")[::8]]
-    prompts = [tokenizer.apply_chat_template(r["messages"][:-1], add_generation_prompt=True) for r in records]
+    prompts = [
+        tokenizer.apply_chat_template(r["messages"][:-1], add_generation_prompt=True)
+        for r in records
+    ]
     ours = model.generate(prompts, max_new_tokens=20, eos_token_ids=tokenizer.eos_token_ids)
-    llama_cpp = LlamaCpp(export_gguf(model, tmp_path / "real.gguf", tokenizer, "f16", merge_base="nf4"))
+    llama_cpp = LlamaCpp(
+        export_gguf(model, tmp_path / "real.gguf", tokenizer, "f16", merge_base="nf4")
+    )
     answers = [llama_cpp.answer(ids, 20) for ids in prompts]
     assert all(answer.startswith("{") for answer in answers)  # the base model answers in words
     assert answers == [tokenizer.decode(ids) for ids in ours]

@@ -9,11 +9,22 @@ from minitune import FastLanguageModel
 
 pytestmark = pytest.mark.gpu
 
-SHAPE = {"hidden": 256, "layers": 4, "heads": 8, "kv_heads": 2, "head_dim": 64, "ffn": 704, "vocab": 2048, "tie": False}
+SHAPE = {
+    "hidden": 256,
+    "layers": 4,
+    "heads": 8,
+    "kv_heads": 2,
+    "head_dim": 64,
+    "ffn": 704,
+    "vocab": 2048,
+    "tie": False,
+}
 
 
 def load(folder, dtype, device="cuda"):
-    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=256, dtype=dtype, device=device)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=256, dtype=dtype, device=device
+    )
     FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32)
     draw_adapter(model, b=0.05)
     return model
@@ -23,7 +34,11 @@ def packed_batch(vocab, lengths=(200, 1, 77, 130, 3)):
     generator = torch.Generator().manual_seed(1)
     samples = [torch.randint(3, vocab, (n,), generator=generator) for n in lengths]
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return samples, {"input_ids": torch.cat(samples), "labels": torch.cat(samples), "position_ids": positions}
+    return samples, {
+        "input_ids": torch.cat(samples),
+        "labels": torch.cat(samples),
+        "position_ids": positions,
+    }
 
 
 def gradients(parameters):
@@ -39,14 +54,17 @@ def test_a_step_in_bf16_errs_at_most_twice_as_much_as_plain_pytorch_in_bf16(tmp_
     samples, inputs = packed_batch(SHAPE["vocab"])
     loss = model(**inputs).loss
     loss.backward()
-    ours = gradients(p for _, p in model.lora_parameters())
+    ours = gradients(p for _, p in model.trainable_parameters())
     results = {}
     for dtype in (torch.float64, torch.bfloat16):
         plain = PlainLlama(model, dtype)
         value = plain.loss([(s.cuda(), s.cuda()) for s in samples])
         value.backward()
         results[dtype] = value.item(), gradients(plain.adapter.values())
-    (exact_loss, exact), (plain_loss, plain_gradients) = results[torch.float64], results[torch.bfloat16]
+    (exact_loss, exact), (plain_loss, plain_gradients) = (
+        results[torch.float64],
+        results[torch.bfloat16],
+    )
     ours_error, plain_error = relative(ours, exact), relative(plain_gradients, exact)
     print(f"gradient error: ours {ours_error:.4f}, plain bf16 {plain_error:.4f}")
     assert ours_error <= 2 * plain_error
@@ -61,7 +79,7 @@ def test_float32_on_the_gpu_equals_float32_on_the_cpu(tmp_path):
         model = load(folder, torch.float32, device)
         loss = model(**inputs).loss
         loss.backward()
-        found.append((loss.item(), gradients(p for _, p in model.lora_parameters()).cpu()))
+        found.append((loss.item(), gradients(p for _, p in model.trainable_parameters()).cpu()))
     assert abs(found[0][0] - found[1][0]) < 1e-5 * found[0][0]
     assert relative(found[1][1], found[0][1]) < 1e-4
 
@@ -71,7 +89,9 @@ def test_quantising_on_the_gpu_gives_the_bytes_of_the_cpu(tmp_path):
     on_cpu, on_gpu = load(folder, torch.float32, "cpu"), load(folder, torch.float32)
     for (name, a), (_, b) in zip(on_cpu.linears(), on_gpu.linears(), strict=True):
         assert torch.equal(a.nf4.packed, b.nf4.packed.cpu()), name
-        assert torch.allclose(a.dense(torch.float32), b.dense(torch.float32).cpu(), rtol=1e-5, atol=1e-7), name
+        assert torch.allclose(
+            a.weight_as(torch.float32), b.weight_as(torch.float32).cpu(), rtol=1e-5, atol=1e-7
+        ), name
 
 
 def test_cached_decoding_equals_decoding_without_a_cache(tmp_path):
@@ -88,9 +108,13 @@ def test_ten_steps_follow_the_float32_curve_of_the_cpu(tmp_path):
     folder = make_tiny_model(tmp_path / "m", **SHAPE)
     _, inputs = packed_batch(SHAPE["vocab"])
     curves = {}
-    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+    for device, dtype in (
+        ("cpu", torch.float32),
+        ("cuda", torch.float32),
+        ("cuda", torch.bfloat16),
+    ):
         model = load(folder, dtype, device)
-        optimizer = torch.optim.AdamW([p for _, p in model.lora_parameters()], lr=3e-4)
+        optimizer = torch.optim.AdamW([p for _, p in model.trainable_parameters()], lr=3e-4)
         curves[device, dtype] = curve = []
         for _ in range(10):
             loss = model(**inputs).loss

@@ -9,17 +9,25 @@ from test_micro_step import gradients, load, random_samples
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
-from minitune.data import collate
-from minitune.layers import Packed
-from minitune.micro_step import MicroStep
-from minitune.offload import Offload
-from minitune.optim import FlatAdamW
-from minitune.plan import Plan
-from minitune.recompute import Keep
+from minitune.data.batching import collate
+from minitune.memory.offload import ActivationOffloader
+from minitune.memory.plan import Plan
+from minitune.model.activations import LayerPlan
+from minitune.model.packed_sequences import PackedSequences
+from minitune.training.micro_step import MicroStep
+from minitune.training.optimizer import FlatAdamW
 
 pytestmark = pytest.mark.gpu
 
-SHAPE = {"hidden": 256, "layers": 3, "heads": 8, "kv_heads": 2, "head_dim": 64, "ffn": 704, "vocab": 512}
+SHAPE = {
+    "hidden": 256,
+    "layers": 3,
+    "heads": 8,
+    "kv_heads": 2,
+    "head_dim": 64,
+    "ffn": 704,
+    "vocab": 512,
+}
 
 
 @pytest.fixture
@@ -32,7 +40,10 @@ def micro_step(model):
     return MicroStep(model)
 
 
-BATCHES = [collate(random_samples(lengths)) for lengths in ([40, 9, 30], [200, 250, 100, 90], [128, 128], [3])]
+BATCHES = [
+    collate(random_samples(lengths))
+    for lengths in ([40, 9, 30], [200, 250, 100, 90], [128, 128], [3])
+]
 
 
 def results(step, batches, model):
@@ -53,8 +64,12 @@ def plain(model):
 
 @pytest.mark.parametrize("attention", ["triton", "auto"])
 @pytest.mark.parametrize("lengths", [[128, 128], [100], [40, 9, 30]])
-def test_a_replayed_graph_gives_the_bits_of_plain_launches_and_waits_for_nothing(tmp_path, lengths, attention):
-    model = load(make_tiny_model(tmp_path / "m", **SHAPE), dtype=torch.bfloat16, attention=attention)
+def test_a_replayed_graph_gives_the_bits_of_plain_launches_and_waits_for_nothing(
+    tmp_path, lengths, attention
+):
+    model = load(
+        make_tiny_model(tmp_path / "m", **SHAPE), dtype=torch.bfloat16, attention=attention
+    )
     batch, other = collate(random_samples(lengths)), collate(random_samples(lengths, seed=2))
     micro_step = MicroStep(model)
     plain = micro_step(batch, 50), gradients(model)  # and captured
@@ -76,37 +91,54 @@ def test_a_replayed_graph_gives_the_bits_of_plain_launches_and_waits_for_nothing
 
 def test_sizes_may_come_in_any_order_larger_ones_after_smaller(micro_step, model, plain):
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [1, 1, 0, 0]):
-        assert_same_bits(results(micro_step, [BATCHES[i] for i in order], model), [plain[i] for i in order])
+        assert_same_bits(
+            results(micro_step, [BATCHES[i] for i in order], model), [plain[i] for i in order]
+        )
 
 
 def test_cudnn_attention_is_replayed_as_it_is_launched(tmp_path):
     folder = make_tiny_model(tmp_path / "m", **SHAPE, positions=4096)
     model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=4096, dtype=torch.bfloat16)
     FastLanguageModel.get_peft_model(model, r=8)
-    for _, p in model.lora_parameters():
+    for _, p in model.trainable_parameters():
         torch.nn.init.normal_(p, std=0.05)
     batch = collate(random_samples([4096]))
-    assert model.shared.about(Packed.from_positions(batch.position_ids))["length"] == 4096
-    expected, found = (results(MicroStep(model, capture=c), [batch] * 2, model)[1] for c in (False, True))
+    assert (
+        model.shared.attention_kwargs(PackedSequences.from_positions(batch.position_ids))[
+            "uniform_seqlen"
+        ]
+        == 4096
+    )
+    expected, found = (
+        results(MicroStep(model, capture=c), [batch] * 2, model)[1] for c in (False, True)
+    )
     assert torch.equal(found[0], expected[0])
-    assert (found[1] - expected[1]).norm() < 1e-2 * expected[1].norm()  # its backward does not repeat bit for bit
+    assert (found[1] - expected[1]).norm() < 1e-2 * expected[
+        1
+    ].norm()  # its backward does not repeat bit for bit
 
 
 def test_gradients_and_adapters_that_moved_are_found(micro_step, model, plain):
     assert_same_bits(results(micro_step, BATCHES[:2], model), plain[:2])
-    for _, p in model.lora_parameters():
+    for _, p in model.trainable_parameters():
         p.grad = torch.zeros_like(p)
     assert_same_bits(results(micro_step, BATCHES[:2], model), plain[:2])
-    kept = [p.data for _, p in model.lora_parameters()]
-    for _, p in model.lora_parameters():
+    kept = [p.data for _, p in model.trainable_parameters()]
+    for _, p in model.trainable_parameters():
         p.data = p.data.clone()
     for p in kept:
         p.fill_(float("nan"))
     assert_same_bits(results(micro_step, BATCHES[:2], model), plain[:2])
 
 
-def test_evaluation_and_generation_and_dense_weights_between_replays_disturb_nothing(micro_step, model, plain):
-    inputs = {"input_ids": BATCHES[1].input_ids, "labels": BATCHES[1].labels, "position_ids": BATCHES[1].position_ids}
+def test_evaluation_and_generation_and_dense_weights_between_replays_disturb_nothing(
+    micro_step, model, plain
+):
+    inputs = {
+        "input_ids": BATCHES[1].input_ids,
+        "labels": BATCHES[1].labels,
+        "position_ids": BATCHES[1].position_ids,
+    }
     for _ in range(2):
         assert_same_bits(results(micro_step, BATCHES, model), plain)
         with micro_step.own_memory(), torch.no_grad():
@@ -114,7 +146,9 @@ def test_evaluation_and_generation_and_dense_weights_between_replays_disturb_not
         model.generate([[5, 6, 7]], max_new_tokens=3)
     with model.resident_weights():
         assert_same_bits(results(micro_step, BATCHES, model), plain)
-    filler = [torch.full((64, 1024), float("nan"), device="cuda") for _ in range(64)]  # where they were
+    filler = [
+        torch.full((64, 1024), float("nan"), device="cuda") for _ in range(64)
+    ]  # where they were
     assert_same_bits(results(micro_step, BATCHES, model), plain)
     del filler
 
@@ -132,13 +166,18 @@ def test_closing_gives_the_memory_back(micro_step, model, plain):
 @pytest.mark.parametrize(
     ("layers", "tile"),
     [
-        ((Keep(0, True), Keep(3, True), Keep(4)), None),
-        ((Keep(3, True), Keep(4), Keep(4)), None),  # its copies may wait while the second layer runs
-        ((Keep(3, True, wide=64), Keep(4), Keep(4)), None),
-        ((Keep(0, True), Keep(-1), Keep(3, True)), 64),
+        ((LayerPlan(0, True), LayerPlan(3, True), LayerPlan(4)), None),
+        (
+            (LayerPlan(3, True), LayerPlan(4), LayerPlan(4)),
+            None,
+        ),  # its copies may wait while the second layer runs
+        ((LayerPlan(3, True, wide=64), LayerPlan(4), LayerPlan(4)), None),
+        ((LayerPlan(0, True), LayerPlan(-1), LayerPlan(3, True)), 64),
     ],
 )
-def test_offloading_and_tiles_within_graphs_change_nothing(micro_step, model, plain, monkeypatch, layers, tile):
+def test_offloading_and_tiles_within_graphs_change_nothing(
+    micro_step, model, plain, monkeypatch, layers, tile
+):
     plan = Plan(layers, tile, host_bytes=16 << 20, parts=(("activations", 16 << 20),))
     monkeypatch.setattr(model, "plan_of", lambda packed, **options: plan)
     exact = tile is None and not layers[0].wide
@@ -152,7 +191,10 @@ def test_offloading_and_tiles_within_graphs_change_nothing(micro_step, model, pl
 
 def test_a_tensor_stays_until_it_has_been_copied_out_however_long_that_takes(tmp_path, monkeypatch):
     model = load(make_tiny_model(tmp_path / "m", **SHAPE | {"layers": 6}), dtype=torch.bfloat16)
-    expected, copy = results(MicroStep(model, capture=False), BATCHES[:2], model), Offload._copy
+    expected, copy = (
+        results(MicroStep(model, capture=False), BATCHES[:2], model),
+        ActivationOffloader._copy,
+    )
     far = 256 << 10  # bytes that may wait: some of the first three layers', not all
 
     def slowly(offload, sources, targets):
@@ -160,8 +202,8 @@ def test_a_tensor_stays_until_it_has_been_copied_out_however_long_that_takes(tmp
             torch.cuda._sleep(5_000_000)
         copy(offload, sources, targets)
 
-    monkeypatch.setattr(Offload, "_copy", slowly)
-    layers = (Keep(3, True),) * 3 + (Keep(4),) * 3
+    monkeypatch.setattr(ActivationOffloader, "_copy", slowly)
+    layers = (LayerPlan(3, True),) * 3 + (LayerPlan(4),) * 3
     plan = Plan(layers, host_bytes=16 << 20, parts=(("activations", 3 * far),))
     monkeypatch.setattr(model, "plan_of", lambda packed, **options: plan)
     micro_step = MicroStep(model)
@@ -171,15 +213,28 @@ def test_a_tensor_stays_until_it_has_been_copied_out_however_long_that_takes(tmp
 
 @pytest.mark.parametrize(
     ("lengths", "budgets"),
-    [([1024] * 8, ((2.0, 0), (1.0, 0), (0.8, 0), (0.8, 4), (1.4, 4))), ([65536], ((2.5, 0), (4.0, 0)))],
+    [
+        ([1024] * 8, ((2.0, 0), (1.0, 0), (0.8, 0), (0.8, 4), (1.4, 4))),
+        ([65536], ((2.5, 0), (4.0, 0))),
+    ],
 )
 def test_peak_memory_is_what_was_planned(tmp_path, lengths, budgets):
     """A layer of 8B's proportions; weights are counted as they are. Of the long sample, attention takes the most."""
-    shape = {"hidden": 1024, "layers": 8, "heads": 8, "kv_heads": 2, "head_dim": 128, "ffn": 3584, "vocab": 4096}
+    shape = {
+        "hidden": 1024,
+        "layers": 8,
+        "heads": 8,
+        "kv_heads": 2,
+        "head_dim": 128,
+        "ffn": 3584,
+        "vocab": 4096,
+    }
     folder = make_tiny_model(tmp_path / "m", **shape, positions=max(lengths))
-    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=max(lengths), dtype=torch.bfloat16)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=max(lengths), dtype=torch.bfloat16
+    )
     FastLanguageModel.get_peft_model(model, r=16)
-    optimizer = FlatAdamW([p for _, p in model.lora_parameters()])
+    optimizer = FlatAdamW([p for _, p in model.trainable_parameters()])
     batch = collate(random_samples(lengths, vocab=4096))
     for budget, host in budgets:
         model.memory_budget, model.host_memory = int(budget * 2**30), host << 30
@@ -194,13 +249,17 @@ def test_peak_memory_is_what_was_planned(tmp_path, lengths, budgets):
         figures = ", ".join(f"{x / 2**30:.3f}" for x in (planned.peak, measured, reserved))
         print(f"budget {budget} GiB, host {host}: planned, measured, reserved {figures}; {planned}")
         micro_step.close()
-        assert measured == pytest.approx(planned.peak, rel=0.05) and reserved < 1.2 * planned.peak + (128 << 20)
+        assert measured == pytest.approx(
+            planned.peak, rel=0.05
+        ) and reserved < 1.2 * planned.peak + (128 << 20)
 
 
 def test_weights_stay_dequantised_where_memory_is_left(micro_step, model, plain):
     assert model.level is None
     for order in ([3, 0, 2, 1], [0, 1, 2, 3]):
-        assert_same_bits(results(micro_step, [BATCHES[i] for i in order], model), [plain[i] for i in order])
+        assert_same_bits(
+            results(micro_step, [BATCHES[i] for i in order], model), [plain[i] for i in order]
+        )
     assert micro_step.planned.dense == len(model.model.layers)
     assert all(projection.resident is not None for projection in model.projections())
     micro_step.close()
@@ -245,35 +304,49 @@ def disturb(model, monkeypatch):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(("happens", "why"), [(fail, "no memory is left"), (torch.cuda.synchronize, "")])
-def test_after_a_capture_that_fails_everything_is_launched_plainly(micro_step, model, plain, disturb, happens, why):
+@pytest.mark.parametrize(
+    ("happens", "why"), [(fail, "no memory is left"), (torch.cuda.synchronize, "")]
+)
+def test_after_a_capture_that_fails_everything_is_launched_plainly(
+    micro_step, model, plain, disturb, happens, why
+):
     """A wait for the device is what no capture allows."""
     assert_same_bits(results(micro_step, BATCHES[:1], model), plain[:1])
     disturb(happens)
-    with pytest.warns(UserWarning, match=f"without CUDA graphs from now on: .* of 640 tokens.*{why}"):
+    with pytest.warns(
+        UserWarning, match=f"without CUDA graphs from now on: .* of 640 tokens.*{why}"
+    ):
         assert_same_bits(results(micro_step, BATCHES[1:2], model), plain[1:2])
     assert_same_bits(results(micro_step, BATCHES, model), plain)
 
 
 @pytest.mark.alone
-def test_an_interrupt_during_a_capture_leaves_the_gpu_usable(micro_step, model, plain, disturb, monkeypatch):
+def test_an_interrupt_during_a_capture_leaves_the_gpu_usable(
+    micro_step, model, plain, disturb, monkeypatch
+):
     disturb(interrupt)
     with pytest.raises(KeyboardInterrupt):
         micro_step(BATCHES[0], 50)
     monkeypatch.undo()
     gradients(model)
-    with pytest.warns(UserWarning, match="without CUDA graphs from now on: a capture was interrupted"):
+    with pytest.warns(
+        UserWarning, match="without CUDA graphs from now on: a capture was interrupted"
+    ):
         assert_same_bits(results(micro_step, BATCHES[:1], model), plain[:1])
     assert_same_bits(results(micro_step, BATCHES, model), plain)
     assert_same_bits(results(MicroStep(model), BATCHES, model), plain)
 
 
 def trainer_of(folder, output, **settings):
-    model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=256, dtype=torch.bfloat16)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=256, dtype=torch.bfloat16
+    )
     FastLanguageModel.get_peft_model(model, r=8)
     samples = random_samples(range(20, 60), vocab=300)
     records = [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in samples]
-    args = SFTConfig(output_dir=str(output), per_device_train_batch_size=4, learning_rate=1e-2, **settings)
+    args = SFTConfig(
+        output_dir=str(output), per_device_train_batch_size=4, learning_rate=1e-2, **settings
+    )
     return SFTTrainer(model, args, records, records[:4], processing_class=tokenizer)
 
 
@@ -295,7 +368,9 @@ def test_a_run_that_evaluates_or_resumes_with_graphs_ends_in_the_same_bits(tmp_p
     resumed.train(resume_from_checkpoint=tmp_path / "saved" / "checkpoint-4")
     found = {name: losses(tmp_path / name) for name in ("plain", "graphs", "saved", "resumed")}
     assert len(found["saved"]) == 8 and found["graphs"] == found["saved"]
-    assert found["plain"] == pytest.approx(found["saved"], rel=1e-2)  # without padding a sum may take another order
+    assert found["plain"] == pytest.approx(
+        found["saved"], rel=1e-2
+    )  # without padding a sum may take another order
     assert found["resumed"] == found["saved"][4:]
-    adapters = [[p.detach() for _, p in t.model.lora_parameters()] for t in (trainer, resumed)]
+    adapters = [[p.detach() for _, p in t.model.trainable_parameters()] for t in (trainer, resumed)]
     assert all(map(torch.equal, *adapters))

@@ -7,7 +7,8 @@ import torch
 from kernel_checks import as_function, bounds, double, in_each_dtype, judge, kernel, normal, strided
 
 from minitune.kernels import attention as attention_fwd
-from minitune.kernels import attention_bwd, attention_cudnn, launch
+from minitune.kernels import attention_backward as attention_bwd
+from minitune.kernels import attention_cudnn, backend
 from minitune.kernels.attention import attention, attention_backward
 
 
@@ -15,7 +16,7 @@ def plain_attention(q, k, v, seen, scale):
     """The textbook formula in the dtype of its inputs, with the softmax in at least float32."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (k, v))
     scores = (q.transpose(0, 1) * scale) @ k.mT
-    scores = scores.to(launch.accumulator(q.dtype)).masked_fill(~seen, -math.inf)
+    scores = scores.to(backend.accumulator(q.dtype)).masked_fill(~seen, -math.inf)
     return (scores.softmax(-1).to(q.dtype) @ v).transpose(0, 1), scores.logsumexp(-1)
 
 
@@ -84,32 +85,47 @@ def test_attention_shows_a_nan_of_a_query_in_its_row_only(device):
 
 
 @kernel
-@pytest.mark.parametrize("longest", [1, 10**6])
-def test_attention_is_right_with_the_tiles_for_any_length(longest, device, monkeypatch):
+@pytest.mark.parametrize("max_seqlen", [1, 10**6])
+def test_attention_is_right_with_the_tiles_for_any_length(max_seqlen, device, monkeypatch):
     """The heads of a group too, split over programs: PROGRAMS says how many those for long samples have to be."""
-    monkeypatch.setattr(attention_bwd, "PROGRAMS", 40)
+    monkeypatch.setattr(attention_bwd, "MIN_PROGRAMS", 40)
     assert attention_bwd.parts_of_a_group(10, 2, 6) == 2
     for lengths, H, G, K in (([3, 150, 1, 100], 4, 2, 64), ([70, 1], 6, 1, 24), ([130], 3, 3, 128)):
-        inputs, dout, seen, results = run_attention(lengths, H, G, K, torch.float16, device, longest=longest)
+        inputs, dout, seen, results = run_attention(
+            lengths, H, G, K, torch.float16, device, max_seqlen=max_seqlen
+        )
         dlse = torch.zeros_like(results[1])
-        judge(results, lambda q, k, v: plain_attention(q, k, v, seen, K**-0.5), inputs, [dout, dlse])  # noqa: B023
+        judge(
+            results, lambda q, k, v: plain_attention(q, k, v, seen, K**-0.5), inputs, [dout, dlse]
+        )  # noqa: B023
 
 
 @pytest.mark.usefixtures("triton_everywhere")
 @pytest.mark.parametrize("triton", [True, False], ids=["kernel", "reference"])
-@pytest.mark.parametrize("longest", [1, 10**6])
-def test_attention_writes_its_results_into_columns_of_wider_rows(longest, triton, device, monkeypatch):
+@pytest.mark.parametrize("max_seqlen", [1, 10**6])
+def test_attention_writes_its_results_into_columns_of_wider_rows(
+    max_seqlen, triton, device, monkeypatch
+):
     if not triton:
-        monkeypatch.setattr(launch, "use_triton", lambda x: False)
+        monkeypatch.setattr(backend, "use_triton", lambda x: False)
     H, G, K, lengths = 4, 2, 24, [40, 30]
-    inputs, dout, _, (out, lse, *grads) = run_attention(lengths, H, G, K, torch.float32, device, longest=longest)
+    inputs, dout, _, (out, lse, *grads) = run_attention(
+        lengths, H, G, K, torch.float32, device, max_seqlen=max_seqlen
+    )
     start, end = bounds(lengths, device)
-    row, drow = (torch.full((70, width), math.nan, device=device) for width in (H * K + 8, (H + 2 * G) * K + 16))
+    row, drow = (
+        torch.full((70, width), math.nan, device=device)
+        for width in (H * K + 8, (H + 2 * G) * K + 16)
+    )
     buffer = row[:, : H * K].unflatten(1, (H, K))
-    result, _ = attention(*inputs, start, end, K**-0.5, out=buffer, longest=longest)
+    result, _ = attention(*inputs, start, end, K**-0.5, out=buffer, max_seqlen=max_seqlen)
     dbuffers = [x.unflatten(1, (-1, K)) for x in drow[:, :-16].split([H * K, G * K, G * K], dim=1)]
-    dresults = attention_backward(dout, *inputs, result, lse, start, end, K**-0.5, *dbuffers, longest=longest)
-    for x, given, alone in zip((result, *dresults), (buffer, *dbuffers), (out, *grads), strict=True):
+    dresults = attention_backward(
+        dout, *inputs, result, lse, start, end, K**-0.5, *dbuffers, max_seqlen=max_seqlen
+    )
+    for x, given, alone in zip(
+        (result, *dresults), (buffer, *dbuffers), (out, *grads), strict=True
+    ):
         assert x is given
         assert torch.equal(x, alone)
     assert row[:, H * K :].isnan().all()
@@ -118,7 +134,11 @@ def test_attention_writes_its_results_into_columns_of_wider_rows(longest, triton
 
 def test_attention_refuses_buffers_and_lengths_that_do_not_fit():
     q, (start, end) = normal(6, 2, 8), bounds([3, 3])
-    for wrong, message in ((q[:5], "expected \\(6"), (q.half(), "expected torch.float32"), (q.mT, "expected \\(6")):
+    for wrong, message in (
+        (q[:5], "expected \\(6"),
+        (q.half(), "expected torch.float32"),
+        (q.mT, "expected \\(6"),
+    ):
         with pytest.raises(ValueError, match=message):
             attention(q, q, q, start, end, 1.0, out=wrong)
         with pytest.raises(ValueError, match=message):
@@ -126,7 +146,7 @@ def test_attention_refuses_buffers_and_lengths_that_do_not_fit():
     with pytest.raises(ValueError, match="head vectors of out have stride 2"):
         attention(q, q, q, start, end, 1.0, out=normal(6, 2, 16)[..., ::2])
     with pytest.raises(ValueError, match="6 rows are no whole number of samples of 4"):
-        attention(q, q, q, start, end, 1.0, length=4)
+        attention(q, q, q, start, end, 1.0, uniform_seqlen=4)
     with pytest.raises(ValueError, match=r"scale -1\.0; expected above 0"):
         attention(q, q, q, start, end, -1.0)
 
@@ -134,7 +154,7 @@ def test_attention_refuses_buffers_and_lengths_that_do_not_fit():
 def test_attention_runs_without_cudnn_where_there_is_none():
     q, (start, end) = normal(6, 2, 8), bounds([3, 3])
     expected = attention(q, q, q, start, end, 1.0)
-    for x, e in zip(attention(q, q, q, start, end, 1.0, length=3), expected, strict=True):
+    for x, e in zip(attention(q, q, q, start, end, 1.0, uniform_seqlen=3), expected, strict=True):
         assert torch.equal(x, e)
 
 
@@ -148,7 +168,9 @@ def test_the_backward_of_the_attention_reference_passes_gradcheck():
             dout, q, k, v, out, lse, start, end, 0.4
         ),
     )  # fmt: skip
-    assert torch.autograd.gradcheck(pair, (double(8, 4, 8), double(8, 2, 8, seed=1), double(8, 2, 8, seed=2)))
+    assert torch.autograd.gradcheck(
+        pair, (double(8, 4, 8), double(8, 2, 8, seed=1), double(8, 2, 8, seed=2))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- GPU only
@@ -170,7 +192,9 @@ def test_attention_holds_its_bound_at_real_sizes(N, H, G, K, dtype):
 def test_the_backward_of_attention_repeats_bit_for_bit(lengths, H, G, K):
     _, _, _, first = run_attention(lengths, H, G, K, torch.bfloat16, "cuda")
     for _ in range(5):
-        for x, again in zip(first, run_attention(lengths, H, G, K, torch.bfloat16, "cuda")[3], strict=True):
+        for x, again in zip(
+            first, run_attention(lengths, H, G, K, torch.bfloat16, "cuda")[3], strict=True
+        ):
             assert torch.equal(x, again)
 
 
@@ -179,18 +203,24 @@ def test_cudnn_takes_as_few_heads_at_a_time_as_keep_a_gpu_busy():
     assert [attention_cudnn.kv_heads_at_once(N, 32, 8) for N in rows] == [8, 8, 4, 2, 1, 1]
     assert [attention_cudnn.kv_heads_at_once(N, 9, 3) for N in rows] == [3, 3, 3, 3, 2, 1]
     q, k = (torch.empty(1, device="meta").expand(65536, heads, 8) for heads in (9, 3))
-    assert list(attention_cudnn._parts(q, k)) == [(slice(0, 6), slice(0, 2)), (slice(6, 9), slice(2, 3))]
+    assert list(attention_cudnn._parts(q, k)) == [
+        (slice(0, 6), slice(0, 2)),
+        (slice(6, 9), slice(2, 3)),
+    ]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("enough", [attention_cudnn.ENOUGH, 1000, 1])
+@pytest.mark.parametrize("enough", [attention_cudnn.CUDNN_ROW_HEADS_PER_CALL, 1000, 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("B", "L", "H", "G", "K"), [(2, 512, 8, 2, 128), (4, 119, 9, 3, 64), (1, 700, 4, 4, 96), (8, 16, 2, 1, 64)]
+    ("B", "L", "H", "G", "K"),
+    [(2, 512, 8, 2, 128), (4, 119, 9, 3, 64), (1, 700, 4, 4, 96), (8, 16, 2, 1, 64)],
 )
-def test_cudnn_holds_the_bound_and_mixes_with_the_kernels(B, L, H, G, K, dtype, enough, monkeypatch):
-    monkeypatch.setattr(attention_cudnn, "ENOUGH", enough)
-    inputs, dout, seen, results = run_attention([L] * B, H, G, K, dtype, "cuda", length=L)
+def test_cudnn_holds_the_bound_and_mixes_with_the_kernels(
+    B, L, H, G, K, dtype, enough, monkeypatch
+):
+    monkeypatch.setattr(attention_cudnn, "CUDNN_ROW_HEADS_PER_CALL", enough)
+    inputs, dout, seen, results = run_attention([L] * B, H, G, K, dtype, "cuda", uniform_seqlen=L)
     if not attention_cudnn.cudnn_supports(*inputs, L):
         pytest.skip("cuDNN does not take this here")
     dlse = torch.zeros_like(results[1])
@@ -198,7 +228,12 @@ def test_cudnn_holds_the_bound_and_mixes_with_the_kernels(B, L, H, G, K, dtype, 
     start, end = bounds([L] * B, "cuda")
     scale, (out, lse) = K**-0.5, results[:2]
     mixed = attention_backward(dout, *inputs, out, lse, start, end, scale)
-    judge([out, lse, *mixed], lambda q, k, v: plain_attention(q, k, v, seen, scale), inputs, [dout, dlse])
+    judge(
+        [out, lse, *mixed],
+        lambda q, k, v: plain_attention(q, k, v, seen, scale),
+        inputs,
+        [dout, dlse],
+    )
     row, drow = (
         torch.zeros(B * L, H * K + 16, dtype=dtype).cuda(),
         torch.zeros(B * L, (H + 2 * G) * K, dtype=dtype).cuda(),
@@ -208,9 +243,16 @@ def test_cudnn_holds_the_bound_and_mixes_with_the_kernels(B, L, H, G, K, dtype, 
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attention(*inputs, start, end, scale, out=buffer, length=L)
-        attention_backward(dout, *inputs, buffer, lse, start, end, scale, *dbuffers, length=L)
+        attention(*inputs, start, end, scale, out=buffer, uniform_seqlen=L)
+        attention_backward(
+            dout, *inputs, buffer, lse, start, end, scale, *dbuffers, uniform_seqlen=L
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(buffer, out)
-    judge([buffer, lse, *dbuffers], lambda q, k, v: plain_attention(q, k, v, seen, scale), inputs, [dout, dlse])
+    judge(
+        [buffer, lse, *dbuffers],
+        lambda q, k, v: plain_attention(q, k, v, seen, scale),
+        inputs,
+        [dout, dlse],
+    )

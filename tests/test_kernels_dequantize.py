@@ -20,14 +20,21 @@ def test_dequantize_kernel_equals_the_reference_bit_for_bit(shape, nested, dtype
 
 @kernel
 @pytest.mark.parametrize("width", [192, 423])
-def test_weights_of_one_width_are_dequantised_below_each_other_into_a_part_of_wider_rows(width, device):
-    weights = [quantised((rows, width), nested, device=device) for rows, nested in ((70, True), (3, True), (1, False))]
+def test_weights_of_one_width_are_dequantised_below_each_other_into_a_part_of_wider_rows(
+    width, device
+):
+    weights = [
+        quantised((rows, width), nested, device=device)
+        for rows, nested in ((70, True), (3, True), (1, False))
+    ]
     for chosen in (weights[:2], weights):  # stored in one way, and not
         rows = sum(weight.shape[0] for weight in chosen)
         wide = torch.full((rows + 2, width + 5), 7.0, device=device)
         out = wide[1:-1, :width]
         assert dequantize_nf4(chosen, torch.float32, out=out) is out
-        assert torch.equal(out, torch.cat([dequantize_nf4_reference(w, torch.float32) for w in chosen]))
+        assert torch.equal(
+            out, torch.cat([dequantize_nf4_reference(w, torch.float32) for w in chosen])
+        )
         assert (wide[:, width:] == 7).all() and (wide[[0, -1]] == 7).all()
 
 
@@ -37,10 +44,16 @@ def test_weights_of_one_width_are_dequantised_below_each_other_into_a_part_of_wi
 def test_dequantize_reference_equals_bitsandbytes_bit_for_bit(nested, dtype):
     bnb = pytest.importorskip("bitsandbytes.functional")
     weight = normal(96, 200, dtype=dtype)
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type="nf4")
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, compress_statistics=nested, quant_type="nf4"
+    )
     scales = {}
     if nested:
-        scales = {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "nested_offset": state.offset}
+        scales = {
+            "nested_absmax": state.state2.absmax,
+            "nested_code": state.state2.code,
+            "nested_offset": state.offset,
+        }
     mine = Quantized(packed, state.absmax, state.code, (96, 200), **scales)
     assert torch.equal(dequantize_nf4(mine, dtype), bnb.dequantize_4bit(packed, state))
 

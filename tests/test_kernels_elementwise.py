@@ -33,7 +33,9 @@ def plain_norm(x, weight):
 @in_each_dtype
 @pytest.mark.parametrize("shape", [(3, 423), (1, 64), (5, 213)])
 def test_rms_norm_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, device):
-    x, dy, dresidual = (strided(normal(*shape, dtype=dtype, device=device, seed=s)) for s in range(3))
+    x, dy, dresidual = (
+        strided(normal(*shape, dtype=dtype, device=device, seed=s)) for s in range(3)
+    )
     weight = normal(shape[1], dtype=dtype, device=device)
     y, rstd = rms_norm.rms_norm(x, weight, EPS)
     dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, dresidual)
@@ -45,13 +47,20 @@ def test_rms_norm_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, 
 @kernel
 @in_each_dtype
 def test_the_norm_of_a_sum_does_not_round_the_sum_and_adds_to_the_stream(dtype, device):
-    x, addend, dy, dresidual = (strided(normal(3, 423, dtype=dtype, device=device, seed=s)) for s in range(4))
-    weight, s = normal(423, dtype=dtype, device=device), strided(normal(3, 423, device=device, seed=4))
+    x, addend, dy, dresidual = (
+        strided(normal(3, 423, dtype=dtype, device=device, seed=s)) for s in range(4)
+    )
+    weight, s = (
+        normal(423, dtype=dtype, device=device),
+        strided(normal(3, 423, device=device, seed=4)),
+    )
     before = s.clone()
     y, rstd = rms_norm.add_rms_norm(x, addend, weight, EPS, stream=s)
     dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, addend=addend)
     assert torch.equal(s, before + addend)
-    judge([y, dx, dx], lambda x, addend: plain_norm(x + addend, weight.to(x.dtype)), [x, addend], [dy])
+    judge(
+        [y, dx, dx], lambda x, addend: plain_norm(x + addend, weight.to(x.dtype)), [x, addend], [dy]
+    )
     exact = x.float() + addend
     alone, same = rms_norm.rms_norm(exact, weight.float(), EPS)
     assert torch.equal(y, alone.to(dtype)) and torch.allclose(rstd, same, rtol=1e-6)
@@ -97,7 +106,9 @@ def test_the_backward_of_the_norm_reference_passes_gradcheck():
 def plain_rope(x, cos, sin):
     turned = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
     wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.cat([cos, cos], -1)[:, None] + turned * torch.cat([sin, sin], -1)[:, None]).to(x.dtype)
+    return (
+        wide * torch.cat([cos, cos], -1)[:, None] + turned * torch.cat([sin, sin], -1)[:, None]
+    ).to(x.dtype)
 
 
 @kernel
@@ -122,7 +133,9 @@ def test_rope_turns_q_and_k_of_a_fused_projection_in_place_and_back(N, H, G, K, 
     rope.rope_(*grads, cos, sin, positions, inverse=True)
     for grad, x, dy in zip(grads, old, (dq, dk), strict=True):
         table = [t[positions] for t in (cos, sin)]
-        exact = with_gradients(lambda x: plain_rope(x, *to(torch.float64, table)), [x.double()], [dy.double()])  # noqa: B023
+        exact = with_gradients(
+            lambda x: plain_rope(x, *to(torch.float64, table)), [x.double()], [dy.double()]
+        )  # noqa: B023
         plain = with_gradients(lambda x: plain_rope(x, *table), [x], [dy])  # noqa: B023
         assert_as_good_as_plain([grad], plain[1:], exact[1:])
 
@@ -134,7 +147,9 @@ def test_rope_turns_q_and_k_of_a_fused_projection_in_place_and_back(N, H, G, K, 
 @in_each_dtype
 @pytest.mark.parametrize("shape", [(3, 423), (1, 1024), (2, 1536), (213, 3)])
 def test_swiglu_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, device):
-    gate, up, dout = (strided(3 * normal(*shape, dtype=dtype, device=device, seed=s)) for s in range(3))
+    gate, up, dout = (
+        strided(3 * normal(*shape, dtype=dtype, device=device, seed=s)) for s in range(3)
+    )
     out = swiglu.swiglu(gate, up)
     dgate, dup = swiglu.swiglu_backward(dout, gate, up)
     judge([out, dgate, dup], swiglu.swiglu_reference, [gate, up], [dout])
@@ -149,7 +164,9 @@ def test_swiglu_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, de
 def test_swiglu_is_finite_where_exp_overflows_and_nan_where_an_input_is(device):
     gate = torch.tensor([[-1e4, 1e4, 0.0, math.nan]], device=device)
     one = torch.ones_like(gate)
-    assert torch.equal(swiglu.swiglu(gate, one)[:, :3], torch.tensor([[-0.0, 1e4, 0.0]], device=device))
+    assert torch.equal(
+        swiglu.swiglu(gate, one)[:, :3], torch.tensor([[-0.0, 1e4, 0.0]], device=device)
+    )
     for x in (swiglu.swiglu(gate, one), *swiglu.swiglu_backward(one, gate, one)):
         assert x.isnan().tolist() == [[False, False, False, True]]
 
@@ -169,7 +186,10 @@ def test_the_backward_of_the_swiglu_reference_passes_gradcheck():
 @pytest.mark.parametrize("D", [64, 423, 4100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_embedding_is_the_rows_of_the_table(D, dtype, device):
-    table, ids = normal(50, D, device=device), torch.tensor([3, 49, 0, 3, 17], dtype=torch.int32, device=device)
+    table, ids = (
+        normal(50, D, device=device),
+        torch.tensor([3, 49, 0, 3, 17], dtype=torch.int32, device=device),
+    )
     assert torch.equal(embedding.embed(ids, table, dtype), table[ids.long()].to(dtype))
     assert embedding.embed(ids[:0], table, dtype).shape == (0, D)
     with pytest.raises(ValueError, match="expected contiguous rows"):

@@ -18,7 +18,7 @@ from kernel_checks import (
 )
 from torch.nn import functional
 
-from minitune.kernels import cross_entropy, launch, lora_linear
+from minitune.kernels import backend, cross_entropy, lora_linear
 from minitune.kernels.cross_entropy import linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------- LoRA linear
@@ -33,22 +33,34 @@ def plain_lora(x, *adapters, weights, scaling):
     outs = []
     for weight, a, b in zip(weights, adapters[::2], adapters[1::2], strict=True):
         out = functional.linear(x, weight.to(x.dtype))
-        outs.append(out if a is None else out + scaling * functional.linear(functional.linear(x, a), b))
+        outs.append(
+            out if a is None else out + scaling * functional.linear(functional.linear(x, a), b)
+        )
     return torch.cat(outs, 1)
 
 
 @kernel
 @in_each_dtype
 @pytest.mark.parametrize(
-    ("N", "D", "rows", "ranks"), [(3, 213, [70], [4]), (33, 64, [48, 16, 16], [8, 0, 8]), (1, 96, [40, 40], [16, 20])]
+    ("N", "D", "rows", "ranks"),
+    [(3, 213, [70], [4]), (33, 64, [48, 16, 16], [8, 0, 8]), (1, 96, [40, 40], [16, 20])],
 )
-def test_lora_linears_and_their_gradients_err_no_more_than_plain_pytorch(N, D, rows, ranks, dtype, device):
-    x, dy = normal(N, D, dtype=dtype, device=device), normal(N, sum(rows), dtype=dtype, device=device)
-    weights = [normal(n, D, dtype=dtype, device=device, seed=n + i) / D**0.5 for i, n in enumerate(rows)]
+def test_lora_linears_and_their_gradients_err_no_more_than_plain_pytorch(
+    N, D, rows, ranks, dtype, device
+):
+    x, dy = (
+        normal(N, D, dtype=dtype, device=device),
+        normal(N, sum(rows), dtype=dtype, device=device),
+    )
+    weights = [
+        normal(n, D, dtype=dtype, device=device, seed=n + i) / D**0.5 for i, n in enumerate(rows)
+    ]
     adapters = []
     for i, (n, R) in enumerate(zip(rows, ranks, strict=True)):
         shapes = [(R, D), (n, R)] if R else [None, None]
-        adapters += [s and normal(*s, dtype=dtype, device=device, seed=9 * i) / s[1] ** 0.5 for s in shapes]
+        adapters += [
+            s and normal(*s, dtype=dtype, device=device, seed=9 * i) / s[1] ** 0.5 for s in shapes
+        ]
     weight = extended(weights, adapters[::2], adapters[1::2], dtype, device)
     spare = weight.shape[1] - D
     wide_x, wide_dy = beside_spare(x, spare), beside_spare(dy, spare)
@@ -56,7 +68,7 @@ def test_lora_linears_and_their_gradients_err_no_more_than_plain_pytorch(N, D, r
     dx = lora_linear.lora_linear_backward(wide_dy, weight, D, 0.7)
     pairs = lora_linear.lora_gradients(wide_dy, wide_x, list(zip(rows, ranks, strict=True)))
     gradients = [g for pair in pairs for g in pair]
-    assert all(g.dtype == launch.accumulator(dtype) for g in gradients)
+    assert all(g.dtype == backend.accumulator(dtype) for g in gradients)
     formula = functools.partial(plain_lora, weights=weights, scaling=0.7)
     judge([y, dx, *gradients], formula, [x, *adapters], [dy])
 
@@ -67,7 +79,10 @@ def test_the_adapters_of_several_weights_are_written_at_once(device):
         for out, width, ranks in ((70, 33, [4, 0, 8]), (16, 200, [3]), (24, 16, [0])):
             rows = [out // len(ranks)] * (len(ranks) - 1)
             rows.append(out - sum(rows))
-            pairs = [(normal(R, width, seed=R), normal(n, R, seed=n)) for n, R in zip(rows, ranks, strict=True)]
+            pairs = [
+                (normal(R, width, seed=R), normal(n, R, seed=n))
+                for n, R in zip(rows, ranks, strict=True)
+            ]
             adapters = [
                 (a.to(device), b.to(device), n) if len(a) else (None, None, n)
                 for (a, b), n in zip(pairs, rows, strict=True)
@@ -78,17 +93,23 @@ def test_the_adapters_of_several_weights_are_written_at_once(device):
     lora_linear.write_adapters_(found)
     for target in expected:
         lora_linear.write_adapters_reference(*target)
-    assert all(torch.equal(mine[0], theirs[0]) for mine, theirs in zip(found, expected, strict=True))
+    assert all(
+        torch.equal(mine[0], theirs[0]) for mine, theirs in zip(found, expected, strict=True)
+    )
     assert (found[1][0] != 7).sum() == 3 * (16 + 200) and (found[2][0] == 7).all()
 
 
 @kernel
 def test_a_lora_linear_adds_to_a_total_and_its_adapter_alone_can_be_rewritten(device):
-    x, w, total = normal(5, 32, device=device), normal(24, 32, device=device), normal(5, 24, device=device)
+    x, w, total = (
+        normal(5, 32, device=device),
+        normal(24, 32, device=device),
+        normal(5, 24, device=device),
+    )
     a, b = normal(4, 32, device=device), normal(24, 4, device=device)
     weight = extended([w], [a], [b], torch.float32, device)
     lora_linear.write_adapters_([(weight, [(-a, b, 24)], 24, 32)])
-    wide = beside_spare(x, lora_linear.columns_to_spare(4))
+    wide = beside_spare(x, lora_linear.padded_rank(4))
     before = total.clone()
     assert lora_linear.lora_linear(wide, weight, 24, 2.0, total=total) is total
     assert torch.allclose(total, before + x @ w.T - 2 * x @ a.T @ b.T, atol=1e-4)
@@ -98,7 +119,9 @@ def test_a_lora_linear_adds_to_a_total_and_its_adapter_alone_can_be_rewritten(de
 @kernel
 @in_each_dtype
 def test_what_is_added_to_a_total_is_not_rounded_before(dtype, device):
-    x, w, total = (normal(*shape, dtype=dtype, device=device) for shape in ((5, 32), (24, 32), (5, 24)))
+    x, w, total = (
+        normal(*shape, dtype=dtype, device=device) for shape in ((5, 32), (24, 32), (5, 24))
+    )
     total = total.float()
     exact = total.double() + x.double() @ w.double().T
     lora_linear.lora_linear(x, w, 24, 0.0, total=total)
@@ -107,7 +130,7 @@ def test_what_is_added_to_a_total_is_not_rounded_before(dtype, device):
 
 def test_without_an_adapter_the_extended_weight_is_the_weight():
     x, w, dy = normal(5, 32), normal(24, 32), normal(5, 24)
-    assert lora_linear.columns_to_spare(0) == 0
+    assert lora_linear.padded_rank(0) == 0
     assert torch.equal(lora_linear.lora_linear(x, w, 24, 0.0), x @ w.T)
     assert torch.equal(lora_linear.lora_linear_backward(dy, w, 32, 0.0), dy @ w)
     assert lora_linear.lora_linear_backward(dy, w, 32, 0.0, need_dx=False) is None
@@ -136,10 +159,15 @@ def test_the_gradients_of_a_lora_linear_pass_gradcheck():
 @pytest.mark.parametrize(("N", "D", "F"), [(2048, 4096, 14336), (1900, 576, 1536)])
 def test_lora_linear_holds_its_bound_at_real_sizes(N, D, F, dtype):
     x, dy = normal(N, D, dtype=dtype, device="cuda"), normal(N, F, dtype=dtype, device="cuda")
-    weight, a, b = (0.02 * normal(*s, dtype=dtype, device="cuda") for s in ((F, D), (16, D), (F, 16)))
+    weight, a, b = (
+        0.02 * normal(*s, dtype=dtype, device="cuda") for s in ((F, D), (16, D), (F, 16))
+    )
     whole = extended([weight], [a], [b], dtype, "cuda")
     wide_x, wide_dy = (beside_spare(x, whole.shape[1] - D) for x in (x, dy))
-    results = [lora_linear.lora_linear(wide_x, whole, F, 2.0), lora_linear.lora_linear_backward(wide_dy, whole, D, 2.0)]
+    results = [
+        lora_linear.lora_linear(wide_x, whole, F, 2.0),
+        lora_linear.lora_linear_backward(wide_dy, whole, D, 2.0),
+    ]
     results += lora_linear.lora_gradients(wide_dy, wide_x, [(F, 16)])[0]
     judge(results, functools.partial(plain_lora, weights=[weight], scaling=2.0), [x, a, b], [dy])
 
@@ -152,12 +180,17 @@ def test_lora_linear_holds_its_bound_at_real_sizes(N, D, F, dtype):
 @pytest.mark.parametrize("tile_rows", [None, 3])
 @pytest.mark.parametrize(("N", "D", "V"), [(7, 16, 423), (1, 8, 5), (4, 8, 4099)])
 def test_linear_cross_entropy_errs_no_more_than_plain_pytorch(N, D, V, tile_rows, dtype, device):
-    hidden, weight = normal(N, D, dtype=dtype, device=device), normal(V, D, dtype=dtype, device=device)
+    hidden, weight = (
+        normal(N, D, dtype=dtype, device=device),
+        normal(V, D, dtype=dtype, device=device),
+    )
     targets = torch.arange(N, device=device) * 31 % V
     targets[1:2], targets[-1] = -100, V - 1
     loss, dhidden = linear_cross_entropy(hidden, weight, targets, 3, tile_rows)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, linear_cross_entropy(hidden, weight, targets, 3, tile_rows, need_grad=False)[0])
+    assert torch.equal(
+        loss, linear_cross_entropy(hidden, weight, targets, 3, tile_rows, need_grad=False)[0]
+    )
 
     def formula(hidden):
         logits = hidden @ weight.to(hidden.dtype).T
@@ -177,19 +210,29 @@ def test_ignored_rows_have_no_loss_and_no_gradient_even_when_they_are_nan(device
     targets = torch.tensor([4, -100, 7], device=device)
     denominator = torch.tensor(2, device=device)
     loss, dhidden = linear_cross_entropy(hidden, weight, targets, denominator)
-    torch.testing.assert_close(loss, functional.cross_entropy(hidden[[0, 2]] @ weight.T, targets[[0, 2]]))
+    torch.testing.assert_close(
+        loss, functional.cross_entropy(hidden[[0, 2]] @ weight.T, targets[[0, 2]])
+    )
     assert not dhidden[1].any()
-    loss, dhidden = linear_cross_entropy(hidden, weight, torch.tensor([4, 1, 7], device=device), denominator)
+    loss, dhidden = linear_cross_entropy(
+        hidden, weight, torch.tensor([4, 1, 7], device=device), denominator
+    )
     assert loss.isnan()
     assert dhidden.isnan().any(1).tolist() == [False, True, False]
 
 
 @kernel
 def test_logits_go_where_there_is_room_for_them(device):
-    hidden, weight, tile = normal(5, 8, device=device), normal(50, 8, device=device), torch.zeros(2, 50, device=device)
+    hidden, weight, tile = (
+        normal(5, 8, device=device),
+        normal(50, 8, device=device),
+        torch.zeros(2, 50, device=device),
+    )
     targets = torch.tensor([4, -100, 7, 0, 49], device=device)
     expected = linear_cross_entropy(hidden, weight, targets, 3, rows_of_tile=2)
-    assert all(map(torch.equal, linear_cross_entropy(hidden, weight, targets, 3, tile=tile), expected))
+    assert all(
+        map(torch.equal, linear_cross_entropy(hidden, weight, targets, 3, tile=tile), expected)
+    )
     assert tile[0, 49] < 0  # of the last row: the softmax, less one at the target
     for wrong in (tile[:, 1:], tile.double(), tile[:0]):
         with pytest.raises(ValueError, match=r"tile is .*; expected \(rows, 50\) torch.float32"):
@@ -198,14 +241,18 @@ def test_logits_go_where_there_is_room_for_them(device):
 
 def test_a_target_outside_the_vocabulary_is_refused_on_the_cpu():
     for wrong in (50, -1):
-        with pytest.raises(ValueError, match=rf"target \[{wrong}\] is outside the vocabulary of 50"):
+        with pytest.raises(
+            ValueError, match=rf"target \[{wrong}\] is outside the vocabulary of 50"
+        ):
             linear_cross_entropy(normal(2, 8), normal(50, 8), torch.tensor([3, wrong]), 2)
 
 
 def test_the_gradient_of_the_loss_reference_passes_gradcheck():
     weight, targets = double(9, 5).detach(), torch.tensor([3, -100, 8, 0])
     pair = as_function(
-        lambda hidden: (lambda loss, dhidden: (loss, [dhidden]))(*linear_cross_entropy(hidden, weight, targets, 3, 3)),
+        lambda hidden: (lambda loss, dhidden: (loss, [dhidden]))(
+            *linear_cross_entropy(hidden, weight, targets, 3, 3)
+        ),
         lambda dout, hidden, dhidden: dout * dhidden,
     )
     assert torch.autograd.gradcheck(pair, double(4, 5))
@@ -214,7 +261,9 @@ def test_the_gradient_of_the_loss_reference_passes_gradcheck():
 def test_cross_entropy_tiles_hold_at_most_256_mib_of_logits(monkeypatch):
     rows = []
     monkeypatch.setattr(
-        cross_entropy, "_cross_entropy_", lambda logits, targets, losses, need_grad: rows.append(logits.shape[0])
+        cross_entropy,
+        "_cross_entropy_",
+        lambda logits, targets, losses, need_grad: rows.append(logits.shape[0]),
     )
     hidden = torch.empty(3000, 8, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(128256, 8, dtype=torch.bfloat16, device="meta")

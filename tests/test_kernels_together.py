@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from kernel_checks import CODE, EPS, angles, assert_as_good_as_plain, bounds, extended, normal, quantised
+from kernel_checks import (
+    CODE,
+    EPS,
+    angles,
+    assert_as_good_as_plain,
+    bounds,
+    extended,
+    normal,
+    quantised,
+)
 from torch.nn import functional
 
-from minitune.kernels import launch, lora_linear, rms_norm, rope, swiglu
+from minitune.kernels import backend, lora_linear, rms_norm, rope, swiglu
 from minitune.kernels.attention import attention, attention_backward
 from minitune.kernels.cross_entropy import linear_cross_entropy
 from minitune.kernels.dequantize import dequantize_nf4
@@ -14,7 +23,7 @@ from minitune.kernels.dequantize import dequantize_nf4
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("triton", [False, True], ids=["reference", "triton"])
 def test_no_rows_give_empty_results_and_a_loss_of_zero(triton, device, monkeypatch):
-    monkeypatch.setattr(launch, "use_triton", lambda x: triton)
+    monkeypatch.setattr(backend, "use_triton", lambda x: triton)
     x, weight = torch.empty(0, 16, device=device), normal(24, 16, device=device)
     y, rstd = rms_norm.rms_norm(x, weight[0], EPS)
     assert (y.shape, rstd.shape) == ((0, 16), (0,))
@@ -38,12 +47,30 @@ def test_no_rows_give_empty_results_and_a_loss_of_zero(triton, device, monkeypat
 REFUSED = {
     "norm": (lambda x: rms_norm.rms_norm(x, x[0, :5], EPS), "weight is (5,); rows of x hold 16"),
     "rows": (lambda x: swiglu.swiglu(x.T, x.T), "the rows of gate have stride 16"),
-    "pair": (lambda x: swiglu.swiglu(x, x.half()), "up is (3, 16) torch.float16; gate is (3, 16) torch.float32"),
-    "rope": (lambda x: rope.rope_(x[:, None], x[:, None], x[:, :4], x[:, :4], x[:, 0].long()), "needs (positions, 8)"),
-    "heads": (lambda x: attention(x.view(3, 2, 8), *[x.view(3, 2, 8)[:, :0]] * 2, x, x, 1.0), "2 query heads are not"),
-    "bound": (lambda x: attention(*[x[:, None]] * 3, x[:, 0], x[:, 0], 1.0), "start is (3,) torch.float32"),
-    "width": (lambda x: attention(*[x[:, None, :12]] * 3, x[:, 0], x[:, 0], 1.0), "head width 12; expected a multiple"),
-    "linear": (lambda x: lora_linear.lora_linear(x, x[:, :5], 3, 1.0), "x is (3, 16); an extended weight (3, 5)"),
+    "pair": (
+        lambda x: swiglu.swiglu(x, x.half()),
+        "up is (3, 16) torch.float16; gate is (3, 16) torch.float32",
+    ),
+    "rope": (
+        lambda x: rope.rope_(x[:, None], x[:, None], x[:, :4], x[:, :4], x[:, 0].long()),
+        "needs (positions, 8)",
+    ),
+    "heads": (
+        lambda x: attention(x.view(3, 2, 8), *[x.view(3, 2, 8)[:, :0]] * 2, x, x, 1.0),
+        "2 query heads are not",
+    ),
+    "bound": (
+        lambda x: attention(*[x[:, None]] * 3, x[:, 0], x[:, 0], 1.0),
+        "start is (3,) torch.float32",
+    ),
+    "width": (
+        lambda x: attention(*[x[:, None, :12]] * 3, x[:, 0], x[:, 0], 1.0),
+        "head width 12; expected a multiple",
+    ),
+    "linear": (
+        lambda x: lora_linear.lora_linear(x, x[:, :5], 3, 1.0),
+        "x is (3, 16); an extended weight (3, 5)",
+    ),
     "adapter": (
         lambda x: lora_linear.write_adapters_([(x, [(x, x, 3)], 3, 16)]),
         "b (3, 16); expected contiguous (3, 16) and",
@@ -52,7 +79,10 @@ REFUSED = {
         lambda x: lora_linear.write_adapters_([(x, [(x, x.new_zeros(3, 3), 3)], 3, 16)]),
         "has (0, 0) rows and columns to spare",
     ),
-    "loss": (lambda x: linear_cross_entropy(x, x, torch.zeros(2), 1), "targets are (2,); hidden has 3 rows"),
+    "loss": (
+        lambda x: linear_cross_entropy(x, x, torch.zeros(2), 1),
+        "targets are (2,); hidden has 3 rows",
+    ),
 }
 
 
@@ -86,7 +116,9 @@ class TestBeyondTwoToThe31:
         )
         del y
         assert torch.equal(swiglu.swiglu(x, x)[-3:], swiglu.swiglu(tail, tail))
-        assert torch.equal(swiglu.swiglu_backward(x, x, x)[0][-3:], swiglu.swiglu_backward(tail, tail, tail)[0])
+        assert torch.equal(
+            swiglu.swiglu_backward(x, x, x)[0][-3:], swiglu.swiglu_backward(tail, tail, tail)[0]
+        )
         positions = torch.arange(N, device="cuda") % 64
         table = angles(64, 128, "cuda")
         rope.rope_(x.view(N, 32, 128), x.view(N, 32, 128)[:, :0].contiguous(), *table, positions)
@@ -104,11 +136,13 @@ class TestBeyondTwoToThe31:
         for x, t in zip((q, k, v), tail, strict=True):
             x[-T:] = t
         start, end = bounds([T] * (N // T), "cuda")
-        out, lse = attention(q, k, v, start, end, K**-0.5, longest=T)
-        small, small_lse = attention(*tail, *bounds([T], "cuda"), K**-0.5, longest=T)
+        out, lse = attention(q, k, v, start, end, K**-0.5, max_seqlen=T)
+        small, small_lse = attention(*tail, *bounds([T], "cuda"), K**-0.5, max_seqlen=T)
         assert torch.equal(out[-T:], small)
-        grads = attention_backward(q, q, k, v, out, lse, start, end, K**-0.5, longest=T)
-        expected = attention_backward(tail[0], *tail, small, small_lse, *bounds([T], "cuda"), K**-0.5, longest=T)
+        grads = attention_backward(q, q, k, v, out, lse, start, end, K**-0.5, max_seqlen=T)
+        expected = attention_backward(
+            tail[0], *tail, small, small_lse, *bounds([T], "cuda"), K**-0.5, max_seqlen=T
+        )
         for x, e in zip(grads, expected, strict=True):
             assert torch.equal(x[-T:], e)
 
@@ -133,7 +167,9 @@ class TestBeyondTwoToThe31:
         packed, absmax = stored.packed[-3 * F // 2 :], stored.absmax[-blocks:]
         first = N * F // 64 - blocks
         nested = torch.arange(first, first + blocks, device="cuda") // 256
-        scale = stored.nested_code[absmax.int()] * stored.nested_absmax[nested] + stored.nested_offset
+        scale = (
+            stored.nested_code[absmax.int()] * stored.nested_absmax[nested] + stored.nested_offset
+        )
         nibbles = torch.stack([packed >> 4, packed & 15], dim=1).flatten().int()
         expected = (CODE.cuda()[nibbles] * scale.repeat_interleave(64)).bfloat16()
         assert torch.equal(whole[-3:].flatten(), expected)
@@ -146,7 +182,10 @@ def test_no_kernel_waits_for_the_gpu():
     positions, targets = torch.arange(64, device="cuda"), torch.arange(64, device="cuda")
     cos, sin = angles(64, 32, "cuda")
     a, b = normal(8, 64, device="cuda"), normal(64, 8, device="cuda")
-    stored, whole = quantised((64, 64), nested=True, device="cuda"), torch.zeros(128, 128, device="cuda")
+    stored, whole = (
+        quantised((64, 64), nested=True, device="cuda"),
+        torch.zeros(128, 128, device="cuda"),
+    )
     s = torch.zeros_like(x)
 
     def everything():

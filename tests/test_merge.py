@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
-from minitune.merge import merge_to_folder, merged_shapes, merged_tensors
-from minitune.weights import Checkpoint
+from minitune.checkpoints.merge import merge_to_folder, merged_shapes, merged_tensors
+from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 
 IDS = torch.randint(3, 400, (1, 40), generator=torch.Generator().manual_seed(1))
 
@@ -21,7 +21,9 @@ def load(folder, lora=True, **kwargs):
     )
     if lora:
         FastLanguageModel.get_peft_model(model, r=4, lora_alpha=12)
-        draw_adapter(model, b=0.03)  # moves every weight by several units in the last place of bfloat16
+        draw_adapter(
+            model, b=0.03
+        )  # moves every weight by several units in the last place of bfloat16
     return model, tokenizer
 
 
@@ -31,8 +33,17 @@ def write_prequantized(model, folder):
     tensors = {name: p.detach() for name, p in model.named_parameters() if ".lora_" not in name}
     for name, linear in model.linears():
         nf4, prefix = linear.nf4, f"{name}.weight"
-        state = {"quant_type": "nf4", "blocksize": 64, "shape": list(nf4.shape), "dtype": "bfloat16"}
-        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": nf4.nested_offset.item()}
+        state = {
+            "quant_type": "nf4",
+            "blocksize": 64,
+            "shape": list(nf4.shape),
+            "dtype": "bfloat16",
+        }
+        state |= {
+            "nested_blocksize": 256,
+            "nested_dtype": "float32",
+            "nested_offset": nf4.nested_offset.item(),
+        }
         tensors |= {
             prefix: nf4.packed[:, None],
             f"{prefix}.absmax": nf4.absmax,
@@ -48,7 +59,11 @@ def write_prequantized(model, folder):
     for file in model.folder.glob("*.json"):
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "load_in_4bit": True}
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "bnb_4bit_quant_type": "nf4",
+        "load_in_4bit": True,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -74,9 +89,11 @@ def relative(a, b):
 @pytest.mark.parametrize("merge_base", ["nf4", "original"])
 def test_every_merged_weight_is_the_float64_sum_rounded_once(tmp_path, merge_base):
     model, _ = load(make_tiny_model(tmp_path / "base", attention_bias=True, tie=False))
-    base, shapes, moved = Checkpoint(tmp_path / "base"), merged_shapes(model), 0
+    base, shapes, moved = SafetensorsFolder(tmp_path / "base"), merged_shapes(model), 0
     merged = dict(merged_tensors(model, merge_base))
-    assert {name: tuple(t.shape) for name, t in merged.items()} == shapes and set(merged) == set(base.names())
+    assert {name: tuple(t.shape) for name, t in merged.items()} == shapes and set(merged) == set(
+        base.names()
+    )
     linears = {f"{name}.weight": linear for name, linear in model.linears()}
     for name, tensor in merged.items():
         assert tensor.dtype == torch.bfloat16
@@ -85,13 +102,20 @@ def test_every_merged_weight_is_the_float64_sum_rounded_once(tmp_path, merge_bas
             assert torch.equal(tensor, stored), name
             continue
         linear = linears[name]
-        W = linear.dense(torch.float32).double() if merge_base == "nf4" else stored.double()
-        exact = W + 3.0 * linear.lora_B.weight.detach().double() @ linear.lora_A.weight.detach().double()
-        rounded = exact.to(torch.bfloat16)  # float32 sums may fall on the other side of a tie, by one place
+        W = linear.weight_as(torch.float32).double() if merge_base == "nf4" else stored.double()
+        exact = (
+            W
+            + 3.0 * linear.lora_B.weight.detach().double() @ linear.lora_A.weight.detach().double()
+        )
+        rounded = exact.to(
+            torch.bfloat16
+        )  # float32 sums may fall on the other side of a tie, by one place
         assert (tensor != rounded).float().mean() < 1e-3, name
         assert ((tensor.double() - exact).abs() <= exact.abs() * 2**-7 + 1e-7).all(), name
         moved += (tensor != W.to(torch.bfloat16)).float().mean().item()
-    assert moved / len(linears) > 0.9  # the adapter changes nearly every weight, so none was left out
+    assert (
+        moved / len(linears) > 0.9
+    )  # the adapter changes nearly every weight, so none was left out
 
 
 def test_merging_onto_the_original_equals_pefts_own_merge(tmp_path):
@@ -105,7 +129,9 @@ def test_merging_onto_the_original_equals_pefts_own_merge(tmp_path):
     ours = load_file(tmp_path / "merged" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     differing = sum((ours[name] != theirs[name].to(torch.bfloat16)).sum().item() for name in ours)
-    assert differing <= 1e-4 * sum(t.numel() for t in ours.values())  # float32 sums near a rounding boundary
+    assert differing <= 1e-4 * sum(
+        t.numel() for t in ours.values()
+    )  # float32 sums near a rounding boundary
     assert relative(transformers_logits(tmp_path / "merged"), logits(hf)) < 0.02
 
 
@@ -116,9 +142,15 @@ def test_a_merged_nf4_model_gives_the_trained_models_logits_in_transformers(tmp_
     merge_to_folder(model, tmp_path / "original", tokenizer)
     error = relative(transformers_logits(tmp_path / "nf4"), trained)
     assert error < 0.02  # the rounding of the merged weights to bfloat16
-    assert relative(transformers_logits(tmp_path / "original"), trained) > 5 * error  # another base, other logits
-    assert relative(transformers_logits(tmp_path / "base"), trained) > 10 * error  # and the adapter matters
-    reloaded, _ = load(tmp_path / "nf4", lora=False, load_in_4bit=False)  # without that rounding: the same logits
+    assert (
+        relative(transformers_logits(tmp_path / "original"), trained) > 5 * error
+    )  # another base, other logits
+    assert (
+        relative(transformers_logits(tmp_path / "base"), trained) > 10 * error
+    )  # and the adapter matters
+    reloaded, _ = load(
+        tmp_path / "nf4", lora=False, load_in_4bit=False
+    )  # without that rounding: the same logits
     assert relative(reloaded(input_ids=IDS).logits[0], transformers_logits(tmp_path / "nf4")) < 1e-5
 
 
@@ -126,7 +158,7 @@ def test_shards_hold_the_same_tensors_as_one_file(tmp_path):
     model, tokenizer = load(make_tiny_model(tmp_path / "base", layers=3, tie=False))
     merge_to_folder(model, tmp_path / "one", tokenizer)
     merge_to_folder(model, tmp_path / "many", tokenizer, shard_bytes=100_000)
-    one, many = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "many")
+    one, many = SafetensorsFolder(tmp_path / "one"), SafetensorsFolder(tmp_path / "many")
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert all(sum(t.nbytes for t in load_file(file).values()) <= 100_000 for file in files)
@@ -134,7 +166,9 @@ def test_shards_hold_the_same_tensors_as_one_file(tmp_path):
     assert all(torch.equal(one.load(name), many.load(name)) for name in one.names())
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(one.load(name).nbytes for name in one.names())
-    assert relative(transformers_logits(tmp_path / "many"), transformers_logits(tmp_path / "one")) == 0
+    assert (
+        relative(transformers_logits(tmp_path / "many"), transformers_logits(tmp_path / "one")) == 0
+    )
 
 
 def test_config_and_tokenizer_travel_with_the_merged_weights(tmp_path):
@@ -154,12 +188,17 @@ def test_a_float16_base_stays_float16(tmp_path):
 def test_a_base_of_4_bit_weights_merges_onto_them_and_onto_nothing_else(tmp_path):
     source, _ = load(make_tiny_model(tmp_path / "source"), lora=False)
     model, tokenizer = load(write_prequantized(source, tmp_path / "base"))
-    with pytest.raises(ValueError, match="holds 4-bit weights only; merge_base must be 'nf4' or 'auto'"):
+    with pytest.raises(
+        ValueError, match="holds 4-bit weights only; merge_base must be 'nf4' or 'auto'"
+    ):
         merged_tensors(model, "original")
     merge_to_folder(model, tmp_path / "merged", tokenizer)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
-    assert relative(transformers_logits(tmp_path / "merged"), model(input_ids=IDS).logits[0].detach()) < 0.02
+    assert (
+        relative(transformers_logits(tmp_path / "merged"), model(input_ids=IDS).logits[0].detach())
+        < 0.02
+    )
 
 
 def test_the_same_adapter_is_not_merged_twice(tmp_path):
@@ -170,7 +209,9 @@ def test_the_same_adapter_is_not_merged_twice(tmp_path):
     again.load_adapter(tmp_path / "adapter")
     with pytest.raises(ValueError, match="this adapter is merged into it already"):
         merge_to_folder(again, tmp_path / "twice", tokenizer)
-    draw_adapter(again, b=0.03, seed=1)  # another adapter may follow, and then neither may come again
+    draw_adapter(
+        again, b=0.03, seed=1
+    )  # another adapter may follow, and then neither may come again
     merge_to_folder(again, tmp_path / "second", tokenizer)
     third, _ = load(tmp_path / "second", lora=False)
     third.load_adapter(tmp_path / "adapter")
@@ -180,9 +221,14 @@ def test_the_same_adapter_is_not_merged_twice(tmp_path):
 
 def test_without_an_adapter_the_result_is_the_base(tmp_path):
     base = make_tiny_model(tmp_path / "base")
-    for prepare in (lambda model: model, lambda model: FastLanguageModel.get_peft_model(model, r=4)):
+    for prepare in (
+        lambda model: model,
+        lambda model: FastLanguageModel.get_peft_model(model, r=4),
+    ):
         model = prepare(load(base, lora=False)[0])
-        assert all(torch.equal(t, Checkpoint(base).load(name)) for name, t in merged_tensors(model))
+        assert all(
+            torch.equal(t, SafetensorsFolder(base).load(name)) for name, t in merged_tensors(model)
+        )
 
 
 def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -192,16 +238,33 @@ def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypat
     (tmp_path / "full" / "notes.txt").write_text("mine")
     cases = [
         (model, tmp_path / "base", "auto", "is the base model's own folder"),
-        (model, tmp_path / "full", "auto", "full: exists and is not empty; remove it or choose another folder"),
+        (
+            model,
+            tmp_path / "full",
+            "auto",
+            "full: exists and is not empty; remove it or choose another folder",
+        ),
         (model, tmp_path / "full" / "notes.txt", "auto", "exists and is not empty"),
-        (model, tmp_path / "out", "fp16", "merge_base 'fp16' does not exist; choose from auto, original, nf4"),
-        (plain, tmp_path / "out", "nf4", "loaded in 16 bit and has no NF4 weights; choose 'original'"),
+        (
+            model,
+            tmp_path / "out",
+            "fp16",
+            "merge_base 'fp16' does not exist; choose from auto, original, nf4",
+        ),
+        (
+            plain,
+            tmp_path / "out",
+            "nf4",
+            "loaded in 16 bit and has no NF4 weights; choose 'original'",
+        ),
     ]
     for given, folder, merge_base, message in cases:
         with pytest.raises(ValueError, match=message):
             merge_to_folder(given, folder, tokenizer, merge_base)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match=r"out: needs [\d,]+ bytes, but only 1,000 are left on the disk"):
+    with pytest.raises(
+        ValueError, match=r"out: needs [\d,]+ bytes, but only 1,000 are left on the disk"
+    ):
         merge_to_folder(model, tmp_path / "out", tokenizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "full"]
 
@@ -210,7 +273,9 @@ def test_a_weight_that_is_not_finite_is_named_and_leaves_nothing(tmp_path):
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.lora_A.weight[2, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight: the merged weight is not finite"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.mlp.up_proj.weight: the merged weight is not finite"
+    ):
         merge_to_folder(model, tmp_path / "out", tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -218,7 +283,9 @@ def test_a_weight_that_is_not_finite_is_named_and_leaves_nothing(tmp_path):
 def test_a_write_that_fails_midway_leaves_nothing(tmp_path):
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel refuses to let a file grow further
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, hard)
+    )  # the kernel refuses to let a file grow further
     try:
         with pytest.raises(ValueError, match="out: could not be written"):
             merge_to_folder(model, tmp_path / "out", tokenizer)

@@ -8,8 +8,8 @@ from plain_llama import PlainLlama
 from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
-from minitune.config import LINEARS
-from minitune.layers import Packed
+from minitune.config.architectures import LORA_TARGETS
+from minitune.model.packed_sequences import PackedSequences
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -27,9 +27,14 @@ SHAPES = {
 }
 
 
-def load(folder, targets=LINEARS, checkpointing="unsloth", load_in_4bit=True, **kwargs):
+def load(folder, targets=LORA_TARGETS, checkpointing="unsloth", load_in_4bit=True, **kwargs):
     model, tokenizer = FastLanguageModel.from_pretrained(
-        folder, max_seq_length=256, dtype=torch.float32, load_in_4bit=load_in_4bit, device="cpu", **kwargs
+        folder,
+        max_seq_length=256,
+        dtype=torch.float32,
+        load_in_4bit=load_in_4bit,
+        device="cpu",
+        **kwargs,
     )
     model = FastLanguageModel.get_peft_model(
         model, r=4, lora_alpha=12, target_modules=targets, use_gradient_checkpointing=checkpointing
@@ -39,7 +44,9 @@ def load(folder, targets=LINEARS, checkpointing="unsloth", load_in_4bit=True, **
 
 
 def batch(model, rows=2, length=37, seed=0):
-    ids = torch.randint(3, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        3, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
     labels = ids.clone()
     labels[0, : length // 3] = -100
     return ids, labels
@@ -52,18 +59,25 @@ def relative(a, b):
 def hf_twin(model, folder):
     """transformers + PEFT in float32, given this model's dequantised weights and adapter."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         for name, linear in model.linears():
-            hf.get_submodule(name).weight.copy_(linear.dense(torch.float32))
+            hf.get_submodule(name).weight.copy_(linear.weight_as(torch.float32))
     lora = model.lora
     config = peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.lora_alpha, target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=list(lora.target_modules),
+        task_type="CAUSAL_LM",
     )
     hf = peft.get_peft_model(hf, config)
     with torch.no_grad():
-        for name, p in model.lora_parameters():
-            hf.get_parameter("base_model.model." + name.replace(".weight", ".default.weight")).copy_(p)
+        for name, p in model.trainable_parameters():
+            hf.get_parameter(
+                "base_model.model." + name.replace(".weight", ".default.weight")
+            ).copy_(p)
     return hf
 
 
@@ -72,7 +86,9 @@ def compare_with_transformers(model, folder, ids, labels, bound):
     expected = hf(input_ids=ids, labels=labels)
     # Their loss once more in float64: torch's float32 log_softmax on a CPU is off by 4e-6 at V = 49152, which reaches
     # gradients as 3e-4 in the last layers of SmolLM2, while float32 itself costs 2e-5 there.
-    exact = torch.nn.functional.cross_entropy(expected.logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten())
+    exact = torch.nn.functional.cross_entropy(
+        expected.logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten()
+    )
     exact.backward()
     assert abs(exact.item() - expected.loss.item()) < 1e-5 * expected.loss.item()
     assert relative(model(input_ids=ids).logits, expected.logits) < bound
@@ -80,8 +96,10 @@ def compare_with_transformers(model, folder, ids, labels, bound):
     loss.backward()
     assert abs(loss.item() - exact.item()) < bound * exact.item()
     worst = 0.0
-    for name, p in model.lora_parameters():
-        reference = hf.get_parameter("base_model.model." + name.replace(".weight", ".default.weight")).grad
+    for name, p in model.trainable_parameters():
+        reference = hf.get_parameter(
+            "base_model.model." + name.replace(".weight", ".default.weight")
+        ).grad
         assert reference.norm() > 0
         worst = max(worst, relative(p.grad, reference))
         assert worst < bound, name
@@ -95,11 +113,13 @@ def test_loss_logits_and_every_gradient_equal_transformers_and_peft(tmp_path, sh
     compare_with_transformers(model, folder, *batch(model), bound=2e-5)
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["down_proj", "k_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]])
+@pytest.mark.parametrize(
+    "targets", [["q_proj"], ["down_proj", "k_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]]
+)
 def test_a_subset_of_the_linears_trains_as_in_peft(tmp_path, targets):
     folder = make_tiny_model(tmp_path / "m")
     model, _ = load(folder, targets)
-    assert len(model.lora_parameters()) == 2 * 2 * len(targets)
+    assert len(model.trainable_parameters()) == 2 * 2 * len(targets)
     compare_with_transformers(model, folder, *batch(model), bound=2e-5)
 
 
@@ -120,7 +140,10 @@ def test_gradients_equal_a_plain_autograd_llama_in_float64(tmp_path):
     loss = model(input_ids=ids, labels=labels).loss
     loss.backward()
     assert abs(loss.item() - expected.item()) < 1e-9
-    for name, p in model.lora_parameters():  # the gradients of fp32 parameters arrive rounded to fp32
+    for (
+        name,
+        p,
+    ) in model.trainable_parameters():  # the gradients of fp32 parameters arrive rounded to fp32
         assert relative(p.grad.double(), plain.adapter[name].grad) < 2e-7, name
 
 
@@ -130,19 +153,19 @@ def test_every_level_of_recomputation_gives_the_same_bits(tmp_path, level):
     ids, labels = batch(model)
     gradients = []
     for model.level in (4, level):
-        for _, p in model.lora_parameters():
+        for _, p in model.trainable_parameters():
             p.grad = None
         model(input_ids=ids, labels=labels).loss.backward()
-        gradients.append([p.grad for _, p in model.lora_parameters()])
+        gradients.append([p.grad for _, p in model.trainable_parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def gradients_of(model, **inputs):
-    for _, p in model.lora_parameters():
+    for _, p in model.trainable_parameters():
         p.grad = None
     loss = model(**inputs).loss
     loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for _, p in model.lora_parameters()])
+    return loss.detach(), torch.cat([p.grad.flatten() for _, p in model.trainable_parameters()])
 
 
 def test_packed_samples_equal_the_same_samples_padded_and_alone(tmp_path):
@@ -157,12 +180,18 @@ def test_packed_samples_equal_the_same_samples_padded_and_alone(tmp_path):
         position_ids=torch.cat([torch.arange(len(s)) for s in samples])[None],
     )
     for side in ("right", "left"):
-        ids = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=2, padding_side=side)
+        ids = torch.nn.utils.rnn.pad_sequence(
+            samples, batch_first=True, padding_value=2, padding_side=side
+        )
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(s) for s in samples], True, 0, side)
-        padded = gradients_of(model, input_ids=ids, labels=ids.masked_fill(mask == 0, -100), attention_mask=mask)
+        padded = gradients_of(
+            model, input_ids=ids, labels=ids.masked_fill(mask == 0, -100), attention_mask=mask
+        )
         assert abs(padded[0] - packed[0]) < 1e-6 and relative(padded[1], packed[1]) < 1e-5
     alone = [
-        gradients_of(model, input_ids=s[None], labels=s[None], num_items_in_batch=count) for s in samples if len(s) > 1
+        gradients_of(model, input_ids=s[None], labels=s[None], num_items_in_batch=count)
+        for s in samples
+        if len(s) > 1
     ]
     assert abs(sum(a[0] for a in alone) - packed[0]) < 1e-6
     assert relative(sum(a[1] for a in alone), packed[1]) < 1e-5
@@ -178,7 +207,7 @@ def test_a_samples_first_label_is_never_predicted_from_the_sample_before(tmp_pat
 
 
 def test_sample_bounds_follow_from_positions():
-    packed = Packed.from_positions(torch.tensor([0, 1, 2, 0, 0, 1]))
+    packed = PackedSequences.from_positions(torch.tensor([0, 1, 2, 0, 0, 1]))
     assert packed.start.tolist() == [0, 0, 0, 3, 4, 4]
     assert packed.end.tolist() == [3, 3, 3, 4, 6, 6]
 
@@ -197,11 +226,14 @@ def test_gradients_flow_through_the_logits_as_through_the_loss(tmp_path):
     model, _ = load(make_tiny_model(tmp_path / "m"))
     ids, labels = batch(model)
     _, expected = gradients_of(model, input_ids=ids, labels=labels)
-    for _, p in model.lora_parameters():
+    for _, p in model.trainable_parameters():
         p.grad = None
     logits = model(input_ids=ids).logits[:, :-1]
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
-    assert relative(torch.cat([p.grad.flatten() for _, p in model.lora_parameters()]), expected) < 1e-5
+    assert (
+        relative(torch.cat([p.grad.flatten() for _, p in model.trainable_parameters()]), expected)
+        < 1e-5
+    )
 
 
 def test_gradients_accumulate_and_writing_into_a_parameter_counts_at_once(tmp_path):
@@ -209,10 +241,13 @@ def test_gradients_accumulate_and_writing_into_a_parameter_counts_at_once(tmp_pa
     ids, labels = batch(model)
     _, once = gradients_of(model, input_ids=ids, labels=labels)
     model(input_ids=ids, labels=labels).loss.backward()
-    assert relative(torch.cat([p.grad.flatten() for _, p in model.lora_parameters()]), 2 * once) < 1e-6
+    assert (
+        relative(torch.cat([p.grad.flatten() for _, p in model.trainable_parameters()]), 2 * once)
+        < 1e-6
+    )
     before = model(input_ids=ids, labels=labels).loss.item()
     with torch.no_grad():
-        model.lora_parameters()[1][1].mul_(3)
+        model.trainable_parameters()[1][1].mul_(3)
     assert abs(model(input_ids=ids, labels=labels).loss.item() - before) > 1e-4
 
 
@@ -225,9 +260,11 @@ def test_a_fresh_adapter_changes_nothing_and_its_seed_decides_a(tmp_path):
     for model, seed in zip(models, (1, 1, 2), strict=True):
         FastLanguageModel.get_peft_model(model, r=8, random_state=seed)
     assert torch.equal(models[0](input_ids=ids).logits, plain)
-    a = [dict(m.lora_parameters())["model.layers.1.mlp.up_proj.lora_A.weight"] for m in models]
+    a = [dict(m.trainable_parameters())["model.layers.1.mlp.up_proj.lora_A.weight"] for m in models]
     assert torch.equal(a[0], a[1]) and not torch.equal(a[0], a[2])
-    assert a[0].abs().max() <= 64**-0.5 and abs(a[0].std() - (64 * 3) ** -0.5) < 0.01  # Kaiming uniform, a = sqrt 5
+    assert (
+        a[0].abs().max() <= 64**-0.5 and abs(a[0].std() - (64 * 3) ** -0.5) < 0.01
+    )  # Kaiming uniform, a = sqrt 5
 
 
 def test_resident_weights_change_no_number(tmp_path):
@@ -243,10 +280,22 @@ def test_resident_weights_change_no_number(tmp_path):
 BAD_CALLS = {
     "input_ids reach 512": {"input_ids": torch.tensor([[1, 512]])},
     "a sample has 257 tokens": {"input_ids": torch.ones(1, 257, dtype=torch.long)},
-    "differ in shape": {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.ones(1, 3, dtype=torch.long)},
-    "restart at 0": {"input_ids": torch.ones(1, 3, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 3]])},
-    "label 512 is neither": {"input_ids": torch.ones(1, 2, dtype=torch.long), "labels": torch.tensor([[1, 512]])},
-    "label -1 is neither": {"input_ids": torch.ones(1, 2, dtype=torch.long), "labels": torch.tensor([[1, -1]])},
+    "differ in shape": {
+        "input_ids": torch.ones(1, 4, dtype=torch.long),
+        "labels": torch.ones(1, 3, dtype=torch.long),
+    },
+    "restart at 0": {
+        "input_ids": torch.ones(1, 3, dtype=torch.long),
+        "position_ids": torch.tensor([[0, 1, 3]]),
+    },
+    "label 512 is neither": {
+        "input_ids": torch.ones(1, 2, dtype=torch.long),
+        "labels": torch.tensor([[1, 512]]),
+    },
+    "label -1 is neither": {
+        "input_ids": torch.ones(1, 2, dtype=torch.long),
+        "labels": torch.tensor([[1, -1]]),
+    },
     "hold no token": {"input_ids": torch.ones(1, 0, dtype=torch.long)},
 }
 
@@ -269,10 +318,12 @@ BAD_ADAPTERS = {
 
 @pytest.mark.parametrize("message", BAD_ADAPTERS)
 def test_a_bad_adapter_is_refused_and_leaves_the_model_as_it_was(tmp_path, message):
-    model, _ = FastLanguageModel.from_pretrained(make_tiny_model(tmp_path / "m"), max_seq_length=256, device="cpu")
+    model, _ = FastLanguageModel.from_pretrained(
+        make_tiny_model(tmp_path / "m"), max_seq_length=256, device="cpu"
+    )
     with pytest.raises(ValueError, match=message):
         FastLanguageModel.get_peft_model(model, **BAD_ADAPTERS[message])
-    assert model.lora is None and not model.lora_parameters()
+    assert model.lora is None and not model.trainable_parameters()
 
 
 def test_an_unknown_argument_is_a_type_error_and_a_second_adapter_is_refused(tmp_path):

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from minitune.nf4 import CODE, NF4, dynamic_map, nf4_code
+from minitune.model.nf4 import CODE, NF4, dynamic_map, nf4_code
 
 CPU = torch.device("cpu")
 
 
 def bnb_quantize(weight):
     functional = pytest.importorskip("bitsandbytes.functional")
-    return functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    return functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
 
 
 def test_code_and_dynamic_map_equal_bitsandbytes_bit_for_bit():
@@ -31,7 +33,9 @@ def test_quantized_weight_equals_bitsandbytes(shape, dtype):
     scales = weight.float().view(-1, 64).abs().amax(1) - state.offset
     unit = scales / ours.nested_absmax.repeat_interleave(256)[: len(scales)]
     distance = (unit[:, None].double() - dynamic_map(CPU).double()).abs()
-    assert torch.allclose(distance.gather(1, ours.absmax[:, None].long())[:, 0], distance.amin(1), atol=1e-7)
+    assert torch.allclose(
+        distance.gather(1, ours.absmax[:, None].long())[:, 0], distance.amin(1), atol=1e-7
+    )
 
 
 def test_values_on_a_tie_and_blocks_of_zeros_are_quantised_as_bitsandbytes_does():
@@ -50,7 +54,9 @@ def test_dequantised_values_equal_bitsandbytes_given_the_same_codes(dtype):
     weight = torch.randn(128, 192, generator=torch.Generator().manual_seed(1))
     packed, state = bnb_quantize(weight)
     state.absmax, state.dtype = NF4.quantize(weight).absmax, dtype
-    assert torch.equal(NF4.quantize(weight).dequantize(dtype), functional.dequantize_4bit(packed, state))
+    assert torch.equal(
+        NF4.quantize(weight).dequantize(dtype), functional.dequantize_4bit(packed, state)
+    )
 
 
 def test_a_weight_takes_4_127_bits_a_parameter():

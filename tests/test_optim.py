@@ -8,12 +8,12 @@ from tiny import make_tiny_model
 from torch import nn
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
-from minitune.checkpoint import load_checkpoint, save_checkpoint
-from minitune.kernels import launch
+from minitune.kernels import backend
 from minitune.kernels.adamw import _quantize, adamw_, adamw_8bit_, dequantize_moment, global_norm
-from minitune.kernels.launch import tl, triton
-from minitune.nf4 import dynamic_map
-from minitune.optim import FlatAdamW, learning_rate_factor, moment_tables, warmup_count
+from minitune.kernels.backend import tl, triton
+from minitune.model.nf4 import dynamic_map
+from minitune.training.checkpoint import load_checkpoint, save_checkpoint
+from minitune.training.optimizer import FlatAdamW, learning_rate_factor, moment_tables, warmup_count
 
 CPU = torch.device("cpu")
 SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}
@@ -27,7 +27,9 @@ def normal(*shape, seed=0, device="cpu"):
 
 def gradients(P, seed, device="cpu"):
     """Of blocks of very different size, as those of A and B are."""
-    return normal(P, seed=seed, device=device) * 10.0 ** -(torch.arange(P, device=device) // 256 % 5)
+    return normal(P, seed=seed, device=device) * 10.0 ** -(
+        torch.arange(P, device=device) // 256 % 5
+    )
 
 
 def new_moments(P, eight_bit, device):
@@ -65,7 +67,9 @@ def matrices(seed=0):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_flat_adamw_moves_parameters_as_torch_adamw_does(weight_decay, max_grad_norm):
     ours, theirs = ([nn.Parameter(m) for m in matrices()] for _ in range(2))
-    optimizer = FlatAdamW(ours, betas=(0.8, 0.95), weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    optimizer = FlatAdamW(
+        ours, betas=(0.8, 0.95), weight_decay=weight_decay, max_grad_norm=max_grad_norm
+    )
     reference = torch.optim.AdamW(theirs, betas=(0.8, 0.95), weight_decay=weight_decay)
     for step in range(200):
         lr = 1e-2 * (1 + step % 3)
@@ -76,7 +80,10 @@ def test_flat_adamw_moves_parameters_as_torch_adamw_does(weight_decay, max_grad_
         reference.param_groups[0]["lr"] = lr
         norm = nn.utils.clip_grad_norm_(theirs, max_grad_norm or math.inf)
         torch.testing.assert_close(optimizer.step(lr), norm, rtol=1e-6, atol=0)
-        assert torch.equal(optimizer.grads, torch.cat([g.flatten() * 10 ** (step % 4 - 3) for g in matrices(step + 1)]))
+        assert torch.equal(
+            optimizer.grads,
+            torch.cat([g.flatten() * 10 ** (step % 4 - 3) for g in matrices(step + 1)]),
+        )
         reference.step()
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
@@ -130,7 +137,7 @@ def each_step(grads, device, monkeypatch, eight_bit=False, **settings):
     for step, g in enumerate(grads, 1):
         ours = [t.clone().to(device) for t in plain]
         for (w, norm, *moments), answer in ((ours, True), (plain, False)):
-            monkeypatch.setattr(launch, "use_triton", lambda x, answer=answer: answer)
+            monkeypatch.setattr(backend, "use_triton", lambda x, answer=answer: answer)
             there = g.to(w.device)
             norm.copy_(global_norm(there))
             update_(w, there, moments, norm, lr=1e-2 * step, step=step, **{**SETTINGS, **settings})
@@ -139,9 +146,13 @@ def each_step(grads, device, monkeypatch, eight_bit=False, **settings):
 
 @kernel
 @sizes
-@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.0}, {"weight_decay": 0.0, "max_grad_norm": 1e6}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_grad_norm": 0.0}, {"weight_decay": 0.0, "max_grad_norm": 1e6}]
+)
 def test_adamw_kernel_equals_pytorch(P, settings, device, monkeypatch):
-    for ours, plain in each_step([gradients(P, s) for s in range(1, 4)], device, monkeypatch, **settings):
+    for ours, plain in each_step(
+        [gradients(P, s) for s in range(1, 4)], device, monkeypatch, **settings
+    ):
         for x, y in zip(ours, plain, strict=True):
             torch.testing.assert_close(x, y, rtol=2e-6, atol=1e-7)
 
@@ -151,7 +162,11 @@ def test_adamw_kernel_equals_pytorch(P, settings, device, monkeypatch):
 @pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.0}])
 def test_8bit_kernel_equals_pytorch_but_for_values_on_a_border(P, settings, device, monkeypatch):
     g = gradients(P, 1)
-    grads = [g, -0.8 * g, gradients(P, 2)]  # the second makes m small: nothing but the block's own numbers may scale it
+    grads = [
+        g,
+        -0.8 * g,
+        gradients(P, 2),
+    ]  # the second makes m small: nothing but the block's own numbers may scale it
     for ours, plain in each_step(grads, device, monkeypatch, True, **settings):
         w, norm, m, v, *absmax = zip(ours, plain, strict=True)
         for x, y in (w, norm, *absmax):
@@ -166,7 +181,15 @@ def test_8bit_kernel_equals_pytorch_but_for_values_on_a_border(P, settings, devi
 def test_codes_are_those_of_the_nearest_values_everywhere(signed, device):
     """Every border, value and decade, the numbers right beside them, and random ones."""
     table, borders = moment_tables(CPU)[0 if signed else 2 :][:2]
-    x = torch.cat([borders[:-1], table, 10.0 ** torch.arange(-9, 1), 10 ** (-9 * torch.rand(4000)), torch.zeros(2)])
+    x = torch.cat(
+        [
+            borders[:-1],
+            table,
+            10.0 ** torch.arange(-9, 1),
+            10 ** (-9 * torch.rand(4000)),
+            torch.zeros(2),
+        ]
+    )
     around = [x]
     for direction in (math.inf, -math.inf):
         y = x
@@ -175,7 +198,9 @@ def test_codes_are_those_of_the_nearest_values_everywhere(signed, device):
             around.append(y)
     x = torch.cat([*around, *(-y for y in around)]).clamp(-1 if signed else 0, 1)
     x = torch.cat([x, x.new_zeros(-len(x) % 255)]).view(-1, 255)
-    x = torch.cat([x, torch.ones(len(x), 1)], dim=1)  # so that the largest magnitude of each block is 1
+    x = torch.cat(
+        [x, torch.ones(len(x), 1)], dim=1
+    )  # so that the largest magnitude of each block is 1
     codes = torch.empty(x.shape, dtype=torch.uint8, device=device)
     on_device = x.to(device), borders.to(device)
     quantize_rows[(len(x),)](*on_device, codes, SIGNED=signed)
@@ -192,7 +217,9 @@ def quantize_rows(x_ptr, borders_ptr, codes_ptr, SIGNED: tl.constexpr):
 @kernel
 @pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
 @pytest.mark.parametrize("eight_bit", [False, True])
-def test_gradient_of_nan_reaches_its_parameter_and_with_clipping_all(eight_bit, device, monkeypatch):
+def test_gradient_of_nan_reaches_its_parameter_and_with_clipping_all(
+    eight_bit, device, monkeypatch
+):
     P = 700
     for bad in (math.nan, math.inf):
         g = gradients(P, 1)
@@ -284,15 +311,23 @@ def test_8bit_step_equals_that_of_bitsandbytes_from_the_same_state(where):
     P, lr = 20000, 1e-3
     theirs = [normal(P, device=where), *new_moments(P, True, where)]
     for step in range(1, 21):
-        g, ours, m, v = gradients(P, step, where), [t.clone() for t in theirs], *in_float32(theirs[1:])
+        g, ours, m, v = (
+            gradients(P, step, where),
+            [t.clone() for t in theirs],
+            *in_float32(theirs[1:]),
+        )
         our_step(g, ours, step, lr)
         step_of_bitsandbytes(g, theirs, step, lr)
         torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=5e-3 * lr)
         for x, y in zip(ours[3:], theirs[3:], strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=0)
         exact = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        for x, a, b, absmax in zip(exact, in_float32(ours[1:]), in_float32(theirs[1:]), ours[3:], strict=True):
-            further = (a - x).abs() > (b - x).abs() + 1e-4 * x.abs() + 3e-7 * absmax.repeat_interleave(256)[:P]
+        for x, a, b, absmax in zip(
+            exact, in_float32(ours[1:]), in_float32(theirs[1:]), ours[3:], strict=True
+        ):
+            further = (a - x).abs() > (
+                b - x
+            ).abs() + 1e-4 * x.abs() + 3e-7 * absmax.repeat_interleave(256)[:P]
             assert not further.any()
         if where == "cuda":
             for x, y in zip(ours[1:3], theirs[1:3], strict=True):
@@ -340,7 +375,12 @@ RECORDS = [
 def new_trainer(folder, output, **settings):
     model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=128, device="cpu")
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)
-    settings = {"learning_rate": 5e-3, "per_device_train_batch_size": 8, "max_steps": 24, **settings}
+    settings = {
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 8,
+        "max_steps": 24,
+        **settings,
+    }
     return SFTTrainer(model, SFTConfig(output_dir=output, **settings), RECORDS, None, tokenizer)
 
 
@@ -367,10 +407,12 @@ def test_checkpoint_with_moments_of_the_other_kind_says_which_optim_goes_on(save
     folder = make_tiny_model(tmp_path / "tiny")
     model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=128, device="cpu")
     FastLanguageModel.get_peft_model(model, r=4)
-    parameters = [p for _, p in model.lora_parameters()]
+    parameters = [p for _, p in model.trainable_parameters()]
     save_checkpoint(model, FlatAdamW(parameters, eight_bit=saved), {}, tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match=f"continue with optim '{optim}'"):
-        load_checkpoint(model, FlatAdamW(parameters, eight_bit=not saved), tmp_path / "checkpoint-1")
+        load_checkpoint(
+            model, FlatAdamW(parameters, eight_bit=not saved), tmp_path / "checkpoint-1"
+        )
 
 
 # ---- on a GPU
@@ -405,12 +447,20 @@ def test_steps_on_the_gpu_wait_for_nothing_compile_once_and_repeat_bit_for_bit(e
 def test_schedules_equal_those_of_transformers(kind, warmup, total):
     transformers = pytest.importorskip("transformers")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    schedule = transformers.get_scheduler(
+        kind, optimizer, num_warmup_steps=warmup, num_training_steps=total
+    )
     for step in range(total + 2):
-        assert learning_rate_factor(kind, step, warmup, total) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        assert learning_rate_factor(kind, step, warmup, total) == pytest.approx(
+            schedule.get_last_lr()[0], abs=1e-12
+        )
         optimizer.step()
         schedule.step()
 
 
 def test_warmup_is_a_number_of_steps_or_a_share_of_all():
-    assert [warmup_count(5, 0.5, 100), warmup_count(0.1, 0, 100), warmup_count(0, 0.033, 100)] == [5, 10, 4]
+    assert [warmup_count(5, 0.5, 100), warmup_count(0.1, 0, 100), warmup_count(0, 0.033, 100)] == [
+        5,
+        10,
+        4,
+    ]

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitune.data import Sample, collate, micro_steps, pack_rows
+from minitune.data.batching import collate, micro_steps, pack_rows
+from minitune.data.tokenize_dataset import Sample
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=40)
 
@@ -18,7 +19,9 @@ def samples_of(sizes):
 
 
 @given(lengths, st.integers(40, 90))
-def test_rows_hold_every_sample_once_within_the_length_and_half_empty_rows_are_few(sizes, max_length):
+def test_rows_hold_every_sample_once_within_the_length_and_half_empty_rows_are_few(
+    sizes, max_length
+):
     rows = pack_rows(samples_of(sizes), max_length)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     filled = [sum(sizes[i] for i in row) for row in rows]
@@ -30,9 +33,13 @@ def test_rows_hold_every_sample_once_within_the_length_and_half_empty_rows_are_f
 def test_micro_steps_hold_every_sample_once_in_order_and_within_the_budget(sizes, max_tokens):
     samples = samples_of(sizes)
     steps = micro_steps(samples, max_tokens)
-    assert sorted(sample.input_ids[0] for step in steps for sample in step) == [s.input_ids[0] for s in samples]
+    assert sorted(sample.input_ids[0] for step in steps for sample in step) == [
+        s.input_ids[0] for s in samples
+    ]
     for step in steps:
-        assert [sample.input_ids[0] for sample in step] == sorted(sample.input_ids[0] for sample in step)
+        assert [sample.input_ids[0] for sample in step] == sorted(
+            sample.input_ids[0] for sample in step
+        )
         assert sum(len(sample.input_ids) for sample in step) <= max_tokens or len(step) == 1
     fitting = [size for size in sizes if size <= max_tokens]
     assert len(steps) - (len(sizes) - len(fitting)) <= max(1, 2 * sum(fitting) / max_tokens)
@@ -46,7 +53,9 @@ def test_a_batch_is_its_samples_side_by_side_with_positions_restarting(sizes):
     assert batch.labels.tolist() == [label for sample in samples for label in sample.labels]
     assert batch.position_ids.tolist() == [position for size in sizes for position in range(size)]
     assert batch.targets == sum(label != -100 for sample in samples for label in sample.labels[1:])
-    assert {tensor.dtype for tensor in (batch.input_ids, batch.labels, batch.position_ids)} == {torch.int64}
+    assert {tensor.dtype for tensor in (batch.input_ids, batch.labels, batch.position_ids)} == {
+        torch.int64
+    }
 
 
 def test_samples_that_fill_a_row_exactly_share_it_and_one_longer_is_refused():
@@ -60,6 +69,8 @@ def test_rows_are_trl_s():
     trl = pytest.importorskip("trl.data_utils")
     sizes = [1 + (i * i * 7 + 13 * i) % 61 for i in range(300)]
     dataset = datasets.Dataset.from_dict({"input_ids": [[0] * size for size in sizes]})
-    referee = trl.pack_dataset(dataset, 64, strategy="bfd", map_kwargs={"batch_size": 1000})["seq_lengths"]
+    referee = trl.pack_dataset(dataset, 64, strategy="bfd", map_kwargs={"batch_size": 1000})[
+        "seq_lengths"
+    ]
     rows = pack_rows(samples_of(sizes), 64)
     assert sorted([sizes[i] for i in row] for row in rows) == sorted(referee)

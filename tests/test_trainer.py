@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
-from minitune.config import LoraConfig
-from minitune.micro_step import MicroStep
-from minitune.report import Report
-from minitune.trainer import epoch_order
+from minitune.config.training_config import LoraConfig
+from minitune.training.log import TrainingLog
+from minitune.training.micro_step import MicroStep
+from minitune.training.trainer import epoch_order
 
 RECORDS = [
     {
@@ -37,8 +37,15 @@ def tiny(tmp_path_factory):
 def new_trainer(folder, output, eval_dataset=None, records=RECORDS, **settings):
     model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=128, device="cpu")
     model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8)
-    settings = {"learning_rate": 1e-2, "per_device_train_batch_size": 5, "save_strategy": "no", **settings}
-    return SFTTrainer(model, SFTConfig(output_dir=output, **settings), records, eval_dataset, tokenizer)
+    settings = {
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 5,
+        "save_strategy": "no",
+        **settings,
+    }
+    return SFTTrainer(
+        model, SFTConfig(output_dir=output, **settings), records, eval_dataset, tokenizer
+    )
 
 
 def records_of(output):
@@ -50,20 +57,31 @@ def without_times(records):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_split_of_a_step_into_micro_steps_changes_neither_loss_nor_gradients(tiny, tmp_path, packing):
+def test_split_of_a_step_into_micro_steps_changes_neither_loss_nor_gradients(
+    tiny, tmp_path, packing
+):
     trainer = new_trainer(tiny, tmp_path, packing=packing, max_length=64)
-    for _, p in trainer.model.lora_parameters():  # B is zero at first, and A then has no gradient
+    for (
+        _,
+        p,
+    ) in trainer.model.trainable_parameters():  # B is zero at first, and A then has no gradient
         p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(p.numel()))
     samples = trainer.samples_of_step(0)
     tokens = sum(len(s.input_ids) for s in samples)
     results = {}
     for parts in (1, 2, 4):
         trainer.micro_step_tokens = math.ceil(tokens / parts) + 40 * (parts > 1)
-        for _, p in trainer.model.lora_parameters():
+        for _, p in trainer.model.trainable_parameters():
             p.grad = None
         loss = trainer.accumulate(samples)
-        results[parts] = loss, torch.cat([p.grad.flatten() for _, p in trainer.model.lora_parameters()])
-    each = [trainer.model(torch.tensor(s.input_ids), labels=torch.tensor(s.labels)).loss for s in samples]
+        results[parts] = (
+            loss,
+            torch.cat([p.grad.flatten() for _, p in trainer.model.trainable_parameters()]),
+        )
+    each = [
+        trainer.model(torch.tensor(s.input_ids), labels=torch.tensor(s.labels)).loss
+        for s in samples
+    ]
     counts = [sum(label != -100 for label in s.labels[1:]) for s in samples]
     mean = sum(loss.item() * n for loss, n in zip(each, counts, strict=True)) / sum(counts)
     assert len(set(counts)) > 1  # else a mean of means would pass as well
@@ -74,10 +92,13 @@ def test_split_of_a_step_into_micro_steps_changes_neither_loss_nor_gradients(tin
 
 def test_evaluation_loss_is_the_mean_over_all_trained_on_tokens(tiny, tmp_path, monkeypatch):
     trainer = new_trainer(tiny, tmp_path, RECORDS[:7], micro_step_tokens=100)
-    monkeypatch.setattr("minitune.trainer.EVAL_CHUNK", 3)
+    monkeypatch.setattr("minitune.training.trainer.EVAL_CHUNK", 3)
     samples = trainer.eval_data.samples
     counts = [sum(label != -100 for label in s.labels[1:]) for s in samples]
-    losses = [trainer.model(torch.tensor(s.input_ids), labels=torch.tensor(s.labels)).loss.item() for s in samples]
+    losses = [
+        trainer.model(torch.tensor(s.input_ids), labels=torch.tensor(s.labels)).loss.item()
+        for s in samples
+    ]
     mean = sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(mean, rel=1e-5)
 
@@ -89,13 +110,17 @@ def test_order_of_samples_is_a_function_of_seed_and_epoch(tiny, tmp_path):
     trainer = new_trainer(tiny, tmp_path, seed=7)
     epoch = [s for step in range(trainer.steps_per_epoch) for s in trainer.samples_of_step(step)]
     assert len(epoch) == len(RECORDS)
-    assert {tuple(s.input_ids) for s in epoch} == {tuple(s.input_ids) for s in trainer.train_data.samples}
+    assert {tuple(s.input_ids) for s in epoch} == {
+        tuple(s.input_ids) for s in trainer.train_data.samples
+    }
 
 
 def test_steps_count_samples_and_with_packing_rows(tiny, tmp_path):
     plain = new_trainer(tiny, tmp_path, gradient_accumulation_steps=2, num_train_epochs=1.5)
     assert (plain.units_per_step, plain.steps_per_epoch, plain.total_steps) == (10, 3, 5)
-    packed = new_trainer(tiny, tmp_path, packing=True, max_length=128, per_device_train_batch_size=2)
+    packed = new_trainer(
+        tiny, tmp_path, packing=True, max_length=128, per_device_train_batch_size=2
+    )
     longest = max(len(s.input_ids) for s in packed.train_data.samples)
     samples = packed.samples_of_step(0)
     assert len(samples) > 2
@@ -122,19 +147,31 @@ def test_training_lowers_the_loss_and_fills_the_run_folder(tiny, tmp_path, capsy
     evaluations = [r["eval_loss"] for r in records if "eval_loss" in r]
     assert len(evaluations) == 2 and evaluations[-1] < 0.5 * first
     assert evaluations[-1] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
-    weighted = losses[0]["loss"] + 4 * losses[1]["loss"] + 5 * losses[2]["loss"] + 2 * losses[3]["loss"]
+    weighted = (
+        losses[0]["loss"] + 4 * losses[1]["loss"] + 5 * losses[2]["loss"] + 2 * losses[3]["loss"]
+    )
     assert result.global_step == 12 and result.training_loss == pytest.approx(weighted / 12)
     error = capsys.readouterr().err
     assert "24 samples" in error and "step 12/12  epoch 2.40  loss" in error
     settings = tomllib.loads((output / "config.toml").read_text())
-    assert settings["output_dir"] == str(output) and settings["max_length"] == 128 and settings["r"] == 4
+    assert (
+        settings["output_dir"] == str(output)
+        and settings["max_length"] == 128
+        and settings["r"] == 4
+    )
     kept = load_file(output / "adapter" / "adapter_model.safetensors")
-    for name, p in trainer.model.lora_parameters():
+    for name, p in trainer.model.trainable_parameters():
         assert torch.equal(kept["base_model.model." + name], p)
 
 
 def test_resumed_run_is_bit_identical_to_one_that_was_not_interrupted(tiny, tmp_path):
-    settings = {"max_steps": 10, "logging_steps": 3, "save_strategy": "steps", "save_steps": 4, "warmup_steps": 2}
+    settings = {
+        "max_steps": 10,
+        "logging_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "warmup_steps": 2,
+    }
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     new_trainer(tiny, straight, **settings).train()
     shutil.copytree(straight, resumed)
@@ -175,7 +212,9 @@ def test_ctrl_c_saves_the_step_and_the_run_can_go_on(tiny, tmp_path, capsys):
     train_with_ctrl_c(new_trainer(tiny, output, **settings), step=2)
     assert (output / "checkpoint-3").is_dir() and not (output / "adapter").exists()
     said = f"interrupted after step 3 of 6, last checkpoint {output}/checkpoint-3; continue with SFTConfig(resume=True)"
-    assert capsys.readouterr().err.splitlines()[-1] == said  # the records are in memory: no command can name them
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == said
+    )  # the records are in memory: no command can name them
     new_trainer(tiny, output, **settings, resume=True).train()
     assert without_times(records_of(output)) == without_times(records_of(straight))
     file = "adapter/adapter_model.safetensors"
@@ -185,34 +224,55 @@ def test_ctrl_c_saves_the_step_and_the_run_can_go_on(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("step", "strategy", "words"),
     [
-        (0, "steps", "interrupted before the first step was done: nothing is trained yet; start again with "),
+        (
+            0,
+            "steps",
+            "interrupted before the first step was done: nothing is trained yet; start again with ",
+        ),
         (3, "no", "interrupted after step 3 of 6, no checkpoint was saved; start again with "),
-        (3, "steps", "interrupted after step 3 of 6, last checkpoint {output}/checkpoint-2; continue with "),
+        (
+            3,
+            "steps",
+            "interrupted after step 3 of 6, last checkpoint {output}/checkpoint-2; continue with ",
+        ),
     ],
 )
-def test_second_ctrl_c_stops_at_once_and_says_what_is_left(tiny, tmp_path, capsys, step, strategy, words):
+def test_second_ctrl_c_stops_at_once_and_says_what_is_left(
+    tiny, tmp_path, capsys, step, strategy, words
+):
     output = tmp_path / "a run"
-    train_with_ctrl_c(new_trainer(tiny, output, max_steps=6, save_strategy=strategy, save_steps=2), step, times=2)
-    assert capsys.readouterr().err.splitlines()[-1] == f"{words.format(output=output)}SFTConfig(resume=True)"
-    assert [p.name for p in output.glob("checkpoint-*")] == (["checkpoint-2"] if "checkpoint-2" in words else [])
+    train_with_ctrl_c(
+        new_trainer(tiny, output, max_steps=6, save_strategy=strategy, save_steps=2), step, times=2
+    )
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == f"{words.format(output=output)}SFTConfig(resume=True)"
+    )
+    assert [p.name for p in output.glob("checkpoint-*")] == (
+        ["checkpoint-2"] if "checkpoint-2" in words else []
+    )
 
 
-def test_ctrl_c_before_the_first_step_says_that_nothing_is_trained(tiny, tmp_path, capsys, monkeypatch):
-    trainer, say = new_trainer(tiny, tmp_path, max_steps=2), Report.say
+def test_ctrl_c_before_the_first_step_says_that_nothing_is_trained(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    trainer, say = new_trainer(tiny, tmp_path, max_steps=2), TrainingLog.say
 
     def pressed(report, text):
         if text.startswith("model"):  # the banner
             signal.raise_signal(signal.SIGINT)
         say(report, text)
 
-    monkeypatch.setattr(Report, "say", pressed)
+    monkeypatch.setattr(TrainingLog, "say", pressed)
     train_with_ctrl_c(trainer, step=-1)
     last = capsys.readouterr().err.splitlines()[-1]
     assert "nothing is trained yet; start again with" in last and "checkpoint" not in last
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tiny, tmp_path):
-    trainer = new_trainer(tiny, tmp_path, max_steps=8, logging_steps=1, save_strategy="steps", save_steps=2)
+    trainer = new_trainer(
+        tiny, tmp_path, max_steps=8, logging_steps=1, save_strategy="steps", save_steps=2
+    )
     accumulate = trainer.accumulate
 
     def poisoned(samples):
@@ -244,7 +304,9 @@ def test_run_folder_is_replaced_only_with_overwrite_and_other_files_stay(tiny, t
 
 
 @pytest.mark.parametrize(("strategy", "kept"), [("steps", [2, 5, 6]), ("no", [2])])
-def test_run_that_goes_back_to_an_earlier_checkpoint_drops_the_later_ones(tiny, tmp_path, strategy, kept):
+def test_run_that_goes_back_to_an_earlier_checkpoint_drops_the_later_ones(
+    tiny, tmp_path, strategy, kept
+):
     settings = {"max_steps": 6, "save_strategy": "steps"}
     new_trainer(tiny, tmp_path, **settings, save_steps=2).train()
     trainer = new_trainer(tiny, tmp_path, **{**settings, "save_strategy": strategy}, save_steps=5)
@@ -289,7 +351,9 @@ def test_output_folder_below_a_file_is_refused_by_name(tiny, tmp_path):
 def test_config_that_cannot_be_written_is_named_and_leaves_no_half_of_it(tiny, tmp_path):
     trainer = new_trainer(tiny, tmp_path / "run", max_steps=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # a write past it fails as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (64, limits[1])
+    )  # a write past it fails as on a full disk
     try:
         with pytest.raises(ValueError, match=r"config.toml: could not be written"):
             trainer.train()
@@ -299,14 +363,16 @@ def test_config_that_cannot_be_written_is_named_and_leaves_no_half_of_it(tiny, t
 
 
 def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(tiny, tmp_path, monkeypatch):
-    class Full(Report):
+    class Full(TrainingLog):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self._file.close()
             self._file = open("/dev/full", "a")  # noqa: SIM115 (closed by Report)
 
-    monkeypatch.setattr("minitune.trainer.Report", Full)
-    with pytest.raises(ValueError, match=r"metrics.jsonl: could not be written \(No space left.*run/checkpoint-3"):
+    monkeypatch.setattr("minitune.training.trainer.TrainingLog", Full)
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl: could not be written \(No space left.*run/checkpoint-3"
+    ):
         new_trainer(tiny, tmp_path / "run", max_steps=4, logging_steps=3).train()
     monkeypatch.undo()
     assert new_trainer(tiny, tmp_path / "run", max_steps=4, resume=True).train().global_step == 4
@@ -331,17 +397,15 @@ def test_checkpoint_whose_state_lacks_something_is_refused_by_file(tiny, tmp_pat
 
 def test_gpu_out_of_memory_says_what_needs_less(tiny, tmp_path, monkeypatch):
     trainer = new_trainer(tiny, tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
-    loss = trainer.model.labelled_loss
+    loss = trainer.model.rows_loss
 
     def full(*arguments, **options):
         if trainer.progress.step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return loss(*arguments, **options)
 
-    monkeypatch.setattr(trainer.model, "labelled_loss", full)
-    words = (
-        r"step 3.*; lower micro_step_tokens .*max_length .*use_gradient_checkpointing to true .*load_in_4bit .*point-2"
-    )
+    monkeypatch.setattr(trainer.model, "rows_loss", full)
+    words = r"step 3.*; lower micro_step_tokens .*max_length .*use_gradient_checkpointing to true .*load_in_4bit .*point-2"
     with pytest.raises(ValueError, match=words):
         trainer.train()
 
@@ -370,42 +434,64 @@ def test_without_output_dir_runs_are_numbered(tiny, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["1", "2"]
 
 
-def test_resume_refuses_what_changes_the_order_and_warns_of_what_changes_the_mathematics(tiny, tmp_path, capsys):
+def test_resume_refuses_what_changes_the_order_and_warns_of_what_changes_the_mathematics(
+    tiny, tmp_path, capsys
+):
     settings = {"max_steps": 2, "save_strategy": "steps"}
     new_trainer(tiny, tmp_path, **settings).train()
-    for change in ({"seed": 1}, {"per_device_train_batch_size": 4}, {"records": RECORDS[:20]}, {"max_length": 64}):
+    for change in (
+        {"seed": 1},
+        {"per_device_train_batch_size": 4},
+        {"records": RECORDS[:20]},
+        {"max_length": 64},
+    ):
         with pytest.raises(ValueError, match="cannot be continued"):
             new_trainer(tiny, tmp_path, **{**settings, **change}, resume=True).train()
     capsys.readouterr()
-    new_trainer(tiny, tmp_path, **{**settings, "max_steps": 3, "learning_rate": 5e-3}, resume=True).train()
+    new_trainer(
+        tiny, tmp_path, **{**settings, "max_steps": 3, "learning_rate": 5e-3}, resume=True
+    ).train()
     assert "learning_rate 0.01 -> 0.005, total_steps 2 -> 3" in capsys.readouterr().err
     model, tokenizer = FastLanguageModel.from_pretrained(
         tiny, max_seq_length=128, dtype=torch.bfloat16, load_in_4bit=False, device="cpu"
     )
     FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8)
-    args = SFTConfig(**settings, output_dir=tmp_path, learning_rate=5e-3, per_device_train_batch_size=5)
-    SFTTrainer(model, args, RECORDS, None, tokenizer).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    args = SFTConfig(
+        **settings, output_dir=tmp_path, learning_rate=5e-3, per_device_train_batch_size=5
+    )
+    SFTTrainer(model, args, RECORDS, None, tokenizer).train(
+        resume_from_checkpoint=tmp_path / "checkpoint-2"
+    )
     assert "load_in_4bit True -> False, dtype float32 -> bfloat16" in capsys.readouterr().err
     model, _ = FastLanguageModel.from_pretrained(tiny, max_seq_length=128, device="cpu")
     FastLanguageModel.get_peft_model(model, r=2)
     with pytest.raises(ValueError, match="r is 4, but the model's adapter has 2"):
-        SFTTrainer(model, args, RECORDS, None, tokenizer).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+        SFTTrainer(model, args, RECORDS, None, tokenizer).train(
+            resume_from_checkpoint=tmp_path / "checkpoint-2"
+        )
     assert "other settings" not in capsys.readouterr().err
 
 
-def test_checkpoint_past_the_last_step_is_refused_and_one_at_it_has_nothing_left_to_train(tiny, tmp_path, capsys):
+def test_checkpoint_past_the_last_step_is_refused_and_one_at_it_has_nothing_left_to_train(
+    tiny, tmp_path, capsys
+):
     settings = {"save_strategy": "steps", "save_steps": 2}
     new_trainer(tiny, tmp_path, **settings, max_steps=4).train()
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
     for less, words in (
         ({"max_steps": 3}, "checkpoint-4 is already past max_steps 3"),
-        ({"num_train_epochs": 0.4}, "checkpoint-4 is already past the 2 steps of num_train_epochs 0.4"),
+        (
+            {"num_train_epochs": 0.4},
+            "checkpoint-4 is already past the 2 steps of num_train_epochs 0.4",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             new_trainer(tiny, tmp_path, **settings, **less, resume=True).train()
     assert capsys.readouterr().err == "" and sorted(tmp_path.rglob("*")) == before
-    assert new_trainer(tiny, tmp_path, **settings, max_steps=4, resume=True).train().global_step == 4
+    assert (
+        new_trainer(tiny, tmp_path, **settings, max_steps=4, resume=True).train().global_step == 4
+    )
     assert "checkpoint-4 is the last step's: nothing is left to train" in capsys.readouterr().err
 
 
@@ -419,7 +505,10 @@ def test_checkpoint_past_the_last_step_is_refused_and_one_at_it_has_nothing_left
         ({"learning_rate": math.nan}, "learning_rate is nan; expected a finite number"),
         ({"adam_beta1": 1.0}, "adam_beta1 is 1.0; expected less than 1"),
         ({"num_train_epochs": 0}, "num_train_epochs is 0; expected more than 0"),
-        ({"optim": "paged_adamw_8bit"}, "expected one of adamw_torch, adamw_torch_fused, adamw_8bit"),
+        (
+            {"optim": "paged_adamw_8bit"},
+            "expected one of adamw_torch, adamw_torch_fused, adamw_8bit",
+        ),
         ({"lr_scheduler_type": "polynomial"}, "expected one of linear, cosine"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "constant_with_warmup"),
         ({"packing": 1}, "packing is 1; expected true or false"),
@@ -474,10 +563,14 @@ def test_model_data_and_settings_that_do_not_go_together_are_refused(tiny, tmp_p
         with pytest.raises(ValueError, match=message):
             SFTTrainer(model, SFTConfig(**settings), data, processing_class=tokenizer)
     with pytest.raises(ValueError, match="resume needs output_dir"):
-        SFTTrainer(model, SFTConfig(), RECORDS, processing_class=tokenizer).train(resume_from_checkpoint=True)
+        SFTTrainer(model, SFTConfig(), RECORDS, processing_class=tokenizer).train(
+            resume_from_checkpoint=True
+        )
 
 
-def test_a_step_out_of_memory_is_done_again_with_a_smaller_plan(tiny, tmp_path, recwarn, monkeypatch):
+def test_a_step_out_of_memory_is_done_again_with_a_smaller_plan(
+    tiny, tmp_path, recwarn, monkeypatch
+):
     settings = {"max_steps": 3, "logging_steps": 1}
     new_trainer(tiny, tmp_path / "whole", **settings).train()
     trainer = new_trainer(tiny, tmp_path / "short", micro_step_tokens=64, **settings)
@@ -485,7 +578,9 @@ def test_a_step_out_of_memory_is_done_again_with_a_smaller_plan(tiny, tmp_path, 
 
     def sometimes(micro_step, batch, denominator):
         loss = call(micro_step, batch, denominator)
-        if trainer.progress.step == 1 and len(failures) < 2:  # its gradients have been added already
+        if (
+            trainer.progress.step == 1 and len(failures) < 2
+        ):  # its gradients have been added already
             failures.append(trainer.model.memory_budget)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
@@ -493,23 +588,28 @@ def test_a_step_out_of_memory_is_done_again_with_a_smaller_plan(tiny, tmp_path, 
     monkeypatch.setattr(MicroStep, "__call__", sometimes)
     trainer.train()
     assert failures[0] is None and trainer.model.memory_budget > 0
-    assert len(said := [str(w.message) for w in recwarn if "trying the step again" in str(w.message)]) == 2
+    assert (
+        len(said := [str(w.message) for w in recwarn if "trying the step again" in str(w.message)])
+        == 2
+    )
     assert "cpu is out of memory in step 2" in said[0]
     whole, short = (records_of(tmp_path / name) for name in ("whole", "short"))
     assert [r["tokens"] for r in whole] == [r["tokens"] for r in short]
     assert [r["loss"] for r in whole] == pytest.approx([r["loss"] for r in short], rel=1e-5)
 
 
-def test_an_evaluation_out_of_memory_is_done_again_with_what_training_kept(tiny, tmp_path, monkeypatch):
+def test_an_evaluation_out_of_memory_is_done_again_with_what_training_kept(
+    tiny, tmp_path, monkeypatch
+):
     trainer = new_trainer(tiny, tmp_path / "run", eval_dataset=RECORDS[:4], max_steps=1)
-    expected, closed, loss = trainer.evaluate()["eval_loss"], [], trainer.model.labelled_loss
+    expected, closed, loss = trainer.evaluate()["eval_loss"], [], trainer.model.rows_loss
 
     def full(*arguments, **options):
         if not closed:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss(*arguments, **options)
 
-    monkeypatch.setattr(trainer.model, "labelled_loss", full)
+    monkeypatch.setattr(trainer.model, "rows_loss", full)
     monkeypatch.setattr(trainer.micro_step, "close", lambda: closed.append(True))
     assert trainer.evaluate()["eval_loss"] == expected and len(closed) == 1
 
@@ -532,7 +632,9 @@ def test_a_host_that_pins_no_memory_is_done_without(tiny, tmp_path, monkeypatch)
 
 
 def test_a_memory_budget_that_decides_nothing_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"memory_budget 8GiB decides what a GPU keeps .* the model is on cpu"):
+    with pytest.raises(
+        ValueError, match=r"memory_budget 8GiB decides what a GPU keeps .* the model is on cpu"
+    ):
         new_trainer(tiny, tmp_path, memory_budget="8GiB")
 
 

@@ -8,11 +8,13 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel
-from minitune.weights import Checkpoint, resolve_model
+from minitune.checkpoints.safetensors_folder import SafetensorsFolder, resolve_model
 
 
 def load(folder, **kwargs):
-    return FastLanguageModel.from_pretrained(folder, max_seq_length=64, dtype=torch.float32, device="cpu", **kwargs)[0]
+    return FastLanguageModel.from_pretrained(
+        folder, max_seq_length=64, dtype=torch.float32, device="cpu", **kwargs
+    )[0]
 
 
 def write_bitsandbytes(source, folder, double_quant=True, skip=None, quant_type="nf4"):
@@ -27,7 +29,11 @@ def write_bitsandbytes(source, folder, double_quant=True, skip=None, quant_type=
         llm_int8_skip_modules=skip,
     )
     hf = transformers.AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=config, dtype=torch.float32, device_map="cpu", attn_implementation="eager"
+        source,
+        quantization_config=config,
+        dtype=torch.float32,
+        device_map="cpu",
+        attn_implementation="eager",
     )
     hf.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -57,19 +63,19 @@ def test_a_folder_written_by_bitsandbytes_loads_bit_for_bit_and_trains(tmp_path,
             assert torch.equal(linear.nf4.packed, theirs.data.view(-1))
             assert torch.equal(linear.nf4.absmax, theirs.quant_state.absmax)
             theirs = functional.dequantize_4bit(theirs.data, theirs.quant_state)
-        assert torch.equal(linear.dense(torch.float32), theirs.float()), name
+        assert torch.equal(linear.weight_as(torch.float32), theirs.float()), name
     assert quantized == 14 - len([name for name in options.get("skip", ()) if name in SKIPPED])
     ids = torch.randint(3, 400, (1, 23), generator=torch.Generator().manual_seed(0))
     # their logits over their dequantised weights: their own 4-bit matmul on a CPU is 1.4% off in float32 (0.50.2)
     for name, linear in model.linears():
         module = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
-        module.weight.data = linear.dense(torch.float32)
+        module.weight.data = linear.weight_as(torch.float32)
         parent, child = name.rsplit(".", 1)
         setattr(hf.get_submodule(parent), child, module)
     expected = hf(input_ids=ids).logits
     assert ((model(input_ids=ids).logits - expected).norm() / expected.norm()) < 1e-5
     FastLanguageModel.get_peft_model(model, r=4)
-    optimizer = torch.optim.AdamW([p for _, p in model.lora_parameters()], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for _, p in model.trainable_parameters()], lr=1e-2)
     losses = []
     for _ in range(5):
         loss = model(input_ids=ids, labels=ids).loss
@@ -89,7 +95,9 @@ def test_other_quantisations_are_refused_by_name(tmp_path):
     }
     config = json.loads((source / "config.json").read_text())
     for name, quantization in cases.items():
-        (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        (source / "config.json").write_text(
+            json.dumps(config | {"quantization_config": quantization})
+        )
         with pytest.raises(ValueError, match=f"quantised with .*{name}"):
             load(source)
 
@@ -132,7 +140,10 @@ def test_an_id_is_found_in_the_local_cache(tmp_path, monkeypatch, variable):
     (entry / "refs").mkdir()
     (entry / "refs" / "main").write_text("abc123\n")
     assert resolve_model("some/llama") == snapshot
-    with pytest.raises(ValueError, match=r"model some/other is neither a folder nor in the local cache .*hf download"):
+    with pytest.raises(
+        ValueError,
+        match=r"model some/other is neither a folder nor in the local cache .*hf download",
+    ):
         resolve_model("some/other")
 
 
@@ -160,7 +171,9 @@ def index_names_more(folder):
     content = json.loads(index.read_text())
     content["weight_map"]["model.extra.weight"] = "model-00001-of-00003.safetensors"
     index.write_text(json.dumps(content))
-    return r"says that model-00001-of-00003\.safetensors holds model\.extra\.weight, but it does not"
+    return (
+        r"says that model-00001-of-00003\.safetensors holds model\.extra\.weight, but it does not"
+    )
 
 
 def edit(folder, change):
@@ -212,7 +225,9 @@ def other_family(folder):
 
 def other_rope(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4}})
+    )
     return r"rope scaling 'yarn' is not supported"
 
 
@@ -287,7 +302,9 @@ CONFIGS = {
 def test_a_config_that_is_no_llamas_is_refused_by_field(tmp_path, message):
     folder, change = make_tiny_model(tmp_path / "m"), CONFIGS[message]
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change if isinstance(change, dict) else change))
+    (folder / "config.json").write_text(
+        json.dumps(config | change if isinstance(change, dict) else change)
+    )
     with pytest.raises(ValueError, match=message):
         load(folder)
 
@@ -316,7 +333,9 @@ def test_an_adapter_or_another_file_beside_the_weights_does_not_disturb_them(tmp
     expected = load(folder)(input_ids=ids).logits
     make_tiny_model(tmp_path / "other", seed=1)
     (tmp_path / "other" / "model.safetensors").rename(folder / "model_old.safetensors")
-    (folder / "adapter_model.safetensors").write_bytes((folder / "model_old.safetensors").read_bytes())
+    (folder / "adapter_model.safetensors").write_bytes(
+        (folder / "model_old.safetensors").read_bytes()
+    )
     assert torch.equal(load(folder)(input_ids=ids).logits, expected)
 
 
@@ -336,12 +355,14 @@ def test_a_broken_index_is_refused_by_name(tmp_path, damage):
     folder = make_tiny_model(tmp_path / "m", shards=3)
     message = damage(folder)
     with pytest.raises(ValueError, match=message):
-        Checkpoint(folder)
+        SafetensorsFolder(folder)
 
 
 def test_a_missing_folder_and_too_long_a_context_are_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist"):
         load(tmp_path / "nowhere")
     folder = make_tiny_model(tmp_path / "m")
-    with pytest.raises(ValueError, match="max_seq_length 512 is not within the 256 positions the model knows"):
+    with pytest.raises(
+        ValueError, match="max_seq_length 512 is not within the 256 positions the model knows"
+    ):
         FastLanguageModel.from_pretrained(folder, max_seq_length=512, device="cpu")

@@ -15,7 +15,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -95,17 +104,23 @@ def make_tiny_model(
     if head_dim is not None:
         config["head_dim"] = head_dim
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+    _write_json(
+        folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    )
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in tiny_shapes(hidden, layers, heads, kv_heads, K, ffn, vocab, tie, attention_bias).items():
+    for name, shape in tiny_shapes(
+        hidden, layers, heads, kv_heads, K, ffn, vocab, tie, attention_bias
+    ).items():
         values = torch.randn(shape, generator=generator)
         if name.endswith(("layernorm.weight", "norm.weight")):
             values = 1 + 0.2 * values
         elif name.endswith(".bias"):
             values = 0.5 * values
         elif name.startswith("model.embed_tokens"):
-            values = 0.25 * values  # small beside what the layers add, else a tied model repeats its last token
+            values = (
+                0.25 * values
+            )  # small beside what the layers add, else a tied model repeats its last token
         else:
             values = (4 if name.startswith("lm_head") else 1.5) * shape[-1] ** -0.5 * values
         tensors[name] = values.to(dtype)
@@ -114,7 +129,9 @@ def make_tiny_model(
     return folder
 
 
-def tiny_shapes(hidden, layers, heads, kv_heads, K, ffn, vocab, tie, attention_bias) -> dict[str, tuple[int, ...]]:
+def tiny_shapes(
+    hidden, layers, heads, kv_heads, K, ffn, vocab, tie, attention_bias
+) -> dict[str, tuple[int, ...]]:
     """Checkpoint names and shapes, in the order in which the tensors are used."""
     shapes = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(layers):
@@ -139,12 +156,30 @@ def tiny_shapes(hidden, layers, heads, kv_heads, K, ffn, vocab, tie, attention_b
 
 def write_tokenizer(folder: Path, kind: str = "bpe") -> None:
     """Write the tokenizer files of one kind: "bpe", "llama3" or "spm"."""
-    special = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), (*SPECIAL, SPECIAL[2]), strict=True))
+    special = dict(
+        zip(
+            ("unk_token", "bos_token", "eos_token", "pad_token"),
+            (*SPECIAL, SPECIAL[2]),
+            strict=True,
+        )
+    )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "chat_template": CHATML}
     if kind == "spm":
-        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-        config = {"tokenizer_class": "LlamaTokenizer", **special, "add_bos_token": True, "add_eos_token": False}
-        config["chat_template"] = CHATML.replace("<|im_end|>", "</s>").replace("<|im_start|>", "## ")
+        special = {
+            "unk_token": "<unk>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "</s>",
+        }
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            **special,
+            "add_bos_token": True,
+            "add_eos_token": False,
+        }
+        config["chat_template"] = CHATML.replace("<|im_end|>", "</s>").replace(
+            "<|im_start|>", "## "
+        )
         (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     elif kind in ("bpe", "llama3"):
         (folder / "tokenizer.json").write_text(_byte_level_bpe(kind), encoding="utf-8")
@@ -172,7 +207,9 @@ def _byte_level_bpe(kind: str) -> str:
     tokenizer.train_from_iterator(CORPUS, trainer)
     if kind == "llama3":
         template = processors.TemplateProcessing(
-            single=f"{SPECIAL[1]} $A", pair=f"{SPECIAL[1]} $A {SPECIAL[1]}:1 $B:1", special_tokens=[(SPECIAL[1], 1)]
+            single=f"{SPECIAL[1]} $A",
+            pair=f"{SPECIAL[1]} $A {SPECIAL[1]}:1 $B:1",
+            special_tokens=[(SPECIAL[1], 1)],
         )
         tokenizer.post_processor = template
     return tokenizer.to_str()
@@ -211,7 +248,10 @@ def _write_tensors(folder: Path, tensors: dict[str, torch.Tensor], shards: int) 
         save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": size}, "weight_map": weight_map},
+    )
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -222,5 +262,8 @@ def draw_adapter(model, b: float, seed: int = 0) -> None:
     """Values as after training: A as large as it begins, B normal with deviation `b`, not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in model.lora_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (b if "lora_B" in name else p.shape[1] ** -0.5))
+        for name, p in model.trainable_parameters():
+            p.copy_(
+                torch.randn(p.shape, generator=generator)
+                * (b if "lora_B" in name else p.shape[1] ** -0.5)
+            )

@@ -1,0 +1,212 @@
+"""TODO docstring."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import product
+
+from minitune.config.model_config import ModelConfig
+from minitune.config.training_config import LoraConfig
+from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
+from minitune.memory.device_rates import DeviceRates
+from minitune.memory.memory_model import MemoryModel, Workload, _host_bytes, _memory, static_parts
+from minitune.memory.plan import Candidate, Plan
+from minitune.memory.time_model import _dequantise, _seconds
+from minitune.model.activations import LayerPlan, SaveLevel
+
+
+def parse_gradient_checkpointing(use_gradient_checkpointing: bool | str) -> int | None:
+    """The level that a `use_gradient_checkpointing` argument means; None, for "unsloth" and "auto": what fits.
+
+    True recomputes, False keeps everything. Raises ValueError for anything else.
+    """
+    if use_gradient_checkpointing in ("unsloth", "auto"):
+        return None
+    if use_gradient_checkpointing is True:
+        return SaveLevel.INPUT
+    if use_gradient_checkpointing is False:
+        return SaveLevel.ALL
+    raise ValueError(
+        f"use_gradient_checkpointing is {use_gradient_checkpointing!r}; choose True, False, 'unsloth' or 'auto'"
+    )
+
+
+GATE_UP_FRACTIONS = (16, 12, 8, 6, 4, 3, 2)  # of the rows, one in so many keeps gate and up
+
+
+SEGMENTS = (2, 4, 8)  # layers of which only the first keeps its input
+
+
+LEVELS = (
+    SaveLevel.INPUT,
+    SaveLevel.ATTENTION,
+    SaveLevel.QKV,
+    SaveLevel.ALL,
+)  # keeping o without q, k, v is never the best
+
+
+TILES = (None, 4096, 2048, 1024, 512, 256)  # rows
+
+
+MARGIN = 0.05  # of a budget: memory is handed out in blocks that do not always fit together
+
+
+def evaluate(
+    sizes: MemoryModel,
+    load: Workload,
+    choice: Candidate,
+    static: Sequence[tuple[str, int]],
+    rates: DeviceRates,
+    dense: int = 0,
+) -> Plan:
+    """The plan of a choice. static: what is there whatever the plan, in bytes; dense: as in Plan."""
+    kept, work = _memory(sizes, load, choice)
+    parts = (*static, ("activations", kept), ("workspace", work))
+    parts += (("dequantised weights", dense * sizes.buffers),) if dense else ()
+    host = _host_bytes(sizes, load, choice)
+    seconds = _seconds(sizes, load, choice, rates) - 2 * dense * _dequantise(sizes, rates)
+    return Plan(choice.layers(sizes.layers), choice.tile, host, choice.cudnn, dense, parts, seconds)
+
+
+def choices(load: Workload, host: bool) -> Iterator[Candidate]:
+    """All that are looked at, with a count of 0."""
+    kinds = [(level, 0) for level in LEVELS]
+    kinds += [
+        (SaveLevel.QKV, wide)
+        for share in GATE_UP_FRACTIONS
+        if (wide := load.tokens // share // 128 * 128)
+    ]
+    fars = [
+        LayerPlan(level, offloaded, wide)
+        for level, wide in kinds
+        for offloaded in ((False, True) if host else (False,))
+    ]
+    tiles = [tile for tile in TILES if tile is None or tile < load.tokens]
+    ways = (
+        (True, False) if load.cudnn else (False,)
+    )  # cuDNN's attention is faster and needs more memory
+    for cudnn, tile, near, far in product(ways, tiles, LEVELS, fars):
+        if near >= far.level:
+            yield Candidate(near, far, 0, tile, cudnn)
+        if near == far.level == SaveLevel.INPUT:
+            yield from (Candidate(near, far, 0, tile, cudnn, segment) for segment in SEGMENTS)
+
+
+def uniform_plan(
+    sizes: MemoryModel,
+    load: Workload,
+    level: int,
+    static: Sequence[tuple[str, int]],
+    rates: DeviceRates | None = None,
+) -> Plan:
+    """The plan in which all layers keep the same, on the GPU."""
+    return evaluate(
+        sizes,
+        load,
+        Candidate(level, LayerPlan(level), sizes.layers, None, load.cudnn),
+        static,
+        rates or DeviceRates(),
+    )
+
+
+@lru_cache(
+    maxsize=256
+)  # a loop of equal steps asks the same again and again, and a search takes 10 ms or more
+def fastest_plan(
+    sizes: MemoryModel,
+    load: Workload,
+    static: tuple[tuple[str, int], ...],
+    budget: int,
+    host_budget: int = 0,
+    rates: DeviceRates | None = None,
+    dense: bool = False,
+) -> Plan:
+    """The fastest plan that needs at most `budget` bytes of GPU memory and `host_budget` of the host's.
+
+    Where none fits, the one that needs least. budget counts everything, `static` too. dense: whether weights may stay
+    dequantised; for their bytes that saves less than anything else, so they get what is left.
+    """
+    rates, limit, L = (
+        rates or DeviceRates(),
+        budget * (1 - MARGIN) - sum(size for _, size in static),
+        sizes.layers,
+    )
+
+    def need(choice: Candidate) -> int:
+        return sum(_memory(sizes, load, choice))
+
+    best = least = None
+    for none_near in choices(load, host_budget > 0):
+        found, of_count = [none_near], partial(replace, none_near)
+        if (
+            none_near.segment == 1
+        ):  # as a rule more layers that keep `near` take more memory and less time
+            fitting = bisect_right(
+                range(1, L), limit, key=lambda count: need(of_count(count=count))
+            )
+            found += [of_count(count=fitting), of_count(count=L)]
+        for choice in found:
+            if _host_bytes(sizes, load, choice) > host_budget:
+                continue
+            memory, seconds = need(choice), _seconds(sizes, load, choice, rates)
+            if least is None or memory < least[0]:
+                least = memory, choice
+            if memory <= limit and (best is None or seconds < best[0]):
+                best = seconds, choice, memory
+    if best is None:
+        return evaluate(sizes, load, least[1], static, rates)
+    _, choice, memory = best
+    count = min(int(limit - memory) // sizes.buffers, L) if dense else 0
+    return evaluate(sizes, load, choice, static, rates, count)
+
+
+def plan_memory(
+    config: ModelConfig,
+    lora: LoraConfig,
+    budget: int,
+    *,
+    tokens: int = 4096,
+    longest: int | None = None,
+    host_memory: int = 0,
+    eight_bit: bool = False,
+    load_in_4bit: bool = True,
+    offload_embedding: bool = False,
+    level: int | None = None,
+    rates: DeviceRates | None = None,
+) -> Plan:
+    """The plan of a micro-step of `tokens` in bf16, samples of `longest`, before a model is loaded or a GPU is there.
+
+    budget, host_memory: bytes. Where nothing fits, the plan that needs least; its peak says how much that is.
+    level: what all layers keep, where that is not to be planned (recompute.py).
+    Raises ValueError for a number of tokens that makes no step.
+    """
+    longest = tokens if longest is None else longest
+    if not 0 < longest <= tokens:
+        raise ValueError(
+            f"samples of {longest} tokens in micro-steps of {tokens}: expected 1 to {tokens}"
+        )
+    sizes = MemoryModel.of(config, lora, itemsize=2)
+    static = static_parts(
+        sizes, config, 2.03 if eight_bit else 8, load_in_4bit, longest, offload_embedding
+    )
+    load = Workload(tokens, tokens * longest, tokens, cudnn=tokens == longest >= CUDNN_MIN_LENGTH)
+    if level is not None:
+        return uniform_plan(sizes, load, level, static, rates)
+    return fastest_plan(sizes, load, static, budget, host_memory, rates, dense=True)
+
+
+def plan_table(plan: Plan, tokens: int, budget: int) -> str:
+    """A plan as lines of (label, text)."""
+    rows = [(name, f"{size / 2**30:8.2f} GiB") for name, size in plan.parts]
+    fits = "" if plan.peak <= budget else f", more than the {budget / 2**30:.2f} GiB there are"
+    rows += [
+        ("peak", f"{plan.peak / 2**30:8.2f} GiB{fits}"),
+        ("on the host", f"{plan.host_bytes / 2**30:8.2f} GiB"),
+        (
+            "time",
+            f"{1e3 * plan.seconds:8.0f} ms, {tokens / plan.seconds:,.0f} tokens/s at the speed of one H200",
+        ),
+        ("layers", str(plan)),
+    ]
+    return "\n".join(f"{label:<26}{text}" for label, text in rows)

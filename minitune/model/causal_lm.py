@@ -1,0 +1,348 @@
+"""The model: embedding, decoder layers, norm, head and loss.
+
+Inside, everything is packed: N tokens of any number of samples without padding, whose positions restart at 0 with each
+sample (layers.py). Batches of shape (B, T) are packed on the way in. Whatever is an index (positions, sample bounds,
+rows with a label) is computed on the host and sent along: a training step fetches nothing from the device.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minitune.config.model_config import ModelConfig
+from minitune.config.training_config import LoraConfig
+from minitune.device import free_memory
+from minitune.kernels.backend import accumulator
+from minitune.memory.device_rates import machine_rates
+from minitune.memory.memory_model import MemoryModel, Workload
+from minitune.memory.plan import Plan
+from minitune.memory.planner import fastest_plan, uniform_plan
+from minitune.model.activations import SaveLevel
+from minitune.model.decoder_layer import DecoderLayer, LayerContext, new_residual
+from minitune.model.generate import generate
+from minitune.model.layers import Embedding, RMSNorm
+from minitune.model.linear import FusedLinear, Linear
+from minitune.model.loss import LossRows, new_logits_buffer, rows_loss
+from minitune.model.packed_sequences import PackedSequences
+from minitune.model.rope import RopeTables
+
+EVALUATION_ROWS = 2048  # that the wide parts of a layer take at a time
+
+
+@dataclass
+class Output:
+    """`loss` where labels were given, else `logits`, shaped like input_ids with V at the end."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Decoder(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class CausalLM(nn.Module):
+    """A Llama whose base is frozen. `FastLanguageModel.from_pretrained` makes one and fills it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_seq_length: int,
+        attention: str = "auto",
+    ):
+        super().__init__()
+        self.config, self.dtype, self.device, self.max_seq_length = (
+            config,
+            dtype,
+            device,
+            max_seq_length,
+        )
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.shared = LayerContext(
+            RopeTables.build(config, max_seq_length, device), dtype, attention
+        )
+        self.lora: LoraConfig | None = None
+        self.lora_seed: int | None = None  # drew the adapter's A
+        self.lora_dropout = 0.0  # that a loaded adapter was trained with; not applied here
+        self.level: int | None = (
+            SaveLevel.INPUT
+        )  # what a layer keeps for backward (recompute.py); None: what fits
+        self.memory_budget: int | None = (
+            None  # bytes of GPU memory for everything, where level is None
+        )
+        self.host_memory = 0  # bytes of the host's memory that activations may wait in, likewise
+        self.name, self.folder = "", Path()
+        self.eos_token_ids: tuple[int, ...] = ()  # where generate stops
+
+    def _apply(self, fn, recurse=True):
+        raise ValueError(
+            "the model stays where it was loaded; choose with from_pretrained(device=..., dtype=...)"
+        )
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """The adaptable linears by their full names, layer by layer."""
+        return (
+            (name, m)
+            for name, m in self.named_modules()
+            if isinstance(m, Linear) and m is not self.lm_head
+        )
+
+    def num_parameters(self) -> int:
+        """Parameters of the base model; quantised ones count as what they stand for."""
+        c = self.config
+        linears = sum(linear.in_features * linear.out_features for _, linear in self.linears())
+        embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+        small = sum(
+            p.numel() for n, p in self.named_parameters() if n.endswith(("norm.weight", ".bias"))
+        )
+        return linears + embeddings + small
+
+    # ---- adapter
+
+    def add_lora(self, lora: LoraConfig, seed: int = 3407) -> None:
+        """Attach LoRA branches that change nothing yet; the same seed draws the same A."""
+        if self.lora is not None:
+            raise ValueError(
+                "the model already has an adapter; load the base again to attach another"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        for name, linear in self.linears():
+            if name.rsplit(".", 1)[1] in lora.target_modules:
+                linear.add_lora(lora, self.device, generator)
+        self.lora, self.lora_seed = lora, seed
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trainable parameters under PEFT's names, always in the same order."""
+        return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
+
+    # ---- forward
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Output:
+        """The loss where there are labels, else the logits.
+
+        input_ids: (B, T), or (N,) or (1, N) packed together with position_ids that restart at 0 with each sample.
+        labels: shaped like input_ids; the label of a token is predicted from the token before it in its sample, so
+            a sample's first label counts for nothing, nor does -100.
+        attention_mask: (B, T), 0 for padding, which is left out of the computation altogether.
+        num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
+
+        Raises ValueError for ids beyond the vocabulary, shapes that disagree, or a sample over max_seq_length.
+        """
+        ids, positions, keep = self._pack(input_ids.cpu(), attention_mask, position_ids)
+        packed = PackedSequences.from_positions(positions).to(self.device)
+        with torch.autocast(self.device.type, enabled=False), self.as_current_device():
+            s = new_residual(
+                self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
+            )
+            plan = (
+                self.plan_of(packed)
+                if torch.is_grad_enabled()
+                else self._plan_without_backward(len(s))
+            )
+            packed = plan.samples(packed)
+            for layer, planned in zip(self.model.layers, plan.layers, strict=True):
+                level = (
+                    SaveLevel.INPUT if planned.offloaded else max(planned.level, SaveLevel.INPUT)
+                )  # all on the device
+                s = layer(s, packed, self.shared, level, plan.tile)
+            if labels is None:
+                logits = _Logits.apply(s, self.model.norm, self.lm_head.weight_as(self.dtype))
+                if not keep.all():
+                    full = logits.new_zeros(keep.numel(), logits.shape[-1])
+                    logits = full.index_put(
+                        (keep.view(-1).nonzero()[:, 0].to(self.device),), logits
+                    )
+                return Output(logits=logits.view(*input_ids.shape, -1))
+            if labels.shape != input_ids.shape:
+                raise ValueError(
+                    f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ in shape"
+                )
+            loss_rows = LossRows.from_labels(
+                labels.cpu()[keep], positions, self.config.vocab_size, len(ids)
+            )
+            denominator = (
+                max(1, len(loss_rows)) if num_items_in_batch is None else num_items_in_batch
+            )
+            return Output(loss=_Loss.apply(s, self, loss_rows.to(self.device), denominator))
+
+    def rows_loss(
+        self,
+        s: Tensor,
+        loss_rows: LossRows,
+        denominator: float | Tensor,
+        dx: Tensor | None,
+        tile: Tensor | None = None,
+    ) -> Tensor:
+        """loss.labelled_loss with the model's norm and head."""
+        return rows_loss(
+            s, loss_rows, self.model.norm, self.lm_head.weight_as(self.dtype), denominator, dx, tile
+        )
+
+    def new_logits_buffer(self, rows: int) -> Tensor:
+        """Where the logits of the loss over so many rows go, a tile at a time."""
+        return new_logits_buffer(rows, self.config.vocab_size, self.dtype, self.device)
+
+    def _pack(
+        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed ids (N,), their positions (N,), and the mask of those kept, shaped like the ids; all on the host."""
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        if attention_mask is not None:
+            if attention_mask.shape != ids.shape:
+                raise ValueError(
+                    f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(ids.shape)} differ"
+                )
+            keep = attention_mask.cpu().bool()
+        if position_ids is None:
+            positions = (keep.cumsum(-1) - 1)[keep]
+        else:
+            positions = position_ids.cpu().expand(ids.shape)[keep]
+            follows = torch.cat([positions.new_full((1,), -1), positions[:-1]]) + 1
+            if not ((positions == 0) | (positions == follows)).all():
+                raise ValueError(
+                    "position_ids must count up by one and restart at 0 with each packed sample"
+                )
+        ids = ids[keep]
+        self.check(ids, positions)
+        return ids, positions, keep
+
+    def check(self, ids: Tensor, positions: Tensor) -> None:
+        """ValueError where packed ids (N,) or positions (N,), on the host, are not what the model was loaded for."""
+        if len(ids) == 0:
+            raise ValueError("input_ids hold no token")
+        if (longest := int(positions.max()) + 1) > self.max_seq_length:
+            raise ValueError(
+                f"a sample has {longest} tokens, but the model was loaded for {self.max_seq_length}"
+            )
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"input_ids reach {int(ids.max())}, but the vocabulary has {self.config.vocab_size} rows"
+            )
+
+    def projections(self) -> Iterator[FusedLinear]:
+        return (projection for layer in self.model.layers for projection in layer.projections)
+
+    @contextlib.contextmanager
+    def resident_weights(self) -> Iterator[None]:
+        """Keep every linear as a dense weight in the compute dtype meanwhile: same numbers, nothing to dequantise."""
+        others = [projection for projection in self.projections() if projection.resident is None]
+        try:
+            for projection in others:
+                projection.make_resident(self.dtype, self.device)
+            yield
+        finally:
+            for projection in others:
+                projection.resident = None
+
+    def resident_weights_where_they_fit(self) -> contextlib.AbstractContextManager:
+        """`resident_weights`, if they take less than half of the memory that is free."""
+        fits = (
+            sum(math.prod(p.weight_shape) for p in self.projections()) * self.dtype.itemsize
+            < free_memory(self.device) / 2
+        )
+        return self.resident_weights() if fits else contextlib.nullcontext()
+
+    def memory_limit(self) -> int:
+        """Bytes that plans are made with, of the device's memory, for everything there is."""
+        allocated = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        limit = free_memory(self.device) + allocated
+        return limit if self.memory_budget is None else min(limit, self.memory_budget)
+
+    def plan(
+        self,
+        tokens: int,
+        longest: int | None = None,
+        cudnn: bool = False,
+        level: int | None = None,
+        counted: int = 0,
+        dense: bool = False,
+    ) -> Plan:
+        """What a pass over so many tokens, in samples of up to `longest`, keeps for backward, where, in what tiles.
+
+        counted: bytes that are allocated and that the plan counts as well; dense: whether weights may stay dequantised.
+        """
+        sizes = MemoryModel.of(self.config, self.lora, self.dtype.itemsize, self.device.type)
+        static = (
+            torch.cuda.memory_allocated(self.device) - counted if self.device.type == "cuda" else 0
+        )
+        if not self.shared.weights:  # the buffers of the weights at work are still to come
+            static += sizes.buffers
+        load = Workload(tokens, tokens * min(longest or tokens, tokens), tokens, cudnn)
+        there = (("allocated", static),)
+        level = self.level if level is None else level
+        if level is not None:
+            return uniform_plan(sizes, load, level, there)
+        rates = machine_rates(self.device) if self.device.type == "cuda" else None
+        return fastest_plan(sizes, load, there, self.memory_limit(), self.host_memory, rates, dense)
+
+    def _plan_without_backward(self, tokens: int) -> Plan:
+        """In tiles: what a training step has room for, an evaluation has."""
+        return replace(self.plan(tokens, level=SaveLevel.INPUT), tile=EVALUATION_ROWS)
+
+    def plan_of(self, packed: PackedSequences, **options) -> Plan:
+        """The plan of a forward and backward pass over these samples; options as of `plan`."""
+        cudnn = self.shared.attention_kwargs(packed)["uniform_seqlen"] is not None
+        return self.plan(len(packed.positions), packed.max_seqlen, cudnn, **options)
+
+    def as_current_device(self) -> contextlib.AbstractContextManager:
+        """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""
+        return (
+            torch.cuda.device(self.device)
+            if self.device.type == "cuda"
+            else contextlib.nullcontext()
+        )
+
+    generate = generate
+
+
+class _Loss(torch.autograd.Function):
+    """The loss of `labelled_loss`; its gradient is made in the same pass."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor, model: CausalLM, loss_rows: LossRows, denominator):
+        dx = torch.empty_like(s, dtype=model.dtype) if ctx.needs_input_grad[0] else None
+        loss = model.rows_loss(s, loss_rows, denominator, dx)
+        if dx is not None:
+            ctx.save_for_backward(dx)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor):
+        (dx,) = ctx.saved_tensors
+        return (dx * dloss.to(dx.dtype)).to(accumulator(dx.dtype)), None, None, None
+
+
+class _Logits(torch.autograd.Function):
+    """Final norm and head, for whoever wants the logits themselves."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor, norm: RMSNorm, head: Tensor):
+        h, rstd = norm.from_residual(s, head.dtype)
+        ctx.norm, ctx.head = norm, head
+        ctx.save_for_backward(s, rstd)
+        return h @ head.T
+
+    @staticmethod
+    def backward(ctx, dlogits: Tensor):
+        s, rstd = ctx.saved_tensors
+        return ctx.norm.backward(dlogits @ ctx.head, s, rstd).to(s.dtype), None, None
