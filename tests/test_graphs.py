@@ -171,7 +171,6 @@ def test_closing_gives_the_memory_back(micro_step, model, plain):
             (LayerPlan(3, True), LayerPlan(4), LayerPlan(4)),
             None,
         ),  # its copies may wait while the second layer runs
-        ((LayerPlan(3, True, wide=64), LayerPlan(4), LayerPlan(4)), None),
         ((LayerPlan(0, True), LayerPlan(-1), LayerPlan(3, True)), 64),
     ],
 )
@@ -180,7 +179,7 @@ def test_offloading_and_tiles_within_graphs_change_nothing(
 ):
     plan = Plan(layers, tile, host_bytes=16 << 20, parts=(("activations", 16 << 20),))
     monkeypatch.setattr(model, "plan_of", lambda packed, **options: plan)
-    exact = tile is None and not layers[0].wide
+    exact = tile is None
     for _ in range(3):
         found = results(micro_step, BATCHES, model)
         for (loss, mine), (expected_loss, theirs) in zip(found, plain, strict=True):

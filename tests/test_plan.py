@@ -204,11 +204,9 @@ def test_sizes_without_a_model_are_those_of_a_model(tmp_path, targets):
     )
     s = new_residual(torch.randn(40, 64, device=model.device))
     packed = PackedSequences.from_positions(torch.arange(40)).to(model.device)
-    for level, wide in [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (3, 10)]:
-        kept = layer.forward_saving(s, packed, model.shared, level, wide=wide)
-        assert sum(t.nbytes for t in kept.tensors() if t is not None) == 40 * sizes.kept(
-            level
-        ) + sizes.wide(wide)
+    for level in range(5):
+        kept = layer.forward_saving(s, packed, model.shared, level)
+        assert sum(t.nbytes for t in kept.tensors() if t is not None) == 40 * sizes.kept(level)
 
 
 def test_rates_are_measured_once_and_a_broken_cache_is_measured_again(tmp_path, monkeypatch):

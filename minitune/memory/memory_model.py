@@ -77,10 +77,6 @@ class MemoryModel:
         """Bytes of embedding and head."""
         return self.V * self.D * self.itemsize * (1 if self.tied else 2)
 
-    def wide(self, rows: int) -> int:
-        """Bytes of gate and up of so many rows."""
-        return rows * 2 * self.F * self.itemsize
-
     def kept(self, level: int) -> int:
         """Bytes a token that a layer keeps; without an arena's rounding."""
         q, o, g, d = self.lora_columns
@@ -174,7 +170,7 @@ def _host_bytes(sizes: MemoryModel, load: Workload, choice: Candidate) -> int:
 
 def _kept(sizes: MemoryModel, load: Workload, keep: LayerPlan) -> int:
     """Bytes that a layer keeps."""
-    return load.tokens * sizes.kept(keep.level) + sizes.wide(keep.wide)
+    return load.tokens * sizes.kept(keep.level)
 
 
 def _memory(sizes: MemoryModel, load: Workload, choice: Candidate) -> tuple[int, int]:
@@ -191,7 +187,7 @@ def _memory(sizes: MemoryModel, load: Workload, choice: Candidate) -> tuple[int,
     kept = keepers * held + choice.count * near_bytes
     peak = kept + sizes.loss(N)
     if before:
-        beside = (keepers - 1) * held + (choice.segment - 1) * far_bytes + sizes.wide(far.wide)
+        beside = (keepers - 1) * held + (choice.segment - 1) * far_bytes
         forward = sizes.forward(far.level, N, T, choice.cudnn)
         forward += max(copied, others if far.offloaded else 0)  # Plan.leaving
         backward = copied + sizes.backward(far.level, N, T, choice.cudnn)

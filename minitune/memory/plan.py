@@ -65,7 +65,7 @@ class Plan:
         kept = Counter(self.layers)
         words = [
             f"{count} {'layer keeps' if count == 1 else 'layers keep'} {LEVEL_TEXT[keep.level + 1]}"
-            f"{f' and {keep.wide:,} rows of gate and up' if keep.wide else ''}{' on the host' if keep.offloaded else ''}"
+            f"{' on the host' if keep.offloaded else ''}"
             for keep, count in kept.items()
         ]
         words += [f"tiles of {self.tile:,} rows"] if self.tile else []

@@ -32,9 +32,6 @@ def parse_gradient_checkpointing(use_gradient_checkpointing: bool | str) -> int 
     )
 
 
-GATE_UP_FRACTIONS = (16, 12, 8, 6, 4, 3, 2)  # of the rows, one in so many keeps gate and up
-
-
 SEGMENTS = (2, 4, 8)  # layers of which only the first keeps its input
 
 
@@ -71,17 +68,8 @@ def evaluate(
 
 def choices(load: Workload, host: bool) -> Iterator[Candidate]:
     """All that are looked at, with a count of 0."""
-    kinds = [(level, 0) for level in LEVELS]
-    kinds += [
-        (SaveLevel.QKV, wide)
-        for share in GATE_UP_FRACTIONS
-        if (wide := load.tokens // share // 128 * 128)
-    ]
-    fars = [
-        LayerPlan(level, offloaded, wide)
-        for level, wide in kinds
-        for offloaded in ((False, True) if host else (False,))
-    ]
+    places = (False, True) if host else (False,)
+    fars = [LayerPlan(level, offloaded) for level in LEVELS for offloaded in places]
     tiles = [tile for tile in TILES if tile is None or tile < load.tokens]
     ways = (
         (True, False) if load.cudnn else (False,)

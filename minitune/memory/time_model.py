@@ -42,15 +42,14 @@ def _seconds(sizes: MemoryModel, load: Workload, choice: Candidate, r: DeviceRat
     before = sizes.layers - choice.count
     loss = 4 * load.loss_rows * (D + 256) * sizes.V / r.matmul  # a narrow head reaches less of it
     loss += 5 * load.loss_rows * sizes.V * b / r.copy
-    wide = 2 * sizes.wide(choice.far.wide) / r.copy  # a copy of gate and up of some rows
-    far_backward = backward + again[choice.far.level] + wide - gate_up * choice.far.wide / N
+    far_backward = backward + again[choice.far.level]
     nothing = before - choice.keepers(sizes.layers)
     back = choice.count * (backward + again[choice.near]) + nothing * forward
     if choice.far.offloaded:
         fetch = _kept(sizes, load, choice.far) / r.from_host
         far_backward = max(far_backward, fetch / choice.segment)
         back += fetch if choice.count == 0 else 0.0  # the first one, which runs beside nothing
-    ahead = sizes.layers * forward + before * wide + _waits(sizes, load, choice, forward, r)
+    ahead = sizes.layers * forward + _waits(sizes, load, choice, forward, r)
     return r.start + ahead + loss + back + before * far_backward
 
 

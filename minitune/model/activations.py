@@ -13,8 +13,7 @@ each row in addition to those above it:
     4      gate, up                         92 K   nothing but elementwise operations
 
 What the thin halves of the LoRA branches give, x A^T, is always kept: 0.5 K. Forward and recomputation run the same
-functions (`DecoderLayer.attend`, `until_gate_up`), so every level from 0 on gives the same bits; not so where gate and
-up are kept of some rows and computed again of the others. Layers that keep nothing get their input from x instead of
+functions (`DecoderLayer.attend`, `until_gate_up`), so every level from 0 on gives the same bits. Layers that keep nothing get their input from x instead of
 the float32 residual stream, rounded once more than in forward.
 """
 
@@ -37,14 +36,10 @@ class SaveLevel(IntEnum):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a layer keeps for backward, and whether it waits in host memory.
-
-    wide: of so many rows, the first ones, gate and up are kept as well, which level 4 does of all.
-    """
+    """What a layer keeps for backward, and whether it waits in host memory."""
 
     level: int
     offloaded: bool = False
-    wide: int = 0
 
 
 @dataclass
@@ -64,16 +59,15 @@ class Activations:
     o: Tensor | None = None  # (N, D), what attention adds to the residual stream
     qkv: Tensor | None = None  # (N, (H + 2 G) K), q and k rotated
     gate_up: Tensor | None = None  # (N, 2 F + R)
-    wide: Tensor | None = None  # (W, 2 F), gate and up of the first W rows
     known: bool = False  # whether what is there has been computed, or is only room for it
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return tuple(getattr(self, f.name) for f in fields(self) if f.name != "known")
 
     def kept(self, level: int) -> "Activations":
-        """What `level` keeps, and `wide`."""
+        """What `level` keeps."""
         count = {0: 5, 1: 7, 2: 8, 3: 9, 4: 10}[level]
-        return Activations(*self.tensors()[:count], wide=self.wide, known=True)
+        return Activations(*self.tensors()[:count], known=True)
 
     def rows(self, rows: slice) -> "Activations":
         """Views of some rows of all of them but lse."""

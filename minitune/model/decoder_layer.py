@@ -128,7 +128,6 @@ class DecoderLayer(nn.Module):
         shared: LayerContext,
         level: int,
         tile: int | None = None,
-        wide: int = 0,
     ) -> Activations:
         """Take the residual stream s (N, D) through the layer, in place; what is kept of it, as in recompute.Keep.
 
@@ -141,8 +140,6 @@ class DecoderLayer(nn.Module):
             a.o = torch.empty_like(a.x)
         if level >= SaveLevel.ALL:
             a.gate_up = self.gate_up.new_output(a.x)
-        if wide:
-            a.wide = self.gate_up.new_product(a.x[:wide])
         for rows in row_tiles(len(s), tile):
             self.output(a.rows(rows), weights, s[rows])
         return a.kept(level)
@@ -204,8 +201,6 @@ class DecoderLayer(nn.Module):
     def output(self, a: Activations, weights: DequantizedLayer, s: Tensor) -> None:
         """Add o and Wdown m to the stream s (rows, D), from x and attention's output of these rows."""
         self.until_gate_up(a, weights, s)
-        if a.wide is not None:
-            a.wide.copy_(a.gate_up[: len(a.wide), : self.gate_up.out_features])
         m = self.down.new_input(a.x)
         swiglu(*self.halves(a.gate_up), out=m[:, : self.down.in_features])
         self.down.multiply(m, weights[self.down], a.m_low, a.known, total=s)
@@ -226,13 +221,8 @@ class DecoderLayer(nn.Module):
             self.gate_up.fill(h_mid, weights[self.gate_up], a.h_mid_low)
         else:
             a.gate_up = self.gate_up.new_output(a.x) if a.gate_up is None else a.gate_up
-            product, low = a.gate_up[:, : self.gate_up.out_features], a.h_mid_low
-            W = len(a.wide) if a.known and a.wide is not None else 0
-            first, rest = (None, None) if low is None else (low[:W], low[W:])
-            if W:
-                product[:W] = a.wide
-                self.gate_up.fill(h_mid[:W], weights[self.gate_up], first)
-            self.gate_up.multiply(h_mid[W:], weights[self.gate_up], rest, a.known, out=product[W:])
+            product = a.gate_up[:, : self.gate_up.out_features]
+            self.gate_up.multiply(h_mid, weights[self.gate_up], a.h_mid_low, a.known, out=product)
         return o, h_mid, rstd
 
     def halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:

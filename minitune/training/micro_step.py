@@ -196,7 +196,7 @@ class MicroStep:
             if plan.host_bytes:
                 self._offload.wait_until_in_flight(plan.in_flight_limit(i))
             a = layer.forward_saving(
-                s, packed, model.shared, max(keep.level, SaveLevel.INPUT), plan.tile, keep.wide
+                s, packed, model.shared, max(keep.level, SaveLevel.INPUT), plan.tile
             )
             if keep.offloaded:
                 self._offload.offload(i, a)
