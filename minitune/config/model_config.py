@@ -1,21 +1,43 @@
-"""What a run is made of, as frozen dataclasses: the model's shape (from config.json), the adapter, the training.
-
-Every field is checked when the object is made, so that the rest of the code can rely on it. A field that a user may set
-carries its help text and its range (`setting`); command-line flags and TOML keys are built from these (flags.py).
-"""
+"""The shape of a model: config.json, checked and without the differences of its versions."""
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from minitune.config.architectures import MODEL_TYPES
+from minitune.config.architectures import (
+    ARCHITECTURES,
+    LAYER_LINEARS,
+    LAYER_NORMS,
+    Architecture,
+)
+
+EXPECTED = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}
+ROPE_SCALING_KEYS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+class LinearShape(NamedTuple):
+    """A linear of a decoder layer: y (N, out_features) = W x (N, in_features) + bias."""
+
+    name: str  # in the checkpoint, below the layer: "self_attn.q_proj"
+    group: str  # "qkv", "o", "gate_up" or "down": the linears of a group run as one matmul
+    in_features: int
+    out_features: int
+    bias: bool
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-family model. `raw` is config.json as it was read, for what is written beside a merge."""
+    """The shape of a model. `raw` is config.json as it was read; a merge writes it again."""
 
     vocab_size: int
     hidden_size: int
@@ -41,20 +63,71 @@ class ModelConfig:
             )
         if self.head_dim % 8 or self.head_dim > 256:
             raise ValueError(
-                f"head_dim {self.head_dim} is not supported; attention takes multiples of 8 up to 256"
+                f"head_dim {self.head_dim} is not supported; "
+                "attention takes multiples of 8 up to 256"
             )
+
+    @property
+    def query_size(self) -> int:
+        """Return the width of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Return the width of all key heads together, which is also that of all value heads."""
+        return self.num_key_value_heads * self.head_dim
+
+    def linears(self) -> tuple[LinearShape, ...]:
+        """Return the linears of one decoder layer, in the order of the model."""
+        return tuple(
+            LinearShape(
+                spec.name,
+                spec.group,
+                in_features=getattr(self, spec.in_features),
+                out_features=getattr(self, spec.out_features),
+                bias=getattr(self, spec.bias),
+            )
+            for spec in LAYER_LINEARS
+        )
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of the model's tensors, in the order of the model.
+
+        The names are Hugging Face's, the weights are those before quantisation. A tied head has no
+        tensor of its own and is left out.
+        """
+        layer: dict[str, tuple[int, ...]] = {}
+        for linear in self.linears():
+            layer[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
+            if linear.bias:
+                layer[f"{linear.name}.bias"] = (linear.out_features,)
+        for norm in LAYER_NORMS:
+            layer[f"{norm}.weight"] = (self.hidden_size,)
+
+        shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        for i in range(self.num_hidden_layers):
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
-        """Read FOLDER/config.json. ValueError names the field where the model is not one that this code runs."""
+        """Read FOLDER/config.json.
+
+        Raises: ValueError that names the field if the model is not one that this code runs.
+        """
         path = Path(folder) / "config.json"
         if not path.is_file():
             if path.with_name("adapter_config.json").is_file():
                 raise ValueError(
-                    f"{folder}: is an adapter; load the model it was trained on, and the adapter onto it"
+                    f"{folder}: is an adapter; load the model it was trained on, "
+                    "and the adapter onto it"
                 )
             raise ValueError(
-                f"{path}: not found; a model folder holds config.json, *.safetensors and a tokenizer"
+                f"{path}: not found; a model folder holds config.json, *.safetensors "
+                "and a tokenizer"
             )
         try:
             raw = json.loads(path.read_text())
@@ -67,18 +140,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "ModelConfig":
-        if not isinstance(raw, dict):
-            raise ValueError(f"holds a {type(raw).__name__}, not an object")
-        if (family := raw.get("model_type")) not in MODEL_TYPES:
-            raise ValueError(
-                f"model_type {family!r} is not supported; supported are {', '.join(MODEL_TYPES)}"
-            )
-        if (act := raw.get("hidden_act", "silu")) != "silu":
-            raise ValueError(f"hidden_act {act!r} is not supported; Llama-family models use 'silu'")
-        if (window := raw.get("sliding_window")) is not None:
-            raise ValueError(
-                f"sliding_window {window} is not supported: attention here sees the whole sample"
-            )
+        """Check the content of a config.json and take the model's shape from it.
+
+        Raises: ValueError that names the field if the model is not one that this code runs.
+        """
+        family = _architecture(raw)
         hidden, heads = _value(raw, "hidden_size", int), _value(raw, "num_attention_heads", int)
         theta, scaling = _rope(raw)
         return cls(
@@ -94,56 +160,75 @@ class ModelConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=_value(raw, "tie_word_embeddings", bool, False),
-            attention_bias=_value(raw, "attention_bias", bool, False),
-            mlp_bias=_value(raw, "mlp_bias", bool, False),
+            attention_bias=_fixed_or_read(family.attention_bias, raw, "attention_bias"),
+            mlp_bias=_fixed_or_read(family.mlp_bias, raw, "mlp_bias"),
             raw=raw,
         )
 
 
+def _architecture(raw: dict) -> Architecture:
+    """Return the family of a config.json, after a check of the values that the family fixes."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"holds a {type(raw).__name__}, not an object")
+    model_type = raw.get("model_type")
+    family = ARCHITECTURES.get(str(model_type))
+    if family is None:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+    if (activation := raw.get("hidden_act", family.activation)) != family.activation:
+        raise ValueError(
+            f"hidden_act {activation!r} is not supported; "
+            f"models of type {model_type} use {family.activation!r}"
+        )
+    for key, reason in family.refused:
+        if (value := raw.get(key)) is not None:
+            raise ValueError(f"{key} {value} is not supported: {reason}")
+    return family
+
+
+def _fixed_or_read(fixed: bool | None, raw: dict, name: str) -> bool:
+    """Return a family's fixed value, or config.json's if the family leaves it open."""
+    return _value(raw, name, bool, False) if fixed is None else fixed
+
+
 def _value(raw: dict, name: str, kind: type, default: Any = None) -> Any:
-    """A field of config.json, or the default where it is missing or null; numbers are positive."""
+    """Return a field of config.json, or the default if the field is missing or null.
+
+    Raises: ValueError if the value has another type, or is a number that is not above 0 and finite.
+    """
     if (value := raw.get(name)) is None:
         if default is None:
             raise ValueError(f"{name} is missing; is this the config.json of a Llama-family model?")
         return default
-    numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(
-        value, bool
-    )
-    if not (isinstance(value, bool) if kind is bool else numeric and 0 < value < math.inf):
-        expected = {
-            bool: "true or false",
-            int: "a whole number above 0",
-            float: "a number above 0",
-        }[kind]
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    is_bool = isinstance(value, bool)
+    if kind is bool:
+        valid = is_bool
+    else:
+        is_number = isinstance(value, int if kind is int else (int, float)) and not is_bool
+        valid = is_number and 0 < value < math.inf
+    if not valid:
+        raise ValueError(f"{name} is {value!r}; expected {EXPECTED[kind]}")
     return value
 
 
 def _rope(raw: dict) -> tuple[float, dict | None]:
-    """(theta, scaling) from either layout: rope_theta + rope_scaling, or the rope_parameters of transformers >= 5."""
+    """Return (theta, scaling) of either layout of config.json.
+
+    The layouts are rope_theta and rope_scaling, or the rope_parameters of transformers 5.
+    """
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
         raise ValueError(f"rope_scaling is {parameters!r}; expected an object")
-    theta = float(
-        _value(parameters, "rope_theta", float, _value(raw, "rope_theta", float, 10000.0))
-    )
+    default_theta = _value(raw, "rope_theta", float, 10000.0)
+    theta = float(_value(parameters, "rope_theta", float, default_theta))
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return theta, None
-    keys = {
-        "linear": ["factor"],
-        "llama3": [
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ],
-    }
-    if kind not in keys:
+    if kind not in ROPE_SCALING_KEYS:
         raise ValueError(
-            f"rope scaling {kind!r} is not supported; supported are default, {', '.join(keys)}"
+            f"rope scaling {kind!r} is not supported; "
+            f"supported are default, {', '.join(ROPE_SCALING_KEYS)}"
         )
-    return theta, {
-        "rope_type": kind,
-        **{key: float(_value(parameters, key, float)) for key in keys[kind]},
-    }
+    values = {key: float(_value(parameters, key, float)) for key in ROPE_SCALING_KEYS[kind]}
+    return theta, {"rope_type": kind, **values}
