@@ -1,107 +1,209 @@
-"""Files and folders that are whole or not there: made under another name beside their place, then renamed.
+"""Files and folders that are written whole or not at all, and one reader for JSON files.
 
-An interruption or a full disk leaves what was there before; what the file system refuses is a ValueError with the path.
+A writer fills a partial file or folder beside the destination. The partial one is flushed to disk
+with fsync before it is renamed. After an interruption, a full disk or a power loss, the destination
+holds either its previous content or all of the new content.
+
+File system errors become ValueErrors that name the path.
 """
 
 import contextlib
+import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
+# Some file systems cannot open or flush a folder; the files in it are flushed all the same.
+UNFLUSHABLE_FOLDER_ERRORS = (errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+
+
+def read_json(path: str | Path, *, default: dict | None = None, hint: str = "") -> dict[str, Any]:
+    """Return the object that a JSON file in UTF-8 holds.
+
+    default: result if there is no such file; None makes a missing file an error.
+    hint: remedy that the error for a missing file adds.
+
+    Raises: ValueError naming the file if it is missing, unreadable, not JSON or not an object.
+    """
+    path = Path(path)
+    if default is not None and not path.is_file():
+        return default
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found{hint and f'; {hint}'}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: could not be read ({error.strerror or error})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON that can be read: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON that can be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")
+    return content
+
 
 def require_space(path: Path, needed: int) -> None:
-    """ValueError where the disk that is to hold `path` has less than `needed` bytes left."""
-    parent = next(
-        folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir()
-    )
-    if (free := shutil.disk_usage(parent).free) < needed:
+    """Raise ValueError if the disk of `path` has less than `needed` bytes left."""
+    candidates = (path.absolute(), *path.absolute().parents)
+    existing = next(folder for folder in candidates if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
         raise ValueError(f"{path}: needs {needed:,} bytes, but only {free:,} are left on the disk")
 
 
 @contextlib.contextmanager
 def os_errors_as_value_error(path: str | Path) -> Iterator[None]:
-    """What the file system refuses within becomes a ValueError that names `path`."""
+    """Turn an OSError of the block into a ValueError that names `path`."""
     try:
         yield
     except OSError as error:
         raise ValueError(f"{path}: could not be written ({error.strerror or error})") from error
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Make a file with this text, or replace one, whole or not at all. ValueError where it cannot be written."""
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield the path of a partial file, which becomes `path` when the block has written it.
+
+    The file is flushed to disk before it is renamed. If the block raises, `path` keeps its previous
+    content and the partial file is removed. A missing parent folder is made.
+
+    Raises: ValueError naming `path` if the file or its folder cannot be written.
+    """
+    path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}"
+        raise ValueError(f"{path}: its folder could not be made ({reason})") from None
+    try:
         with os_errors_as_value_error(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
+            yield partial
+            flush_to_disk(partial)
+            partial.replace(path)
+            flush_to_disk(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # renamed, or never made
+        with contextlib.suppress(OSError):  # already renamed, or never made
             partial.unlink()
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8 as in `atomic_file`.
+
+    Raises: ValueError naming `path` if the file or its folder cannot be written.
+    """
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path, keep_others: bool = True) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` when the block ends, flushed to disk, or not at all.
+    """Yield the path of a partial folder, which becomes `folder` when the block has filled it.
 
-    Where `folder` holds files of other names, those stay, and the new ones join them one by one, unless `keep_others`
-    is off. A symlink stays one.
-    Its files get the mode that a plain open() gives; safetensors makes its own readable by the owner alone.
-    Raises ValueError that names `folder` where it cannot be written (no space, no permission).
+    keep_others: True keeps files of other names in `folder` and replaces the new ones one by one;
+        False replaces the whole folder.
+
+    A symlink to a folder stays a symlink. Files get the mode that open() gives, because safetensors
+    makes its files readable by the owner alone.
+
+    Raises: ValueError naming `folder` if it cannot be written (no space, no permission).
     """
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose a folder")
-    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not folder.exists():  # a run was killed between the two renames below
-            old.rename(folder)
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+        _restore(old, folder)  # if a process was killed between the renames of _swap
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
         yield partial
-        mode = partial.stat().st_mode & 0o666  # mkdir took the umask from 0o777
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        for path in files:
-            with contextlib.suppress(PermissionError):  # a file system without modes
-                path.chmod(mode)
-        for path in (*files, partial):
-            _flush(path)
-        new = {path.name for path in partial.iterdir()}
-        if (
-            keep_others
-            and folder.exists()
-            and any(path.name not in new for path in folder.iterdir())
-        ):
-            for name in sorted(new):
-                (partial / name).replace(folder / name)
+        _set_modes_and_flush(partial)
+        if keep_others and _has_other_files(folder, partial):
+            _move_files(partial, folder)
         else:
-            if folder.exists():  # a folder that is not empty cannot be renamed over
-                folder.rename(old)
-            partial.rename(folder)
-        _flush(folder.parent)
+            _swap(partial, folder, old)
+        flush_to_disk(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{folder}: could not be written ({reason}); what was there before is unchanged"
+            f"{folder}: could not be written ({reason}); its previous content is unchanged"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
+        _restore(old, folder)
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on disk (folders can be opened for this on POSIX only)."""
-    if path.is_dir() and os.name != "posix":
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file or folder is on disk. Folders can be flushed on POSIX only."""
+    posix = os.name == "posix"
+    if path.is_dir():
+        if posix:
+            _flush_folder(path)
         return
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    _fsync(path, os.O_RDONLY if posix else os.O_RDWR)
+
+
+def _flush_folder(folder: Path) -> None:
+    try:
+        _fsync(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in UNFLUSHABLE_FOLDER_ERRORS:
+            raise
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _set_modes_and_flush(partial: Path) -> None:
+    """Give the files in `partial` the mode that open() gives, and flush them to disk."""
+    mode = partial.stat().st_mode & 0o666  # mkdir applied the umask to 0o777
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    for path in files:
+        with contextlib.suppress(PermissionError):  # a file system without modes
+            path.chmod(mode)
+        flush_to_disk(path)
+    flush_to_disk(partial)
+
+
+def _has_other_files(folder: Path, partial: Path) -> bool:
+    """Return True if `folder` holds names that `partial` lacks."""
+    if not folder.exists():
+        return False
+    return bool(
+        {path.name for path in folder.iterdir()} - {path.name for path in partial.iterdir()}
+    )
+
+
+def _move_files(partial: Path, folder: Path) -> None:
+    """Move the content of `partial` into `folder` one by one, replacing files of the same name."""
+    for path in sorted(partial.iterdir()):
+        path.replace(folder / path.name)
+    flush_to_disk(folder)
+
+
+def _swap(partial: Path, folder: Path, old: Path) -> None:
+    """Rename `partial` to `folder`, and first an existing `folder` to `old`."""
+    if folder.exists():  # rename() refuses a destination folder that is not empty
+        folder.rename(old)
+    partial.rename(folder)
+
+
+def _restore(old: Path, folder: Path) -> None:
+    """Rename `old` back to `folder` if `folder` is missing."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)

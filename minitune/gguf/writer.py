@@ -13,9 +13,7 @@ The file is written under a temporary name, flushed to disk, compared in places,
 whole file or none.
 """
 
-import contextlib
 import math
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFValueType, quant_shape_to_byte_shape, quants
 from torch import Tensor
 
-from minitune.atomic_files import require_space
+from minitune.atomic_files import atomic_file, require_space
 
 ALIGNMENT = 32
 CHUNK = 1 << 22  # values converted at a time; Q8_0 takes a few times their 16 MiB in float32
@@ -70,29 +68,14 @@ def write_gguf(
     """
     head = _head(metadata, infos)
     require_space(path, len(head) + sum(_padded(info.nbytes) for info in infos))
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"{path}: its folder could not be made ({error.strerror}: {error.filename})"
-        ) from None
-    try:
+    with atomic_file(path) as partial:
         with partial.open("wb") as file:
             file.write(head)
             starts = [
                 _write_tensor(file, info, tensor)
                 for info, tensor in zip(infos, tensors, strict=True)
             ]
-            file.flush()
-            os.fsync(file.fileno())
         _check(partial, head, infos, starts)
-        partial.replace(path)
-    except OSError as error:
-        raise ValueError(f"{path}: could not be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):  # a name that cannot be written cannot be removed either
-            partial.unlink()
 
 
 def _head(metadata: dict[str, MetadataValue], infos: list[TensorInfo]) -> bytes:

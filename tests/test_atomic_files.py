@@ -1,0 +1,128 @@
+"""Files and folders are written whole or not at all; JSON files are read or refused by name."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from minitune import atomic_files
+from minitune.atomic_files import atomic_file, atomic_folder, atomic_write_text, read_json
+
+
+@pytest.fixture
+def disk_events(monkeypatch):
+    """Record each fsync and rename as (kind, inode, size at that moment)."""
+    events = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def recorded_fsync(descriptor):
+        status = os.fstat(descriptor)
+        events.append(("fsync", status.st_ino, status.st_size))
+        fsync(descriptor)
+
+    def recorded(rename):
+        def call(source, target, **options):
+            status = os.stat(source)
+            events.append(("rename", status.st_ino, status.st_size))
+            rename(source, target, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded(replace))
+    monkeypatch.setattr(os, "rename", recorded(rename))
+    return events
+
+
+def test_a_file_is_flushed_whole_before_its_rename_and_its_folder_afterwards(tmp_path, disk_events):
+    (tmp_path / "config.toml").write_text("old")
+    atomic_write_text(tmp_path / "config.toml", "learning_rate = 0.1\n")
+    file, folder = (tmp_path / "config.toml").stat().st_ino, tmp_path.stat().st_ino
+    kinds = [(kind, inode) for kind, inode, _ in disk_events]
+    assert kinds == [("fsync", file), ("rename", file), ("fsync", folder)]
+    assert disk_events[0][2] == len("learning_rate = 0.1\n")
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["new folder", "beside other files"])
+def test_a_folders_files_are_flushed_before_any_rename(tmp_path, disk_events, others):
+    if others:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "mine").write_text("kept")
+    with atomic_folder(tmp_path / "a") as partial:
+        for name in ("one", "two"):
+            (partial / name).write_text(name)
+    files = {(tmp_path / "a" / name).stat().st_ino for name in ("one", "two")}
+    kinds = [kind for kind, *_ in disk_events]
+    first_rename = kinds.index("rename")
+    flushed = {inode for kind, inode, size in disk_events[:first_rename] if size}
+    assert files <= flushed and kinds[-1] == "fsync"
+
+
+def test_a_block_that_raises_leaves_the_earlier_file_and_nothing_else(tmp_path):
+    atomic_write_text(tmp_path / "deep" / "file", "first")
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "deep" / "file") as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "deep" / "file").read_text() == "first"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_the_earlier_file_and_names_it(tmp_path):
+    atomic_write_text(tmp_path / "file", "first")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # fails like a full disk
+    try:
+        with pytest.raises(ValueError, match=r"file: could not be written \(File too large\)"):
+            atomic_write_text(tmp_path / "file", "x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"x: its folder could not be made \(.*: .*file.*\)"):
+        atomic_write_text(tmp_path / "file" / "deep" / "x", "text")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not JSON that can be read: Expecting"),
+        (b"[" * 100_000, "not JSON that can be read: nested too deeply"),
+        (b'{"name": "\xff"}', "not JSON that can be read: 'utf-8' codec"),
+        (b"[1]", "holds a list, not an object"),
+        (b"null", "holds a NoneType, not an object"),
+    ],
+    ids=["truncated", "nested", "not UTF-8", "list", "null"],
+)
+def test_a_json_file_that_holds_no_object_is_refused_by_name(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.json: {message}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_json_file_is_read_as_utf_8_whatever_the_locale(tmp_path):
+    (tmp_path / "a.json").write_bytes('{"name": "Köln"}'.encode())
+    code = f"""import runpy
+read_json = runpy.run_path({atomic_files.__file__!r})["read_json"]
+print(ascii(read_json("a.json")))"""
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | ascii_locale,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "{'name': 'K\\xf6ln'}\n"
+
+
+def test_a_missing_json_file_is_an_error_with_a_hint_or_the_default(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.json: not found; copy it here$"):
+        read_json(tmp_path / "a.json", hint="copy it here")
+    assert read_json(tmp_path / "a.json", default={}) == {}
