@@ -2,7 +2,7 @@
 
     python scripts/bench.py --make 8b DIR                   a checkpoint of random weights, to measure with
     python scripts/bench.py --model DIR --batch 2 --tokens 2048 --peer unsloth
-    python scripts/bench.py --model DIR --profile           where a step's time goes (step_profile.py)
+    python scripts/bench.py --model DIR --profile           where a step's time goes (benchmark/step_profile.py)
     python scripts/bench.py --model DIR --short             short samples, through SFTTrainer
     python scripts/bench.py --all DIR [--rows 1,2,5]        the table, over DIR/8b, DIR/1b and DIR/135m
 
@@ -12,7 +12,7 @@ A step is `batch` samples of `tokens` random tokens, every token a label, on the
 time is the wall clock between two waits for the device, the median of --steps. The --warmup steps before them are told
 apart (warmup_s, and each in warmup_steps_s): the first compiles, is launched plainly, and captured. Memory is in GiB as
 torch counts it, from after loading and before the first step, so captures are in it. A peer runs before us, in a
-process of its own (tests/peers.py), on the same checkpoint and as many tokens: only ratios within one sitting mean
+process of its own (tests/referees/peers.py), on the same checkpoint and as many tokens: only ratios within one sitting mean
 something.
 
 --short is the usual small fine-tune: 4,000 samples of 24 to 1024 letters, 119 on average, 8 an optimizer step. Its
@@ -31,9 +31,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import bench_table
 import torch
-from bench_record import (
+from benchmark import table as bench_table
+from benchmark.random_checkpoints import SHAPES, write_random_llama
+from benchmark.records import (
     ACCUMULATION,
     FIRST_TOKEN,
     LEARNING_RATE,
@@ -44,8 +45,7 @@ from bench_record import (
     step_figures,
     wait,
 )
-from random_llama import SHAPES, write_random_llama
-from step_profile import profile_step
+from benchmark.step_profile import profile_step
 
 from minitune import FastLanguageModel, LanguageModel, SFTConfig, SFTTrainer
 from minitune.atomic_files import os_errors_as_value_error

@@ -116,16 +116,15 @@ def test_short_samples_run_through_the_trainer_and_give_a_record(folder):
 
 
 def test_short_samples_have_the_lengths_they_are_drawn_with(scripts, tmp_path):
-    import bench_record
-    import random_llama
+    from benchmark import random_checkpoints, records
 
     from minitune.data.tokenize_dataset import prepare
     from minitune.data.tokenizer import Tokenizer
 
-    texts = [{"text": text} for text in bench_record.short_texts(300)]
-    assert [record["text"] for record in texts] == bench_record.short_texts(300)
-    random_llama.write_random_llama(
-        tmp_path / "m", random_llama.SHAPES["135m"] | TINY | {"num_hidden_layers": 1}
+    texts = [{"text": text} for text in records.short_texts(300)]
+    assert [record["text"] for record in texts] == records.short_texts(300)
+    random_checkpoints.write_random_llama(
+        tmp_path / "m", random_checkpoints.SHAPES["135m"] | TINY | {"num_hidden_layers": 1}
     )
     samples = prepare(texts, Tokenizer.from_folder(tmp_path / "m"), 2048).samples
     lengths = [len(sample.input_ids) for sample in samples]
@@ -170,15 +169,15 @@ def test_what_is_wrong_with_the_arguments_is_one_line_and_exit_code_2(
 
 
 def test_a_process_without_a_result_becomes_one_line_that_says_why(scripts):
-    import bench_table
+    from benchmark import table
 
-    assert bench_table.child(["-c", "print('noise'); print('RESULT {\"ms\": 2}'); 1 / 0"], 60) == {
+    assert table.child(["-c", "print('noise'); print('RESULT {\"ms\": 2}'); 1 / 0"], 60) == {
         "ms": 2
     }
-    failed = bench_table.child(["-c", "1 / 0"], 60)
+    failed = table.child(["-c", "1 / 0"], 60)
     assert failed == {"error": "exit code 1: ZeroDivisionError: division by zero"}
-    assert bench_table.child(["-c", "pass"], 60) == {"error": "exit code 0: nothing was said"}
-    assert bench_table.child(["-c", "import time; time.sleep(60)"], 0.2) == {
+    assert table.child(["-c", "pass"], 60) == {"error": "exit code 0: nothing was said"}
+    assert table.child(["-c", "import time; time.sleep(60)"], 0.2) == {
         "error": "no result within 0.2 s"
     }
 
@@ -186,7 +185,7 @@ def test_a_process_without_a_result_becomes_one_line_that_says_why(scripts):
 def test_the_table_has_a_line_for_every_row_and_attention_with_ratios_and_failures(
     scripts, capsys, monkeypatch, tmp_path
 ):
-    import bench_table
+    from benchmark import table
 
     commands, emitted = [], []
 
@@ -195,7 +194,7 @@ def test_the_table_has_a_line_for_every_row_and_attention_with_ratios_and_failur
         commands.append(command)
         if "--make" in command or "triton" in command:
             return {"error": "exit code 1: boom"}
-        if str(bench_table.PEERS) in command:
+        if str(table.PEERS) in command:
             return (
                 {"samples_s": 5.0, "peak_gb": 6}
                 if "--short" in command
@@ -207,13 +206,13 @@ def test_the_table_has_a_line_for_every_row_and_attention_with_ratios_and_failur
             else {"ms": 206.0, "peak_gb": 8.1}
         )
 
-    monkeypatch.setattr(bench_table, "child", child)
+    monkeypatch.setattr(table, "child", child)
     with pytest.raises(ValueError, match="8b could not be made: exit code 1: boom"):
-        bench_table.run_table(tmp_path, [2], ["auto"], ["unsloth"], [], 9, emitted.append)
+        table.run_table(tmp_path, [2], ["auto"], ["unsloth"], [], 9, emitted.append)
     (tmp_path / "8b").mkdir()
     (tmp_path / "8b" / "config.json").touch()
     peers = ["unsloth", "hf"]
-    assert not bench_table.run_table(
+    assert not table.run_table(
         tmp_path, [4, 7], ["triton", "auto"], peers, ["--steps", "4"], 9, emitted.append
     )
     lines = capsys.readouterr().out.splitlines()
@@ -240,7 +239,7 @@ def test_the_table_has_a_line_for_every_row_and_attention_with_ratios_and_failur
 
 
 def test_kernels_are_grouped_by_file_by_operation_and_by_the_sizes_they_multiply(scripts):
-    import step_profile
+    from benchmark import step_profile
 
     own = step_profile.own_kernels()
     assert set(own.values()) >= {"attention", "dequantisation", "loss", "elementwise"}
@@ -270,7 +269,7 @@ def test_kernels_are_grouped_by_file_by_operation_and_by_the_sizes_they_multiply
 
 
 def test_every_kernel_counts_once_whether_an_operation_launched_it_or_nothing_did(scripts):
-    import step_profile
+    from benchmark import step_profile
 
     def device(name, microseconds, annotation=False):
         time_range = SimpleNamespace(elapsed_us=lambda: microseconds)
@@ -305,8 +304,8 @@ def test_every_kernel_counts_once_whether_an_operation_launched_it_or_nothing_di
 
 
 def test_the_profiler_tells_the_sizes_of_a_matmul_that_writes_into_spare_columns(scripts):
-    import step_profile
     import torch
+    from benchmark import step_profile
 
     x, thin = torch.zeros(256, 128 + 16), torch.zeros(16, 128)
     with torch.profiler.profile(record_shapes=True) as profiler:
@@ -338,7 +337,7 @@ def test_every_part_of_a_step_shows_up_in_its_profile(tmp_path):
 
 
 def test_the_shapes_have_as_many_parameters_as_the_models_they_are_named_after(scripts):
-    from random_llama import SHAPES, tensor_shapes
+    from benchmark.random_checkpoints import SHAPES, tensor_shapes
 
     counts = {
         name: sum(map(math.prod, tensor_shapes(config).values())) for name, config in SHAPES.items()
@@ -351,7 +350,7 @@ def test_a_random_checkpoint_loads_here_and_in_transformers_with_one_token_a_let
 ):
     transformers = pytest.importorskip("transformers")
     import torch
-    from random_llama import SHAPES, write_random_llama
+    from benchmark.random_checkpoints import SHAPES, write_random_llama
 
     from minitune import FastLanguageModel
 
@@ -377,7 +376,7 @@ def test_a_random_checkpoint_loads_here_and_in_transformers_with_one_token_a_let
 
 
 def test_the_peers_script_imports_no_peer_until_one_is_chosen():
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import peers; print(*sys.modules)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import referees.peers; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert not loaded & {
@@ -395,10 +394,10 @@ def test_the_peers_script_imports_no_peer_until_one_is_chosen():
 def test_a_peer_that_is_not_there_or_has_no_such_recipe_is_named_in_the_error(
     scripts, folder, monkeypatch
 ):
-    import bench_table
+    from benchmark import table
 
     monkeypatch.setitem(os.environ, "PYTHONPATH", str(ROOT))
-    record = bench_table.peer_record("liger", folder, ["--short"], 60)
+    record = table.peer_record("liger", folder, ["--short"], 60)
     assert (
         record["peer"] == "liger"
         and "--short is Unsloth's recipe; liger has none here" in record["error"]
@@ -410,15 +409,15 @@ def test_a_peer_that_is_not_there_or_has_no_such_recipe_is_named_in_the_error(
 
 def test_the_shapes_that_plans_are_checked_on_are_models_with_a_budget_for_each(scripts):
     import bench
-    import check_plans
+    from benchmark import check_planner
 
     from minitune.config.model_config import ModelConfig
     from minitune.config.training_config import parse_bytes
 
     for seed in range(50):
-        config, arguments = check_plans.drawn(seed)
+        config, arguments = check_planner.drawn(seed)
         assert ModelConfig.from_dict(config).hidden_size == config["hidden_size"]
-        assert (config, arguments) == check_plans.drawn(seed)
+        assert (config, arguments) == check_planner.drawn(seed)
         given = dict(zip(arguments[::2], arguments[1::2], strict=True))
         assert parse_bytes(given["--memory-budget"]) > 10**8
         assert given.keys() <= {
@@ -427,7 +426,7 @@ def test_the_shapes_that_plans_are_checked_on_are_models_with_a_budget_for_each(
 
 
 def test_a_plot_has_a_line_for_each_system_and_a_point_for_each_length(scripts, tmp_path, capsys):
-    import plot_memory
+    from benchmark import plots
 
     common = {"bs": 2, "host_gb": 0.0, "model": "8b"}
     records = [
@@ -439,18 +438,15 @@ def test_a_plot_has_a_line_for_each_system_and_a_point_for_each_length(scripts, 
         common | {"peer": "minitune", "seq": 2048, "peak_gb": None},
         {"peer": "hf", "error": "exit code 1"},
     ]
-    found = plot_memory.points(records)
+    found = plots.points(records)
     assert found == {
         "8b, unsloth": [(2048, 6.5), (8192, 8.0)],
         "8b, minitune, with host memory": [(2048, 6.0)],
         "8b, minitune": [(2048, 7.0)],
     }
     (tmp_path / "nothing.jsonl").write_text(json.dumps(records[-1]) + "\n")
-    assert (
-        plot_memory.main([str(tmp_path / "nothing.jsonl"), "--output", str(tmp_path / "x.png")])
-        == 2
-    )
+    assert plots.main([str(tmp_path / "nothing.jsonl"), "--output", str(tmp_path / "x.png")]) == 2
     assert "there is no record of a run that went well" in capsys.readouterr().err
     pytest.importorskip("matplotlib")
-    plot_memory.plot(found, tmp_path / "x.png")
+    plots.plot(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -13,9 +13,9 @@ from tiny import make_tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-import bench_kernels
-import exactness
-from kernel_rows import MemoryModel, direct
+from benchmark import kernel_timing
+from benchmark.elementwise_cases import MemoryModel, direct
+from referees import exactness
 
 from minitune.config.architectures import LORA_TARGETS
 
@@ -41,7 +41,7 @@ def seconds(calls, capture):
 
 
 def rows():
-    for group in bench_kernels.GROUPS:
+    for group in kernel_timing.GROUPS:
         for row in group(TINY, "cpu"):
             row.makers.pop("compile", None)
             yield row
@@ -50,7 +50,7 @@ def rows():
 def test_each_row_of_the_kernel_benchmark_computes_what_plain_pytorch_does():
     torch.manual_seed(0)
     for row in rows():
-        record = bench_kernels.run_row(row, {}, 1000, seconds)
+        record = kernel_timing.run_row(row, {}, 1000, seconds)
         assert record["right"], record
         assert record["error"].get("eager", 0) < 1e-2, record
         assert record["ms"].keys() == row.makers.keys()
@@ -63,10 +63,10 @@ def test_a_kernel_that_is_wrong_is_marked_in_the_benchmark():
 
             def wrong(*inputs, ours=ours):
                 result = ours(*inputs)()
-                return [x * 1.01 for x in bench_kernels.tensors_of(result)]
+                return [x * 1.01 for x in kernel_timing.tensors_of(result)]
 
             broken = replace(row, makers={**row.makers, "ours": direct(wrong)})
-            assert not bench_kernels.run_row(broken, {}, 1000, seconds)["right"], row.kernel
+            assert not kernel_timing.run_row(broken, {}, 1000, seconds)["right"], row.kernel
 
 
 def test_a_peer_that_fails_is_left_out_with_a_note_and_one_without_an_equivalent_silently(capsys):
@@ -75,7 +75,7 @@ def test_a_peer_that_fails_is_left_out_with_a_note_and_one_without_an_equivalent
     def fails(*inputs):
         raise RuntimeError("not on this GPU")
 
-    record = bench_kernels.run_row(
+    record = kernel_timing.run_row(
         row, {"Liger": fails, "cuDNN": lambda *inputs: None}, 1000, seconds
     )
     assert record["ms"].keys() == {"ours", "eager"}

@@ -25,7 +25,7 @@ from minitune.model.decoder_layer import new_residual
 from minitune.model.packed_sequences import PackedSequences
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from random_llama import SHAPES
+from benchmark.random_checkpoints import SHAPES
 
 GIB = 2**30
 CONFIG, LORA = ModelConfig.from_dict(SHAPES["8b"]), LoraConfig(r=16, target_modules=LORA_TARGETS)

@@ -1,4 +1,4 @@
-"""What the records of bench.py and of its peers (tests/peers.py) share, so that both count alike.
+"""What the records of bench.py and of its peers (tests/referees/peers.py) share, so that both count alike.
 
 Nothing here needs minitune, and torch is imported when it is used: a peer may have to be imported before it.
 """

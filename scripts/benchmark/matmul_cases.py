@@ -1,4 +1,4 @@
-"""What bench_kernels.py times, the part bound by arithmetic: attention, loss, and linears with their LoRA branch."""
+"""What kernel_timing.py times, the part bound by arithmetic: attention, loss, and linears with their LoRA branch."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernel_rows import BF16, Maker, MemoryModel, Row, direct, normal, widened
 from torch import Tensor
 
+from benchmark.elementwise_cases import BF16, Maker, MemoryModel, Row, direct, normal, widened
 from minitune.kernels.attention import attention, attention_backward, attention_reference
 from minitune.kernels.attention_backward import attention_backward_reference
 from minitune.kernels.attention_common import seqlen_bound

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import OFFLINE, load_nf4
 from plain_llama import PlainLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,6 +33,7 @@ from minitune.data.batching import collate
 from minitune.data.tokenize_dataset import Sample
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW
+from referees.peers import OFFLINE, load_nf4
 
 R, ALPHA = 16, 32
 NF4_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")

@@ -1,9 +1,9 @@
 """Are plans kept? On a GPU, what was planned beside what was measured.
 
-python scripts/check_plans.py shapes [--count 20] [--json FILE]
+python scripts/benchmark/check_planner.py shapes [--count 20] [--json FILE]
     Random Llamas, micro-steps, ranks and budgets: peak and time of each, planned and measured. Exit code 1 where a
     peak is more than 5% off or above its budget, or a time more than 15% off.
-python scripts/check_plans.py gradients --model DIR --tokens 8192 --memory-budget 8GiB --host-memory 64GiB
+python scripts/benchmark/check_planner.py gradients --model DIR --tokens 8192 --memory-budget 8GiB --host-memory 64GiB
     Loss and gradients of a micro-step within a budget, against those with all the memory there is.
 """
 
@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import bench
 import torch
-from bench_table import text_table
-from random_llama import llama, write_random_llama
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import bench
+
+from benchmark.random_checkpoints import llama, write_random_llama
+from benchmark.table import text_table
 from minitune import FastLanguageModel
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
@@ -172,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("plans are kept on a GPU, and torch sees none")
         return a.run(a)
     except (ValueError, OSError) as error:
-        print(f"check_plans.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"check_planner.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

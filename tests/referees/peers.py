@@ -1,7 +1,7 @@
 """The peers of the benchmark: one peer, one configuration, one process. scripts/bench.py starts it; so can you.
 
-    python tests/peers.py unsloth DIR --batch 2 --tokens 2048 --targets all --checkpointing none
-    python tests/peers.py unsloth DIR --short
+    python tests/referees/peers.py unsloth DIR --batch 2 --tokens 2048 --targets all --checkpointing none
+    python tests/referees/peers.py unsloth DIR --short
 
 unsloth is Unsloth, hf transformers + PEFT + bitsandbytes, liger the same with Liger's kernels. Each is set up as its
 own documentation says: NF4 with double quantisation, bf16, rank-r LoRA without dropout, fused AdamW, and the
@@ -22,8 +22,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-from bench_record import (
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+from benchmark.records import (
     ACCUMULATION,
     FIRST_TOKEN,
     LEARNING_RATE,

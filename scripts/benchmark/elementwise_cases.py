@@ -1,6 +1,6 @@
-"""What bench_kernels.py times, the part bound by memory: dequantisation, norms, RoPE, SwiGLU, optimizer.
+"""What kernel_timing.py times, the part bound by memory: dequantisation, norms, RoPE, SwiGLU, optimizer.
 
-Every public kernel at the shapes of an 8B Llama, with the same work in plain PyTorch (matmul_rows.py has the others).
+Every public kernel at the shapes of an 8B Llama, with the same work in plain PyTorch (matmul_cases.py has the others).
 
 A `Row` makes fresh random inputs and holds one maker a column: given the inputs, a maker prepares whatever is not to
 be timed and returns the call that is. `exact` computes the same in float32, for the check that comes before the timing.

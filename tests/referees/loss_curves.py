@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from referees import System, digest, drawn_adapter, load
-from reporting import about, checked, run_self, seeded, table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitune.data.tokenizer import Tokenizer
+from referees.reporting import about, checked, run_self, seeded, table
+from referees.systems import System, digest, drawn_adapter, load
 
 CURVES = {"minitune-gpu": "minitune", "minitune-cpu": "minitune-cpu", "hf": "hf"}
 BATCH, TOKENS, HELD_OUT = (

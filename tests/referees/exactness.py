@@ -1,16 +1,16 @@
-"""Is it the same training? Gradients, loss curves and repeated runs, ours beside those of others (referees.py).
+"""Is it the same training? Gradients, loss curves and repeated runs, ours beside those of others (systems.py).
 
-    python tests/exactness.py gradients --model DIR --out DIR2
+    python tests/referees/exactness.py gradients --model DIR --out DIR2
         A whole step's LoRA gradients of every system on 2 x 1024 random tokens, against float32.
 
-    python tests/exactness.py data --model models/SmolLM2-135M-Instruct --data FILE.safetensors
-    python tests/exactness.py curve --model models/SmolLM2-135M-Instruct --data FILE.safetensors \\
+    python tests/referees/exactness.py data --model models/SmolLM2-135M-Instruct --data FILE.safetensors
+    python tests/referees/exactness.py curve --model models/SmolLM2-135M-Instruct --data FILE.safetensors \\
         --system minitune-gpu --seeds 3 --steps 200 --out FILE.jsonl        or minitune-cpu, or hf
-    python tests/exactness.py curves FILE.jsonl...
+    python tests/referees/exactness.py curves FILE.jsonl...
         QLoRA on real text, the same samples in the same order; a seed draws the A's. The table sets the differences
         between systems beside the spread over seeds.
 
-    python tests/exactness.py repeat --model DIR --out DIR2
+    python tests/referees/exactness.py repeat --model DIR --out DIR2
         20 steps, twice, in processes of their own: are losses and adapter the same to the bit? "Deterministic" is
         torch.use_deterministic_algorithms, under which cuDNN's attention backward is not taken.
 
@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss_curves import CURVES, curve, curves, data
-from referees import ALPHA, R, digest, drawn_adapter, load, quantise, stay_offline
-from reporting import about, checked, run_self, seeded, table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,6 +42,9 @@ from minitune.data.tokenize_dataset import Sample
 from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW
+from referees.loss_curves import CURVES, curve, curves, data
+from referees.reporting import about, checked, run_self, seeded, table
+from referees.systems import ALPHA, R, digest, drawn_adapter, load, quantise, stay_offline
 
 GRADIENTS = ("reference", "plain-float64", "plain-bf16", "hf", "unsloth", "minitune")
 

@@ -52,7 +52,7 @@ MATMULS = {
 REPEATS = 3
 
 
-def own_kernels(folder: Path = Path(__file__).parents[1] / "kernels") -> dict[str, str]:
+def own_kernels(folder: Path = Path(__file__).parents[2] / "kernels") -> dict[str, str]:
     """Our kernels' names -> their group."""
     groups = {}
     for path in sorted(folder.glob("*.py")):

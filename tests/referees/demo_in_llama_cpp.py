@@ -1,6 +1,6 @@
 """Ask llama.cpp the demonstration's held-out texts and count the answers that equal our own, letter for letter.
 
-    python scripts/train.py --demo && python tests/demo_in_llama_cpp.py
+    python scripts/train.py --demo && python tests/referees/demo_in_llama_cpp.py
 
 Merged onto the NF4 base, the GGUF holds the model that was trained; onto the original weights, a close relative.
 """
@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import demo  # noqa: E402
 from smollm2 import DEFAULT  # noqa: E402

@@ -1,7 +1,7 @@
-"""Other libraries' kernels for scripts/bench_kernels.py --peers: Liger, bitsandbytes, and torch's own attention.
+"""Other libraries' kernels for scripts/benchmark/kernel_timing.py --peers: Liger, bitsandbytes, and torch's own attention.
 
-`makers(kernel)` gives, by column of the table, functions that take the inputs of that kernel's row (kernel_rows.py,
-matmul_rows.py) and prepare a call that does the same work. What is not installed is not in it. Some of these kernels
+`makers(kernel)` gives, by column of the table, functions that take the inputs of that kernel's row (elementwise_cases.py,
+matmul_cases.py) and prepare a call that does the same work. What is not installed is not in it. Some of these kernels
 write into what they are given or have saved; those get copies of their own.
 """
 

@@ -1,8 +1,8 @@
 """Time every kernel on one GPU, beside the same work in torch, torch.compile and, with --peers, in other libraries.
 
-    python scripts/bench_kernels.py --peers                 everything
-    python scripts/bench_kernels.py --only attention        kernels whose name contains one of the words
-    python scripts/bench_kernels.py --no-compile            without torch.compile, which takes most of the time
+    python scripts/benchmark/kernel_timing.py --peers                 everything
+    python scripts/benchmark/kernel_timing.py --only attention        kernels whose name contains one of the words
+    python scripts/benchmark/kernel_timing.py --no-compile            without torch.compile, which takes most of the time
 
 A line a kernel and shape: milliseconds; the share of what the GPU can do, which is a large copy or a large bf16 matmul
 in this same run; the milliseconds of the others, "-" where there is no equivalent or it is not installed; how many
@@ -34,7 +34,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_rows import (
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from torch import Tensor
+
+from benchmark.elementwise_cases import (
     Maker,
     MemoryModel,
     Row,
@@ -44,8 +48,7 @@ from kernel_rows import (
     rope_rows,
     swiglu_rows,
 )
-from matmul_rows import attention_rows, lora_rows, loss_rows, matmul_rows
-from torch import Tensor
+from benchmark.matmul_cases import attention_rows, lora_rows, loss_rows, matmul_rows
 
 GROUPS = (
     dequantize_rows,
@@ -242,8 +245,8 @@ def bench(args: argparse.Namespace) -> int:
     start, device = time.perf_counter(), "cuda"
     peers = None
     if args.peers:
-        sys.path.append(str(Path(__file__).parents[1] / "tests"))
-        peers = importlib.import_module("kernel_peers")
+        sys.path.append(str(Path(__file__).parents[2] / "tests"))
+        peers = importlib.import_module("referees.kernel_peers")
     torch.manual_seed(0)
     records = []
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs are captured where autograd's forward ran
@@ -286,7 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--peers", action="store_true", help="time other libraries too (tests/kernel_peers.py)"
+        "--peers",
+        action="store_true",
+        help="time other libraries too (tests/referees/kernel_peers.py)",
     )
     parser.add_argument(
         "--only", nargs="+", metavar="WORD", help="kernels whose name contains one of these words"
@@ -301,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("no CUDA GPU is to be seen; the kernels are timed on one")
         return bench(args)
     except (ValueError, OSError) as error:
-        print(f"bench_kernels.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"kernel_timing.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

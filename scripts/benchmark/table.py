@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "scripts" / "bench.py"
-PEERS = ROOT / "tests" / "peers.py"
+PEERS = ROOT / "tests" / "referees" / "peers.py"
 PEER_NAMES = ("unsloth", "hf", "liger")
 PEER_CHECKPOINTING = {"true": "default", "auto": "default", "false": "none"}
 MARK = "RESULT "

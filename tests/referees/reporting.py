@@ -30,7 +30,7 @@ def run_self(
 ) -> subprocess.CompletedProcess:
     """exactness.py once more, in a process of its own."""
     folder = Path(__file__).resolve().parent
-    path = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(folder.parents[1]), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(folder / "exactness.py"), *map(str, args)]
     return subprocess.run(
         command,

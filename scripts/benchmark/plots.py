@@ -1,6 +1,6 @@
 """A plot of peak GPU memory against context length, from what bench.py --json wrote: a line a system.
 
-python scripts/plot_memory.py FILE.jsonl... --output memory.png        needs matplotlib
+python scripts/benchmark/plots.py FILE.jsonl... --output memory.png        needs matplotlib
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = [line for path in a.files for line in path.read_text(encoding="utf-8").splitlines()]
         plot(points([json.loads(line) for line in lines]), a.output)
     except (ValueError, KeyError, OSError) as error:
-        print(f"plot_memory.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"plots.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(a.output)
     return 0
