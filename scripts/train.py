@@ -123,7 +123,9 @@ def plan(settings: Settings) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        settings = parse(argv, demo.DEFAULTS)
+        settings = parse(
+            argv, "train.py", switches=("demo", "plan"), demo_defaults=demo.DEFAULTS
+        )
         if settings.plan:
             print(plan(settings))
         elif settings.demo:

@@ -1,16 +1,17 @@
-"""Command-line flags and TOML files into the dataclasses of config.py: a TOML file, then flags, over the defaults.
+"""Command-line flags and TOML files become the settings of a run; one wrapper runs every command.
 
-Every field is a flag under its own name with dashes (`learning_rate` is --learning-rate) and a TOML key under its own
-name; the keys are flat, and which dataclass one belongs to follows from its name. `config.toml` in a run folder is such
-a file, so `--config runs/1/config.toml` repeats that run.
+Flags win over the TOML file, the file over the defaults. Each field of RunConfig, LoraConfig and
+SFTConfig is a flag with dashes (`learning_rate` is --learning-rate) and a flat TOML key under its
+own name. `config.toml` in a run folder is such a file: `--config runs/1/config.toml` repeats a run.
 """
 
 import argparse
 import difflib
 import json
 import re
+import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -18,24 +19,37 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.fields import check_settings, setting
-from minitune.config.training_config import GGUF_METHODS, LoraConfig, SFTConfig
+from minitune.config.training_config import (
+    GGUF_METHODS,
+    GRADIENT_CHECKPOINTING,
+    MERGE_BASES,
+    LoraConfig,
+    SFTConfig,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
-CHECKPOINTING = ("unsloth", "auto", "true", "false")
-# Where the command differs from the dataclass: SFTConfig keeps TRL's rate, which suits training all weights; only
-# adapters are trained here, and they want about ten times that.
-COMMAND_DEFAULTS = {"learning_rate": 2e-4}
 ALL_LINEAR = "all-linear"
-COMMAND_HELP = {  # what --help adds to a field's own text
-    "target_modules": f"; {ALL_LINEAR} means every one there is",
-    "eval_strategy": "; --eval-data makes it epoch where nothing else is given",
+# SFTConfig has TRL's learning rate, which suits the training of all weights. The commands train
+# adapters only, and these need about ten times that rate.
+COMMAND_DEFAULTS = {"learning_rate": 2e-4}
+# --help appends these to the text of the field.
+COMMAND_HELP = {
+    "target_modules": f"; {ALL_LINEAR} means all of them",
+    "eval_strategy": "; --eval-data makes it epoch unless another value is given",
 }
-NOT_WRITTEN = ("overwrite", "resume")  # about one start of a run, not about the run
+TRAIN_DESCRIPTION = "Train a LoRA adapter on one GPU or on the CPU. Needs --model and --data."
+# Switches of a command that are no settings and no TOML keys.
+SWITCHES = {
+    "demo": "fetch a small model, train it on a shipped task, and show the result",
+    "plan": "print the memory and time of a step, from config.json alone, and exit",
+}
+NOT_WRITTEN = ("overwrite", "resume")  # they describe one start of a run, not the run
+EXPECTED_ERROR, INTERRUPTED = 2, 130  # exit codes
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What the command needs besides SFTConfig and LoraConfig: the model, the data, and what is written at the end."""
+    """The settings of a command beside SFTConfig and LoraConfig: model, data, and final outputs."""
 
     model: str | None = setting(
         None, "model folder, or an org/name id in the local Hugging Face cache"
@@ -43,30 +57,26 @@ class RunConfig:
     data: str | None = setting(None, "training data, a JSONL file")
     eval_data: str | None = setting(None, "evaluation data, a JSONL file")
     max_seq_length: int | None = setting(
-        None,
-        "tokens of the longest sample; default 2048, or all that the model knows where that is less",
-        least=2,
+        None, "tokens of the longest sample; default: 2048, or the model's limit if less", minimum=2
     )
-    load_in_4bit: bool = setting(
-        True, "keep the frozen linears in NF4 (QLoRA) rather than in 16 bit"
-    )
+    load_in_4bit: bool = setting(True, "hold the frozen linears in NF4 (QLoRA), not in 16 bit")
     dtype: str | None = setting(None, "compute dtype; default by device", choices=DTYPES)
     offload_embedding: bool = setting(
-        False, "keep the embedding in host memory, from where a GPU reads its rows"
+        False, "hold the embedding in host memory; a GPU reads its rows from there"
     )
     use_gradient_checkpointing: str = setting(
-        "unsloth", "what is recomputed in backward", choices=CHECKPOINTING
+        "unsloth", "what backward recomputes", choices=tuple(GRADIENT_CHECKPOINTING)
     )
     random_state: int | None = setting(
         None,
-        "the adapter's first values are drawn from this; default: seed",
-        least=-(2**63),
-        most=2**64 - 1,
+        "seed of the adapter's initial values; default: seed",
+        minimum=-(2**63),
+        maximum=2**64 - 1,
     )
-    device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     merge: bool = setting(False, "write the merged 16-bit model to OUTPUT_DIR/merged at the end")
     merge_base: str = setting(
-        "auto", "weights that the adapter is merged onto", choices=("auto", "original", "nf4")
+        "auto", "weights that the adapter is merged into", choices=MERGE_BASES
     )
     gguf: tuple[str, ...] = setting(
         (), "write GGUF files at the end, of these types", choices=GGUF_METHODS
@@ -81,7 +91,7 @@ class RunConfig:
 
 
 class Settings(NamedTuple):
-    """Everything that a command was told, and whether it is the demonstration (with defaults of its own) or a plan."""
+    """All settings of a command line, and the switches that were given."""
 
     run: RunConfig
     lora: LoraConfig
@@ -93,148 +103,203 @@ class Settings(NamedTuple):
 GROUPS = {"run": RunConfig, "lora": LoraConfig, "sft": SFTConfig}
 
 
-def _known() -> dict[str, tuple[str, Field, tuple[type, ...]]]:
-    """Name -> (group, field, the types its value may have; (tuple,) for a list of names)."""
+class KnownSetting(NamedTuple):
+    """A field of one of GROUPS. `types` are the types of its value; (tuple,) is a list of names."""
+
+    group: str
+    field: Field
+    types: tuple[type, ...]
+
+
+def _known_settings() -> dict[str, KnownSetting]:
     known = {}
     for group, cls in GROUPS.items():
         hints = get_type_hints(cls)
         for item in fields(cls):
             hint = hints[item.name]
-            kinds = (
-                (tuple,)
-                if get_origin(hint) is tuple
-                else tuple(k for k in get_args(hint) or (hint,) if k is not NoneType)
-            )
-            known[item.name] = (group, item, kinds)
+            if get_origin(hint) is tuple:
+                types: tuple[type, ...] = (tuple,)
+            else:
+                types = tuple(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
+            known[item.name] = KnownSetting(group, item, types)
     return known
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The known names most like a wrong one, for an error message."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+# ---- TOML
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Settings from a TOML file. ValueError names the file where it cannot be read, or holds an unknown key."""
-    known = _known()
+    """Return the settings in a TOML file.
+
+    Raises: ValueError that names the file if it cannot be read or holds an unknown key.
+    """
+    known = _known_settings()
     try:
-        values = tomllib.loads(Path(path).read_text())
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; --config takes a TOML file") from None
     except ValueError as error:
         raise ValueError(f"{path}: not TOML: {error}") from None
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{path}: unknown key {name!r}; {nearest(name, list(known))}")
-        if known[name][2] == (tuple,) and isinstance(value, list):
+            raise ValueError(f"{path}: unknown key {name!r}; {suggestion(name, known)}")
+        if known[name].types == (tuple,) and isinstance(value, list):
             values[name] = tuple(value)
     return values
 
 
 def toml_text(values: dict[str, Any]) -> str:
-    """Scalars and lists as TOML lines that tomllib reads back as they were; None has no TOML and is left out."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, (list, tuple)):
-            return f"[{', '.join(map(text, value))}]"
-        if isinstance(value, str):  # JSON's escapes are TOML's too; DEL alone needs one more
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        return str(value).lower() if isinstance(value, bool) else repr(value)
-
+    """Return scalars and lists as TOML lines; None does not exist in TOML and is left out."""
     return "".join(
-        f"{name} = {text(value)}\n" for name, value in values.items() if value is not None
+        f"{name} = {_toml_value(value)}\n" for name, value in values.items() if value is not None
     )
 
 
-def as_dict(*configs) -> dict[str, Any]:
-    """The fields of several settings dataclasses as one flat dictionary, as config.toml holds it."""
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, str):  # JSON's escapes are TOML's too, except that TOML also escapes DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def as_dict(*configs: Any) -> dict[str, Any]:
+    """Return the fields of several settings objects as one flat dictionary, as in config.toml."""
     return {
-        f.name: getattr(c, f.name) for c in configs for f in fields(c) if f.name not in NOT_WRITTEN
+        item.name: getattr(config, item.name)
+        for config in configs
+        for item in fields(config)
+        if item.name not in NOT_WRITTEN
     }
 
 
-class _Parser(argparse.ArgumentParser):
+# ---- flags
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that raises ValueError for a wrong command line."""
+
     def error(self, message: str):
+        """Raise the message as a ValueError; `run_command` prints it."""
         raise ValueError(message)
 
 
-def _parser(defaults: dict[str, Any]) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="train.py",
-        description="Train a LoRA adapter on one GPU or on the CPU: train.py --model DIR --data FILE --output-dir DIR",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument(
-        "--demo",
-        action="store_true",
-        help="fetch a small model, train it on a shipped task, and show it",
-    )
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="print what a step takes of memory and time, from config.json alone, and exit",
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="a TOML file with the settings below; flags win over it"
-    )
-    for name, (_, item, kinds) in _known().items():
-        default = defaults.get(name, item.default)
-        words = " ".join(default) if isinstance(default, tuple) else default
-        shown = "" if default is None or default == () else f" (default: {words})"
-        text = item.metadata["help"] + COMMAND_HELP.get(name, "") + shown
-        options: dict[str, Any] = {"help": text.replace("%", "%%")}
-        if kinds == (bool,):
-            options["action"] = argparse.BooleanOptionalAction
-        elif kinds == (tuple,):
-            options |= {"nargs": "+"}
-        else:
-            options |= {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
-        if choices := item.metadata["choices"]:
-            options["metavar"] = "|".join(choices)
-        parser.add_argument("--" + name.replace("_", "-"), **options)
-    return parser
-
-
 def parse(
-    argv: Sequence[str] | None = None, demo_defaults: dict[str, Any] | None = None
+    argv: Sequence[str] | None = None,
+    program: str = "minitune train",
+    description: str = TRAIN_DESCRIPTION,
+    switches: Sequence[str] = ("plan",),
+    demo_defaults: dict[str, Any] | None = None,
 ) -> Settings:
-    """The settings of one command line. ValueError, one line, for anything that is not right; --help exits.
+    """Return the settings of a command line; --help prints the flags and exits.
 
-    `demo_defaults` stand where the user set nothing and --demo was given.
+    argv: the arguments after the program's name; default: those of this process.
+    program, description: the command as the user types it and its purpose, for --help.
+    switches: the names of SWITCHES that the command has.
+    demo_defaults: defaults if the switch --demo is given.
+
+    Raises: ValueError, a single line, if the command line or the TOML file is wrong.
     """
-    parser = _parser(COMMAND_DEFAULTS)
-    given, extra = parser.parse_known_args(argv)
-    if extra:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        wrong = extra[0].split("=")[0]
-        hint = nearest(wrong, flags) if wrong.startswith("-") else "values follow a flag"
-        raise ValueError(
-            f"unknown argument {wrong}; {hint if 'known are' not in hint else '--help lists the flags'}"
-        )
+    parser = _settings_parser(program, description, switches)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(_unknown_argument(unknown[0], parser))
     flags = vars(given)
-    demo, plan, config = (
-        flags.pop("demo", False),
-        flags.pop("plan", False),
-        flags.pop("config", None),
-    )
+    demo, plan = flags.pop("demo", False), flags.pop("plan", False)
+    config = flags.pop("config", None)
     for name, value in flags.items():
         if isinstance(value, list):  # `--gguf q8_0 f16` and `--gguf q8_0,f16` are the same
             flags[name] = tuple(part for text in value for part in text.split(",") if part)
+
     values = dict(demo_defaults or {}) if demo else dict(COMMAND_DEFAULTS)
-    values |= (read_toml(config) if config else {}) | flags
+    if config:
+        values |= read_toml(config)
+    values |= flags
     if values.get("eval_data") and "eval_strategy" not in values:
         values["eval_strategy"] = "epoch"
-    if values.get("target_modules") in (
-        ALL_LINEAR,
-        (ALL_LINEAR,),
-    ):  # a TOML file may have it as a string
+    # A TOML file may hold the word as a string, a flag always gives a list.
+    if values.get("target_modules") in (ALL_LINEAR, (ALL_LINEAR,)):
         values["target_modules"] = LORA_TARGETS
-    known = _known()
+
+    known = _known_settings()
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name, value in values.items():
-        groups[known[name][0]][name] = value
-    return Settings(
-        **{group: cls(**groups[group]) for group, cls in GROUPS.items()}, demo=demo, plan=plan
+        groups[known[name].group][name] = value
+    configs = {group: cls(**groups[group]) for group, cls in GROUPS.items()}
+    return Settings(**configs, demo=demo, plan=plan)
+
+
+def _settings_parser(
+    program: str, description: str, switches: Iterable[str]
+) -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog=program,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
+    for name in switches:
+        parser.add_argument(f"--{name}", action="store_true", help=SWITCHES[name])
+    parser.add_argument(
+        "--config", metavar="FILE", help="a TOML file with the settings below; flags win over it"
+    )
+    for name, known in _known_settings().items():
+        parser.add_argument("--" + name.replace("_", "-"), **_flag_options(known))
+    return parser
+
+
+def _flag_options(known: KnownSetting) -> dict[str, Any]:
+    """Return the arguments of `add_argument` for one setting."""
+    name, metadata = known.field.name, known.field.metadata
+    default = COMMAND_DEFAULTS.get(name, known.field.default)
+    shown = " ".join(default) if isinstance(default, tuple) else default
+    text = metadata["help"] + COMMAND_HELP.get(name, "")
+    if shown not in (None, ""):
+        text += f" (default: {shown})"
+    options: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if known.types == (bool,):
+        options["action"] = argparse.BooleanOptionalAction
+    elif known.types == (tuple,):
+        options["nargs"] = "+"
+    else:
+        options["type"] = known.types[0]
+        options["metavar"] = known.types[0].__name__.upper()
+    if metadata["choices"]:
+        options["metavar"] = "|".join(metadata["choices"])
+    return options
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return a hint for an error message: the known names that are most like a wrong one."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+
+
+def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> str:
+    wrong = argument.split("=")[0]
+    if not wrong.startswith("-"):
+        return f"unknown argument {wrong}; values follow a flag"
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    hint = suggestion(wrong, flags)
+    if hint.startswith("known are"):  # all flags: too many for one line
+        hint = "--help lists the flags"
+    return f"unknown argument {wrong}; {hint}"
+
+
+# ---- running a command
+
+
+def run_command(program: str, command: Callable[[], int | None]) -> int:
+    """Call `command` and return the exit code of the process.
+
+    An expected error (ValueError or OSError) becomes one line on stderr and exit code 2. Ctrl-C
+    gives 130; the command itself has said by then how to continue.
+    """
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXPECTED_ERROR
