@@ -28,7 +28,7 @@ import torch
 from . import backend
 from .backend import cdiv, require, tl, triton
 
-BLOCKSIZE = 256
+MOMENT_BLOCKSIZE = 256
 
 
 def global_norm_reference(x):
@@ -56,7 +56,9 @@ def adamw_8bit_reference_(
         (m, exp_avg, absmax, tables[1]),
         (v, exp_avg_sq, absmax_sq, tables[3]),
     ):
-        blocks = torch.nn.functional.pad(x, (0, -len(x) % BLOCKSIZE)).view(-1, BLOCKSIZE)
+        blocks = torch.nn.functional.pad(x, (0, -len(x) % MOMENT_BLOCKSIZE)).view(
+            -1, MOMENT_BLOCKSIZE
+        )
         scales.copy_(blocks.abs().amax(1))
         nearest = torch.bucketize(
             blocks * (1.0 / scales.clamp(min=1e-38))[:, None], borders[:-1], out_int32=True
@@ -68,7 +70,7 @@ def dequantize_moment(
     codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
     """The float32 moment (P,) of its codes (P,) and scales (P / 256, rounded up)."""
-    return table[codes.int()] * absmax.repeat_interleave(BLOCKSIZE)[: len(codes)]
+    return table[codes.int()] * absmax.repeat_interleave(MOMENT_BLOCKSIZE)[: len(codes)]
 
 
 @triton.jit
@@ -314,7 +316,7 @@ def adamw_8bit_(
     tables is (4, 256) float32: the signed dynamic map, the borders between its values, then the same for the unsigned
     map; a value on a border goes to the lower code. A block that meets a NaN has a scale of NaN from then on.
     """
-    P, blocks = values.numel(), cdiv(values.numel(), BLOCKSIZE)
+    P, blocks = values.numel(), cdiv(values.numel(), MOMENT_BLOCKSIZE)
     codes = {"exp_avg": (exp_avg, P, torch.uint8), "exp_avg_sq": (exp_avg_sq, P, torch.uint8)}
     scales = {
         "exp_avg_absmax": (exp_avg_absmax, blocks, torch.float32),
@@ -330,5 +332,5 @@ def adamw_8bit_(
         return
     # A warp finds the maximum of its block without shared memory.
     _adamw_8bit[(blocks,)](
-        *tensors, P, *scalars, CLIP=max_grad_norm > 0, BLOCK=BLOCKSIZE, num_warps=1
+        *tensors, P, *scalars, CLIP=max_grad_norm > 0, BLOCK=MOMENT_BLOCKSIZE, num_warps=1
     )

@@ -26,13 +26,13 @@ from .attention_backward import attention_backward
 from .attention_common import (
     check_buffer,
     check_packed,
-    choose_tile,
+    choose_block_sizes,
     load_rows,
     samples,
     store_rows,
 )
 from .attention_cudnn import cudnn_attention, cudnn_supports
-from .backend import accumulator, cdiv, into, power_of_two, tl, triton
+from .backend import accumulator, cdiv, copy_into, power_of_two, tl, triton
 
 __all__ = ["attention", "attention_backward"]
 
@@ -132,18 +132,18 @@ def _attention_fwd(
     tl.store(lse_ptr + head * N + rows, (top * scale_log2 + tl.log2(total)) * LN_2, mask=rows < N)
 
 
-# For packed.py's choose_tile: (BLOCK_M, BLOCK_N, warps, stages). Fastest of 17 on an H200, November 2026, bf16; TFLOP/s
+# For packed.py's choose_block_sizes: (BLOCK_M, BLOCK_N, warps, stages). Fastest of 17 on an H200, November 2026, bf16; TFLOP/s
 # at 2 x 2048 and 1 x 8192 (32 heads, 8 of keys, K = 128): 422 and 493; torch's variable-length flash 248 and 322.
-TILES = {
+BLOCK_SIZES = {
     128: ((64, 64, 4, 3), (128, 128, 8, 3)),
     64: ((64, 64, 4, 4), (128, 64, 8, 3)),
 }
 
 
 def launch_forward(q, k, v, out, lse, start, scale: float, tile: dict) -> None:
-    """`tile` as choose_tile gives it; the tensors have been checked."""
+    """`tile` as choose_block_sizes gives it; the tensors have been checked."""
     (N, H, K), tile = q.shape, dict(tile)
-    BLOCK_M, BLOCK_N = tile.pop("KEEP"), tile.pop("PASS")
+    BLOCK_M, BLOCK_N = tile.pop("BLOCK_OUTER"), tile.pop("BLOCK_INNER")
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2])
     shape = {"GROUP": H // k.shape[1], "K": K, "BLOCK_K": max(power_of_two(K), 16)}
     _attention_fwd[(cdiv(N, BLOCK_M) * H,)](
@@ -168,8 +168,8 @@ def attention(
     q (N, H, K), k and v (N, G, K) with contiguous head vectors, H a multiple of G, K a multiple of 8 up to 256;
     start, end (N,) int32, consistent with each other (not checked: that would wait for the GPU); scale above 0.
     out: where to put the result, with rows and heads as far apart as the caller likes.
-    longest: rows of the longest sample, or a bound on it: only chooses tiles.
-    length: every sample has exactly so many rows, and cuDNN may be used. None: always the kernel of this file.
+    max_seqlen: rows of the longest sample, or a bound on it: only chooses tiles.
+    uniform_seqlen: every sample has exactly so many rows, and cuDNN may be used. None: always the kernel of this file.
     ValueError where a shape, stride or dtype does not fit.
     """
     check_packed(q, k, v, start, end)
@@ -180,12 +180,14 @@ def attention(
         return cudnn_attention(q, k, v, uniform_seqlen, scale, out)
     if not backend.use_triton(q):
         result, lse = attention_reference(q, k, v, start, end, scale)
-        return into(out, result), lse
+        return copy_into(out, result), lse
     N, H, K = q.shape
     out = torch.empty((N, H, K), dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((H, N), dtype=torch.float32, device=q.device)
     if N:
         shared = backend.shared_memory_limit(q.device)
-        tile = choose_tile(TILES, 1, K, q.element_size(), max_seqlen or uniform_seqlen or N, shared)
+        tile = choose_block_sizes(
+            BLOCK_SIZES, 1, K, q.element_size(), max_seqlen or uniform_seqlen or N, shared
+        )
         launch_forward(q, k, v, out, lse, start, scale, tile)
     return out, lse

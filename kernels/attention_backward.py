@@ -22,7 +22,7 @@ from .attention_common import (
     MAX_BLOCK,
     check_buffer,
     check_packed,
-    choose_tile,
+    choose_block_sizes,
     load_rows,
     pack_floats,
     samples,
@@ -30,7 +30,7 @@ from .attention_common import (
     unpack_floats,
 )
 from .attention_cudnn import cudnn_attention_backward, cudnn_supports
-from .backend import accumulator, cdiv, into, power_of_two, tl, triton
+from .backend import accumulator, cdiv, copy_into, power_of_two, tl, triton
 
 
 def attention_backward_reference(dout, q, k, v, out, lse, start, end, scale):
@@ -236,14 +236,14 @@ def _attention_sum(
     store_rows(dv_ptr, total, first, dv_row_stride, N, K, BLOCK_M, BLOCK_K)
 
 
-# For packed.py's choose_tile: (BLOCK_M, BLOCK_N, warps, stages[, registers]) for dq, (BLOCK_N, BLOCK_M, ...) for dk and
+# For packed.py's choose_block_sizes: (BLOCK_M, BLOCK_N, warps, stages[, registers]) for dq, (BLOCK_N, BLOCK_M, ...) for dk and
 # dv. Fastest of 15 on an H200, November 2026, bf16; ms at 2 x 2048 and 1 x 8192 (32 heads, 8 of keys, K = 128): dq
 # 0.215 and 1.50, dk and dv 0.259 and 1.85; torch's variable-length flash 0.80 and 4.81 for all three.
-DQ_TILES = {
+DQ_BLOCK_SIZES = {
     128: ((128, 32, 8, 3, 128), (128, 32, 8, 3, 128)),
     64: ((64, 64, 4, 3), (64, 64, 4, 3)),
 }
-DKDV_TILES = {
+DKDV_BLOCK_SIZES = {
     128: ((64, 64, 4, 2), (64, 64, 4, 2)),
     64: ((64, 64, 4, 4), (64, 64, 4, 4)),
 }
@@ -260,9 +260,9 @@ def parts_of_a_group(blocks: int, G: int, GROUP: int) -> int:
 
 
 def launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale: float, tile: dict) -> None:
-    """Fills stats too. `tile` as choose_tile gives it; the tensors have been checked."""
+    """Fills stats too. `tile` as choose_block_sizes gives it; the tensors have been checked."""
     (N, H, K), tile = q.shape, dict(tile)
-    BLOCK_M, BLOCK_N = tile.pop("KEEP"), tile.pop("PASS")
+    BLOCK_M, BLOCK_N = tile.pop("BLOCK_OUTER"), tile.pop("BLOCK_INNER")
     strides = [stride for x in (dout, q, k, v, out, dq) for stride in x.stride()[:2]]
     shape = {"GROUP": H // k.shape[1], "K": K, "BLOCK_K": max(power_of_two(K), 16)}
     _attention_dq[(cdiv(N, BLOCK_M) * H,)](
@@ -272,9 +272,9 @@ def launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale: float, tile: dic
 
 
 def launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale: float, tile: dict, parts: int) -> None:
-    """`tile` as choose_tile gives it; `parts` divides the size of a group."""
+    """`tile` as choose_block_sizes gives it; `parts` divides the size of a group."""
     (N, H, K), G, tile = q.shape, k.shape[1], dict(tile)
-    BLOCK_N, BLOCK_M = tile.pop("KEEP"), tile.pop("PASS")
+    BLOCK_N, BLOCK_M = tile.pop("BLOCK_OUTER"), tile.pop("BLOCK_INNER")
     shape = {"K": K, "PARTS": parts, "BLOCK_K": max(power_of_two(K), 16)}
     to = (
         (dk, dv)
@@ -314,7 +314,7 @@ def attention_backward(
     """(dq (N, H, K), dk (N, G, K), dv (N, G, K)) for dout (N, H, K), from what `attention` took and returned.
 
     dq, dk, dv: where to put the results, with rows and heads as far apart as the caller likes.
-    longest, length: as in `attention`; out and lse may come from cuDNN or not. The kernels of this file repeat bit for
+    max_seqlen, uniform_seqlen: as in `attention`; out and lse may come from cuDNN or not. The kernels of this file repeat bit for
     bit. cuDNN's need not, and are left alone under torch.use_deterministic_algorithms.
     ValueError where a shape, stride or dtype does not fit.
     """
@@ -332,7 +332,7 @@ def attention_backward(
     if not backend.use_triton(q):
         results = attention_backward_reference(dout, q, k, v, out, lse, start, end, scale)
         return tuple(
-            into(buffer, result) for buffer, result in zip((dq, dk, dv), results, strict=True)
+            copy_into(buffer, result) for buffer, result in zip((dq, dk, dv), results, strict=True)
         )
     dq, dk, dv = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if buffer is None else buffer
@@ -344,11 +344,11 @@ def attention_backward(
             backend.shared_memory_limit(q.device),
         )
         tile, keys_tile = (
-            choose_tile(tiles, 2, K, q.element_size(), max_seqlen, shared)
-            for tiles in (DQ_TILES, DKDV_TILES)
+            choose_block_sizes(tiles, 2, K, q.element_size(), max_seqlen, shared)
+            for tiles in (DQ_BLOCK_SIZES, DKDV_BLOCK_SIZES)
         )
         stats = torch.empty((H, cdiv(N, 16) * 16 + MAX_BLOCK), dtype=torch.int64, device=q.device)
         launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale, tile)
-        parts = parts_of_a_group(cdiv(N, keys_tile["KEEP"]), G, H // G)
+        parts = parts_of_a_group(cdiv(N, keys_tile["BLOCK_OUTER"]), G, H // G)
         launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale, keys_tile, parts)
     return dq, dk, dv

@@ -24,8 +24,8 @@ SHORT_SEQUENCE_ROWS = (
 
 # Where shared memory is small. float32 has no tensor cores: its products unroll into one instruction an element, so
 # tiles are small and warps many.
-SMALL_TILES = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))
-FLOAT32_TILES = ((32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1))
+FALLBACK_BLOCK_SIZES = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))
+FLOAT32_BLOCK_SIZES = ((32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1))
 
 
 @triton.jit
@@ -70,21 +70,21 @@ def unpack_floats(x):
 
 
 def seqlen_bound(max_seqlen: int) -> int | None:
-    """The bound that samples of up to `longest` rows choose their tiles by; None where there is no such bound."""
+    """The bound that samples of up to `max_seqlen` rows choose their tiles by; None where there is no such bound."""
     return SHORT_SEQUENCE_ROWS if max_seqlen <= SHORT_SEQUENCE_ROWS else None
 
 
-def choose_tile(
+def choose_block_sizes(
     tiles: dict, kept: int, K: int, itemsize: int, max_seqlen: int, shared_memory: int
 ) -> dict:
-    """What `tiles` has for samples of up to `longest` rows and heads of width K, if shared memory can hold it.
+    """What `tiles` has for samples of up to `max_seqlen` rows and heads of width K, if shared memory can hold it.
 
     A tile is (KEEP, PASS, warps, stages[, registers a thread]): KEEP rows of `kept` tensors stay with a program while
     blocks of PASS rows of two others pass by, `stages` of them in shared memory at a time, those at work and those on
     their way. tiles: by the width of heads up to which they hold, for samples of medium length and long ones.
     """
     row = max(power_of_two(K), 16) * itemsize
-    candidates = FLOAT32_TILES if itemsize == 4 else SMALL_TILES
+    candidates = FLOAT32_BLOCK_SIZES if itemsize == 4 else FALLBACK_BLOCK_SIZES
     if itemsize == 2 and max(tiles) >= K:
         measured = tiles[min(width for width in tiles if width >= K)]
         candidates = (
@@ -94,7 +94,7 @@ def choose_tile(
     for KEEP, PASS, warps, stages, *registers in candidates:  # noqa: B007
         if (KEEP * kept + 2 * PASS * stages) * row <= shared_memory:
             break
-    tile = {"KEEP": KEEP, "PASS": PASS, "num_warps": warps, "num_stages": stages}
+    tile = {"BLOCK_OUTER": KEEP, "BLOCK_INNER": PASS, "num_warps": warps, "num_stages": stages}
     return tile | ({"maxnreg": registers[0]} if registers else {})
 
 

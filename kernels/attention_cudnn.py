@@ -25,9 +25,9 @@ CUDNN_ROW_HEADS_PER_CALL = 1 << 18
 
 
 def cudnn_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uniform_seqlen: int) -> bool:
-    """Whether cuDNN can take q (N, H, K), k, v (N, G, K) as samples of `length` rows: 16 bit, sm_90 or later.
+    """Whether cuDNN can take q (N, H, K), k, v (N, G, K) as samples of `uniform_seqlen` rows: 16 bit, sm_90 or later.
 
-    ValueError where N is no multiple of `length`.
+    ValueError where N is no multiple of `uniform_seqlen`.
     """
     require(
         uniform_seqlen > 0 and len(q) % uniform_seqlen == 0,
@@ -60,7 +60,7 @@ def cudnn_attention(
     scale: float,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (N, H, K), lse (H, N) float32), causal within samples of `length` rows; into `out` if it is given."""
+    """(out (N, H, K), lse (H, N) float32), causal within samples of `uniform_seqlen` rows; into `out` if it is given."""
     N, H, K = q.shape
     out = q.new_empty((N, H, K)) if out is None else out
     lse = q.new_empty((H, N), dtype=torch.float32)

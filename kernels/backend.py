@@ -65,7 +65,7 @@ def add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.
     return total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+def copy_into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
     """The result, in the caller's buffer if there is one."""
     return result if buffer is None else buffer.copy_(result)
 

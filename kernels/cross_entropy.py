@@ -18,11 +18,11 @@ import torch
 from . import backend
 from .backend import accumulator, matmul_accumulated, power_of_two, require, tl, triton
 
-IGNORE = -100
+IGNORE_INDEX = -100
 TILE_BYTES = 256 << 20
 
 
-def tile_rows(V: int, itemsize: int) -> int:
+def logits_tile_rows(V: int, itemsize: int) -> int:
     """Rows of a tile of logits of so many bytes each."""
     return max(TILE_BYTES // (V * itemsize), 1)
 
@@ -30,7 +30,7 @@ def tile_rows(V: int, itemsize: int) -> int:
 def cross_entropy_reference_(logits, targets, need_grad):
     """The loss of each row (in at least float32); logits (rows, V) become softmax - onehot where need_grad."""
     wide = logits.to(accumulator(logits.dtype))
-    counted = targets != IGNORE
+    counted = targets != IGNORE_INDEX
     target = torch.where(counted, targets, 0).long()[:, None]
     lse = torch.logsumexp(wide, dim=-1, keepdim=True)
     losses = torch.where(counted, (lse - wide.gather(1, target))[:, 0], 0.0)
@@ -48,7 +48,7 @@ def _cross_entropy(
     losses_ptr,
     logits_row_stride,
     V,
-    IGNORE: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -57,7 +57,7 @@ def _cross_entropy(
     row_ptr = logits_ptr + row * logits_row_stride
     target = tl.load(targets_ptr + row).to(tl.int32)
     at = tl.arange(0, BLOCK_V)
-    if target == IGNORE:
+    if target == IGNORE_INDEX:
         tl.store(losses_ptr + row, 0.0)
         if NEED_GRAD:
             zero = tl.zeros((BLOCK_V,), dtype=logits_ptr.dtype.element_ty)
@@ -106,7 +106,7 @@ def _cross_entropy_(logits, targets, losses, need_grad):
             losses,
             logits.stride(0),
             V,
-            IGNORE=IGNORE,
+            IGNORE_INDEX=IGNORE_INDEX,
             NEED_GRAD=need_grad,
             BLOCK_V=BLOCK_V,
             num_warps=min(max(BLOCK_V // 512, 1), 8),
@@ -118,15 +118,15 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     denominator: int | float | torch.Tensor,
-    rows_of_tile: int | None = None,
+    tile_rows: int | None = None,
     need_grad: bool = True,
-    tile: torch.Tensor | None = None,
+    logits_buffer: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(loss, dhidden): the 0-dim float32 loss, sum of the rows' losses / denominator, and its gradient (N, D).
 
     hidden (N, D) and weight (V, D) in one dtype; targets (N,) integers in [0, V), or -100 where a row does not count;
     denominator a number or a 0-dim tensor, as a rule the number of targets of the whole optimizer step. dhidden is in
-    the dtype of hidden, None without need_grad. rows_of_tile: rows of logits that exist at once; or tile, (rows, V) in
+    the dtype of hidden, None without need_grad. tile_rows: rows of logits that exist at once; or logits_buffer, (rows, V) in
     that dtype: where they do.
     ValueError where shapes do not fit, and on the CPU for a target outside the vocabulary (a GPU is not waited for).
     """
@@ -142,17 +142,24 @@ def linear_cross_entropy(
     (N, D), V, wide = hidden.shape, weight.shape[0], accumulator(hidden.dtype)
     require(targets.shape == (N,), f"targets are {tuple(targets.shape)}; hidden has {N} rows")
     if targets.device.type == "cpu" and N:
-        wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= V))]
+        wrong = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= V))]
         require(
             not len(wrong),
-            f"target {wrong[:1].tolist()} is outside the vocabulary of {V}, and not {IGNORE}",
+            f"target {wrong[:1].tolist()} is outside the vocabulary of {V}, and not {IGNORE_INDEX}",
         )
-    if tile is None:
-        step = rows_of_tile or tile_rows(V, hidden.element_size())
-        tile = torch.empty((min(step, N), V), dtype=hidden.dtype, device=hidden.device)
-    fits = tile.shape[1:] == (V,) and tile.dtype == hidden.dtype and len(tile) >= min(N, 1)
-    require(fits, f"tile is {tuple(tile.shape)} {tile.dtype}; expected (rows, {V}) {hidden.dtype}")
-    step = max(len(tile), 1)
+    if logits_buffer is None:
+        step = tile_rows or logits_tile_rows(V, hidden.element_size())
+        logits_buffer = torch.empty((min(step, N), V), dtype=hidden.dtype, device=hidden.device)
+    fits = (
+        logits_buffer.shape[1:] == (V,)
+        and logits_buffer.dtype == hidden.dtype
+        and len(logits_buffer) >= min(N, 1)
+    )
+    require(
+        fits,
+        f"logits_buffer is {tuple(logits_buffer.shape)} {logits_buffer.dtype}; expected (rows, {V}) {hidden.dtype}",
+    )
+    step = max(len(logits_buffer), 1)
     if not isinstance(denominator, torch.Tensor):
         denominator = torch.full((), float(denominator), dtype=wide, device=hidden.device)
     share = denominator.to(wide).reciprocal()
@@ -162,7 +169,7 @@ def linear_cross_entropy(
     dhidden = torch.empty((N, D), dtype=hidden.dtype, device=hidden.device) if need_grad else None
     for first in range(0, N, step):
         rows = slice(first, first + step)
-        logits = torch.mm(hidden[rows], weight.t(), out=tile[: min(step, N - first)])
+        logits = torch.mm(hidden[rows], weight.t(), out=logits_buffer[: min(step, N - first)])
         _cross_entropy_(logits, targets[rows], losses[rows], need_grad)
         if need_grad:
             torch.mul(matmul_accumulated(logits, weight), share, out=dhidden[rows])

@@ -24,7 +24,7 @@ import torch
 from . import backend
 from .backend import cdiv, require, tl, triton
 
-CHUNK = (
+CHUNK_BYTES = (
     1 << 18
 )  # bytes that the reference unpacks at a time: the unpacked 2 MB stay in the CPU's cache
 # Quantisation blocks a program, the first that a row has as many of. On an H200 in November 2026, the seven linears of
@@ -50,7 +50,7 @@ def dequantize_nf4_reference(weight, dtype):
     )
     out = torch.empty(weight.shape, dtype=dtype, device=packed.device)
     flat, n = out.view(-1), out.numel()
-    step = max(CHUNK // blocksize, 1) * blocksize  # bytes; a whole number of blocks
+    step = max(CHUNK_BYTES // blocksize, 1) * blocksize  # bytes; a whole number of blocks
     for first in range(0, packed.numel(), step):
         values = pairs.index_select(0, packed[first : first + step].int()).view(torch.float32)
         scale = absmax[2 * first // blocksize :][: cdiv(values.numel(), blocksize)]
@@ -164,7 +164,7 @@ def _dequantize(
 
 
 @dataclass
-class Quantized:
+class QuantizedWeight:
     """What a 4-bit weight (out_features, in_features) is stored as.
 
     packed: uint8, one byte for two elements. absmax: one scale a block, float32; or with nested_absmax (float32, one
@@ -219,14 +219,16 @@ class Quantized:
 
 
 def dequantize_nf4(
-    weights: Quantized | Sequence[Quantized], dtype: torch.dtype, out: torch.Tensor | None = None
+    weights: QuantizedWeight | Sequence[QuantizedWeight],
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weights of one in_features below each other (sum of out_features, in_features), in dtype.
 
     They are written into `out` where that is given; its rows may be part of wider ones. One launch where all weights
     are stored in one way. ValueError where a size or dtype does not fit.
     """
-    weights = [weights] if isinstance(weights, Quantized) else list(weights)
+    weights = [weights] if isinstance(weights, QuantizedWeight) else list(weights)
     for weight in weights:
         weight.check()
     first, in_features = weights[0], weights[0].shape[1]

@@ -11,7 +11,7 @@ Both products of a line become one when the operands stand side by side:
                   R   [  A    0  ]
 
 One buffer serves both directions: the forward multiplies by its first `out` rows, the backward by its first `in`
-columns. x and dy arrive in buffers with R columns to spare, and `low_rank_` fills these. So y and dx are accumulated in
+columns. x and dy arrive in buffers with R columns to spare, and `fill_lora_columns_` fills these. So y and dx are accumulated in
 float32 to the end, rounded once, and never read back. Several linears that share an input (q, k, v; gate, up) are one
 such weight: their W's and A's one below the other, their B's in columns of their own, zeros beside them.
 
@@ -194,7 +194,7 @@ def _parts(
     return parts
 
 
-def low_rank_(x: torch.Tensor, thin: torch.Tensor, scaling: float) -> None:
+def fill_lora_columns_(x: torch.Tensor, thin: torch.Tensor, scaling: float) -> None:
     """Fill the last R columns of x (N, width + R) with scaling * x[:, :width] thin^T, for a thin (R, width)."""
     R, width = thin.shape
     require(
@@ -204,19 +204,19 @@ def low_rank_(x: torch.Tensor, thin: torch.Tensor, scaling: float) -> None:
     x[:, width:].addmm_(x[:, :width], thin.t(), beta=0, alpha=scaling)
 
 
-def lora_linear(
+def lora_linear_(
     x: torch.Tensor,
     weight: torch.Tensor,
     out_features: int,
     scaling: float,
     out: torch.Tensor | None = None,
-    total: torch.Tensor | None = None,
-    low: torch.Tensor | None = None,
+    add_to: torch.Tensor | None = None,
+    lora_activation: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y (N, out_features) = x W^T + scaling (x A^T) B^T, for the extended weight (out + R, in + R).
 
-    x (N, in + R) with x in its first columns; the others are filled here, with `low` (N, R) if that is known to be
-    scaling * x A^T. y goes into `out` where that is given, or is added to `total` (N, out_features), which is in the
+    x (N, in + R) with x in its first columns; the others are filled here, with `lora_activation` (N, R) if that is known to be
+    scaling * x A^T. y goes into `out` where that is given, or is added to `add_to` (N, out_features), which is in the
     accumulator's dtype and returned. ValueError where a shape does not fit.
     """
     R = weight.shape[0] - out_features
@@ -224,16 +224,16 @@ def lora_linear(
         x.shape[1:] == weight.shape[1:],
         f"x is {tuple(x.shape)}; an extended weight {tuple(weight.shape)}",
     )
-    if low is not None:
-        x[:, x.shape[1] - R :].copy_(low)
+    if lora_activation is not None:
+        x[:, x.shape[1] - R :].copy_(lora_activation)
     elif R:
-        low_rank_(x, weight[out_features:, : weight.shape[1] - R], scaling)
-    if total is not None:
-        return add_matmul_(total, x, weight[:out_features].t())
+        fill_lora_columns_(x, weight[out_features:, : weight.shape[1] - R], scaling)
+    if add_to is not None:
+        return add_matmul_(add_to, x, weight[:out_features].t())
     return torch.mm(x, weight[:out_features].t(), out=out)
 
 
-def lora_linear_backward(
+def lora_linear_backward_(
     dy: torch.Tensor,
     weight: torch.Tensor,
     in_features: int,
@@ -252,7 +252,7 @@ def lora_linear_backward(
         f"dy is {tuple(dy.shape)}; an extended weight {tuple(weight.shape)}",
     )
     if R:
-        low_rank_(dy, weight[: weight.shape[0] - R, in_features:].t(), scaling)
+        fill_lora_columns_(dy, weight[: weight.shape[0] - R, in_features:].t(), scaling)
     return torch.mm(dy, weight[:, :in_features], out=out) if need_dx else None
 
 
@@ -261,7 +261,7 @@ def lora_gradients(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(dA (R, in), dB (out, R)), in float32 (float64 for float64), of each of the linears that share x.
 
-    dy and x are the buffers of `lora_linear_backward` and `lora_linear` with their last columns filled; splits holds
+    dy and x are the buffers of `lora_linear_backward_` and `lora_linear_` with their last columns filled; splits holds
     (out, R) of each linear, R = 0 for one without an adapter, which has no entry in the result.
     """
     out_features, ranks = (sum(column) for column in zip(*splits, strict=True))

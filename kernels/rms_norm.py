@@ -10,13 +10,13 @@ each tensor is read once and written once. y and dx go into `out` where that is 
 tensor, as the matmul that reads them wants it. dx may take the place of dresidual.
 
 The residual stream of a model is in its accumulator's dtype, float32: `rms_norm` and its backward take an x that is
-wider than y, and `add_rms_norm` adds to the stream on the way.
+wider than y, and `add_rms_norm_` adds to the stream on the way.
 """
 
 import torch
 
 from . import backend
-from .backend import accumulator, into, power_of_two, require, tl, triton
+from .backend import accumulator, copy_into, power_of_two, require, tl, triton
 
 
 def rms_norm_reference(x, weight, eps):
@@ -25,9 +25,9 @@ def rms_norm_reference(x, weight, eps):
     return (wide * rstd[:, None] * weight).to(x.dtype), rstd
 
 
-def add_rms_norm_reference(x, addend, weight, eps, stream=None):
-    if stream is not None:
-        stream += addend
+def add_rms_norm_reference_(x, addend, weight, eps, residual=None):
+    if residual is not None:
+        residual += addend
     y, rstd = rms_norm_reference(x.to(accumulator(x.dtype)) + addend, weight, eps)
     return y.to(x.dtype), rstd
 
@@ -46,17 +46,17 @@ def _rms_norm_fwd(
     x_ptr,
     addend_ptr,
     weight_ptr,
-    stream_ptr,
+    residual_ptr,
     y_ptr,
     rstd_ptr,
     x_row_stride,
     addend_row_stride,
-    stream_row_stride,
+    residual_row_stride,
     y_row_stride,
     D,
     eps,
     ADD: tl.constexpr,
-    STREAM: tl.constexpr,
+    ADD_RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -68,8 +68,8 @@ def _rms_norm_fwd(
             tl.float32
         )
         x += addend
-        if STREAM:
-            s = stream_ptr + row * stream_row_stride + at
+        if ADD_RESIDUAL:
+            s = residual_ptr + row * residual_row_stride + at
             tl.store(s, tl.load(s, mask=live, other=0.0) + addend, mask=live)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
     tl.store(rstd_ptr + row, rstd)
@@ -154,7 +154,7 @@ def _empty(like: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _forward(x, weight, eps, y, addend=None, stream=None):
+def _forward(x, weight, eps, y, addend=None, residual=None):
     N, D = x.shape
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     if x.numel():
@@ -162,14 +162,14 @@ def _forward(x, weight, eps, y, addend=None, stream=None):
             x,
             addend,
             weight,
-            stream,
+            residual,
             y,
             rstd,
-            *map(_row_stride, (x, addend, stream, y)),
+            *map(_row_stride, (x, addend, residual, y)),
             D,
             eps,
             ADD=addend is not None,
-            STREAM=stream is not None,
+            ADD_RESIDUAL=residual is not None,
             **_blocks(D),
         )
     return y, rstd
@@ -185,26 +185,26 @@ def rms_norm(
     _check(weight, {"out": out}, {"x": x})
     if not backend.use_triton(x):
         y, rstd = rms_norm_reference(x, weight, eps)
-        return into(out, y), rstd
+        return copy_into(out, y), rstd
     return _forward(x, weight, eps, _empty(x) if out is None else out)
 
 
-def add_rms_norm(
+def add_rms_norm_(
     x: torch.Tensor,
     addend: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-    stream: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm of x + addend, whose sum is not rounded; both (N, D). stream (N, D) in the accumulator's dtype gets
+    """rms_norm of x + addend, whose sum is not rounded; both (N, D). residual (N, D) in the accumulator's dtype gets
     addend added."""
-    _check(weight, {"x": x, "addend": addend, "out": out}, {"stream": stream})
+    _check(weight, {"x": x, "addend": addend, "out": out}, {"residual": residual})
     if not backend.use_triton(x):
-        y, rstd = add_rms_norm_reference(x, addend, weight, eps, stream)
-        return into(out, y), rstd
+        y, rstd = add_rms_norm_reference_(x, addend, weight, eps, residual)
+        return copy_into(out, y), rstd
     y = _empty(x) if out is None else out
-    return _forward(x, weight, eps, y, addend=addend, stream=stream)
+    return _forward(x, weight, eps, y, addend=addend, residual=residual)
 
 
 def rms_norm_backward(
@@ -218,12 +218,12 @@ def rms_norm_backward(
 ) -> torch.Tensor:
     """dx (N, D) of y = rms_norm(x), plus dresidual, the gradient that reaches x past the norm, if there is one.
 
-    With an addend, of y = add_rms_norm(x, addend): dx is the gradient of both.
+    With an addend, of y = add_rms_norm_(x, addend): dx is the gradient of both.
     """
     _check(weight, {"dy": dy, "dresidual": dresidual, "out": out}, {"x": x, "addend": addend})
     require(rstd.shape == x.shape[:1], f"rstd is {tuple(rstd.shape)}; expected ({x.shape[0]},)")
     if not backend.use_triton(x):
-        return into(out, rms_norm_backward_reference(dy, x, weight, rstd, dresidual, addend))
+        return copy_into(out, rms_norm_backward_reference(dy, x, weight, rstd, dresidual, addend))
     N, D = x.shape
     dx = _empty(dy) if out is None else out
     if x.numel():

@@ -12,7 +12,7 @@ import torch
 from conftest import GPU
 
 from minitune.kernels import lora_linear
-from minitune.kernels.dequantize import Quantized
+from minitune.kernels.dequantize import QuantizedWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 EPS = 1e-5
@@ -130,6 +130,6 @@ def quantised(shape, nested, blocksize=64, device="cpu"):
             "nested_offset": torch.tensor(0.123),
         }
     scales = {name: x.to(device) for name, x in scales.items()}
-    return Quantized(
+    return QuantizedWeight(
         packed.to(device), absmax.to(device), CODE.to(device), shape, blocksize, **scales
     )

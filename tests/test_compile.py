@@ -62,8 +62,10 @@ def forward_and_backward(model, dtype, rows):
         new(dtype=torch.float32),
     )
     packed, code = new(D * F // 2, dtype=torch.uint8), new(16, dtype=torch.float32)
-    plain = dequantize.Quantized(packed, new(blocks, dtype=torch.float32), code, (F, D))
-    double = dequantize.Quantized(packed, new(blocks, dtype=torch.uint8), code, (F, D), 64, *nested)
+    plain = dequantize.QuantizedWeight(packed, new(blocks, dtype=torch.float32), code, (F, D))
+    double = dequantize.QuantizedWeight(
+        packed, new(blocks, dtype=torch.uint8), code, (F, D), 64, *nested
+    )
     dequantize.dequantize_nf4(plain, dtype)
     for weights in ([double], [double] * 2, [double] * 3):
         dequantize.dequantize_nf4(weights, dtype, out=new(len(weights) * F, D + R)[:, :D])
@@ -71,7 +73,7 @@ def forward_and_backward(model, dtype, rows):
     embedding.embed(bound, new(V, D), dtype)
     stream = new(N, D, dtype=torch.float32)
     rms_norm.rms_norm(stream, weight, 1e-5, out=x)
-    rstd = rms_norm.add_rms_norm(x, x, weight, 1e-5, stream=stream)[1]
+    rstd = rms_norm.add_rms_norm_(x, x, weight, 1e-5, residual=stream)[1]
     rms_norm.rms_norm_backward(x, x, weight, rstd, x, addend=x)
     adapter = new(R, D, dtype=torch.float32), new(F, R, dtype=torch.float32), F
     targets = []

@@ -55,7 +55,7 @@ def test_the_norm_of_a_sum_does_not_round_the_sum_and_adds_to_the_stream(dtype, 
         strided(normal(3, 423, device=device, seed=4)),
     )
     before = s.clone()
-    y, rstd = rms_norm.add_rms_norm(x, addend, weight, EPS, stream=s)
+    y, rstd = rms_norm.add_rms_norm_(x, addend, weight, EPS, residual=s)
     dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, addend=addend)
     assert torch.equal(s, before + addend)
     judge(
@@ -86,7 +86,7 @@ def test_rms_norm_takes_a_wider_x(dtype, device):
 def test_rms_norm_keeps_a_nan_in_its_row(device):
     x = normal(3, 64, device=device)
     x[1, 5] = math.nan
-    y, _ = rms_norm.add_rms_norm(x, torch.zeros_like(x), torch.ones(64, device=device), EPS)
+    y, _ = rms_norm.add_rms_norm_(x, torch.zeros_like(x), torch.ones(64, device=device), EPS)
     assert y.isnan().any(dim=1).tolist() == [False, True, False]
     assert y[1].isnan().all()
 

@@ -64,8 +64,8 @@ def test_lora_linears_and_their_gradients_err_no_more_than_plain_pytorch(
     weight = extended(weights, adapters[::2], adapters[1::2], dtype, device)
     spare = weight.shape[1] - D
     wide_x, wide_dy = beside_spare(x, spare), beside_spare(dy, spare)
-    y = lora_linear.lora_linear(wide_x, weight, sum(rows), 0.7)
-    dx = lora_linear.lora_linear_backward(wide_dy, weight, D, 0.7)
+    y = lora_linear.lora_linear_(wide_x, weight, sum(rows), 0.7)
+    dx = lora_linear.lora_linear_backward_(wide_dy, weight, D, 0.7)
     pairs = lora_linear.lora_gradients(wide_dy, wide_x, list(zip(rows, ranks, strict=True)))
     gradients = [g for pair in pairs for g in pair]
     assert all(g.dtype == backend.accumulator(dtype) for g in gradients)
@@ -111,7 +111,7 @@ def test_a_lora_linear_adds_to_a_total_and_its_adapter_alone_can_be_rewritten(de
     lora_linear.write_adapters_([(weight, [(-a, b, 24)], 24, 32)])
     wide = beside_spare(x, lora_linear.padded_rank(4))
     before = total.clone()
-    assert lora_linear.lora_linear(wide, weight, 24, 2.0, total=total) is total
+    assert lora_linear.lora_linear_(wide, weight, 24, 2.0, add_to=total) is total
     assert torch.allclose(total, before + x @ w.T - 2 * x @ a.T @ b.T, atol=1e-4)
     assert torch.equal(weight[:24, :32], w) and not weight[24:, 32:].any()
 
@@ -124,16 +124,16 @@ def test_what_is_added_to_a_total_is_not_rounded_before(dtype, device):
     )
     total = total.float()
     exact = total.double() + x.double() @ w.double().T
-    lora_linear.lora_linear(x, w, 24, 0.0, total=total)
+    lora_linear.lora_linear_(x, w, 24, 0.0, add_to=total)
     assert (total - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def test_without_an_adapter_the_extended_weight_is_the_weight():
     x, w, dy = normal(5, 32), normal(24, 32), normal(5, 24)
     assert lora_linear.padded_rank(0) == 0
-    assert torch.equal(lora_linear.lora_linear(x, w, 24, 0.0), x @ w.T)
-    assert torch.equal(lora_linear.lora_linear_backward(dy, w, 32, 0.0), dy @ w)
-    assert lora_linear.lora_linear_backward(dy, w, 32, 0.0, need_dx=False) is None
+    assert torch.equal(lora_linear.lora_linear_(x, w, 24, 0.0), x @ w.T)
+    assert torch.equal(lora_linear.lora_linear_backward_(dy, w, 32, 0.0), dy @ w)
+    assert lora_linear.lora_linear_backward_(dy, w, 32, 0.0, need_dx=False) is None
     assert lora_linear.lora_gradients(dy, x, [(24, 0)]) == []
 
 
@@ -143,11 +143,11 @@ def test_the_gradients_of_a_lora_linear_pass_gradcheck():
     def forward(x, a, b):
         whole = extended([weight], [a], [b], x.dtype, "cpu")
         wide = beside_spare(x, whole.shape[1] - 5)
-        return lora_linear.lora_linear(wide, whole, 4, 0.7), [wide, whole]
+        return lora_linear.lora_linear_(wide, whole, 4, 0.7), [wide, whole]
 
     def backward(dy, x, a, b, wide, whole):
         wide_dy = beside_spare(dy, whole.shape[1] - 5)
-        dx = lora_linear.lora_linear_backward(wide_dy, whole, 5, 0.7)
+        dx = lora_linear.lora_linear_backward_(wide_dy, whole, 5, 0.7)
         return dx, *lora_linear.lora_gradients(wide_dy, wide, [(4, 2)])[0]
 
     pair = as_function(forward, backward)
@@ -165,8 +165,8 @@ def test_lora_linear_holds_its_bound_at_real_sizes(N, D, F, dtype):
     whole = extended([weight], [a], [b], dtype, "cuda")
     wide_x, wide_dy = (beside_spare(x, whole.shape[1] - D) for x in (x, dy))
     results = [
-        lora_linear.lora_linear(wide_x, whole, F, 2.0),
-        lora_linear.lora_linear_backward(wide_dy, whole, D, 2.0),
+        lora_linear.lora_linear_(wide_x, whole, F, 2.0),
+        lora_linear.lora_linear_backward_(wide_dy, whole, D, 2.0),
     ]
     results += lora_linear.lora_gradients(wide_dy, wide_x, [(F, 16)])[0]
     judge(results, functools.partial(plain_lora, weights=[weight], scaling=2.0), [x, a, b], [dy])
@@ -223,20 +223,26 @@ def test_ignored_rows_have_no_loss_and_no_gradient_even_when_they_are_nan(device
 
 @kernel
 def test_logits_go_where_there_is_room_for_them(device):
-    hidden, weight, tile = (
+    hidden, weight, logits_buffer = (
         normal(5, 8, device=device),
         normal(50, 8, device=device),
         torch.zeros(2, 50, device=device),
     )
     targets = torch.tensor([4, -100, 7, 0, 49], device=device)
-    expected = linear_cross_entropy(hidden, weight, targets, 3, rows_of_tile=2)
+    expected = linear_cross_entropy(hidden, weight, targets, 3, tile_rows=2)
     assert all(
-        map(torch.equal, linear_cross_entropy(hidden, weight, targets, 3, tile=tile), expected)
+        map(
+            torch.equal,
+            linear_cross_entropy(hidden, weight, targets, 3, logits_buffer=logits_buffer),
+            expected,
+        )
     )
-    assert tile[0, 49] < 0  # of the last row: the softmax, less one at the target
-    for wrong in (tile[:, 1:], tile.double(), tile[:0]):
-        with pytest.raises(ValueError, match=r"tile is .*; expected \(rows, 50\) torch.float32"):
-            linear_cross_entropy(hidden, weight, targets, 3, tile=wrong)
+    assert logits_buffer[0, 49] < 0  # of the last row: the softmax, less one at the target
+    for wrong in (logits_buffer[:, 1:], logits_buffer.double(), logits_buffer[:0]):
+        with pytest.raises(
+            ValueError, match=r"logits_buffer is .*; expected \(rows, 50\) torch.float32"
+        ):
+            linear_cross_entropy(hidden, weight, targets, 3, logits_buffer=wrong)
 
 
 def test_a_target_outside_the_vocabulary_is_refused_on_the_cpu():

@@ -37,8 +37,8 @@ def test_no_rows_give_empty_results_and_a_loss_of_zero(triton, device, monkeypat
     a, b = normal(4, 16, device=device), normal(24, 4, device=device)
     wide = extended([weight], [a], [b], weight.dtype, device)
     x_wide, dy = (torch.empty(0, n, device=device) for n in (wide.shape[1], wide.shape[0]))
-    assert lora_linear.lora_linear(x_wide, wide, 24, 1.0).shape == (0, 24)
-    assert lora_linear.lora_linear_backward(dy, wide, 16, 1.0).shape == (0, 16)
+    assert lora_linear.lora_linear_(x_wide, wide, 24, 1.0).shape == (0, 24)
+    assert lora_linear.lora_linear_backward_(dy, wide, 16, 1.0).shape == (0, 16)
     assert not any(g.any() for g in lora_linear.lora_gradients(dy, x_wide, [(24, 4)])[0])
     loss, dhidden = linear_cross_entropy(x, weight, bound.long(), 1)
     assert (loss.item(), dhidden.shape) == (0.0, (0, 16))
@@ -68,7 +68,7 @@ REFUSED = {
         "head width 12; expected a multiple",
     ),
     "linear": (
-        lambda x: lora_linear.lora_linear(x, x[:, :5], 3, 1.0),
+        lambda x: lora_linear.lora_linear_(x, x[:, :5], 3, 1.0),
         "x is (3, 16); an extended weight (3, 5)",
     ),
     "adapter": (
@@ -151,13 +151,13 @@ class TestBeyondTwoToThe31:
         x = normal(N, D, dtype=torch.bfloat16, device="cuda")
         weight = normal(F, D, dtype=x.dtype, device="cuda")
         exact = x[-3:].double() @ weight.double().T
-        y = lora_linear.lora_linear(x, weight, F, 1.0)
+        y = lora_linear.lora_linear_(x, weight, F, 1.0)
         assert_as_good_as_plain([y[-3:]], [functional.linear(x[-3:], weight)], [exact])
-        back = lora_linear.lora_linear_backward(y, weight, D, 1.0)
+        back = lora_linear.lora_linear_backward_(y, weight, D, 1.0)
         assert_as_good_as_plain([back[-3:]], [y[-3:] @ weight], [y[-3:].double() @ weight.double()])
         del y, back
         targets = torch.zeros(N, dtype=torch.long, device="cuda")
-        loss, dhidden = linear_cross_entropy(x, weight, targets, 1, rows_of_tile=N)
+        loss, dhidden = linear_cross_entropy(x, weight, targets, 1, tile_rows=N)
         small = linear_cross_entropy(x[-3:], weight, targets[-3:], 1)[1]
         torch.testing.assert_close(dhidden[-3:], small, rtol=2**-7, atol=1e-3)
         assert loss.isfinite()
@@ -191,16 +191,16 @@ def test_no_kernel_waits_for_the_gpu():
     def everything():
         dequantize_nf4(stored, whole.dtype, out=whole[:64, :64])
         lora_linear.write_adapters_([(whole, [(a, b, 64)], 64, 64)])
-        y, rstd = rms_norm.add_rms_norm(x, x, weight[0], EPS, stream=s)
+        y, rstd = rms_norm.add_rms_norm_(x, x, weight[0], EPS, residual=s)
         rms_norm.rms_norm_backward(y, x, weight[0], rstd, y, addend=x)
         wide = torch.cat([y, y], 1)
-        q = lora_linear.lora_linear(wide, whole, 64, 1.0).view(64, 2, 32)
+        q = lora_linear.lora_linear_(wide, whole, 64, 1.0).view(64, 2, 32)
         rope.rope_(q, q[:, :1].contiguous(), cos, sin, positions)
         out, lse = attention(q, q, q, start, end, 1.0)
         attention_backward(out, q, q, q, out, lse, start, end, 1.0)
         swiglu.swiglu_backward(x, x, swiglu.swiglu(x, x))
         linear_cross_entropy(x, weight, targets, 64)
-        lora_linear.lora_linear_backward(wide, whole, 64, 1.0)
+        lora_linear.lora_linear_backward_(wide, whole, 64, 1.0)
         lora_linear.lora_gradients(wide, wide, [(64, 8)])
 
     everything()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minitune.data.chat_template import Span
 from minitune.data.tokenizer import Tokenizer
-from minitune.kernels.cross_entropy import IGNORE
+from minitune.kernels.cross_entropy import IGNORE_INDEX
 
 SHAPES = (
     '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ..., "input": ..., "output": ...}, '
@@ -43,7 +43,7 @@ class Sample:
     @property
     def targets(self) -> int:
         """Tokens that are trained on; nothing predicts the first."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _tokens(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> Sam
     known = range(tokenizer.vocab_size)
     for name, values in (
         ("input_ids", ids),
-        ("labels", [label for label in labels if label != IGNORE]),
+        ("labels", [label for label in labels if label != IGNORE_INDEX]),
     ):
         if wrong := [value for value in values if value not in known]:
             raise ValueError(
@@ -227,7 +227,8 @@ def _tokens(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> Sam
             _refuse(flag and not loss_rows, option, f"{name} or labels")
         elif flag is not False:
             labels = [
-                label if trained else IGNORE for label, trained in zip(labels, mask, strict=True)
+                label if trained else IGNORE_INDEX
+                for label, trained in zip(labels, mask, strict=True)
             ]
     return Sample(ids, labels)
 

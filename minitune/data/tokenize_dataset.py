@@ -24,7 +24,7 @@ from minitune.data.record_formats import (
     render_record,
 )
 from minitune.data.tokenizer import Tokenizer
-from minitune.kernels.cross_entropy import IGNORE
+from minitune.kernels.cross_entropy import IGNORE_INDEX
 
 CHUNK = 1000  # records encoded at a time: enough to keep the tokenizer's threads busy
 
@@ -105,7 +105,11 @@ def _label(item: RenderedText, ids: list[int], offsets: list[Span], tokenizer: T
     labels = list(ids) if item.spans is None else _labels(ids, offsets, item.spans)
     if item.plain:
         prefix, suffix = tokenizer.special_tokens_around(ids)
-        labels = [*(prefix if item.spans is None else [IGNORE] * len(prefix)), *labels, *suffix]
+        labels = [
+            *(prefix if item.spans is None else [IGNORE_INDEX] * len(prefix)),
+            *labels,
+            *suffix,
+        ]
         ids = [*prefix, *ids, *suffix]
     return Sample(ids, labels)
 
@@ -117,7 +121,7 @@ def _labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]
     where it is.
     """
     spans = [span for span in spans if span[0] < span[1]]
-    labels, at = [IGNORE] * len(ids), 0
+    labels, at = [IGNORE_INDEX] * len(ids), 0
     for i, (first, last) in enumerate(offsets):
         while at < len(spans) and spans[at][1] <= first:
             at += 1

@@ -10,7 +10,7 @@ from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.kernels.attention_cudnn import kv_heads_at_once
-from minitune.kernels.cross_entropy import tile_rows
+from minitune.kernels.cross_entropy import logits_tile_rows
 from minitune.kernels.lora_linear import padded_rank
 from minitune.memory.offload import ALIGN
 from minitune.memory.plan import Candidate
@@ -122,7 +122,7 @@ class MemoryModel:
 
     def loss(self, N: int) -> int:
         """Bytes of the loss, the residual stream that it looks at included."""
-        rows = min(N, tile_rows(self.V, self.itemsize))
+        rows = min(N, logits_tile_rows(self.V, self.itemsize))
         return rows * (self.V + 6 * self.D) * self.itemsize + self.stream(N)
 
     def stream(self, N: int) -> int:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from minitune.device import pin
 from minitune.kernels.embedding import embed
-from minitune.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+from minitune.kernels.rms_norm import add_rms_norm_, rms_norm, rms_norm_backward
 
 
 class Embedding(nn.Module):
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         self, x: Tensor, addend: Tensor, stream: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, of x + addend; addend is added to `stream` as well."""
-        return add_rms_norm(x, addend, self.weight, self.eps, stream, out)
+        return add_rms_norm_(x, addend, self.weight, self.eps, stream, out)
 
     def backward(
         self,

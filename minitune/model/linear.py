@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from minitune.config.training_config import LoraConfig
 from minitune.kernels.dequantize import dequantize_nf4
 from minitune.kernels.lora_linear import (
+    fill_lora_columns_,
     lora_gradients,
-    lora_linear,
-    lora_linear_backward,
-    low_rank_,
+    lora_linear_,
+    lora_linear_backward_,
     padded_rank,
     write_adapters_,
 )
@@ -185,7 +185,7 @@ class FusedLinear:
         out: where y goes; or total, fp32: what it is added to.
         low (N, R): what they are filled with where that is `known`, and otherwise a copy of it for later.
         """
-        y = lora_linear(
+        y = lora_linear_(
             x, weight, self.out_features, self.scaling, out, total, low if known else None
         )
         if low is not None and not known:
@@ -202,13 +202,13 @@ class FusedLinear:
         if known and low is not None:
             x[:, self.in_features :].copy_(low)
         elif low is not None:
-            low_rank_(x, weight[self.out_features :, : self.in_features], self.scaling)
+            fill_lora_columns_(x, weight[self.out_features :, : self.in_features], self.scaling)
 
     def backward(
         self, dy: Tensor, weight: Tensor, out: Tensor | None = None, need_dx: bool = True
     ) -> Tensor | None:
         """dx (N, in) of dy in its buffer (N, out + R), whose spare columns are filled on the way."""
-        return lora_linear_backward(dy, weight, self.in_features, self.scaling, out, need_dx)
+        return lora_linear_backward_(dy, weight, self.in_features, self.scaling, out, need_dx)
 
     def gradients(self, dy: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(dA, dB), fp32, of each adapted linear, from dy and x in their filled buffers."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minitune.device import to_device_async
-from minitune.kernels.cross_entropy import IGNORE, linear_cross_entropy, tile_rows
+from minitune.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy, logits_tile_rows
 from minitune.model.layers import RMSNorm
 
 
@@ -28,16 +28,21 @@ class LossRows:
         Of `size` rows those from N on are padding. On the host, where a label outside the vocabulary is a ValueError.
         """
         following = torch.cat(
-            [torch.where(positions[1:] == 0, IGNORE, labels[1:]), labels.new_tensor([IGNORE])]
+            [
+                torch.where(positions[1:] == 0, IGNORE_INDEX, labels[1:]),
+                labels.new_tensor([IGNORE_INDEX]),
+            ]
         )
-        rows = (following != IGNORE).nonzero()[:, 0]
+        rows = (following != IGNORE_INDEX).nonzero()[:, 0]
         targets = following[rows]
         if (
             wrong := [label for label in targets.aminmax() if not 0 <= label < vocab]
             if len(rows)
             else []
         ):
-            raise ValueError(f"label {int(wrong[0])} is neither {IGNORE} nor within the vocabulary")
+            raise ValueError(
+                f"label {int(wrong[0])} is neither {IGNORE_INDEX} nor within the vocabulary"
+            )
         others = torch.ones(size, dtype=torch.bool).index_fill_(0, rows, False).nonzero()[:, 0]
         return cls(rows, targets, others)
 
@@ -54,7 +59,7 @@ class LossRows:
 def new_logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An empty tile of logits (rows, V), of fewer rows where there would be too many."""
     return torch.empty(
-        (min(rows, tile_rows(vocab, dtype.itemsize)), vocab), dtype=dtype, device=device
+        (min(rows, logits_tile_rows(vocab, dtype.itemsize)), vocab), dtype=dtype, device=device
     )
 
 
@@ -71,7 +76,7 @@ def rows_loss(
 
     head (V, D); dx, in its dtype, or None where no gradient is wanted; tile, from `new_tile`: where the logits go.
     """
-    step = tile_rows(len(head), head.element_size()) if tile is None else len(tile)
+    step = logits_tile_rows(len(head), head.element_size()) if tile is None else len(tile)
     losses = []
     for first in range(0, len(loss_rows), step):
         rows, targets = (
@@ -81,7 +86,7 @@ def rows_loss(
         part = s[rows]
         h, rstd = norm.from_residual(part, head.dtype)
         loss, dh = linear_cross_entropy(
-            h, head, targets, denominator, need_grad=dx is not None, tile=tile
+            h, head, targets, denominator, need_grad=dx is not None, logits_buffer=tile
         )
         losses.append(loss)
         if dx is not None:

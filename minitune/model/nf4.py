@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from minitune.kernels.dequantize import Quantized, dequantize_nf4
+from minitune.kernels.dequantize import QuantizedWeight, dequantize_nf4
 
 # fmt: off
 CODE = (
@@ -58,7 +58,7 @@ def _nearest(values: Tensor, code: Tensor) -> Tensor:
     return torch.bucketize(values, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
-class NF4(Quantized):
+class NF4(QuantizedWeight):
     """A quantised (out_features, in_features) weight. With `nested_absmax` None the scales are plain fp32."""
 
     @classmethod

@@ -25,7 +25,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from minitune.kernels.adamw import BLOCKSIZE, adamw_, adamw_8bit_, global_norm
+from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_, global_norm
 from minitune.model.nf4 import dynamic_map
 
 
@@ -85,7 +85,7 @@ class FlatAdamW:
         )
         if eight_bit:
             self.exp_avg_absmax, self.exp_avg_sq_absmax = torch.zeros(
-                2, -(-count // BLOCKSIZE), device=device
+                2, -(-count // MOMENT_BLOCKSIZE), device=device
             )
             self._tables = moment_tables(self.values.device)
         self._value_views, self._grad_views = self._views(self.values), self._views(self.grads)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitune.kernels.adamw import BLOCKSIZE, adamw_, adamw_8bit_, global_norm
+from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_, global_norm
 from minitune.kernels.dequantize import dequantize_nf4
 from minitune.kernels.lora_linear import padded_rank
 from minitune.kernels.rms_norm import (
-    add_rms_norm,
-    add_rms_norm_reference,
+    add_rms_norm_,
+    add_rms_norm_reference_,
     rms_norm,
     rms_norm_backward,
     rms_norm_backward_reference,
@@ -177,11 +177,11 @@ def norm_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     for name, tensors, inputs, ours, plain in (
         ("rms_norm", 2, lambda: (x(), weight, EPS), rms_norm, rms_norm_reference),
         (
-            "add_rms_norm",
+            "add_rms_norm_",
             7,  # of them 4 for the residual stream, which is float32 and is read and written
             lambda: (x(), x(), weight, EPS, x().float()),
-            add_rms_norm,
-            add_rms_norm_reference,
+            add_rms_norm_,
+            add_rms_norm_reference_,
         ),
         (
             "rms_norm_backward",
@@ -243,7 +243,7 @@ def swiglu_rows(s: MemoryModel, device: str) -> Iterator[Row]:
 def optimizer_rows(s: MemoryModel, device: str) -> Iterator[Row]:
     """One update of a whole adapter, with moments in float32 and in 8 bits, and the norm for clipping."""
     P = s.layers * s.R * sum(out + width for outs, width in s.linears().values() for out in outs)
-    blocks, shape = -(-P // BLOCKSIZE), f"{P / 1e6:.1f} M"
+    blocks, shape = -(-P // MOMENT_BLOCKSIZE), f"{P / 1e6:.1f} M"
     settings = {
         "lr": 2e-4,
         "step": 1,

@@ -17,8 +17,8 @@ from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 from minitune.kernels.cross_entropy import linear_cross_entropy
 from minitune.kernels.lora_linear import (
     lora_gradients,
-    lora_linear,
-    lora_linear_backward,
+    lora_linear_,
+    lora_linear_backward_,
     padded_rank,
 )
 
@@ -168,7 +168,7 @@ def matmul_rows(s: MemoryModel, device: str) -> Iterator[Row]:
 
 
 def lora_rows(s: MemoryModel, device: str) -> Iterator[Row]:
-    """lora_linear, its dx and its adapter gradients; in plain PyTorch a matmul, then `addmm_` for each adapter."""
+    """lora_linear_, its dx and its adapter gradients; in plain PyTorch a matmul, then `addmm_` for each adapter."""
     for name, (outs, width) in s.linears().items():
         out = sum(outs)
         forward, backward, gradients = _plain_lora(outs, width, s.R)
@@ -176,15 +176,15 @@ def lora_rows(s: MemoryModel, device: str) -> Iterator[Row]:
         shape, flops = f"{name} {s.N} x {width} x {out}", 2 * s.N * width * out
         for kernel, ours, plain, work, unit in (
             (
-                "lora_linear",
-                lambda x, dy, w, out=out: lora_linear(x, w, out, SCALING),
+                "lora_linear_",
+                lambda x, dy, w, out=out: lora_linear_(x, w, out, SCALING),
                 forward,
                 flops,
                 "matmul",
             ),
             (
-                "lora_linear_backward",
-                lambda x, dy, w, width=width: lora_linear_backward(dy, w, width, SCALING),
+                "lora_linear_backward_",
+                lambda x, dy, w, width=width: lora_linear_backward_(dy, w, width, SCALING),
                 backward,
                 flops,
                 "matmul",

@@ -236,7 +236,7 @@ MAKERS = {
     ("dequantize_nf4", "bitsandbytes", "bitsandbytes"): bitsandbytes_dequantize,
     ("adamw_8bit_", "bitsandbytes", "bitsandbytes"): bitsandbytes_adamw_8bit,
     ("rms_norm", "Liger", "liger_kernel"): liger_rms_norm,
-    ("add_rms_norm", "Liger", "liger_kernel"): liger_add_rms_norm,
+    ("add_rms_norm_", "Liger", "liger_kernel"): liger_add_rms_norm,
     ("rms_norm_backward", "Liger", "liger_kernel"): liger_rms_norm_backward,
     ("rope_", "Liger", "liger_kernel"): liger_rope,
     ("swiglu", "Liger", "liger_kernel"): liger_swiglu,
