@@ -14,7 +14,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.data.tokenizer import Tokenizer, check_vocabulary
 from minitune.gguf.export import export_gguf
-from minitune.memory.planner import parse_gradient_checkpointing
+from minitune.memory.planner import Planner, parse_gradient_checkpointing
 from minitune.model.causal_lm import CausalLM
 
 
@@ -100,7 +100,12 @@ class FastLanguageModel:
         check_vocabulary(tokenizer, config.vocab_size)
         longest = max_seq_length or min(2048, known)
         model = LanguageModel(
-            config, dtype=dtype, device=device, max_seq_length=longest, attention=attention
+            config,
+            dtype=dtype,
+            device=device,
+            max_seq_length=longest,
+            planner=Planner(),
+            attention=attention,
         )
         model.name, model.folder, model.eos_token_ids = (
             str(model_name),
@@ -149,7 +154,7 @@ class FastLanguageModel:
         )
         level = parse_gradient_checkpointing(use_gradient_checkpointing)
         model.add_lora(LoraConfig(r, lora_alpha, named, use_rslora), random_state)
-        model.level = level
+        model.planner = Planner(level)
         return model
 
 

@@ -54,6 +54,7 @@ from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import parse_bytes
 from minitune.data.batching import Batch
+from minitune.memory.planner import Planner
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW
 
@@ -90,8 +91,9 @@ def load(a: argparse.Namespace, lora_alpha: int) -> tuple[LanguageModel, Any, di
         target_modules=TARGETS[a.targets],
         use_gradient_checkpointing=CHECKPOINTING[a.checkpointing],
     )
-    model.memory_budget = parse_bytes(a.memory_budget) if a.memory_budget else None
-    model.host_memory = parse_bytes(a.host_memory) if a.host_memory else 0
+    budget = parse_bytes(a.memory_budget) if a.memory_budget else None
+    host = parse_bytes(a.host_memory) if a.host_memory else 0
+    model.planner = Planner(model.planner.level, budget, host)
     facts = start_counting(start, sum(p.numel() for _, p in model.trainable_parameters()))
     return model, tokenizer, facts
 
@@ -171,7 +173,7 @@ def time_short_samples(a: argparse.Namespace) -> dict[str, Any]:
 
 def planned(micro: MicroStep) -> dict[str, Any]:
     """What the plan expected, to be held against peak_gb and ms (which has the optimizer too)."""
-    plan = micro.planned
+    plan = micro.planner.largest
     facts = {
         "planned_gb": plan.peak / 2**30,
         "planned_ms": 1e3 * plan.seconds,

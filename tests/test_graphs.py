@@ -12,7 +12,8 @@ from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.data.batching import collate
 from minitune.memory.offload import ActivationOffloader
 from minitune.memory.plan import Plan
-from minitune.model.activations import LayerPlan
+from minitune.memory.planner import Planner
+from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.packed_sequences import PackedSequences
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW
@@ -166,19 +167,33 @@ def test_closing_gives_the_memory_back(micro_step, model, plain):
 @pytest.mark.parametrize(
     ("layers", "tile"),
     [
-        ((LayerPlan(0, True), LayerPlan(3, True), LayerPlan(4)), None),
         (
-            (LayerPlan(3, True), LayerPlan(4), LayerPlan(4)),
+            (
+                LayerPlan(SaveLevel.INPUT, True),
+                LayerPlan(SaveLevel.QKV, True),
+                LayerPlan(SaveLevel.ALL),
+            ),
+            None,
+        ),
+        (
+            (LayerPlan(SaveLevel.QKV, True), LayerPlan(SaveLevel.ALL), LayerPlan(SaveLevel.ALL)),
             None,
         ),  # its copies may wait while the second layer runs
-        ((LayerPlan(0, True), LayerPlan(-1), LayerPlan(3, True)), 64),
+        (
+            (
+                LayerPlan(SaveLevel.INPUT, True),
+                LayerPlan(SaveLevel.NOTHING),
+                LayerPlan(SaveLevel.QKV, True),
+            ),
+            64,
+        ),
     ],
 )
 def test_offloading_and_tiles_within_graphs_change_nothing(
     micro_step, model, plain, monkeypatch, layers, tile
 ):
     plan = Plan(layers, tile, host_bytes=16 << 20, parts=(("activations", 16 << 20),))
-    monkeypatch.setattr(model, "plan_of", lambda packed, **options: plan)
+    monkeypatch.setattr(model.planner, "plan_for", lambda *_, **options: plan)
     exact = tile is None
     for _ in range(3):
         found = results(micro_step, BATCHES, model)
@@ -202,9 +217,9 @@ def test_a_tensor_stays_until_it_has_been_copied_out_however_long_that_takes(tmp
         copy(offload, sources, targets)
 
     monkeypatch.setattr(ActivationOffloader, "_copy", slowly)
-    layers = (LayerPlan(3, True),) * 3 + (LayerPlan(4),) * 3
+    layers = (LayerPlan(SaveLevel.QKV, True),) * 3 + (LayerPlan(SaveLevel.ALL),) * 3
     plan = Plan(layers, host_bytes=16 << 20, parts=(("activations", 3 * far),))
-    monkeypatch.setattr(model, "plan_of", lambda packed, **options: plan)
+    monkeypatch.setattr(model.planner, "plan_for", lambda *_, **options: plan)
     micro_step = MicroStep(model)
     for _ in range(3):
         assert_same_bits(results(micro_step, BATCHES[:2], model), expected)
@@ -236,14 +251,14 @@ def test_peak_memory_is_what_was_planned(tmp_path, lengths, budgets):
     optimizer = FlatAdamW([p for _, p in model.trainable_parameters()])
     batch = collate(random_samples(lengths, vocab=4096))
     for budget, host in budgets:
-        model.memory_budget, model.host_memory = int(budget * 2**30), host << 30
+        model.planner = Planner(None, int(budget * 2**30), host << 30)
         micro_step = MicroStep(model)
         optimizer.zero_grad()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
             micro_step(batch, 8000)
-        measured, planned = torch.cuda.max_memory_allocated(), micro_step.planned
+        measured, planned = torch.cuda.max_memory_allocated(), micro_step.planner.largest
         reserved = torch.cuda.max_memory_reserved()
         figures = ", ".join(f"{x / 2**30:.3f}" for x in (planned.peak, measured, reserved))
         print(f"budget {budget} GiB, host {host}: planned, measured, reserved {figures}; {planned}")
@@ -254,16 +269,16 @@ def test_peak_memory_is_what_was_planned(tmp_path, lengths, budgets):
 
 
 def test_weights_stay_dequantised_where_memory_is_left(micro_step, model, plain):
-    assert model.level is None
+    assert model.planner.level is None
     for order in ([3, 0, 2, 1], [0, 1, 2, 3]):
         assert_same_bits(
             results(micro_step, [BATCHES[i] for i in order], model), [plain[i] for i in order]
         )
-    assert micro_step.planned.dense == len(model.model.layers)
+    assert micro_step.planner.largest.dense == len(model.model.layers)
     assert all(projection.resident is not None for projection in model.projections())
     micro_step.close()
     assert all(projection.resident is None for projection in model.projections())
-    model.memory_budget = torch.cuda.memory_allocated() + (50 << 20)
+    model.planner.memory_budget = torch.cuda.memory_allocated() + (50 << 20)
     assert_same_bits(results(micro_step, BATCHES, model), plain)
 
 

@@ -56,10 +56,12 @@ def of_autograd(model, batch, denominator):
     return loss.detach(), gradients(model)
 
 
-@pytest.mark.parametrize("level", [0, 2, 3, 4, None])
+@pytest.mark.parametrize(
+    "level", [SaveLevel.INPUT, SaveLevel.ATTENTION, SaveLevel.QKV, SaveLevel.ALL, None]
+)
 def test_a_micro_step_gives_the_bits_of_autograd(tmp_path, level):
     model = load(make_tiny_model(tmp_path / "m"))
-    model.level = level
+    model.planner.level = level
     batch = collate(random_samples([40, 9, 30]))
     micro_step = MicroStep(model, capture=False)
     loss = micro_step(batch, 50)
@@ -172,24 +174,21 @@ def test_every_mixture_of_levels_places_and_tiles_gives_the_same_loss_and_gradie
     takes its low-rank columns from m as backward computes it."""
     model = load(make_tiny_model(tmp_path / "m", layers=5), dtype=torch.float32)
     batch, micro_step = collate(random_samples([40, 9, 30, 57])), MicroStep(model, capture=False)
-    model.level = SaveLevel.INPUT
+    model.planner.level = SaveLevel.INPUT
     expected = micro_step(batch, 50), gradients(model)
     draw = random.Random(seed)
-    layers = tuple(
-        LayerPlan(draw.randrange(5), draw.random() < 0.5, draw.choice([0, 0, 50])) for _ in range(5)
-    )
+    levels = [level for level in SaveLevel if level != SaveLevel.NOTHING]
+    layers = tuple(LayerPlan(draw.choice(levels), draw.random() < 0.5) for _ in range(5))
     layers = tuple(
         LayerPlan(SaveLevel.NOTHING) if i and draw.random() < 0.4 else keep
         for i, keep in enumerate(layers)
     )
     for tile in (None, draw.choice([1, 7, 64, 200])):
         plan = Plan(layers, tile, host_bytes=5 << 20)
-        monkeypatch.setattr(model, "plan_of", lambda packed, plan=plan, **options: plan)
+        monkeypatch.setattr(model.planner, "plan_for", lambda *_, plan=plan, **options: plan)
         for _ in range(2):
             loss, found = micro_step(batch, 50), gradients(model)
-            if tile is None and not any(
-                keep.wide or keep.level == SaveLevel.NOTHING for keep in layers
-            ):
+            if tile is None and all(keep.level != SaveLevel.NOTHING for keep in layers):
                 assert torch.equal(loss, expected[0]) and torch.equal(found, expected[1])
             assert torch.allclose(loss, expected[0], rtol=1e-6)
             assert (found - expected[1]).norm() < 1e-5 * expected[1].norm()
@@ -233,7 +232,7 @@ def test_a_step_that_fails_leaves_nothing_on_its_way_and_the_next_one_is_right(
     batch, micro_step = collate(random_samples([40, 9])), MicroStep(model, capture=False)
     layers = (LayerPlan(SaveLevel.INPUT, offloaded=True), LayerPlan(SaveLevel.INPUT))
     monkeypatch.setattr(
-        model, "plan_of", lambda packed, **options: Plan(layers, host_bytes=1 << 20)
+        model.planner, "plan_for", lambda *_, **options: Plan(layers, host_bytes=1 << 20)
     )
     expected, kept = (micro_step(batch, 50), gradients(model)), []
     put = ActivationOffloader.offload
@@ -252,9 +251,11 @@ def test_a_step_that_fails_leaves_nothing_on_its_way_and_the_next_one_is_right(
 def test_an_arena_that_is_too_small_is_an_error(tmp_path, monkeypatch):
     model = load(make_tiny_model(tmp_path / "m"))
     monkeypatch.setattr(
-        model,
-        "plan_of",
-        lambda packed, **options: Plan((LayerPlan(0, offloaded=True),) * 2, host_bytes=1000),
+        model.planner,
+        "plan_for",
+        lambda *_, **options: Plan(
+            (LayerPlan(SaveLevel.INPUT, offloaded=True),) * 2, host_bytes=1000
+        ),
     )
     with pytest.raises(ValueError, match="an arena of 1000 bytes has no room for layer 0"):
         MicroStep(model, capture=False)(collate(random_samples([40])), 50)

@@ -9,7 +9,7 @@ from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.device import pin
-from minitune.model import causal_lm as model
+from minitune.memory import planner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
@@ -52,8 +52,8 @@ def test_a_gpu_with_less_memory_than_it_said_is_trained_on_with_a_smaller_plan(
 ):
     folder = make_tiny_model(tmp_path / "m", **SHAPE, positions=1024)
     whole = losses(folder, tmp_path / "whole", host_memory)
-    free, total = model.free_memory, torch.cuda.get_device_properties(0).total_memory
-    monkeypatch.setattr(model, "free_memory", lambda device: free(device) + (400 << 20))
+    free, total = planner.free_memory, torch.cuda.get_device_properties(0).total_memory
+    monkeypatch.setattr(planner, "free_memory", lambda device: free(device) + (400 << 20))
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((1 << 30) / total)
     with pytest.warns(

@@ -140,7 +140,11 @@ def test_long_samples_keep_attention_first_and_short_ones_whole_layers():
             B8, dataclasses.replace(SHORT, squares=4096 * 119), STATIC, 10 * GIB
         ).layers
     )
-    assert long[1] > 8 and short[4] > 0 and short[1] == 0
+    assert (
+        long[SaveLevel.ATTENTION] > 8
+        and short[SaveLevel.ALL] > 0
+        and short[SaveLevel.ATTENTION] == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +208,7 @@ def test_sizes_without_a_model_are_those_of_a_model(tmp_path, targets):
     )
     s = new_residual(torch.randn(40, 64, device=model.device))
     packed = PackedSequences.from_positions(torch.arange(40)).to(model.device)
-    for level in range(5):
+    for level in (SaveLevel.INPUT, SaveLevel.ATTENTION, SaveLevel.QKV, SaveLevel.ALL):
         kept = layer.forward_saving(s, packed, model.shared, level)
         assert sum(t.nbytes for t in kept.tensors() if t is not None) == 40 * sizes.kept(level)
 

@@ -581,13 +581,13 @@ def test_a_step_out_of_memory_is_done_again_with_a_smaller_plan(
         if (
             trainer.progress.step == 1 and len(failures) < 2
         ):  # its gradients have been added already
-            failures.append(trainer.model.memory_budget)
+            failures.append(trainer.planner.memory_budget)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
 
     monkeypatch.setattr(MicroStep, "__call__", sometimes)
     trainer.train()
-    assert failures[0] is None and trainer.model.memory_budget > 0
+    assert failures[0] is None and trainer.planner.memory_budget > 0
     assert (
         len(said := [str(w.message) for w in recwarn if "trying the step again" in str(w.message)])
         == 2
@@ -619,13 +619,13 @@ def test_a_host_that_pins_no_memory_is_done_without(tiny, tmp_path, monkeypatch)
     call, asked = MicroStep.__call__, []
 
     def refused(micro_step, batch, denominator):
-        asked.append(micro_step.model.host_memory)
-        if micro_step.model.host_memory:
+        asked.append(micro_step.planner.host_budget)
+        if micro_step.planner.host_budget:
             raise MemoryError("the host refuses to pin 3.00 GiB of memory (CUDA error 2)")
         return call(micro_step, batch, denominator)
 
     monkeypatch.setattr(MicroStep, "__call__", refused)
-    trainer.model.host_memory = 4 << 30
+    trainer.planner.host_budget = 4 << 30
     with pytest.warns(UserWarning, match="refuses to pin 3.00 GiB .*: activations stay on the GPU"):
         trainer.train()
     assert asked[0] == 4 << 30 and not any(asked[1:]) and len(records_of(tmp_path / "run")) >= 2
@@ -633,7 +633,7 @@ def test_a_host_that_pins_no_memory_is_done_without(tiny, tmp_path, monkeypatch)
 
 def test_a_memory_budget_that_decides_nothing_is_refused(tiny, tmp_path):
     with pytest.raises(
-        ValueError, match=r"memory_budget 8GiB decides what a GPU keeps .* the model is on cpu"
+        ValueError, match=r"memory_budget 8GiB decides what a GPU saves .* the model is on cpu"
     ):
         new_trainer(tiny, tmp_path, memory_budget="8GiB")
 

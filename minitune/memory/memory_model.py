@@ -80,7 +80,12 @@ class MemoryModel:
     def kept(self, level: int) -> int:
         """Bytes a token that a layer keeps; without an arena's rounding."""
         q, o, g, d = self.lora_columns
-        added = (self.D + q + o + g + d, self.HK + o, self.D, self.HK + 2 * self.GK, 2 * self.F + g)
+        added = (
+            self.D + q + o + g + d,
+            self.HK + o,
+            self.D + self.HK + 2 * self.GK,
+            2 * self.F + g,
+        )
         return sum(added[: level + 1]) * self.itemsize + (
             4 * self.H if level >= SaveLevel.ATTENTION else 0
         )
@@ -95,7 +100,7 @@ class MemoryModel:
         attention = held + (
             int(self._at_once(N) * N * self.HK) if cudnn else 0
         )  # its output, before it is copied
-        o_rows, wide = (N if level >= SaveLevel.O else T), (N if level >= SaveLevel.ALL else T)
+        o_rows, wide = (N if level >= SaveLevel.QKV else T), (N if level >= SaveLevel.ALL else T)
         after = held + o_rows * D + wide * (2 * F + g) + T * max(D + g, F + d)
         return max(before, attention, after) * self.itemsize + 4 * N * self.H + self.stream(N)
 
@@ -106,8 +111,8 @@ class MemoryModel:
         held = N * (
             D + q + o + g + d + QKV + HK + o
         )  # x, low-rank columns, q k v, attention's output
-        held += N * D * (level >= SaveLevel.O) + N * (2 * F + g) * (level >= SaveLevel.ALL)
-        after = held + N * HK + T * (D * (level < SaveLevel.O) + D + g + 2 * F + g + F + d)
+        held += N * D * (level >= SaveLevel.QKV) + N * (2 * F + g) * (level >= SaveLevel.ALL)
+        after = held + N * HK + T * (D * (level < SaveLevel.QKV) + D + g + 2 * F + g + F + d)
         attention = held + N * (HK + QKV + q)
         if cudnn:  # dense copies of attention's output and its gradient, those of q, k, v, and what cuDNN works with
             part = self._at_once(N)

@@ -18,7 +18,7 @@ from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.packed_sequences import PackedSequences
 
 LEVEL_TEXT = (  # by level, from nothing on
-    "nothing", "their input", "input and attention", "all before the MLP but q k v", "all before the MLP", "everything",
+    "nothing", "their input", "input and attention", "everything up to the MLP", "everything",
 )  # fmt: skip
 
 

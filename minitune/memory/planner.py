@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The search for the fastest plan within a memory budget, and the object that a model and a run plan with."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -6,14 +6,19 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import product
 
+import torch
+
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
+from minitune.device import free_memory
 from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
-from minitune.memory.device_rates import DeviceRates
+from minitune.memory.device_rates import DeviceRates, machine_rates
 from minitune.memory.memory_model import MemoryModel, Workload, _host_bytes, _memory, static_parts
 from minitune.memory.plan import Candidate, Plan
 from minitune.memory.time_model import _dequantise, _seconds
 from minitune.model.activations import LayerPlan, SaveLevel
+from minitune.model.causal_lm import CausalLM
+from minitune.model.packed_sequences import PackedSequences
 
 
 def parse_gradient_checkpointing(use_gradient_checkpointing: bool | str) -> int | None:
@@ -198,3 +203,91 @@ def plan_table(plan: Plan, tokens: int, budget: int) -> str:
         ("layers", str(plan)),
     ]
     return "\n".join(f"{label:<26}{text}" for label, text in rows)
+
+
+class Planner:
+    """The plans of one model's forward and backward passes.
+
+    level: the SaveLevel of every layer, or None to choose the fastest plan within the budgets.
+    memory_budget: bytes of GPU memory for everything, or None for all that is free.
+    host_budget: bytes of host memory for offloaded activations.
+    largest: the plan with the highest peak so far, or None before the first plan.
+    """
+
+    def __init__(
+        self,
+        level: SaveLevel | None = SaveLevel.INPUT,
+        memory_budget: int | None = None,
+        host_budget: int = 0,
+    ):
+        self.level, self.memory_budget, self.host_budget = level, memory_budget, host_budget
+        self.largest: Plan | None = None
+
+    def memory_limit(self, device: torch.device) -> int:
+        """Return the bytes that plans may use: the usable device memory, capped by memory_budget."""
+        allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        limit = free_memory(device) + allocated
+        return limit if self.memory_budget is None else min(limit, self.memory_budget)
+
+    def plan_for(
+        self,
+        model: CausalLM,
+        packed: PackedSequences,
+        already_allocated: int = 0,
+        allow_resident_weights: bool = False,
+    ) -> Plan:
+        """Return the plan of a forward and backward pass over `packed`, and remember the largest.
+
+        already_allocated: bytes that are allocated and that the plan counts as well.
+        allow_resident_weights: True if the plan may keep dequantised weights resident.
+        """
+        plan = self.plan_for_tokens(
+            model,
+            len(packed.positions),
+            packed.max_seqlen,
+            model.shared.attention_kwargs(packed)["uniform_seqlen"] is not None,
+            already_allocated,
+            allow_resident_weights,
+        )
+        if self.largest is None or plan.peak > self.largest.peak:
+            self.largest = plan
+        return plan
+
+    def plan_for_tokens(
+        self,
+        model: CausalLM,
+        tokens: int,
+        max_seqlen: int | None = None,
+        cudnn: bool = False,
+        already_allocated: int = 0,
+        allow_resident_weights: bool = False,
+    ) -> Plan:
+        """Return the plan of a pass over `tokens` tokens in samples of at most `max_seqlen`.
+
+        cudnn: True if attention may be cuDNN's; the other arguments are those of `plan_for`.
+        """
+        device = model.device
+        sizes = MemoryModel.of(model.config, model.lora, model.dtype.itemsize, device.type)
+        static = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        static -= already_allocated if device.type == "cuda" else 0
+        if not model.shared.weights:  # the dequantisation buffers are not allocated yet
+            static += sizes.buffers
+        squares = tokens * min(max_seqlen or tokens, tokens)
+        load, parts = Workload(tokens, squares, tokens, cudnn), (("allocated", static),)
+        if self.level is not None:
+            return uniform_plan(sizes, load, self.level, parts)
+        rates = machine_rates(device) if device.type == "cuda" else None
+        limit = self.memory_limit(device)
+        return fastest_plan(
+            sizes, load, parts, limit, self.host_budget, rates, allow_resident_weights
+        )
+
+    def plan_with_less(self, device: torch.device) -> tuple[int, int]:
+        """Lower memory_budget by a sixth, forget the largest plan; return the limit before and after."""
+        limit = self.memory_limit(device)
+        self.memory_budget, self.largest = limit * 5 // 6, None
+        return limit, self.memory_budget
+
+    def plan_without_host(self) -> None:
+        """Offload nothing from now on, and forget the largest plan."""
+        self.host_budget, self.largest = 0, None

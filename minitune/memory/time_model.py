@@ -38,7 +38,7 @@ def _seconds(sizes: MemoryModel, load: Workload, choice: Candidate, r: DeviceRat
     forward += N * (15 * D + 3 * F + 2 * QKV) * b / r.copy + (11 + 12 * tiles) * r.launch
     backward = matmuls + 3 * attention + dequantise + 3 * thin
     backward += N * (14 * D + 6 * F + 2 * QKV) * b / r.copy + (21 + 30 * tiles) * r.launch
-    again = (qkv + attention + o + gate_up, qkv + o + gate_up, qkv + gate_up, gate_up, 0.0)
+    again = (qkv + attention + o + gate_up, qkv + o + gate_up, gate_up, 0.0)
     before = sizes.layers - choice.count
     loss = 4 * load.loss_rows * (D + 256) * sizes.V / r.matmul  # a narrow head reaches less of it
     loss += 5 * load.loss_rows * sizes.V * b / r.copy

@@ -8,9 +8,8 @@ each row in addition to those above it:
     -      nothing                                 its input, through the layers below, and all of the next line
     0      x, the layer's input              8 K   q, k, v, attention, o, gate, up; never down: nothing needs its output
     1      attention output, its logsumexp  16 K   q, k, v, o, gate, up
-    2      o, what attention adds to x      24 K   q, k, v, gate, up
-    3      q, k, v after RoPE               36 K   gate, up
-    4      gate, up                         92 K   nothing but elementwise operations
+    2      o; q, k, v after RoPE            36 K   gate, up
+    3      gate, up                         92 K   nothing but elementwise operations
 
 What the thin halves of the LoRA branches give, x A^T, is always kept: 0.5 K. Forward and recomputation run the same
 functions (`DecoderLayer.attend`, `until_gate_up`), so every level from 0 on gives the same bits. Layers that keep nothing get their input from x instead of
@@ -29,9 +28,8 @@ class SaveLevel(IntEnum):
     NOTHING = -1
     INPUT = 0
     ATTENTION = 1
-    O = 2
-    QKV = 3
-    ALL = 4
+    QKV = 2
+    ALL = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Activations:
 
     def kept(self, level: int) -> "Activations":
         """What `level` keeps."""
-        count = {0: 5, 1: 7, 2: 8, 3: 9, 4: 10}[level]
+        count = (5, 7, 9, 10)[level]
         return Activations(*self.tensors()[:count], known=True)
 
     def rows(self, rows: slice) -> "Activations":

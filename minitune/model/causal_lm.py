@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.device import free_memory
 from minitune.kernels.backend import accumulator
-from minitune.memory.device_rates import machine_rates
-from minitune.memory.memory_model import MemoryModel, Workload
-from minitune.memory.plan import Plan
-from minitune.memory.planner import fastest_plan, uniform_plan
-from minitune.model.activations import SaveLevel
+from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.decoder_layer import DecoderLayer, LayerContext, new_residual
 from minitune.model.generate import generate
 from minitune.model.layers import Embedding, RMSNorm
@@ -40,6 +37,21 @@ class Output:
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+
+
+class StepPlanner(Protocol):
+    """The part of memory/planner.py's Planner that the model uses."""
+
+    def plan_for(self, model: "CausalLM", packed: PackedSequences) -> "StepPlan": ...
+
+
+class StepPlan(Protocol):
+    """The part of memory/plan.py's Plan that the model uses."""
+
+    layers: tuple[LayerPlan, ...]
+    tile: int | None
+
+    def samples(self, packed: PackedSequences) -> PackedSequences: ...
 
 
 class Decoder(nn.Module):
@@ -60,6 +72,7 @@ class CausalLM(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         max_seq_length: int,
+        planner: "StepPlanner",
         attention: str = "auto",
     ):
         super().__init__()
@@ -77,13 +90,7 @@ class CausalLM(nn.Module):
         self.lora: LoraConfig | None = None
         self.lora_seed: int | None = None  # drew the adapter's A
         self.lora_dropout = 0.0  # that a loaded adapter was trained with; not applied here
-        self.level: int | None = (
-            SaveLevel.INPUT
-        )  # what a layer keeps for backward (recompute.py); None: what fits
-        self.memory_budget: int | None = (
-            None  # bytes of GPU memory for everything, where level is None
-        )
-        self.host_memory = 0  # bytes of the host's memory that activations may wait in, likewise
+        self.planner = planner
         self.name, self.folder = "", Path()
         self.eos_token_ids: tuple[int, ...] = ()  # where generate stops
 
@@ -154,17 +161,9 @@ class CausalLM(nn.Module):
             s = new_residual(
                 self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
             )
-            plan = (
-                self.plan_of(packed)
-                if torch.is_grad_enabled()
-                else self._plan_without_backward(len(s))
-            )
-            packed = plan.samples(packed)
-            for layer, planned in zip(self.model.layers, plan.layers, strict=True):
-                level = (
-                    SaveLevel.INPUT if planned.offloaded else max(planned.level, SaveLevel.INPUT)
-                )  # all on the device
-                s = layer(s, packed, self.shared, level, plan.tile)
+            levels, packed, tile = self._plan(packed)
+            for layer, level in zip(self.model.layers, levels, strict=True):
+                s = layer(s, packed, self.shared, level, tile)
             if labels is None:
                 logits = _Logits.apply(s, self.model.norm, self.lm_head.weight_as(self.dtype))
                 if not keep.all():
@@ -262,47 +261,21 @@ class CausalLM(nn.Module):
         )
         return self.resident_weights() if fits else contextlib.nullcontext()
 
-    def memory_limit(self) -> int:
-        """Bytes that plans are made with, of the device's memory, for everything there is."""
-        allocated = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        limit = free_memory(self.device) + allocated
-        return limit if self.memory_budget is None else min(limit, self.memory_budget)
+    def _plan(self, packed: PackedSequences) -> tuple[list[SaveLevel], PackedSequences, int | None]:
+        """Return the level of each layer, the samples as attention sees them, and the rows of a tile.
 
-    def plan(
-        self,
-        tokens: int,
-        longest: int | None = None,
-        cudnn: bool = False,
-        level: int | None = None,
-        counted: int = 0,
-        dense: bool = False,
-    ) -> Plan:
-        """What a pass over so many tokens, in samples of up to `longest`, keeps for backward, where, in what tiles.
-
-        counted: bytes that are allocated and that the plan counts as well; dense: whether weights may stay dequantised.
+        Without autograd every layer saves the least, in tiles: an evaluation fits into the memory
+        that a training step has. With autograd nothing is offloaded.
         """
-        sizes = MemoryModel.of(self.config, self.lora, self.dtype.itemsize, self.device.type)
-        static = (
-            torch.cuda.memory_allocated(self.device) - counted if self.device.type == "cuda" else 0
-        )
-        if not self.shared.weights:  # the buffers of the weights at work are still to come
-            static += sizes.buffers
-        load = Workload(tokens, tokens * min(longest or tokens, tokens), tokens, cudnn)
-        there = (("allocated", static),)
-        level = self.level if level is None else level
-        if level is not None:
-            return uniform_plan(sizes, load, level, there)
-        rates = machine_rates(self.device) if self.device.type == "cuda" else None
-        return fastest_plan(sizes, load, there, self.memory_limit(), self.host_memory, rates, dense)
-
-    def _plan_without_backward(self, tokens: int) -> Plan:
-        """In tiles: what a training step has room for, an evaluation has."""
-        return replace(self.plan(tokens, level=SaveLevel.INPUT), tile=EVALUATION_ROWS)
-
-    def plan_of(self, packed: PackedSequences, **options) -> Plan:
-        """The plan of a forward and backward pass over these samples; options as of `plan`."""
-        cudnn = self.shared.attention_kwargs(packed)["uniform_seqlen"] is not None
-        return self.plan(len(packed.positions), packed.max_seqlen, cudnn, **options)
+        if not torch.is_grad_enabled():
+            levels = [SaveLevel.INPUT] * len(self.model.layers)
+            return levels, replace(packed, uniform_seqlen=None), EVALUATION_ROWS
+        plan = self.planner.plan_for(self, packed)
+        levels = [
+            SaveLevel.INPUT if layer.offloaded else max(layer.level, SaveLevel.INPUT)
+            for layer in plan.layers
+        ]
+        return levels, plan.samples(packed), plan.tile
 
     def as_current_device(self) -> contextlib.AbstractContextManager:
         """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""

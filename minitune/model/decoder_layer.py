@@ -136,7 +136,7 @@ class DecoderLayer(nn.Module):
         a = self.new_activations(s, shared.dtype)
         weights = DequantizedLayer(self.projections, shared.weights, shared.dtype, s.device)
         self.attend(a, packed, shared, weights, tile)
-        if level >= SaveLevel.O:
+        if level >= SaveLevel.QKV:
             a.o = torch.empty_like(a.x)
         if level >= SaveLevel.ALL:
             a.gate_up = self.gate_up.new_output(a.x)

@@ -178,9 +178,14 @@ class CUDAGraphCache:
             )
         counted = self._top[:size].nbytes
         if not grows:
-            plan = micro_step.plan_of(packed, counted=counted)
+            plan = micro_step.planner.plan_for(micro_step.model, packed, counted)
         else:  # the largest step says how much room there is for dequantised weights
-            plan = micro_step.plan_of(packed, counted=counted + micro_step.dense_bytes, dense=True)
+            plan = micro_step.planner.plan_for(
+                micro_step.model,
+                packed,
+                counted + micro_step.dense_bytes,
+                allow_resident_weights=True,
+            )
             micro_step.make_resident(plan.dense)
         torch.cuda.empty_cache()
         return plan

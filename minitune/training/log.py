@@ -138,7 +138,7 @@ def banner(model: "CausalLM", data: "TokenizedDataset", rows: Sequence[tuple[str
         None: "kept as far as they fit",
         SaveLevel.INPUT: "recomputed",
         SaveLevel.ALL: "kept",
-    }.get(model.level, "kept in part")
+    }.get(model.planner.level, "kept in part")
     tokens = sum(len(sample.input_ids) for sample in data.samples)
     trained_on = sum(sample.targets for sample in data.samples)
     lora = model.lora

@@ -22,6 +22,7 @@ from minitune.device import to_device_async
 from minitune.memory.device_rates import machine_rates
 from minitune.memory.offload import ActivationOffloader
 from minitune.memory.plan import Plan
+from minitune.memory.planner import Planner
 from minitune.model.activations import Activations, SaveLevel
 from minitune.model.causal_lm import CausalLM
 from minitune.model.decoder_layer import new_residual
@@ -45,8 +46,8 @@ def _padded(batch: Batch, size: int, longest: int) -> tuple[Tensor, Tensor]:
 class MicroStep:
     """Adds the gradients of a batch to `.grad` of the model's adapters and returns its loss."""
 
-    def __init__(self, model: CausalLM, capture: bool = True):
-        """capture=False launches everything as it comes; on a CPU there is no other way.
+    def __init__(self, model: CausalLM, planner: Planner | None = None, capture: bool = True):
+        """planner: makes the plans; by default the model's. capture=False launches everything as it comes; on a CPU there is no other way.
 
         Raises ValueError for a model without an adapter.
         """
@@ -54,14 +55,13 @@ class MicroStep:
             raise ValueError(
                 "the model has no adapter to train; call FastLanguageModel.get_peft_model first"
             )
-        self.model = model
+        self.model, self.planner = model, planner or model.planner
         self._parameters = [layer.lora_parameters() for layer in model.model.layers]
-        self.planned: Plan | None = None  # of the plans so far, the one that needs most memory
         self._offload: ActivationOffloader | None = None
         self._dense: set[FusedLinear] = set()
         if model.device.type == "cuda":  # now, and not while a step is timed or its memory counted
             torch.cuda.current_blas_handle()
-            if model.level is None:
+            if self.planner.level is None:
                 machine_rates(model.device)
         capture &= model.device.type == "cuda" and CUDAGraphCache.failure is None
         self._graphs = CUDAGraphCache(model.device) if capture else None
@@ -112,7 +112,7 @@ class MicroStep:
         if self._graphs is not None:
             self._graphs.forget()
             self.make_resident(0)
-        plan = self.plan_of(packed)
+        plan = self.planner.plan_for(self.model, packed)
         packed = plan.samples(packed)
         s, kept = self.forward(inputs, packed, plan)
         top = self.new_residual_gradient(inputs.shape[1])
@@ -139,13 +139,6 @@ class MicroStep:
     def own_memory(self) -> contextlib.AbstractContextManager:
         """Runs what is launched within in the memory that the graphs have, where there are any."""
         return self._graphs.own_memory() if self._graphs is not None else contextlib.nullcontext()
-
-    def plan_of(self, packed: PackedSequences, **options) -> Plan:
-        """The model's plan for these samples; options as of LlamaForCausalLM.plan."""
-        plan = self.model.plan_of(packed, **options)
-        if self.planned is None or plan.peak > self.planned.peak:
-            self.planned = plan
-        return plan
 
     def make_resident(self, count: int) -> None:
         """Keep the weights of the first `count` layers dequantised, and no others that were so because of this."""

@@ -1,154 +1,161 @@
-"""What a training run does about memory: plan with it, compare the plan with what was measured, and plan with less.
+"""Out-of-memory handling: plan within the settings, compare planned and measured peak, retry with less.
 
-Plans are made by the model, for every new size of micro-step (plan.py). Here are the settings that they are made by,
-and what happens where a plan was wrong.
+A `Planner` (memory/planner.py) plans every new size of micro-step. This file makes the planner of a run
+from the run's settings. If a step runs out of memory although its plan should have fit, the planner gets
+a smaller budget and the step runs again.
 """
 
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
-from minitune.config.training_config import parse_bytes
+from minitune.config.training_config import SFTConfig, parse_bytes
 from minitune.device import free_memory
+from minitune.memory.planner import Planner
+from minitune.model.causal_lm import CausalLM
+from minitune.training.micro_step import MicroStep
 
-if TYPE_CHECKING:
-    from minitune.training.trainer import SFTTrainer
+MAX_SMALLER_PLANS = 4  # retries of a step that is out of memory, each with a sixth less
+MIN_MICRO_STEP_TOKENS = 1024  # lower bound if memory, and not the user, decides
 
-SMALLER_PLANS = 4  # that are tried where memory runs out, each with a sixth less
-LEAST_TOKENS = 1024  # of a micro-step, where memory and not the user decides
-
-T = TypeVar("T")
-
-
-def size_setting(trainer: "SFTTrainer", name: str) -> int | None:
-    """A setting in bytes. ValueError where there is nothing that could be chosen by it."""
-    size, model = getattr(trainer.args, name), trainer.model
-    if size is None:
-        return None
-    if model.device.type != "cuda" or model.level is not None:
-        raise ValueError(
-            f"{name} {size} decides what a GPU keeps where use_gradient_checkpointing is 'unsloth'; the model is on "
-            f"{model.device}, with {trainer.settings['use_gradient_checkpointing']!r}"
-        )
-    return parse_bytes(size)
+Result = TypeVar("Result")
 
 
-def host_memory_for(trainer: "SFTTrainer") -> int:
-    """Bytes of the host's memory that activations may wait in: as set, or half of what is available."""
-    size = size_setting(trainer, "host_memory")
-    if size is not None:
-        return size
-    return (
-        default_host_budget()
-        if trainer.model.device.type == "cuda" and trainer.model.level is None
-        else 0
-    )
+def run_planner(model: CausalLM, args: SFTConfig, checkpointing: str) -> Planner:
+    """Return the planner of a run on `model` with the budgets in `args`.
+
+    checkpointing: the run's use_gradient_checkpointing, for the error text.
+
+    Raises: ValueError if a budget is set and no plan depends on it.
+    """
+    plans = model.device.type == "cuda" and model.planner.level is None
+    for name in ("memory_budget", "host_memory"):
+        if (size := getattr(args, name)) is not None and not plans:
+            raise ValueError(
+                f"{name} {size} decides what a GPU saves if use_gradient_checkpointing is 'unsloth'; "
+                f"the model is on {model.device}, with {checkpointing!r}"
+            )
+    memory_budget = None if args.memory_budget is None else parse_bytes(args.memory_budget)
+    if args.host_memory is not None:
+        host_budget = parse_bytes(args.host_memory)
+    else:
+        host_budget = default_host_budget() if plans else 0
+    return Planner(model.planner.level, memory_budget, host_budget)
 
 
 def default_host_budget() -> int:
-    """Half of the host's free bytes; none where torch sees no GPU."""
+    """Return half of the host's free bytes, or 0 if torch sees no GPU."""
     return free_memory(torch.device("cpu")) // 2 if torch.cuda.is_available() else 0
 
 
-def fit_micro_step_tokens(trainer: "SFTTrainer") -> int:
-    """The default of micro_step_tokens, or as much less as it takes to fit into a GPU's memory."""
-    tokens, model = trainer.micro_step_tokens, trainer.model
-    if trainer.args.micro_step_tokens is not None or model.device.type == "cpu":
+def fit_micro_step_tokens(planner: Planner, model: CausalLM, tokens: int, max_seqlen: int) -> int:
+    """Return `tokens`, or as many fewer as it takes to fit into the GPU's memory.
+
+    max_seqlen: tokens of the longest sample, which always fits in.
+    """
+    if model.device.type == "cpu":
         return tokens
-    longest = max(len(sample.input_ids) for sample in trainer.train_data.samples)
-    return halve_until_fits(
-        tokens, longest, lambda n: model.plan(n, longest).peak > model.memory_limit()
-    )
+
+    def too_many(count: int) -> bool:
+        plan = planner.plan_for_tokens(model, count, max_seqlen)
+        return plan.peak > planner.memory_limit(model.device)
+
+    return halve_until_fits(tokens, max_seqlen, too_many)
 
 
-def halve_until_fits(tokens: int, longest: int, too_many: Callable[[int], bool]) -> int:
-    """`tokens` halved as long as they are too many and the longest sample still fits in."""
-    while tokens // 2 >= max(LEAST_TOKENS, longest) and too_many(tokens):
+def halve_until_fits(tokens: int, max_seqlen: int, too_many: Callable[[int], bool]) -> int:
+    """Halve `tokens` while `too_many(tokens)` and the longest sample still fits in; return the rest."""
+    while tokens // 2 >= max(MIN_MICRO_STEP_TOKENS, max_seqlen) and too_many(tokens):
         tokens //= 2
     return tokens
 
 
-def retry_on_oom(trainer: "SFTTrainer", accumulate: Callable[[], T]) -> T:
-    """`accumulate` with all gradients at zero; again, with smaller plans, where memory runs out and plans decide."""
-    if trainer.micro_step.planned is None and trainer.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(
-            trainer.model.device
-        )  # what loading took is not what a step takes
-    for _ in range(SMALLER_PLANS):
-        trainer.optimizer.zero_grad()
+def retry_on_oom(
+    micro_step: MicroStep,
+    zero_grad: Callable[[], None],
+    step: int,
+    accumulate: Callable[[], Result],
+) -> Result:
+    """Return `accumulate()` after `zero_grad()`; retry with smaller plans if memory runs out.
+
+    step: number of the optimizer step, from 1, for the warning.
+    """
+    planner, device = micro_step.planner, micro_step.model.device
+    if planner.largest is None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # loading does not count as a step's peak
+    for _ in range(MAX_SMALLER_PLANS):
+        zero_grad()
         try:
             return accumulate()
         except torch.OutOfMemoryError:
-            if trainer.model.level is not None:
+            if planner.level is not None:
                 raise
-            plan_anew = _plan_with_less
+            plan_anew = partial(_plan_with_less, planner, device, step)
         except MemoryError as error:
-            if trainer.model.host_memory == 0:
+            if planner.host_budget == 0:
                 raise
-            plan_anew = partial(_plan_without_host, why=str(error))
-        plan_anew(trainer)  # out here nothing holds the tensors of the step that failed
-    trainer.optimizer.zero_grad()
+            plan_anew = partial(_plan_without_host, planner, str(error))
+        # out of the except block nothing holds the failed step's tensors
+        micro_step.close()
+        plan_anew()
+    zero_grad()
     return accumulate()
 
 
-def run_in_graph_pool(trainer: "SFTTrainer", work: Callable[[], T]) -> T:
-    """`work` in the graphs' memory; where that is too little, again without graphs and dequantised weights."""
-    with contextlib.suppress(torch.OutOfMemoryError), trainer.micro_step.own_memory():
+def run_in_graph_pool(micro_step: MicroStep, work: Callable[[], Result]) -> Result:
+    """Run `work` in the CUDA graphs' pool.
+
+    On out-of-memory, drop graphs and resident weights and run it again.
+    """
+    with contextlib.suppress(torch.OutOfMemoryError), micro_step.own_memory():
         return work()
-    trainer.micro_step.close()
+    micro_step.close()
     return work()
 
 
-def _plan_with_less(trainer: "SFTTrainer") -> None:
-    model, planned, limit = trainer.model, trainer.micro_step.planned, trainer.model.memory_limit()
-    trainer.micro_step.close()
-    trainer.micro_step.planned = None
-    model.memory_budget = limit * 5 // 6
-    expected = "" if planned is None else f"{_gib(planned.peak)} were planned and "
+def _plan_with_less(planner: Planner, device: torch.device, step: int) -> None:
+    planned = "" if planner.largest is None else f"{_gib(planner.largest.peak)} were planned and "
+    before, after = planner.plan_with_less(device)
     warnings.warn(
-        f"{model.device} is out of memory in step {trainer.progress.step + 1}, though {expected}{_gib(limit)} "
-        f"expected; trying the step again with a plan for {_gib(model.memory_budget)}",
-        stacklevel=2,
+        f"{device} is out of memory in step {step}, though {planned}{_gib(before)} expected; "
+        f"trying the step again with a plan for {_gib(after)}",
+        stacklevel=3,
     )
 
 
-def _plan_without_host(trainer: "SFTTrainer", why: str) -> None:
-    trainer.micro_step.close()
-    trainer.micro_step.planned = None
-    trainer.model.host_memory = 0
+def _plan_without_host(planner: Planner, reason: str) -> None:
+    planner.plan_without_host()
     warnings.warn(
-        f"{why}: activations stay on the GPU or are computed again, which takes longer",
-        stacklevel=2,
+        f"{reason}: activations stay on the GPU or are recomputed, which takes longer", stacklevel=3
     )
 
 
-def planned_vs_measured(trainer: "SFTTrainer") -> str | None:
-    """A line of what was planned beside what was measured; none on a CPU, whose peak nobody counts."""
-    planned, device = trainer.micro_step.planned, trainer.model.device
-    if planned is None or device.type == "cpu":
+def planned_vs_measured(planner: Planner, device: torch.device) -> str | None:
+    """Return a line that compares planned and measured peak, or None on a CPU."""
+    if planner.largest is None or device.type == "cpu":
         return None
     measured = torch.cuda.max_memory_allocated(device)
-    return f"{'memory':<11}{_gib(planned.peak)} planned, {_gib(measured)} measured; {planned}"
+    plan = planner.largest
+    return f"{'memory':<11}{_gib(plan.peak)} planned, {_gib(measured)} measured; {plan}"
 
 
 @contextlib.contextmanager
-def oom_as_value_error(trainer: "SFTTrainer") -> Iterator[None]:
-    """A GPU that runs out of memory within becomes a ValueError that says what needs less."""
+def oom_as_value_error(
+    planner: Planner, device: torch.device, advice: Callable[[], str]
+) -> Iterator[None]:
+    """Turn an out-of-memory error of the GPU into a ValueError that says what needs less memory.
+
+    advice: returns the step, the settings to lower and the last checkpoint.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        settings, planned = trainer.settings, trainer.micro_step.planned
-        expected = "" if planned is None else f" ({_gib(planned.peak)} were planned)"
-        raise ValueError(
-            f"{trainer.model.device} is out of memory in step {trainer.progress.step + 1}{expected}; lower "
-            f"micro_step_tokens ({trainer.micro_step_tokens}) or max_length ({trainer.max_length}), or set "
-            f"use_gradient_checkpointing to true (it is {settings['use_gradient_checkpointing']}) or load_in_4bit to "
-            f"true (it is {settings['load_in_4bit']}); last checkpoint: {trainer.last_checkpoint()}"
-        ) from error
+        planned = "" if planner.largest is None else f" ({_gib(planner.largest.peak)} were planned)"
+        raise ValueError(f"{device} is out of memory{planned} in {advice()}") from error
 
 
 def _gib(size: int) -> str:

@@ -44,12 +44,11 @@ from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW, learning_rate_factor, warmup_count
 from minitune.training.out_of_memory import (
     fit_micro_step_tokens,
-    host_memory_for,
     oom_as_value_error,
     planned_vs_measured,
     retry_on_oom,
     run_in_graph_pool,
-    size_setting,
+    run_planner,
 )
 from minitune.training.run_folder import (
     SAME_MATHEMATICS,
@@ -143,16 +142,13 @@ class SFTTrainer:
             "load_in_4bit": any(linear.is_quantized for _, linear in model.linears()),
             "dtype": str(model.dtype).removeprefix("torch."),
             "use_gradient_checkpointing": {SaveLevel.ALL: "false", SaveLevel.INPUT: "true"}.get(
-                model.level, "unsloth"
+                model.planner.level, "unsloth"
             ),
             "random_state": model.lora_seed,
             **as_dict(model.lora),
         }
-        model.memory_budget, model.host_memory = (
-            size_setting(self, "memory_budget"),
-            host_memory_for(self),
-        )
-        self.micro_step = MicroStep(model, self.args.cuda_graphs)
+        self.planner = run_planner(model, self.args, self.settings["use_gradient_checkpointing"])
+        self.micro_step = MicroStep(model, self.planner, self.args.cuda_graphs)
         self.progress = Progress()
         self._pending: list[
             Tensor
@@ -210,7 +206,9 @@ class SFTTrainer:
     def _optimizer_step(self) -> None:
         step = self.progress.step
         samples = self.samples_of_step(step)
-        loss = retry_on_oom(self, lambda: self.accumulate(samples))
+        loss = retry_on_oom(
+            self.micro_step, self.optimizer.zero_grad, step + 1, lambda: self.accumulate(samples)
+        )
         norm = self.optimizer.step(self.learning_rate(step))
         self._pending.append(torch.stack([loss, norm]))
         self.progress.step += 1
@@ -229,7 +227,9 @@ class SFTTrainer:
                     samples[first : first + EVAL_CHUNK], self.micro_step_tokens
                 ):
                     batch = collate(pack)
-                    loss += run_in_graph_pool(self, lambda batch=batch: self._loss(batch, targets))
+                    loss += run_in_graph_pool(
+                        self.micro_step, lambda batch=batch: self._loss(batch, targets)
+                    )
                 progress(min(first + EVAL_CHUNK, len(samples)), len(samples))
         return {"eval_loss": float(loss), "eval_seconds": time.perf_counter() - start}
 
@@ -255,14 +255,16 @@ class SFTTrainer:
             report,
             deferred_sigint() as caught,
             self._telling(report),
-            oom_as_value_error(self),
+            oom_as_value_error(self.planner, self.model.device, self._oom_advice),
             self._weights(),
             contextlib.closing(self.micro_step),
         ):
             report.say(banner(self.model, self.train_data, run_rows(self, resumed)))
             while p.step < self.total_steps and not caught:
                 self._optimizer_step()
-                if p.step == first + 1 and (memory := planned_vs_measured(self)):
+                if p.step == first + 1 and (
+                    memory := planned_vs_measured(self.planner, self.model.device)
+                ):
                     report.say(memory)
                 report.advance()
                 if self._due(a.logging_steps) or (p.step == 1 and a.logging_first_step):
@@ -323,6 +325,16 @@ class SFTTrainer:
             raise ValueError(
                 f"{error}; training stopped, last checkpoint: {self.last_checkpoint()}"
             ) from error
+
+    def _oom_advice(self) -> str:
+        """Return the step that ran out of memory, the settings to lower, and the last checkpoint."""
+        settings = self.settings
+        return (
+            f"step {self.progress.step + 1}; lower micro_step_tokens ({self.micro_step_tokens}) or "
+            f"max_length ({self.max_length}), or set use_gradient_checkpointing to true (it is "
+            f"{settings['use_gradient_checkpointing']}) or load_in_4bit to true (it is "
+            f"{settings['load_in_4bit']}); last checkpoint: {self.last_checkpoint()}"
+        )
 
     def last_checkpoint(self) -> str:
         return str(self._run.last_checkpoint() or "none was saved")
@@ -390,7 +402,11 @@ class SFTTrainer:
         self._pending.clear()
         if self._run.source is not None:
             self.progress = self._run.resume(self.model, self.optimizer, self._identity())
-        self.micro_step_tokens = fit_micro_step_tokens(self)
+        if a.micro_step_tokens is None:
+            longest = max(len(sample.input_ids) for sample in self.train_data.samples)
+            self.micro_step_tokens = fit_micro_step_tokens(
+                self.planner, self.model, self.micro_step_tokens, longest
+            )
         self._run.write_config(self.settings, self.max_length)
         return self._run.source
 

@@ -27,7 +27,7 @@ from minitune import FastLanguageModel
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig, parse_bytes
-from minitune.memory.planner import MARGIN, plan_memory
+from minitune.memory.planner import MARGIN, Planner, plan_memory
 from minitune.model.activations import SaveLevel
 from minitune.training.micro_step import MicroStep
 
@@ -135,13 +135,15 @@ def gradients(a: argparse.Namespace) -> int:
     batch = bench.random_batch(1, a.tokens, model.config.vocab_size, generator)
     found = []
     for budget, host in ((None, 0), (parse_bytes(a.memory_budget), parse_bytes(a.host_memory))):
-        model.memory_budget, model.host_memory = budget, host
+        model.planner = Planner(model.planner.level, budget or None, host)
         micro = MicroStep(model)
         loss = float(micro(batch, batch.targets))
         found.append(
             (loss, torch.cat([p.grad.flatten().cpu() for _, p in model.trainable_parameters()]))
         )
-        print(f"loss {loss:.6f}; {micro.planned.peak / GIB:.2f} GiB planned: {micro.planned}")
+        print(
+            f"loss {loss:.6f}; {micro.planner.largest.peak / GIB:.2f} GiB planned: {micro.planner.largest}"
+        )
         micro.close()
         del micro
         for _, p in model.trainable_parameters():
