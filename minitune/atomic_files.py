@@ -48,6 +48,11 @@ def read_json(path: str | Path, *, default: dict | None = None, hint: str = "") 
     return content
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an indented JSON file in UTF-8. Not atomic: for files inside an atomic folder."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def require_space(path: Path, needed: int) -> None:
     """Raise ValueError if the disk of `path` has less than `needed` bytes left."""
     candidates = (path.absolute(), *path.absolute().parents)

@@ -146,7 +146,7 @@ def test_adapter_files_that_do_not_fit_are_refused_and_the_model_is_unchanged(ti
             load_adapter(bare, tmp_path)
         assert bare.lora is None
     (tmp_path / CONFIG).write_text("[1]")
-    with pytest.raises(ValueError, match=r"adapter_config.json: holds a list; expected an object"):
+    with pytest.raises(ValueError, match=r"adapter_config.json: holds a list, not an object"):
         load_adapter(base(tiny), tmp_path)
     save_adapter(model, tmp_path)
     (tmp_path / WEIGHTS).write_bytes(b"\x10\0\0\0\0\0\0\0{")

@@ -283,7 +283,7 @@ def test_models_of_an_earlier_run_stay_until_new_ones_are_whole(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for module, written in (
-        ("checkpoints.merge", "write_safetensors"),
+        ("checkpoints.safetensors_writer", "write_safetensors"),
         ("gguf.export", "write_gguf"),
     ):
         with monkeypatch.context() as patch:

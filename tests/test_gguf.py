@@ -426,7 +426,7 @@ def foreign_tensor(folder):
     save_file(
         tensors | {"model.layers.0.mlp.experts.weight": torch.ones(2)}, folder / "model.safetensors"
     )
-    return "model.layers.0.mlp.experts.weight has no place in a Llama"
+    return "model.layers.0.mlp.experts.weight has no place in the model"
 
 
 def too_large_for_float16(folder):

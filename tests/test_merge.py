@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
-from minitune.checkpoints.merge import merge_to_folder, merged_shapes, merged_tensors
+from minitune.checkpoints.merge import merge_to_folder, merged_tensors
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 
 IDS = torch.randint(3, 400, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -89,7 +89,7 @@ def relative(a, b):
 @pytest.mark.parametrize("merge_base", ["nf4", "original"])
 def test_every_merged_weight_is_the_float64_sum_rounded_once(tmp_path, merge_base):
     model, _ = load(make_tiny_model(tmp_path / "base", attention_bias=True, tie=False))
-    base, shapes, moved = SafetensorsFolder(tmp_path / "base"), merged_shapes(model), 0
+    base, shapes, moved = SafetensorsFolder(tmp_path / "base"), model.config.tensor_shapes(), 0
     merged = dict(merged_tensors(model, merge_base))
     assert {name: tuple(t.shape) for name, t in merged.items()} == shapes and set(merged) == set(
         base.names()

@@ -194,7 +194,7 @@ def tensor_missing(folder):
 
 def foreign_tensor(folder):
     edit(folder, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.zeros(16)}))
-    return r"model\.layers\.0\.self_attn\.q_norm\.weight has no place in a Llama"
+    return r"model\.layers\.0\.self_attn\.q_norm\.weight has no place in the model"
 
 
 def integers(folder):
@@ -239,7 +239,7 @@ def bias_missing(folder):
 
 def bias_unexpected(folder):
     edit(folder, lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}))
-    return r"model\.layers\.1\.self_attn\.q_proj\.bias has no place in a Llama"
+    return r"model\.layers\.1\.self_attn\.q_proj\.bias has no place in the model"
 
 
 def two_files(folder):
@@ -261,7 +261,7 @@ def odd_width(folder):
             tensors[name] = torch.zeros(rows.get(kind, (512, 40) if t.dim() == 2 else (40,)))
 
     edit(folder, shrink)
-    return r"gate_proj\.weight has shape \(130, 40\), which NF4 cannot cut into blocks of 64"
+    return r"gate_proj\.weight has shape \(130, 40\), which NF4 cannot divide into blocks of 64"
 
 
 def small_embedding(folder):

@@ -1,57 +1,147 @@
-"""Adapters in PEFT's file format, and checkpoints that continue a run exactly where it was.
+"""Adapters in PEFT's file format.
 
-    adapter/                          checkpoint-N/            after N optimizer steps
-      adapter_config.json               the two adapter files, and
-      adapter_model.safetensors         optimizer.safetensors  AdamW's moments, float32 or 8-bit
-                                        state.json             step, place in the data, losses not yet logged, settings
+    adapter/
+      adapter_config.json         rank, scaling and target modules
+      adapter_model.safetensors   "base_model.model." + parameter name -> float32 tensor
 
-An adapter file's keys are "base_model.model." + the parameter's name. Parameters are stored in float32, as they are
-trained: a resumed run continues from the same bits. A folder is written beside its place and renamed when it is whole
-and on disk, so an interruption or a full disk leaves whatever was there before.
+Parameters are saved in float32, as they are trained, so a loaded adapter has the same bits.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from minitune.atomic_files import atomic_folder
+from minitune.atomic_files import atomic_folder, read_json, write_json
 from minitune.config.architectures import LORA_TARGETS
+from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.model.causal_lm import CausalLM
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FACTORS = (".lora_A.weight", ".lora_B.weight")
 
-# PEFT options that change what an adapter computes, and are not computed here; refused when set.
+# PEFT options that change the result of an adapter and are not implemented; refused if set.
 UNSUPPORTED = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern",
-    "alpha_pattern", "layer_replication", "layers_to_transform", "target_parameters", "trainable_token_indices",
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
-)  # fmt: skip
-PLAIN_INITS = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # the others, such as pissa, alter the base as well
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "layers_to_transform",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+# Values of init_lora_weights that leave the base as it is. Others, such as pissa, alter it.
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def _write_adapter(model: CausalLM, folder: Path) -> None:
+def save_adapter(model: CausalLM, folder: str | Path) -> None:
+    """Write the adapter into `folder`, replacing an earlier one.
+
+    Raises: ValueError if the model has no adapter or the folder cannot be written.
+    """
+    with atomic_folder(folder) as partial:
+        write_adapter_files(model, partial)
+
+
+def write_adapter_files(model: CausalLM, folder: Path) -> None:
+    """Write the two files of an adapter into an existing folder.
+
+    Raises: ValueError if the model has no adapter.
+    """
     if model.lora is None:
         raise ValueError(
             "the model has no adapter to save; attach one with FastLanguageModel.get_peft_model"
         )
-    lora = model.lora
-    config = {
+    write_json(folder / CONFIG, _peft_config(model.name, model.lora))
+    tensors = {
+        PREFIX + name: p.detach().cpu().contiguous() for name, p in model.trainable_parameters()
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_adapter(model: CausalLM, folder: str | Path) -> None:
+    """Attach the adapter of `folder`, or copy its values into an adapter with the same settings.
+
+    `model.lora_dropout` becomes the dropout that the adapter was trained with; it is not applied.
+
+    Raises: ValueError if PEFT options are not supported, if the model has an adapter with other
+        settings, or if a tensor is missing, unknown or of a wrong shape. The model is then
+        unchanged.
+    """
+    config = read_adapter_config(folder)
+    tensors = _read_tensors(Path(folder) / WEIGHTS)
+    lora = _lora_config(config, tensors, Path(folder) / CONFIG)
+    if model.lora is not None:
+        _check_same_settings(folder, model.lora, lora)
+    _check_shapes(adapter_shapes(model.config, lora), tensors, Path(folder) / WEIGHTS)
+    if model.lora is None:
+        model.add_lora(lora)
+    with torch.no_grad():
+        for name, p in model.trainable_parameters():
+            p.copy_(tensors[name])
+    model.lora_dropout = config.get("lora_dropout") or 0.0
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """Return FOLDER/adapter_config.json.
+
+    Raises: ValueError if the file is missing, or sets PEFT options that are not supported.
+    """
+    path = Path(folder) / CONFIG
+    config = read_json(path, hint=f"an adapter folder holds {CONFIG} and {WEIGHTS}")
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ValueError(f"{path}: peft_type is {kind!r}; only LORA adapters are supported")
+    if (bias := config.get("bias", "none")) != "none":
+        raise ValueError(
+            f"{path}: bias is {bias!r}; only adapters without trained biases ('none') are supported"
+        )
+    for name in UNSUPPORTED:
+        if value := config.get(name):
+            raise ValueError(
+                f"{path}: {name} is {value!r}, which is not supported; "
+                "export a plain LoRA adapter instead"
+            )
+    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
+        raise ValueError(
+            f"{path}: init_lora_weights {init!r} altered the base weights too; "
+            "only the adapter is read here"
+        )
+    return config
+
+
+def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+    """Return parameter name -> shape of an adapter: A (R, in_features), B (out_features, R)."""
+    shapes = {}
+    for layer in range(config.num_hidden_layers):
+        for linear in config.linears():
+            if linear.name.rpartition(".")[2] in lora.target_modules:
+                name = f"model.layers.{layer}.{linear.name}"
+                shapes[f"{name}.lora_A.weight"] = (lora.r, linear.in_features)
+                shapes[f"{name}.lora_B.weight"] = (linear.out_features, lora.r)
+    return shapes
+
+
+def _peft_config(base: str, lora: LoraConfig) -> dict[str, Any]:
+    """Return the content of adapter_config.json for an adapter on the model named `base`."""
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name,
+        "base_model_name_or_path": base,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": 0.0,
@@ -70,129 +160,76 @@ def _write_adapter(model: CausalLM, folder: Path) -> None:
         "auto_mapping": None,
         "revision": None,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {
-        PREFIX + name: p.detach().cpu().contiguous() for name, p in model.trainable_parameters()
-    }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def save_adapter(model: CausalLM, folder: str | Path) -> None:
-    """Write the adapter into `folder` in PEFT's format, in place of what is there. ValueError where that fails."""
-    with atomic_folder(folder) as partial:
-        _write_adapter(model, partial)
-
-
-def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """FOLDER/adapter_config.json. ValueError for a missing file, and for PEFT options that are not supported."""
-    path = Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except OSError:
-        raise ValueError(
-            f"{path}: not found; an adapter folder holds {CONFIG} and {WEIGHTS}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{path}: holds a {type(config).__name__}; expected an object with the adapter's settings"
-        )
-    if (kind := config.get("peft_type")) != "LORA":
-        raise ValueError(f"{path}: peft_type is {kind!r}; only LORA adapters are supported")
-    if (bias := config.get("bias", "none")) != "none":
-        raise ValueError(
-            f"{path}: bias is {bias!r}; only adapters without trained biases ('none') are supported"
-        )
-    for name in UNSUPPORTED:
-        if value := config.get(name):
-            raise ValueError(
-                f"{path}: {name} is {value!r}, which is not supported; export a plain LoRA adapter instead"
-            )
-    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
-        raise ValueError(
-            f"{path}: init_lora_weights {init!r} altered the base weights too; only adapters are read here"
-        )
-    return config
-
-
-def _read_adapter(
-    folder: str | Path, config: dict[str, Any]
-) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """An adapter's configuration, and its tensors by parameter name. Which linears it has is read from the tensors."""
-    path = Path(folder) / WEIGHTS
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the LoRA matrices of an adapter file by parameter name."""
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path}: not found, truncated, or not a safetensors file ({error})"
         ) from None
+    # PEFT's in-memory names hold the adapter's name, "default"; some writers keep it
     tensors = {
         name.removeprefix(PREFIX).replace(".default.", "."): value for name, value in stored.items()
     }
-    if wrong := [
-        name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))
-    ]:
+    if wrong := [name for name in tensors if not name.endswith(FACTORS)]:
         raise ValueError(f"{path}: holds {wrong[0]}, which is not a LoRA matrix")
-    targets = {name.split(".")[-3] for name in tensors}
+    targets = {_target(name) for name in tensors}
     if unknown := sorted(targets - set(LORA_TARGETS)):
         raise ValueError(f"{path}: adapts {unknown[0]}; supported are {', '.join(LORA_TARGETS)}")
     if not targets:
         raise ValueError(f"{path}: holds no LoRA matrix")
+    return tensors
+
+
+def _target(parameter: str) -> str:
+    """Return the linear's short name: "q_proj" of "...self_attn.q_proj.lora_A.weight"."""
+    return parameter.split(".")[-3]
+
+
+def _lora_config(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> LoraConfig:
+    """Return an adapter's settings.
+
+    The target modules come from the tensors, because PEFT's target_modules may be a pattern.
+    path: the file that the errors name.
+    """
+    targets = {_target(name) for name in tensors}
     try:
-        lora = LoraConfig(
+        return LoraConfig(
             r=config["r"],
             lora_alpha=config["lora_alpha"],
             target_modules=tuple(name for name in LORA_TARGETS if name in targets),
             use_rslora=config.get("use_rslora", False),
         )
     except KeyError as error:
-        raise ValueError(f"{Path(folder) / CONFIG}: lacks {error}") from None
+        raise ValueError(f"{path}: lacks {error}") from None
     except ValueError as error:
-        raise ValueError(f"{Path(folder) / CONFIG}: {error}") from None
-    return lora, tensors
+        raise ValueError(f"{path}: {error}") from None
 
 
-def load_adapter(model: CausalLM, folder: str | Path) -> None:
-    """Attach the adapter of `folder` to a model, or copy its values into an adapter of the same make.
-
-    `model.lora_dropout` becomes the dropout that it was trained with: nothing here applies it.
-    Raises ValueError for options that are not supported, where the model has an adapter of another make, and for a
-    tensor that is missing, too many, or of a wrong shape; the model's values are then unchanged.
-    """
-    config = read_adapter_config(folder)
-    lora, tensors = _read_adapter(folder, config)
-    attach = model.lora is None
-    if not attach:
-        for name in ("r", "lora_alpha", "target_modules", "use_rslora"):
-            have, want = getattr(model.lora, name), getattr(lora, name)
-            if (set(have) != set(want)) if name == "target_modules" else (have != want):
-                raise ValueError(f"{folder}: {name} is {want}, but the model's adapter has {have}")
-    _check_tensors(model, lora, tensors, Path(folder) / WEIGHTS)
-    if attach:
-        model.add_lora(lora)
-    with torch.no_grad():
-        for name, p in model.trainable_parameters():
-            p.copy_(tensors[name])
-    model.lora_dropout = config.get("lora_dropout") or 0.0
+def _check_same_settings(folder: str | Path, present: LoraConfig, loaded: LoraConfig) -> None:
+    """Raise ValueError if a loaded adapter differs from the model's in a setting."""
+    for name in ("r", "lora_alpha", "target_modules", "use_rslora"):
+        have, want = getattr(present, name), getattr(loaded, name)
+        same = set(have) == set(want) if name == "target_modules" else have == want
+        if not same:
+            raise ValueError(f"{folder}: {name} is {want}, but the model's adapter has {have}")
 
 
-def _check_tensors(
-    model: CausalLM, lora: LoraConfig, tensors: dict[str, torch.Tensor], path: Path
+def _check_shapes(
+    shapes: dict[str, tuple[int, int]], tensors: dict[str, Tensor], path: Path
 ) -> None:
-    shapes = {}
-    for name, linear in model.linears():
-        if name.rsplit(".", 1)[1] in lora.target_modules:
-            shapes[f"{name}.lora_A.weight"] = (lora.r, linear.in_features)
-            shapes[f"{name}.lora_B.weight"] = (linear.out_features, lora.r)
+    """Raise ValueError unless the tensors have exactly these names and shapes."""
     if missing := sorted(shapes.keys() - tensors.keys()):
-        raise ValueError(
-            f"{path}: lacks {PREFIX}{missing[0]} ({len(missing)} of {len(shapes)} tensors are missing)"
-        )
+        count = f"{len(missing)} of {len(shapes)} tensors are missing"
+        raise ValueError(f"{path}: lacks {PREFIX}{missing[0]} ({count})")
     if extra := sorted(tensors.keys() - shapes.keys()):
-        raise ValueError(f"{path}: holds {PREFIX}{extra[0]}, which the model has no place for")
+        raise ValueError(f"{path}: holds {PREFIX}{extra[0]}, which has no place in the model")
     for name, shape in shapes.items():
-        if (found := tuple(tensors[name].shape)) != shape:
+        found = tuple(tensors[name].shape)
+        if found != shape:
             raise ValueError(
-                f"{path}: {PREFIX}{name} has shape {found}; rank and model ask for {shape}"
+                f"{path}: {PREFIX}{name} has shape {found}, but rank and model need {shape}"
             )

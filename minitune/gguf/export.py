@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from torch import Tensor
 
-from minitune.checkpoints.load_weights import NOT_WEIGHTS
-from minitune.checkpoints.merge import merged_shapes, merged_tensors
+from minitune.checkpoints.load_weights import TIED_HEAD, check_all_known
+from minitune.checkpoints.merge import merged_tensors
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS
@@ -77,7 +76,7 @@ def export_gguf(
         model.config,
         metadata,
         tokenizer,
-        merged_shapes(model),
+        model.config.tensor_shapes(),
         tensors,
         quantization_method,
     )
@@ -99,15 +98,8 @@ def convert_folder(folder: str | Path, path: str | Path, quantization_method: st
     if checkpoint.prequantized:
         raise ValueError(f"{folder}: holds 4-bit weights; load it as a model and export that")
     target = _target(path, folder.resolve().name, quantization_method)
-    # a model without weights, for its tensors' names and shapes
-    shapes = merged_shapes(
-        CausalLM(config, dtype=torch.float32, device=torch.device("cpu"), max_seq_length=1)
-    )
-    known = shapes.keys() | {"lm_head.weight"}  # a tied head may be stored all the same
-    if unknown := sorted(
-        name for name in checkpoint.names() if name not in known and not name.endswith(NOT_WEIGHTS)
-    ):
-        raise ValueError(f"{folder}: {unknown[0]} has no place in a Llama")
+    shapes = config.tensor_shapes()
+    check_all_known(checkpoint, {*shapes, TIED_HEAD})
     tensors = ((name, checkpoint.load(name, shape)) for name, shape in shapes.items())
     metadata = {"general.name": _name(target, quantization_method)}
     _write(

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minitune.atomic_files import atomic_folder
-from minitune.checkpoints.adapter import _write_adapter, load_adapter
+from minitune.checkpoints.adapter import write_adapter_files, load_adapter
 from minitune.model.causal_lm import CausalLM
 from minitune.training.optimizer import FlatAdamW
 
@@ -20,7 +20,7 @@ def save_checkpoint(
 ) -> None:
     """Write checkpoint `folder`: adapter, optimizer moments, and `state` (JSON) with the optimizer's step count."""
     with atomic_folder(folder) as partial:
-        _write_adapter(model, partial)
+        write_adapter_files(model, partial)
         save_file(
             {name: t.cpu() for name, t in optimizer.state_dict().items()}, partial / OPTIMIZER
         )

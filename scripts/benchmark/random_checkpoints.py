@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minitune.atomic_files import os_errors_as_value_error, require_space
-from minitune.checkpoints.merge import write_safetensors
+from minitune.checkpoints.safetensors_writer import write_safetensors
 
 SHARD_BYTES = 4e9
 SPECIAL = ("<s>", "</s>", "<pad>")  # ids 0, 1 and 2; the bytes follow

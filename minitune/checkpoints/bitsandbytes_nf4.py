@@ -1,0 +1,132 @@
+"""Linears that bitsandbytes quantised to NF4, read as they are stored.
+
+For a linear P, a folder holds
+
+    P.weight                                   packed 4-bit codes, uint8 (in * out / 2, 1)
+    P.weight.absmax                            scale of each block, float32, or uint8 if nested
+    P.weight.quant_map                         the 16 NF4 values, float32
+    P.weight.nested_absmax                     if nested: scale of each block of scales, float32
+    P.weight.nested_quant_map                  if nested: the 256 values of a scale, float32
+    P.weight.quant_state.bitsandbytes__nf4     JSON in uint8: block sizes, shape, offset
+
+Linears without these keys were skipped (llm_int8_skip_modules) and are stored in 16 bit.
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitune.checkpoints.safetensors_folder import QUANT_STATE, SafetensorsFolder
+from minitune.config.model_config import ModelConfig
+from minitune.model.nf4 import NESTED_BLOCKSIZE, NF4, dynamic_map, nf4_code
+
+
+def check_quantization(config: ModelConfig) -> None:
+    """Raise ValueError if config.json declares any quantisation except bitsandbytes' NF4."""
+    quantization = config.raw.get("quantization_config")
+    if not quantization:
+        return
+    if not isinstance(quantization, dict):
+        raise ValueError(f"quantization_config is {quantization!r}; expected an object")
+    method = quantization.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise ValueError(
+            f"the model is quantised with {method}; "
+            "only bitsandbytes' NF4 and 16-bit weights are read"
+        )
+    if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
+        raise ValueError(
+            "the model is quantised with bitsandbytes' 8-bit (LLM.int8()); only its NF4 is read"
+        )
+    kind = quantization.get("bnb_4bit_quant_type", "fp4")
+    if kind != "nf4":
+        raise ValueError(
+            f"the model is quantised with bitsandbytes' {kind.upper()}; only its NF4 is read"
+        )
+
+
+def quantized_linears(stored: SafetensorsFolder) -> dict[str, str]:
+    """Return linear name -> name of its quantisation state, for each linear stored in 4 bit."""
+    return {name.partition(QUANT_STATE)[0]: name for name in stored.names() if QUANT_STATE in name}
+
+
+def read_nf4(
+    stored: SafetensorsFolder,
+    linear: str,
+    state_name: str,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> tuple[NF4, set[str]]:
+    """Return a quantised linear on the device, and the names of the tensors that were read.
+
+    linear: the linear's name. state_name: the name of its quantisation state.
+    shape: (out_features, in_features) that the linear must have.
+
+    Raises: ValueError if the linear is not NF4, its state is broken, or a tensor does not fit.
+    """
+    kind = state_name.rpartition("__")[2]
+    if kind != "nf4":
+        raise ValueError(
+            f"{stored.folder}: {linear} is quantised as {kind.upper()}; only NF4 is read"
+        )
+    nested = f"{linear}.weight.nested_absmax" in stored
+    state = _read_state(stored, state_name, nested)
+    if state["shape"] != shape:
+        raise ValueError(
+            f"{stored.folder}: {linear}.weight has shape {state['shape']}, "
+            f"config.json asks for {shape}"
+        )
+    names = {state_name}
+
+    def fetch(suffix: str, dtype: torch.dtype, *size: int) -> Tensor:
+        name = f"{linear}.weight{suffix}"
+        names.add(name)
+        if (found := stored.dtype(name)) != dtype:
+            raise ValueError(f"{stored.folder}: {name} is {found}; bitsandbytes writes {dtype}")
+        return stored.load(name, size).to(device)
+
+    elements = shape[0] * shape[1]
+    blocks = -(-elements // state["blocksize"])
+    scale_dtype = torch.uint8 if nested else torch.float32
+    weight = NF4(
+        packed=fetch("", torch.uint8, elements // 2, 1).view(-1),
+        absmax=fetch(".absmax", scale_dtype, blocks),
+        code=_shared_if_equal(fetch(".quant_map", torch.float32, 16), nf4_code(device)),
+        shape=shape,
+        blocksize=state["blocksize"],
+    )
+    if nested:
+        size = state["nested_blocksize"]
+        weight.nested_blocksize = size
+        weight.nested_absmax = fetch(".nested_absmax", torch.float32, -(-blocks // size))
+        nested_code = fetch(".nested_quant_map", torch.float32, 256)
+        weight.nested_code = _shared_if_equal(nested_code, dynamic_map(device))
+        weight.nested_offset = torch.tensor(
+            state["nested_offset"], dtype=torch.float32, device=device
+        )
+    return weight, names
+
+
+def _read_state(stored: SafetensorsFolder, name: str, nested: bool) -> dict[str, Any]:
+    """Return blocksize, shape, nested_blocksize and nested_offset of a quantisation state."""
+    try:
+        content = json.loads(bytes(stored.load(name).tolist()))
+        state = {
+            "blocksize": int(content["blocksize"]),
+            "shape": tuple(content["shape"]),
+            "nested_blocksize": int(content.get("nested_blocksize", NESTED_BLOCKSIZE)),
+            "nested_offset": float(content["nested_offset"]) if nested else 0.0,
+        }
+        valid = state["blocksize"] > 0 and state["nested_blocksize"] > 0
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{stored.folder}: {name} is not the JSON that bitsandbytes writes")
+    return state
+
+
+def _shared_if_equal(found: Tensor, shared: Tensor) -> Tensor:
+    """Return the shared copy of a code table if the folder's table equals it, to save memory."""
+    return shared if torch.equal(found, shared) else found
