@@ -1,6 +1,6 @@
-"""LoRA and QLoRA training of Llama-family models, from a checkpoint folder to a GGUF file, on its own kernels.
+"""LoRA and QLoRA training of Llama-family models, from a checkpoint folder to a GGUF file.
 
-from minitune import FastLanguageModel, SFTTrainer, SFTConfig
+Usage: from minitune import FastLanguageModel, SFTTrainer, SFTConfig
 """
 
 from minitune.api import FastLanguageModel, LanguageModel

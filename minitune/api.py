@@ -1,4 +1,8 @@
-"""The names people already type: load a base model, attach an adapter to it."""
+"""The public door: load a base model, attach an adapter, save the result.
+
+The names and arguments are those of Unsloth and PEFT. An argument that exists there means the same
+here or is refused with a reason.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +17,29 @@ from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.data.tokenizer import Tokenizer, check_vocabulary
+from minitune.device import choose_device, choose_dtype
 from minitune.gguf.export import export_gguf
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
 from minitune.model.causal_lm import CausalLM
+
+DEFAULT_MAX_SEQ_LENGTH = 2048
 
 
 class LanguageModel(CausalLM):
     """A model with the methods that load and save it."""
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Attach and fill the adapter saved in a folder, in PEFT's file format."""
+        """Attach the adapter of a folder in PEFT's format, or copy its values into the present one.
+
+        Raises: ValueError if the adapter does not fit the model or is not supported.
+        """
         load_adapter(self, folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's file format: adapter_config.json and adapter_model.safetensors."""
+        """Write the adapter in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+        Raises: ValueError if the model has no adapter or the folder cannot be written.
+        """
         save_adapter(self, folder)
 
     def save_pretrained_merged(
@@ -36,7 +49,12 @@ class LanguageModel(CausalLM):
         save_method: str = "merged_16bit",
         merge_base: str = "auto",
     ) -> None:
-        """Write the model with the adapter merged in, as 16-bit safetensors (checkpoints/merge.py has `merge_base`)."""
+        """Write the model with the adapter merged in, as a folder of 16-bit safetensors.
+
+        merge_base: weights to merge onto: "original" (16-bit), "nf4" (as trained) or "auto".
+
+        Raises: ValueError if the folder is not empty or `merge_base` is not available.
+        """
         if save_method != "merged_16bit":
             raise ValueError(f"save_method {save_method!r} is not supported; choose 'merged_16bit'")
         merge_to_folder(self, folder, tokenizer, merge_base=merge_base)
@@ -48,14 +66,20 @@ class LanguageModel(CausalLM):
         quantization_method: str = "q8_0",
         merge_base: str = "auto",
     ) -> Path:
-        """Write the merged model as one GGUF file into a folder and return the file's path."""
+        """Write the merged model as one GGUF file into a folder and return the file's path.
+
+        quantization_method: q8_0, f16, bf16 or f32.
+        merge_base: as in `save_pretrained_merged`.
+
+        Raises: ValueError if the file exists, or if GGUF cannot express the model or tokenizer.
+        """
         return export_gguf(
             self, folder, tokenizer, quantization_method=quantization_method, merge_base=merge_base
         )
 
 
 class FastLanguageModel:
-    """Loading a base model and attaching an adapter, under the names that people already type."""
+    """The functions that load a base model and attach an adapter, under Unsloth's names."""
 
     @staticmethod
     def from_pretrained(
@@ -68,50 +92,42 @@ class FastLanguageModel:
         offload_embedding: bool = False,
         progress: bool = False,
     ) -> tuple[LanguageModel, Tokenizer]:
-        """Load a model folder, or `org/name` from the local Hugging Face cache, and its tokenizer.
+        """Load a model and its tokenizer from a folder.
 
-        max_seq_length: the longest sample; by default 2048, or all that the model knows where that is less.
-        dtype: what is computed in; by default bfloat16 on a GPU and float32 on a CPU.
-        device: cpu, cuda, cuda:1 and so on; by default a GPU where there is one.
-        load_in_4bit: quantise the linears to NF4 as they are read; False keeps them as stored. A folder that is
-            already NF4 is taken as it stands either way.
-        attention: "triton" is the project's own kernels; "auto" takes cuDNN's where all samples have one length of 4096
-            tokens or more, which is when it can be used and is faster. Without a GPU both are PyTorch.
-        offload_embedding: keep the embedding in pinned host memory, from where a GPU reads the rows that it needs. Not
-            for models whose head is the same tensor.
+        model_name: the folder, or `org/name` in the local Hugging Face cache.
+        max_seq_length: length of the longest sample in tokens; by default 2048, or the model's
+            number of positions if that is smaller.
+        dtype: compute dtype; by default bfloat16 on a GPU and float32 on a CPU.
+        load_in_4bit: quantise the linears to NF4 while they are read; False keeps them as stored.
+            A folder of NF4 weights is read as it is either way.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
+        attention: "triton" uses the project's kernels; "auto" uses cuDNN's if all samples have one
+            length of 4096 tokens or more, because it is faster there. Without a GPU both are PyTorch.
+        offload_embedding: keep the embedding in pinned host memory, from which the GPU reads the
+            rows that it needs. Not available if the head shares the embedding.
+        progress: show a progress bar on a terminal.
 
-        Raises ValueError that names the file or tensor at fault.
+        Raises: ValueError that names the argument, file or tensor at fault.
         """
         folder = resolve_model(model_name)
         config = ModelConfig.from_folder(folder)
-        device, dtype = _device_and_dtype(device, dtype)
-        if attention not in ("auto", "triton"):
-            raise ValueError(f"attention is {attention!r}; choose 'auto' or 'triton'")
-        known = config.max_position_embeddings
-        if max_seq_length is not None and not 0 < max_seq_length <= known:
-            raise ValueError(
-                f"max_seq_length {max_seq_length} is not within the {known} positions the model knows"
-            )
-        if offload_embedding and config.tie_word_embeddings:
-            raise ValueError(
-                "offload_embedding: the head is the embedding in this model, and is needed on the GPU"
-            )
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device)
+        _check_loading(config, max_seq_length, attention, offload_embedding)
         tokenizer = Tokenizer.from_folder(folder)
         check_vocabulary(tokenizer, config.vocab_size)
-        longest = max_seq_length or min(2048, known)
+        default_length = min(DEFAULT_MAX_SEQ_LENGTH, config.max_position_embeddings)
         model = LanguageModel(
             config,
             dtype=dtype,
             device=device,
-            max_seq_length=longest,
+            max_seq_length=max_seq_length or default_length,
             planner=Planner(),
             attention=attention,
         )
-        model.name, model.folder, model.eos_token_ids = (
-            str(model_name),
-            folder,
-            tokenizer.eos_token_ids,
-        )
+        model.name = str(model_name)
+        model.folder = folder
+        model.eos_token_ids = tokenizer.eos_token_ids
         load_weights(model, SafetensorsFolder(folder), device, load_in_4bit, progress)
         if offload_embedding and device.type == "cuda":
             try:
@@ -133,58 +149,55 @@ class FastLanguageModel:
         random_state: int = 3407,
         use_rslora: bool = False,
     ) -> LanguageModel:
-        """Attach LoRA to the named linears of every layer of `model`, and return it.
+        """Attach LoRA to the named linears of every layer of `model`, and return the model.
 
-        target_modules: names out of LINEARS, or "all-linear".
-        use_gradient_checkpointing: True computes activations again in backward, False keeps them, and "unsloth" or
-            "auto" keeps those of as many layers as memory has room for.
+        r: rank of the adapter.
+        target_modules: names out of LORA_TARGETS, or "all-linear".
+        lora_alpha: the branch is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) with rsLoRA.
+        use_gradient_checkpointing: True recomputes activations in backward, False saves them all,
+            "unsloth" or "auto" saves as many as the memory has room for.
+        random_state: seed of A's initial values.
+        use_rslora: use rsLoRA's scaling.
 
-        Raises ValueError for a module that does not exist and for what is not supported (dropout, trained biases).
+        Raises: ValueError if a module does not exist, or for dropout and trained biases, which are
+            not supported.
         """
         if lora_dropout:
             raise ValueError(
-                f"lora_dropout {lora_dropout} is not supported: recomputation would need the same mask"
+                f"lora_dropout {lora_dropout} is not supported, because recomputation would need "
+                "the same mask; use 0"
             )
         if bias != "none":
             raise ValueError(f"bias {bias!r} is not supported; biases stay frozen ('none')")
-        if isinstance(target_modules, str):
-            target_modules = LORA_TARGETS if target_modules == "all-linear" else (target_modules,)
-        named = tuple(n for n in LORA_TARGETS if n in target_modules) + tuple(
-            n for n in target_modules if n not in LORA_TARGETS
-        )
         level = parse_gradient_checkpointing(use_gradient_checkpointing)
-        model.add_lora(LoraConfig(r, lora_alpha, named, use_rslora), random_state)
+        lora = LoraConfig(r, lora_alpha, _ordered_targets(target_modules), use_rslora)
+        model.add_lora(lora, random_state)
         model.planner = Planner(level)
         return model
 
 
-def _device_and_dtype(
-    device: str | torch.device | None, dtype: torch.dtype | str | None
-) -> tuple[torch.device, torch.dtype]:
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
+def _check_loading(
+    config: ModelConfig, max_seq_length: int | None, attention: str, offload_embedding: bool
+) -> None:
+    """Raise ValueError if an argument of `from_pretrained` is invalid for this model."""
+    if attention not in ("auto", "triton"):
+        raise ValueError(f"attention is {attention!r}; choose 'auto' or 'triton'")
+    positions = config.max_position_embeddings
+    if max_seq_length is not None and not 0 < max_seq_length <= positions:
         raise ValueError(
-            f"device {device!r} does not exist; choose cpu, cuda, or a numbered GPU as cuda:1"
-        ) from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {device.type!r} is not supported; choose cpu or cuda")
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            f"max_seq_length {max_seq_length} is not within the model's {positions} positions"
+        )
+    if offload_embedding and config.tie_word_embeddings:
         raise ValueError(
-            f"dtype {dtype} is not supported; choose torch.float32, torch.bfloat16 or torch.float16"
+            "offload_embedding is not available: the head of this model is the embedding, "
+            "and the GPU needs it whole"
         )
-    if device.type == "cuda":
-        if (count := torch.cuda.device_count()) <= (device.index or 0):
-            raise ValueError(f"device {device} was asked for, but torch sees {count} CUDA GPUs")
-        if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
-            name = torch.cuda.get_device_name(device)
-            raise ValueError(
-                f"{name} has no bfloat16 (it needs compute capability 8.0); pass dtype=torch.float32"
-            )
-        device = torch.device(
-            "cuda", device.index if device.index is not None else torch.cuda.current_device()
-        )
-    return device, dtype
+
+
+def _ordered_targets(target_modules: Sequence[str] | str) -> tuple[str, ...]:
+    """Return the names in the model's order, then unknown names, which LoraConfig refuses."""
+    if target_modules == "all-linear":
+        return LORA_TARGETS
+    names = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
+    known = tuple(name for name in LORA_TARGETS if name in names)
+    return known + tuple(name for name in names if name not in LORA_TARGETS)

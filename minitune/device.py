@@ -1,6 +1,7 @@
-"""Pinned host memory of exactly the size that is wanted, which a GPU copies from and to, and reads by itself.
+"""The device: its choice, free memory, pinned memory and asynchronous copies.
 
-torch's own pinned memory comes in powers of two.
+torch allocates pinned host memory in powers of two. `pin` pins exactly the memory of a given tensor
+instead, and maps it, so that kernels can read it over the bus.
 """
 
 import contextlib
@@ -11,62 +12,136 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MAPPED = 2  # cudaHostRegisterMapped: kernels can be given its address
+CUDA_HOST_REGISTER_MAPPED = 2  # flag of cudaHostRegister: gives the memory a device address
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UNKNOWN_HOST_MEMORY = 4 << 30  # bytes that are assumed if the system does not report them
 
-_sizes: dict[int, int] = {}  # bytes by address
-_most = 0
+_pinned: dict[int, int] = {}  # address -> bytes
+_most_pinned = 0
 
 
-def most_pinned() -> int:
-    """Bytes that were pinned here at most."""
-    return _most
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """Return a device that can be used; a CUDA device always has an index.
+
+    device: cpu, cuda or cuda:N; None chooses a GPU if there is one.
+
+    Raises: ValueError if the device is not supported or not there.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(
+            f"device {device!r} does not exist; choose cpu, cuda, or a numbered GPU such as cuda:1"
+        ) from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {chosen.type!r} is not supported; choose cpu or cuda")
+    if chosen.type == "cpu":
+        return chosen
+    count = torch.cuda.device_count()
+    if count <= (chosen.index or 0):
+        raise ValueError(f"device {chosen} was asked for, but torch sees {count} CUDA GPUs")
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    return torch.device("cuda", index)
+
+
+def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in.
+
+    dtype: a torch dtype or its name; None chooses bfloat16 on a GPU and float32 on a CPU.
+
+    Raises: ValueError if the dtype is not supported, or if the GPU has no bfloat16.
+    """
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in DTYPES:
+        names = ", ".join(map(str, DTYPES))
+        raise ValueError(f"dtype {dtype} is not supported; choose one of {names}")
+    if device.type == "cpu" or dtype != torch.bfloat16:
+        return dtype
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16, which needs compute "
+            "capability 8.0; pass dtype=torch.float32"
+        )
+    return dtype
+
+
+def to_device_async(host: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on the device; the host does not wait for the copy."""
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def pin(memory: Tensor, owner: object) -> None:
-    """Pin a host tensor's memory for as long as `owner` is there. MemoryError where the host refuses."""
-    if code := int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, MAPPED)):
-        with contextlib.suppress(RuntimeError):  # the next launch would be told of it
+    """Pin the memory of a host tensor for the lifetime of `owner`.
+
+    Raises: MemoryError if the host refuses.
+    """
+    global _most_pinned
+    cudart = torch.cuda.cudart()
+    address, nbytes = memory.data_ptr(), memory.nbytes
+    code = int(cudart.cudaHostRegister(address, nbytes, CUDA_HOST_REGISTER_MAPPED))
+    if code:
+        with contextlib.suppress(RuntimeError):  # CUDA reports the error again at the next launch
             torch.zeros(1, device="cuda")
         raise MemoryError(
-            f"the host refuses to pin {memory.nbytes / 2**30:.2f} GiB of memory (CUDA error {code})"
+            f"the host refuses to pin {nbytes / 2**30:.2f} GiB of memory (CUDA error {code})"
         )
-    global _most
-    _sizes[memory.data_ptr()] = memory.nbytes
-    _most = max(_most, sum(_sizes.values()))
+    _pinned[address] = nbytes
+    _most_pinned = max(_most_pinned, sum(_pinned.values()))
     weakref.finalize(owner, _unpin, memory)
 
 
 def _unpin(memory: Tensor) -> None:
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-    _sizes.pop(memory.data_ptr(), None)
+    _pinned.pop(memory.data_ptr(), None)
 
 
-def to_device_async(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that the host does not wait for."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def most_pinned() -> int:
+    """Return the peak of the bytes that `pin` pinned."""
+    return _most_pinned
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: the GPU's own count; on the host what is available within the container's limit."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        allocated = torch.cuda.memory_allocated(device)
-        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
-        return min(free + torch.cuda.memory_reserved(device), allowed) - allocated
-    available = 4 << 30  # where the system does not say
+    """Return the bytes that this process can still allocate.
+
+    On a GPU they lie within the process's memory fraction, on the host within its cgroup's limit.
+    """
+    return _free_gpu_memory(device) if device.type == "cuda" else _free_host_memory()
+
+
+def _free_gpu_memory(device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    # memory that the allocator holds but does not use is free too
+    obtainable = free + torch.cuda.memory_reserved(device)
+    return min(obtainable, allowed) - torch.cuda.memory_allocated(device)
+
+
+def _free_host_memory() -> int:
+    available = UNKNOWN_HOST_MEMORY
     with contextlib.suppress(OSError):
-        available = (
-            int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-        )
-    group = Path("/")
-    with contextlib.suppress(OSError):
-        group = Path(Path("/proc/self/cgroup").read_text().rsplit("::", 1)[-1].strip() or "/")
-    for folder in (group, *group.parents):
-        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-            files = Path("/sys/fs/cgroup") / folder.relative_to("/")
-            limit, used = (
-                int((files / f"memory.{name}").read_text()) for name in ("max", "current")
-            )
+        line = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        if line:
+            available = int(line[1]) * 1024
+    for folder in _cgroup_folders():
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+            limit = int((folder / "memory.max").read_text())
+            used = int((folder / "memory.current").read_text())
             available = min(available, limit - used)
     return available
+
+
+def _cgroup_folders() -> list[Path]:
+    """Return the folders of this process's cgroup (version 2) and of its parents."""
+    group = Path("/")
+    with contextlib.suppress(OSError):
+        line = Path("/proc/self/cgroup").read_text().rsplit("::", 1)[-1].strip()
+        group = Path(line or "/")
+    if not group.is_absolute():  # cgroup version 1
+        return []
+    return [Path("/sys/fs/cgroup") / part.relative_to("/") for part in (group, *group.parents)]

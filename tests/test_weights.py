@@ -363,6 +363,6 @@ def test_a_missing_folder_and_too_long_a_context_are_refused(tmp_path):
         load(tmp_path / "nowhere")
     folder = make_tiny_model(tmp_path / "m")
     with pytest.raises(
-        ValueError, match="max_seq_length 512 is not within the 256 positions the model knows"
+        ValueError, match="max_seq_length 512 is not within the model's 256 positions"
     ):
         FastLanguageModel.from_pretrained(folder, max_seq_length=512, device="cpu")
