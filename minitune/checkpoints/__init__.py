@@ -1,4 +1,4 @@
-"""Model folders, PEFT adapters and merged folders.
+"""Model folders, PEFT adapters and merged models, in safetensors.
 
-Imports from the rest of the package, except from gguf, training, api and commands.
+May import: kernels, device.py, atomic_files.py, config, model, memory, data.
 """

@@ -1,1 +1,4 @@
-"""TODO docstring."""
+"""The commands of the entry point `minitune`, each with a `main`.
+
+May import: everything.
+"""

@@ -1,4 +1,4 @@
-"""The settings of a run and the shape of a model, as frozen dataclasses that check their values.
+"""Settings and shapes: checked dataclasses, the table of architectures, flags and TOML.
 
-May import: minitune/device.py and minitune/atomic_files.py.
+May import: kernels, device.py, atomic_files.py.
 """

@@ -1,1 +1,4 @@
-"""TODO docstring."""
+"""GGUF files: bytes, tensors and metadata, tokenizer keys.
+
+May import: kernels, device.py, atomic_files.py, config, model, memory, data, checkpoints.
+"""

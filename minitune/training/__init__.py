@@ -1,1 +1,4 @@
-"""TODO docstring."""
+"""The training run: passes and CUDA graphs, optimizer, loop, run folder, log.
+
+May import: everything below minitune/api.py except commands.
+"""
