@@ -13,9 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
 
 PROFILE = "same examples every time, however slow the machine"
 settings.register_profile(PROFILE, derandomize=True, deadline=None)
@@ -48,9 +48,9 @@ def pytest_pyfunc_call(pyfuncitem):
         or os.environ.get("PYTEST_ALONE") == pyfuncitem.nodeid
     ):
         return None
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
-        + [pyfuncitem.nodeid],
+        [sys.executable, "-m", "pytest", *options, pyfuncitem.nodeid],
         cwd=pyfuncitem.config.rootpath,
         env=os.environ | {"PYTEST_ALONE": pyfuncitem.nodeid},
         capture_output=True,

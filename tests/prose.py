@@ -1,11 +1,12 @@
-"""Measure the project's English: `where` and `what` in docstrings and comments, and the README's sentences.
+"""Measure the project's English in docstrings, comments and README.
 
     python tests/prose.py [PATH ...]      files or folders; default: the whole project
 
 Prints two figures and exits with code 1 if one is above its limit:
 
-- the count of the words `where` and `what` per 1,000 words of docstrings and comments (limit 5);
-- the mean number of words of a README sentence (limit 22). Code blocks, tables and headings are no sentences.
+- the count of `where` plus `what` per 1,000 words of docstrings and comments (limit 5);
+- the mean number of words in a README sentence (limit 22). Code blocks, tables and headings are
+  no sentences.
 
 With paths, the occurrences are listed too.
 """
@@ -29,11 +30,9 @@ RELATIVE = re.compile(r"\b(?:where|what)\b", re.IGNORECASE)
 def prose(source: str) -> Iterator[tuple[int, str]]:
     """Yield (line number, text) of each docstring and comment of a Python source."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                if isinstance(first.value.value, str):
-                    yield first.lineno, first.value.value
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if text := ast.get_docstring(node, clean=False):
+                yield node.body[0].lineno, text
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string

@@ -11,19 +11,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOUNDATION = "kernels device atomic_files config"
+ENGINE = f"{FOUNDATION} model memory data checkpoints gguf"
 BELOW = {  # folder or top-level file -> the parts of the package that it may import besides itself
     "kernels": "",
     "device": "kernels",
     "atomic_files": "kernels",
     "config": "kernels device atomic_files",
-    "model": "kernels device atomic_files config",
-    "memory": "kernels device atomic_files config model",
-    "data": "kernels device atomic_files config",
-    "checkpoints": "kernels device atomic_files config model memory data",
-    "gguf": "kernels device atomic_files config model memory data checkpoints",
-    "training": "kernels device atomic_files config model memory data checkpoints gguf",
-    "api": "kernels device atomic_files config model memory data checkpoints gguf training",
-    "commands": "kernels device atomic_files config model memory data checkpoints gguf training api",
+    "model": FOUNDATION,
+    "memory": f"{FOUNDATION} model",
+    "data": FOUNDATION,
+    "checkpoints": f"{FOUNDATION} model memory data",
+    "gguf": f"{FOUNDATION} model memory data checkpoints",
+    "training": ENGINE,
+    "api": f"{ENGINE} training",
+    "commands": f"{ENGINE} training api",
 }
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "minitune", "kernels", "scripts", "tests"}
 PACKAGE = sorted((ROOT / "minitune").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
@@ -35,7 +37,7 @@ def part_of(module: str) -> str:
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
-    """Yield each module of the package that a file imports, `from minitune import x` as minitune.x."""
+    """Yield each module of the package that a file imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("minitune"))
