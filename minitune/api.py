@@ -102,7 +102,8 @@ class FastLanguageModel:
             A folder of NF4 weights is read as it is either way.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
         attention: "triton" uses the project's kernels; "auto" uses cuDNN's if all samples have one
-            length of 4096 tokens or more, because it is faster there. Without a GPU both are PyTorch.
+            length of 4096 tokens or more, because it is faster there. Without a GPU both use
+            PyTorch.
         offload_embedding: keep the embedding in pinned host memory, from which the GPU reads the
             rows that it needs. Not available if the head shares the embedding.
         progress: show a progress bar on a terminal.

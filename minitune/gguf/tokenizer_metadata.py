@@ -1,28 +1,29 @@
-"""The tokenizer's part of a GGUF file's metadata, from the files of a checkpoint folder.
+"""The tokenizer's keys of a GGUF file, from the tokenizer files of a model folder.
 
-llama.cpp runs two tokenizers that matter here, and needs to be told which:
+llama.cpp has two tokenizers for the supported models:
 
-"gpt2"   byte-level BPE (Llama 3, SmolLM2, Mistral-Nemo): tokens, merges, and `pre`, the name of the rule that cuts a
-         text into words before the merges. The name is found from the structure of tokenizer.json (the regex, the
-         digit rule), which a retrained or extended vocabulary keeps. A wrong name would change tokens without a word
-         from anyone, so a structure without a name is refused.
-"llama"  SentencePiece BPE (Llama 1 and 2, Mistral-7B): pieces and scores; the best score is merged first. Where there
-         is only a tokenizer.json, the scores are rebuilt from its merges: merge k makes a piece of score -k.
-
-Token types: 1 normal, 2 unknown, 3 control (never shown, stops the text from being tokenised), 4 user-defined (matched
-as a whole in any text), 5 unused (rows of the embedding without a token), 6 byte.
+"gpt2"   byte-level BPE (Llama 3, SmolLM2, Mistral-Nemo): tokens, merges, and `pre`, the name of the
+         rule that splits a text into words before the merges. The name follows from the structure
+         of tokenizer.json (the regex, the digit rule), which a retrained or extended vocabulary
+         keeps. A wrong name would change tokens silently, so an unknown structure is refused.
+"llama"  SentencePiece BPE (Llama 1 and 2, Mistral-7B): pieces and scores; the pair with the best
+         score is merged first. If the folder has only a tokenizer.json, the scores are rebuilt from
+         its merges: merge k makes a piece with the score -k.
 """
 
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 import tokenizers
 
+from minitune.atomic_files import read_json
 from minitune.data.tokenizer import Tokenizer, check_vocabulary
 from minitune.gguf.writer import MetadataValue
 
+# Token types. Control tokens are never shown; user-defined tokens are matched whole in any text.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 
@@ -32,7 +33,7 @@ _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
 )
-# (rules before the byte level, whether a word that is a token skips the merges) -> llama.cpp's name
+# (rules before the byte level, True if a word that is a token skips the merges) -> llama.cpp's name
 PRE_TOKENIZERS = {
     ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
     ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
@@ -43,53 +44,206 @@ PRE_TOKENIZERS = {
 }
 
 
-def vocab_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, MetadataValue]:
-    """The `tokenizer.*` keys for an embedding of `rows` rows.
+class AddedToken(NamedTuple):
+    """A token that was added to a trained vocabulary."""
 
-    Raises ValueError for a tokenizer with more tokens than rows, with the same token twice, without an end token, or
-    of a kind that llama.cpp does not have.
+    text: str
+    special: bool
+
+
+class Vocabulary:
+    """Text, type and score of each row of the embedding; rows without a token are unused."""
+
+    def __init__(self, rows: int):
+        self.tokens = [f"[PAD{id}]" for id in range(rows)]
+        self.types = [UNUSED] * rows
+        self.scores = [UNUSED_SCORE] * rows
+
+    def set(self, id: int, token: str, type: int, score: float = 0.0) -> None:
+        """Fill one row."""
+        self.tokens[id] = token
+        self.types[id] = type
+        self.scores[id] = score
+
+    def add(self, added: dict[int, AddedToken], first: int = 0) -> list[int]:
+        """Fill the rows of added tokens and return their ids.
+
+        Tokens with ids below `first` belong to the trained vocabulary and are left as they are.
+        """
+        ids = [id for id in added if id >= first]
+        for id in ids:
+            text, special = added[id]
+            control = special or re.fullmatch(r"<\|.*\|>|<pad>|<mask>", text)
+            self.tokens[id] = text
+            if self.types[id] != UNKNOWN:
+                self.types[id] = CONTROL if control else USER_DEFINED
+        return ids
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, MetadataValue]:
+    """Return the `tokenizer.*` keys for an embedding of `rows` rows.
+
+    Raises: ValueError if the tokenizer has more tokens than rows, has a token twice, has no end
+        token, or is of a kind that llama.cpp lacks.
     """
     check_vocabulary(tokenizer, rows)
     path = tokenizer.folder / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    model = content["model"] if content else {}
+    sentencepiece_path = tokenizer.folder / "tokenizer.model"
+    content = read_json(path, default={})
+    model = content.get("model", {})
     if content and (model.get("type") != "BPE" or "merges" not in model):
         raise ValueError(f"{path}: is a {model.get('type')} tokenizer; GGUF export knows BPE")
     if content and not model.get("byte_fallback"):
         metadata = _byte_level(path, content, rows)
-    elif (tokenizer.folder / "tokenizer.model").is_file():
-        metadata = _sentencepiece(tokenizer.folder / "tokenizer.model", rows)
+    elif sentencepiece_path.is_file():
+        metadata = _sentencepiece(sentencepiece_path, rows)
     else:
         metadata = _byte_fallback(path, content, rows)
-    tokens = metadata["tokenizer.ggml.tokens"]
-    if len(set(tokens)) != len(tokens):
-        seen: dict[str, int] = {}
-        id, token = next(
-            (id, token) for id, token in enumerate(tokens) if seen.setdefault(token, id) != id
-        )
+    _check_unique(metadata["tokenizer.ggml.tokens"], tokenizer.folder)
+    return metadata | _special_tokens(tokenizer)
+
+
+def pre_tokenizer_name(path: Path, content: dict) -> str:
+    """Return llama.cpp's name for the word rule of a byte-level tokenizer.json.
+
+    path: the file that the error names. content: the file's content.
+
+    Raises: ValueError if llama.cpp has no such rule.
+    """
+    pre = content.get("pre_tokenizer") or {}
+    rules = [rule for part in pre.get("pretokenizers", [pre]) for rule in _word_rules(part)]
+    # llama.cpp does not normalise. NFC is accepted, because nearly all text already has that form.
+    normalizer = (content.get("normalizer") or {}).get("type", "NFC")
+    ignore_merges = bool(content["model"].get("ignore_merges"))
+    name = PRE_TOKENIZERS.get((tuple(rules), ignore_merges))
+    if name is None or normalizer != "NFC":
+        known = ", ".join(PRE_TOKENIZERS.values())
         raise ValueError(
-            f"{tokenizer.folder}: tokens {seen[token]} and {id} are both {token!r}; llama.cpp refuses that"
+            f"{path}: llama.cpp has no name for this pre-tokenizer, and a wrong one would change "
+            f"tokens silently; known are those of {known}. "
+            f"It is: {json.dumps(pre)[:300]}, normalizer {normalizer}"
         )
-    return metadata | _special_ids(tokenizer)
+    return name
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
+def _word_rules(part: dict) -> list[str]:
+    """Return the rules of one part of a pre-tokenizer: a regex, "digits" or "gpt-2".
+
+    A part without a rule gives none, and an unknown part its JSON, which no table entry equals.
+    """
+    kind = part.get("type")
+    if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
+        return [part["pattern"].get("Regex")]
+    if kind == "Digits" and part.get("individual_digits"):
+        return ["digits"]
+    if kind == "ByteLevel" and not part.get("add_prefix_space"):
+        return ["gpt-2"] if part.get("use_regex", True) else []
+    return [json.dumps(part)]
+
+
+def _byte_level(path: Path, content: dict, rows: int) -> dict[str, MetadataValue]:
+    """Return the keys of a byte-level BPE tokenizer."""
+    model = content["model"]
+    vocabulary = Vocabulary(rows)
+    for token, id in model["vocab"].items():
+        vocabulary.set(id, token, NORMAL)
+    vocabulary.add(_added_tokens(path.parent))
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre_tokenizer_name(path, content),
+        "tokenizer.ggml.tokens": vocabulary.tokens,
+        "tokenizer.ggml.token_type": vocabulary.types,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(model)],
+    }
+
+
+def _sentencepiece(path: Path, rows: int) -> dict[str, MetadataValue]:
+    """Return the keys of a SentencePiece tokenizer.model."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    size = model.get_piece_size()
+    if size > rows:
+        raise ValueError(
+            f"{path}: holds {size} pieces, but the model's embedding has only {rows} rows"
+        )
+    vocabulary = Vocabulary(rows)
+    for id in range(size):
+        vocabulary.set(id, model.id_to_piece(id), _piece_type(model, id), model.get_score(id))
+    for id in vocabulary.add(_added_tokens(path.parent), first=size):
+        vocabulary.scores[id] = ADDED_SCORE
+    space_prefix = model.encode("a", out_type=str)[0].startswith("\u2581")
+    return _llama_metadata(vocabulary, space_prefix)
+
+
+def _piece_type(model: sentencepiece.SentencePieceProcessor, id: int) -> int:
+    """Return the token type of a SentencePiece piece."""
+    checks = (
+        (model.is_unknown, UNKNOWN),
+        (model.is_control, CONTROL),
+        (model.is_byte, BYTE),
+        (model.is_unused, UNUSED),
+    )
+    return next((kind for check, kind in checks if check(id)), NORMAL)
+
+
+def _byte_fallback(path: Path, content: dict, rows: int) -> dict[str, MetadataValue]:
+    """Return the keys of a SentencePiece vocabulary in a tokenizer.json; merges give the scores."""
+    model = content["model"]
+    merges = _merges(model)
+    rank: dict[str, int] = {}  # of the first merge that makes a piece
+    for k, pair in enumerate(merges):
+        rank.setdefault("".join(pair), k)
+    vocabulary = Vocabulary(rows)
+    for token, id in model["vocab"].items():
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            vocabulary.set(id, token, BYTE)
+        elif token == model.get("unk_token"):
+            vocabulary.set(id, token, UNKNOWN)
+        else:
+            # single characters result from no merge; they rank below all pieces that do
+            vocabulary.set(id, token, NORMAL, -float(rank.get(token, len(merges))))
+    for id in vocabulary.add(_added_tokens(path.parent)):
+        user_defined = vocabulary.types[id] == USER_DEFINED
+        vocabulary.scores[id] = ADDED_SCORE if user_defined else 0.0
+    return _llama_metadata(vocabulary, _has_space_prefix(content))
+
+
+def _has_space_prefix(content: dict) -> bool:
+    """Return True if a tokenizer.json puts a space before a text."""
+    text = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
+    if '"Prepend"' in text:
+        return True
+    return '"Metaspace"' in text and '"prepend_scheme": "never"' not in text
+
+
+def _llama_metadata(vocabulary: Vocabulary, space_prefix: bool) -> dict[str, MetadataValue]:
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": vocabulary.tokens,
+        "tokenizer.ggml.scores": vocabulary.scores,
+        "tokenizer.ggml.token_type": vocabulary.types,
+        "tokenizer.ggml.add_space_prefix": space_prefix,
+    }
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
+    """Return the ids of special tokens, whether a BOS is added, and the chat template."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{tokenizer.folder}: names no eos_token; without one, generation in llama.cpp never ends"
+            f"{tokenizer.folder}: names no eos_token; without one, generation in llama.cpp never "
+            "ends"
         )
+    other_ends = [id for id in tokenizer.eos_token_ids if id != tokenizer.eos_token_id]
     ids = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
-        "eot": next(
-            (id for id in tokenizer.eos_token_ids if id != tokenizer.eos_token_id), None
-        ),  # also ends a text
+        "eot": other_ends[0] if other_ends else None,  # ends a text too
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
     metadata = {f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id is not None}
-    # What the tokenizer puts before a text is what llama.cpp has to put there. An end token after a prompt is never
-    # wanted, whatever the tokenizer does for training texts.
+    # llama.cpp has to add the same BOS as the tokenizer. It must never add an EOS: the texts that
+    # it gets are prompts, even if the tokenizer ends training texts with one.
     metadata["tokenizer.ggml.add_bos_token"] = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
     metadata["tokenizer.ggml.add_eos_token"] = False
     if tokenizer.chat_template is not None:
@@ -97,142 +251,39 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
     return metadata
 
 
-def _byte_level(path: Path, content: dict, rows: int) -> dict[str, MetadataValue]:
-    model = content["model"]
-    tokens, types = _padding(rows)
-    for token, id in model["vocab"].items():
-        tokens[id], types[id] = token, NORMAL
-    _add_tokens(tokens, types, _added_tokens(path.parent))
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre_tokenizer_name(path, content),
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(model)],
-    }
+def _check_unique(tokens: list[str], folder: Path) -> None:
+    """Raise ValueError if two ids have the same token."""
+    first_id: dict[str, int] = {}
+    for id, token in enumerate(tokens):
+        other = first_id.setdefault(token, id)
+        if other != id:
+            raise ValueError(
+                f"{folder}: tokens {other} and {id} are both {token!r}; llama.cpp refuses that"
+            )
 
 
-def pre_tokenizer_name(path: Path, content: dict) -> str:
-    """llama.cpp's name for the word rule of a byte-level tokenizer.json. ValueError where it has none."""
-    pre = content.get("pre_tokenizer") or {}
-    rules = []
-    for part in pre.get("pretokenizers", [pre]):
-        kind = part.get("type")
-        if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-            rules.append(part["pattern"].get("Regex"))
-        elif kind == "Digits" and part.get("individual_digits"):
-            rules.append("digits")
-        elif kind == "ByteLevel" and not part.get("add_prefix_space"):
-            rules += ["gpt-2"] if part.get("use_regex", True) else []
-        else:
-            rules.append(json.dumps(part))
-    # llama.cpp normalises nothing; NFC is let through, because text is almost always in that form already
-    normalizer = (content.get("normalizer") or {}).get("type", "NFC")
-    name = PRE_TOKENIZERS.get((tuple(rules), bool(content["model"].get("ignore_merges"))))
-    if name is None or normalizer != "NFC":
-        known = ", ".join(PRE_TOKENIZERS.values())
-        raise ValueError(
-            f"{path}: llama.cpp has no name for this pre-tokenizer, and a wrong one would change tokens silently; "
-            f"known are those of {known}. It is: {json.dumps(pre)[:300]}, normalizer {normalizer}"
-        )
-    return name
+def _added_tokens(folder: Path) -> dict[int, AddedToken]:
+    """Return the added tokens by id.
 
-
-def _sentencepiece(path: Path, rows: int) -> dict[str, MetadataValue]:
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    size = model.get_piece_size()
-    if size > rows:
-        raise ValueError(
-            f"{path}: holds {size} pieces, but the model's embedding has only {rows} rows"
-        )
-    tokens, types = _padding(rows)
-    scores = [UNUSED_SCORE] * rows
-    for id in range(size):
-        tokens[id], scores[id] = model.id_to_piece(id), model.get_score(id)
-        checks = ((model.is_unknown, UNKNOWN), (model.is_control, CONTROL), (model.is_byte, BYTE))
-        types[id] = next(
-            (kind for check, kind in checks if check(id)), UNUSED if model.is_unused(id) else NORMAL
-        )
-    for id in _add_tokens(tokens, types, _added_tokens(path.parent), first=size):
-        scores[id] = ADDED_SCORE
-    prefix = model.encode("a", out_type=str)[0].startswith("\u2581")
-    return _spm_metadata(tokens, types, scores, prefix)
-
-
-def _byte_fallback(path: Path, content: dict, rows: int) -> dict[str, MetadataValue]:
-    model = content["model"]
-    tokens, types = _padding(rows)
-    scores = [UNUSED_SCORE] * rows
-    merges = _merges(model)
-    rank = {}
-    for k, pair in enumerate(merges):
-        rank.setdefault("".join(pair), k)
-    for token, id in model["vocab"].items():
-        byte = re.fullmatch(r"<0x[0-9A-F]{2}>", token)
-        tokens[id] = token
-        types[id] = BYTE if byte else UNKNOWN if token == model.get("unk_token") else NORMAL
-        # single characters come out of no merge; they rank below all that do
-        scores[id] = 0.0 if types[id] != NORMAL else -float(rank.get(token, len(merges)))
-    for id in _add_tokens(tokens, types, _added_tokens(path.parent)):
-        scores[id] = ADDED_SCORE if types[id] == USER_DEFINED else 0.0
-    text = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    prefix = '"Prepend"' in text or (
-        '"Metaspace"' in text and '"prepend_scheme": "never"' not in text
-    )
-    return _spm_metadata(tokens, types, scores, prefix)
-
-
-def _spm_metadata(
-    tokens: list[str], types: list[int], scores: list[float], prefix: bool
-) -> dict[str, MetadataValue]:
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.add_space_prefix": prefix,
-    }
-
-
-def _padding(rows: int) -> tuple[list[str], list[int]]:
-    """A token and its type for every row: placeholders, until the vocabulary is filled in."""
-    return [f"[PAD{id}]" for id in range(rows)], [UNUSED] * rows
-
-
-def _add_tokens(
-    tokens: list[str], types: list[int], added: dict[int, tuple[str, bool]], first: int = 0
-) -> list[int]:
-    """Fill in added tokens in place; those below id `first` keep their text and type. The ids filled in."""
-    filled = [id for id in added if id >= first]
-    for id in filled:
-        text, special = added[id]
-        control = special or re.fullmatch(r"<\|.*\|>|<pad>|<mask>", text)
-        types[id] = types[id] if types[id] == UNKNOWN else CONTROL if control else USER_DEFINED
-        tokens[id] = text
-    return filled
-
-
-def _added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
-    """Added tokens by id: text, and whether they are special. From tokenizer.json as `tokenizers` understands it (it
-    renumbers tokens after a gap), else from the files beside a tokenizer.model."""
-    if (path := folder / "tokenizer.json").is_file():
-        added = tokenizers.Tokenizer.from_file(str(path)).get_added_tokens_decoder()
-        return {id: (token.content, token.special) for id, token in added.items()}
-    result = {}
-    if (path := folder / "added_tokens.json").is_file():
-        result = {
-            id: (text, False) for text, id in json.loads(path.read_text(encoding="utf-8")).items()
-        }
-    if (path := folder / "tokenizer_config.json").is_file():
-        decoder = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        result |= {
-            int(id): (token["content"], bool(token.get("special"))) for id, token in decoder.items()
-        }
+    A tokenizer.json is read by `tokenizers`, which renumbers tokens after a gap. Without one, the
+    files beside a tokenizer.model are read.
+    """
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        decoder = tokenizers.Tokenizer.from_file(str(path)).get_added_tokens_decoder()
+        return {id: AddedToken(token.content, token.special) for id, token in decoder.items()}
+    added = read_json(folder / "added_tokens.json", default={})
+    result = {id: AddedToken(text, special=False) for text, id in added.items()}
+    config = read_json(folder / "tokenizer_config.json", default={})
+    for id, token in config.get("added_tokens_decoder", {}).items():
+        result[int(id)] = AddedToken(token["content"], bool(token.get("special")))
     return result
 
 
 def _merges(model: dict) -> list[tuple[str, str]]:
-    """The merges as pairs; a file holds "a b" or ["a", "b"]. A space inside a part is written as its byte's letter."""
+    """Return the merges as pairs; a tokenizer.json holds "a b" or ["a", "b"].
+
+    A space within a part becomes the letter that stands for its byte.
+    """
     pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
     return [(a.replace(" ", "Ġ"), b.replace(" ", "Ġ")) for a, b in pairs]

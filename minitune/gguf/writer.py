@@ -1,16 +1,20 @@
-"""The GGUF file format, version 3, little-endian: writing one, tensor by tensor.
+"""The GGUF file format, version 3, little-endian: a writer that takes tensor after tensor.
 
     "GGUF", u32 version, i64 tensors, i64 keys
-    keys x    { string key, i32 type, value }              string: u64 length, UTF-8 bytes
-    tensors x { string name, u32 dims, i64 size[dims], i32 type, u64 offset }      sizes from the fastest axis on
-    zeros up to a multiple of 32, then the tensors' data, each padded to a multiple of 32
+    keys x    { string key, i32 type, value }
+    tensors x { string name, u32 dims, i64 size[dims], i32 type, u64 offset }
+    zeros up to a multiple of 32
+    tensors x { data, zeros up to a multiple of 32 }
 
-Shapes and types fix every offset, so all that comes before the data is written first and the tensors stream after it:
-memory for one tensor, not for a model. Q8_0 keeps 32 values as one float16 scale d = max|x| / 127 and 32 signed bytes
-round(x / d): 8.5 bits a weight.
+A string is its u64 length and its UTF-8 bytes. A tensor's sizes begin with the fastest axis.
 
-The file is written under a temporary name, flushed to disk, compared in places, and renamed: under its name there is a
-whole file or none.
+Shapes and types fix every offset, so everything before the data is written first and the tensors
+stream after it: writing needs memory for one tensor, not for a model.
+
+Q8_0 stores 32 values as one float16 scale d = max|x| / 127 and 32 signed bytes round(x / d): 8.5
+bits a weight.
+
+The file is written under a partial name, compared in places, flushed to disk and renamed.
 """
 
 import math
@@ -28,12 +32,17 @@ from torch import Tensor
 
 from minitune.atomic_files import atomic_file, require_space
 
-ALIGNMENT = 32
-CHUNK = 1 << 22  # values converted at a time; Q8_0 takes a few times their 16 MiB in float32
-CHECKED = 64  # bytes of each tensor that are compared after writing
+VERSION = 3
+ALIGNMENT = 32  # bytes
+MAX_NAME_BYTES = 63  # of a tensor, in ggml
+CHUNK_VALUES = 1 << 22  # converted at a time: 16 MiB in float32, a few times that for Q8_0
+CHECKED_BYTES = 64  # of each tensor, compared after writing
+FLOAT_TYPES = (GGMLType.F32, GGMLType.F16)
 
 MetadataValue = str | bool | int | float | np.int32 | list[str] | list[int] | list[float]
-_SCALARS = (  # the first that a Python value is an instance of; int is u32 on its own, i32 in a list
+# (Python type, GGUF type, struct format); the first that a value is an instance of is used.
+# A single int is unsigned; the ints of a list are signed.
+SCALARS = (
     (bool, GGUFValueType.BOOL, "<?"),
     (np.int32, GGUFValueType.INT32, "<i"),
     (int, GGUFValueType.UINT32, "<I"),
@@ -43,7 +52,7 @@ _SCALARS = (  # the first that a Python value is an instance of; int is u32 on i
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of the file: its name, its shape as PyTorch has it, how its values are stored."""
+    """A tensor of the file: name, shape in PyTorch's order, storage type."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +60,8 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        if self.type in (GGMLType.F32, GGMLType.F16):
+        """Return the size of the data, without padding."""
+        if self.type in FLOAT_TYPES:
             return math.prod(self.shape) * (4 if self.type == GGMLType.F32 else 2)
         return math.prod(quant_shape_to_byte_shape(self.shape, self.type))
 
@@ -62,9 +72,14 @@ def write_gguf(
     infos: list[TensorInfo],
     tensors: Iterable[Tensor],
 ) -> None:
-    """Write a new GGUF file at `path` from tensors in the order of `infos`.
+    """Write a GGUF file.
 
-    Raises ValueError where there is no room or the file cannot be written, and where a value overflows float16.
+    metadata: the keys, in the order of the file.
+    infos: names, shapes and types of the tensors, in the order of the file.
+    tensors: the values, in the order of `infos`.
+
+    Raises: ValueError if the disk has no room, the file cannot be written, or a value overflows
+        float16.
     """
     head = _head(metadata, infos)
     require_space(path, len(head) + sum(_padded(info.nbytes) for info in infos))
@@ -79,42 +94,44 @@ def write_gguf(
 
 
 def _head(metadata: dict[str, MetadataValue], infos: list[TensorInfo]) -> bytes:
-    """Everything before the data, padded."""
-    parts = [b"GGUF", struct.pack("<Iqq", 3, len(infos), len(metadata))]
+    """Return everything before the data, padded."""
+    parts = [b"GGUF", struct.pack("<Iqq", VERSION, len(infos), len(metadata))]
     parts += [_string(key) + _value(value) for key, value in metadata.items()]
     offset = 0
     for info in infos:
-        assert len(info.name.encode()) < 64, f"tensor name {info.name} is too long for ggml"
+        name_bytes = len(info.name.encode())
+        assert name_bytes <= MAX_NAME_BYTES, f"{info.name}: {name_bytes} bytes, ggml takes 63"
         sizes = info.shape[::-1]
-        parts.append(
-            _string(info.name)
-            + struct.pack(f"<I{len(sizes)}qiQ", len(sizes), *sizes, info.type, offset)
-        )
+        count = len(sizes)
+        parts.append(_string(info.name))
+        parts.append(struct.pack(f"<I{count}qiQ", count, *sizes, info.type, offset))
         offset += _padded(info.nbytes)
     head = b"".join(parts)
     return head.ljust(_padded(len(head)), b"\0")
 
 
 def _value(value: MetadataValue) -> bytes:
-    """The type and the bytes of a metadata value."""
+    """Return the type and the bytes of a metadata value."""
     if isinstance(value, str):
         return struct.pack("<i", GGUFValueType.STRING) + _string(value)
-    if not isinstance(value, list):
-        kind, form = next(
-            (kind, form) for python, kind, form in _SCALARS if isinstance(value, python)
-        )
-        return struct.pack("<i", kind) + struct.pack(form, value)
-    head = struct.pack("<i", GGUFValueType.ARRAY)
-    if not value or isinstance(value[0], str):
-        return (
-            head
-            + struct.pack("<iQ", GGUFValueType.STRING, len(value))
-            + b"".join(map(_string, value))
-        )
-    kind, form = (
-        (GGUFValueType.FLOAT32, "f") if isinstance(value[0], float) else (GGUFValueType.INT32, "i")
+    if isinstance(value, list):
+        return _array(value)
+    gguf_type, form = next(
+        (gguf_type, form) for python, gguf_type, form in SCALARS if isinstance(value, python)
     )
-    return head + struct.pack(f"<iQ{len(value)}{form}", kind, len(value), *value)
+    return struct.pack("<i", gguf_type) + struct.pack(form, value)
+
+
+def _array(values: list) -> bytes:
+    """Return the type and the bytes of an array of strings, floats or ints."""
+    head = struct.pack("<i", GGUFValueType.ARRAY)
+    count = len(values)
+    if not values or isinstance(values[0], str):
+        strings = b"".join(_string(value) for value in values)
+        return head + struct.pack("<iQ", GGUFValueType.STRING, count) + strings
+    if isinstance(values[0], float):
+        return head + struct.pack(f"<iQ{count}f", GGUFValueType.FLOAT32, count, *values)
+    return head + struct.pack(f"<iQ{count}i", GGUFValueType.INT32, count, *values)
 
 
 def _string(text: str) -> bytes:
@@ -127,13 +144,13 @@ def _padded(size: int) -> int:
 
 
 def _write_tensor(file: BinaryIO, info: TensorInfo, tensor: Tensor) -> bytes:
-    """Append one tensor's data and padding; its first bytes."""
+    """Append one tensor's data and padding, and return the first bytes of the data."""
     assert tuple(tensor.shape) == info.shape, (
         f"{info.name}: {tuple(tensor.shape)} instead of {info.shape}"
     )
     start, written = b"", 0
     for block in _encoded(info, tensor):
-        start = start or block.tobytes()[:CHECKED]
+        start = start or block.tobytes()[:CHECKED_BYTES]
         written += file.write(memoryview(np.ascontiguousarray(block)).cast("B"))
     assert written == info.nbytes, f"{info.name}: {written} bytes instead of {info.nbytes}"
     file.write(bytes(-written % ALIGNMENT))
@@ -141,12 +158,12 @@ def _write_tensor(file: BinaryIO, info: TensorInfo, tensor: Tensor) -> bytes:
 
 
 def _encoded(info: TensorInfo, tensor: Tensor) -> Iterator[np.ndarray]:
-    """The tensor's bytes, some rows at a time."""
+    """Yield the tensor's data in blocks of some rows."""
     tensor = tensor.detach().cpu()
-    rows = max(1, CHUNK // (tensor[0].numel() or 1))
+    rows = max(1, CHUNK_VALUES // (tensor[0].numel() or 1))
     for part in tensor.split(rows):
         if info.type == GGMLType.BF16 and part.dtype == torch.bfloat16:
-            yield part.contiguous().view(torch.uint8).numpy()  # as it is, and bit for bit
+            yield part.contiguous().view(torch.uint8).numpy()  # bit for bit
             continue
         values = part.float()
         if info.type == GGMLType.F16 and values.abs().max() > torch.finfo(torch.float16).max:
@@ -157,15 +174,18 @@ def _encoded(info: TensorInfo, tensor: Tensor) -> Iterator[np.ndarray]:
 
 
 def _check(path: Path, head: bytes, infos: list[TensorInfo], starts: list[bytes]) -> None:
-    """Read the head and where each tensor's data begins, and compare with what was written."""
+    """Compare the head, the first bytes of each tensor and the size with those written.
+
+    Raises: ValueError if any of them differs.
+    """
     with path.open("rb") as file:
-        whole = file.read(len(head)) == head
+        same = file.read(len(head)) == head
         for info, start in zip(infos, starts, strict=True):
-            at = file.tell()
-            whole = whole and file.read(len(start)) == start
-            file.seek(at + _padded(info.nbytes))
-        whole = whole and file.tell() == path.stat().st_size
-    if not whole:
+            position = file.tell()
+            same = same and file.read(len(start)) == start
+            file.seek(position + _padded(info.nbytes))
+        same = same and file.tell() == path.stat().st_size
+    if not same:
         raise ValueError(
             f"{path}: reads back differently than it was written; the disk may be faulty"
         )
