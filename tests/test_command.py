@@ -470,7 +470,7 @@ def test_a_plan_is_printed_without_weights_or_a_gpu(train, tmp_path, capsys, fil
         "weights",
         "adapter and its gradient",
         "optimizer",
-        "activations",
+        "saved activations",
         "workspace",
         "peak",
         "time",

@@ -192,7 +192,7 @@ def test_closing_gives_the_memory_back(micro_step, model, plain):
 def test_offloading_and_tiles_within_graphs_change_nothing(
     micro_step, model, plain, monkeypatch, layers, tile
 ):
-    plan = Plan(layers, tile, host_bytes=16 << 20, parts=(("activations", 16 << 20),))
+    plan = Plan(layers, tile, host_bytes=16 << 20, saved_bytes=16 << 20)
     monkeypatch.setattr(model.planner, "plan_for", lambda *_, **options: plan)
     exact = tile is None
     for _ in range(3):
@@ -218,7 +218,7 @@ def test_a_tensor_stays_until_it_has_been_copied_out_however_long_that_takes(tmp
 
     monkeypatch.setattr(ActivationOffloader, "_copy", slowly)
     layers = (LayerPlan(SaveLevel.QKV, True),) * 3 + (LayerPlan(SaveLevel.ALL),) * 3
-    plan = Plan(layers, host_bytes=16 << 20, parts=(("activations", 3 * far),))
+    plan = Plan(layers, host_bytes=16 << 20, saved_bytes=3 * far)
     monkeypatch.setattr(model.planner, "plan_for", lambda *_, **options: plan)
     micro_step = MicroStep(model)
     for _ in range(3):
@@ -274,7 +274,7 @@ def test_weights_stay_dequantised_where_memory_is_left(micro_step, model, plain)
         assert_same_bits(
             results(micro_step, [BATCHES[i] for i in order], model), [plain[i] for i in order]
         )
-    assert micro_step.planner.largest.dense == len(model.model.layers)
+    assert micro_step.planner.largest.resident_layers == len(model.model.layers)
     assert all(projection.resident is not None for projection in model.projections())
     micro_step.close()
     assert all(projection.resident is None for projection in model.projections())

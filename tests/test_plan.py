@@ -56,17 +56,17 @@ def test_with_room_everything_is_kept_and_without_it_as_little_as_possible():
         == (LayerPlan(SaveLevel.ALL),) * 32
     )
     least = fastest_plan(B8, SHORT, STATIC, 0)
-    assert all(keep.level <= SaveLevel.INPUT for keep in least.layers) and least.tile is not None
+    assert all(keep.level <= SaveLevel.INPUT for keep in least.layers) and least.tile_rows is not None
     assert fastest_plan(B8, SHORT, STATIC, 0, 64 * GIB).peak < least.peak
 
 
 def test_weights_stay_dequantised_in_what_memory_is_left():
     some, all_of_them = (fastest_plan(B8, SHORT, STATIC, gib * GIB, dense=True) for gib in (22, 60))
-    assert 0 < some.dense < all_of_them.dense == 32 and some.peak <= 22 * GIB * (1 - MARGIN)
+    assert 0 < some.resident_layers < all_of_them.resident_layers == 32 and some.peak <= 22 * GIB * (1 - MARGIN)
     without = fastest_plan(B8, SHORT, STATIC, 22 * GIB)
     assert some.layers == without.layers and some.seconds < without.seconds
-    assert "weights of 32 layers stay dequantised" in str(all_of_them)
-    assert fastest_plan(B8, SHORT, STATIC, 0, dense=True).dense == 0
+    assert "weights of 32 layers kept dequantised" in str(all_of_them)
+    assert fastest_plan(B8, SHORT, STATIC, 0, dense=True).resident_layers == 0
 
 
 def test_the_host_is_used_where_it_saves_time_and_only_as_far_as_it_has_memory():
@@ -98,10 +98,10 @@ def test_what_attention_works_with_is_gone_when_the_mlp_runs():
 def test_copies_may_wait_in_what_the_last_layers_will_keep():
     layers = (LayerPlan(SaveLevel.INPUT, offloaded=True),) * 4
     plan = Plan(
-        (*layers, *(LayerPlan(SaveLevel.ALL),) * 3), host_bytes=400, parts=(("activations", 900),)
+        (*layers, *(LayerPlan(SaveLevel.ALL),) * 3), host_bytes=400, saved_bytes=900
     )
     assert [plan.in_flight_limit(i) for i in range(7)] == [600] * 5 + [300, 0]
-    plan = Plan((*layers, LayerPlan(SaveLevel.ALL)), host_bytes=400, parts=(("activations", 300),))
+    plan = Plan((*layers, LayerPlan(SaveLevel.ALL)), host_bytes=400, saved_bytes=300)
     assert [plan.in_flight_limit(i) for i in range(5)] == [0] + [
         100
     ] * 4  # the layer before, and no other
@@ -120,7 +120,7 @@ def test_forward_waits_for_copies_as_long_as_was_planned(count, copy):
     )
     choice = Candidate(SaveLevel.ALL, far, count, None)
     plan = evaluate(B8, SHORT, choice, STATIC, r)
-    size, now, copied, leaving = plan.host_bytes / choice.keepers(32), 0.0, 0.0, []
+    size, now, copied, leaving = plan.host_bytes / choice.early_saving_layers(32), 0.0, 0.0, []
     for i, keep in enumerate(plan.layers):
         while len(leaving) * size > plan.in_flight_limit(i):
             now = max(now, leaving.pop(0))
@@ -137,7 +137,7 @@ def test_long_samples_keep_attention_first_and_short_ones_whole_layers():
     short = Counter(
         keep.level
         for keep in fastest_plan(
-            B8, dataclasses.replace(SHORT, squares=4096 * 119), STATIC, 10 * GIB
+            B8, dataclasses.replace(SHORT, squared_lengths=4096 * 119), STATIC, 10 * GIB
         ).layers
     )
     assert (
@@ -161,7 +161,7 @@ def test_what_was_measured_on_an_h200_was_planned(load, level, gib, ms):
 def test_a_plan_needs_no_model_and_no_gpu_and_says_what_it_needs():
     plan = plan_memory(CONFIG, LORA, 24 * GIB, tokens=4096, longest=2048)
     text = plan_table(plan, 4096, 24 * GIB)
-    assert f"{plan.peak / GIB:8.2f} GiB" in text and "32 layers keep everything" in text
+    assert f"{plan.peak / GIB:8.2f} GiB" in text and "32 layers save everything" in text
     assert "tokens/s" in text and "more than" not in text
     small = plan_memory(CONFIG, LORA, 5 * GIB, tokens=4096, longest=2048)
     assert "more than the 5.00 GiB there are" in plan_table(small, 4096, 5 * GIB)

@@ -1,4 +1,4 @@
-"""The plan of a step: memory model, time model, the search, and offloaded activations.
+"""The plan of a training step: memory, time and the choice between saving, recomputing, offloading.
 
-May import: kernels, device.py, atomic_files.py, config, model.
+May import: kernels, `device.py`, `atomic_files.py`, `config/` and `model/`.
 """

@@ -13,7 +13,7 @@ from minitune.kernels.attention_cudnn import kv_heads_at_once
 from minitune.kernels.cross_entropy import logits_tile_rows
 from minitune.kernels.lora_linear import padded_rank
 from minitune.memory.offload import ALIGN
-from minitune.memory.plan import Candidate
+from minitune.memory.plan import Candidate, Workload
 from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
 
@@ -149,28 +149,17 @@ def static_parts(
     weights = int(linears) + embeddings + (2 * sizes.layers + 1) * sizes.D * sizes.itemsize
     return (
         ("weights", weights),
-        ("weights at work", sizes.buffers),
+        ("dequantisation buffer", sizes.buffers),
         ("cuBLAS", 2 * CUBLAS_BYTES),
         ("adapter and its gradient", 8 * sizes.adapter),
         ("optimizer", int(moments * sizes.adapter)),
-        ("positions", 4 * positions * config.head_dim),
+        ("RoPE tables", 4 * positions * config.head_dim),
     )
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What a micro-step computes: its tokens, the squares of its samples' lengths added up, how many rows have a label,
-    and whether attention may be cuDNN's."""
-
-    tokens: int
-    squares: int
-    loss_rows: int
-    cudnn: bool = False
-
-
 def _host_bytes(sizes: MemoryModel, load: Workload, choice: Candidate) -> int:
-    layer = _kept(sizes, load, choice.far) + 10 * ALIGN  # ten tensors, each on a line of the arena
-    return choice.keepers(sizes.layers) * layer if choice.far.offloaded else 0
+    layer = _kept(sizes, load, choice.early) + 10 * ALIGN  # ten tensors, each on a line of the arena
+    return choice.early_saving_layers(sizes.layers) * layer if choice.early.offloaded else 0
 
 
 def _kept(sizes: MemoryModel, load: Workload, keep: LayerPlan) -> int:
@@ -180,26 +169,26 @@ def _kept(sizes: MemoryModel, load: Workload, keep: LayerPlan) -> int:
 
 def _memory(sizes: MemoryModel, load: Workload, choice: Candidate) -> tuple[int, int]:
     """Bytes of what layers keep on the GPU, and of what else is in use when most is."""
-    N, before, far = load.tokens, sizes.layers - choice.count, choice.far
-    T = min(choice.tile or N, N)
-    near_bytes, far_bytes = N * sizes.kept(choice.near), _kept(sizes, load, far)
+    N, before, far = load.tokens, sizes.layers - choice.late_layers, choice.early
+    T = min(choice.tile_rows or N, N)
+    near_bytes, far_bytes = N * sizes.kept(choice.late_level), _kept(sizes, load, far)
     held = 0 if far.offloaded else far_bytes
     copied = (
         far_bytes if far.offloaded else 0
     )  # the layer before, on its way out, or the one to come, on its way in
-    others = (choice.count - 1) * near_bytes if choice.count else 0
-    keepers = choice.keepers(sizes.layers)
-    kept = keepers * held + choice.count * near_bytes
+    others = (choice.late_layers - 1) * near_bytes if choice.late_layers else 0
+    keepers = choice.early_saving_layers(sizes.layers)
+    kept = keepers * held + choice.late_layers * near_bytes
     peak = kept + sizes.loss(N)
     if before:
-        beside = (keepers - 1) * held + (choice.segment - 1) * far_bytes
+        beside = (keepers - 1) * held + (choice.recompute_span - 1) * far_bytes
         forward = sizes.forward(far.level, N, T, choice.cudnn)
-        forward += max(copied, others if far.offloaded else 0)  # Plan.leaving
+        forward += max(copied, others if far.offloaded else 0)  # Plan.in_flight_limit
         backward = copied + sizes.backward(far.level, N, T, choice.cudnn)
         peak = max(peak, beside + max(forward, backward))
-    if choice.count:
+    if choice.late_layers:
         beside = keepers * held + max(copied, others)
-        work = max(way(choice.near, N, T, choice.cudnn) for way in (sizes.forward, sizes.backward))
+        work = max(way(choice.late_level, N, T, choice.cudnn) for way in (sizes.forward, sizes.backward))
         peak = max(peak, beside + work)
     top = N * (sizes.D + max(sizes.lora_columns[1], sizes.lora_columns[3])) * sizes.itemsize
     return kept, peak - kept + top

@@ -1,101 +1,146 @@
-"""Memory and time of a training step, known before it runs; and the plan that takes the least time within a budget.
+"""The plan of a micro-step: what each layer saves, where it is saved, and how many rows a tile has.
 
-What there is to decide, for a micro-step of N tokens: what each layer keeps for backward and whether that waits on the
-GPU or on the host (recompute.py, offload.py), and how many rows the wide parts of a layer take at a time (decoder.py).
-Layers are alike, so a plan is a few numbers: the last ones keep level `near` on the GPU, where backward needs it first;
-those before them keep level `far`, on the host where that helps. Each combination is priced with as many `near` layers
-as fit, and the fastest is taken; in memory that is left then, the weights of the first layers stay dequantised.
+A plan of N tokens decides three things:
 
-Memory is counted in sizes.py. Time adds up what is multiplied and what is moved, at the rates of the machine (`Rates`);
-copies to and from the host run beside the layers, which wait where a copy falls behind by more than there is room for.
+- the SaveLevel of each layer (model/activations.py);
+- whether a layer's saved activations stay on the GPU or are offloaded to host memory (offload.py);
+- the rows of a tile, in which the wide parts of a layer run (model/decoder_layer.py).
+
+Layers are alike, so a few numbers describe a candidate. The late layers save `late_level` on the GPU,
+because backward needs them first. The early layers save `early`, in host memory if that helps.
+
+planner.py searches the candidates, memory_model.py counts their bytes, time_model.py their seconds.
 """
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.packed_sequences import PackedSequences
 
-LEVEL_TEXT = (  # by level, from nothing on
-    "nothing", "their input", "input and attention", "everything up to the MLP", "everything",
-)  # fmt: skip
+LEVEL_TEXT = {
+    SaveLevel.NOTHING: "nothing",
+    SaveLevel.INPUT: "the input",
+    SaveLevel.ATTENTION: "the input and attention",
+    SaveLevel.QKV: "everything up to the MLP",
+    SaveLevel.ALL: "everything",
+}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a micro-step does, and what that is expected to take."""
+class Workload:
+    """The work of a micro-step.
 
-    layers: tuple[LayerPlan, ...]
-    tile: int | None = None
-    host_bytes: int = 0
-    cudnn: bool = False  # whether attention may be cuDNN's
-    dense: int = 0  # layers, the first ones, whose weights stay dequantised
-    parts: tuple[tuple[str, int], ...] = ()  # what the GPU's memory is for, in bytes
-    seconds: float = math.nan  # of forward and backward
+    tokens: rows N of all samples.
+    squared_lengths: sum of the squares of the samples' lengths, which attention's time grows with.
+    loss_rows: rows with a label.
+    cudnn: True if attention may use cuDNN.
+    """
 
-    @property
-    def peak(self) -> int:
-        """Bytes of GPU memory allocated at most."""
-        return sum(size for _, size in self.parts)
-
-    def in_flight_limit(self, i: int) -> int:
-        """Bytes that may still be on their way to the host while layer i runs.
-
-        As much as the layers after i will keep on the GPU, where nothing is yet, less one layer's, which the plan
-        counts in what a layer works with. Or one layer's, up to the first of those that keep theirs on the GPU.
-        """
-        offloaded = sum(keep.offloaded for keep in self.layers)
-        near = sum(not keep.offloaded and keep.level != SaveLevel.NOTHING for keep in self.layers)
-        after = len(self.layers) - 1 - i
-        one = self.host_bytes // offloaded if 0 < i <= len(self.layers) - near and offloaded else 0
-        return max(one, self.kept * min(after, near - 1) // near if near else 0)
-
-    @property
-    def kept(self) -> int:
-        """Bytes of what layers keep on the GPU."""
-        return dict(self.parts).get("activations", 0)
-
-    def samples(self, packed: PackedSequences) -> PackedSequences:
-        """As attention is to see them: without the length that cuDNN's wants, where that is not planned with."""
-        return packed if self.cudnn else replace(packed, uniform_seqlen=None)
-
-    def __str__(self) -> str:
-        """What is kept where, in words."""
-        kept = Counter(self.layers)
-        words = [
-            f"{count} {'layer keeps' if count == 1 else 'layers keep'} {LEVEL_TEXT[keep.level + 1]}"
-            f"{' on the host' if keep.offloaded else ''}"
-            for keep, count in kept.items()
-        ]
-        words += [f"tiles of {self.tile:,} rows"] if self.tile else []
-        words += (
-            [f"weights of {self.dense} layer{'s' * (self.dense > 1)} stay dequantised"]
-            if self.dense
-            else []
-        )
-        return "; ".join(words)
+    tokens: int
+    squared_lengths: int
+    loss_rows: int
+    cudnn: bool = False
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The last `count` layers keep level `near` on the GPU; of those before them every `segment`-th keeps `far`, and
-    the others nothing."""
+    """A plan that the search looks at.
 
-    near: int
-    far: LayerPlan
-    count: int
-    tile: int | None
+    late_level: SaveLevel of the last `late_layers` layers, on the GPU.
+    early: what a layer before them saves.
+    late_layers: number of late layers.
+    tile_rows: rows of a tile; None runs all rows at once.
+    cudnn: True if attention may use cuDNN.
+    recompute_span: early layers in a span; only the first of a span saves, backward recomputes the
+        inputs of the others from it.
+    """
+
+    late_level: SaveLevel
+    early: LayerPlan
+    late_layers: int
+    tile_rows: int | None
     cudnn: bool = False
-    segment: int = 1
+    recompute_span: int = 1
 
-    def layers(self, L: int) -> tuple[LayerPlan, ...]:
-        far = tuple(
-            LayerPlan(SaveLevel.NOTHING) if i % self.segment else self.far
-            for i in range(L - self.count)
+    def layer_plans(self, layers: int) -> tuple[LayerPlan, ...]:
+        """Return the plan of each of `layers` layers."""
+        nothing = LayerPlan(SaveLevel.NOTHING)
+        early = [
+            nothing if i % self.recompute_span else self.early
+            for i in range(layers - self.late_layers)
+        ]
+        return (*early, *[LayerPlan(self.late_level)] * self.late_layers)
+
+    def early_saving_layers(self, layers: int) -> int:
+        """Return how many of `layers` layers save `early`: the first of each span."""
+        return -(-(layers - self.late_layers) // self.recompute_span)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a micro-step does, and the memory and time that this is expected to take.
+
+    layers: plan of each layer.
+    tile_rows: rows of a tile; None runs all rows at once.
+    host_bytes: host memory of the offloaded activations.
+    cudnn: True if attention may use cuDNN.
+    resident_layers: layers, from the first on, whose weights are kept dequantised.
+    saved_bytes: GPU memory of the saved activations, included in `parts`.
+    parts: (name, bytes) of everything in GPU memory at the peak.
+    seconds: time of forward, loss and backward.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    tile_rows: int | None = None
+    host_bytes: int = 0
+    cudnn: bool = False
+    resident_layers: int = 0
+    saved_bytes: int = 0
+    parts: tuple[tuple[str, int], ...] = ()
+    seconds: float = math.nan
+
+    @property
+    def peak(self) -> int:
+        """Return the most bytes of GPU memory that are allocated at a time."""
+        return sum(size for _, size in self.parts)
+
+    def in_flight_limit(self, i: int) -> int:
+        """Return how many offloaded bytes may still be in flight while layer i runs.
+
+        They may occupy the memory that later layers will fill with saved activations, less one layer,
+        which the plan counts as workspace. Up to the first layer that saves on the GPU, one offloaded
+        layer may be in flight in any case.
+        """
+        offloading = sum(layer.offloaded for layer in self.layers)
+        on_gpu = sum(
+            not layer.offloaded and layer.level != SaveLevel.NOTHING for layer in self.layers
         )
-        return far + (LayerPlan(self.near),) * self.count
+        later = len(self.layers) - 1 - i
+        limit = 0
+        if offloading and 0 < i <= len(self.layers) - on_gpu:
+            limit = self.host_bytes // offloading
+        if on_gpu:
+            limit = max(limit, self.saved_bytes * min(later, on_gpu - 1) // on_gpu)
+        return limit
 
-    def keepers(self, L: int) -> int:
-        """How many layers keep `far`."""
-        return -(-(L - self.count) // self.segment)
+    def select_attention(self, packed: PackedSequences) -> PackedSequences:
+        """Return `packed` without its uniform length if the plan has no room for cuDNN's workspace."""
+        return packed if self.cudnn else replace(packed, uniform_seqlen=None)
+
+    def __str__(self) -> str:
+        """Return in words what is saved, and where."""
+        return "; ".join(self._phrases())
+
+    def _phrases(self) -> Iterator[str]:
+        for layer, count in Counter(self.layers).items():
+            subject = "1 layer saves" if count == 1 else f"{count} layers save"
+            place = " in host memory" if layer.offloaded else ""
+            yield f"{subject} {LEVEL_TEXT[layer.level]}{place}"
+        if self.tile_rows:
+            yield f"tiles of {self.tile_rows:,} rows"
+        if self.resident_layers:
+            plural = "s" if self.resident_layers > 1 else ""
+            yield f"weights of {self.resident_layers} layer{plural} kept dequantised"

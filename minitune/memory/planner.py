@@ -13,8 +13,8 @@ from minitune.config.training_config import LoraConfig
 from minitune.device import free_memory
 from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 from minitune.memory.device_rates import DeviceRates, machine_rates
-from minitune.memory.memory_model import MemoryModel, Workload, _host_bytes, _memory, static_parts
-from minitune.memory.plan import Candidate, Plan
+from minitune.memory.memory_model import MemoryModel, _host_bytes, _memory, static_parts
+from minitune.memory.plan import Candidate, Plan, Workload
 from minitune.memory.time_model import _dequantise, _seconds
 from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.causal_lm import CausalLM
@@ -64,11 +64,12 @@ def evaluate(
 ) -> Plan:
     """The plan of a choice. static: what is there whatever the plan, in bytes; dense: as in Plan."""
     kept, work = _memory(sizes, load, choice)
-    parts = (*static, ("activations", kept), ("workspace", work))
+    parts = (*static, ("saved activations", kept), ("workspace", work))
     parts += (("dequantised weights", dense * sizes.buffers),) if dense else ()
     host = _host_bytes(sizes, load, choice)
     seconds = _seconds(sizes, load, choice, rates) - 2 * dense * _dequantise(sizes, rates)
-    return Plan(choice.layers(sizes.layers), choice.tile, host, choice.cudnn, dense, parts, seconds)
+    layers = choice.layer_plans(sizes.layers)
+    return Plan(layers, choice.tile_rows, host, choice.cudnn, dense, kept, parts, seconds)
 
 
 def choices(load: Workload, host: bool) -> Iterator[Candidate]:
@@ -133,12 +134,12 @@ def fastest_plan(
     for none_near in choices(load, host_budget > 0):
         found, of_count = [none_near], partial(replace, none_near)
         if (
-            none_near.segment == 1
+            none_near.recompute_span == 1
         ):  # as a rule more layers that keep `near` take more memory and less time
             fitting = bisect_right(
-                range(1, L), limit, key=lambda count: need(of_count(count=count))
+                range(1, L), limit, key=lambda count: need(of_count(late_layers=count))
             )
-            found += [of_count(count=fitting), of_count(count=L)]
+            found += [of_count(late_layers=fitting), of_count(late_layers=L)]
         for choice in found:
             if _host_bytes(sizes, load, choice) > host_budget:
                 continue
@@ -195,7 +196,7 @@ def plan_table(plan: Plan, tokens: int, budget: int) -> str:
     fits = "" if plan.peak <= budget else f", more than the {budget / 2**30:.2f} GiB there are"
     rows += [
         ("peak", f"{plan.peak / 2**30:8.2f} GiB{fits}"),
-        ("on the host", f"{plan.host_bytes / 2**30:8.2f} GiB"),
+        ("host memory", f"{plan.host_bytes / 2**30:8.2f} GiB"),
         (
             "time",
             f"{1e3 * plan.seconds:8.0f} ms, {tokens / plan.seconds:,.0f} tokens/s at the speed of one H200",

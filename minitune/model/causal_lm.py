@@ -49,9 +49,9 @@ class StepPlan(Protocol):
     """The part of memory/plan.py's Plan that the model uses."""
 
     layers: tuple[LayerPlan, ...]
-    tile: int | None
+    tile_rows: int | None
 
-    def samples(self, packed: PackedSequences) -> PackedSequences: ...
+    def select_attention(self, packed: PackedSequences) -> PackedSequences: ...
 
 
 class Decoder(nn.Module):
@@ -275,7 +275,7 @@ class CausalLM(nn.Module):
             SaveLevel.INPUT if layer.offloaded else max(layer.level, SaveLevel.INPUT)
             for layer in plan.layers
         ]
-        return levels, plan.samples(packed), plan.tile
+        return levels, plan.select_attention(packed), plan.tile_rows
 
     def as_current_device(self) -> contextlib.AbstractContextManager:
         """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""

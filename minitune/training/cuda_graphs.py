@@ -146,7 +146,7 @@ class CUDAGraphCache:
             captured.backward.replay()
             return loss
         plan = self._make_room(micro_step, packed)
-        top, packed = self._top[:size], plan.samples(packed)
+        top, packed = self._top[:size], plan.select_attention(packed)
         with self.own_memory():
             s, kept = micro_step.forward(inputs, packed, plan)
             tile = micro_step.model.new_logits_buffer(size)
@@ -186,7 +186,7 @@ class CUDAGraphCache:
                 counted + micro_step.dense_bytes,
                 allow_resident_weights=True,
             )
-            micro_step.make_resident(plan.dense)
+            micro_step.make_resident(plan.resident_layers)
         torch.cuda.empty_cache()
         return plan
 

@@ -113,7 +113,7 @@ class MicroStep:
             self._graphs.forget()
             self.make_resident(0)
         plan = self.planner.plan_for(self.model, packed)
-        packed = plan.samples(packed)
+        packed = plan.select_attention(packed)
         s, kept = self.forward(inputs, packed, plan)
         top = self.new_residual_gradient(inputs.shape[1])
         loss = loss_of(s, top, self.model.new_logits_buffer(inputs.shape[1]))
@@ -184,12 +184,12 @@ class MicroStep:
         if plan.host_bytes:
             self._make_arena(plan.host_bytes)
             # One piece, of which the tensors of all sizes are cut: where small ones had been, no large one would fit.
-            torch.empty(plan.kept, dtype=torch.uint8, device=model.device)
+            torch.empty(plan.saved_bytes, dtype=torch.uint8, device=model.device)
         for i, (layer, keep) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
             if plan.host_bytes:
                 self._offload.wait_until_in_flight(plan.in_flight_limit(i))
             a = layer.forward_saving(
-                s, packed, model.shared, max(keep.level, SaveLevel.INPUT), plan.tile
+                s, packed, model.shared, max(keep.level, SaveLevel.INPUT), plan.tile_rows
             )
             if keep.offloaded:
                 self._offload.offload(i, a)
@@ -213,10 +213,10 @@ class MicroStep:
             if i > 0 and kept[lowest[i - 1]] is None:
                 self._offload.prefetch(lowest[i - 1])
             if kept[i] is None:
-                self._inputs_again(kept, lowest[i], i, packed, plan.tile)
+                self._inputs_again(kept, lowest[i], i, packed, plan.tile_rows)
             layer = self.model.model.layers[i]
             gradients = layer.backward(
-                top, kept.pop(), packed, self.model.shared, plan.tile, need_dx=i > 0
+                top, kept.pop(), packed, self.model.shared, plan.tile_rows, need_dx=i > 0
             )
             torch._foreach_add_([p.grad for p in self._parameters[i]], gradients)
 
