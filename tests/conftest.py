@@ -67,7 +67,7 @@ def smollm2() -> Path:
     Skips the test if there is no network.
     """
     root = Path(__file__).parents[1]
-    from smollm2 import DEFAULT, fetch
+    from demonstration.smollm2 import DEFAULT, fetch
 
     try:
         with (Path(tempfile.gettempdir()) / "minitune-smollm2.lock").open("w") as lock:

@@ -1,6 +1,7 @@
 """scripts/train.py: what it imports, its settings from TOML and flags, and how it fails."""
 
 import errno
+import functools
 import json
 import os
 import shlex
@@ -55,9 +56,12 @@ def files(tmp_path_factory):
 def train(monkeypatch):
     """The command's main function."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import train
+    from demonstration import demo
 
-    return train.main
+    from minitune.commands.train import Demonstration, main
+
+    demonstration = Demonstration(demo.DEFAULTS, demo.run)
+    return functools.partial(main, program="train.py", demonstration=demonstration)
 
 
 def arguments(files, output, *more):
@@ -420,7 +424,7 @@ def test_demonstration_asks_trains_asks_again_and_may_be_repeated(
 
 
 def test_answers_are_counted_as_right_only_when_they_are_the_expected_ones(train):
-    import demo
+    from demonstration import demo
 
     records = [
         {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": c}]}

@@ -3,7 +3,6 @@
 import json
 import re
 import resource
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -16,13 +15,14 @@ from tiny import CHATML, TEXTS, make_tiny_model, sentencepiece_model, write_toke
 
 from minitune import FastLanguageModel
 from minitune.checkpoints.merge import merge_to_folder, merged_tensors
+from minitune.commands import export
 from minitune.config.training_config import GGUF_METHODS
 from minitune.data.batching import collate
 from minitune.data.tokenize_dataset import load_dataset, prepare
 from minitune.data.tokenizer import Tokenizer
 from minitune.gguf.export import convert_folder, export_gguf, gguf_name, size_label
 
-DEMO = Path(__file__).parents[1] / "scripts" / "demo"
+DEMO = Path(__file__).parents[1] / "scripts" / "demonstration"
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -546,13 +546,9 @@ def test_sizes_are_named_with_two_digits():
 # ---- the command, and the real model
 
 
-def test_the_command_exports_and_reports_bad_input_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    import export
-
+def test_the_command_exports_and_reports_bad_input_in_one_line(tmp_path, capsys):
     def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-        code = export.main()
+        code = export.main(list(map(str, arguments)))
         return code, *capsys.readouterr()
 
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
@@ -592,21 +588,17 @@ def test_the_command_exports_and_reports_bad_input_in_one_line(tmp_path, monkeyp
         ((*arguments, "--output", tmp_path / ("x" * 300 + ".gguf")), "File name too long"),
     ]:
         code, out, err = command(*bad)
-        assert code == 2 and not out and re.fullmatch(rf"export.py: error: .*{message}.*\n", err), (
+        assert code == 2 and not out and re.fullmatch(rf"minitune export: error: .*{message}.*\n", err), (
             err
         )
 
 
 def test_an_interrupted_command_ends_with_130_and_says_nothing(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    import export
-
     def interrupted(arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(export, "export", interrupted)
-    monkeypatch.setattr(sys, "argv", ["export.py", "--model", "x"])
-    assert export.main() == 130 and capsys.readouterr() == ("", "")
+    assert export.main(["--model", "x"]) == 130 and capsys.readouterr() == ("", "")
 
 
 def train_a_little(model, tokenizer, steps=5, rows=3):

@@ -19,7 +19,7 @@ from minitune.gguf.export import convert_folder
 @pytest.fixture
 def smollm2(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    import smollm2
+    from demonstration import smollm2
 
     return smollm2
 

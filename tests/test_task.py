@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo_data", ROOT / "scripts" / "data.py")
+    spec = importlib.util.spec_from_file_location("demo_data", ROOT / "scripts" / "demonstration" / "make_task.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -22,7 +22,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def splits():
-    folder = ROOT / "scripts" / "demo"
+    folder = ROOT / "scripts" / "demonstration"
     read = {split: load_dataset(folder / f"{split}.jsonl") for split in ("train", "heldout")}
     return {split: [record["messages"] for _, record in records] for split, records in read.items()}
 
@@ -38,10 +38,10 @@ def skeleton(text):
 def test_the_generator_writes_the_files_of_the_repository_byte_for_byte(demo, tmp_path):
     demo.main(["--output-dir", str(tmp_path)])
     for name in ("train.jsonl", "heldout.jsonl"):
-        assert (tmp_path / name).read_bytes() == (ROOT / "scripts" / "demo" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (ROOT / "scripts" / "demonstration" / name).read_bytes()
     demo.main(["--output-dir", str(tmp_path), "--seed", "1"])
     assert (tmp_path / "train.jsonl").read_bytes() != (
-        ROOT / "scripts" / "demo" / "train.jsonl"
+        ROOT / "scripts" / "demonstration" / "train.jsonl"
     ).read_bytes()
 
 

@@ -290,14 +290,16 @@ def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> str:
 # ---- running a command
 
 
-def run_command(program: str, command: Callable[[], int | None]) -> int:
-    """Call `command` and return the exit code of the process.
+def run_command(program: str, command: Callable[..., int | None], *arguments: Any) -> int:
+    """Call `command(*arguments)` and return the exit code of the process.
+
+    program: the command as the user types it; error lines begin with it.
 
     An expected error (ValueError or OSError) becomes one line on stderr and exit code 2. Ctrl-C
     gives 130; the command itself has said by then how to continue.
     """
     try:
-        return command() or 0
+        return command(*arguments) or 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:

@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-import demo  # noqa: E402
-from smollm2 import DEFAULT  # noqa: E402
+from demonstration import demo  # noqa: E402
+from demonstration.smollm2 import DEFAULT  # noqa: E402
 from test_gguf import LlamaCpp  # noqa: E402
 
 from minitune import FastLanguageModel  # noqa: E402

@@ -1,0 +1,91 @@
+"""Write a trained model as GGUF for llama.cpp, as merged safetensors for other libraries, or both.
+
+    minitune export --model DIR --adapter runs/1/adapter --output model.gguf
+    minitune export --model DIR --adapter runs/1/adapter --merged merged/
+    minitune export --model merged/ --output model.gguf --quantization-method f16
+
+Without --adapter the model itself is written.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from minitune.api import FastLanguageModel
+from minitune.checkpoints.merge import merge_to_folder
+from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.config.cli import CommandParser, run_command
+from minitune.config.model_config import ModelConfig
+from minitune.config.training_config import GGUF_METHODS, MERGE_BASES
+from minitune.gguf.export import convert_folder, export_gguf
+
+
+def main(argv: Sequence[str] | None = None, program: str = "minitune export") -> int:
+    """Run the command and return its exit code."""
+    return run_command(program, _run, argv, program)
+
+
+def _run(argv: Sequence[str] | None, program: str) -> None:
+    for path in export(_parser(program).parse_args(argv)):
+        print(path)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog=program,
+        description="Write a model, with its adapter merged in, as GGUF or safetensors.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="model folder, or org/name in the local Hugging Face cache"
+    )
+    parser.add_argument("--adapter", type=Path, help="folder of the adapter to merge in")
+    parser.add_argument(
+        "--output", type=Path, help="GGUF file (ending in .gguf), or a folder for one"
+    )
+    parser.add_argument(
+        "--quantization-method", choices=GGUF_METHODS, default="q8_0", help="default: %(default)s"
+    )
+    parser.add_argument("--merged", type=Path, help="folder for merged 16-bit safetensors")
+    parser.add_argument(
+        "--merge-base",
+        choices=MERGE_BASES,
+        default="auto",
+        help="weights to merge into; auto: the original ones if the model folder holds them",
+    )
+    return parser
+
+
+def export(arguments: argparse.Namespace) -> list[Path]:
+    """Write the files that the command line asks for and return their paths.
+
+    Raises: ValueError if the command line asks for none, or the model cannot be written.
+    """
+    method, merge_base = arguments.quantization_method, arguments.merge_base
+    output, merged = arguments.output, arguments.merged
+    if output is None and merged is None:
+        raise ValueError(
+            "nothing to write: give --output for a GGUF file, --merged for a folder, or both"
+        )
+    folder = resolve_model(arguments.model)
+    quantized = "quantization_config" in ModelConfig.from_folder(folder).raw
+    use_nf4 = merge_base == "nf4"
+    if arguments.adapter is None and merged is None and not quantized and not use_nf4:
+        # Tensor by tensor, without a model in memory.
+        return [convert_folder(folder, output, method)]
+
+    # 16-bit weights stay in their files until they are merged one at a time, so the CPU suffices.
+    # NF4 weights are quantised first, which a GPU does faster.
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        arguments.model,
+        max_seq_length=None,
+        load_in_4bit=use_nf4,
+        device=None if use_nf4 else "cpu",
+    )
+    if arguments.adapter is not None:
+        model.load_adapter(arguments.adapter)
+    paths = []
+    if merged is not None:
+        paths.append(merge_to_folder(model, merged, tokenizer, merge_base))
+    if output is not None:
+        paths.append(export_gguf(model, output, tokenizer, method, merge_base))
+    return paths

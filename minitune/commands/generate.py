@@ -1,0 +1,118 @@
+"""Generate text with a model, with or without an adapter; the answer appears as it is decoded.
+
+minitune generate --model DIR --prompt "What is the capital of France?"
+minitune generate --model DIR --adapter runs/1/adapter    reads prompts until an empty line
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+from minitune.api import FastLanguageModel
+from minitune.config.cli import CommandParser, run_command
+from minitune.data.tokenizer import Tokenizer
+from minitune.model.causal_lm import CausalLM
+
+
+def main(argv: Sequence[str] | None = None, program: str = "minitune generate") -> int:
+    """Run the command and return its exit code."""
+    return run_command(program, _run, argv, program)
+
+
+def _run(argv: Sequence[str] | None, program: str) -> None:
+    arguments = _parser(program).parse_args(argv)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        arguments.model,
+        max_seq_length=arguments.max_seq_length,
+        load_in_4bit=not arguments.no_load_in_4bit,
+        device=arguments.device,
+        progress=True,
+    )
+    if arguments.adapter:
+        model.load_adapter(arguments.adapter)
+    prompts = typed_lines() if arguments.prompt is None else [arguments.prompt]
+    for text in prompts:
+        answer(model, tokenizer, text, arguments)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog=program, description="Generate text with a model, with or without an adapter."
+    )
+    parser.add_argument(
+        "--model", required=True, help="model folder, or org/name in the local Hugging Face cache"
+    )
+    parser.add_argument("--adapter", help="folder of an adapter")
+    parser.add_argument("--prompt", help="the prompt; default: lines from the terminal or a pipe")
+    parser.add_argument("--system", help="a system message before the prompt")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
+    )
+    parser.add_argument(
+        "--max-seq-length", type=int, help="prompt and answer together, in tokens (default: 2048)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the fewest tokens that reach this probability (default: 1.0)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="draw from the likeliest tokens only; 0: all (default)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    parser.add_argument("--no-load-in-4bit", action="store_true", help="hold the linears in 16 bit")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    return parser
+
+
+def typed_lines() -> Iterator[str]:
+    """Yield a terminal's lines until an empty one, or a pipe's lines except the empty ones."""
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or (terminal and not line.strip()):
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def answer(model: CausalLM, tokenizer: Tokenizer, text: str, arguments: argparse.Namespace) -> None:
+    """Print the answer to one text on stdout, token by token."""
+    if arguments.raw:
+        prompt = tokenizer.encode(text)
+    else:
+        messages = [{"role": "user", "content": text}]
+        if arguments.system:
+            messages.insert(0, {"role": "system", "content": arguments.system})
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    ids: list[int] = []
+    shown = ""
+
+    def show(_: int, token: int) -> None:
+        nonlocal shown
+        ids.append(token)
+        decoded = tokenizer.decode(ids)
+        # U+FFFD ends the text while a character lacks some of its bytes.
+        if not decoded.endswith("\ufffd"):
+            print(decoded[len(shown) :], end="", flush=True)
+            shown = decoded
+
+    model.generate(
+        [prompt],
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        on_token=show,
+    )
+    print(tokenizer.decode(ids)[len(shown) :])

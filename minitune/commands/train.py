@@ -1,0 +1,117 @@
+"""Train a LoRA adapter on a JSONL file.
+
+    minitune train --model DIR --data FILE --output-dir DIR [--max-steps 100 ...]
+    minitune train --config run.toml --r 32             a TOML file; flags win over it
+    minitune train --config DIR/config.toml --resume    continue an interrupted run
+    minitune train --plan --model DIR --memory-budget 24GiB    the same as `minitune plan`
+
+The run folder holds adapter/, checkpoint-N/, metrics.jsonl and config.toml; --merge and --gguf add
+the merged model. Expected errors print one line on stderr and exit with code 2. Ctrl-C saves,
+prints how to continue, and exits with code 130.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from minitune.api import FastLanguageModel
+from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.commands.plan import plan
+from minitune.config.cli import Settings, as_dict, parse, run_command
+from minitune.config.training_config import GRADIENT_CHECKPOINTING
+from minitune.data.record_formats import load_dataset
+from minitune.gguf.export import gguf_file_name
+from minitune.training import run_folder
+from minitune.training.trainer import SFTTrainer
+
+
+class Demonstration(NamedTuple):
+    """A demonstration that a script adds to the command as --demo."""
+
+    defaults: dict[str, Any]  # of the settings, if --demo is given
+    run: Callable[[Settings, Callable[[Settings], SFTTrainer]], None]  # takes `prepare` too
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    program: str = "minitune train",
+    demonstration: Demonstration | None = None,
+) -> int:
+    """Run the command and return its exit code."""
+    return run_command(program, _run, argv, program, demonstration)
+
+
+def _run(argv: Sequence[str] | None, program: str, demonstration: Demonstration | None) -> None:
+    if demonstration is None:
+        settings = parse(argv, program)
+    else:
+        switches, defaults = ("demo", "plan"), demonstration.defaults
+        settings = parse(argv, program, switches=switches, demo_defaults=defaults)
+    if settings.plan:
+        print(plan(settings, f"{program} --plan"))
+    elif settings.demo:
+        demonstration.run(settings, prepare)
+    else:
+        usage = f"{program} --model DIR --data FILE --output-dir DIR"
+        for name in ("model", "data"):
+            if getattr(settings.run, name) is None:
+                raise ValueError(
+                    f"--{name} is missing: {usage}{', or --demo' * bool(demonstration)}"
+                )
+        train(settings)
+
+
+def train(settings: Settings) -> None:
+    """Train, save the adapter, and write the models that the settings ask for."""
+    trainer, run = prepare(settings), settings.run
+    trainer.train()
+    models = run_folder.write_models(
+        trainer.model, trainer.processing_class, trainer.output, run.merge, run.gguf, run.merge_base
+    )
+    for path in models:
+        print(f"{'saved':<11}{path}", file=sys.stderr)
+
+
+def prepare(settings: Settings) -> SFTTrainer:
+    """Check the settings, load the base model, attach a new adapter, and tokenize the data.
+
+    Raises: ValueError if settings, model or data are wrong.
+    """
+    _check(settings)
+    run, lora, sft = settings.run, settings.lora, settings.sft
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=run.model,
+        max_seq_length=run.max_seq_length,
+        dtype=getattr(torch, run.dtype) if run.dtype else None,
+        load_in_4bit=run.load_in_4bit,
+        device=run.device,
+        offload_embedding=run.offload_embedding,
+        progress=sys.stderr.isatty(),
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=lora.r,
+        target_modules=lora.target_modules,
+        lora_alpha=lora.lora_alpha,
+        use_gradient_checkpointing=GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing],
+        random_state=sft.seed if run.random_state is None else run.random_state,
+        use_rslora=lora.use_rslora,
+    )
+    trainer = SFTTrainer(model, sft, run.data, run.eval_data, tokenizer)
+    given = {name: value for name, value in as_dict(run, lora).items() if value is not None}
+    trainer.settings |= given
+    return trainer
+
+
+def _check(settings: Settings) -> None:
+    """Raise ValueError for everything that can be found wrong before the model is loaded."""
+    run, sft = settings.run, settings.sft
+    folder = resolve_model(run.model)
+    data = [path for path in (run.data, run.eval_data) if path is not None]
+    if sft.output_dir is not None:
+        files = [gguf_file_name(run.model, folder, method) for method in run.gguf]
+        run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, [folder, *data], files)
+    for path in data:
+        load_dataset(path)
