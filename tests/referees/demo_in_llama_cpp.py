@@ -14,10 +14,10 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 from demonstration import demo  # noqa: E402
 from demonstration.smollm2 import DEFAULT  # noqa: E402
-from test_gguf import LlamaCpp  # noqa: E402
 
 from minitune import FastLanguageModel  # noqa: E402
 from minitune.data.tokenize_dataset import load_dataset  # noqa: E402
+from referees.llama_cpp import LlamaCpp  # noqa: E402
 
 
 def main() -> None:

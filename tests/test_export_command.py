@@ -1,0 +1,49 @@
+"""The export command writes GGUF files and merged folders, and reports bad input in one line."""
+
+import re
+
+import numpy as np
+from gguf_files import tensors_of
+from test_merge import load
+from tiny import make_tiny_model
+
+from minitune.commands import export
+from minitune.gguf.export import export_gguf
+
+
+def test_the_command_exports_and_reports_bad_input_in_one_line(tmp_path, capsys):
+    def command(*arguments):
+        code = export.main(list(map(str, arguments)))
+        return code, *capsys.readouterr()
+
+    model, tokenizer = load(make_tiny_model(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    base = ("--model", tmp_path / "base")
+    trained = (*base, "--adapter", tmp_path / "adapter", "--merge-base", "nf4")
+    gguf, merged = tmp_path / "x.gguf", tmp_path / "merged"
+    code, out, _ = command(*trained, "--output", gguf, "--merged", merged)
+    assert code == 0 and out.splitlines() == [str(merged), str(gguf)]
+    expected = tensors_of(export_gguf(model, tmp_path / "y.gguf", tokenizer, merge_base="nf4"))
+    found = tensors_of(gguf)
+    assert all(np.array_equal(found[name].data, expected[name].data) for name in expected)
+    options = ("--output", tmp_path / "z", "--quantization-method", "f16")
+    assert command("--model", merged, *options)[0] == 0
+    assert (tmp_path / "z" / "merged-F16.gguf").is_file()
+    for bad, message in [
+        (base, "nothing to write"),
+        (("--model", tmp_path / "nowhere", "--output", tmp_path), "nowhere"),
+        ((*trained, "--output", gguf), "exists; remove it"),
+        ((*trained, "--output", gguf / "y.gguf"), "its folder could not be made"),
+        ((*trained, "--output", tmp_path / ("x" * 300 + ".gguf")), "File name too long"),
+    ]:
+        code, out, err = command(*bad)
+        assert code == 2 and not out
+        assert re.fullmatch(rf"minitune export: error: .*{message}.*\n", err), err
+
+
+def test_an_interrupted_command_ends_with_130_and_says_nothing(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "export", interrupted)
+    assert export.main(["--model", "x"]) == 130 and capsys.readouterr() == ("", "")

@@ -1,0 +1,179 @@
+"""Models, tokenizers and requests that GGUF cannot express are refused by name, leaving nothing."""
+
+import json
+import resource
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_merge import load, write_prequantized
+from tiny import make_tiny_model, write_tokenizer
+
+from minitune.gguf.export import convert_folder, export_gguf
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# Each function below damages a folder and returns the error that export must give.
+
+
+def twice_the_same_token(folder):
+    write_tokenizer(folder, "spm")
+    (folder / "tokenizer.json").unlink()
+    added = {"\u2581lamp": 401, "\u2581lamps": 402, "<s>": 403}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    return "tokens 1 and 403 are both '<s>'"
+
+
+def larger_than_the_embedding(folder):
+    token = json.loads((folder / "tokenizer.json").read_text())["added_tokens"][0]
+    more = [{**token, "id": 400 + i, "content": f"<{i}>"} for i in range(113)]
+    edit_json(folder / "tokenizer.json", lambda c: c["added_tokens"].extend(more))
+    return "ids up to 512, but the model's embedding has only 512 rows"
+
+
+def unknown_words(folder):
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "[a-z]+"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    edit_json(
+        folder / "tokenizer.json", lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, split)
+    )
+    return "tokenizer.json: llama.cpp has no name for this pre-tokenizer"
+
+
+def lowercase(folder):
+    edit_json(folder / "tokenizer.json", lambda c: c.update(normalizer={"type": "Lowercase"}))
+    return "tokenizer.json: llama.cpp has no name for this pre-tokenizer.* normalizer Lowercase"
+
+
+def word_level(folder):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "a"}
+    edit_json(folder / "tokenizer.json", lambda c: c.update(model=model, added_tokens=[]))
+
+    def remove_special_tokens(config):
+        for key in [key for key in config if key.endswith("_token")]:
+            del config[key]
+
+    edit_json(folder / "tokenizer_config.json", remove_special_tokens)
+    return "is a WordLevel tokenizer; GGUF export knows BPE"
+
+
+def no_end(folder):
+    edit_json(folder / "tokenizer_config.json", lambda c: c.pop("eos_token"))
+    for file in ("config.json", "generation_config.json"):
+        edit_json(folder / file, lambda c: c.pop("eos_token_id"))
+    return "names no eos_token"
+
+
+def foreign_tensor(folder):
+    name = "model.layers.0.mlp.experts.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(2)}))
+    return "model.layers.0.mlp.experts.weight has no place in the model"
+
+
+def too_large_for_float16(folder):
+    def enlarge(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
+
+    edit_tensors(folder, enlarge)
+    return r"blk.1.ffn_up.weight: .* does not fit into float16; export as bf16"
+
+
+DAMAGES = [
+    twice_the_same_token,
+    larger_than_the_embedding,
+    unknown_words,
+    lowercase,
+    word_level,
+    no_end,
+    foreign_tensor,
+    too_large_for_float16,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_what_gguf_cannot_express_is_refused_by_name_and_leaves_nothing(tmp_path, damage):
+    folder = make_tiny_model(tmp_path / "base")
+    message = damage(folder)
+    with pytest.raises(ValueError, match=message):
+        convert_folder(folder, tmp_path / "x.gguf", "f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+REQUESTS = {  # the error -> (file or folder below tmp_path, further arguments of export_gguf)
+    "quantization_method 'q4_k_m' is not supported": ("", {"quantization_method": "q4_k_m"}),
+    "choose one of q8_0, f16, bf16, f32": ("", {"quantization_method": ["q8_0", "f16"]}),
+    "old.gguf: exists; remove it": ("old.gguf", {}),
+    "give a folder, or a file name that": ("base/config.json", {}),
+    "merge_base 'x' does not exist": ("", {"merge_base": "x"}),
+}
+
+
+def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    model, tokenizer = load(make_tiny_model(tmp_path / "base"))
+    (tmp_path / "old.gguf").write_bytes(b"mine")
+    write_prequantized(model, tmp_path / "nf4")
+    for message, (path, options) in REQUESTS.items():
+        with pytest.raises(ValueError, match=message):
+            export_gguf(model, tmp_path / path, tokenizer, **options)
+    with pytest.raises(ValueError, match="nf4: holds 4-bit weights; load it as a model"):
+        convert_folder(tmp_path / "nf4", tmp_path)
+    with pytest.raises(ValueError, match=r"none/config\.json: not found"):
+        convert_folder(tmp_path / "none", tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    message = r"x.gguf: needs [\d,]+ bytes, but only 1,000 are left on the disk"
+    with pytest.raises(ValueError, match=message):
+        export_gguf(model, tmp_path / "x.gguf", tokenizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "nf4", "old.gguf"]
+
+
+def test_a_path_that_cannot_be_made_is_refused_and_what_is_there_stays(tmp_path):
+    folder = make_tiny_model(tmp_path / "base")
+    (tmp_path / "x.gguf").write_bytes(b"mine")
+    for below in ("x.gguf/y.gguf", "x.gguf/deep/y.gguf"):
+        message = rf"{below}: its folder could not be made \(.*: .*x.gguf.*\)"
+        with pytest.raises(ValueError, match=message):
+            convert_folder(folder, tmp_path / below)
+    assert (tmp_path / "x.gguf").read_bytes() == b"mine"
+    with pytest.raises(ValueError, match=r"could not be written \(File name too long\)"):
+        convert_folder(folder, tmp_path / f"{'x' * 248}.gguf")
+
+
+@pytest.mark.parametrize(
+    "wrong", ['{"temperature": [0.7]}', '{"top_k": "40"}', '{"top_p": NaN}', '{"min_p": true}']
+)
+def test_a_sampling_default_that_is_no_number_is_named_with_its_file_and_nothing_is_written(
+    tmp_path, wrong
+):
+    folder = make_tiny_model(tmp_path / "base")
+    (folder / "generation_config.json").write_text(wrong)
+    message = r"base/generation_config.json: \w+ is .*, expected a number"
+    with pytest.raises(ValueError, match=message):
+        convert_folder(folder, tmp_path / "out" / "x.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_write_that_fails_midway_leaves_nothing(tmp_path):
+    folder = make_tiny_model(tmp_path / "base")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # fails like a full disk
+    try:
+        with pytest.raises(ValueError, match=r"x\.gguf: could not be written"):
+            convert_folder(folder, tmp_path / "x.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

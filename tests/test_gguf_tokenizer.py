@@ -1,0 +1,104 @@
+"""llama.cpp splits text into the tokens of the tokenizer that trained."""
+
+import json
+
+import pytest
+import sentencepiece
+from gguf_files import metadata_of
+from referees.llama_cpp import LlamaCpp
+from tiny import TEXTS, make_tiny_model, sentencepiece_model
+
+from minitune.data.tokenizer import Tokenizer
+from minitune.gguf.export import convert_folder
+
+
+@pytest.mark.parametrize("kind", ["bpe", "llama3", "spm"])
+def test_llama_cpp_cuts_text_into_the_tokens_the_tokenizer_gives(tmp_path, kind):
+    folder = make_tiny_model(tmp_path / "base", tokenizer=kind)
+    tokenizer = Tokenizer.from_folder(folder)
+    llama_cpp = LlamaCpp(convert_folder(folder, tmp_path / "x.gguf"))
+    for text in TEXTS:
+        assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
+    messages = [{"role": "user", "content": "Two lamps?"}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False)
+    expected = tokenizer.encode(chat, add_special_tokens=False)
+    assert llama_cpp.tokenize(chat, add_special=False) == expected
+
+
+def merges_of(model, vocab):
+    """Return every pair of pieces that a SentencePiece model may merge, in the order of ids."""
+    return [
+        [piece[:cut], piece[cut:]]
+        for piece, id in vocab.items()
+        if not (model.is_byte(id) or model.is_control(id) or model.is_unknown(id))
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+
+
+def write_byte_fallback_json(folder):
+    """Replace the SentencePiece model of `folder` by Llama 2's tokenizer.json, without scores."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    vocab = {model.id_to_piece(id): id for id in range(model.get_piece_size())}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = [
+        {"id": id, "content": text, "special": True, **flags}
+        for id, text in enumerate(["<unk>", "<s>", "</s>"])
+    ]
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    content = {
+        "version": "1.0",
+        "added_tokens": special,
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "\u2581"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": merges_of(model, vocab),
+            "unk_token": "<unk>",
+            "byte_fallback": True,
+            "fuse_unk": True,
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, first],
+            "pair": [first, second],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer.model").unlink()
+
+
+def test_scores_rebuilt_from_merges_cut_text_as_the_tokenizer_does(tmp_path):
+    folder = make_tiny_model(tmp_path / "base", tokenizer="spm")
+    write_byte_fallback_json(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    llama_cpp = LlamaCpp(convert_folder(folder, tmp_path / "x.gguf"))
+    for text in TEXTS:
+        assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
+
+
+def test_added_tokens_keep_their_ids_and_kinds(tmp_path):
+    folder = make_tiny_model(tmp_path / "base")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    added = {**content["added_tokens"][0], "special": False}
+    content["added_tokens"] += [
+        {**added, "id": 400, "content": "<tool>"},
+        {**added, "id": 401, "content": "<|end|>"},
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    path = convert_folder(folder, tmp_path / "x.gguf")
+    metadata = metadata_of(path)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata["tokenizer.ggml.token_type"]
+    assert tokens[400:403] == ["<tool>", "<|end|>", "[PAD402]"] and types[400:403] == [4, 3, 5]
+    text = "order <tool>lamp<|end|> now"
+    assert LlamaCpp(path).tokenize(text) == Tokenizer.from_folder(folder).encode(text)
