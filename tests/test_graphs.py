@@ -142,7 +142,7 @@ def test_evaluation_and_generation_and_dense_weights_between_replays_disturb_not
     }
     for _ in range(2):
         assert_same_bits(results(micro_step, BATCHES, model), plain)
-        with micro_step.own_memory(), torch.no_grad():
+        with micro_step.memory_pool(), torch.no_grad():
             model(**inputs)
         model.generate([[5, 6, 7]], max_new_tokens=3)
     with model.resident_weights():

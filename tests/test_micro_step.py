@@ -16,7 +16,7 @@ from minitune.memory.offload import ActivationOffloader
 from minitune.memory.plan import Plan
 from minitune.model.activations import Activations, LayerPlan, SaveLevel
 from minitune.training.cuda_graphs import bucket_size
-from minitune.training.micro_step import MicroStep, _padded
+from minitune.training.micro_step import MicroStep, _pad_batch
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -126,7 +126,7 @@ def test_a_padded_size_is_at_most_a_quarter_more_or_64(tokens):
 )
 def test_padding_is_behind_the_samples_and_stays_within_the_known_positions(lengths, longest):
     batch = collate(random_samples(lengths))
-    ids, positions = _padded(batch, 128, longest)
+    ids, positions = _pad_batch(batch, 128, longest)
     n = sum(lengths)
     assert len(ids) == len(positions) == 128
     assert torch.equal(ids[:n], batch.input_ids) and torch.equal(positions[:n], batch.position_ids)
@@ -199,7 +199,7 @@ def test_weights_that_stay_dequantised_change_nothing(tmp_path):
     batch, micro_step = collate(random_samples([40, 9, 30])), MicroStep(model, capture=False)
     expected = micro_step(batch, 50), gradients(model)
     for count in (1, 2, 0):
-        micro_step.make_resident(count)
+        micro_step._passes.keep_resident(count)
         assert [p.resident is not None for p in model.projections()] == [True] * 4 * count + [
             False
         ] * 4 * (2 - count)
@@ -207,7 +207,7 @@ def test_weights_that_stay_dequantised_change_nothing(tmp_path):
             pass
         loss, found = micro_step(batch, 50), gradients(model)
         assert torch.equal(loss, expected[0]) and torch.equal(found, expected[1])
-    micro_step.make_resident(2)
+    micro_step._passes.keep_resident(2)
     micro_step.close()
     assert not any(p.resident is not None for p in model.projections())
 

@@ -26,6 +26,7 @@ from minitune.model.layers import Embedding, RMSNorm
 from minitune.model.linear import FusedLinear, Linear
 from minitune.model.loss import LossRows, new_logits_buffer, rows_loss
 from minitune.model.packed_sequences import PackedSequences
+from minitune.model.resident_weights import ResidentWeights
 from minitune.model.rope import RopeTables
 
 EVALUATION_ROWS = 2048  # that the wide parts of a layer take at a time
@@ -244,14 +245,12 @@ class CausalLM(nn.Module):
     @contextlib.contextmanager
     def resident_weights(self) -> Iterator[None]:
         """Keep every linear as a dense weight in the compute dtype meanwhile: same numbers, nothing to dequantise."""
-        others = [projection for projection in self.projections() if projection.resident is None]
+        weights = ResidentWeights(self.dtype, self.device)
         try:
-            for projection in others:
-                projection.make_resident(self.dtype, self.device)
+            weights.keep_only(self.projections())
             yield
         finally:
-            for projection in others:
-                projection.resident = None
+            weights.keep_only(())
 
     def resident_weights_where_they_fit(self) -> contextlib.AbstractContextManager:
         """`resident_weights`, if they take less than half of the memory that is free."""

@@ -1,97 +1,157 @@
-"""Micro-steps as CUDA graphs, and the memory that they run in.
+"""The pass as CUDA graphs, captured once for each size and replayed from then on.
 
-Python takes tens of microseconds to launch a Triton kernel, and a micro-step has thousands: below some 4,000 tokens a
-GPU waits for them (an H200 in November 2026, 8B, 950 tokens: 155 ms, and 73 as graphs). A CUDA graph is launched as
-one: forward is one, backward another. What they replay are addresses and sizes, so tokens are padded to one of four
-sizes an octave (multiples of 64; at most 1/4 more than there are, or 63), inputs are copied to where the graphs read
-them, and gradients are added to the `.grad` that was there at the capture. The number of labelled rows varies freely:
-the loss lies between the graphs.
+Python takes tens of microseconds to launch a Triton kernel, and a micro-step has thousands.
+Below some 4,000 tokens a GPU waits for these launches. An H200 (November 2026, 8B, 950 tokens)
+takes 155 ms eagerly and 73 ms with graphs. A graph is launched as one: one graph holds the
+forward pass, another the backward pass.
 
-A micro-step of a new size is launched plainly, which also compiles what has to be, and captured after that; so the
-first of a size takes about twice the time of plain launches. Where a capture fails, a warning says why, and everything
-is launched plainly from then on, in the whole process: PyTorch's allocators (2.11) do not recover from it. Plain
-launches and graphs of all sizes share one pool of memory: one micro-step runs at a time. One that is larger than all
-before begins with a new pool and no graphs, for memory that was cut for smaller tensors is of no use to it. The loss
-has its logits in the pool too, where the layers keep nothing meanwhile.
+Graphs replay fixed addresses and sizes. Therefore
+
+- tokens are padded to one of four sizes an octave, multiples of 64; the padding is at most a
+  quarter of the tokens, or 63 tokens;
+- inputs are copied to the tensor that the graph reads;
+- gradients are added to the `.grad` of the capture.
+
+The loss lies between the two graphs, so the number of labelled rows may vary freely.
+
+The first micro-step of a size runs eagerly, which also compiles its kernels, and is captured
+afterwards: it takes about twice the time of an eager step.
+
+Memory: eager passes and graphs of all sizes share one pool, because one micro-step runs at a time.
+A micro-step larger than all before starts a new pool and drops all graphs: blocks split for smaller
+tensors cannot be reused. The logits of the loss lie in the pool too, since no layer runs meanwhile.
+
+A capture that fails poisons PyTorch's allocators (2.11) for the process: everything is launched
+eagerly from then on, and a warning says why. So a capture begins only if there is room for it.
 """
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minitune.device import free_memory
 from minitune.kernels.backend import cdiv, power_of_two
 from minitune.memory.plan import Plan
-from minitune.model.linear import weight_buffers
 from minitune.model.packed_sequences import PackedSequences
+from minitune.training.forward_backward import ForwardBackward, LossFunction
 
-if TYPE_CHECKING:
-    from minitune.training.micro_step import MicroStep
+MAX_CAPTURED_SIZES = 64
+# Larger micro-steps run eagerly and unpadded: the GPU is slower than any host there.
+MAX_CAPTURED_TOKENS = 32768
+# Retries of a step or a capture that lacks memory, each with a sixth less memory.
+MAX_SMALLER_PLANS = 4
+ADVICE = (
+    "to keep CUDA graphs, lower micro_step_tokens, or memory_budget if "
+    "use_gradient_checkpointing is 'unsloth'"
+)
 
-MOST_SIZES = 64
-MOST_TOKENS = 32768  # of a size: longer ones are launched plainly and unpadded, the GPU being slower than any host
+_disabled_reason: str | None = None
+
+
+def capture_disabled_reason() -> str | None:
+    """Return why nothing can be captured in this process any more, or None if captures work."""
+    return _disabled_reason
+
+
+def _disable_capture(reason: str) -> None:
+    global _disabled_reason
+    _disabled_reason = reason
 
 
 def bucket_size(tokens: int) -> int:
-    """The size that so many tokens are padded to: a multiple of a quarter of the power of two below, 64 at least."""
+    """Return the size that `tokens` tokens are padded to.
+
+    It is a multiple of an eighth of the next power of two, and at least 64.
+    """
     step = max(power_of_two(tokens) // 8, 64)
     return cdiv(tokens, step) * step
 
 
+def capture_reserve(pool_bytes: int) -> int:
+    """Return the free bytes that a capture needs beside a pool of `pool_bytes` bytes.
+
+    A capture allocates the tensors of the eager pass once more, from the blocks which that pass
+    left in the pool. The blocks may fit together less well: a 64th of the pool is allowed for that.
+    The driver stores some thousand kernel launches: 64 MiB are allowed for them.
+    """
+    return pool_bytes // 64 + (64 << 20)
+
+
+class CaptureKey(NamedTuple):
+    """The sizes that are fixed in a graph."""
+
+    tokens: int
+    uniform_seqlen: int | None
+    max_seqlen: int | None
+
+
 @dataclass
 class CapturedStep:
-    """The graphs of one size, and what they read."""
+    """The two graphs of one size, and the tensors that they read and write.
+
+    inputs: ids, positions, start and end, int32 (4, N).
+    residual: the residual stream (N, D) at the end of forward.
+    logits_buffer: (rows, V), for the loss between forward and backward.
+    pointers: `ForwardBackward.captured_pointers` at the capture.
+    """
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
-    inputs: Tensor  # int32 (4, N): ids, positions, start, end
-    stream: Tensor  # (N, D), what the layers' forward ends with
-    tile: Tensor  # (rows, V), for the logits between forward and backward
-    addresses: list[int]
+    inputs: Tensor
+    residual: Tensor
+    logits_buffer: Tensor
+    pointers: list[int]
 
 
 class UnownedTensor:
-    """Where a tensor is, without a claim to that memory: in a graph's pool it is there as long as the graph."""
+    """The address of a tensor in a graph's pool.
+
+    It does not keep the memory allocated. The address is valid as long as the graph exists.
+    """
 
     def __init__(self, t: Tensor):
-        self._shape, self._dtype, self._device = t.shape, t.dtype, t.device
-        data = (t.data_ptr(), False)
+        self._shape = t.shape
+        self._dtype = t.dtype
+        self._device = t.device
         self.__cuda_array_interface__ = {
             "shape": (t.nbytes,),
             "typestr": "|u1",
-            "data": data,
+            "data": (t.data_ptr(), False),
             "version": 3,
         }
 
     def tensor(self) -> Tensor:
+        """Return a tensor at this address."""
         return torch.as_tensor(self, device=self._device).view(self._dtype).view(self._shape)
 
 
 @contextlib.contextmanager
-def _recording(pool: tuple[int, int]) -> Iterator[torch.cuda.CUDAGraph]:
-    """Captures what is launched within."""
+def _record_graph(pool: tuple[int, int]) -> Iterator[torch.cuda.CUDAGraph]:
+    """Capture the launches of the `with` block in a graph."""
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin(pool=pool)
     try:
         yield graph
     except BaseException:
-        CUDAGraphCache.failure = "a capture was interrupted"
-        with contextlib.suppress(
-            RuntimeError
-        ):  # a stream that is not joined; left open, all that follows would fail
+        _disable_capture("a capture was interrupted")
+        # The capture must end, or every later launch fails. It ends with an error if another
+        # stream has not been joined.
+        with contextlib.suppress(RuntimeError):
             graph.capture_end()
         raise
     graph.capture_end()
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without Python's garbage collector, for to free another graph's memory would end a capture."""
+def _gc_disabled() -> Iterator[None]:
+    """Disable garbage collection: freeing another graph's memory would abort the capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -102,97 +162,77 @@ def _no_collection() -> Iterator[None]:
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all graphs, for cuBLAS has 32 MiB for each stream, and keeps it."""
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of all graphs: cuBLAS keeps a workspace of 32 MiB for each stream."""
     return torch.cuda.Stream(device)
 
 
 class CUDAGraphCache:
-    """The captured sizes of one MicroStep, and the memory that all of them run in."""
+    """The captured sizes of one `ForwardBackward`, and the memory that they share."""
 
-    failure: str | None = None  # why a capture failed in this process
-
-    def __init__(self, device: torch.device):
-        self._stream = _stream(device)
-        with torch.cuda.stream(self._stream):  # cuBLAS's memory, before a plan counts what there is
-            torch.cuda.current_blas_handle()
-        self._captured: dict[tuple, CapturedStep] = {}
+    def __init__(self, passes: ForwardBackward):
+        self._passes = passes
+        self._stream: torch.cuda.Stream | None = None
+        self._captured: dict[CaptureKey, CapturedStep] = {}
         self._pool: torch.cuda.MemPool | None = None
-        self._top: Tensor | None = None  # of the largest size; smaller ones take its first rows
+        # The gradient of the residual stream at the largest size. Smaller sizes use its first rows.
+        self._dresidual: Tensor | None = None
+        self._smaller_plans = 0
+        self._no_room: str | None = None
 
-    def forget(self) -> None:
-        """Give up all graphs and their memory, where there are any."""
+    @property
+    def disabled_reason(self) -> str | None:
+        """Why this cache captures nothing any more, or None."""
+        return capture_disabled_reason() or self._no_room
+
+    def prepare(self) -> None:
+        """Allocate cuBLAS's workspace on the graphs' stream, before a plan counts the memory."""
+        self._stream = _capture_stream(self._passes.model.device)
+        with torch.cuda.stream(self._stream):
+            torch.cuda.current_blas_handle()
+
+    def clear(self) -> None:
+        """Drop all graphs and free their memory."""
         if self._pool is None:
             return
         self._captured.clear()
-        self._pool = self._top = None
+        self._pool = self._dresidual = None
         torch.cuda.empty_cache()
 
-    def run(
-        self,
-        micro_step: "MicroStep",
-        inputs: Tensor,
-        packed: PackedSequences,
-        loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ) -> Tensor:
-        """The loss that `loss_of(s, top, tile)` finds between forward and backward, with its logits in `tile`."""
+    def run(self, inputs: Tensor, packed: PackedSequences, compute_loss: LossFunction) -> Tensor:
+        """Replay the graphs of this size, or run eagerly and capture them; return the loss.
+
+        inputs: ids, positions, start and end of the samples, int32 (4, N), on the device.
+        """
         size = inputs.shape[1]
-        key = size, *micro_step.model.shared.attention_kwargs(packed).values()
+        key = CaptureKey(size, **self._passes.model.shared.attention_kwargs(packed))
         captured = self._captured.get(key)
-        if captured is not None and captured.addresses == micro_step.addresses():
+        if captured is not None and captured.pointers == self._passes.captured_pointers():
             captured.inputs.copy_(inputs)
             captured.forward.replay()
-            loss = loss_of(captured.stream, self._top[:size], captured.tile)
+            loss = compute_loss(captured.residual, self._dresidual[:size], captured.logits_buffer)
             captured.backward.replay()
             return loss
-        plan = self._make_room(micro_step, packed)
-        top, packed = self._top[:size], plan.select_attention(packed)
-        with self.own_memory():
-            s, kept = micro_step.forward(inputs, packed, plan)
-            tile = micro_step.model.new_logits_buffer(size)
-        loss = loss_of(s, top, tile)
-        del s, tile  # their memory is backward's now
-        with self.own_memory():
-            micro_step.backward(top, kept, packed, plan)
+        plan = self._prepare_pool(packed)
+        dresidual = self._dresidual[:size]
+        loss = self._passes.run(inputs, packed, plan, compute_loss, dresidual, self.memory_pool)
+        if missing := self._missing_memory():
+            self._make_room(size, missing)
+            return loss
         try:
-            self._captured[key] = self._capture(micro_step, inputs, packed, top, plan)
-        except RuntimeError as error:  # nothing that was launched in a capture has run
-            self.forget()
-            CUDAGraphCache.failure = f"capturing a micro-step of {size} tokens failed ({' '.join(str(error).split())[:300]})"
+            self._captured[key] = self._capture(
+                inputs, plan.select_attention(packed), dresidual, plan
+            )
+        except RuntimeError as error:  # no launch of a failed capture has run
+            self.clear()
+            message = " ".join(str(error).split())[:300]
+            advice = f"; {ADVICE}" if _is_out_of_memory(error) else ""
+            _disable_capture(f"capturing a micro-step of {size} tokens failed ({message}){advice}")
         return loss
 
-    def _make_room(self, micro_step: "MicroStep", packed: PackedSequences) -> Plan:
-        """A plan, a pool and a `top` for these samples, and nothing cached beside the pool that it could use."""
-        largest, size = 0 if self._top is None else len(self._top), len(packed.positions)
-        grows = size > largest
-        if grows or len(self._captured) >= MOST_SIZES:
-            self.forget()
-            model = micro_step.model
-            last = model.model.layers[
-                -1
-            ].projections  # the first layers' may be dequantised already
-            weight_buffers(last, model.shared.weights, model.dtype, model.device)
-            self._top, self._pool = (
-                micro_step.new_residual_gradient(max(size, largest)),
-                torch.cuda.MemPool(),
-            )
-        counted = self._top[:size].nbytes
-        if not grows:
-            plan = micro_step.planner.plan_for(micro_step.model, packed, counted)
-        else:  # the largest step says how much room there is for dequantised weights
-            plan = micro_step.planner.plan_for(
-                micro_step.model,
-                packed,
-                counted + micro_step.dense_bytes,
-                allow_resident_weights=True,
-            )
-            micro_step.make_resident(plan.resident_layers)
-        torch.cuda.empty_cache()
-        return plan
-
     @contextlib.contextmanager
-    def own_memory(self) -> Iterator[None]:
-        """Launch on the graphs' stream, with memory from their pool; as ever while there is none."""
+    def memory_pool(self) -> Iterator[None]:
+        """Launch on the graphs' stream and allocate from their pool, if there is a pool."""
         if self._pool is None:
             yield
             return
@@ -204,23 +244,92 @@ class CUDAGraphCache:
         finally:
             outside.wait_stream(self._stream)
 
+    def _prepare_pool(self, packed: PackedSequences) -> Plan:
+        """Return a plan for these samples; provide a pool and a gradient buffer for it.
+
+        A micro-step larger than all before gets a new pool. Its plan says how many weights stay
+        dequantised. No memory is left cached outside the pool, because the pool cannot use it.
+        """
+        passes = self._passes
+        largest = 0 if self._dresidual is None else len(self._dresidual)
+        size = len(packed.positions)
+        grows = size > largest
+        if grows or len(self._captured) >= MAX_CAPTURED_SIZES:
+            self.clear()
+            passes.allocate_weight_buffers()
+            self._dresidual = passes.new_residual_gradient(max(size, largest))
+            self._pool = torch.cuda.MemPool()
+        already_allocated = self._dresidual[:size].nbytes
+        if grows:
+            already_allocated += passes.resident_bytes
+        plan = passes.planner.plan_for(
+            passes.model, packed, already_allocated, allow_resident_weights=grows
+        )
+        if grows:
+            passes.keep_resident(plan.resident_layers)
+        torch.cuda.empty_cache()
+        return plan
+
+    def _missing_memory(self) -> int:
+        """Return how many bytes the GPU lacks for a capture, or 0 if there is room.
+
+        Memory that the allocator has cached outside the pool does not count: a capture can neither
+        use nor free it.
+        """
+        device = self._passes.model.device
+        needed = capture_reserve(sum(segment["total_size"] for segment in self._pool.snapshot()))
+        if _unreserved_memory(device) < needed:
+            torch.cuda.empty_cache()
+        return max(0, needed - _unreserved_memory(device))
+
+    def _make_room(self, size: int, missing: int) -> None:
+        """Drop all graphs and have the next micro-step planned with a sixth less memory.
+
+        If that is not possible, say in `disabled_reason` that this cache captures nothing any more.
+        """
+        self.clear()
+        planner = self._passes.planner
+        device = self._passes.model.device
+        shortage = (
+            f"{device} lacks {missing / 2**20:.0f} MiB to capture a micro-step of {size} tokens"
+        )
+        if planner.level is not None or self._smaller_plans == MAX_SMALLER_PLANS:
+            self._no_room = f"{shortage}; {ADVICE}"
+            return
+        self._smaller_plans += 1
+        before, after = planner.plan_with_less(device)
+        warnings.warn(
+            f"{shortage}; planning with {after / 2**30:.2f} GiB from now on, "
+            f"not {before / 2**30:.2f} GiB ({ADVICE})",
+            stacklevel=2,
+        )
+
     def _capture(
-        self,
-        micro_step: "MicroStep",
-        inputs: Tensor,
-        packed: PackedSequences,
-        top: Tensor,
-        plan: Plan,
+        self, inputs: Tensor, packed: PackedSequences, dresidual: Tensor, plan: Plan
     ) -> CapturedStep:
+        """Capture the pass in two graphs, in the pool."""
+        passes = self._passes
         torch.cuda.synchronize()
-        with _no_collection(), torch.cuda.stream(self._stream):
-            with _recording(self._pool.id) as forward:
-                s, kept = micro_step.forward(inputs, packed, plan)
+        with _gc_disabled(), torch.cuda.stream(self._stream):
+            with _record_graph(self._pool.id) as forward:
+                s, saved = passes.forward(inputs, packed, plan)
             with torch.cuda.use_mem_pool(self._pool):
-                tile = micro_step.model.new_logits_buffer(len(s))
-            places = [UnownedTensor(t).tensor() for t in (s, tile)]
-            del s, tile
-            with _recording(self._pool.id) as backward:
-                micro_step.backward(top, kept, packed, plan)
+                logits_buffer = passes.model.new_logits_buffer(len(s))
+            residual = UnownedTensor(s).tensor()
+            logits = UnownedTensor(logits_buffer).tensor()
+            del s, logits_buffer  # backward uses their memory, as in the eager pass
+            with _record_graph(self._pool.id) as backward:
+                passes.backward(dresidual, saved, packed, plan)
         torch.cuda.synchronize()
-        return CapturedStep(forward, backward, inputs, *places, micro_step.addresses())
+        pointers = passes.captured_pointers()
+        return CapturedStep(forward, backward, inputs, residual, logits, pointers)
+
+
+def _unreserved_memory(device: torch.device) -> int:
+    """Return the bytes that the allocator may still take from the driver."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_memory(device) - cached
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

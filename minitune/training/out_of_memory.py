@@ -1,8 +1,8 @@
-"""Out-of-memory handling: plan within the settings, compare planned and measured peak, retry with less.
+"""Out-of-memory handling: size the micro-step, compare planned and measured peak, retry with less.
 
-A `Planner` (memory/planner.py) plans every new size of micro-step. This file makes the planner of a run
-from the run's settings. If a step runs out of memory although its plan should have fit, the planner gets
-a smaller budget and the step runs again.
+A `Planner` (memory/planner.py) plans every new size of micro-step. This file makes the planner of a
+run from the run's settings. If a step runs out of memory although its plan fits, the planner gets a
+smaller budget and the step runs again.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from minitune.config.training_config import SFTConfig, parse_bytes
 from minitune.device import free_memory
 from minitune.memory.planner import Planner
 from minitune.model.causal_lm import CausalLM
+from minitune.training.cuda_graphs import MAX_SMALLER_PLANS
 from minitune.training.micro_step import MicroStep
 
-MAX_SMALLER_PLANS = 4  # retries of a step that is out of memory, each with a sixth less
 MIN_MICRO_STEP_TOKENS = 1024  # lower bound if memory, and not the user, decides
 
 Result = TypeVar("Result")
@@ -36,8 +36,8 @@ def run_planner(model: CausalLM, args: SFTConfig, checkpointing: str) -> Planner
     for name in ("memory_budget", "host_memory"):
         if (size := getattr(args, name)) is not None and not plans:
             raise ValueError(
-                f"{name} {size} decides what a GPU saves if use_gradient_checkpointing is 'unsloth'; "
-                f"the model is on {model.device}, with {checkpointing!r}"
+                f"{name} {size} decides what a GPU saves if use_gradient_checkpointing is "
+                f"'unsloth'; the model is on {model.device}, with {checkpointing!r}"
             )
     memory_budget = None if args.memory_budget is None else parse_bytes(args.memory_budget)
     if args.host_memory is not None:
@@ -68,7 +68,7 @@ def fit_micro_step_tokens(planner: Planner, model: CausalLM, tokens: int, max_se
 
 
 def halve_until_fits(tokens: int, max_seqlen: int, too_many: Callable[[int], bool]) -> int:
-    """Halve `tokens` while `too_many(tokens)` and the longest sample still fits in; return the rest."""
+    """Return `tokens`, halved while `too_many(tokens)` and the half holds the longest sample."""
     while tokens // 2 >= max(MIN_MICRO_STEP_TOKENS, max_seqlen) and too_many(tokens):
         tokens //= 2
     return tokens
@@ -111,7 +111,7 @@ def run_in_graph_pool(micro_step: MicroStep, work: Callable[[], Result]) -> Resu
 
     On out-of-memory, drop graphs and resident weights and run it again.
     """
-    with contextlib.suppress(torch.OutOfMemoryError), micro_step.own_memory():
+    with contextlib.suppress(torch.OutOfMemoryError), micro_step.memory_pool():
         return work()
     micro_step.close()
     return work()

@@ -388,6 +388,7 @@ class SFTTrainer:
     def _begin(self, resume: bool | str | Path) -> Path | None:
         """Open the run folder at step 0 or where a checkpoint left off; returns that checkpoint."""
         a = self.args
+        self.micro_step.prepare()
         self.optimizer = FlatAdamW(
             [p for _, p in self.model.trainable_parameters()],
             betas=(a.adam_beta1, a.adam_beta2),
