@@ -1,19 +1,29 @@
 """AdamW over one flat buffer that holds every LoRA parameter, and the learning-rate schedules.
 
-An adapter is hundreds of small matrices. Here they are slices of one float32 vector `values` (P,), and their gradients
-slices of one vector `grads` (P,): the optimizer is then three launches over P numbers (two for the norm, one that clips
-and updates, kernels/adamw.py) instead of as many a matrix, clearing the gradients is one, and gradients of several
-processes would be summed by one all-reduce of `grads`.
+An adapter has hundreds of small matrices. Here they are slices of one float32 vector `values` (P,),
+and their gradients are slices of one vector `grads` (P,). An update is three launches over P
+numbers instead of three a matrix: two for the gradient norm, one that clips and updates
+(kernels/adamw.py). Clearing the gradients is one launch. Several processes could sum their
+gradients by one all-reduce of `grads`.
 
-Bytes a parameter: values 4, gradient 4, and the moments m and v: 8 in float32, or with `eight_bit` 2 + 8/256, a byte
-each and a float32 scale each for every block of 256. For 8B with all seven linears and r=16, 42 million parameters,
-that is 671 MB or 421 MB.
+Bytes a parameter:
 
-Blocks are cut from the flat buffer. Where every parameter's size is a multiple of 256, as for rank 16 with widths that
-are multiples of 16, a block never holds numbers of two parameters; elsewhere, in toy models, some do, and then the
-smaller parameter's moments are rounded more coarsely. bitsandbytes keeps parameters of less than 4096 elements in 32
-bits; here all of them are in 8. Otherwise format and formula are its own, but that a gradient that is not finite is not
-skipped, and that weight decay comes before the update, as in torch.
+    value                    4
+    gradient                 4
+    moments m, v, float32    8
+    moments m, v, 8 bits     2 + 8/256: a byte each, and a float32 scale each for a block of 256
+
+An 8B model with r=16 on all seven linears has 42 million trainable parameters: 671 MB with float32
+moments, 421 MB with 8-bit moments.
+
+8-bit moments have the format and the formula of bitsandbytes, with these differences:
+
+- Blocks are cut from the flat buffer, so a block may hold numbers of two parameters. The smaller
+  moments are then rounded more coarsely. This cannot happen if the size of each parameter is a
+  multiple of 256, as for rank 16 and widths that are multiples of 16.
+- All parameters have 8-bit moments. bitsandbytes keeps 32 bits for those below 4096 elements.
+- A gradient that is not finite is not skipped.
+- Weight decay comes before the update, as in torch.
 
 Nothing here waits for the device: the gradient norm stays a tensor.
 """
@@ -26,30 +36,40 @@ import torch
 from torch import Tensor, nn
 
 from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_, global_norm
+from minitune.kernels.backend import cdiv
 from minitune.model.nf4 import dynamic_map
+
+NEGATIVE_VALUE_NEXT_TO_ZERO = 126  # its index in the signed dynamic map
 
 
 @cache
 def moment_tables(device: torch.device) -> Tensor:
-    """What adamw_8bit_ looks up, fp32 (4, 256): the signed map, the borders between its values, the same unsigned.
+    """Return the tables that adamw_8bit_ reads, float32 (4, 256).
 
-    A border is half way, but for one: between 0 and the negative value next to it the border is at 0, so that a
-    negative m stays negative, as bitsandbytes' CUDA kernel makes sure; a positive one may become 0. The last border is
-    infinite.
+    Their rows are the signed dynamic map, the borders between its values, the unsigned map, and its
+    borders. A border lies half way between two values, except for one. Between 0 and the negative
+    value next to it the border is 0, so that a negative m stays negative, as in bitsandbytes' CUDA
+    kernel. A positive m may become 0. The last border is infinite.
     """
-    rows = []
-    for values in (dynamic_map(device), dynamic_map(device, signed=False)):
-        rows += [values, torch.cat([(values[:-1] + values[1:]) / 2, values.new_tensor([math.inf])])]
-    rows[1][126] = -torch.finfo(torch.float32).tiny  # not 0 itself: 0 is above the border
-    return torch.stack(rows)
+    signed, unsigned = dynamic_map(device), dynamic_map(device, signed=False)
+    signed_borders, unsigned_borders = _borders(signed), _borders(unsigned)
+    # Not 0 itself: m = 0 must lie above this border.
+    signed_borders[NEGATIVE_VALUE_NEXT_TO_ZERO] = -torch.finfo(torch.float32).tiny
+    return torch.stack([signed, signed_borders, unsigned, unsigned_borders])
+
+
+def _borders(values: Tensor) -> Tensor:
+    """Return the numbers half way between ascending values (256,), with infinity as the last."""
+    return torch.cat([(values[:-1] + values[1:]) / 2, values.new_tensor([math.inf])])
 
 
 class FlatAdamW:
-    """AdamW as in torch.optim, with the global-norm clipping of clip_grad_norm_ inside `step`.
+    """AdamW as in torch.optim, with the global-norm clipping of clip_grad_norm_ in `step`.
 
-    The parameters stay ordinary parameters: `p.data` and `p.grad` are views of the flat buffers. Writing into them in
-    place counts at once; a `.data` or `.grad` that someone replaced is taken over, and bound again, by the next step.
-    A `.grad` of None counts as zero. Clipping leaves the gradients as they are.
+    The parameters stay ordinary parameters: `p.data` and `p.grad` are views of the flat buffers.
+    Writing into them in place takes effect at once. If a `.data` or `.grad` was replaced, the next
+    step copies it into the flat buffer and binds the view again. A `.grad` of None counts as zero.
+    Clipping does not change the gradients.
     """
 
     def __init__(
@@ -61,46 +81,52 @@ class FlatAdamW:
         max_grad_norm: float = 0.0,
         eight_bit: bool = False,
     ):
-        """max_grad_norm 0 turns clipping off. ValueError where there is no parameter, or one is not float32."""
+        """Move the parameters into one flat buffer.
+
+        max_grad_norm: limit of the global gradient norm; 0 turns clipping off.
+        eight_bit: True stores the moments in 8 bits.
+
+        Raises: ValueError if there is no parameter, or if a parameter is not float32.
+        """
         self.parameters = list(parameters)
         if not self.parameters:
             raise ValueError(
-                "no parameters to train; attach an adapter with FastLanguageModel.get_peft_model first"
+                "no parameters to train; attach an adapter with FastLanguageModel.get_peft_model "
+                "first"
             )
         if wrong := [p.dtype for p in self.parameters if p.dtype != torch.float32]:
             raise ValueError(
                 f"a LoRA parameter is {wrong[0]}; the optimizer keeps its values in torch.float32"
             )
-        self.betas, self.eps, self.weight_decay, self.max_grad_norm = (
-            betas,
-            eps,
-            weight_decay,
-            max_grad_norm,
-        )
-        self.eight_bit, self.steps = eight_bit, 0
-        count, device = sum(p.numel() for p in self.parameters), self.parameters[0].device
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.max_grad_norm = max_grad_norm
+        self.eight_bit = eight_bit
+        self.steps = 0
+        count = sum(p.numel() for p in self.parameters)
+        device = self.parameters[0].device
         self.values, self.grads = torch.zeros(2, count, device=device)
-        self.exp_avg, self.exp_avg_sq = torch.zeros(
-            2, count, device=device, dtype=torch.uint8 if eight_bit else None
-        )
+        moment_dtype = torch.uint8 if eight_bit else torch.float32
+        self.exp_avg, self.exp_avg_sq = torch.zeros(2, count, device=device, dtype=moment_dtype)
         if eight_bit:
-            self.exp_avg_absmax, self.exp_avg_sq_absmax = torch.zeros(
-                2, -(-count // MOMENT_BLOCKSIZE), device=device
-            )
+            blocks = cdiv(count, MOMENT_BLOCKSIZE)
+            self.exp_avg_absmax, self.exp_avg_sq_absmax = torch.zeros(2, blocks, device=device)
             self._tables = moment_tables(self.values.device)
-        self._value_views, self._grad_views = self._views(self.values), self._views(self.grads)
+        self._value_views = self._views(self.values)
+        self._grad_views = self._views(self.grads)
         self._bind()
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([p.numel() for p in self.parameters])
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        """Return the slice of each parameter in a flat buffer (P,), in the parameter's shape."""
+        slices = flat.split([p.numel() for p in self.parameters])
+        return [part.view(p.shape) for part, p in zip(slices, self.parameters, strict=True)]
 
     @torch.no_grad()
     def _bind(self) -> None:
-        """Make every parameter and gradient a view of the flat buffers, taking over what is there and is not one."""
-        for p, value, grad in zip(
-            self.parameters, self._value_views, self._grad_views, strict=True
-        ):
+        """Make each value and gradient a view of the flat buffers; copy those that are not."""
+        views = zip(self.parameters, self._value_views, self._grad_views, strict=True)
+        for p, value, grad in views:
             if p.data_ptr() != value.data_ptr():
                 value.copy_(p)
                 p.data = value
@@ -119,7 +145,10 @@ class FlatAdamW:
 
     @torch.no_grad()
     def step(self, lr: float | Tensor) -> Tensor:
-        """One update at rate `lr`, a number or 0-dim tensor on the CPU. Returns the norm before clipping, 0-dim."""
+        """Update all parameters once and return the gradient norm before clipping, 0-dim.
+
+        lr: learning rate, a number or a 0-dim tensor on the CPU.
+        """
         self._bind()
         self.steps += 1
         settings = {
@@ -140,55 +169,63 @@ class FlatAdamW:
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moments: (P,) float32 each, or (P,) uint8 codes and (P / 256, rounded up) float32 scales each.
+        """Return the moments: two tensors (P,) float32, or 8-bit codes and their scales.
 
-        The parameters' own values are the adapter's, and `steps` a plain number.
+        Codes are (P,) uint8, scales (P / 256, rounded up) float32. The values of the parameters are
+        saved with the adapter, and `steps` is a plain number.
         """
         state = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.eight_bit:
-            state |= {
-                "exp_avg_absmax": self.exp_avg_absmax,
-                "exp_avg_sq_absmax": self.exp_avg_sq_absmax,
-            }
+            state["exp_avg_absmax"] = self.exp_avg_absmax
+            state["exp_avg_sq_absmax"] = self.exp_avg_sq_absmax
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], steps: int) -> None:
-        """Continue from `state_dict()` as it was after `steps` updates.
+        """Continue from a `state_dict()` that was saved after `steps` updates.
 
-        ValueError where the sizes differ, or the state has moments of the other kind; nothing has changed then.
+        Raises: ValueError if a size differs or the moments are of the other kind. Nothing has
+            changed then.
         """
-        mine = self.state_dict()
         if "exp_avg" in state and (state["exp_avg"].dtype == torch.uint8) != self.eight_bit:
-            saved, optim = (
-                ("float32", "adamw_torch") if self.eight_bit else ("8 bits", "adamw_8bit")
-            )
+            saved, optim = "8 bits", "adamw_8bit"
+            if self.eight_bit:
+                saved, optim = "float32", "adamw_torch"
             raise ValueError(
                 f"the saved moments are in {saved}; continue with optim {optim!r}, as the run began"
             )
-        for name, moment in mine.items():
+        moments = self.state_dict()
+        for name, moment in moments.items():
             if name not in state or state[name].shape != moment.shape:
                 found = tuple(state[name].shape) if name in state else "missing"
                 raise ValueError(
                     f"optimizer state {name!r} is {found}; this adapter needs {tuple(moment.shape)}"
                 )
-        for name, moment in mine.items():
+        for name, moment in moments.items():
             moment.copy_(state[name])
         self.steps = steps
 
 
 def warmup_count(warmup_steps: float, warmup_ratio: float, total_steps: int) -> int:
-    """Steps of warm-up: warmup_steps, a share of all steps where it is below 1, or else warmup_ratio."""
+    """Return the number of warm-up steps.
+
+    warmup_steps: a number of steps; below 1 a share of all steps; 0 leaves it to warmup_ratio.
+    warmup_ratio: a share of all steps.
+    """
     if warmup_steps >= 1:
         return int(warmup_steps)
     return math.ceil(total_steps * (warmup_steps or warmup_ratio))
 
 
 def learning_rate_factor(kind: str, step: int, warmup: int, total_steps: int) -> float:
-    """What the peak rate is multiplied by in update number `step` (from 0), as in transformers' get_scheduler.
+    """Return the factor of the peak rate in update `step`, as in transformers' get_scheduler.
 
-    A linear rise from 0 over `warmup` steps, then: linear falls to 0 at total_steps, cosine follows half a wave down to
-    0, constant_with_warmup stays. constant has no warm-up.
+    The factor rises linearly from 0 over `warmup` steps, except for `constant`. Then `linear` falls
+    to 0 at total_steps, `cosine` follows half a wave down to 0, and `constant_with_warmup` stays.
+
+    step: number of the update, from 0.
+
+    Raises: ValueError if `kind` is not known.
     """
     if kind == "constant":
         return 1.0
@@ -196,11 +233,12 @@ def learning_rate_factor(kind: str, step: int, warmup: int, total_steps: int) ->
         return step / max(1, warmup)
     if kind == "constant_with_warmup":
         return 1.0
-    falling = max(1, total_steps - warmup)
+    decay_steps = max(1, total_steps - warmup)
     if kind == "linear":
-        return max(0.0, (total_steps - step) / falling)
+        return max(0.0, (total_steps - step) / decay_steps)
     if kind == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / falling)))
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / decay_steps)))
     raise ValueError(
-        f"lr_scheduler_type {kind!r} is not known; choose linear, cosine, constant or constant_with_warmup"
+        f"lr_scheduler_type {kind!r} is not known; choose linear, cosine, constant or "
+        "constant_with_warmup"
     )
