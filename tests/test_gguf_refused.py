@@ -1,10 +1,10 @@
 """Models, tokenizers and requests that GGUF cannot express are refused by name, leaving nothing."""
 
 import json
-import resource
 
 import pytest
 import torch
+from full_disk import files_limited_to
 from safetensors.torch import load_file, save_file
 from test_merge import load, write_prequantized
 from tiny import make_tiny_model, write_tokenizer
@@ -169,11 +169,9 @@ def test_a_sampling_default_that_is_no_number_is_named_with_its_file_and_nothing
 
 def test_a_write_that_fails_midway_leaves_nothing(tmp_path):
     folder = make_tiny_model(tmp_path / "base")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # fails like a full disk
-    try:
-        with pytest.raises(ValueError, match=r"x\.gguf: could not be written"):
-            convert_folder(folder, tmp_path / "x.gguf")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        files_limited_to(100_000),
+        pytest.raises(ValueError, match=r"x\.gguf: could not be written"),
+    ):
+        convert_folder(folder, tmp_path / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

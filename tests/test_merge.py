@@ -1,10 +1,10 @@
-"""Merging: the numbers against float64, PEFT and transformers; the folder; what is refused; what a failure leaves."""
+"""Merged weights equal float64 and PEFT; the folder loads elsewhere; failures leave nothing."""
 
 import json
-import resource
 
 import pytest
 import torch
+from full_disk import files_limited_to
 from safetensors.torch import load_file, save_file
 from tiny import draw_adapter, make_tiny_model
 
@@ -13,6 +13,7 @@ from minitune.checkpoints.merge import merge_to_folder, merged_tensors
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 
 IDS = torch.randint(3, 400, (1, 40), generator=torch.Generator().manual_seed(1))
+SCALING = 3.0  # lora_alpha / r of the adapter that `load` attaches
 
 
 def load(folder, lora=True, **kwargs):
@@ -21,39 +22,40 @@ def load(folder, lora=True, **kwargs):
     )
     if lora:
         FastLanguageModel.get_peft_model(model, r=4, lora_alpha=12)
-        draw_adapter(
-            model, b=0.03
-        )  # moves every weight by several units in the last place of bfloat16
+        # moves every weight by several units in the last place of bfloat16
+        draw_adapter(model, b=0.03)
     return model, tokenizer
 
 
+def bitsandbytes_tensors(name, nf4):
+    """Return the tensors of an NF4 linear under bitsandbytes' names."""
+    state = {
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "shape": list(nf4.shape),
+        "dtype": "bfloat16",
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+        "nested_offset": nf4.nested_offset.item(),
+    }
+    return {
+        f"{name}.weight": nf4.packed[:, None],
+        f"{name}.weight.absmax": nf4.absmax,
+        f"{name}.weight.quant_map": nf4.code.clone(),
+        f"{name}.weight.nested_absmax": nf4.nested_absmax,
+        f"{name}.weight.nested_quant_map": nf4.nested_code.clone(),
+        f"{name}.weight.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+    }
+
+
 def write_prequantized(model, folder):
-    """The base of a model in bitsandbytes' NF4 layout, beside copies of its other files."""
+    """Write a model's base in bitsandbytes' NF4 layout, beside copies of its other files."""
     folder.mkdir()
     tensors = {name: p.detach() for name, p in model.named_parameters() if ".lora_" not in name}
     for name, linear in model.linears():
-        nf4, prefix = linear.nf4, f"{name}.weight"
-        state = {
-            "quant_type": "nf4",
-            "blocksize": 64,
-            "shape": list(nf4.shape),
-            "dtype": "bfloat16",
-        }
-        state |= {
-            "nested_blocksize": 256,
-            "nested_dtype": "float32",
-            "nested_offset": nf4.nested_offset.item(),
-        }
-        tensors |= {
-            prefix: nf4.packed[:, None],
-            f"{prefix}.absmax": nf4.absmax,
-            f"{prefix}.quant_map": nf4.code.clone(),
-            f"{prefix}.nested_absmax": nf4.nested_absmax,
-            f"{prefix}.nested_quant_map": nf4.nested_code.clone(),
-            f"{prefix}.quant_state.bitsandbytes__nf4": torch.tensor(
-                list(json.dumps(state).encode()), dtype=torch.uint8
-            ),
-        }
+        tensors |= bitsandbytes_tensors(name, linear.nf4)
     tensors.pop("lm_head.weight", None)
     save_file(tensors, folder / "model.safetensors")
     for file in model.folder.glob("*.json"):
@@ -86,36 +88,35 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def exact_merge(linear, stored, merge_base):
+    """Return (W, W + s B A) of a linear in float64."""
+    base = linear.weight_as(torch.float32) if merge_base == "nf4" else stored
+    A, B = (factor.weight.detach().double() for factor in (linear.lora_A, linear.lora_B))
+    return base.double(), base.double() + SCALING * B @ A
+
+
 @pytest.mark.parametrize("merge_base", ["nf4", "original"])
 def test_every_merged_weight_is_the_float64_sum_rounded_once(tmp_path, merge_base):
     model, _ = load(make_tiny_model(tmp_path / "base", attention_bias=True, tie=False))
-    base, shapes, moved = SafetensorsFolder(tmp_path / "base"), model.config.tensor_shapes(), 0
+    base = SafetensorsFolder(tmp_path / "base")
     merged = dict(merged_tensors(model, merge_base))
-    assert {name: tuple(t.shape) for name, t in merged.items()} == shapes and set(merged) == set(
-        base.names()
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in merged.items()}
+    assert shapes == model.config.tensor_shapes() and set(merged) == set(base.names())
     linears = {f"{name}.weight": linear for name, linear in model.linears()}
+    moved = 0
     for name, tensor in merged.items():
         assert tensor.dtype == torch.bfloat16
         stored = base.load(name)
         if name not in linears:
             assert torch.equal(tensor, stored), name
             continue
-        linear = linears[name]
-        W = linear.weight_as(torch.float32).double() if merge_base == "nf4" else stored.double()
-        exact = (
-            W
-            + 3.0 * linear.lora_B.weight.detach().double() @ linear.lora_A.weight.detach().double()
-        )
-        rounded = exact.to(
-            torch.bfloat16
-        )  # float32 sums may fall on the other side of a tie, by one place
-        assert (tensor != rounded).float().mean() < 1e-3, name
+        W, exact = exact_merge(linears[name], stored, merge_base)
+        # float32 sums may fall on the other side of a tie, by one place
+        assert (tensor != exact.to(torch.bfloat16)).float().mean() < 1e-3, name
         assert ((tensor.double() - exact).abs() <= exact.abs() * 2**-7 + 1e-7).all(), name
         moved += (tensor != W.to(torch.bfloat16)).float().mean().item()
-    assert (
-        moved / len(linears) > 0.9
-    )  # the adapter changes nearly every weight, so none was left out
+    # the adapter changes nearly every weight, so no linear was left out
+    assert moved / len(linears) > 0.9
 
 
 def test_merging_onto_the_original_equals_pefts_own_merge(tmp_path):
@@ -129,9 +130,8 @@ def test_merging_onto_the_original_equals_pefts_own_merge(tmp_path):
     ours = load_file(tmp_path / "merged" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     differing = sum((ours[name] != theirs[name].to(torch.bfloat16)).sum().item() for name in ours)
-    assert differing <= 1e-4 * sum(
-        t.numel() for t in ours.values()
-    )  # float32 sums near a rounding boundary
+    # float32 sums near a rounding boundary
+    assert differing <= 1e-4 * sum(tensor.numel() for tensor in ours.values())
     assert relative(transformers_logits(tmp_path / "merged"), logits(hf)) < 0.02
 
 
@@ -140,18 +140,15 @@ def test_a_merged_nf4_model_gives_the_trained_models_logits_in_transformers(tmp_
     trained = model(input_ids=IDS).logits[0].detach()
     merge_to_folder(model, tmp_path / "nf4", tokenizer, "nf4")
     merge_to_folder(model, tmp_path / "original", tokenizer)
-    error = relative(transformers_logits(tmp_path / "nf4"), trained)
+    merged = transformers_logits(tmp_path / "nf4")
+    error = relative(merged, trained)
     assert error < 0.02  # the rounding of the merged weights to bfloat16
-    assert (
-        relative(transformers_logits(tmp_path / "original"), trained) > 5 * error
-    )  # another base, other logits
-    assert (
-        relative(transformers_logits(tmp_path / "base"), trained) > 10 * error
-    )  # and the adapter matters
-    reloaded, _ = load(
-        tmp_path / "nf4", lora=False, load_in_4bit=False
-    )  # without that rounding: the same logits
-    assert relative(reloaded(input_ids=IDS).logits[0], transformers_logits(tmp_path / "nf4")) < 1e-5
+    # another base gives other logits, and so does a base without the adapter
+    assert relative(transformers_logits(tmp_path / "original"), trained) > 5 * error
+    assert relative(transformers_logits(tmp_path / "base"), trained) > 10 * error
+    # both load the same rounded weights, so the logits are the same
+    reloaded, _ = load(tmp_path / "nf4", lora=False, load_in_4bit=False)
+    assert relative(reloaded(input_ids=IDS).logits[0], merged) < 1e-5
 
 
 def test_shards_hold_the_same_tensors_as_one_file(tmp_path):
@@ -161,14 +158,14 @@ def test_shards_hold_the_same_tensors_as_one_file(tmp_path):
     one, many = SafetensorsFolder(tmp_path / "one"), SafetensorsFolder(tmp_path / "many")
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    assert all(sum(t.nbytes for t in load_file(file).values()) <= 100_000 for file in files)
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
+    assert all(size <= 100_000 for size in sizes)
     assert sorted(one.names()) == sorted(many.names())
     assert all(torch.equal(one.load(name), many.load(name)) for name in one.names())
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(one.load(name).nbytes for name in one.names())
-    assert (
-        relative(transformers_logits(tmp_path / "many"), transformers_logits(tmp_path / "one")) == 0
-    )
+    expected = transformers_logits(tmp_path / "one")
+    assert relative(transformers_logits(tmp_path / "many"), expected) == 0
 
 
 def test_config_and_tokenizer_travel_with_the_merged_weights(tmp_path):
@@ -188,17 +185,14 @@ def test_a_float16_base_stays_float16(tmp_path):
 def test_a_base_of_4_bit_weights_merges_onto_them_and_onto_nothing_else(tmp_path):
     source, _ = load(make_tiny_model(tmp_path / "source"), lora=False)
     model, tokenizer = load(write_prequantized(source, tmp_path / "base"))
-    with pytest.raises(
-        ValueError, match="holds 4-bit weights only; merge_base must be 'nf4' or 'auto'"
-    ):
+    message = "holds 4-bit weights only; merge_base must be 'nf4' or 'auto'"
+    with pytest.raises(ValueError, match=message):
         merged_tensors(model, "original")
     merge_to_folder(model, tmp_path / "merged", tokenizer)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
-    assert (
-        relative(transformers_logits(tmp_path / "merged"), model(input_ids=IDS).logits[0].detach())
-        < 0.02
-    )
+    trained = model(input_ids=IDS).logits[0].detach()
+    assert relative(transformers_logits(tmp_path / "merged"), trained) < 0.02
 
 
 def test_the_same_adapter_is_not_merged_twice(tmp_path):
@@ -209,9 +203,8 @@ def test_the_same_adapter_is_not_merged_twice(tmp_path):
     again.load_adapter(tmp_path / "adapter")
     with pytest.raises(ValueError, match="this adapter is merged into it already"):
         merge_to_folder(again, tmp_path / "twice", tokenizer)
-    draw_adapter(
-        again, b=0.03, seed=1
-    )  # another adapter may follow, and then neither may come again
+    # another adapter may follow, and then neither may come again
+    draw_adapter(again, b=0.03, seed=1)
     merge_to_folder(again, tmp_path / "second", tokenizer)
     third, _ = load(tmp_path / "second", lora=False)
     third.load_adapter(tmp_path / "adapter")
@@ -219,16 +212,32 @@ def test_the_same_adapter_is_not_merged_twice(tmp_path):
         merged_tensors(third)
 
 
-def test_without_an_adapter_the_result_is_the_base(tmp_path):
-    base = make_tiny_model(tmp_path / "base")
-    for prepare in (
-        lambda model: model,
-        lambda model: FastLanguageModel.get_peft_model(model, r=4),
-    ):
-        model = prepare(load(base, lora=False)[0])
-        assert all(
-            torch.equal(t, SafetensorsFolder(base).load(name)) for name, t in merged_tensors(model)
-        )
+def test_an_adapter_saved_beside_merged_weights_does_not_hide_that_it_is_merged(tmp_path):
+    model, tokenizer = load(make_tiny_model(tmp_path / "base"))
+    merge_to_folder(model, tmp_path / "merged", tokenizer)
+    model.save_pretrained(tmp_path / "merged")
+    again, _ = load(tmp_path / "merged", lora=False)
+    again.load_adapter(tmp_path / "merged")
+    with pytest.raises(ValueError, match="this adapter is merged into it already"):
+        merged_tensors(again)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["no adapter", "untrained adapter"])
+def test_without_an_adapter_the_result_is_the_base(tmp_path, lora):
+    model, _ = load(make_tiny_model(tmp_path / "base"), lora=False)
+    if lora:
+        FastLanguageModel.get_peft_model(model, r=4)
+    base = SafetensorsFolder(tmp_path / "base")
+    for name, tensor in merged_tensors(model):
+        assert torch.equal(tensor, base.load(name)), name
+
+
+REQUESTS = [  # (folder, merge_base, error)
+    ("base", "auto", "is the base model's own folder"),
+    ("full", "auto", "full: exists and is not empty; remove it or choose another folder"),
+    ("full/notes.txt", "auto", "exists and is not empty"),
+    ("out", "fp16", "merge_base 'fp16' does not exist; choose from auto, original, nf4"),
+]
 
 
 def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -236,35 +245,15 @@ def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypat
     plain, _ = load(tmp_path / "base", lora=False, load_in_4bit=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    cases = [
-        (model, tmp_path / "base", "auto", "is the base model's own folder"),
-        (
-            model,
-            tmp_path / "full",
-            "auto",
-            "full: exists and is not empty; remove it or choose another folder",
-        ),
-        (model, tmp_path / "full" / "notes.txt", "auto", "exists and is not empty"),
-        (
-            model,
-            tmp_path / "out",
-            "fp16",
-            "merge_base 'fp16' does not exist; choose from auto, original, nf4",
-        ),
-        (
-            plain,
-            tmp_path / "out",
-            "nf4",
-            "loaded in 16 bit and has no NF4 weights; choose 'original'",
-        ),
-    ]
-    for given, folder, merge_base, message in cases:
+    for folder, merge_base, message in REQUESTS:
         with pytest.raises(ValueError, match=message):
-            merge_to_folder(given, folder, tokenizer, merge_base)
+            merge_to_folder(model, tmp_path / folder, tokenizer, merge_base)
+    message = "loaded in 16 bit and has no NF4 weights; choose 'original'"
+    with pytest.raises(ValueError, match=message):
+        merge_to_folder(plain, tmp_path / "out", tokenizer, "nf4")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(
-        ValueError, match=r"out: needs [\d,]+ bytes, but only 1,000 are left on the disk"
-    ):
+    message = r"out: needs [\d,]+ bytes, but only 1,000 are left on the disk"
+    with pytest.raises(ValueError, match=message):
         merge_to_folder(model, tmp_path / "out", tokenizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "full"]
 
@@ -273,22 +262,17 @@ def test_a_weight_that_is_not_finite_is_named_and_leaves_nothing(tmp_path):
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.lora_A.weight[2, 3] = float("nan")
-    with pytest.raises(
-        ValueError, match=r"model.layers.1.mlp.up_proj.weight: the merged weight is not finite"
-    ):
+    message = r"model.layers.1.mlp.up_proj.weight: the merged weight is not finite"
+    with pytest.raises(ValueError, match=message):
         merge_to_folder(model, tmp_path / "out", tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_write_that_fails_midway_leaves_nothing(tmp_path):
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, hard)
-    )  # the kernel refuses to let a file grow further
-    try:
-        with pytest.raises(ValueError, match="out: could not be written"):
-            merge_to_folder(model, tmp_path / "out", tokenizer)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        files_limited_to(100_000),
+        pytest.raises(ValueError, match="out: could not be written"),
+    ):
+        merge_to_folder(model, tmp_path / "out", tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -1,0 +1,256 @@
+"""Broken or unsupported model folders are refused with the name of the file, field or tensor."""
+
+import json
+
+import pytest
+import torch
+from tiny import make_tiny_model
+from weight_folders import edit_json, edit_tensors, load, write_bitsandbytes
+
+from minitune.checkpoints.safetensors_folder import SafetensorsFolder
+
+QUANTIZATIONS = {
+    "FP4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "8-bit": {"load_in_8bit": True},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+}
+
+
+def test_other_quantisations_are_refused_by_name(tmp_path):
+    source = make_tiny_model(tmp_path / "base")
+    for name, quantization in QUANTIZATIONS.items():
+        edit_json(source / "config.json", quantization_config=quantization)
+        with pytest.raises(ValueError, match=f"quantised with .*{name}"):
+            load(source)
+
+
+def test_an_fp4_linear_is_refused_even_where_config_says_nothing(tmp_path):
+    source = make_tiny_model(tmp_path / "base", tie=False)
+    write_bitsandbytes(source, tmp_path / "bnb", quant_type="fp4")
+    (tmp_path / "bnb" / "config.json").write_bytes((source / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="q_proj is quantised as FP4; only NF4 is read"):
+        load(tmp_path / "bnb")
+
+
+STATES = [{"blocksize": 0}, {"nested_offset": None}, {"nested_blocksize": 0}, {"shape": 64}]
+
+
+@pytest.mark.parametrize("change", STATES, ids=str)
+def test_a_broken_state_of_a_quantised_linear_is_named(tmp_path, change):
+    source = make_tiny_model(tmp_path / "base", tie=False)
+    write_bitsandbytes(source, tmp_path / "bnb")
+    name = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+
+    def damage(tensors):
+        state = json.loads(bytes(tensors[name].tolist())) | change
+        tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    edit_tensors(tmp_path / "bnb", damage)
+    with pytest.raises(ValueError, match=f"{name} is not the JSON that bitsandbytes writes"):
+        load(tmp_path / "bnb")
+
+
+# Each function below damages a folder and returns the error that loading must give.
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return r"model\.safetensors: truncated or not a safetensors file"
+
+
+def wrong_shape(folder):
+    up = {"model.layers.1.mlp.up_proj.weight": torch.zeros(64, 128)}
+    edit_tensors(folder, lambda tensors: tensors.update(up))
+    return r"up_proj\.weight has shape \(64, 128\), config\.json asks for \(128, 64\)"
+
+
+def tensor_missing(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    return r"holds no tensor model\.layers\.1\.mlp\.up_proj\.weight"
+
+
+def foreign_tensor(folder):
+    norm = {"model.layers.0.self_attn.q_norm.weight": torch.zeros(16)}
+    edit_tensors(folder, lambda tensors: tensors.update(norm))
+    return r"model\.layers\.0\.self_attn\.q_norm\.weight has no place in the model"
+
+
+def integers(folder):
+    norm = {"model.norm.weight": torch.zeros(64, dtype=torch.int32)}
+    edit_tensors(folder, lambda tensors: tensors.update(norm))
+    return r"model\.norm\.weight is I32; weights are F32, F16 or BF16"
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    return r"holds no \*\.safetensors"
+
+
+def adapter(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    return r"is an adapter; load the model it was trained on"
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+    return r"config\.json: not found"
+
+
+def other_family(folder):
+    edit_json(folder / "config.json", model_type="gemma")
+    return r"config\.json: model_type 'gemma' is not supported"
+
+
+def other_rope(folder):
+    edit_json(folder / "config.json", rope_scaling={"rope_type": "yarn", "factor": 4})
+    return r"rope scaling 'yarn' is not supported"
+
+
+def bias_missing(folder):
+    edit_json(folder / "config.json", attention_bias=True)
+    return r"holds no tensor model\.layers\.0\.self_attn\.q_proj\.bias"
+
+
+def bias_unexpected(folder):
+    bias = {"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}
+    edit_tensors(folder, lambda tensors: tensors.update(bias))
+    return r"model\.layers\.1\.self_attn\.q_proj\.bias has no place in the model"
+
+
+def two_files(folder):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+    return r"model\.\S+ is in both a\.safetensors and b\.safetensors"
+
+
+def odd_width(folder):
+    edit_json(folder / "config.json", intermediate_size=130, hidden_size=40, head_dim=16)
+    shapes = {
+        "q_proj": (64, 40),
+        "k_proj": (32, 40),
+        "v_proj": (32, 40),
+        "o_proj": (40, 64),
+        "gate_proj": (130, 40),
+        "up_proj": (130, 40),
+        "down_proj": (40, 130),
+        "embed_tokens": (512, 40),
+    }
+
+    def shrink(tensors):
+        for name in tensors:
+            module = name.split(".")[-2]
+            tensors[name] = torch.zeros(shapes.get(module, (40,)))  # the rest are norms
+
+    edit_tensors(folder, shrink)
+    return r"gate_proj\.weight has shape \(130, 40\), which NF4 cannot divide into blocks of 64"
+
+
+def small_embedding(folder):
+    edit_json(folder / "config.json", vocab_size=64)
+    return "tokenizer"
+
+
+DAMAGES = [
+    truncated,
+    wrong_shape,
+    tensor_missing,
+    foreign_tensor,
+    integers,
+    no_weights,
+    no_config,
+    other_family,
+    other_rope,
+    small_embedding,
+    adapter,
+    bias_missing,
+    bias_unexpected,
+    two_files,
+    odd_width,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_broken_folder_is_refused_by_name(tmp_path, damage):
+    folder = make_tiny_model(tmp_path / "m")
+    message = damage(folder)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def shard_missing(folder):
+    name = "model-00002-of-00003.safetensors"
+    (folder / name).unlink()
+    return rf"index\.json: names the shard {name}, which is not in the folder"
+
+
+def edit_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def not_in_index(folder):
+    edit_index(folder, lambda index: index["weight_map"].pop("model.norm.weight"))
+    return r"model-00003-of-00003\.safetensors: holds model\.norm\.weight, which is missing from"
+
+
+def index_names_more(folder):
+    shard = "model-00001-of-00003.safetensors"
+    edit_index(folder, lambda index: index["weight_map"].update({"model.extra.weight": shard}))
+    return rf"says that {shard} holds model\.extra\.weight, but it does not"
+
+
+def index_without_a_map(folder):
+    edit_index(folder, lambda index: index.update(weight_map=["model.norm.weight"]))
+    return r"index\.json: not a safetensors index; expected a weight_map"
+
+
+def index_is_no_json(folder):
+    (folder / "model.safetensors.index.json").write_text("{")
+    return r"index\.json: not JSON"
+
+
+INDEX_DAMAGES = [
+    shard_missing,
+    not_in_index,
+    index_names_more,
+    index_without_a_map,
+    index_is_no_json,
+]
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_broken_index_is_refused_by_name(tmp_path, damage):
+    folder = make_tiny_model(tmp_path / "m", shards=3)
+    message = damage(folder)
+    with pytest.raises(ValueError, match=message):
+        SafetensorsFolder(folder)
+
+
+CONFIGS = {
+    "holds a list, not an object": [],
+    "num_attention_heads is 0; expected a whole number above 0": {"num_attention_heads": 0},
+    "vocab_size is True; expected a whole number": {"vocab_size": True},
+    "head_dim is '16'; expected a whole number": {"head_dim": "16"},
+    "head_dim 20 is not supported; attention takes multiples of 8": {"head_dim": 20},
+    "rms_norm_eps is '1e-5'; expected a number": {"rms_norm_eps": "1e-5"},
+    "tie_word_embeddings is 'false'; expected true or false": {"tie_word_embeddings": "false"},
+    "rope_scaling is 'linear'; expected an object": {"rope_scaling": "linear"},
+    "factor is missing": {"rope_scaling": {"rope_type": "linear", "factor": None}},
+    "4 is not a multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
+    "quantization_config is \\['nf4'\\]; expected an object": {"quantization_config": ["nf4"]},
+    "sliding_window 4096 is not supported": {"sliding_window": 4096},
+}
+
+
+@pytest.mark.parametrize("message", CONFIGS)
+def test_a_config_that_is_no_llamas_is_refused_by_field(tmp_path, message):
+    folder, change = make_tiny_model(tmp_path / "m"), CONFIGS[message]
+    if isinstance(change, dict):
+        edit_json(folder / "config.json", **change)
+    else:
+        (folder / "config.json").write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
