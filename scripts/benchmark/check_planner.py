@@ -1,10 +1,12 @@
-"""Are plans kept? On a GPU, what was planned beside what was measured.
+"""Compare plans with measurements on a GPU.
 
 python scripts/benchmark/check_planner.py shapes [--count 20] [--json FILE]
-    Random Llamas, micro-steps, ranks and budgets: peak and time of each, planned and measured. Exit code 1 where a
-    peak is more than 5% off or above its budget, or a time more than 15% off.
-python scripts/benchmark/check_planner.py gradients --model DIR --tokens 8192 --memory-budget 8GiB --host-memory 64GiB
-    Loss and gradients of a micro-step within a budget, against those with all the memory there is.
+    Draw random Llamas, micro-steps, ranks and budgets, and print the planned and the measured peak
+    and time of each. Exit code 1 if a peak is more than 5% off or above its budget, or a time is
+    more than 15% off.
+python scripts/benchmark/check_planner.py gradients --model DIR --memory-budget 8GiB
+    Compare loss and gradients of a micro-step within a budget with those of a micro-step that may
+    use all memory.
 """
 
 import argparse
@@ -17,113 +19,124 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bench
 
-from benchmark.random_checkpoints import llama, write_random_llama
-from benchmark.table import text_table
-from minitune import FastLanguageModel
+from benchmark.random_checkpoints import llama_config, write_random_checkpoint
+from benchmark.step_timing import GIB, TARGETS, random_batch, time_steps
+from benchmark.table import emit, text_table
+from minitune import FastLanguageModel, LanguageModel
 from minitune.config.architectures import LORA_TARGETS
+from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig, parse_bytes
+from minitune.data.batching import Batch
 from minitune.memory.planner import MARGIN, Planner, plan_memory
 from minitune.model.activations import SaveLevel
 from minitune.training.micro_step import MicroStep
 
-GIB = 2**30
-PEAK_WITHIN, TIME_WITHIN = 0.05, 0.15
+MAX_PEAK_ERROR, MAX_TIME_ERROR = 0.05, 0.15
+HEADER = (
+    "seed",
+    "layers x D, F",
+    "step",
+    "budget",
+    "planned GiB",
+    "peak GiB",
+    "error",
+    "planned ms",
+    "ms",
+    "error",
+    "plan",
+)
 
 
-def drawn(seed: int) -> tuple[dict[str, Any], list[str]]:
-    """A config.json and the arguments of bench.py for a run of it."""
+def random_case(seed: int) -> tuple[dict[str, Any], list[str]]:
+    """Return a random config.json, and the flags of bench.py for a run of it.
+
+    The budget lies between the least memory and 10% above the memory for saving everything.
+    """
     draw = random.Random(seed)
     heads, head_dim = draw.choice([8, 16, 24, 32]), draw.choice([64, 128])
     kv_heads = draw.choice([n for n in (2, 4, 8) if heads % n == 0])
-    hidden, vocab, batch = heads * head_dim, draw.choice([32000, 128256]), draw.choice([1, 2, 4])
-    ffn = int(hidden * draw.uniform(2.5, 4)) // 64 * 64
-    config = llama(
-        hidden,
-        ffn,
-        draw.randint(4, 16),
-        heads,
-        kv_heads,
-        vocab,
-        500000.0,
-        16384,
+    hidden = heads * head_dim
+    vocab, batch = draw.choice([32000, 128256]), draw.choice([1, 2, 4])
+    config = llama_config(
+        hidden=hidden,
+        ffn=int(hidden * draw.uniform(2.5, 4)) // 64 * 64,
+        layers=draw.randint(4, 16),
+        heads=heads,
+        kv_heads=kv_heads,
+        vocab=vocab,
+        theta=500000.0,
+        positions=16384,
         tie=draw.random() < 0.5,
     )
     tokens = draw.choice([512, 1024, 2048, 4096, 8192]) // batch * draw.choice([1, 2])
-    targets, r, host = (
-        draw.choice(["all", "qkvo"]),
-        draw.choice([8, 16, 64]),
-        draw.choice([0, 0, 32]),
-    )
-    lora = LoraConfig(r=r, target_modules=bench.TARGETS[targets])
-    sizes = {"tokens": batch * tokens, "longest": tokens}
-    least = plan_memory(
-        ModelConfig.from_dict(config), lora, 0, host_memory=host * GIB, **sizes
-    ).peak
-    most = plan_memory(ModelConfig.from_dict(config), lora, 0, level=SaveLevel.ALL, **sizes).peak
+    targets, r = draw.choice(["all", "qkvo"]), draw.choice([8, 16, 64])
+    host = draw.choice([0, 0, 32])
+
+    shape, lora = ModelConfig.from_dict(config), LoraConfig(r=r, target_modules=TARGETS[targets])
+    step = {"tokens": batch * tokens, "longest": tokens}
+    least = plan_memory(shape, lora, 0, host_memory=host * GIB, **step).peak
+    most = plan_memory(shape, lora, 0, level=SaveLevel.ALL, **step).peak
     budget = (least + draw.uniform(0, 1.1) * max(most - least, 0)) / (1 - MARGIN) / GIB
-    arguments = {
+    flags = {
         "batch": batch,
         "tokens": tokens,
         "targets": targets,
         "r": r,
         "memory-budget": f"{budget:.3f}GiB",
+        "checkpointing": "auto",
+        "host-memory": f"{host}GiB",
+        "steps": 5,
+        "warmup": 2,
     }
-    arguments |= {"checkpointing": "auto", "host-memory": f"{host}GiB", "steps": 5, "warmup": 2}
-    return config, [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+    return config, [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
 
 
 def shapes(a: argparse.Namespace) -> int:
-    rows, worst = [], [0.0, 0.0, 0]
+    """Measure random cases and print their table. Return the exit code."""
+    lines, peak_errors, time_errors, over_budget = [], [], [], 0
     for seed in range(a.count):
-        config, arguments = drawn(seed)
+        config, flags = random_case(seed)
         with tempfile.TemporaryDirectory() as folder:
-            model = write_random_llama(Path(folder) / "m", config)
-            run = bench.parse(["--model", str(model), *arguments])
-            record = bench.time_steps(run)
+            model = write_random_checkpoint(Path(folder) / "m", config)
+            run = bench.parse(["--model", str(model), *flags])
+            record = time_steps(run)
         gc.collect()
         torch.cuda.empty_cache()
-        bench.emit({"seed": seed, "budget": run.memory_budget} | record, a.json)
-        peak, took = record["peak_gb"], record["ms"]
-        of_peak, of_time = peak / record["planned_gb"] - 1, took / record["planned_ms"] - 1
-        over = peak > parse_bytes(run.memory_budget) / GIB
-        worst = [max(worst[0], abs(of_peak)), max(worst[1], abs(of_time)), worst[2] + over]
-        shape = f"{config['num_hidden_layers']} x {config['hidden_size']}, {config['intermediate_size']}"
-        step = f"{run.batch} x {run.tokens}, r {run.r}, {run.targets}"
-        figures = (
-            record["planned_gb"],
-            peak,
-            f"{of_peak:+.1%}",
-            record["planned_ms"],
-            took,
-            f"{of_time:+.0%}",
+        emit({"seed": seed, "budget": run.memory_budget} | record, a.json)
+        peak_errors.append(record["peak_gb"] / record["planned_gb"] - 1)
+        time_errors.append(record["ms"] / record["planned_ms"] - 1)
+        over_budget += record["peak_gb"] > parse_bytes(run.memory_budget) / GIB
+        layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+        lines.append(
+            [
+                seed,
+                f"{layers} x {hidden}, {config['intermediate_size']}",
+                f"{run.batch} x {run.tokens}, r {run.r}, {run.targets}",
+                run.memory_budget,
+                record["planned_gb"],
+                record["peak_gb"],
+                f"{peak_errors[-1]:+.1%}",
+                record["planned_ms"],
+                record["ms"],
+                f"{time_errors[-1]:+.0%}",
+                record["plan"],
+            ]
         )
-        rows.append([seed, shape, step, run.memory_budget, *figures, record["plan"]])
-    header = [
-        "seed",
-        "layers x D, F",
-        "step",
-        "budget",
-        "planned",
-        "peak",
-        "",
-        "planned ms",
-        "took",
-        "",
-        "plan",
-    ]
-    print("\n" + text_table(header, rows))
-    print(
-        f"\npeaks within {worst[0]:.1%}, {worst[2]} above their budget; times within {worst[1]:.0%}"
-    )
-    return int(worst[0] > PEAK_WITHIN or worst[1] > TIME_WITHIN or worst[2] > 0)
+    peak_error, time_error = max(map(abs, peak_errors)), max(map(abs, time_errors))
+    print("\n" + text_table(HEADER, lines))
+    print(f"\npeaks within {peak_error:.1%}, {over_budget} above their budget")
+    print(f"times within {time_error:.0%}")
+    return int(peak_error > MAX_PEAK_ERROR or time_error > MAX_TIME_ERROR or over_budget > 0)
 
 
 def gradients(a: argparse.Namespace) -> int:
+    """Print how far loss and gradients within the budget are from those with all memory."""
     model, _ = FastLanguageModel.from_pretrained(a.model, max_seq_length=a.tokens)
     FastLanguageModel.get_peft_model(
         model, r=a.r, target_modules=LORA_TARGETS, use_gradient_checkpointing="auto"
@@ -132,31 +145,37 @@ def gradients(a: argparse.Namespace) -> int:
     for name, p in model.trainable_parameters():
         if "lora_B" in name:
             p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-    batch = bench.random_batch(1, a.tokens, model.config.vocab_size, generator)
-    found = []
-    for budget, host in ((None, 0), (parse_bytes(a.memory_budget), parse_bytes(a.host_memory))):
-        model.planner = Planner(model.planner.level, budget or None, host)
-        micro = MicroStep(model)
-        loss = float(micro(batch, batch.targets))
-        found.append(
-            (loss, torch.cat([p.grad.flatten().cpu() for _, p in model.trainable_parameters()]))
-        )
-        print(
-            f"loss {loss:.6f}; {micro.planner.largest.peak / GIB:.2f} GiB planned: {micro.planner.largest}"
-        )
-        micro.close()
-        del micro
-        for _, p in model.trainable_parameters():
-            p.grad = None
-    (loss, exact), (same, mine) = found
-    error = float((mine - exact).norm() / exact.norm())
-    equal = "the same bits" if torch.equal(mine, exact) else f"{error:.2e} of their norm apart"
-    print(f"losses {abs(same - loss):.2e} apart, gradients {equal}")
+    batch = random_batch(1, a.tokens, model.config.vocab_size, generator)
+    level = model.planner.level
+    budget, host_budget = parse_bytes(a.memory_budget), parse_bytes(a.host_memory)
+    loss, exact = _loss_and_gradients(model, batch, Planner(level))
+    other_loss, found = _loss_and_gradients(model, batch, Planner(level, budget, host_budget))
+    error = float((found - exact).norm() / exact.norm())
+    distance = "the same bits" if torch.equal(found, exact) else f"{error:.2e} of their norm apart"
+    print(f"losses {abs(other_loss - loss):.2e} apart, gradients {distance}")
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def _loss_and_gradients(
+    model: LanguageModel, batch: Batch, planner: Planner
+) -> tuple[float, Tensor]:
+    """Return loss and gradients (P,) of a micro-step under a planner, and print its plan."""
+    model.planner = planner
+    micro = MicroStep(model)
+    loss = float(micro(batch, batch.targets))
+    plan = micro.planner.largest
+    print(f"loss {loss:.6f}; {plan.peak / GIB:.2f} GiB planned: {plan}")
+    micro.close()
+    gradients = []
+    for _, p in model.trainable_parameters():
+        gradients.append(p.grad.flatten().cpu())
+        p.grad = None
+    return loss, torch.cat(gradients)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
@@ -171,13 +190,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_gradients.add_argument("--memory-budget", required=True)
     of_gradients.add_argument("--host-memory", default="64GiB")
     a = parser.parse_args(argv)
-    try:
-        if not torch.cuda.is_available():
-            raise ValueError("plans are kept on a GPU, and torch sees none")
-        return a.run(a)
-    except (ValueError, OSError) as error:
-        print(f"check_planner.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    if not torch.cuda.is_available():
+        raise ValueError("plans are compared with a GPU, and torch finds none")
+    return a.run(a)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command("check_planner.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

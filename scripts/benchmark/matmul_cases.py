@@ -1,6 +1,6 @@
-"""What kernel_timing.py times, the part bound by arithmetic: attention, loss, and linears with their LoRA branch."""
+"""Timed kernels that arithmetic bounds: attention, the loss, and linears with their LoRA branch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmark.elementwise_cases import BF16, Maker, MemoryModel, Row, direct, normal, widened
+from benchmark.kernel_cases import BF16, KernelCase, KernelSizes, Maker, direct, normal, widened
 from minitune.kernels.attention import attention, attention_backward, attention_reference
 from minitune.kernels.attention_backward import attention_backward_reference
 from minitune.kernels.attention_common import seqlen_bound
@@ -25,19 +25,43 @@ from minitune.kernels.lora_linear import (
 SCALING = 2.0
 
 
-def attention_rows(s: MemoryModel, device: str) -> Iterator[Row]:
-    """The project's own kernels; for long samples of one length also what attention="auto" chooses there."""
-    scale = s.K**-0.5
+# ---- attention
 
-    def forward_inputs(lengths: tuple[int, ...]) -> tuple:
+
+def attention_cases(s: KernelSizes, device: str) -> Iterator[KernelCase]:
+    """Yield attention on packed samples, forward and backward.
+
+    Samples of one length from CUDNN_MIN_LENGTH on have a second case, "auto": the backend that
+    attention="auto" chooses.
+    """
+    for shape, lengths in s.samples:
+        yield from _attention_pair(s, device, shape, lengths, seqlen_bound(max(lengths)), None)
+        if len(set(lengths)) == 1 and lengths[0] >= CUDNN_MIN_LENGTH:
+            name = f"{shape} auto"
+            yield from _attention_pair(s, device, name, lengths, lengths[0], lengths[0])
+
+
+def _attention_pair(
+    s: KernelSizes,
+    device: str,
+    shape: str,
+    lengths: tuple[int, ...],
+    max_seqlen: int | None,
+    uniform_seqlen: int | None,
+) -> Iterator[KernelCase]:
+    scale = s.K**-0.5
+    hints = {"max_seqlen": max_seqlen, "uniform_seqlen": uniform_seqlen}
+    flops = 2 * s.H * s.K * sum(n * n for n in lengths)  # two causal matmuls
+
+    def forward_inputs() -> tuple:
         counts = torch.tensor(lengths)
         end = counts.cumsum(0)
         bounds = [t.repeat_interleave(counts).to(device, torch.int32) for t in (end - counts, end)]
         qkv = [normal(device, sum(lengths), heads, s.K) for heads in (s.H, s.G, s.G)]
         return *qkv, *bounds, scale, lengths
 
-    def backward_inputs(lengths: tuple[int, ...]) -> tuple:
-        q, k, v, start, end, scale, lengths = forward_inputs(lengths)
+    def backward_inputs() -> tuple:
+        q, k, v, start, end, scale, lengths = forward_inputs()
         saved = attention(q, k, v, start, end, scale)
         return torch.randn_like(q), q, k, v, *saved, start, end, scale, lengths
 
@@ -45,43 +69,36 @@ def attention_rows(s: MemoryModel, device: str) -> Iterator[Row]:
         saved = attention_reference(q, k, v, start, end, scale)
         return attention_backward_reference(dout, q, k, v, *saved, start, end, scale)
 
-    for shape, lengths in s.samples:
-        flops = 2 * s.H * s.K * sum(n * n for n in lengths)
-        choices = {shape: {"max_seqlen": seqlen_bound(max(lengths))}}  # as the model says it
-        if len(set(lengths)) == 1 and lengths[0] >= CUDNN_MIN_LENGTH:
-            choices[f"{shape} auto"] = {
-                "max_seqlen": lengths[0],
-                "uniform_seqlen": lengths[0],
-            }  # cuDNN's, where that is possible
-        for name, hints in choices.items():
-            forward = direct(lambda *inputs, hints=hints: attention(*inputs[:-1], **hints))
-            backward = direct(
-                lambda *inputs, hints=hints: attention_backward(*inputs[:-1], **hints)
-            )
-            yield Row(
-                "attention",
-                name,
-                partial(forward_inputs, lengths),
-                widened(lambda *inputs: attention_reference(*inputs[:-1])),
-                flops,
-                "matmul",
-                {"ours": forward, "eager": sdpa_maker},
-            )
-            yield Row(
-                "attention_backward",
-                name,
-                partial(backward_inputs, lengths),
-                widened(exact_backward),
-                2.5 * flops,
-                "matmul",
-                {"ours": backward, "eager": sdpa_backward_maker},
-            )
+    # The last input, `lengths`, is for the peers.
+    forward = direct(lambda *inputs: attention(*inputs[:-1], **hints))
+    backward = direct(lambda *inputs: attention_backward(*inputs[:-1], **hints))
+    yield KernelCase(
+        kernel="attention",
+        shape=shape,
+        inputs=forward_inputs,
+        exact=widened(lambda *inputs: attention_reference(*inputs[:-1])),
+        work=flops,
+        unit="matmul",
+        makers={"ours": forward, "eager": sdpa_maker},
+    )
+    yield KernelCase(
+        kernel="attention_backward",
+        shape=shape,
+        inputs=backward_inputs,
+        exact=widened(exact_backward),
+        work=2.5 * flops,  # five matmuls
+        unit="matmul",
+        makers={"ours": backward, "eager": sdpa_backward_maker},
+    )
 
 
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: tuple[int, ...], mask: Tensor | None
 ) -> Tensor:
-    """scaled_dot_product_attention of packed (N, heads, K): samples of one length as a batch, others under a mask."""
+    """Return scaled_dot_product_attention of packed samples (N, heads, K).
+
+    Samples of one length run as a batch, others as one sequence under a mask.
+    """
     B = 1 if mask is not None else len(lengths)
     q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v))
     causal = mask is None
@@ -92,32 +109,38 @@ def sdpa(
 
 
 def sample_mask(lengths: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """(N, N), true where a row sees a key; None where the samples are equally long."""
+    """Return (N, N), true if a row sees a key; None if the samples have one length."""
     if len(set(lengths)) == 1:
         return None
-    sample = torch.arange(len(lengths), device=device).repeat_interleave(
-        torch.tensor(lengths, device=device)
-    )
+    counts = torch.tensor(lengths, device=device)
+    sample = torch.arange(len(lengths), device=device).repeat_interleave(counts)
     return (sample[:, None] == sample).tril()
 
 
 def sdpa_maker(q, k, v, start, end, scale, lengths) -> Callable:
+    """Return the call of PyTorch's attention on these inputs."""
     return partial(sdpa, q, k, v, scale, lengths, sample_mask(lengths, q.device))
 
 
 def sdpa_backward_maker(dout, q, k, v, out, lse, start, end, scale, lengths) -> Callable:
-    return backward_of(sdpa, dout, q, k, v, scale, lengths, sample_mask(lengths, q.device))
-
-
-def backward_of(f: Callable, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Callable:
-    """The call that repeats autograd's backward of f(q, k, v, *rest)."""
+    """Return the call of the backward of PyTorch's attention, after its forward."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = f(*leaves, *rest)
-    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    result = sdpa(*leaves, scale, lengths, sample_mask(lengths, q.device))
+    return lambda: torch.autograd.grad(result, leaves, dout, retain_graph=True)
 
 
-def loss_rows(s: MemoryModel, device: str) -> Iterator[Row]:
+# ---- loss
+
+
+def loss_cases(s: KernelSizes, device: str) -> Iterator[KernelCase]:
+    """Yield the loss of all rows and its gradient, head included."""
     weight = normal(device, s.V, s.D, std=s.D**-0.5)
+
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+        return normal(device, s.N, s.D), weight, torch.randint(0, s.V, (s.N,), device=device)
+
+    def ours(hidden, weight, targets):
+        return linear_cross_entropy(hidden, weight, targets, s.N)
 
     def mean_loss(hidden, weight, targets):
         return F.cross_entropy((hidden @ weight.t()).float(), targets)
@@ -130,111 +153,110 @@ def loss_rows(s: MemoryModel, device: str) -> Iterator[Row]:
 
         return run
 
-    yield Row(
-        "linear_cross_entropy",
-        f"{s.N} x {s.D}, V {s.V}",
-        lambda: (normal(device, s.N, s.D), weight, torch.randint(0, s.V, (s.N,), device=device)),
-        widened(with_gradient(mean_loss)),
-        4 * s.N * s.D * s.V,
-        "matmul",
-        {
-            "ours": direct(
-                lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, s.N)
-            ),
+    yield KernelCase(
+        kernel="linear_cross_entropy",
+        shape=f"{s.N} x {s.D}, V {s.V}",
+        inputs=inputs,
+        exact=widened(with_gradient(mean_loss)),
+        work=4 * s.N * s.D * s.V,
+        unit="matmul",
+        makers={
+            "ours": direct(ours),
             "eager": direct(with_gradient(mean_loss)),
             "compile": direct(with_gradient(torch.compile(mean_loss, dynamic=False))),
         },
-        capture=False,  # milliseconds, and peers ask the device how many labels count
+        capture=False,  # it takes milliseconds, and peers ask the device for the number of labels
     )
 
 
-def matmul_rows(s: MemoryModel, device: str) -> Iterator[Row]:
-    """The frozen matmuls alone, as cuBLAS runs them: the floor of the LoRA rows."""
-    for name, (outs, width) in s.linears().items():
+# ---- linears
+
+
+def matmul_cases(s: KernelSizes, device: str) -> Iterator[KernelCase]:
+    """Yield the frozen matmuls alone, as cuBLAS runs them: the floor of the LoRA cases."""
+    for name, (outs, width) in s.linears.items():
         out = sum(outs)
-        yield Row(
-            "torch.mm",
-            f"{name} {s.N} x {width} x {out}",
-            partial(
-                lambda out, width: (normal(device, s.N, width), normal(device, out, width)),
-                out,
-                width,
-            ),
-            widened(lambda x, w: x @ w.t()),
-            2 * s.N * width * out,
-            "matmul",
-            {"ours": direct(lambda x, w: torch.mm(x, w.t()))},
+        yield KernelCase(
+            kernel="torch.mm",
+            shape=f"{name} {s.N} x {width} x {out}",
+            inputs=partial(_matmul_inputs, s.N, width, out, device),
+            exact=widened(lambda x, w: x @ w.t()),
+            work=2 * s.N * width * out,
+            unit="matmul",
+            makers={"ours": direct(lambda x, w: torch.mm(x, w.t()))},
         )
 
 
-def lora_rows(s: MemoryModel, device: str) -> Iterator[Row]:
-    """lora_linear_, its dx and its adapter gradients; in plain PyTorch a matmul, then `addmm_` for each adapter."""
-    for name, (outs, width) in s.linears().items():
+def _matmul_inputs(rows: int, width: int, out: int, device: str) -> tuple[Tensor, Tensor]:
+    return normal(device, rows, width), normal(device, out, width)
+
+
+def lora_cases(s: KernelSizes, device: str) -> Iterator[KernelCase]:
+    """Yield lora_linear_, its backward and its adapter gradients, for each group of linears.
+
+    Plain PyTorch runs a matmul, then addmm_ for each adapter.
+    """
+    for name, (outs, width) in s.linears.items():
         out = sum(outs)
-        forward, backward, gradients = _plain_lora(outs, width, s.R)
         splits = [(rows, s.R) for rows in outs]
-        shape, flops = f"{name} {s.N} x {width} x {out}", 2 * s.N * width * out
+        plain_forward, plain_backward, plain_gradients = _plain_lora(outs, width, s.R)
+
+        def forward(x, dy, weight, out=out):
+            return lora_linear_(x, weight, out, SCALING)
+
+        def backward(x, dy, weight, width=width):
+            return lora_linear_backward_(dy, weight, width, SCALING)
+
+        def gradients(x, dy, weight, splits=splits):
+            return lora_gradients(dy, x, splits)
+
+        flops = 2 * s.N * width * out
+        moved = s.N * (width + out) * BF16.itemsize
         for kernel, ours, plain, work, unit in (
-            (
-                "lora_linear_",
-                lambda x, dy, w, out=out: lora_linear_(x, w, out, SCALING),
-                forward,
-                flops,
-                "matmul",
-            ),
-            (
-                "lora_linear_backward_",
-                lambda x, dy, w, width=width: lora_linear_backward_(dy, w, width, SCALING),
-                backward,
-                flops,
-                "matmul",
-            ),
-            (
-                "lora_gradients",
-                lambda x, dy, w, splits=splits: [
-                    g for pair in lora_gradients(dy, x, splits) for g in pair
-                ],
-                gradients,
-                s.N * (width + out) * BF16.itemsize,
-                "copy",
-            ),
+            ("lora_linear_", forward, plain_forward, flops, "matmul"),
+            ("lora_linear_backward_", backward, plain_backward, flops, "matmul"),
+            ("lora_gradients", gradients, plain_gradients, moved, "copy"),
         ):
-            inputs, exact = (
-                partial(_lora_inputs, s, outs, width, device),
-                widened(lambda *t, f=plain: f(*t)()),
-            )
-            yield Row(
-                kernel, shape, inputs, exact, work, unit, {"ours": direct(ours), "eager": plain}
+            yield KernelCase(
+                kernel=kernel,
+                shape=f"{name} {s.N} x {width} x {out}",
+                inputs=partial(_lora_inputs, s, outs, width, device),
+                exact=widened(lambda *inputs, plain=plain: plain(*inputs)()),
+                work=work,
+                unit=unit,
+                makers={"ours": direct(ours), "eager": plain},
             )
 
 
-def _parts(outs: list[int], R: int) -> list[tuple[slice, slice]]:
-    """Of each linear, its rows of the common weight and its part of the common rank."""
+def _parts(outs: Sequence[int], R: int) -> list[tuple[slice, slice]]:
+    """Return each linear's rows of the common weight, and its part of the common rank."""
     ends = list(accumulate(outs))
     return [(slice(ends[i] - outs[i], ends[i]), slice(i * R, i * R + R)) for i in range(len(outs))]
 
 
 def _lora_inputs(
-    s: MemoryModel, outs: list[int], width: int, device: str
+    s: KernelSizes, outs: Sequence[int], width: int, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x and dy with columns to spare, and the extended weight of kernels/lora_linear.py."""
-    out, spare = sum(outs), padded_rank(s.R * len(outs))
-    weight = normal(device, out + spare, width + spare, std=width**-0.5)
+    """Return x and dy with LoRA columns, and the extended weight of kernels/lora_linear.py."""
+    out, rank = sum(outs), padded_rank(s.R * len(outs))
+    weight = normal(device, out + rank, width + rank, std=width**-0.5)
     weight[:, width:] = 0
-    for rows, rank in _parts(outs, s.R):
-        weight[rows, width:][:, rank] = normal(device, rows.stop - rows.start, s.R, std=0.02)
-    return normal(device, s.N, width + spare), normal(device, s.N, out + spare), weight
+    for rows, part in _parts(outs, s.R):
+        weight[rows, width:][:, part] = normal(device, rows.stop - rows.start, s.R, std=0.02)
+    return normal(device, s.N, width + rank), normal(device, s.N, out + rank), weight
 
 
-def _plain_lora(outs: list[int], width: int, R: int) -> tuple[Maker, Maker, Maker]:
-    """Makers of forward, dx and adapter gradients, linear by linear, from the same inputs."""
+def _plain_lora(outs: Sequence[int], width: int, R: int) -> tuple[Maker, Maker, Maker]:
+    """Return makers of forward, dx and adapter gradients, linear by linear, on the same inputs."""
     out, parts = sum(outs), _parts(outs, R)
 
     def split(weight: Tensor) -> tuple[Tensor, list[tuple[slice, Tensor, Tensor]]]:
-        adapters = [
-            (r, weight[out:, :width][k].contiguous(), weight[r, width:][:, k].contiguous())
-            for r, k in parts
-        ]
+        """Return the base weight, and rows, A and B of each adapter."""
+        adapters = []
+        for rows, rank in parts:
+            a = weight[out:, :width][rank].contiguous()
+            b = weight[rows, width:][:, rank].contiguous()
+            adapters.append((rows, a, b))
         return weight[:out, :width].contiguous(), adapters
 
     def forward(x: Tensor, dy: Tensor, weight: Tensor) -> Callable[[], Tensor]:
@@ -259,8 +281,12 @@ def _plain_lora(outs: list[int], width: int, R: int) -> tuple[Maker, Maker, Make
 
         return run
 
-    def gradients(x: Tensor, dy: Tensor, weight: Tensor) -> Callable[[], list[Tensor]]:
+    def gradients(x: Tensor, dy: Tensor, weight: Tensor) -> Callable[[], list[Any]]:
+        # Of each adapter: dy B, dy and x A^T.
         thin = [(dy[:, out:][:, rank], dy[:, rows], x[:, width:][:, rank]) for rows, rank in parts]
-        return lambda: [g for dyb, dy, xa in thin for g in (dyb.t() @ x[:, :width], dy.t() @ xa)]
+        return lambda: [(dyb.t() @ x[:, :width], dy.t() @ xa) for dyb, dy, xa in thin]
 
     return forward, backward, gradients
+
+
+GROUPS = (attention_cases, loss_cases, matmul_cases, lora_cases)

@@ -1,4 +1,4 @@
-"""A plot of peak GPU memory against context length, from what bench.py --json wrote: a line a system.
+"""Plot the peak of GPU memory against the tokens of a step, from the records of bench.py --json.
 
 python scripts/benchmark/plots.py FILE.jsonl... --output memory.png        needs matplotlib
 """
@@ -10,33 +10,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minitune.config.cli import CommandParser, run_command
 
-def points(records: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """(tokens, GiB) of each model and system, shortest first, without runs that failed and those of short samples."""
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = None
+
+Series = dict[str, list[tuple[int, float]]]  # of a model and a system: (tokens, GiB), by tokens
+
+
+def points(records: Sequence[dict[str, Any]]) -> Series:
+    """Return the series of the records, without failed runs and runs on short samples."""
     found: dict[str, dict[int, float]] = {}
     for record in records:
-        if "error" not in record and "samples_s" not in record and record["peak_gb"] is not None:
-            place = ", with host memory" if record.get("host_gb") else ""
-            lengths = found.setdefault(f"{record['model']}, {record['peer']}{place}", {})
-            tokens = record["bs"] * record["seq"]
-            lengths[tokens] = min(record["peak_gb"], lengths.get(tokens, float("inf")))
-    return {system: sorted(lengths.items()) for system, lengths in found.items()}
+        if "error" in record or "samples_s" in record or record["peak_gb"] is None:
+            continue
+        suffix = ", with host memory" if record.get("host_gb") else ""
+        peaks = found.setdefault(f"{record['model']}, {record['peer']}{suffix}", {})
+        tokens = record["bs"] * record["seq"]
+        peaks[tokens] = min(record["peak_gb"], peaks.get(tokens, float("inf")))
+    return {system: sorted(peaks.items()) for system, peaks in found.items()}
 
 
-def plot(series: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Raises ValueError where matplotlib is missing or there is nothing to draw."""
+def plot(series: Series, path: Path) -> None:
+    """Draw a line a series and save the figure.
+
+    Raises: ValueError if matplotlib is missing or there is nothing to draw.
+    """
     if not any(series.values()):
-        raise ValueError("there is no record of a run that went well")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("matplotlib is missing: pip install matplotlib") from None
+        raise ValueError("there is no record of a successful run of steps")
+    if Figure is None:
+        raise ValueError("matplotlib is missing: pip install matplotlib")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for system, lengths in series.items():
-        axes.plot(*zip(*lengths, strict=True), marker="o", label=system)
+    for system, peaks in series.items():
+        axes.plot(*zip(*peaks, strict=True), marker="o", label=system)
     axes.set(xscale="log", xlabel="tokens a step", ylabel="peak of GPU memory, GiB", ylim=(0, None))
-    tokens = sorted({n for lengths in series.values() for n, _ in lengths})
+    tokens = sorted({n for peaks in series.values() for n, _ in peaks})
     axes.set_xticks(tokens, [f"{n:,}" for n in tokens], rotation=30)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -44,21 +55,23 @@ def plot(series: dict[str, list[tuple[int, float]]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     a = parser.parse_args(argv)
-    try:
-        lines = [line for path in a.files for line in path.read_text(encoding="utf-8").splitlines()]
-        plot(points([json.loads(line) for line in lines]), a.output)
-    except (ValueError, KeyError, OSError) as error:
-        print(f"plots.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    lines = [line for path in a.files for line in path.read_text(encoding="utf-8").splitlines()]
+    plot(points([json.loads(line) for line in lines]), a.output)
     print(a.output)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command("plots.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,54 @@
-"""Llama checkpoints with random weights, to measure with: the shapes of Llama 3.1 8B, Llama 3.2 1B and SmolLM2 135M.
+"""Llama checkpoints with random weights: the shapes of Llama 3.1 8B, Llama 3.2 1B, SmolLM2 135M.
 
-A step's time and memory depend on shapes alone, so no real weights are needed. A folder holds what any library reads:
-config.json, bf16 safetensors in shards with their index, and a tokenizer of bytes, so that a text of ASCII letters has
-as many tokens as letters. The same seed on the same device draws the same weights; 8B takes 16.1 GB on disk.
+Time and memory of a step depend on shapes alone, so the benchmark needs no real weights. A folder
+holds the files that any library reads: config.json, bf16 safetensors in shards with their index,
+and a tokenizer of bytes, so a text of ASCII letters has one token a letter. The same seed on the
+same device draws the same weights. 8B takes 16.1 GB on disk.
 """
 
-import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
-from minitune.atomic_files import os_errors_as_value_error, require_space
-from minitune.checkpoints.safetensors_writer import write_safetensors
+from minitune.atomic_files import os_errors_as_value_error, require_space, write_json
+from minitune.checkpoints.safetensors_writer import total_bytes, write_model_files
+from minitune.config.model_config import ModelConfig
 
 SHARD_BYTES = 4e9
 SPECIAL = ("<s>", "</s>", "<pad>")  # ids 0, 1 and 2; the bytes follow
+INITIAL_STD = 0.02
 
 
-def llama(
-    hidden, ffn, layers, heads, kv_heads, vocab, theta, positions, tie, scaling_factor=None
-) -> dict:
-    """config.json of a Llama; with a factor, rope scaling is llama3's from 8192 positions."""
+def llama_config(
+    hidden: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    theta: float,
+    positions: int,
+    tie: bool,
+    scaling_factor: float | None = None,
+) -> dict[str, Any]:
+    """Return the config.json of a Llama.
+
+    theta: base of RoPE.
+    positions: the longest context.
+    tie: True if the head is the embedding.
+    scaling_factor: factor of llama3's RoPE scaling from 8192 positions; None is no scaling.
+    """
     scaling = {
         "rope_type": "llama3",
         "factor": scaling_factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -46,7 +67,7 @@ def llama(
         "num_hidden_layers": layers,
         "num_key_value_heads": kv_heads,
         "rms_norm_eps": 1e-5,
-        "rope_scaling": scaling_factor and scaling | {"original_max_position_embeddings": 8192},
+        "rope_scaling": scaling if scaling_factor else None,
         "rope_theta": theta,
         "tie_word_embeddings": tie,
         "torch_dtype": "bfloat16",
@@ -54,116 +75,99 @@ def llama(
     }
 
 
-SHAPES = {  # 8b knows twice the positions of Llama 3.1, for the longest contexts
-    "8b": llama(4096, 14336, 32, 32, 8, 128256, 500000.0, 262144, tie=False, scaling_factor=8.0),
-    "1b": llama(2048, 8192, 16, 32, 8, 128256, 500000.0, 131072, tie=True, scaling_factor=32.0),
-    "135m": llama(576, 1536, 30, 9, 3, 49152, 100000.0, 8192, tie=True),
+SHAPES = {
+    "8b": llama_config(
+        hidden=4096,
+        ffn=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        vocab=128256,
+        theta=500000.0,
+        positions=262144,  # twice those of Llama 3.1, for the longest contexts
+        tie=False,
+        scaling_factor=8.0,
+    ),
+    "1b": llama_config(
+        hidden=2048,
+        ffn=8192,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        vocab=128256,
+        theta=500000.0,
+        positions=131072,
+        tie=True,
+        scaling_factor=32.0,
+    ),
+    "135m": llama_config(
+        hidden=576,
+        ffn=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        vocab=49152,
+        theta=100000.0,
+        positions=8192,
+        tie=True,
+    ),
 }
 
 
-def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """The checkpoint's names, in the order of the model, and their shapes."""
-    D, F, V, K = (
-        config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
-    )
-    H, G = config["num_attention_heads"], config["num_key_value_heads"]
-    layer = {
-        "input_layernorm": (D,),
-        "self_attn.q_proj": (H * K, D),
-        "self_attn.k_proj": (G * K, D),
-        "self_attn.v_proj": (G * K, D),
-        "self_attn.o_proj": (D, H * K),
-        "post_attention_layernorm": (D,),
-        "mlp.gate_proj": (F, D),
-        "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
-    }
-    shapes = {"model.embed_tokens.weight": (V, D)}
-    for i in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (D,)
-    return shapes if config["tie_word_embeddings"] else shapes | {"lm_head.weight": (V, D)}
-
-
-def write_random_llama(
-    folder: str | Path, config: dict, seed: int = 0, shard_bytes: float = SHARD_BYTES
+def write_random_checkpoint(
+    folder: str | Path, config: dict[str, Any], seed: int = 0, shard_bytes: float = SHARD_BYTES
 ) -> Path:
-    """Write a checkpoint of this config.json and return its folder; config.json comes last, when all the rest is there.
+    """Write a checkpoint of this config.json and return its folder.
 
-    Raises ValueError where the folder holds a model already, or there is no room for it.
+    config.json is written last, so a folder that has one is complete.
+
+    Raises: ValueError if the folder holds a model already, or the disk has no room for it.
     """
-    folder, shapes = Path(folder), tensor_shapes(config)
+    folder, shapes = Path(folder), ModelConfig.from_dict(config).tensor_shapes()
     if (folder / "config.json").exists():
         raise ValueError(f"{folder}: holds a model already; remove it or choose another folder")
-    size = sum(2 * math.prod(shape) for shape in shapes.values())
-    require_space(folder, size)
+    require_space(folder, total_bytes(shapes, torch.bfloat16))
     tensors = _random_tensors(shapes, config["num_hidden_layers"], seed)
-    shards = _shards(shapes, shard_bytes)
     with os_errors_as_value_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for file, names in shards.items():
-            part = {name: shapes[name] for name in names}
-            write_safetensors(folder / file, part, torch.bfloat16, tensors, {"format": "pt"})
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        metadata = {"format": "pt"}
+        write_model_files(folder, shapes, torch.bfloat16, tensors, metadata, shard_bytes)
         _write_tokenizer(folder, config["max_position_embeddings"])
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
     return folder
 
 
-def _random_tensors(shapes: dict[str, tuple[int, ...]], layers: int, seed: int):
-    """(name, bf16 tensor on the host) one by one: norms are 1, matrices normal with standard deviation 0.02.
+def _random_tensors(
+    shapes: dict[str, tuple[int, ...]], layers: int, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, bf16 tensor on the host): norms are 1, matrices are normal.
 
-    What is added to the residual stream is drawn smaller by sqrt(2 layers), as GPT-2 did, so that its size stays
-    about the same from the first layer to the last.
+    o_proj and down_proj add to the residual stream 2 * layers times in all. Their deviation is
+    smaller by sqrt(2 * layers), as in GPT-2, so the stream keeps its size from layer to layer.
     """
     generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
     for name, shape in shapes.items():
-        std = (
-            0.02 / math.sqrt(2 * layers)
-            if name.endswith(("o_proj.weight", "down_proj.weight"))
-            else 0.02
-        )
-        values = torch.ones(shape)
-        if len(shape) > 1:
-            values = torch.randn(shape, generator=generator, device=generator.device).mul_(std)
+        if len(shape) == 1:
+            yield name, torch.ones(shape, dtype=torch.bfloat16)
+            continue
+        adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = INITIAL_STD / math.sqrt(2 * layers) if adds_to_residual else INITIAL_STD
+        values = torch.randn(shape, generator=generator, device=generator.device).mul_(std)
         yield name, values.to(torch.bfloat16).cpu()
 
 
-def _shards(shapes: dict[str, tuple[int, ...]], shard_bytes: float) -> dict[str, list[str]]:
-    """File name -> names of its tensors, in order; a shard ends with the tensor that takes it past `shard_bytes`."""
-    shards, size = [[]], 0.0
-    for name, shape in shapes.items():
-        if size > shard_bytes:
-            shards.append([])
-            size = 0.0
-        shards[-1].append(name)
-        size += 2 * math.prod(shape)
-    return {
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors": names
-        for i, names in enumerate(shards, 1)
-    }
-
-
 def _write_tokenizer(folder: Path, positions: int) -> None:
-    """A byte-level tokenizer without merges: one token a byte, nothing added around a text."""
-    vocabulary = {
-        token: i for i, token in enumerate((*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())))
-    }
+    """Write a byte-level tokenizer without merges: one token a byte, no token around a text."""
+    tokens = (*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
-    named = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": positions,
-        **named,
+        **dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=True)),
     }
-    _write_json(folder / "tokenizer_config.json", settings)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)

@@ -1,27 +1,30 @@
-"""Where a training step's GPU time goes: every kernel of a few steps in one of seven groups, and what was idle.
+"""GPU time of a training step by group of kernels, and the idle time.
 
-cuBLAS names its kernels after tiles, not after what they multiply. So the steps are profiled without CUDA graphs, and a
-kernel is judged by the operation that launched it and that operation's input shapes:
+cuBLAS names its kernels after tiles, not after the operands. So the steps are profiled eagerly, and
+the operation that launched a kernel and the shapes of its inputs decide the group:
 
-    one of our own kernels                              by the file of kernels/ that defines it
-    a matmul with a dimension of the vocabulary's size  loss
-    a matmul with a dimension of at most 4 R            LoRA: A and B, alone or those of three linears side by side
-    any other matmul                                    base matmuls, with s B (A x) where it rides in spare columns
-    an operation or kernel of attention                 attention
-    everything else                                     elementwise: norms, rope, swiglu, additions, copies
+    a kernel of kernels/                          the group of its file
+    a matmul with a dimension of the vocabulary   loss
+    a matmul with a dimension up to the LoRA      LoRA: A and B, alone or of three linears at once
+      columns of three linears
+    any other matmul                              base matmuls, with s B (A x) in the LoRA columns
+    an operation or kernel of attention           attention
+    everything else                               elementwise: norms, RoPE, SwiGLU, sums, copies
 
-The optimizer is profiled apart. Idle is the wall time of a step as it really runs, with graphs, less what the kernels
-of a step take in sum.
+The optimizer is profiled apart. Idle is the wall clock time of a step as it really runs, with CUDA
+graphs, minus the time of all its kernels.
 """
 
+import importlib
+import pkgutil
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.autograd import DeviceType
 
+import minitune.kernels
 from minitune.kernels.lora_linear import padded_rank
 
 GROUPS = (
@@ -34,12 +37,13 @@ GROUPS = (
     "optimizer",
     "idle",
 )
-FILES = {  # how a file of kernels/ begins -> group; the others are elementwise
+# First part of a file's name -> group; the kernels of other files are elementwise.
+FILE_GROUPS = {
     "attention": "attention",
     "lora": "LoRA",
-    "dequant": "dequantisation",
-    "cross_entropy": "loss",
-    "adam": "optimizer",
+    "dequantize": "dequantisation",
+    "cross": "loss",
+    "adamw": "optimizer",
 }
 MATMULS = {
     "aten::mm",
@@ -52,82 +56,95 @@ MATMULS = {
 REPEATS = 3
 
 
-def own_kernels(folder: Path = Path(__file__).parents[2] / "kernels") -> dict[str, str]:
-    """Our kernels' names -> their group."""
+def own_kernels() -> dict[str, str]:
+    """Return the name of each kernel in kernels/ -> its group."""
     groups = {}
-    for path in sorted(folder.glob("*.py")):
-        group = next(
-            (group for start, group in FILES.items() if path.name.startswith(start)), "elementwise"
-        )
-        for name in re.findall(
-            r"^@\w*\.?jit\b[^\n]*\n(?:@[^\n]*\n)*def (\w+)", path.read_text(), re.MULTILINE
-        ):
-            groups[name] = group
+    for info in pkgutil.iter_modules(minitune.kernels.__path__):
+        module = importlib.import_module(f"minitune.kernels.{info.name}")
+        group = FILE_GROUPS.get(info.name.split("_")[0], "elementwise")
+        for name, value in vars(module).items():
+            function = getattr(value, "fn", None)  # the Python function of a Triton kernel
+            if function is not None and function.__module__ == module.__name__:
+                groups[name] = group
     return groups
 
 
 def group_of(
-    kernel: str, operation: str, shapes: Iterable, own: dict[str, str], vocab: int, thin: int
+    kernel: str,
+    operation: str,
+    shapes: Iterable[Sequence[int]],
+    own: dict[str, str],
+    vocab: int,
+    max_rank: int,
 ) -> str:
-    """The group of a kernel that `operation` launched on inputs of `shapes`; "" and () where that is not known."""
+    """Return the group of a kernel.
+
+    operation: the operation that launched it; "" if unknown.
+    shapes: the shapes of the operation's inputs; () if unknown.
+    own: the result of `own_kernels`.
+    vocab: size of the vocabulary.
+    max_rank: the largest dimension that marks a matmul as LoRA's.
+    """
     if kernel in own:
         return own[kernel]
     if "attention" in operation or re.search("sdpa|fmha|flash", kernel):
         return "attention"
-    sizes = (
-        {size for shape in shapes if len(shape) >= 2 for size in shape[-2:]}
-        if operation in MATMULS
-        else set()
-    )
+    sizes: set[int] = set()
+    if operation in MATMULS:
+        sizes = {size for shape in shapes if len(shape) >= 2 for size in shape[-2:]}
     if vocab in sizes:
         return "loss"
-    if sizes and min(sizes) <= thin:
+    if sizes and min(sizes) <= max_rank:
         return "LoRA"
     if sizes or re.search("gemm|nvjet|cutlass", kernel):
         return "base matmuls"
     return "elementwise"
 
 
-def group_times(events: Iterable, own: dict[str, str], vocab: int, thin: int) -> Counter[str]:
-    """Microseconds a group, from the profiler's events.
+def group_times(events: Iterable, own: dict[str, str], vocab: int, max_rank: int) -> Counter[str]:
+    """Return microseconds by group, from the profiler's events.
 
-    The profiler hangs a kernel below the operation that launched it, but not one that was launched by Triton or in a
-    CUDA graph: what the operations do not account for is grouped by name alone.
+    The profiler lists a kernel below the operation that launched it, unless Triton or a CUDA graph
+    did. The time of kernels that no operation lists is grouped by their names alone.
     """
     groups: Counter[str] = Counter()
-    left: Counter[str] = Counter()
+    unlisted: Counter[str] = Counter()
     for event in events:
         if event.device_type == DeviceType.CUDA:
             if not event.is_user_annotation:
-                left[event.name] += event.time_range.elapsed_us()
+                unlisted[event.name] += event.time_range.elapsed_us()
             continue
         for kernel in event.kernels:
-            groups[group_of(kernel.name, event.name, event.input_shapes, own, vocab, thin)] += (
-                kernel.duration
-            )
-            left[kernel.name] -= kernel.duration
-    for name, microseconds in left.items():
-        groups[group_of(name, "", (), own, vocab, thin)] += microseconds
+            group = group_of(kernel.name, event.name, event.input_shapes, own, vocab, max_rank)
+            groups[group] += kernel.duration
+            unlisted[kernel.name] -= kernel.duration
+    for name, microseconds in unlisted.items():
+        groups[group_of(name, "", (), own, vocab, max_rank)] += microseconds
     return groups
 
 
 def profile_step(
     micro: Callable[[], object], optimizer: Callable[[], object], wall_ms: float, vocab: int, r: int
 ) -> dict[str, float]:
-    """Milliseconds of a step in each of GROUPS.
+    """Return the milliseconds of a step in each of GROUPS.
 
-    micro: forward and backward, without graphs; wall_ms: a whole step as it really runs. ValueError without a GPU.
+    micro: runs forward and backward eagerly.
+    optimizer: runs the update.
+    wall_ms: milliseconds of a whole step as it really runs.
+    vocab, r: size of the vocabulary, LoRA rank.
+
+    Raises: ValueError if there is no GPU.
     """
     if not torch.cuda.is_available():
-        raise ValueError("--profile needs a GPU: it sorts the time of GPU kernels")
-    groups = group_times(_events(micro), own_kernels(), vocab, thin=padded_rank(3 * r))
+        raise ValueError("--profile needs a GPU, and torch finds none")
+    groups = group_times(_events(micro), own_kernels(), vocab, max_rank=padded_rank(3 * r))
     groups["optimizer"] += sum(group_times(_events(optimizer), {}, vocab, 0).values())
     milliseconds = {name: groups[name] / REPEATS / 1e3 for name in GROUPS[:-1]}
     return milliseconds | {"idle": wall_ms - sum(milliseconds.values())}
 
 
 def _events(work: Callable[[], object]) -> Iterable:
-    """The profiler's events of REPEATS calls, after one that is not looked at."""
+    """Return the profiler's events of REPEATS calls, after a call that is not profiled."""
     work()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]

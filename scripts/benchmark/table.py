@@ -1,7 +1,8 @@
-"""The benchmark's table: each row's shape, with every kernel our own and with the fastest, and a peer beside it.
+"""Runs of the benchmark in processes of their own, and the tables of their records.
 
-Each figure comes from a process of its own, one at a time, so no system sees another's memory or caches. A process that
-leaves no result is a line in the table that says why. Figures are printed, and written to --json FILE, as they come.
+Each record comes from its own process, one at a time, so no system sees another's memory or caches.
+A process without a result becomes a line of the table that says why. Records are emitted as they
+come: a RESULT line on stdout and a line of the --json file.
 """
 
 import json
@@ -9,18 +10,38 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from benchmark.cases import CASES, Case
+from minitune.atomic_files import os_errors_as_value_error
 from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "scripts" / "bench.py"
 PEERS = ROOT / "tests" / "referees" / "peers.py"
 PEER_NAMES = ("unsloth", "hf", "liger")
-PEER_CHECKPOINTING = {"true": "default", "auto": "default", "false": "none"}
 MARK = "RESULT "
+TABLE_COLUMNS = (
+    "row",
+    "configuration",
+    "mode",
+    "attention",
+    "time",
+    "peak",
+    "host",
+    "peer",
+    "peer's time",
+    "peer's peak",
+    "ratio",
+    "date",
+    "card",
+)
+TABLE_LEGEND = f"""
+time: ms a step, or samples/s of short samples. peak, host: GiB of GPU memory, of offloaded
+activations in host memory. ratio: how many times as fast as the fastest peer. Samples below
+{CUDNN_MIN_LENGTH} tokens run once: their attention is our own with either setting."""
 STEP_COLUMNS = {"ms": "ms", "min": "min_ms", "max": "max_ms", "tok/s": "tok_s"}
 SHORT_COLUMNS = {
     "s/step": "s_per_step",
@@ -32,74 +53,25 @@ SHORT_COLUMNS = {
 Record = dict[str, Any]
 
 
-class Row(NamedTuple):
-    """aim and peak are what we want to reach on an H100 80GB: ms a step (short: samples/s), GiB allocated.
+# ---- processes
 
-    checkpointing: the peer's; ours is "auto" where there is a budget. That is a twentieth more than the peak, because
-    plans leave as much of it (short: less, for the sizes that come; with a limit: less, as memory is reserved that is
-    not allocated). host: the host memory that activations may wait in, with the embedding there too; frugal: 8-bit
-    moments.
+
+def emit(record: Record, json_file: Path | None) -> None:
+    """Print a record as a RESULT line; append it to `json_file`, one record a line, unless None."""
+    line = json.dumps(record)
+    print(MARK + line, flush=True)
+    if json_file is not None:
+        with os_errors_as_value_error(json_file), json_file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def child_record(command: Sequence[str | Path], timeout: float, **options: Any) -> Record:
+    """Return the record that a Python process prints, or {"error": one line} if it prints none.
+
+    command: a script or "-c", and its arguments.
+    timeout: seconds.
+    options: arguments of subprocess.run.
     """
-
-    shape: str
-    targets: str
-    batch: int
-    tokens: int
-    checkpointing: str
-    aim: float
-    peak: float
-    budget: str | None = None
-    short: bool = False
-    host: str | None = None
-    frugal: bool = False
-    r: int = 16
-    limit: str | None = None  # memory that the GPU is to have; no peer runs in it
-    steps: int | None = None  # of each, timed and before, where a step takes long
-
-    def __str__(self) -> str:
-        if self.short:
-            return f"{self.shape.upper()}, short samples"
-        kind = "kept" if self.checkpointing == "false" else f"within {self.peak} GiB"
-        kind = f"on a GPU of {self.limit}" if self.limit else kind
-        kind += (", and the host" if self.host else "") + (", frugal" if self.frugal else "")
-        return f"{self.shape.upper()}, {self.targets}, {self.batch} x {self.tokens}, {kind}"
-
-
-LONGEST = {"host": "110GiB", "frugal": True, "r": 32, "steps": 1}
-ROWS = {
-    1: Row("8b", "qkvo", 2, 2048, "auto", 300, 7.6, "8GiB"),
-    2: Row("8b", "all", 2, 2048, "auto", 315, 8.2, "8.6GiB"),
-    3: Row("8b", "all", 2, 2048, "false", 240, 21, "22.1GiB"),
-    4: Row("8b", "all", 1, 8192, "auto", 715, 10.5, "11.05GiB"),
-    5: Row("1b", "all", 2, 2048, "false", 55, 5.41, "5.69GiB"),
-    6: Row("135m", "all", 4, 1024, "false", 25, 2.2, "2.31GiB"),
-    7: Row("8b", "all", 2, 2048, "auto", 90, 10, "10GiB", short=True),
-    8: Row("1b", "all", 2, 2048, "auto", 400, 3, "3GiB", short=True),
-    9: Row("8b", "qkvo", 2, 2048, "auto", 280, 6.47, "6.81GiB", host="64GiB"),
-    10: Row("8b", "all", 2, 2048, "auto", 295, 7.03, "7.4GiB", host="64GiB"),
-    11: Row("8b", "all", 1, 8192, "auto", 640, 8.05, "8.4GiB", host="64GiB"),
-    12: Row("8b", "all", 2, 2048, "auto", 388, 5.8, "6.1GiB", host="64GiB", frugal=True),
-    13: Row("8b", "all", 1, 32768, "auto", 3900, 14.24, "14.9GiB", host="64GiB", steps=3),
-    14: Row("8b", "all", 1, 200_000, "auto", 111_000, 24, "21.5GiB", limit="24GiB", **LONGEST),
-    15: Row("8b", "all", 1, 24_000, "auto", 4000, 8, "7.7GiB", limit="8GiB", **LONGEST),
-    16: Row("8b", "all", 1, 8192, "auto", 878, 6.8, "7.15GiB", host="64GiB", frugal=True),
-    17: Row(
-        "8b", "all", 1, 32768, "auto", 5073, 8.45, "8.9GiB", host="64GiB", frugal=True, steps=3
-    ),
-}
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns as wide as they need to be; None is a dash."""
-    lines = [list(header), *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def child(command: Sequence[str | Path], timeout: float, **options) -> Record:
-    """The record of a benchmark in a process of its own, or {"error": one line} where it left none."""
     try:
         done = subprocess.run(
             [sys.executable, *map(str, command)],
@@ -113,124 +85,108 @@ def child(command: Sequence[str | Path], timeout: float, **options) -> Record:
     for line in done.stdout.splitlines():
         if line.startswith(MARK):
             return json.loads(line.removeprefix(MARK))
-    said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()] or [
-        "nothing was said"
-    ]
-    return {"error": f"exit code {done.returncode}: {said[-1][:300]}"}
+    output = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    last = output[-1][:300] if output else "no output"
+    return {"error": f"exit code {done.returncode}: {last}"}
 
 
 def peer_record(peer: str, model: Path, options: Sequence[str], timeout: float) -> Record:
-    """A peer's record on the same checkpoint; without one, {"peer": its name, "error": why}.
+    """Return a peer's record on a checkpoint, or {"peer", "model", "error"} if it fails.
 
-    It starts in an empty folder and without the checkout on the path: transformers takes a folder named `kernels` that
-    it can import for the package of that name, and fails.
+    The process starts in an empty folder and without the checkout on its path. transformers takes
+    any importable folder `kernels` for the package of that name, and fails.
     """
-    folders = [
-        str(Path(folder).resolve())
-        for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        if folder
-    ]
+    parts = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = [str(Path(part).resolve()) for part in parts if part]
     path = os.pathsep.join(folder for folder in folders if folder != str(ROOT))
+    command = [PEERS, peer, model.resolve(), *options]
     with tempfile.TemporaryDirectory() as empty:
-        command = [PEERS, peer, model.resolve(), *options]
-        return {"peer": peer, "model": model.name} | child(
-            command, timeout, cwd=empty, env=os.environ | {"PYTHONPATH": path}
-        )
+        environment = os.environ | {"PYTHONPATH": path}
+        record = child_record(command, timeout, cwd=empty, env=environment)
+    return {"peer": peer, "model": model.name} | record
 
 
-def run_table(
+def run_cases(
     models: Path,
     numbers: Sequence[int],
     attentions: Sequence[str],
     peers: Sequence[str],
     counts: Sequence[str],
     timeout: float,
-    emit: Callable[[Record], None],
+    json_file: Path | None,
 ) -> bool:
-    """Run the rows, print their table, and return whether all went well.
+    """Run the numbered cases and print their table. Return True if every run gave a result.
 
-    models: the folder of 8b/, 1b/ and 135m/, made where they are missing; counts: flags for --steps and --warmup.
-    Raises ValueError where one cannot be made.
+    models: folder of 8b/, 1b/ and 135m/; a missing one is written.
+    attentions: settings of --attention; short samples run with the last one.
+    counts: the flags --steps and --warmup, or none.
+    timeout: seconds of one process.
+    json_file: as in `emit`.
+
+    Raises: ValueError if a checkpoint cannot be written.
     """
-    for shape in dict.fromkeys(ROWS[number].shape for number in numbers):
-        if not (models / shape / "config.json").exists():
-            _tell(f"making {models / shape}")
-            made = child([BENCH, "--make", shape, models / shape], timeout)
-            if not (models / shape / "config.json").exists():
-                raise ValueError(f"{models / shape} could not be made: {made['error']}")
-    lines, good = [], True
+    for shape in dict.fromkeys(CASES[number].shape for number in numbers):
+        _make_checkpoint(models / shape, shape, timeout)
+    lines, complete = [], True
     try:
         for number in numbers:
-            row, model = ROWS[number], models / ROWS[number].shape
-            options = [
-                "--batch",
-                row.batch,
-                "--tokens",
-                row.tokens,
-                "--targets",
-                row.targets,
-                "--r",
-                row.r,
-                *counts,
-            ]
-            options += (
-                ["--steps", row.steps, "--warmup", row.steps] if row.steps and not counts else []
-            )
-            options = [*map(str, options), *(["--short"] if row.short else [])]
+            case = CASES[number]
+            model, flags = models / case.shape, [*case.flags(), *_step_flags(case, counts)]
             theirs = []
-            for peer in peers:
-                if row.limit or (row.short and peer != "unsloth"):
-                    continue
-                _tell(f"row {number}, {peer}")
-                mode = (
-                    [] if row.short else ["--checkpointing", PEER_CHECKPOINTING[row.checkpointing]]
-                )
-                theirs.append(peer_record(peer, model, [*options, *mode], timeout))
-                emit({"row": number} | theirs[-1])
-            for attention in attentions if row.tokens >= CUDNN_MIN_LENGTH else attentions[-1:]:
-                _tell(f"row {number}, minitune, attention {attention}")
-                mode = [
-                    "--attention",
-                    attention,
-                    "--checkpointing",
-                    "auto" if row.budget else row.checkpointing,
-                ]
-                mode += ["--memory-limit", row.limit] if row.limit else []
-                mode += ["--memory-budget", row.budget] if row.budget else []
-                mode += ["--host-memory", row.host, "--offload-embedding"] if row.host else []
-                mode += ["--optim", "adamw_8bit"] if row.frugal else []
+            for peer in filter(case.measures, peers):
+                tell(f"row {number}, {peer}")
+                theirs.append(peer_record(peer, model, [*flags, *case.peer_flags()], timeout))
+                emit({"row": number} | theirs[-1], json_file)
+            for attention in attentions if case.tokens >= CUDNN_MIN_LENGTH else attentions[-1:]:
+                tell(f"row {number}, minitune, attention {attention}")
+                command = [BENCH, "--model", model, *flags, *case.own_flags(attention)]
                 ours = {"peer": "minitune", "attention": attention}
-                ours |= child([BENCH, "--model", model, *options, *mode], timeout)
-                emit({"row": number} | ours)
-                lines.append(_line(number, row, ours, theirs))
-                good &= not any("error" in record for record in (ours, *theirs))
+                ours |= child_record(command, timeout)
+                emit({"row": number} | ours, json_file)
+                lines.append(_case_line(number, ours, theirs))
+                complete &= not any("error" in record for record in (ours, *theirs))
     finally:
-        print(
-            "\nms a step (short samples: samples/s); ratio: how many times as fast as the fastest peer; peak in GiB;"
-        )
-        print(
-            f"aims are for an H100 80GB; below {CUDNN_MIN_LENGTH} tokens attention is our own either way, and runs once"
-        )
-        header = [
-            "row",
-            "what",
-            "attention",
-            "ours",
-            "peer",
-            "ratio",
-            "aim",
-            "peak",
-            "peer's peak",
-            "peak aim",
-        ]
-        print(text_table(header, lines), flush=True)
-    return good
+        print(TABLE_LEGEND)
+        print(text_table(TABLE_COLUMNS, lines), flush=True)
+    return complete
+
+
+def _make_checkpoint(folder: Path, shape: str, timeout: float) -> None:
+    if (folder / "config.json").exists():
+        return
+    tell(f"making {folder}")
+    made = child_record([BENCH, "--make", shape, folder], timeout)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} could not be made: {made['error']}")
+
+
+def _step_flags(case: Case, counts: Sequence[str]) -> list[str]:
+    """Return --steps and --warmup: the user's, or the case's own if it has any."""
+    if counts or case.steps is None:
+        return list(counts)
+    return ["--steps", str(case.steps), "--warmup", str(case.steps)]
+
+
+def tell(text: str) -> None:
+    """Print a line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- tables
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a text table with aligned columns; None becomes a dash."""
+    lines = [list(header), *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def comparison(records: Sequence[Record]) -> str:
-    """The records of one configuration as a table, ours last; the ratio is how many times as fast ours is."""
+    """Return the table of one configuration's records. The last is ours; ratios are against it."""
     short = any("samples_s" in record for record in records)
-    shown = {
+    columns = {
         "system": "peer",
         "attention": "attention",
         "checkpointing": "gc",
@@ -243,17 +199,13 @@ def comparison(records: Sequence[Record]) -> str:
     }
     rows = []
     for record in records:
-        ratio = (
-            f"{speed(records[-1]) / speed(record):.2f}x"
-            if speed(record)
-            else f"failed ({record['error']})"
-        )
-        rows.append([*(record.get(key) for key in shown.values()), ratio])
-    return text_table([*shown, "ratio"], rows)
+        ratio = _ratio(records[-1], record) if speed(record) else f"failed ({record['error']})"
+        rows.append([*(record.get(key) for key in columns.values()), ratio])
+    return text_table([*columns, "ratio"], rows)
 
 
-def shares(milliseconds: dict[str, float]) -> str:
-    """A profile as a table: ms a step and share of it, the largest first, idle last."""
+def profile_table(milliseconds: dict[str, float]) -> str:
+    """Return a profile as a table: ms and share of a step, the largest first and idle last."""
     total = sum(milliseconds.values())
     order = sorted(milliseconds, key=lambda name: (name == "idle", -milliseconds[name]))
     rows = [
@@ -264,36 +216,41 @@ def shares(milliseconds: dict[str, float]) -> str:
 
 
 def speed(record: Record) -> float | None:
-    """Steps or samples a second, whatever the record counts; None where it failed."""
+    """Return steps a second, or samples a second of short samples; None if the run failed."""
     if "error" in record:
         return None
     return record["samples_s"] if "samples_s" in record else 1e3 / record["ms"]
 
 
-def _line(number: int, row: Row, ours: Record, theirs: list[Record]) -> list[Any]:
-    def figure(record: Record) -> str:
-        if "error" in record:
-            return f"failed ({record['error']})"
-        return f"{record['samples_s']:g}" if row.short else f"{record['ms']:g}"
-
-    best = max(theirs, key=lambda record: speed(record) or 0, default=None)
-    ratio = None
-    if best is not None and speed(best) and speed(ours):
-        ratio = f"{speed(ours) / speed(best):.2f}x"
-    other = "; ".join(f"{record['peer']} {figure(record)}" for record in theirs) or None
-    peaks = ours.get("peak_gb"), best and best.get("peak_gb")
+def _case_line(number: int, ours: Record, theirs: Sequence[Record]) -> list[Any]:
+    """Return a line of the table: a configuration, our figures, and those of the peers."""
+    case = CASES[number]
+    best = max(theirs, key=lambda record: speed(record) or 0, default={"error": "no peer"})
     return [
         number,
-        row,
+        case,
+        case.mode,
         ours["attention"],
-        figure(ours),
-        other,
-        ratio,
-        f"{row.aim:g}",
-        *peaks,
-        f"{row.peak:g}",
+        _time(ours),
+        ours.get("peak_gb"),
+        ours.get("host_gb"),
+        "; ".join(record["peer"] for record in theirs) or None,
+        "; ".join(_time(record) for record in theirs) or None,
+        "; ".join(str(record.get("peak_gb", "-")) for record in theirs) or None,
+        _ratio(ours, best),
+        ours.get("date"),
+        ours.get("gpu"),
     ]
 
 
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _time(record: Record) -> str:
+    if "error" in record:
+        return f"failed ({record['error']})"
+    return f"{record['samples_s']:g}" if "samples_s" in record else f"{record['ms']:g}"
+
+
+def _ratio(ours: Record, theirs: Record) -> str | None:
+    """Return how many times as fast ours is, or None if one of the two failed."""
+    if speed(ours) is None or speed(theirs) is None:
+        return None
+    return f"{speed(ours) / speed(theirs):.2f}x"

@@ -1,4 +1,4 @@
-"""Commands that run other systems beside minitune: the benchmark's peers and the exactness comparisons.
+"""Commands that run other systems beside minitune: peers of the benchmark, and exactness.
 
-They may import minitune, scripts/benchmark and the other systems; no test imports those by accident.
+They may import minitune, scripts/benchmark and the other systems.
 """

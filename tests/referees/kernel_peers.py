@@ -1,24 +1,41 @@
-"""Other libraries' kernels for scripts/benchmark/kernel_timing.py --peers: Liger, bitsandbytes, and torch's own attention.
+"""Kernels of other libraries for bench.py --kernels: Liger, bitsandbytes, and torch's attention.
 
-`makers(kernel)` gives, by column of the table, functions that take the inputs of that kernel's row (elementwise_cases.py,
-matmul_cases.py) and prepare a call that does the same work. What is not installed is not in it. Some of these kernels
-write into what they are given or have saved; those get copies of their own.
+`makers(kernel)` returns makers by column of the table (scripts/benchmark/kernel_cases.py). A maker
+takes the inputs of the kernel's case and returns a call of the same work. A library that is not
+installed has no maker. Kernels that write into their inputs or saved tensors get copies.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-LIBRARIES = {"liger_kernel": "liger-kernel", "bitsandbytes": "bitsandbytes"}
+from minitune.kernels.dequantize import QuantizedWeight
+
+try:
+    import bitsandbytes
+    import bitsandbytes.functional
+    import bitsandbytes.optim
+except ImportError:
+    bitsandbytes = None
+try:
+    import liger_kernel.ops as liger
+    import liger_kernel.transformers as liger_transformers
+except ImportError:
+    liger = None
+
+PACKAGES = ("liger-kernel", "bitsandbytes")
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of the installed libraries."""
     found = {}
-    for package in LIBRARIES.values():
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -27,24 +44,27 @@ def versions() -> dict[str, str]:
 
 
 def makers(kernel: str) -> dict[str, Callable]:
+    """Return column -> maker, of the installed libraries that have this kernel."""
+    installed = {"bitsandbytes": bitsandbytes, "Liger": liger}
     return {
         column: make
-        for (name, column, library), make in MAKERS.items()
-        if name == kernel and (library is None or find_spec(library) is not None)
+        for (name, column), make in MAKERS.items()
+        if name == kernel and installed.get(column, torch) is not None
     }
 
 
 # ---- bitsandbytes
 
 
-def bitsandbytes_dequantize(weights: list) -> Callable:
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+def bitsandbytes_dequantize(weights: list[list[QuantizedWeight]]) -> Callable:
+    """Return the dequantisation of each weight by itself."""
 
-    def state(w) -> QuantState:
-        coarse = QuantState(
+    def state(w: QuantizedWeight):
+        quant_state = bitsandbytes.functional.QuantState
+        nested = quant_state(
             w.nested_absmax, code=w.nested_code, blocksize=w.nested_blocksize, dtype=torch.float32
         )
-        return QuantState(
+        return quant_state(
             w.absmax,
             shape=torch.Size(w.shape),
             code=w.code,
@@ -52,21 +72,23 @@ def bitsandbytes_dequantize(weights: list) -> Callable:
             quant_type="nf4",
             dtype=torch.bfloat16,
             offset=w.nested_offset,
-            state2=coarse,
+            state2=nested,
         )
 
+    dequantize = bitsandbytes.functional.dequantize_4bit
     states = [(w.packed.view(-1, 1), state(w)) for group in weights for w in group]
-    return lambda: [dequantize_4bit(packed, state) for packed, state in states]
+    return lambda: [dequantize(packed, state) for packed, state in states]
 
 
-def bitsandbytes_adamw_8bit(values, grads, *rest) -> Callable:
-    from bitsandbytes.optim import AdamW8bit
-
+def bitsandbytes_adamw_8bit(values: Tensor, grads: Tensor, *rest: Tensor) -> Callable:
+    """Return an update with 8-bit moments."""
     p = torch.nn.Parameter(values.clone())
     p.grad = grads
-    optimizer = AdamW8bit([p], lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = bitsandbytes.optim.AdamW8bit(
+        [p], lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
 
-    def run():
+    def run() -> Tensor:
         optimizer.step()
         return p.detach()
 
@@ -77,62 +99,58 @@ def bitsandbytes_adamw_8bit(values, grads, *rest) -> Callable:
 
 
 def liger_rms_norm(x, weight, eps) -> Callable:
-    from liger_kernel.ops import LigerRMSNormFunction
-
-    return lambda: (LigerRMSNormFunction.apply(x, weight, eps),)
+    """Return RMSNorm."""
+    return lambda: (liger.LigerRMSNormFunction.apply(x, weight, eps),)
 
 
 def liger_add_rms_norm(x, residual, weight, eps, *_) -> Callable:
-    """Its stream is bf16: x + residual is rounded and written, 8 bytes an element where ours moves 14."""
-    from liger_kernel.ops import LigerFusedAddRMSNormFunction
+    """Return the fused addition and RMSNorm.
 
-    return lambda: LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps)[:1]  # (y, s)
+    Liger's residual stream is bf16: it moves 8 bytes an element, ours moves 14.
+    """
+    add_norm = liger.LigerFusedAddRMSNormFunction
+    return lambda: add_norm.apply(x, residual, weight, eps)[:1]  # of (y, s)
 
 
 def liger_rms_norm_backward(dy, x, weight, rstd, dresidual) -> Callable:
-    """Of their fused addition and norm, with x as the sum: the gradient of s comes in beside that of y, as here."""
-    from liger_kernel.ops import LigerFusedAddRMSNormFunction
+    """Return the backward of the fused addition and RMSNorm, with x as the sum.
 
+    The gradient of s comes in beside that of y, as in ours.
+    """
     x = x.clone().requires_grad_()
-    y, s = LigerFusedAddRMSNormFunction.apply(x, torch.zeros_like(x), weight, 1e-5)
+    y, s = liger.LigerFusedAddRMSNormFunction.apply(x, torch.zeros_like(x), weight, 1e-5)
     return lambda: torch.autograd.grad((y, s), x, (dy, dresidual), retain_graph=True)
 
 
 def liger_rope(q, k, cos, sin, positions) -> Callable:
-    from liger_kernel.ops import LigerRopeFunction
-
-    q, k = (
-        x[None].transpose(1, 2) for x in (q, k)
-    )  # they rotate (1, heads, rows, K), stored as (1, rows, heads, K)
+    """Return RoPE on q and k: Liger rotates (1, heads, rows, K), stored as (1, rows, heads, K)."""
+    q, k = (x[None].transpose(1, 2) for x in (q, k))
     cos, sin = (table[positions.long()].repeat(1, 2)[None] for table in (cos, sin))
 
-    def run():
-        return [x.transpose(1, 2)[0] for x in LigerRopeFunction.apply(q, k, cos, sin)]
+    def run() -> list[Tensor]:
+        return [x.transpose(1, 2)[0] for x in liger.LigerRopeFunction.apply(q, k, cos, sin)]
 
     return run
 
 
 def liger_swiglu(gate, up) -> Callable:
-    from liger_kernel.ops import LigerSiLUMulFunction
-
-    return lambda: (LigerSiLUMulFunction.apply(gate, up),)
+    """Return SwiGLU."""
+    return lambda: (liger.LigerSiLUMulFunction.apply(gate, up),)
 
 
 def liger_swiglu_backward(dout, gate, up) -> Callable:
-    """It writes the gradients over gate and up: right once, and as fast every time."""
-    from liger_kernel.ops import LigerSiLUMulFunction
-
+    """Return the backward of SwiGLU. It overwrites gate and up: only the first result is right."""
     gate, up = gate.clone().requires_grad_(), up.clone().requires_grad_()
-    out = LigerSiLUMulFunction.apply(gate, up)
+    out = liger.LigerSiLUMulFunction.apply(gate, up)
     return lambda: torch.autograd.grad(out, (gate, up), dout, retain_graph=True)
 
 
 def liger_linear_cross_entropy(hidden, weight, targets) -> Callable:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    """Return the loss and its gradient, head included."""
+    loss_of = liger_transformers.LigerFusedLinearCrossEntropyLoss()
+    hidden = hidden.detach().requires_grad_()
 
-    loss_of, hidden = LigerFusedLinearCrossEntropyLoss(), hidden.detach().requires_grad_()
-
-    def run():
+    def run() -> tuple[Tensor, Tensor]:
         loss = loss_of(weight, hidden, targets)
         return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
@@ -143,31 +161,36 @@ def liger_linear_cross_entropy(hidden, weight, targets) -> Callable:
 
 
 def flash(q, k, v, start, end, scale, lengths) -> Callable:
-    """torch's variable-length flash attention. It takes grouped k and v as they are."""
-    bounds, max_seqlen = _bounds(lengths, q.device), max(lengths)
+    """Return torch's variable-length flash attention. It takes grouped k and v as they are."""
+    cu_seqlens, max_seqlen = _cu_seqlens(lengths, q.device), max(lengths)
+    args = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True)
     forward = torch.ops.aten._flash_attention_forward
-    return lambda: forward(
-        q, k, v, bounds, bounds, max_seqlen, max_seqlen, 0.0, True, False, scale=scale
-    )[:1]
+    return lambda: forward(q, k, v, *args, False, scale=scale)[:1]
 
 
 def flash_backward(dout, q, k, v, out, lse, start, end, scale, lengths) -> Callable:
-    bounds, max_seqlen = _bounds(lengths, q.device), max(lengths)
-    args = (bounds, bounds, max_seqlen, max_seqlen, 0.0, True)
-    out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *args, False, scale=scale
-    )
+    """Return the backward of torch's variable-length flash attention, after its forward."""
+    cu_seqlens, max_seqlen = _cu_seqlens(lengths, q.device), max(lengths)
+    args = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True)
+    forward = torch.ops.aten._flash_attention_forward
+    out, lse, rng, unused, _ = forward(q, k, v, *args, False, scale=scale)
     backward = torch.ops.aten._flash_attention_backward
     return lambda: backward(dout, q, k, v, out, lse, *args, rng, unused, scale=scale)
 
 
+def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
 def cudnn(q, k, v, start, end, scale, lengths) -> Callable | None:
+    """Return cuDNN's attention, or None if the samples differ in length."""
     if len(set(lengths)) > 1:
         return None
     return partial(_cudnn, *_batched(lengths, q, k, v), scale)
 
 
 def cudnn_backward(dout, q, k, v, out, lse, start, end, scale, lengths) -> Callable | None:
+    """Return the backward of cuDNN's attention, or None if the samples differ in length."""
     if len(set(lengths)) > 1:
         return None
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -175,31 +198,27 @@ def cudnn_backward(dout, q, k, v, out, lse, start, end, scale, lengths) -> Calla
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
-def _cudnn(q, k, v, scale):
+def _cudnn(q, k, v, scale) -> Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return (
-            attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-            .transpose(1, 2)
-            .flatten(0, 1)
-        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
-def _batched(lengths, *packed):
+def _batched(lengths: tuple[int, ...], *packed: Tensor) -> list[Tensor]:
     return [x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in packed]
 
 
-def _bounds(lengths, device) -> torch.Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-
-
 def flex(q, k, v, start, end, scale, lengths) -> Callable:
-    """torch.compile's attention under a mask of samples; with gradients, so that forward and backward compile once."""
+    """Return torch.compile's attention under a mask of the samples.
+
+    Its inputs need gradients, so forward and backward compile once.
+    """
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     return partial(_flex, *leaves, scale, _sample_mask(lengths, q.device))
 
 
 def flex_backward(dout, q, k, v, out, lse, start, end, scale, lengths) -> Callable:
+    """Return the backward of torch.compile's attention, after its forward."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = _flex(*leaves, scale, _sample_mask(lengths, q.device))
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
@@ -207,22 +226,17 @@ def flex_backward(dout, q, k, v, out, lse, start, end, scale, lengths) -> Callab
 
 @cache
 def _compiled_flex() -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex(q, k, v, scale, mask):
+def _flex(q, k, v, scale, mask) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)[0].transpose(
-        0, 1
-    )
+    out = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
 @cache
-def _sample_mask(lengths, device):
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def _sample_mask(lengths: tuple[int, ...], device: torch.device):
     counts = torch.tensor(lengths, device=device)
     sample = torch.arange(len(lengths), device=device).repeat_interleave(counts)
 
@@ -232,20 +246,20 @@ def _sample_mask(lengths, device):
     return create_block_mask(sees, None, None, len(sample), len(sample), device=device)
 
 
-MAKERS = {
-    ("dequantize_nf4", "bitsandbytes", "bitsandbytes"): bitsandbytes_dequantize,
-    ("adamw_8bit_", "bitsandbytes", "bitsandbytes"): bitsandbytes_adamw_8bit,
-    ("rms_norm", "Liger", "liger_kernel"): liger_rms_norm,
-    ("add_rms_norm_", "Liger", "liger_kernel"): liger_add_rms_norm,
-    ("rms_norm_backward", "Liger", "liger_kernel"): liger_rms_norm_backward,
-    ("rope_", "Liger", "liger_kernel"): liger_rope,
-    ("swiglu", "Liger", "liger_kernel"): liger_swiglu,
-    ("swiglu_backward", "Liger", "liger_kernel"): liger_swiglu_backward,
-    ("linear_cross_entropy", "Liger", "liger_kernel"): liger_linear_cross_entropy,
-    ("attention", "flash", None): flash,
-    ("attention_backward", "flash", None): flash_backward,
-    ("attention", "cuDNN", None): cudnn,
-    ("attention_backward", "cuDNN", None): cudnn_backward,
-    ("attention", "compile", None): flex,
-    ("attention_backward", "compile", None): flex_backward,
+MAKERS = {  # (kernel, column) -> maker
+    ("dequantize_nf4", "bitsandbytes"): bitsandbytes_dequantize,
+    ("adamw_8bit_", "bitsandbytes"): bitsandbytes_adamw_8bit,
+    ("rms_norm", "Liger"): liger_rms_norm,
+    ("add_rms_norm_", "Liger"): liger_add_rms_norm,
+    ("rms_norm_backward", "Liger"): liger_rms_norm_backward,
+    ("rope_", "Liger"): liger_rope,
+    ("swiglu", "Liger"): liger_swiglu,
+    ("swiglu_backward", "Liger"): liger_swiglu_backward,
+    ("linear_cross_entropy", "Liger"): liger_linear_cross_entropy,
+    ("attention", "flash"): flash,
+    ("attention_backward", "flash"): flash_backward,
+    ("attention", "cuDNN"): cudnn,
+    ("attention_backward", "cuDNN"): cudnn_backward,
+    ("attention", "compile"): flex,
+    ("attention_backward", "compile"): flex_backward,
 }

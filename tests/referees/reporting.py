@@ -1,4 +1,4 @@
-"""What the commands among the tests share: processes of their own, tables, where and with what something ran."""
+"""Shared by exactness.py and loss_curves.py: child processes, tables, the machine and versions."""
 
 import os
 import subprocess
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth")
 
 
 def about() -> dict[str, str]:
-    """GPU, date and versions."""
+    """Return the GPU, the date and the versions."""
     found = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
     found["date"] = time.strftime("%Y-%m-%d")
     for package in PACKAGES:
@@ -25,15 +27,18 @@ def about() -> dict[str, str]:
     return found
 
 
+def as_text(about: dict[str, str]) -> str:
+    """Return the result of `about` as a line."""
+    return ", ".join(f"{name} {value}" for name, value in about.items())
+
+
 def run_self(
     *args: str | Path, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess:
-    """exactness.py once more, in a process of its own."""
-    folder = Path(__file__).resolve().parent
-    path = os.pathsep.join(filter(None, [str(folder.parents[1]), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(folder / "exactness.py"), *map(str, args)]
+    """Run a command of exactness.py in a process of its own."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        command,
+        [sys.executable, str(FOLDER / "exactness.py"), *map(str, args)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
@@ -41,16 +46,23 @@ def run_self(
     )
 
 
-def checked(process: subprocess.CompletedProcess) -> None:
+def require_success(process: subprocess.CompletedProcess) -> None:
+    """Raise ValueError with the last line of its stderr if a process failed."""
     if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"{' '.join(process.args[2:5])} failed: {last}")
+        raise ValueError(f"{' '.join(process.args[2:5])} failed: {last_line(process)}")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def last_line(process: subprocess.CompletedProcess) -> str:
+    """Return the last line of a process's stderr."""
+    return (process.stderr.strip().splitlines() or ["no message"])[-1]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def seeded(seed: int) -> torch.Generator:
+    """Return a generator on the CPU."""
     return torch.Generator().manual_seed(seed)

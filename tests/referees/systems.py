@@ -1,21 +1,24 @@
-"""Systems that train the same adapter on the same NF4 weights: minitune, and those it is held against.
+"""Systems that train the same adapter on the same NF4 weights: minitune and its referees.
 
-    minitune, minitune-triton   bf16 through the kernels on a GPU, float32 without one; "triton": own attention only
-    minitune-cpu                float32 on the CPU, every operation its PyTorch reference
-    hf                          transformers + PEFT + bitsandbytes under bf16 autocast
-    unsloth                     Unsloth, which wants a GPU
-    reference                   transformers + PEFT in float32, on the NF4 weights as bitsandbytes dequantises them: to
-                                bf16, as the others use them, or without a GPU to float32
+    minitune         bf16 through the kernels on a GPU, float32 without one
+    minitune-triton  the same with our own attention only
+    minitune-cpu     float32 on the CPU, every operation its PyTorch reference
+    hf               transformers + PEFT + bitsandbytes under bf16 autocast
+    unsloth          Unsloth, which needs a GPU
+    reference        transformers + PEFT in float32, on NF4 weights that bitsandbytes dequantised to
+                     bf16, as the others use them, or to float32 without a GPU
     plain-bf16, plain-float64   PlainLlama: the same model in plain autograd operations
 
-Each loads the same 16-bit folder and quantises it in its own way; quantisers pick the neighbouring code of a scale now
-and then. So `quantise` writes one set of NF4 tensors to a file, and `load` copies these over what each system has, in
-place: from there on all of them have the same weights to the bit, and `digest` shows it. Likewise the adapter: r = 16,
-alpha = 32, on all seven linears of every layer, its values drawn from a seed of each tensor's own.
+Each system loads the same 16-bit folder and quantises it itself. Quantisers now and then choose a
+neighbouring code of a scale. So `write_nf4` writes one set of NF4 tensors to a file, and `load`
+copies it into each system in place. From then on all have the same weights to the bit; `digest`
+shows it. The adapter has r = 16 and alpha = 32, on all seven linears of every layer. A seed of each
+tensor's own draws its values.
 """
 
 import contextlib
 import hashlib
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,33 +30,51 @@ from plain_llama import PlainLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitune import FastLanguageModel
-from minitune.config.architectures import LORA_TARGETS
+from minitune import FastLanguageModel, LanguageModel
 from minitune.data.batching import collate
 from minitune.data.tokenize_dataset import Sample
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW
-from referees.peers import OFFLINE, load_nf4
+from referees.peers import OFFLINE
 
 R, ALPHA = 16, 32
 NF4_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
 
 
+class TorchAdamW:
+    """PyTorch's AdamW with the interface of FlatAdamW."""
+
+    def __init__(self, parameters):
+        self._optimizer = torch.optim.AdamW(
+            parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        )
+        self.zero_grad = self._optimizer.zero_grad
+
+    def step(self, lr: float) -> None:
+        """Update the parameters."""
+        self._optimizer.param_groups[0]["lr"] = lr
+        self._optimizer.step()
+
+
 @dataclass
 class System:
-    """A model with its adapter. Names are those of the checkpoint: model.layers.0.self_attn.q_proj.lora_A.weight."""
+    """A model with its adapter, under the names of the checkpoint.
+
+    parameters: model.layers.0.self_attn.q_proj.lora_A.weight and so on.
+    nf4: the tensors that the model computes with, model.layers.0.self_attn.q_proj.packed and so on.
+    loss: ids (B, T) -> mean loss under autograd, every token a label.
+    backward: ids -> the same loss, detached; adds to .grad. Default: autograd's.
+    optimizer: returns an optimizer with zero_grad() and step(lr). Default: torch's AdamW.
+    many_steps: returns a context manager for many steps.
+    """
 
     model: Any
     parameters: dict[str, Tensor]
-    nf4: dict[
-        str, Tensor
-    ]  # what the model computes with, under model.layers.0.self_attn.q_proj.packed and so on
-    loss: Callable[[Tensor], Tensor]  # ids (B, T) -> mean loss, every token a label, under autograd
-    backward: Callable[[Tensor], Tensor] | None = None  # the same, detached; adds to .grad
-    optimizer: Callable[[], Any] | None = None  # with zero_grad() and step(lr)
-    working: Callable[[], contextlib.AbstractContextManager] = (
-        contextlib.nullcontext
-    )  # around many steps
+    nf4: dict[str, Tensor]
+    loss: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor], Tensor] | None = None
+    optimizer: Callable[[], Any] | None = None
+    many_steps: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def __post_init__(self):
         self.backward = self.backward or self._autograd
@@ -65,49 +86,44 @@ class System:
         return loss.detach()
 
     def set_adapter(self, values: dict[str, Tensor]) -> None:
+        """Copy these values into the adapter.
+
+        Raises: ValueError if the names are not those of the adapter.
+        """
         if values.keys() != self.parameters.keys():
-            raise ValueError(
-                f"the adapters differ in {sorted(values.keys() ^ self.parameters.keys())[:3]}"
-            )
+            differing = sorted(values.keys() ^ self.parameters.keys())[:3]
+            raise ValueError(f"the adapters differ in {differing}")
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(values[name])
 
     def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of the adapter by name."""
         return {name: p.shape for name, p in self.parameters.items()}
 
 
-class TorchAdamW:
-    def __init__(self, parameters):
-        self._optimizer = torch.optim.AdamW(
-            parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
-        )
-        self.zero_grad = self._optimizer.zero_grad
+def random_adapter(shapes: dict[str, torch.Size], seed: int, trained: bool) -> dict[str, Tensor]:
+    """Return an adapter drawn from a seed.
 
-    def step(self, lr: float) -> None:
-        self._optimizer.param_groups[0]["lr"] = lr
-        self._optimizer.step()
-
-
-def drawn_adapter(shapes: dict[str, torch.Size], seed: int, trained: bool) -> dict[str, Tensor]:
-    """An adapter from a seed: as it begins, or with `trained` as if it had been trained, B not zero."""
+    trained: False for PEFT's initial values, where B is zero; True for a B that is not.
+    """
     values = {}
     for i, (name, shape) in enumerate(sorted(shapes.items())):
         generator = torch.Generator().manual_seed(100_003 * seed + i)
         if "lora_A" in name and not trained:
-            bound = shape[1] ** -0.5  # as PEFT begins: Kaiming uniform with a = sqrt 5
+            bound = shape[1] ** -0.5  # Kaiming uniform with a = sqrt 5, as PEFT draws it
             values[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
         elif "lora_A" in name:
             values[name] = torch.randn(shape, generator=generator) * shape[1] ** -0.5
+        elif trained:
+            values[name] = 0.02 * torch.randn(shape, generator=generator)
         else:
-            values[name] = (
-                0.02 * torch.randn(shape, generator=generator) if trained else torch.zeros(shape)
-            )
+            values[name] = torch.zeros(shape)
     return values
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """Equal for equal names and bits."""
+    """Return a digest that is equal for equal names and bits."""
     found = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         found.update(name.encode())
@@ -115,38 +131,44 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def quantise(folder: str | Path, path: Path, device: str) -> None:
-    """Write the NF4 tensors that minitune's quantiser makes of a 16-bit folder on `device`."""
+def write_nf4(folder: str | Path, path: Path, device: str) -> None:
+    """Quantise a 16-bit folder with minitune on `device`, and write the NF4 tensors."""
     model, _ = FastLanguageModel.from_pretrained(folder, device=device)
     save_file({name: t.cpu().contiguous() for name, t in _nf4_of_minitune(model).items()}, path)
 
 
 def load(name: str, folder: str | Path, nf4: Path, max_tokens: int) -> System:
-    """One of the systems, in this process, on the GPU where there is one. Its adapter is still to be set."""
+    """Return a system with the NF4 tensors of a file, on the GPU if there is one.
+
+    Its adapter is still to be set.
+
+    Raises: ValueError if the system's library is not installed.
+    """
     tensors = load_file(nf4)
     if name.startswith("plain"):
         return _plain(name, folder, tensors, max_tokens)
     if name.startswith("minitune"):
         system = _minitune(name, folder, max_tokens)
-    elif name == "unsloth":
-        system = _unsloth(folder, max_tokens)
-    else:
-        system = _hf(folder, tensors, exact=name == "reference")
-    _overwrite(system.nf4, tensors)
-    return system
+        overwrite_nf4(system.nf4, tensors)
+        return system
+    try:
+        library = importlib.import_module(f"referees.system_{'hf' if name != 'unsloth' else name}")
+    except ImportError as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from None
+    return library.load(name, folder, tensors, max_tokens)
 
 
-def _overwrite(nf4: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+def overwrite_nf4(nf4: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Copy `tensors` into `nf4` in place.
+
+    Raises: ValueError if the names differ.
+    """
     if nf4.keys() != tensors.keys():
-        raise ValueError(
-            f"the quantised linears differ in {sorted(nf4.keys() ^ tensors.keys())[:3]}"
-        )
+        differing = sorted(nf4.keys() ^ tensors.keys())[:3]
+        raise ValueError(f"the quantised linears differ in {differing}")
     with torch.no_grad():
         for name, t in nf4.items():
             t.copy_(tensors[name].view_as(t))
-
-
-# ---- minitune
 
 
 def _minitune(name: str, folder: str | Path, max_tokens: int) -> System:
@@ -158,6 +180,7 @@ def _minitune(name: str, folder: str | Path, max_tokens: int) -> System:
     )
     FastLanguageModel.get_peft_model(model, r=R, lora_alpha=ALPHA, use_gradient_checkpointing=False)
     parameters, micro = dict(model.trainable_parameters()), MicroStep(model)
+    on_cpu = model.device.type == "cpu"
 
     def backward(ids: Tensor) -> Tensor:
         batch = collate([Sample(row, row) for row in ids.tolist()])
@@ -167,16 +190,14 @@ def _minitune(name: str, folder: str | Path, max_tokens: int) -> System:
         model,
         parameters,
         _nf4_of_minitune(model),
-        lambda ids: model(input_ids=ids, labels=ids).loss,
-        backward,
-        lambda: FlatAdamW(list(parameters.values())),
-        model.resident_weights_where_they_fit
-        if model.device.type == "cpu"
-        else contextlib.nullcontext,
+        loss=lambda ids: model(input_ids=ids, labels=ids).loss,
+        backward=backward,
+        optimizer=lambda: FlatAdamW(list(parameters.values())),
+        many_steps=model.resident_weights_where_they_fit if on_cpu else contextlib.nullcontext,
     )
 
 
-def _nf4_of_minitune(model) -> dict[str, Tensor]:
+def _nf4_of_minitune(model: LanguageModel) -> dict[str, Tensor]:
     return {
         f"{name}.{part}": getattr(linear.nf4, part)
         for name, linear in model.linears()
@@ -186,12 +207,12 @@ def _nf4_of_minitune(model) -> dict[str, Tensor]:
 
 def _plain(name: str, folder: str | Path, tensors: dict[str, Tensor], max_tokens: int) -> System:
     system = _minitune("minitune", folder, max_tokens)
-    _overwrite(system.nf4, tensors)
+    overwrite_nf4(system.nf4, tensors)
     plain = PlainLlama(system.model, torch.float64 if name == "plain-float64" else torch.bfloat16)
     device = system.model.device
 
     def backward(ids: Tensor) -> Tensor:
-        """A sample at a time: the scores of all heads and layers are kept, and in float64."""
+        # One sample at a time: the scores of all heads and layers are saved, in float64 too.
         total = 0
         for row in ids.to(device):
             loss = plain.loss([(row, row)]) / len(ids)
@@ -205,102 +226,6 @@ def _plain(name: str, folder: str | Path, tensors: dict[str, Tensor], max_tokens
     return System(system.model, plain.adapter, system.nf4, loss, backward)
 
 
-# ---- the others
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _hf(folder: str | Path, tensors: dict[str, Tensor], exact: bool) -> System:
-    """transformers + PEFT: on bitsandbytes' linears under bf16 autocast, or `exact`, dense and in float32."""
-    from bitsandbytes.functional import dequantize_4bit
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = load_nf4(folder)
-    nf4 = _nf4_of_bitsandbytes(model)
-    if exact:
-        _overwrite(nf4, tensors)
-        torch.set_float32_matmul_precision("highest")
-        quantised = dict(model.named_modules())
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
-        model.to(_device())
-        for name, linear in model.named_modules():
-            if name.rsplit(".", 1)[-1] in LORA_TARGETS:
-                w = quantised[name].weight
-                w.quant_state.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-                linear.weight.data = dequantize_4bit(w.data, w.quant_state).float()
-        del quantised
-    lora = LoraConfig(
-        r=R,
-        lora_alpha=ALPHA,
-        target_modules=list(LORA_TARGETS),
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    return _with_peft(get_peft_model(model, lora), nf4, autocast=not exact)
-
-
-def _unsloth(folder: str | Path, max_tokens: int) -> System:
-    from unsloth import FastLanguageModel as Unsloth
-
-    model, _ = Unsloth.from_pretrained(
-        model_name=str(folder), max_seq_length=max_tokens, dtype=torch.bfloat16, load_in_4bit=True
-    )
-    model = Unsloth.get_peft_model(
-        model,
-        r=R,
-        lora_alpha=ALPHA,
-        target_modules=list(LORA_TARGETS),
-        lora_dropout=0,
-        bias="none",
-        use_gradient_checkpointing="unsloth",
-        random_state=0,
-    )
-    return _with_peft(model, _nf4_of_bitsandbytes(model), autocast=True)
-
-
-def _with_peft(model: Any, nf4: dict[str, Tensor], autocast: bool) -> System:
-    model.train()
-    model.config.use_cache = False
-    parameters = {_plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-    for p in parameters.values():
-        p.data = p.data.float()
-
-    def loss(ids: Tensor) -> Tensor:
-        ids = ids.to(_device())
-        with torch.autocast(_device(), dtype=torch.bfloat16, enabled=autocast):
-            return model(input_ids=ids, labels=ids).loss
-
-    return System(model, parameters, nf4, loss)
-
-
-def _nf4_of_bitsandbytes(model: Any) -> dict[str, Tensor]:
-    from bitsandbytes.nn import Linear4bit
-
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            state = module.weight.quant_state
-            parts = (module.weight.data, state.absmax, state.state2.absmax, state.offset)
-            found |= {
-                f"{_plain_name(name)}.{part}": t for part, t in zip(NF4_PARTS, parts, strict=True)
-            }
-    return found
-
-
-def _plain_name(name: str) -> str:
-    """Of PEFT's names, those of the checkpoint."""
-    return (
-        name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default.", ".")
-    )
-
-
 def stay_offline() -> None:
-    """To be called before a system is loaded: it is then that the other libraries are imported, and read this."""
+    """Forbid the libraries any download. They read the environment when they are imported."""
     os.environ.update(OFFLINE)
