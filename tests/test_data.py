@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from minitune.data.tokenize_dataset import Sample, load_dataset, prepare
+from minitune.data.jsonl import load_dataset
+from minitune.data.record_formats import Sample
+from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.data.tokenizer import Tokenizer as OurTokenizer
 
 PAIR = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Four é."}]
@@ -87,7 +89,7 @@ def trained(sample, tokenizer):
 
 
 def one(record, tokenizer, max_length=500, **options):
-    prepared = prepare([record], tokenizer, max_length, **options)
+    prepared = tokenize_dataset([record], tokenizer, max_length, **options)
     for sample in prepared.samples:
         assert len(sample.labels) == len(sample.input_ids)
         pairs = zip(sample.labels, sample.input_ids, strict=True)
@@ -321,8 +323,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_by_line_and_trains_on
     with pytest.raises(
         ValueError, match=r"turns.jsonl:2: the chat template renders .* message 3 differently"
     ):
-        prepare(path, tokenizer, 500)
-    assert len(prepare(path, tokenizer, 500, assistant_only_loss=False).samples) == 1
+        tokenize_dataset(path, tokenizer, 500)
+    assert len(tokenize_dataset(path, tokenizer, 500, assistant_only_loss=False).samples) == 1
 
 
 def test_an_empty_answer_inside_a_token_trains_on_nothing(make):
@@ -330,7 +332,7 @@ def test_an_empty_answer_inside_a_token_trains_on_nothing(make):
         "{{ messages[0].content }} ma{% generation %}{{ messages[1].content }}{% endgeneration %}ny"
     )
     with pytest.raises(ValueError, match="none of its 1 samples has a token to train on"):
-        prepare([{"messages": [PAIR[0], {"role": "assistant", "content": ""}]}], tokenizer, 100)
+        tokenize_dataset([{"messages": [PAIR[0], {"role": "assistant", "content": ""}]}], tokenizer, 100)
 
 
 def test_every_byte_of_a_character_that_sentencepiece_does_not_know_is_trained_on(tmp_path):
@@ -359,7 +361,7 @@ def test_every_byte_of_a_character_that_sentencepiece_does_not_know_is_trained_o
 def test_truncation_keeps_the_beginning_and_samples_without_a_label_are_counted(make):
     tokenizer = make()
     records = [{"text": "How many?" * 20}, {"messages": PAIR}, {"text": "Four"}, {"input_ids": []}]
-    prepared = prepare(records, tokenizer, 10)
+    prepared = tokenize_dataset(records, tokenizer, 10)
     assert [len(sample.input_ids) for sample in prepared.samples] == [
         10,
         len(tokenizer.encode("Four<|end|>")),
@@ -371,12 +373,12 @@ def test_truncation_keeps_the_beginning_and_samples_without_a_label_are_counted(
 def test_a_label_on_the_first_token_alone_is_no_label(make):
     tokenizer = make()
     with pytest.raises(ValueError, match="none of its 1 samples has a token to train on"):
-        prepare([{"input_ids": [5, 6], "labels": [5, -100]}], tokenizer, 10)
+        tokenize_dataset([{"input_ids": [5, 6], "labels": [5, -100]}], tokenizer, 10)
 
 
 def test_progress_reaches_the_number_of_records_in_order(make):
     calls, tokenizer = [], make()
-    prepared = prepare(
+    prepared = tokenize_dataset(
         [{"text": str(i)} for i in range(2500)], tokenizer, 9, progress=lambda *at: calls.append(at)
     )
     assert calls == [(1000, 2500), (2000, 2500), (2500, 2500)]
@@ -466,7 +468,7 @@ def test_a_wrong_line_is_named_by_file_and_number(make, tmp_path, line, message)
     path = tmp_path / "orders.jsonl"
     path.write_text(f'\ufeff{{"text": "fine"}}\n\n{line}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: .*{message}"):
-        prepare(path, make(), 100)
+        tokenize_dataset(path, make(), 100)
 
 
 @pytest.mark.parametrize(
@@ -512,16 +514,16 @@ def test_a_wrong_line_is_named_by_file_and_number(make, tmp_path, line, message)
 )
 def test_a_record_that_cannot_be_trained_on_as_asked_is_refused(make, record, options, message):
     with pytest.raises(ValueError, match=message):
-        prepare([record], make(), 100, **options)
+        tokenize_dataset([record], make(), 100, **options)
 
 
 def test_nothing_left_after_cutting_names_the_length_to_raise(make):
     with pytest.raises(
         ValueError, match=r"none of its 1 samples .* 1 of them were cut to max_length 5: raise it"
     ):
-        prepare([{"messages": PAIR}], make(), 5)
+        tokenize_dataset([{"messages": PAIR}], make(), 5)
     with pytest.raises(ValueError, match="max_length is 1"):
-        prepare([{"messages": PAIR}], make(), 1)
+        tokenize_dataset([{"messages": PAIR}], make(), 1)
 
 
 def test_a_file_that_is_missing_empty_or_not_utf8_is_named(tmp_path):

@@ -12,7 +12,8 @@ from tiny import make_tiny_model
 from minitune import FastLanguageModel
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.data.batching import collate
-from minitune.data.tokenize_dataset import load_dataset, prepare
+from minitune.data.jsonl import load_dataset
+from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.gguf.export import export_gguf
 
 DEMO = Path(__file__).parents[1] / "scripts" / "demonstration"
@@ -62,7 +63,7 @@ def test_llama_cpp_computes_what_transformers_does_on_the_merged_folder(tmp_path
 def train_a_little(model, tokenizer, steps=5, rows=3):
     """Take a few optimizer steps on the demonstration; answers become JSON, not yet right."""
     records = [record for _, record in load_dataset(DEMO / "train.jsonl")[: steps * rows]]
-    samples = prepare(records, tokenizer, 256).samples
+    samples = tokenize_dataset(records, tokenizer, 256).samples
     optimizer = torch.optim.AdamW([p for _, p in model.trainable_parameters()], lr=3e-3)
     with model.resident_weights():
         for step in range(steps):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitune.data.tokenize_dataset import load_dataset
+from minitune.data.jsonl import load_dataset
 
 ROOT = Path(__file__).parent.parent
 

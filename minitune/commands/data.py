@@ -15,7 +15,7 @@ from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.data.record_formats import Sample
-from minitune.data.tokenize_dataset import TokenizedDataset, prepare
+from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
@@ -34,7 +34,7 @@ def _run(argv: Sequence[str] | None, program: str) -> None:
     if max_length is None:
         max_length = min(2048, ModelConfig.from_folder(folder).max_position_embeddings)
     tokenizer = Tokenizer.from_folder(folder)
-    dataset = prepare(arguments.data, tokenizer, max_length)
+    dataset = tokenize_dataset(arguments.data, tokenizer, max_length)
     print(counts(dataset))
     for number, sample in enumerate(dataset.samples[: arguments.show], 1):
         print(f"\n--- sample {number}\n{marked_text(sample, tokenizer)}")

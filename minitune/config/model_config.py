@@ -1,11 +1,11 @@
 """The shape of a model: config.json, checked and without the differences of its versions."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minitune.atomic_files import read_json
 from minitune.config.architectures import (
     ARCHITECTURES,
     LAYER_LINEARS,
@@ -119,20 +119,13 @@ class ModelConfig:
         Raises: ValueError that names the field if the model is not one that this code runs.
         """
         path = Path(folder) / "config.json"
-        if not path.is_file():
-            if path.with_name("adapter_config.json").is_file():
-                raise ValueError(
-                    f"{folder}: is an adapter; load the model it was trained on, "
-                    "and the adapter onto it"
-                )
+        if not path.is_file() and path.with_name("adapter_config.json").is_file():
             raise ValueError(
-                f"{path}: not found; a model folder holds config.json, *.safetensors "
-                "and a tokenizer"
+                f"{folder}: is an adapter; load the model it was trained on, "
+                "and the adapter onto it"
             )
-        try:
-            raw = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from None
+        hint = "a model folder holds config.json, *.safetensors and a tokenizer"
+        raw = read_json(path, hint=hint)
         try:
             return cls.from_dict(raw)
         except ValueError as error:
@@ -168,8 +161,6 @@ class ModelConfig:
 
 def _architecture(raw: dict) -> Architecture:
     """Return the family of a config.json, after a check of the values that the family fixes."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"holds a {type(raw).__name__}, not an object")
     model_type = raw.get("model_type")
     family = ARCHITECTURES.get(str(model_type))
     if family is None:

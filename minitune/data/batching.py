@@ -1,4 +1,11 @@
-"""TODO docstring."""
+"""Packing: whole samples side by side without padding, in rows, micro-steps and batches.
+
+Positions restart at 0 at each sample, which tells the model the bounds of attention. Nothing
+precedes the first token of a sample, so it is never a target:
+
+    input_ids     a0 a1 a2 b0 b1        labels      -100 -100 a2 -100 b1
+    position_ids   0  1  2  0  1        targets     2
+"""
 
 from bisect import bisect_left, insort
 from collections import deque
@@ -12,7 +19,7 @@ from minitune.data.record_formats import Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed samples: LongTensors of shape (N,), and the number of labels that are predicted."""
+    """Packed samples: int64 tensors of shape (N,), and the number of labels that are predicted."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -21,20 +28,25 @@ class Batch:
 
 
 def pack_rows(samples: Sequence[Sample], max_length: int) -> list[list[int]]:
-    """Indices of the samples of each row of at most `max_length` tokens, whole samples only: best fit decreasing.
+    """Return the indices of the samples of each row: best fit decreasing, as TRL's packing=True.
 
-    The longest sample first, each into the row where it leaves the least room: the rows of TRL's packing=True.
+    The longest sample comes first. Each sample joins the row in which it leaves the least room.
+
+    max_length: tokens of a row.
+
+    Raises: ValueError if a sample is longer than a row.
     """
     rows: list[list[int]] = []
     rows_with: dict[int, deque[int]] = {}  # room left -> rows, the oldest first
-    rooms: list[int] = []  # the keys of rows_with, in order
-    for i in sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids)):
+    rooms: list[int] = []  # the keys of rows_with, ascending
+    for i in _longest_first(samples):
         size = len(samples[i].input_ids)
         if size > max_length:
             raise ValueError(
                 f"sample {i} has {size} tokens and does not fit into a row of {max_length}"
             )
-        if (at := bisect_left(rooms, size)) == len(rooms):
+        at = bisect_left(rooms, size)
+        if at == len(rooms):
             row, room = len(rows), max_length
             rows.append([])
         else:
@@ -43,7 +55,8 @@ def pack_rows(samples: Sequence[Sample], max_length: int) -> list[list[int]]:
             if not rows_with[room]:
                 del rows_with[room], rooms[at]
         rows[row].append(i)
-        if (left := room - size) not in rows_with:
+        left = room - size
+        if left not in rows_with:
             rows_with[left] = deque()
             insort(rooms, left)
         rows_with[left].append(row)
@@ -51,31 +64,39 @@ def pack_rows(samples: Sequence[Sample], max_length: int) -> list[list[int]]:
 
 
 def micro_steps(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    """The samples of one optimizer step in packs of at most `max_tokens` tokens: first fit decreasing.
+    """Return the samples of an optimizer step in micro-steps: first fit decreasing.
 
-    Within a pack they keep their order. A sample longer than `max_tokens` is a pack of its own.
+    The samples of a micro-step stay in order. A sample longer than `max_tokens` is a micro-step of
+    its own.
+
+    max_tokens: tokens of a micro-step.
     """
     packs: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids)):
+    rooms: list[int] = []
+    for i in _longest_first(samples):
         size = len(samples[i].input_ids)
-        pack = next((k for k, left in enumerate(room) if left >= size), len(packs))
+        pack = next((k for k, room in enumerate(rooms) if room >= size), len(packs))
         if pack == len(packs):
             packs.append([])
-            room.append(max_tokens)
+            rooms.append(max_tokens)
         packs[pack].append(i)
-        room[pack] -= size
+        rooms[pack] -= size
     return [[samples[i] for i in sorted(pack)] for pack in packs]
 
 
+def _longest_first(samples: Sequence[Sample]) -> list[int]:
+    return sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
-    """The samples side by side, positions restarting at each."""
+    """Pack samples side by side, with positions that restart at each sample."""
     assert samples, "no samples to put side by side"
-    labels = torch.tensor([label for sample in samples for label in sample.labels])
-    position_ids = torch.cat([torch.arange(len(sample.input_ids)) for sample in samples])
+    input_ids = [token for sample in samples for token in sample.input_ids]
+    labels = [label for sample in samples for label in sample.labels]
+    positions = [torch.arange(len(sample.input_ids)) for sample in samples]
     return Batch(
-        input_ids=torch.tensor([token for sample in samples for token in sample.input_ids]),
-        labels=labels,
-        position_ids=position_ids,
+        input_ids=torch.tensor(input_ids),
+        labels=torch.tensor(labels),
+        position_ids=torch.cat(positions),
         targets=sum(sample.targets for sample in samples),
     )

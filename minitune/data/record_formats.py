@@ -1,172 +1,129 @@
-"""One line of a dataset: its shape is recognised, and it becomes a text with the spans that are trained on.
+"""One record of a dataset becomes a text with the spans that are trained on.
 
-    {"messages": [{"role", "content"}, ...]}     a conversation: the assistant's turns are trained on
+    {"messages": [{"role", "content"}, ...]}     a conversation: trains on the assistant's turns
     {"conversations": [{"from", "value"}, ...]}  the same in ShareGPT's words
-    {"prompt", "completion"}                     two texts, or two lists of messages: the completion is trained on
-    {"instruction", "input", "output"}           Alpaca: a conversation of two turns, or written out without a template
-    {"text"}                                     everything is trained on
-    {"input_ids", "labels"}                      already tokens; without labels everything is trained on, less what
-                                                 completion_mask or assistant_masks hold a 0 for
+    {"prompt", "completion"}                     two texts, or two lists of messages: trains on the
+                                                 completion
+    {"instruction", "input", "output"}           Alpaca: a conversation of two turns, or plain text
+                                                 with headings if there is no chat template
+    {"text"}                                     trains on everything
+    {"input_ids", "labels"}                      tokens; without labels, trains on everything except
+                                                 the zeros of completion_mask and assistant_masks
 
-Whatever is wrong with a line is a ValueError that begins with its file and line number.
+Every error is a ValueError; the caller adds the file and the line number.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from minitune.data.chat_template import Span
+from minitune.data.jsonl import KNOWN_SHAPES, kind_of, parse_json
 from minitune.data.tokenizer import Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
-SHAPES = (
-    '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ..., "input": ..., "output": ...}, '
-    '{"conversations": [...]}, {"text": ...} or {"input_ids": [...], "labels": [...]}'
-)
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
-} | {role: role for role in ("system", "user", "assistant", "tool")}
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids, and beside each its label: the id itself, or -100 where it is not trained on."""
+    """The token ids of a sample, and the label of each: the id itself, or -100 to ignore it."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def targets(self) -> int:
-        """Tokens that are trained on; nothing predicts the first."""
+        """Return the number of trained-on tokens; nothing predicts the first token."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
 class RenderedText:
-    """A text to be encoded. `spans` are the characters trained on, None for all of them; `plain` texts get the
-    special tokens that the tokenizer puts around a text, a rendered conversation brings its own."""
+    """A text that is ready to be encoded.
+
+    spans: the characters that are trained on, or None for all of them.
+    add_special_tokens: True if the tokenizer adds its special tokens around the text. A rendered
+        conversation brings its own.
+    """
 
     text: str
     spans: list[Span] | None
-    plain: bool
+    add_special_tokens: bool
 
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """How records are read; the names and meanings are SFTConfig's. None stands for the default of each shape."""
+    """The choice of labels, under SFTConfig's names. None is the default of each shape."""
 
     assistant_only_loss: bool | None = None
     completion_only_loss: bool | None = None
     dataset_text_field: str = "text"
 
 
-def load_dataset(source: str | Path | Sequence[Mapping]) -> list[tuple[str, Mapping]]:
-    """(origin, record) of every line of a JSONL file, or of every element of a sequence of dicts.
-
-    Raises ValueError for a file that is missing, empty or not UTF-8, and for a line that is not a JSON object.
-    """
-    if not isinstance(source, str | Path):
-        records = [(f"dataset[{i}]", record) for i, record in enumerate(source)]
-    else:
-        records = _read_lines(Path(source))
-    for origin, record in records:
-        if not isinstance(record, Mapping):
-            raise ValueError(f"{origin}: holds {_kind(record)}, not an object; known are {SHAPES}")
-    if not records:
-        raise ValueError(
-            f"{source if isinstance(source, str | Path) else 'dataset'}: holds no record"
-        )
-    return records
-
-
-def _read_lines(path: Path) -> list[tuple[str, object]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a dataset is a JSONL file, one JSON object a line")
-    records = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
-                    records.append((f"{path}:{number}", _json(text)))
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}"
-                ) from None
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}:{number}: {error}; known are, one a line, {SHAPES}"
-                ) from None
-    return records
-
-
-def _json(text: str):
-    """The value that a JSON text stands for. ValueError where it is none, or one that Python does not take in."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply to be read") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"JSON that cannot be read: {str(error).partition(';')[0]}") from None
-
-
 def render_record(
     record: Mapping, tokenizer: Tokenizer, options: LabelOptions
 ) -> RenderedText | Sample:
-    """The record as a text with spans, or as a Sample where it already holds tokens. ValueError says what is wrong."""
+    """Return a record as a text with spans, or as a Sample if it already holds tokens.
+
+    Raises: ValueError if the record has an unknown shape, a wrong value, or no room for an option.
+    """
     if "input_ids" in record:
-        return _tokens(record, tokenizer, options)
+        return _token_sample(record, tokenizer, options)
     if "messages" in record:
-        return _conversation(
-            _messages(record["messages"], "messages"), _tools(record), tokenizer, options
-        )
+        messages = _messages(record["messages"], "messages")
+        return _conversation(messages, _tools(record), tokenizer, options)
     if "conversations" in record:
-        turns = _messages(_from_sharegpt(record["conversations"]), "conversations")
-        return _conversation(turns, _tools(record), tokenizer, options)
+        messages = _messages(_from_sharegpt(record["conversations"]), "conversations")
+        return _conversation(messages, _tools(record), tokenizer, options)
     if "prompt" in record and "completion" in record:
-        if isinstance(record["prompt"], str):
-            return _completion(
-                _text(record, "prompt"), _text(record, "completion"), tokenizer, options
-            )
-        return _conversational_completion(record, tokenizer, options)
+        if not isinstance(record["prompt"], str):
+            return _conversational_completion(record, tokenizer, options)
+        prompt, completion = _text(record, "prompt"), _text(record, "completion")
+        return _completion(prompt, completion, tokenizer, options)
     if options.dataset_text_field in record:
-        _refuse(options.assistant_only_loss, "assistant_only_loss", "conversations")
-        _refuse(options.completion_only_loss, "completion_only_loss", "prompt and completion")
-        text = _with_eos(_text(record, options.dataset_text_field), tokenizer)
-        return RenderedText(text, None, plain=True)
+        return _plain_text(record, tokenizer, options)
     if "instruction" in record and "output" in record:
         return _instruction(record, tokenizer, options)
-    raise ValueError(
-        f"unknown shape with the fields {', '.join(map(str, record)) or '(none)'}; known are {SHAPES}"
-    )
+    fields = ", ".join(map(str, record)) or "(none)"
+    raise ValueError(f"unknown shape with the fields {fields}; known are {KNOWN_SHAPES}")
 
 
 def _conversation(
-    messages: list[dict], tools, tokenizer: Tokenizer, options: LabelOptions
+    messages: list[dict], tools: list | None, tokenizer: Tokenizer, options: LabelOptions
 ) -> RenderedText:
     _refuse(options.completion_only_loss, "completion_only_loss", "prompt and completion")
     if options.assistant_only_loss is False:
-        return RenderedText(tokenizer.template.render(messages, tools=tools), None, plain=False)
-    text, spans = tokenizer.template.render_with_answers(messages, tools)
-    return RenderedText(text, spans, plain=False)
+        text, spans = tokenizer.template.render(messages, tools=tools), None
+    else:
+        text, spans = tokenizer.template.render_with_answers(messages, tools)
+    return RenderedText(text, spans, add_special_tokens=False)
 
 
 def _conversational_completion(
     record: Mapping, tokenizer: Tokenizer, options: LabelOptions
 ) -> RenderedText:
-    prompt, completion = (_messages(record[key], key) for key in ("prompt", "completion"))
-    text, span = tokenizer.template.render_with_completion(prompt, completion, _tools(record))
-    spans = [(0, len(text))] if options.completion_only_loss is False else [span]
+    prompt = _messages(record["prompt"], "prompt")
+    completion = _messages(record["completion"], "completion")
+    tools, template = _tools(record), tokenizer.template
+    text, span = template.render_with_completion(prompt, completion, tools)
+    if options.completion_only_loss is False:
+        span = (0, len(text))
+    spans = [span]
     if options.assistant_only_loss:
-        answers = tokenizer.template.render_with_answers([*prompt, *completion], _tools(record))[1]
-        spans = [(max(begin, spans[0][0]), min(end, spans[0][1])) for begin, end in answers]
-    return RenderedText(text, spans, plain=False)
+        _, answers = template.render_with_answers([*prompt, *completion], tools)
+        spans = [(max(begin, span[0]), min(end, span[1])) for begin, end in answers]
+    return RenderedText(text, spans, add_special_tokens=False)
 
 
 def _completion(
@@ -174,11 +131,15 @@ def _completion(
 ) -> RenderedText:
     _refuse(options.assistant_only_loss, "assistant_only_loss", "conversations")
     text = prompt + _with_eos(completion, tokenizer)
-    return RenderedText(
-        text,
-        None if options.completion_only_loss is False else [(len(prompt), len(text))],
-        plain=True,
-    )
+    spans = None if options.completion_only_loss is False else [(len(prompt), len(text))]
+    return RenderedText(text, spans, add_special_tokens=True)
+
+
+def _plain_text(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
+    _refuse(options.assistant_only_loss, "assistant_only_loss", "conversations")
+    _refuse(options.completion_only_loss, "completion_only_loss", "prompt and completion")
+    text = _with_eos(_text(record, options.dataset_text_field), tokenizer)
+    return RenderedText(text, None, add_special_tokens=True)
 
 
 def _instruction(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
@@ -186,37 +147,31 @@ def _instruction(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -
     extra = _text(record, "input") if record.get("input") is not None else ""
     if tokenizer.chat_template is None:
         middle = f"### Input:\n{extra}\n\n" if extra else ""
-        return _completion(
-            f"### Instruction:\n{instruction}\n\n{middle}### Response:\n",
-            output,
-            tokenizer,
-            options,
-        )
+        prompt = f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+        return _completion(prompt, output, tokenizer, options)
     question = f"{instruction}\n\n{extra}" if extra else instruction
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
     return _conversation(messages, None, tokenizer, options)
 
 
-def _tokens(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> Sample:
+# ---- records that hold tokens
+
+
+def _token_sample(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> Sample:
     ids = _integers(record["input_ids"], "input_ids")
-    loss_rows = record.get("labels") is not None
-    labels = _integers(record["labels"], "labels") if loss_rows else list(ids)
+    has_labels = record.get("labels") is not None
+    labels = _integers(record["labels"], "labels") if has_labels else list(ids)
     if len(ids) != len(labels):
         raise ValueError(
-            f"{len(ids)} input_ids but {len(labels)} labels; each token has one, -100 where not trained on"
+            f"{len(ids)} input_ids but {len(labels)} labels; "
+            "each token has one label, -100 if it is not trained on"
         )
-    known = range(tokenizer.vocab_size)
-    for name, values in (
-        ("input_ids", ids),
-        ("labels", [label for label in labels if label != IGNORE_INDEX]),
-    ):
-        if wrong := [value for value in values if value not in known]:
-            raise ValueError(
-                f"{name} hold {wrong[0]}, but the tokenizer's ids are 0 to {tokenizer.vocab_size - 1}"
-            )
+    _check_ids(ids, "input_ids", tokenizer)
+    _check_ids([label for label in labels if label != IGNORE_INDEX], "labels", tokenizer)
     if 0 in (_mask(record, "attention_mask", len(ids)) or []):
         raise ValueError(
-            '"attention_mask" holds a 0; samples are packed without padding, so leave padded tokens out'
+            '"attention_mask" holds a 0; samples are packed without padding, '
+            "so leave padded tokens out"
         )
     for name, flag, option in (
         ("completion_mask", options.completion_only_loss, "completion_only_loss"),
@@ -224,17 +179,23 @@ def _tokens(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> Sam
     ):
         mask = _mask(record, name, len(ids))
         if mask is None:
-            _refuse(flag and not loss_rows, option, f"{name} or labels")
+            _refuse(flag and not has_labels, option, f"{name} or labels")
         elif flag is not False:
-            labels = [
-                label if trained else IGNORE_INDEX
-                for label, trained in zip(labels, mask, strict=True)
-            ]
+            pairs = zip(labels, mask, strict=True)
+            labels = [label if trained else IGNORE_INDEX for label, trained in pairs]
     return Sample(ids, labels)
 
 
+def _check_ids(ids: list[int], name: str, tokenizer: Tokenizer) -> None:
+    for index in ids:
+        if not 0 <= index < tokenizer.vocab_size:
+            raise ValueError(
+                f"{name} hold {index}, but the tokenizer's ids are 0 to {tokenizer.vocab_size - 1}"
+            )
+
+
 def _mask(record: Mapping, name: str, size: int) -> list[int] | None:
-    """The mask of a record of `size` tokens, None where it has none."""
+    """Return a mask of a record of `size` tokens, or None if the record has no such mask."""
     if record.get(name) is None:
         return None
     mask = _integers(record[name], name)
@@ -245,27 +206,32 @@ def _mask(record: Mapping, name: str, size: int) -> list[int] | None:
     return mask
 
 
-def _integers(values, name: str) -> list[int]:
+def _integers(values: Any, name: str) -> list[int]:
+    """Return a list, tuple, array or tensor of whole numbers as a list."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
         raise ValueError(f'"{name}" is not a list of whole numbers')
     return list(values)
 
 
+# ---- fields of a record
+
+
 def _tools(record: Mapping) -> list | None:
-    """The tools that the template is to describe: a list, or a text that holds it as JSON."""
+    """Return the tools for the template: a list, or a text that holds the list as JSON."""
     tools = record.get("tools")
-    tools = _json(tools) if isinstance(tools, str) else tools
+    if isinstance(tools, str):
+        tools = parse_json(tools)
     if not isinstance(tools, list | None):
-        raise ValueError(f'"tools" is {_kind(tools)}, expected a list')
+        raise ValueError(f'"tools" is {kind_of(tools)}, expected a list')
     return tools
 
 
-def _messages(value, key: str) -> list[dict]:
-    """The messages under `key`, checked: a list of {"role": text, "content": text, or parts, or null}."""
+def _messages(value: Any, key: str) -> list[dict]:
+    """Check and return the messages under `key`: {"role": text, "content": text, parts or null}."""
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(
-            f'"{key}" is {_kind(value)}, expected a list of at least one {{"role", "content"}}'
+            f'"{key}" is {kind_of(value)}, expected a list of at least one {{"role", "content"}}'
         )
     for i, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -274,15 +240,18 @@ def _messages(value, key: str) -> list[dict]:
             )
         if not isinstance(message.get("content"), str | list | None):
             raise ValueError(
-                f'the content of "{key}"[{i}] is {_kind(message["content"])}, expected a text'
+                f'the content of "{key}"[{i}] is {kind_of(message["content"])}, expected a text'
             )
         if message.get("content") is None and "tool_calls" not in message:
             raise ValueError(f'"{key}"[{i}] has no content')
     return [dict(message) for message in value]
 
 
-def _from_sharegpt(turns) -> list:
-    """ShareGPT's {"from": "human", "value": ...} as {"role": "user", "content": ...}; other turns as they are."""
+def _from_sharegpt(turns: Any) -> Any:
+    """Turn {"from": "human", "value": ...} into {"role": "user", "content": ...}.
+
+    Everything else stays as it is; `_messages` checks it.
+    """
     if not isinstance(turns, list | tuple):
         return turns
     messages = []
@@ -298,32 +267,20 @@ def _from_sharegpt(turns) -> list:
 
 
 def _with_eos(text: str, tokenizer: Tokenizer) -> str:
-    """`text` ending in the EOS token, so that the model learns to stop."""
+    """Return `text` ending with the EOS token, from which the model learns to stop."""
     eos = tokenizer.eos_token
     return text if eos is None or text.endswith(eos) else text + eos
 
 
 def _text(record: Mapping, key: str) -> str:
     if not isinstance(record[key], str):
-        raise ValueError(f'"{key}" is {_kind(record[key])}, expected a text')
+        raise ValueError(f'"{key}" is {kind_of(record[key])}, expected a text')
     return record[key]
 
 
 def _refuse(flag: bool | None, name: str, needed: str) -> None:
+    """Raise ValueError if an option is set that the record has no data for."""
     if flag:
         raise ValueError(
-            f"{name}=True needs records with {needed}; leave it out to train on what is there"
+            f"{name}=True needs records with {needed}; leave it out to use the record's default"
         )
-
-
-def _kind(value) -> str:
-    names = {
-        type(None): "null",
-        str: "a text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(
-        type(value), "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
-    )

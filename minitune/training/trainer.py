@@ -28,7 +28,8 @@ from torch import Tensor
 from minitune.config.cli import as_dict
 from minitune.config.training_config import SFTConfig
 from minitune.data.batching import Batch, collate, micro_steps, pack_rows
-from minitune.data.tokenize_dataset import Sample, TokenizedDataset, prepare
+from minitune.data.record_formats import Sample
+from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 from minitune.model.activations import SaveLevel
 from minitune.model.causal_lm import CausalLM
@@ -157,7 +158,7 @@ class SFTTrainer:
     def _prepare(self, source: str | Path | Sequence[dict]) -> TokenizedDataset:
         a = self.args
         with progress_bar("tokenizing") as progress:
-            return prepare(
+            return tokenize_dataset(
                 source,
                 self.processing_class,
                 self.max_length,

@@ -16,7 +16,7 @@ from demonstration import demo  # noqa: E402
 from demonstration.smollm2 import DEFAULT  # noqa: E402
 
 from minitune import FastLanguageModel  # noqa: E402
-from minitune.data.tokenize_dataset import load_dataset  # noqa: E402
+from minitune.data.jsonl import load_dataset  # noqa: E402
 from referees.llama_cpp import LlamaCpp  # noqa: E402
 
 
