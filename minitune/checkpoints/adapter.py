@@ -170,7 +170,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: not found, truncated, or not a safetensors file ({error})"
         ) from None
-    # PEFT's in-memory names hold the adapter's name, "default"; some writers keep it
+    # names out of a PEFT model in memory hold the adapter's name, "default"
     tensors = {
         name.removeprefix(PREFIX).replace(".default.", "."): value for name, value in stored.items()
     }

@@ -4,8 +4,8 @@ writer.py has the bytes, tokenizer_metadata.py the tokenizer's keys. The values 
 merged 16-bit model, and tensors go from the merge to the file one by one. Two things differ from
 Hugging Face's layout, and a file without them loads and generates nonsense:
 
-- llama.cpp's rotary embedding pairs the neighbouring rows 2i and 2i + 1 of a q or k head, instead
-  of i and i + K/2, so the rows are interleaved;
+- llama.cpp's rotary embedding pairs the neighbouring rows 2i and 2i + 1 of a q or k head, not i
+  and i + K/2: the rows are interleaved;
 - llama3's RoPE scaling becomes a tensor, rope_freqs.weight, that divides each frequency.
 
 Norms and biases are always float32. If a tensor's width is not a multiple of the block of a

@@ -23,7 +23,7 @@ from minitune.atomic_files import read_json
 from minitune.data.tokenizer import Tokenizer, check_vocabulary
 from minitune.gguf.writer import MetadataValue
 
-# Token types. Control tokens are never shown; user-defined tokens are matched whole in any text.
+# Token types. Control tokens are never shown; user-defined tokens are matched in any text.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 
