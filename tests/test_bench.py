@@ -17,7 +17,7 @@ from benchmark import records, table
 from benchmark.random_checkpoints import SHAPES, write_random_checkpoint
 from benchmark.step_profile import GROUPS
 
-from minitune.data.tokenize_dataset import prepare
+from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ def test_short_samples_have_the_lengths_that_were_drawn(tmp_path):
         "num_hidden_layers": 1,
     }
     write_random_checkpoint(tmp_path / "m", SHAPES["135m"] | tiny)
-    samples = prepare(texts, Tokenizer.from_folder(tmp_path / "m"), 2048).samples
+    samples = tokenize_dataset(texts, Tokenizer.from_folder(tmp_path / "m"), 2048).samples
     lengths = [len(sample.input_ids) for sample in samples]
     # A letter is a token; the end token follows.
     assert lengths == [len(record["text"]) + 1 for record in texts]
