@@ -53,9 +53,9 @@ def default_host_budget() -> int:
 
 
 def fit_micro_step_tokens(planner: Planner, model: CausalLM, tokens: int, max_seqlen: int) -> int:
-    """Return `tokens`, or as many fewer as it takes to fit into the GPU's memory.
+    """Return `tokens`, halved until the plan of a micro-step fits into the GPU's memory.
 
-    max_seqlen: tokens of the longest sample, which always fits in.
+    max_seqlen: tokens of the longest sample; a micro-step is never smaller.
     """
     if model.device.type == "cpu":
         return tokens
@@ -82,7 +82,11 @@ def retry_on_oom(
 ) -> Result:
     """Return `accumulate()` after `zero_grad()`; retry with smaller plans if memory runs out.
 
+    micro_step: runs the passes of `accumulate`; its planner gets the smaller budgets.
     step: number of the optimizer step, from 1, for the warning.
+
+    Raises: torch.OutOfMemoryError if the plans cannot or may not become smaller. MemoryError if the
+        host refuses memory although nothing is offloaded.
     """
     planner, device = micro_step.planner, micro_step.model.device
     if planner.largest is None and device.type == "cuda":
@@ -99,7 +103,7 @@ def retry_on_oom(
             if planner.host_budget == 0:
                 raise
             plan_anew = partial(_plan_without_host, planner, str(error))
-        # out of the except block nothing holds the failed step's tensors
+        # Outside of the except block nothing refers to the failed step's tensors.
         micro_step.close()
         plan_anew()
     zero_grad()
@@ -109,7 +113,7 @@ def retry_on_oom(
 def run_in_graph_pool(micro_step: MicroStep, work: Callable[[], Result]) -> Result:
     """Run `work` in the CUDA graphs' pool.
 
-    On out-of-memory, drop graphs and resident weights and run it again.
+    If memory runs out, drop graphs and resident weights and run `work` again.
     """
     with contextlib.suppress(torch.OutOfMemoryError), micro_step.memory_pool():
         return work()
@@ -118,16 +122,18 @@ def run_in_graph_pool(micro_step: MicroStep, work: Callable[[], Result]) -> Resu
 
 
 def _plan_with_less(planner: Planner, device: torch.device, step: int) -> None:
-    planned = "" if planner.largest is None else f"{_gib(planner.largest.peak)} were planned and "
+    """Plan within a sixth less memory from now on, and warn."""
+    planned = "" if planner.largest is None else f"{_gib(planner.largest.peak)} of "
     before, after = planner.plan_with_less(device)
     warnings.warn(
-        f"{device} is out of memory in step {step}, though {planned}{_gib(before)} expected; "
-        f"trying the step again with a plan for {_gib(after)}",
+        f"{device} is out of memory in step {step}, although {planned}{_gib(before)} were planned; "
+        f"trying the step again within {_gib(after)}",
         stacklevel=3,
     )
 
 
 def _plan_without_host(planner: Planner, reason: str) -> None:
+    """Offload nothing from now on, and warn."""
     planner.plan_without_host()
     warnings.warn(
         f"{reason}: activations stay on the GPU or are recomputed, which takes longer", stacklevel=3
@@ -147,7 +153,7 @@ def planned_vs_measured(planner: Planner, device: torch.device) -> str | None:
 def oom_as_value_error(
     planner: Planner, device: torch.device, advice: Callable[[], str]
 ) -> Iterator[None]:
-    """Turn an out-of-memory error of the GPU into a ValueError that says what needs less memory.
+    """Turn an out-of-memory error of the GPU into a ValueError with advice.
 
     advice: returns the step, the settings to lower and the last checkpoint.
     """
@@ -159,4 +165,5 @@ def oom_as_value_error(
 
 
 def _gib(size: int) -> str:
+    """Return a number of bytes as GiB."""
     return f"{size / 2**30:.2f} GiB"
