@@ -1,0 +1,168 @@
+"""Wrong datasets are refused with file, line number and expectation."""
+
+import re
+
+import pytest
+from labelled_records import PAIR
+from tokenizer_files import write_chat_tokenizer
+
+from minitune.data.jsonl import load_dataset
+from minitune.data.tokenize_dataset import tokenize_dataset
+from minitune.data.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Return a tokenizer with a chat template and 295 tokens."""
+    return Tokenizer.from_folder(write_chat_tokenizer(tmp_path / "tokenizer"))
+
+
+KNOWN = r'known are .*{"messages": \[...\]}.*{"input_ids": \[...\], "labels": \[...\]}'
+LINES = [
+    ('{"text": "a"', r"not JSON: Expecting ',' delimiter at column 13; known are"),
+    ('["text"]', f"holds a list, not an object; {KNOWN}"),
+    (
+        '{"question": "a", "answer": "b"}',
+        f"unknown shape with the fields question, answer; {KNOWN}",
+    ),
+    ("{}", rf"unknown shape with the fields \(none\); {KNOWN}"),
+    ('{"prompt": "a"}', "unknown shape with the fields prompt"),
+    ('{"text": 3}', '"text" is a number, expected a text'),
+    ('{"text": null}', '"text" is null, expected a text'),
+    ('{"messages": "a"}', '"messages" is a text, expected a list of at least one'),
+    ('{"messages": []}', '"messages" is a list, expected a list of at least one'),
+    ('{"messages": [{"content": "a"}]}', r'"messages"\[0\] is not a message'),
+    ('{"messages": [{"role": "user"}]}', r'"messages"\[0\] has no content'),
+    (
+        '{"messages": [{"role": "user", "content": 3}]}',
+        r'the content of "messages"\[0\] is a number',
+    ),
+    (
+        '{"conversations": [{"from": "narrator", "value": "a"}]}',
+        "a turn is from 'narrator'; known are human",
+    ),
+    ('{"conversations": [{"from": "gpt"}]}', r'"conversations"\[0\] has no content'),
+    ('{"prompt": "a", "completion": ["b"]}', '"completion" is a list, expected a text'),
+    ('{"prompt": ["a"], "completion": "b"}', r'"prompt"\[0\] is not a message'),
+    ('{"instruction": "a", "output": {}}', '"output" is a dict, expected a text'),
+    ('{"text": "a\\ud800"}', "surrogates not allowed"),
+    (
+        '{"messages": [{"role": "user", "content": "a"}], "tools": 3}',
+        '"tools" is a number, expected a list',
+    ),
+    ('{"input_ids": [1, 2], "labels": [1]}', "2 input_ids but 1 labels"),
+    ('{"input_ids": [1, 2.5]}', '"input_ids" is not a list of whole numbers'),
+    ('{"input_ids": [1, 300]}', "input_ids hold 300, but the tokenizer's ids are 0 to 294"),
+    ('{"input_ids": [1, 2], "labels": [-1, 2]}', "labels hold -1, but"),
+    (
+        '{"input_ids": [1, 2], "attention_mask": [1, 0]}',
+        '"attention_mask" holds a 0; .* leave padded tokens out',
+    ),
+    (
+        '{"input_ids": [1, 2], "attention_mask": [1]}',
+        '"attention_mask" is not a list of 2 zeros and ones',
+    ),
+    (
+        '{"input_ids": [1, 2], "completion_mask": [1, 2]}',
+        '"completion_mask" is not a list of 2 zeros and ones',
+    ),
+    (
+        '{"input_ids": [1, 2], "assistant_masks": "10"}',
+        '"assistant_masks" is not a list of whole numbers',
+    ),
+    (
+        '{"messages": [{"role": "user", "content": '
+        '[{"type": "text", "text": "a"}, {"type": "image"}]}]}',
+        "the content of message 1 has a part 'image'; parts are",
+    ),
+    (
+        '{"messages": [{"role": "user", "content": ["a"]}]}',
+        "the content of message 1 has a part 'a'; parts are",
+    ),
+    (f'{{"text": {"[" * 100_000}', "JSON that is nested too deeply to be read; known are"),
+    (
+        f'{{"text": 1{"0" * 5000}}}',
+        r"JSON that cannot be read: Exceeds the limit \(4300 digits\).*; known are",
+    ),
+    (
+        '{"messages": [{"role": "user", "content": "a"}], "tools": "["}',
+        "not JSON: Expecting value at column 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), LINES)
+def test_a_wrong_line_is_named_by_file_and_number(tokenizer, tmp_path, line, message):
+    path = tmp_path / "orders.jsonl"
+    path.write_text(f'\ufeff{{"text": "fine"}}\n\n{line}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: .*{message}"):
+        tokenize_dataset(path, tokenizer, 100)
+
+
+RECORDS = [
+    (
+        {"text": "a"},
+        {"assistant_only_loss": True},
+        "assistant_only_loss=True needs records with conversations",
+    ),
+    (
+        {"text": "a"},
+        {"completion_only_loss": True},
+        "completion_only_loss=True needs records with prompt and",
+    ),
+    (
+        {"messages": PAIR},
+        {"completion_only_loss": True},
+        "completion_only_loss=True needs records with prompt and",
+    ),
+    (
+        {"prompt": "a", "completion": "b"},
+        {"assistant_only_loss": True},
+        "assistant_only_loss=True needs",
+    ),
+    (
+        {"input_ids": [5, 6]},
+        {"completion_only_loss": True},
+        "needs records with completion_mask or labels",
+    ),
+    (
+        {"input_ids": [5, 6]},
+        {"assistant_only_loss": True},
+        "needs records with assistant_masks or labels",
+    ),
+    ({"messages": PAIR[:1]}, {}, r"dataset: none of its 1 samples has a token to train on\.$"),
+    (
+        {"text": "a"},
+        {"dataset_text_field": "body"},
+        r"dataset\[0\]: unknown shape with the fields text",
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "options", "message"), RECORDS)
+def test_a_record_without_the_data_for_an_option_is_refused(tokenizer, record, options, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize_dataset([record], tokenizer, 100, **options)
+
+
+def test_an_error_about_cut_samples_names_the_length_to_raise(tokenizer):
+    message = r"none of its 1 samples .* 1 of them were cut to max_length 5: raise it"
+    with pytest.raises(ValueError, match=message):
+        tokenize_dataset([{"messages": PAIR}], tokenizer, 5)
+    with pytest.raises(ValueError, match="max_length is 1"):
+        tokenize_dataset([{"messages": PAIR}], tokenizer, 1)
+
+
+def test_a_file_that_is_missing_empty_or_not_utf8_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
+        load_dataset(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: holds no record"):
+        load_dataset(str(tmp_path / "empty.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    with pytest.raises(ValueError, match=r"latin\.jsonl:2: not UTF-8: .* at byte 10"):
+        load_dataset(tmp_path / "latin.jsonl")
+    with pytest.raises(ValueError, match="dataset: holds no record"):
+        load_dataset([])
+    with pytest.raises(ValueError, match=r"dataset\[1\]: holds a text, not an object"):
+        load_dataset([{}, "a"])
