@@ -13,7 +13,8 @@ class PlainLlama:
 
     def __init__(self, model, dtype: torch.dtype):
         self.c, self.dtype = model.config, dtype
-        self.cos, self.sin = model.shared.rotary.cos.to(dtype), model.shared.rotary.sin.to(dtype)
+        rope = model.layer_context.rope
+        self.cos, self.sin = rope.cos.to(dtype), rope.sin.to(dtype)
         self.weights = {
             n: p.detach().to(dtype) for n, p in model.named_parameters() if ".lora_" not in n
         }

@@ -92,7 +92,7 @@ def test_cudnn_attention_is_replayed_as_it_is_launched(tmp_path):
         torch.nn.init.normal_(p, std=0.05)
     batch = collate(random_samples([4096]))
     packed = PackedSequences.from_positions(batch.position_ids)
-    assert model.shared.attention_kwargs(packed)["uniform_seqlen"] == 4096
+    assert model.layer_context.attention_kwargs(packed)["uniform_seqlen"] == 4096
     expected, found = (
         results(MicroStep(model, capture=capture), [batch] * 2)[1] for capture in (False, True)
     )

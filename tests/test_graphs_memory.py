@@ -101,9 +101,9 @@ def test_weights_stay_dequantised_if_memory_is_left(micro_step, model, eager):
         found = results(micro_step, [BATCHES[i] for i in order])
         assert_same_bits(found, [eager[i] for i in order])
     assert micro_step.planner.largest.resident_layers == len(model.model.layers)
-    assert all(fused.resident is not None for fused in model.projections())
+    assert all(fused.resident_weight is not None for fused in model.fused_linears())
     micro_step.close()
-    assert all(fused.resident is None for fused in model.projections())
+    assert all(fused.resident_weight is None for fused in model.fused_linears())
     model.planner.memory_budget = torch.cuda.memory_allocated() + (50 << 20)
     assert_same_bits(results(micro_step, BATCHES), eager)
 

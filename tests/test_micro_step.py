@@ -206,12 +206,14 @@ def test_weights_that_stay_dequantised_change_nothing(tmp_path):
     weights = ResidentWeights(model.dtype, model.device)
     for count in (1, 2, 0):
         layers = model.model.layers
-        wanted = [fused for layer in layers[:count] for fused in layer.projections]
+        wanted = [fused for layer in layers[:count] for fused in layer.fused_linears]
         weights.keep_only(wanted)
         with model.resident_weights():
-            assert all(fused.resident is not None for fused in model.projections())
-        assert [fused for fused in model.projections() if fused.resident is not None] == wanted
-        assert weights.nbytes == sum(fused.resident.nbytes for fused in wanted)
+            assert all(fused.resident_weight is not None for fused in model.fused_linears())
+        assert [
+            fused for fused in model.fused_linears() if fused.resident_weight is not None
+        ] == wanted
+        assert weights.nbytes == sum(fused.resident_weight.nbytes for fused in wanted)
         assert_same_bits(results(micro_step, batches), expected)
 
 
@@ -219,9 +221,9 @@ def test_closing_a_micro_step_releases_the_weights_that_it_kept_dequantised(tmp_
     model = load(make_tiny_model(tmp_path / "m"))
     micro_step = MicroStep(model, capture=False)
     micro_step._passes.keep_resident(2)
-    assert all(fused.resident is not None for fused in model.projections())
+    assert all(fused.resident_weight is not None for fused in model.fused_linears())
     micro_step.close()
-    assert not any(fused.resident is not None for fused in model.projections())
+    assert not any(fused.resident_weight is not None for fused in model.fused_linears())
 
 
 # ---- offloading

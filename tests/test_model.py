@@ -133,7 +133,7 @@ def test_smollm2_in_float32_equals_transformers_and_peft(smollm2):
 
 def test_gradients_equal_a_plain_autograd_llama_in_float64(tmp_path):
     model, _ = load(make_tiny_model(tmp_path / "m", tie=False))
-    model.dtype = model.shared.dtype = torch.float64
+    model.dtype = model.layer_context.dtype = torch.float64
     plain = PlainLlama(model, torch.float64)
     ids, labels = batch(model)
     expected = plain.loss(list(zip(ids, labels, strict=True)))
@@ -277,7 +277,7 @@ def test_resident_weights_change_no_number(tmp_path):
     with model.resident_weights():
         resident = gradients_of(model, input_ids=ids, labels=labels)
     assert torch.equal(plain[1], resident[1])
-    assert all(projection.resident is None for projection in model.projections())
+    assert all(fused.resident_weight is None for fused in model.fused_linears())
 
 
 BAD_CALLS = {

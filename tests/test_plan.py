@@ -198,9 +198,9 @@ def test_sizes_without_a_model_are_those_of_a_model(tmp_path, targets):
         MemoryModel.of(model.config, model.lora, 4, model.device.type),
         model.model.layers[0],
     )
-    assert sizes.lora_columns == tuple(projection.lora_columns for projection in layer.projections)
+    assert sizes.lora_columns == tuple(fused.lora_columns for fused in layer.fused_linears)
     assert sizes.buffers == 4 * sum(
-        math.prod(projection.weight_shape) for projection in layer.projections
+        math.prod(fused.weight_shape) for fused in layer.fused_linears
     )
     assert sizes.adapter == sum(p.numel() for _, p in model.trainable_parameters())
     assert sizes.layers * sizes.of_layer == sum(
@@ -209,8 +209,8 @@ def test_sizes_without_a_model_are_those_of_a_model(tmp_path, targets):
     s = new_residual(torch.randn(40, 64, device=model.device))
     packed = PackedSequences.from_positions(torch.arange(40)).to(model.device)
     for level in (SaveLevel.INPUT, SaveLevel.ATTENTION, SaveLevel.QKV, SaveLevel.ALL):
-        kept = layer.forward_saving(s, packed, model.shared, level)
-        assert sum(t.nbytes for t in kept.tensors() if t is not None) == 40 * sizes.kept(level)
+        kept = layer.forward_saving_(s, packed, model.layer_context, level)
+        assert sum(t.nbytes for t in kept.tensors().values()) == 40 * sizes.kept(level)
 
 
 def test_rates_are_measured_once_and_a_broken_cache_is_measured_again(tmp_path, monkeypatch):

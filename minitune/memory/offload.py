@@ -12,7 +12,8 @@ room for the tensors that wait (`Plan.leaving`).
 """
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,24 +24,24 @@ from minitune.model.activations import Activations
 ALIGN = 512  # bytes
 
 
-def aligned_nbytes(tensors: tuple[Tensor | None, ...]) -> int:
+def aligned_nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the arena that these take."""
-    return sum(-(-t.nbytes // ALIGN) * ALIGN for t in tensors if t is not None)
+    return sum(-(-t.nbytes // ALIGN) * ALIGN for t in tensors)
 
 
 @dataclass
 class _Stored:
-    """A layer's tensors in the arena, and those on the device that they are copied back to."""
+    """A layer's tensors by name, in the arena and on the device that they are copied back to."""
 
-    places: tuple[Tensor | None, ...]
-    returned: tuple[Tensor | None, ...] = ()
+    places: dict[str, Tensor]
+    returned: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class _Leaving:
     """Tensors on the device until they have been copied out, and when that is."""
 
-    tensors: tuple[Tensor | None, ...]
+    tensors: list[Tensor]
     nbytes: int
     done: torch.cuda.Event | None
 
@@ -75,15 +76,15 @@ class ActivationOffloader:
 
     def offload(self, index: int, a: Activations) -> None:
         """Begin to copy out what layer `index` keeps."""
-        tensors, places = a.tensors(), []
+        named = a.tensors()
+        tensors = list(named.values())
         if self._used + aligned_nbytes(tensors) > self.nbytes:
             raise ValueError(
                 f"an arena of {self.nbytes} bytes has no room for layer {index}: plan with more"
             )
-        for t in tensors:
-            places.append(None if t is None else self._place(t))
-        self._stored[index] = _Stored(tuple(places))
-        self._copy(tensors, places)
+        places = {name: self._place(t) for name, t in named.items()}
+        self._stored[index] = _Stored(places)
+        self._copy(tensors, places.values())
         done = None if self._stream is None else self._stream.record_event()
         self._leaving.append(_Leaving(tensors, aligned_nbytes(tensors), done))
 
@@ -97,10 +98,10 @@ class ActivationOffloader:
     def prefetch(self, index: int) -> None:
         """Begin to copy layer `index` back."""
         stored = self._stored[index]
-        stored.returned = tuple(
-            None if t is None else torch.empty_like(t, device=self._device) for t in stored.places
-        )
-        self._copy(stored.places, stored.returned)
+        stored.returned = {
+            name: torch.empty_like(t, device=self._device) for name, t in stored.places.items()
+        }
+        self._copy(stored.places.values(), stored.returned.values())
 
     def restore(self, index: int) -> Activations:
         """What layer `index` kept, for which `fetch` is best called some time before."""
@@ -108,7 +109,7 @@ class ActivationOffloader:
             self.prefetch(index)
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-        return Activations(*self._stored.pop(index).returned, known=True)
+        return Activations(**self._stored.pop(index).returned)
 
     def _place(self, t: Tensor) -> Tensor:
         place = self._arena[self._used : self._used + t.nbytes].view(t.dtype).view(t.shape)
@@ -121,5 +122,4 @@ class ActivationOffloader:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for source, target in zip(sources, targets, strict=True):
-                if source is not None:
-                    target.copy_(source, non_blocking=True)
+                target.copy_(source, non_blocking=True)

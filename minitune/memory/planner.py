@@ -246,7 +246,7 @@ class Planner:
             model,
             len(packed.positions),
             packed.max_seqlen,
-            model.shared.attention_kwargs(packed)["uniform_seqlen"] is not None,
+            model.layer_context.attention_kwargs(packed)["uniform_seqlen"] is not None,
             already_allocated,
             allow_resident_weights,
         )
@@ -271,7 +271,7 @@ class Planner:
         sizes = MemoryModel.of(model.config, model.lora, model.dtype.itemsize, device.type)
         static = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         static -= already_allocated if device.type == "cuda" else 0
-        if not model.shared.weights:  # the dequantisation buffers are not allocated yet
+        if not model.layer_context.weight_buffers:  # the dequantisation buffers are not allocated yet
             static += sizes.buffers
         squares = tokens * min(max_seqlen or tokens, tokens)
         load, parts = Workload(tokens, squares, tokens, cudnn), (("allocated", static),)

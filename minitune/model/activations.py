@@ -1,29 +1,30 @@
-"""Which intermediates of a decoder layer are kept for backward, and which are computed again.
+"""The activations that a decoder layer saves for backward.
 
-The base is frozen, so no weight gradient needs the input of a base linear; only the LoRA branches do, and their inputs
-are cheap to redo. What is worth keeping, in bytes a token a layer for an 8B Llama in bf16 (D 4096, G*K 1024, F 14336),
-each row in addition to those above it:
+The base is frozen, so no weight gradient needs the input of a base linear. Only the LoRA branches
+need their inputs, and these are cheap to recompute. Each level saves its row and all rows above.
+The bytes are per token and layer of an 8B Llama in bf16 (D 4096, G*K 1024, F 14336):
 
-    level  kept                             bytes  computed again in backward
-    -      nothing                                 its input, through the layers below, and all of the next line
-    0      x, the layer's input              8 K   q, k, v, attention, o, gate, up; never down: nothing needs its output
-    1      attention output, its logsumexp  16 K   q, k, v, o, gate, up
-    2      o; q, k, v after RoPE            36 K   gate, up
-    3      gate, up                         92 K   nothing but elementwise operations
+    level      saves                             bytes  recomputed in backward
+    NOTHING    nothing                            0     x from the layers below, and the next line
+    INPUT      x, the layer's input               8 K   q, k, v, attention, o, gate, up
+    ATTENTION  attention's output and logsumexp  16 K   q, k, v, o, gate, up
+    QKV        o; q, k, v after RoPE             36 K   gate, up
+    ALL        gate, up                          92 K   only elementwise operations
 
-What the thin halves of the LoRA branches give, x A^T, is always kept: 0.5 K. Forward and recomputation run the same
-functions (`DecoderLayer.attend`, `until_gate_up`), so every level from 0 on gives the same bits. Layers that keep nothing get their input from x instead of
-the float32 residual stream, rounded once more than in forward.
+Backward never recomputes down_proj, because nothing needs its output. INPUT also saves the LoRA
+activations x A^T, 0.5 K. Recomputation repeats the operations of forward on the same tiles, so all
+levels from INPUT on give the same bits. A layer that saves nothing gets its input from the bf16 x
+below it and not from the float32 residual stream: one more rounding than in forward.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 
 from torch import Tensor
 
 
 class SaveLevel(IntEnum):
-    """What a layer saves for backward, each level in addition to those below it."""
+    """The activations that a layer saves; each level adds to those below it."""
 
     NOTHING = -1
     INPUT = 0
@@ -34,50 +35,55 @@ class SaveLevel(IntEnum):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a layer keeps for backward, and whether it waits in host memory."""
+    """The activations that one layer saves.
+
+    offloaded: True if they go to pinned host memory until backward.
+    """
 
     level: int
     offloaded: bool = False
 
 
+def _saved_from(level: SaveLevel) -> Tensor | None:
+    """Return a field that `level` and the levels above it save."""
+    return field(default=None, metadata={"saved_from": level})
+
+
 @dataclass
 class Activations:
-    """The intermediates of one layer for N packed tokens; None is what has to be computed again.
+    """The activations of one layer for N packed tokens; backward recomputes those that are None.
 
-    R stands for the columns to spare beside the input of a matmul with LoRA branches (linear.py).
+    The letters are those of decoder_layer.py; R is the padded rank of the fused linear in question.
     """
 
-    x: Tensor  # (N, D)
-    h_low: Tensor | None = None  # (N, R), s h A^T of q, k, v
-    attn_low: Tensor | None = None  # (N, R), s attn A^T of o
-    h_mid_low: Tensor | None = None  # (N, R), s h_mid A^T of gate and up
-    m_low: Tensor | None = None  # (N, R), s m A^T of down
-    attn: Tensor | None = None  # (N, H K + R), the output of attention
-    lse: Tensor | None = None  # fp32, a number a row and head
-    o: Tensor | None = None  # (N, D), what attention adds to the residual stream
-    qkv: Tensor | None = None  # (N, (H + 2 G) K), q and k rotated
-    gate_up: Tensor | None = None  # (N, 2 F + R)
-    known: bool = False  # whether what is there has been computed, or is only room for it
+    x: Tensor = field(metadata={"saved_from": SaveLevel.INPUT})  # (N, D), the layer's input
+    qkv_lora: Tensor | None = _saved_from(SaveLevel.INPUT)  # (N, R), scaling * h A^T
+    o_lora: Tensor | None = _saved_from(SaveLevel.INPUT)  # (N, R), scaling * attn A^T
+    gate_up_lora: Tensor | None = _saved_from(SaveLevel.INPUT)  # (N, R), scaling * h_mid A^T
+    down_lora: Tensor | None = _saved_from(SaveLevel.INPUT)  # (N, R), scaling * m A^T
+    attn: Tensor | None = _saved_from(SaveLevel.ATTENTION)  # (N, H K + R), attention's output
+    lse: Tensor | None = _saved_from(SaveLevel.ATTENTION)  # float32, logsumexp of each row and head
+    o: Tensor | None = _saved_from(SaveLevel.QKV)  # (N, D), added to the residual stream
+    qkv: Tensor | None = _saved_from(SaveLevel.QKV)  # (N, (H + 2 G) K), q and k after RoPE
+    gate_up: Tensor | None = _saved_from(SaveLevel.ALL)  # (N, 2 F + R)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, f.name) for f in fields(self) if f.name != "known")
+    def tensors(self) -> dict[str, Tensor]:
+        """Return name -> tensor of the activations that are not None."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: t for name, t in values.items() if t is not None}
 
-    def kept(self, level: int) -> "Activations":
-        """What `level` keeps."""
-        count = (5, 7, 9, 10)[level]
-        return Activations(*self.tensors()[:count], known=True)
+    def saved_by(self, level: SaveLevel) -> "Activations":
+        """Return the activations that `level` saves."""
+        names = {f.name for f in fields(self) if level >= f.metadata["saved_from"]}
+        return Activations(**{name: t for name, t in self.tensors().items() if name in names})
 
     def rows(self, rows: slice) -> "Activations":
-        """Views of some rows of all of them but lse."""
-        tensors = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("lse", "known")
-        }
-        return Activations(
-            **{name: t[rows] for name, t in tensors.items() if t is not None}, known=self.known
-        )
+        """Return views of some rows of every activation except lse, which attention alone reads."""
+        views = {name: t[rows] for name, t in self.tensors().items() if name != "lse"}
+        return Activations(**views)
 
 
-def row_tiles(rows: int, tile: int | None) -> list[slice]:
-    """So many rows in tiles of `tile`, the last one shorter; None: all in one."""
-    tile = tile or max(rows, 1)
-    return [slice(i, min(i + tile, rows)) for i in range(0, rows, tile)]
+def row_tiles(rows: int, tile_rows: int | None) -> list[slice]:
+    """Return the slices that cut `rows` rows into tiles of `tile_rows`; None is a single tile."""
+    step = tile_rows or max(rows, 1)
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]

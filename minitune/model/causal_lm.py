@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.device import free_memory
-from minitune.kernels.backend import accumulator
 from minitune.model.activations import LayerPlan, SaveLevel
-from minitune.model.decoder_layer import DecoderLayer, LayerContext, new_residual
+from minitune.model.autograd import LogitsNode, LossNode
+from minitune.model.decoder_layer import DecoderLayer, new_residual
 from minitune.model.generate import generate
-from minitune.model.layers import Embedding, RMSNorm
+from minitune.model.layers import Embedding, LayerContext, RMSNorm
 from minitune.model.linear import FusedLinear, Linear
 from minitune.model.loss import LossRows, new_logits_buffer, rows_loss
 from minitune.model.packed_sequences import PackedSequences
@@ -85,7 +85,7 @@ class CausalLM(nn.Module):
         )
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.shared = LayerContext(
+        self.layer_context = LayerContext(
             RopeTables.build(config, max_seq_length, device), dtype, attention
         )
         self.lora: LoraConfig | None = None
@@ -164,9 +164,9 @@ class CausalLM(nn.Module):
             )
             levels, packed, tile = self._plan(packed)
             for layer, level in zip(self.model.layers, levels, strict=True):
-                s = layer(s, packed, self.shared, level, tile)
+                s = layer(s, packed, self.layer_context, level, tile)
             if labels is None:
-                logits = _Logits.apply(s, self.model.norm, self.lm_head.weight_as(self.dtype))
+                logits = LogitsNode.apply(s, self.model.norm, self.lm_head.weight_as(self.dtype))
                 if not keep.all():
                     full = logits.new_zeros(keep.numel(), logits.shape[-1])
                     logits = full.index_put(
@@ -183,7 +183,7 @@ class CausalLM(nn.Module):
             denominator = (
                 max(1, len(loss_rows)) if num_items_in_batch is None else num_items_in_batch
             )
-            return Output(loss=_Loss.apply(s, self, loss_rows.to(self.device), denominator))
+            return Output(loss=LossNode.apply(s, self, loss_rows.to(self.device), denominator))
 
     def rows_loss(
         self,
@@ -239,25 +239,24 @@ class CausalLM(nn.Module):
                 f"input_ids reach {int(ids.max())}, but the vocabulary has {self.config.vocab_size} rows"
             )
 
-    def projections(self) -> Iterator[FusedLinear]:
-        return (projection for layer in self.model.layers for projection in layer.projections)
+    def fused_linears(self) -> Iterator[FusedLinear]:
+        """Return the fused linears of all layers, from the first layer on."""
+        return (fused for layer in self.model.layers for fused in layer.fused_linears)
 
     @contextlib.contextmanager
     def resident_weights(self) -> Iterator[None]:
         """Keep every linear as a dense weight in the compute dtype meanwhile: same numbers, nothing to dequantise."""
         weights = ResidentWeights(self.dtype, self.device)
         try:
-            weights.keep_only(self.projections())
+            weights.keep_only(self.fused_linears())
             yield
         finally:
             weights.keep_only(())
 
-    def resident_weights_where_they_fit(self) -> contextlib.AbstractContextManager:
-        """`resident_weights`, if they take less than half of the memory that is free."""
-        fits = (
-            sum(math.prod(p.weight_shape) for p in self.projections()) * self.dtype.itemsize
-            < free_memory(self.device) / 2
-        )
+    def resident_weights_if_they_fit(self) -> contextlib.AbstractContextManager:
+        """Return `resident_weights()` if they take less than half of the free memory."""
+        elements = sum(math.prod(fused.weight_shape) for fused in self.fused_linears())
+        fits = elements * self.dtype.itemsize < free_memory(self.device) / 2
         return self.resident_weights() if fits else contextlib.nullcontext()
 
     def _plan(self, packed: PackedSequences) -> tuple[list[SaveLevel], PackedSequences, int | None]:
@@ -285,36 +284,3 @@ class CausalLM(nn.Module):
         )
 
     generate = generate
-
-
-class _Loss(torch.autograd.Function):
-    """The loss of `labelled_loss`; its gradient is made in the same pass."""
-
-    @staticmethod
-    def forward(ctx, s: Tensor, model: CausalLM, loss_rows: LossRows, denominator):
-        dx = torch.empty_like(s, dtype=model.dtype) if ctx.needs_input_grad[0] else None
-        loss = model.rows_loss(s, loss_rows, denominator, dx)
-        if dx is not None:
-            ctx.save_for_backward(dx)
-        return loss
-
-    @staticmethod
-    def backward(ctx, dloss: Tensor):
-        (dx,) = ctx.saved_tensors
-        return (dx * dloss.to(dx.dtype)).to(accumulator(dx.dtype)), None, None, None
-
-
-class _Logits(torch.autograd.Function):
-    """Final norm and head, for whoever wants the logits themselves."""
-
-    @staticmethod
-    def forward(ctx, s: Tensor, norm: RMSNorm, head: Tensor):
-        h, rstd = norm.from_residual(s, head.dtype)
-        ctx.norm, ctx.head = norm, head
-        ctx.save_for_backward(s, rstd)
-        return h @ head.T
-
-    @staticmethod
-    def backward(ctx, dlogits: Tensor):
-        s, rstd = ctx.saved_tensors
-        return ctx.norm.backward(dlogits @ ctx.head, s, rstd).to(s.dtype), None, None

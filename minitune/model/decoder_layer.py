@@ -1,367 +1,349 @@
-"""The decoder layer, forward and backward written out over the kernels; nothing in it depends on the autograd engine.
+"""The decoder layer, with its forward and backward written out over the kernels.
 
-    h = norm(x);          q, k, v = W h;      q, k = rope(q, k);       attn = attention(q, k, v);   o = Wo attn
-    h_mid = norm(x + o);  gate, up = W h_mid; m = silu(gate) * up;     y = x + o + Wdown m
+    h = norm(x)                       q, k, v = W_qkv h
+    q, k = rope(q), rope(k)           attn = attention(q, k, v)
+    o = W_o attn                      h_mid = norm(x + o)
+    gate, up = W_gate_up h_mid        m = silu(gate) * up
+    y = x + o + W_down m
 
-The residual stream s, which o and Wdown m are added to in place, is float32 from the embedding to the head; x is s
-rounded where the layer begins. Were s rounded at each addition, a 1B Llama's gradients in bf16 would err by 0.0325
-instead of 0.0281 (README). Backward needs no more of s than x.
+Each W is frozen and carries LoRA branches (linear.py). Neither direction depends on the autograd
+engine; autograd.py wraps both for a training loop of the user's own.
 
-Only attention looks from one row to another. What lies before it and after it works on tiles of rows, forward and
-backward, so that the wide tensors (h, gate, up, m and their gradients) exist for one tile at a time. What lies after it
-is done with a tile in one go, from attention's output to y, and back from dy to the gradient of attention's output.
+The residual stream s runs through all layers. It is float32 from the embedding to the head, and
+a layer adds o and W_down m to s in place. x is s rounded to the compute dtype when the layer
+begins, and backward needs only x. Keeping s in float32 lowers the gradient error of a 1B model in
+bf16 from 0.0325 to 0.0281 (README).
 
-Legend: D model width, H query heads, G key/value heads, K head width, F ffn width, R columns to spare (linear.py),
-N rows = tokens of all samples, packed without padding.
+Attention is the only operation that mixes rows. Everything else runs on tiles of rows, in forward
+and backward, so the wide tensors (h, gate, up, m and their gradients) exist for one tile at a time.
+
+Dimension letters, used in all of minitune/model:
+
+    N  rows: the tokens of all samples, packed without padding     n  rows of one tile
+    B  batch size                                                  T  tokens of a sample
+    D  model width                                                 F  width of the MLP
+    H  query heads        G  key/value heads                       K  width of a head
+    V  vocabulary size
+    r  LoRA rank          R  padded rank of a fused linear: the LoRA columns of its buffers
 """
-
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from minitune.config.model_config import ModelConfig
 from minitune.kernels.attention import attention, attention_backward
-from minitune.kernels.attention_common import seqlen_bound
-from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 from minitune.kernels.backend import accumulator
 from minitune.kernels.rope import rope_
 from minitune.kernels.swiglu import swiglu, swiglu_backward
 from minitune.model.activations import Activations, SaveLevel, row_tiles
-from minitune.model.layers import RMSNorm
-from minitune.model.linear import DequantizedLayer, FusedLinear, Linear
+from minitune.model.autograd import DecoderLayerNode
+from minitune.model.layers import Attention, LayerContext, LayerPass, RMSNorm
+from minitune.model.linear import FusedLinear, Linear, LoraGradients
 from minitune.model.packed_sequences import PackedSequences
-from minitune.model.rope import RopeTables
-
-
-class Attention(nn.Module):
-    def __init__(self, c: ModelConfig):
-        super().__init__()
-        self.heads, self.kv_heads, self.width = (
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            c.head_dim,
-        )
-        self.scale = c.head_dim**-0.5
-        self.q_proj = Linear(c.hidden_size, self.heads * self.width, c.attention_bias)
-        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.width, c.attention_bias)
-        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.width, c.attention_bias)
-        self.o_proj = Linear(self.heads * self.width, c.hidden_size, c.attention_bias)
-
-    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views q (N, H, K), k and v (N, G, K) of the first columns of qkv (N, (H + 2G) K or more)."""
-        sizes = (self.heads, self.kv_heads, self.kv_heads)
-        columns = qkv[:, : sum(sizes) * self.width].split([n * self.width for n in sizes], dim=1)
-        return tuple(x.unflatten(1, (n, self.width)) for x, n in zip(columns, sizes, strict=True))
-
-    def as_heads(self, x: Tensor) -> Tensor:
-        """The view (N, H, K) of the first columns of x (N, H K or more)."""
-        return x[:, : self.heads * self.width].unflatten(1, (self.heads, self.width))
-
-
-class MLP(nn.Module):
-    def __init__(self, c: ModelConfig):
-        super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
-
-
-@dataclass
-class LayerContext:
-    """What the layers of a model share: RoPE's tables, the dtype that they compute in, the choice of attention, buffers
-    for the weights at work."""
-
-    rotary: RopeTables
-    dtype: torch.dtype
-    attention: str = "auto"
-    weights: dict[tuple, Tensor] = field(default_factory=dict)
-
-    def attention_kwargs(self, packed: PackedSequences) -> dict[str, int | None]:
-        """What the attention of these samples is told about their lengths; with a `length` it may take cuDNN's."""
-        cudnn = self.attention == "auto" and (packed.uniform_seqlen or 0) >= CUDNN_MIN_LENGTH
-        return {
-            "uniform_seqlen": packed.uniform_seqlen if cudnn else None,
-            "max_seqlen": packed.max_seqlen and seqlen_bound(packed.max_seqlen),
-        }
 
 
 def new_residual(x: Tensor) -> Tensor:
-    """The residual stream that begins with x (N, D), a tensor of its own in the accumulator's dtype."""
+    """Return a residual stream that begins with x (N, D): a copy in the accumulator's dtype."""
     return x.to(accumulator(x.dtype), copy=True)
 
 
 class DecoderLayer(nn.Module):
+    """One decoder layer. The names of its modules are those of the checkpoint's tensors."""
+
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.self_attn = a = Attention(c)
-        self.mlp = m = MLP(c)
+        self.D, self.F = c.hidden_size, c.intermediate_size
+        self.self_attn = Attention(c)
+        self.mlp = nn.Module()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.width = c.hidden_size
-        self.qkv = FusedLinear("qkv", a.q_proj, a.k_proj, a.v_proj)
-        self.o = FusedLinear("o", a.o_proj)
-        self.gate_up = FusedLinear("gate_up", m.gate_proj, m.up_proj)
-        self.down = FusedLinear("down", m.down_proj)
+
+        groups: dict[str, list[Linear]] = {}
+        for shape in c.linears():
+            linear = Linear(shape.in_features, shape.out_features, shape.bias)
+            module, name = shape.name.split(".")  # "self_attn.q_proj"
+            self.get_submodule(module).add_module(name, linear)
+            groups.setdefault(shape.group, []).append(linear)
+        self.qkv = FusedLinear("qkv", groups["qkv"])
+        self.o = FusedLinear("o", groups["o"])
+        self.gate_up = FusedLinear("gate_up", groups["gate_up"])
+        self.down = FusedLinear("down", groups["down"])
 
     @property
-    def projections(self) -> tuple[FusedLinear, ...]:
+    def fused_linears(self) -> tuple[FusedLinear, ...]:
+        """Return the four matmuls of the layer, in the order of forward."""
         return self.qkv, self.o, self.gate_up, self.down
 
     def lora_parameters(self) -> list[nn.Parameter]:
-        """A and B of each adapted linear in turn, the order of the gradients of `backward`."""
-        linears = [linear for projection in self.projections for linear in projection.adapted]
+        """Return A and B of each adapted linear in turn, the order of `backward_`'s gradients."""
+        linears = [linear for fused in self.fused_linears for linear in fused.adapted]
         return [p for linear in linears for p in (linear.lora_A.weight, linear.lora_B.weight)]
 
     def forward(
-        self, s: Tensor, packed: PackedSequences, shared: LayerContext, level: int, tile: int | None
+        self,
+        s: Tensor,
+        packed: PackedSequences,
+        context: LayerContext,
+        level: SaveLevel,
+        tile_rows: int | None,
     ) -> Tensor:
-        """s (N, D) -> (N, D) under autograd; `level` and `tile` as in `run`."""
-        return _DecoderLayer.apply(s, self, packed, shared, level, tile, *self.lora_parameters())
+        """Return the residual stream (N, D) behind the layer, under autograd; s (N, D) stays."""
+        parameters = self.lora_parameters()
+        return DecoderLayerNode.apply(s, self, packed, context, level, tile_rows, *parameters)
 
     # ---- forward
 
-    def forward_saving(
+    def forward_saving_(
         self,
         s: Tensor,
         packed: PackedSequences,
-        shared: LayerContext,
-        level: int,
-        tile: int | None = None,
+        context: LayerContext,
+        level: SaveLevel,
+        tile_rows: int | None = None,
     ) -> Activations:
-        """Take the residual stream s (N, D) through the layer, in place; what is kept of it, as in recompute.Keep.
+        """Run the layer forward, adding to the residual stream s (N, D) in place.
 
-        tile: rows that the parts besides attention take at a time, None for all. Outside of autograd.
+        Return the activations that `level` saves for backward. Autograd does not see this pass.
         """
-        a = self.new_activations(s, shared.dtype)
-        weights = DequantizedLayer(self.projections, shared.weights, shared.dtype, s.device)
-        self.attend(a, packed, shared, weights, tile)
-        if level >= SaveLevel.QKV:
-            a.o = torch.empty_like(a.x)
-        if level >= SaveLevel.ALL:
-            a.gate_up = self.gate_up.new_output(a.x)
-        for rows in row_tiles(len(s), tile):
-            self.output(a.rows(rows), weights, s[rows])
-        return a.kept(level)
-
-    def new_activations(self, s: Tensor, dtype: torch.dtype) -> Activations:
-        """x, which is the residual stream s rounded to dtype, and empty tensors for the low-rank columns."""
-        x = s.to(dtype, copy=True)
-        names = ("h_low", "attn_low", "h_mid_low", "m_low")
-        return Activations(
+        x = s.to(context.dtype, copy=True)  # (N, D)
+        a = Activations(
             x,
-            **{
-                name: p.new_lora_activation(x)
-                for name, p in zip(names, self.projections, strict=True)
-            },
+            qkv_lora=self.qkv.new_lora_activation(x),
+            o_lora=self.o.new_lora_activation(x),
+            gate_up_lora=self.gate_up.new_lora_activation(x),
+            down_lora=self.down.new_lora_activation(x),
         )
+        with context.layer_pass(self.fused_linears, packed, tile_rows) as p:
+            a.qkv = self.compute_qkv(x, p, save_lora_to=a.qkv_lora)
+            a.attn, a.lse = self.compute_attention(a.qkv, p)
+            if level >= SaveLevel.QKV:
+                a.o = torch.empty_like(x)
+            if level >= SaveLevel.ALL:
+                a.gate_up = self.gate_up.new_output(x)
+            for rows in row_tiles(len(s), tile_rows):
+                self.finish_rows_(s[rows], a.rows(rows), p)
+        return a.saved_by(level)
 
-    def attend(
+    def compute_qkv(
         self,
-        a: Activations,
-        packed: PackedSequences,
-        shared: LayerContext,
-        weights: DequantizedLayer,
-        tile: int | None = None,
-    ) -> None:
-        """Compute what `a` lacks of q, k, v and of attention's output."""
-        attn = self.self_attn
-        if a.qkv is None:
-            self.rotated_qkv(a, packed.positions, shared.rotary, weights, tile)
-        if a.attn is None:
-            a.attn = self.o.new_input(a.x)
-            out, attention_kwargs = attn.as_heads(a.attn), shared.attention_kwargs(packed)
-            _, a.lse = attention(
-                *attn.split(a.qkv),
-                packed.start,
-                packed.end,
-                attn.scale,
-                out=out,
-                **attention_kwargs,
-            )
+        x: Tensor,
+        p: LayerPass,
+        *,
+        saved_lora: Tensor | None = None,
+        save_lora_to: Tensor | None = None,
+    ) -> Tensor:
+        """Return q, k and v of x (N, D) side by side, with q and k after RoPE: (N, (H + 2 G) K).
 
-    def rotated_qkv(
-        self,
-        a: Activations,
-        positions: Tensor,
-        rotary: RopeTables,
-        weights: DequantizedLayer,
-        tile: int | None = None,
-    ) -> None:
-        """a.qkv, with q and k rotated."""
-        a.qkv = self.qkv.new_product(a.x)
-        for rows in row_tiles(len(a.x), tile):
-            part = a.rows(rows)
-            h = self.qkv.new_input(part.x)
-            self.input_layernorm(part.x, out=h[:, : self.width])
-            self.qkv.multiply(h, weights[self.qkv], part.h_low, a.known, out=part.qkv)
-        q, k, _ = self.self_attn.split(a.qkv)
-        rope_(q, k, rotary.cos, rotary.sin, positions)
-
-    def output(self, a: Activations, weights: DequantizedLayer, s: Tensor) -> None:
-        """Add o and Wdown m to the stream s (rows, D), from x and attention's output of these rows."""
-        self.until_gate_up(a, weights, s)
-        m = self.down.new_input(a.x)
-        swiglu(*self.halves(a.gate_up), out=m[:, : self.down.in_features])
-        self.down.multiply(m, weights[self.down], a.m_low, a.known, total=s)
-
-    def until_gate_up(
-        self, a: Activations, weights: DequantizedLayer, s: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """o (rows, D), the buffer (rows, D + R) of h_mid, filled, and the norm's statistic (rows,); a.gate_up.
-
-        In forward, o is added to the stream s, and a.o and a.gate_up are filled where there is room for them; in
-        backward they are known then.
+        saved_lora, save_lora_to: LoRA activation (N, R) of W_qkv, as in FusedLinear.forward_.
         """
-        h_mid, o = self.gate_up.new_input(a.x), a.o
-        if o is None or not a.known:
-            o = self.o.multiply(a.attn, weights[self.o], a.attn_low, a.known, out=o)
-        _, rstd = self.post_attention_layernorm.of_sum(a.x, o, s, out=h_mid[:, : self.width])
-        if a.known and a.gate_up is not None:
-            self.gate_up.fill(h_mid, weights[self.gate_up], a.h_mid_low)
-        else:
-            a.gate_up = self.gate_up.new_output(a.x) if a.gate_up is None else a.gate_up
-            product = a.gate_up[:, : self.gate_up.out_features]
-            self.gate_up.multiply(h_mid, weights[self.gate_up], a.h_mid_low, a.known, out=product)
-        return o, h_mid, rstd
+        qkv = self.qkv.new_output_without_lora(x)  # (N, (H + 2 G) K)
+        for rows in row_tiles(len(x), p.tile_rows):
+            h = self.qkv.new_input(x[rows])  # (n, D + R)
+            self.input_layernorm(x[rows], out=h[:, : self.D])
+            self.qkv.forward_(
+                h,
+                p.weights[self.qkv],
+                out=qkv[rows],
+                saved_lora=None if saved_lora is None else saved_lora[rows],
+                save_lora_to=None if save_lora_to is None else save_lora_to[rows],
+            )
+        q, k, _ = self.self_attn.split_heads(qkv)
+        rope_(q, k, p.context.rope.cos, p.context.rope.sin, p.packed.positions)
+        return qkv
 
-    def halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """Views gate and up, each (N, F), of a buffer (N, 2F + R)."""
-        F = self.down.in_features
-        return gate_up[:, :F], gate_up[:, F : 2 * F]
+    def compute_attention(self, qkv: Tensor, p: LayerPass) -> tuple[Tensor, Tensor]:
+        """Return attention's output (N, H K + R), LoRA columns empty, and its logsumexp."""
+        attn = self.o.new_input(qkv)
+        q, k, v = self.self_attn.split_heads(qkv)  # (N, H, K), (N, G, K), (N, G, K)
+        _, lse = attention(
+            q,
+            k,
+            v,
+            p.packed.start,
+            p.packed.end,
+            self.self_attn.scale,
+            out=self.self_attn.query_heads(attn),
+            **p.context.attention_kwargs(p.packed),
+        )
+        return attn, lse
+
+    def finish_rows_(self, s: Tensor, a: Activations, p: LayerPass) -> None:
+        """Add o and W_down m of some rows to the residual stream s (n, D) in place.
+
+        a: x and attn of these rows. Every other activation of `a` that is not None is written.
+        """
+        gate_up = self.compute_gate_up_(s, a, p)  # (n, 2 F + R)
+        m = self.down.new_input(a.x)  # (n, F + R)
+        swiglu(*self.split_gate_up(gate_up), out=m[:, : self.F])
+        self.down.forward_(m, p.weights[self.down], add_to=s, save_lora_to=a.down_lora)
+
+    def compute_gate_up_(self, s: Tensor, a: Activations, p: LayerPass) -> Tensor:
+        """Add o of some rows to s (n, D) in place, and return their gate and up (n, 2 F + R)."""
+        o = self.o.forward_(a.attn, p.weights[self.o], out=a.o, save_lora_to=a.o_lora)
+        h_mid = self.gate_up.new_input(a.x)  # (n, D + R)
+        self.post_attention_layernorm.of_sum_(a.x, o, residual=s, out=h_mid[:, : self.D])
+        gate_up = self.gate_up.new_output(a.x) if a.gate_up is None else a.gate_up
+        self.gate_up.forward_(
+            h_mid,
+            p.weights[self.gate_up],
+            out=gate_up[:, : 2 * self.F],
+            save_lora_to=a.gate_up_lora,
+        )
+        return gate_up
+
+    def split_gate_up(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return views of gate and up, each (n, F), in a buffer (n, 2 F + R)."""
+        return gate_up[:, : self.F], gate_up[:, self.F : 2 * self.F]
 
     # ---- backward
 
-    def new_gradient(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An empty buffer for `backward`: (rows, D + R), for y's gradient, then that of x + o, then x's."""
-        return torch.empty(
-            (rows, self.width + max(self.o.lora_columns, self.down.lora_columns)),
-            dtype=dtype,
-            device=device,
-        )
+    def new_residual_gradient(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an empty `dresidual` (N, D + R) for `backward_`, with the larger R of o and down."""
+        columns = self.D + max(self.o.lora_columns, self.down.lora_columns)
+        return torch.empty((rows, columns), dtype=dtype, device=device)
 
-    def backward(
+    def backward_(
         self,
-        dx: Tensor,
+        dresidual: Tensor,
         a: Activations,
         packed: PackedSequences,
-        shared: LayerContext,
-        tile: int | None = None,
+        context: LayerContext,
+        tile_rows: int | None = None,
         need_dx: bool = True,
     ) -> list[Tensor]:
-        """The gradients of A and B of each adapted linear in turn; what `run` did not keep is computed again.
+        """Turn dy into dx in place, and return dA and dB of each adapted linear in turn.
 
-        dx, from `new_gradient`: the gradient of y in its first columns becomes that of x.
+        dresidual: (N, D + R), from `new_residual_gradient`. Its first D columns hold dy before and
+            dx after; in between they hold the gradient of x + o. The other columns are scratch.
+        a: the saved activations. Missing ones are recomputed, and `a` is used up.
+        need_dx: False in the first layer, below which nothing is trained.
         """
-        attn, D = self.self_attn, self.width
-        weights = DequantizedLayer(self.projections, shared.weights, dx.dtype, dx.device)
-        gradients = _Gradients()
-        self.attend(a, packed, shared, weights, tile)
-        dattn = torch.empty((len(dx), self.o.in_features), dtype=dx.dtype, device=dx.device)
-        for rows in row_tiles(len(dx), tile):
-            self._backward_to_attention(dx[rows], a.rows(rows), weights, gradients, out=dattn[rows])
-        dqkv = self.qkv.new_output(dx)
-        dq, dk, dv = attn.split(dqkv)
-        attention_backward(
-            attn.as_heads(dattn), *attn.split(a.qkv), attn.as_heads(a.attn), a.lse, packed.start, packed.end,
-            attn.scale, dq=dq, dk=dk, dv=dv, **shared.attention_kwargs(packed),
-        )  # fmt: skip
-        rope_(dq, dk, shared.rotary.cos, shared.rotary.sin, packed.positions, inverse=True)
-        a.qkv = a.attn = dattn = None
-        # q, k, v = W h, h = norm(x)
-        for rows in row_tiles(len(dx), tile):
-            part, dx_rows = a.rows(rows), dx[rows, :D]
-            dh = self.qkv.backward(dqkv[rows], weights[self.qkv], need_dx=need_dx)
-            if need_dx or self.qkv.lora_columns:
-                h = self.qkv.new_input(part.x)
-                _, rstd = self.input_layernorm(part.x, out=h[:, :D])
-                self.qkv.fill(h, weights[self.qkv], part.h_low, part.known)
-                gradients.add(self.qkv, dqkv[rows], h)
-            if need_dx:
-                self.input_layernorm.backward(dh, part.x, rstd, dresidual=dx_rows, out=dx_rows)
-        return gradients.of(self.projections)
+        with context.layer_pass(self.fused_linears, packed, tile_rows) as p:
+            gradients = LoraGradients()
+            if a.qkv is None:
+                a.qkv = self.compute_qkv(a.x, p, saved_lora=a.qkv_lora)
+            if a.attn is None:
+                a.attn, a.lse = self.compute_attention(a.qkv, p)
 
-    def _backward_to_attention(
+            dattn = self.o.new_input_without_lora(dresidual)  # (N, H K)
+            for rows in row_tiles(len(dresidual), tile_rows):
+                self._backward_to_attention_(
+                    dresidual[rows], dattn[rows], a.rows(rows), p, gradients
+                )
+            dqkv = self._backward_of_attention(dattn, a, p)  # (N, (H + 2 G) K + R)
+            a.qkv = a.attn = dattn = None  # frees their memory
+            for rows in row_tiles(len(dresidual), tile_rows):
+                self._backward_to_input_(
+                    dresidual[rows], dqkv[rows], a.rows(rows), p, gradients, need_dx
+                )
+        return gradients.of(self.fused_linears)
+
+    def _backward_to_attention_(
         self,
-        dx: Tensor,
+        dresidual: Tensor,
+        dattn: Tensor,
         a: Activations,
-        weights: DequantizedLayer,
-        gradients: "_Gradients",
-        out: Tensor,
+        p: LayerPass,
+        gradients: LoraGradients,
     ) -> None:
-        """dx (rows, D + R) from y's gradient to that of x + o; that of attention's output (rows, H K) into `out`."""
-        D, F = self.width, self.down.in_features
-        mine = a.gate_up is None  # what is computed again here may be overwritten
-        o, h_mid, rstd = self.until_gate_up(a, weights)
-        # y = x + o + Wdown m;  m takes the place of its gradient
-        dy, m = dx[:, : D + self.down.lora_columns], self.down.new_input(dx)
-        self.down.backward(dy, weights[self.down], out=m[:, :F])
-        dgate_up = a.gate_up if mine else torch.empty_like(a.gate_up)
+        """Turn dresidual (n, D + R) from dy into the gradient of x + o, and fill dattn (n, H K)."""
+        D, F = self.D, self.F
+        o, h_mid, rstd, gate_up = self._recompute_gate_up(a, p)
+
+        # y = (x + o) + W_down m. dm = W_down^T dy; the term x + o passes dy on unchanged.
+        dy = dresidual[:, : D + self.down.lora_columns]  # (n, D + R)
+        m = self.down.new_input(dy)  # (n, F + R); holds dm until m takes its place
+        self.down.backward_(dy, p.weights[self.down], out=m[:, :F])
+
+        # m = silu(gate) * up. dgate = dm * up * silu'(gate); dup = dm * silu(gate).
+        # A recomputed gate_up is not needed again, so its gradient overwrites it.
+        dgate_up = gate_up if a.gate_up is None else torch.empty_like(gate_up)  # (n, 2 F + R)
+        m_out = m[:, :F] if self.down.lora_columns else None  # only dA of W_down reads m
         swiglu_backward(
-            m[:, :F],
-            *self.halves(a.gate_up),
-            *self.halves(dgate_up),
-            m[:, :F] if self.down.lora_columns else None,
+            m[:, :F], *self.split_gate_up(gate_up), *self.split_gate_up(dgate_up), m_out
         )
-        self.down.fill(m, weights[self.down], a.m_low, a.known)
+        self.down.fill_lora_columns_(m, p.weights[self.down], a.down_lora)
         gradients.add(self.down, dy, m)
         del m
-        # gate, up = W h_mid, h_mid = norm(x + o)
-        dh = self.gate_up.backward(dgate_up, weights[self.gate_up])
+
+        # gate, up = W_gate_up h_mid. dh_mid = W_gate_up^T (dgate, dup).
+        dh_mid = self.gate_up.backward_(dgate_up, p.weights[self.gate_up])  # (n, D)
         gradients.add(self.gate_up, dgate_up, h_mid)
+
+        # h_mid = norm(x + o). d(x + o) = dy + norm'(x + o) dh_mid.
         self.post_attention_layernorm.backward(
-            dh, a.x, rstd, dresidual=dx[:, :D], addend=o, out=dx[:, :D]
+            dh_mid, a.x, rstd, addend=o, dresidual=dresidual[:, :D], out=dresidual[:, :D]
         )
-        # o = Wo attn
-        do = dx[:, : D + self.o.lora_columns]
-        self.o.backward(do, weights[self.o], out=out)
+
+        # o = W_o attn. do is d(x + o); dattn = W_o^T do.
+        do = dresidual[:, : D + self.o.lora_columns]  # (n, D + R)
+        self.o.backward_(do, p.weights[self.o], out=dattn)
         gradients.add(self.o, do, a.attn)
 
+    def _recompute_gate_up(
+        self, a: Activations, p: LayerPass
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return o (n, D), h_mid (n, D + R), its norm's rstd (n,), and gate and up (n, 2 F + R).
 
-class _Gradients:
-    """The gradients of A and B, summed over tiles."""
-
-    def __init__(self):
-        self._sums: dict[FusedLinear, list[Tensor]] = {}
-
-    def add(self, projection: FusedLinear, dy: Tensor, x: Tensor) -> None:
-        """The part of these rows, from the filled buffers of dy and x."""
-        if not projection.lora_columns:
-            return
-        found = [g for pair in projection.gradients(dy, x) for g in pair]
-        if projection in self._sums:
-            torch._foreach_add_(self._sums[projection], found)
+        The LoRA columns of h_mid and of a.attn are filled. o, gate and up are recomputed only if
+        `a` lacks them.
+        """
+        o = a.o
+        if o is None:
+            o = self.o.forward_(a.attn, p.weights[self.o], saved_lora=a.o_lora)
+        h_mid = self.gate_up.new_input(a.x)
+        _, rstd = self.post_attention_layernorm.of_sum_(a.x, o, out=h_mid[:, : self.D])
+        weight, gate_up = p.weights[self.gate_up], a.gate_up
+        if gate_up is None:
+            gate_up = self.gate_up.new_output(a.x)
+            out = gate_up[:, : 2 * self.F]
+            self.gate_up.forward_(h_mid, weight, out=out, saved_lora=a.gate_up_lora)
         else:
-            self._sums[projection] = found
+            self.gate_up.fill_lora_columns_(h_mid, weight, a.gate_up_lora)
+        return o, h_mid, rstd, gate_up
 
-    def of(self, projections: tuple[FusedLinear, ...]) -> list[Tensor]:
-        return [g for projection in projections for g in self._sums.get(projection, ())]
-
-
-class _DecoderLayer(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        s: Tensor,
-        layer: DecoderLayer,
-        packed: PackedSequences,
-        shared: LayerContext,
-        level: int,
-        tile: int | None,
-        *parameters: Tensor,
-    ):
-        y = s.clone()
-        a = layer.forward_saving(y, packed, shared, level, tile)
-        ctx.layer, ctx.packed, ctx.shared, ctx.tile = layer, packed, shared, tile
-        ctx.save_for_backward(*a.tensors())
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        layer, a = ctx.layer, Activations(*ctx.saved_tensors, known=True)
-        dx = layer.new_gradient(len(dy), ctx.shared.dtype, dy.device)
-        dx[:, : layer.width] = dy
-        gradients = layer.backward(
-            dx, a, ctx.packed, ctx.shared, ctx.tile, need_dx=ctx.needs_input_grad[0]
+    def _backward_of_attention(self, dattn: Tensor, a: Activations, p: LayerPass) -> Tensor:
+        """Return the gradient of q, k and v before RoPE, (N, (H + 2 G) K + R), of dattn (N, H K)."""
+        attn = self.self_attn
+        dqkv = self.qkv.new_output(dattn)
+        dq, dk, dv = attn.split_heads(dqkv)  # (N, H, K), (N, G, K), (N, G, K)
+        attention_backward(
+            attn.query_heads(dattn),
+            *attn.split_heads(a.qkv),
+            attn.query_heads(a.attn),
+            a.lse,
+            p.packed.start,
+            p.packed.end,
+            attn.scale,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            **p.context.attention_kwargs(p.packed),
         )
-        return dx[:, : layer.width].to(dy.dtype), None, None, None, None, None, *gradients
+        # RoPE rotates, so its transpose is the rotation by the negative angle.
+        rope_(dq, dk, p.context.rope.cos, p.context.rope.sin, p.packed.positions, inverse=True)
+        return dqkv
+
+    def _backward_to_input_(
+        self,
+        dresidual: Tensor,
+        dqkv: Tensor,
+        a: Activations,
+        p: LayerPass,
+        gradients: LoraGradients,
+        need_dx: bool,
+    ) -> None:
+        """Turn dresidual (n, D + R) from the gradient of x + o into dx, with dqkv of these rows."""
+        D = self.D
+        # q, k, v = W_qkv h. dh = W_qkv^T dqkv.
+        dh = self.qkv.backward_(dqkv, p.weights[self.qkv], need_dx=need_dx)  # (n, D)
+        if need_dx or self.qkv.lora_columns:
+            h = self.qkv.new_input(a.x)  # (n, D + R)
+            _, rstd = self.input_layernorm(a.x, out=h[:, :D])
+            self.qkv.fill_lora_columns_(h, p.weights[self.qkv], a.qkv_lora)
+            gradients.add(self.qkv, dqkv, h)
+        if need_dx:
+            # h = norm(x). dx = d(x + o) + norm'(x) dh.
+            self.input_layernorm.backward(
+                dh, a.x, rstd, dresidual=dresidual[:, :D], out=dresidual[:, :D]
+            )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from minitune.kernels.attention import attention
+from minitune.model.activations import Activations
 from minitune.model.decoder_layer import DecoderLayer, new_residual
-from minitune.model.linear import DequantizedLayer
 from minitune.model.packed_sequences import PackedSequences
 
 
@@ -66,7 +66,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
-    with model.resident_weights_where_they_fit(), model.as_current_device():
+    with model.resident_weights_if_they_fit(), model.as_current_device():
         cache = _Cache(model, len(prompts), capacity)
         logits = cache.prefill(prompts)
         while True:
@@ -127,7 +127,7 @@ class _Cache:
 
         ids = [token for prompt in prompts for token in prompt]
         return self._logits(
-            self._forward(ids, packed.positions, attend)[torch.tensor(self.lengths).cumsum(0) - 1]
+            self._forward(ids, packed, attend)[torch.tensor(self.lengths).cumsum(0) - 1]
         )
 
     def step(self, tokens: list[int], running: list[bool]) -> Tensor:
@@ -149,27 +149,25 @@ class _Cache:
             weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1)
             return torch.einsum("bghs,bsgk->bghk", weights, values).view_as(q).to(q.dtype)
 
-        logits = self._logits(self._forward(tokens, positions.int(), attend))
+        # In this pass every row is a sample of a single token.
+        packed = PackedSequences(positions.int(), start=rows, end=rows + 1)
+        logits = self._logits(self._forward(tokens, packed, attend))
         self.lengths = [n + on for n, on in zip(self.lengths, running, strict=True)]
         return logits
 
-    def _forward(self, ids: list[int], positions: Tensor, attend: Callable) -> Tensor:
-        """The residual stream (N, D) at its end; `attend` stores k and v, and says what the queries see."""
-        model = self.model
+    def _forward(self, ids: list[int], packed: PackedSequences, attend: Callable) -> Tensor:
+        """Return the final residual stream (N, D); `attend` computes attention over the cache."""
+        model, context = self.model, self.model.layer_context
         s = new_residual(
             model.model.embed_tokens(torch.tensor(ids, device=model.device), model.dtype)
         )
         for index, layer in enumerate(model.model.layers):
-            weights = DequantizedLayer(
-                layer.projections, model.shared.weights, model.dtype, model.device
-            )
-            a = layer.new_activations(s, model.dtype)
-            layer.rotated_qkv(a, positions, model.shared.rotary, weights)
-            a.attn = layer.o.new_input(a.x)
-            layer.self_attn.as_heads(a.attn).copy_(
-                attend(layer, index, *layer.self_attn.split(a.qkv))
-            )
-            layer.output(a, weights, s)
+            with context.layer_pass(layer.fused_linears, packed) as p:
+                a = Activations(s.to(model.dtype, copy=True))
+                q, k, v = layer.self_attn.split_heads(layer.compute_qkv(a.x, p))
+                a.attn = layer.o.new_input(a.x)
+                layer.self_attn.query_heads(a.attn).copy_(attend(layer, index, q, k, v))
+                layer.finish_rows_(s, a, p)
         return s
 
     def _logits(self, s: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
-"""The frozen linear with its LoRA branch, and the linears that share an input as one matmul.
+"""Frozen linears with LoRA branches, and the fused matmuls that run them.
 
-A decoder layer has seven linears and four matmuls: q, k, v are one, gate and up another. A matmul's extended weight,
-which holds the adapters beside the frozen values (kernels/lora_linear.py), is written once a layer and pass into a
-buffer that all layers share: dequantised weights of one layer exist at a time (8B in bf16: 0.44 GB), but for those that
-are kept so on purpose (`resident`).
+A decoder layer has seven linears but four matmuls: q, k, v run as one, and so do gate and up. Each
+matmul reads an extended weight, which holds the frozen values and the adapters side by side
+(kernels/lora_linear.py). Every pass over a layer writes the extended weights into buffers that all
+layers share, so only one layer is dequantised at a time (8B in bf16: 0.44 GB). Resident weights are
+the exception: they stay dequantised on purpose.
+
+The dimension letters are those of decoder_layer.py.
 """
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -25,15 +29,17 @@ from minitune.model.nf4 import NF4
 
 
 class Linear(nn.Module):
-    """A frozen linear, in NF4 or as stored, with an optional LoRA branch: y = W x + bias + s B A x.
+    """A frozen linear with an optional LoRA branch: y = W x + bias + scaling * B A x.
 
-    One of `nf4` and `weight` is set by the loader. A (R, in) and B (out, R) are fp32 parameters under PEFT's names,
-    lora_A.weight and lora_B.weight. What multiplies is a Projection.
+    The loader sets `nf4` if W is quantised, and `weight` otherwise. A (r, in) and B (out, r) are
+    float32 parameters under PEFT's names, lora_A.weight and lora_B.weight. FusedLinear multiplies.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
-        self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
+        self.in_features = in_features
+        self.out_features = out_features
+        self.has_bias = bias
         self.nf4: NF4 | None = None
         self.register_parameter("weight", None)  # (out, in)
         self.register_parameter("bias", None)  # (out,)
@@ -47,219 +53,286 @@ class Linear(nn.Module):
 
     @property
     def rank(self) -> int:
+        """Return r, or 0 without an adapter."""
         return 0 if self.lora_A is None else self.lora_A.weight.shape[0]
 
     def weight_as(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The frozen weight in dtype (out, in), written into `out` where that is given."""
+        """Return the frozen weight (out, in) in dtype, written into `out` if `out` is given."""
         if self.is_quantized:
             return self.nf4.dequantize(dtype, out)
         weight = self.weight.detach()
         return weight.to(dtype) if out is None else out.copy_(weight)
 
     def adapter(self) -> tuple[Tensor | None, Tensor | None]:
-        """A (R, in) and B (out, R), or a pair of None."""
+        """Return A (r, in) and B (out, r), or (None, None) without an adapter."""
         if self.lora_A is None:
             return None, None
         return self.lora_A.weight.detach(), self.lora_B.weight.detach()
 
     def add_lora(self, lora: LoraConfig, device: torch.device, generator: torch.Generator) -> None:
-        """Attach a branch that changes nothing yet: A as PEFT draws it (Kaiming uniform, a = sqrt 5), B zero."""
-        self.lora_A = nn.Linear(
-            self.in_features, lora.r, bias=False, device="meta", dtype=torch.float32
-        )
-        self.lora_B = nn.Linear(
-            lora.r, self.out_features, bias=False, device="meta", dtype=torch.float32
-        )
-        bound = (
-            self.in_features**-0.5
-        )  # kaiming_uniform with a = sqrt 5: gain sqrt(1/3) times sqrt(3 / fan_in)
+        """Attach an adapter that changes nothing yet: PEFT's initial A, and B = 0.
+
+        PEFT draws A from Kaiming uniform with a = sqrt(5). Its gain sqrt(1/3) times its factor
+        sqrt(3 / in) gives the bound 1 / sqrt(in).
+        """
+        self.lora_A = _meta_linear(self.in_features, lora.r)
+        self.lora_B = _meta_linear(lora.r, self.out_features)
+        bound = self.in_features**-0.5
         a = torch.empty(lora.r, self.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A.weight = nn.Parameter(a.to(device))
         self.lora_B.weight = nn.Parameter(torch.zeros(self.out_features, lora.r, device=device))
         self.scaling = lora.scaling
 
 
-class FusedLinear:
-    """Linears that share an input, multiplied as one extended weight (out + R, in + R) (kernels/lora_linear.py).
+def _meta_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Return a float32 linear without bias and without memory, which gives a weight its name."""
+    return nn.Linear(in_features, out_features, bias=False, device="meta", dtype=torch.float32)
 
-    R, the columns to spare, holds the ranks of all their adapters; it is 0 where there is none. Inputs and gradients of
-    outputs come in buffers that are R columns wider than what they hold.
+
+class FusedLinear:
+    """Linears that share an input, run as one matmul with an extended weight (out + R, in + R).
+
+    R is the padded rank: it holds the ranks of all adapters, and is 0 without adapters. Inputs and
+    output gradients come in buffers with R more columns, the LoRA columns.
     """
 
-    def __init__(self, name: str, *linears: Linear):
-        self.name, self.linears = name, linears
-        self.in_features = linears[0].in_features
-        self.out_features = sum(linear.out_features for linear in linears)
-        self.resident: Tensor | None = (
-            None  # the extended weight, while it is kept beside the stored one
-        )
+    def __init__(self, name: str, linears: Sequence[Linear]):
+        self.name = name
+        self.linears = tuple(linears)
+        self.in_features = self.linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in self.linears)
+        self.resident_weight: Tensor | None = None  # the extended weight while it stays dequantised
 
     @property
     def adapted(self) -> list[Linear]:
+        """Return the linears that have an adapter."""
         return [linear for linear in self.linears if linear.rank]
 
     @property
     def lora_columns(self) -> int:
-        ranks = [linear.rank for linear in self.adapted]
-        return padded_rank(sum(ranks), self.adapted[0].lora_A.weight.device.type) if ranks else 0
+        """Return R, the padded rank."""
+        adapted = self.adapted
+        if not adapted:
+            return 0
+        ranks = [linear.rank for linear in adapted]
+        return padded_rank(sum(ranks), adapted[0].lora_A.weight.device.type)
 
     @property
     def needs_no_buffer(self) -> bool:
-        """Whether one linear in 16 or 32 bit without an adapter is all there is: it needs no buffer."""
+        """Return True if the stored weight is used directly: one linear, no adapter, no NF4."""
         first = self.linears[0]
         return len(self.linears) == 1 and not first.rank and not first.is_quantized
 
     @property
     def weight_shape(self) -> tuple[int, int]:
-        """Of the extended weight, (out + R, in + R)."""
+        """Return the shape of the extended weight, (out + R, in + R)."""
         return self.out_features + self.lora_columns, self.in_features + self.lora_columns
 
     @property
     def scaling(self) -> float:
-        return max(
-            linear.scaling for linear in self.linears
-        )  # one LoraConfig: the same for all that are adapted
+        """Return the scaling of the adapters, which share one LoraConfig."""
+        return max(linear.scaling for linear in self.linears)
+
+    # ---- buffers
 
     def new_input(self, like: Tensor) -> Tensor:
-        """An empty buffer (N, in + R), as many rows as `like`."""
-        return torch.empty(
-            (len(like), self.in_features + self.lora_columns), dtype=like.dtype, device=like.device
-        )
+        """Return an empty buffer (N, in + R) with the rows, dtype and device of `like`."""
+        return _empty(like, self.in_features + self.lora_columns)
+
+    def new_input_without_lora(self, like: Tensor) -> Tensor:
+        """Return an empty (N, in) with the rows, dtype and device of `like`."""
+        return _empty(like, self.in_features)
 
     def new_output(self, like: Tensor) -> Tensor:
-        """An empty buffer (N, out + R), as many rows as `like`."""
-        return torch.empty(
-            (len(like), self.out_features + self.lora_columns), dtype=like.dtype, device=like.device
-        )
+        """Return an empty buffer (N, out + R) with the rows, dtype and device of `like`."""
+        return _empty(like, self.out_features + self.lora_columns)
+
+    def new_output_without_lora(self, like: Tensor) -> Tensor:
+        """Return an empty (N, out) with the rows, dtype and device of `like`."""
+        return _empty(like, self.out_features)
+
+    def new_lora_activation(self, like: Tensor) -> Tensor | None:
+        """Return an empty (N, R) for scaling * x A^T, or None without an adapter."""
+        return _empty(like, self.lora_columns) if self.lora_columns else None
 
     def new_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer for the extended weight, zero where neither W nor A nor B will stand."""
+        """Return a buffer for the extended weight, with zeros outside of W, A and B."""
         return torch.zeros(self.weight_shape, dtype=dtype, device=device)
 
+    # ---- the extended weight
+
     def make_resident(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Have the extended weight beside the stored one, where that is another, until `resident` is None again."""
+        """Dequantise the weight once, into `resident_weight`, until that is None again.
+
+        Do nothing if the stored weight is used directly.
+        """
         if self.needs_no_buffer:
             return
-        self.resident = self.new_weight(dtype, device)
-        self.write_base(self.resident)
+        weight = self.new_weight(dtype, device)
+        self.dequantize_into_(weight)
+        self.resident_weight = weight  # last: another thread may be about to read it
 
-    def write_base(self, weight: Tensor) -> None:
-        """The frozen weights into their place in an extended weight."""
-        rows = weight[: self.out_features, : self.in_features]
+    def dequantize_into_(self, weight: Tensor) -> None:
+        """Write the frozen weights into their part of an extended weight."""
+        frozen = weight[: self.out_features, : self.in_features]
         if all(linear.is_quantized for linear in self.linears):
-            dequantize_nf4([linear.nf4 for linear in self.linears], weight.dtype, out=rows)
+            dequantize_nf4([linear.nf4 for linear in self.linears], weight.dtype, out=frozen)
             return
-        for linear, part in zip(
-            self.linears, rows.split([n.out_features for n in self.linears]), strict=True
-        ):
+        parts = frozen.split([linear.out_features for linear in self.linears])
+        for linear, part in zip(self.linears, parts, strict=True):
             linear.weight_as(weight.dtype, out=part)
 
-    def adapters_for(self, weight: Tensor) -> tuple[Tensor, list, int, int]:
-        """What `write_adapters_` is to write into an extended weight: the adapters as they are now."""
+    def lora_write_args(self, weight: Tensor) -> tuple[Tensor, list, int, int]:
+        """Return the target with which `write_adapters_` writes A and B into an extended weight."""
         adapters = [(*linear.adapter(), linear.out_features) for linear in self.linears]
         return weight, adapters, self.out_features, self.in_features
 
-    def new_lora_activation(self, like: Tensor) -> Tensor | None:
-        """An empty (N, R) for what x A^T gives, None where there is no adapter."""
-        return (
-            torch.empty((len(like), self.lora_columns), dtype=like.dtype, device=like.device)
-            if self.lora_columns
-            else None
-        )
+    # ---- matmuls
 
-    def new_product(self, like: Tensor) -> Tensor:
-        """An empty (N, out)."""
-        return torch.empty((len(like), self.out_features), dtype=like.dtype, device=like.device)
-
-    def multiply(
+    def forward_(
         self,
         x: Tensor,
         weight: Tensor,
-        low: Tensor | None,
-        known: bool,
+        *,
         out: Tensor | None = None,
-        total: Tensor | None = None,
+        add_to: Tensor | None = None,
+        saved_lora: Tensor | None = None,
+        save_lora_to: Tensor | None = None,
     ) -> Tensor:
-        """y (N, out) of x in its buffer (N, in + R), whose spare columns are filled on the way.
+        """Return y (N, out) of x (N, in + R), and fill the LoRA columns of x in place.
 
-        out: where y goes; or total, fp32: what it is added to.
-        low (N, R): what they are filled with where that is `known`, and otherwise a copy of it for later.
+        out: destination of y (N, out).
+        add_to: float32 (N, out) that y is added to instead.
+        saved_lora: scaling * x A^T (N, R) from an earlier pass; None to compute it.
+        save_lora_to: (N, R) that receives a copy of scaling * x A^T.
         """
-        y = lora_linear_(
-            x, weight, self.out_features, self.scaling, out, total, low if known else None
-        )
-        if low is not None and not known:
-            low.copy_(x[:, self.in_features :])
-        row = 0
+        y = lora_linear_(x, weight, self.out_features, self.scaling, out, add_to, saved_lora)
+        if save_lora_to is not None:
+            save_lora_to.copy_(x[:, self.in_features :])
+        first = 0
         for linear in self.linears:
             if linear.bias is not None:
-                y[:, row : row + linear.out_features] += linear.bias.detach().to(y.dtype)
-            row += linear.out_features
+                y[:, first : first + linear.out_features] += linear.bias.detach().to(y.dtype)
+            first += linear.out_features
         return y
 
-    def fill(self, x: Tensor, weight: Tensor, low: Tensor | None, known: bool = True) -> None:
-        """Fill the spare columns of x (N, in + R), where there are any, with `low` or, if it is not `known`, anew."""
-        if known and low is not None:
-            x[:, self.in_features :].copy_(low)
-        elif low is not None:
+    def fill_lora_columns_(self, x: Tensor, weight: Tensor, saved_lora: Tensor | None) -> None:
+        """Fill the LoRA columns of x (N, in + R) with scaling * x A^T, as `forward_` does.
+
+        saved_lora: scaling * x A^T (N, R) from an earlier pass; None to compute it.
+        """
+        if saved_lora is not None:
+            x[:, self.in_features :].copy_(saved_lora)
+        elif self.lora_columns:
             fill_lora_columns_(x, weight[self.out_features :, : self.in_features], self.scaling)
 
-    def backward(
+    def backward_(
         self, dy: Tensor, weight: Tensor, out: Tensor | None = None, need_dx: bool = True
     ) -> Tensor | None:
-        """dx (N, in) of dy in its buffer (N, out + R), whose spare columns are filled on the way."""
+        """Return dx (N, in) of dy (N, out + R), and fill the LoRA columns of dy in place.
+
+        out: destination of dx.
+        need_dx: False to fill only the LoRA columns, which `gradients` reads, and return None.
+        """
         return lora_linear_backward_(dy, weight, self.in_features, self.scaling, out, need_dx)
 
     def gradients(self, dy: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(dA, dB), fp32, of each adapted linear, from dy and x in their filled buffers."""
-        return lora_gradients(
-            dy, x, [(linear.out_features, linear.rank) for linear in self.linears]
-        )
+        """Return (dA, dB) of each adapted linear, in float32.
+
+        dy, x: (N, out + R) and (N, in + R), with filled LoRA columns.
+        """
+        splits = [(linear.out_features, linear.rank) for linear in self.linears]
+        return lora_gradients(dy, x, splits)
+
+
+def _empty(like: Tensor, columns: int) -> Tensor:
+    """Return an empty (N, columns) with the rows, dtype and device of `like`."""
+    return torch.empty((len(like), columns), dtype=like.dtype, device=like.device)
+
+
+class LoraGradients:
+    """The gradients of A and B, summed over the tiles of a layer."""
+
+    def __init__(self):
+        self._sums: dict[FusedLinear, list[Tensor]] = {}
+
+    def add(self, fused: FusedLinear, dy: Tensor, x: Tensor) -> None:
+        """Add the part of one tile, dy (n, out + R) and x (n, in + R) with filled LoRA columns."""
+        if not fused.lora_columns:
+            return
+        gradients = [g for pair in fused.gradients(dy, x) for g in pair]
+        if fused in self._sums:
+            torch._foreach_add_(self._sums[fused], gradients)
+        else:
+            self._sums[fused] = gradients
+
+    def of(self, fused_linears: Sequence[FusedLinear]) -> list[Tensor]:
+        """Return dA and dB of each adapted linear in turn."""
+        return [g for fused in fused_linears for g in self._sums.get(fused, ())]
+
+
+class WeightBuffers:
+    """The buffers for the extended weights of one layer, which all layers of a model share.
+
+    lock: held during every pass over a layer, so that no other thread overwrites the weights. The
+        autograd engine runs the backward of CUDA tensors in a thread of its own, so forward and
+        backward take the lock separately. A lock orders launches, not streams: threads that use
+        one model on a GPU must launch on the same CUDA stream.
+    """
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def __reduce__(self):
+        """Copy and pickle as an object without buffers; a lock cannot be copied."""
+        return WeightBuffers, ()
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def allocate(
+        self, fused_linears: Sequence[FusedLinear], dtype: torch.dtype, device: torch.device
+    ) -> dict[FusedLinear, Tensor]:
+        """Return the buffer of each fused linear that needs one; allocate the missing buffers."""
+        buffers = {}
+        for fused in fused_linears:
+            if fused.needs_no_buffer:
+                continue
+            key = (fused.name, fused.lora_columns, dtype)
+            if key not in self._buffers:
+                self._buffers[key] = fused.new_weight(dtype, device)
+            buffers[fused] = self._buffers[key]
+        return buffers
 
 
 class DequantizedLayer:
-    """The extended weights of one layer during one pass: all adapters at once, and each frozen weight at its first use.
+    """The extended weights of one layer during one pass.
 
-    The buffers belong to the model: what the layer before left in them is overwritten.
+    The adapters are written at once, and each frozen weight at its first use. The weights stand in
+    shared buffers, so they are valid until the next pass begins.
     """
 
     def __init__(
         self,
-        projections: Sequence[FusedLinear],
-        buffers: dict[tuple, Tensor],
+        fused_linears: Sequence[FusedLinear],
+        buffers: WeightBuffers,
         dtype: torch.dtype,
         device: torch.device,
     ):
         self._dtype = dtype
-        self._weights = weight_buffers(projections, buffers, dtype, device)
-        self._ready = {p for p in projections if p.resident is not None}
-        write_adapters_(
-            [p.adapters_for(weight) for p, weight in self._weights.items() if p.lora_columns]
-        )
+        resident = {fused: fused.resident_weight for fused in fused_linears}
+        self._ready = {fused for fused, weight in resident.items() if weight is not None}
+        others = [fused for fused in fused_linears if fused not in self._ready]
+        self._weights = resident | buffers.allocate(others, dtype, device)
+        adapted = [fused for fused in fused_linears if fused.lora_columns]
+        write_adapters_([fused.lora_write_args(self._weights[fused]) for fused in adapted])
 
-    def __getitem__(self, projection: FusedLinear) -> Tensor:
-        if projection not in self._ready:
-            if projection.needs_no_buffer:
-                self._weights[projection] = projection.linears[0].weight_as(self._dtype)
+    def __getitem__(self, fused: FusedLinear) -> Tensor:
+        if fused not in self._ready:
+            if fused.needs_no_buffer:
+                self._weights[fused] = fused.linears[0].weight_as(self._dtype)
             else:
-                projection.write_base(self._weights[projection])
-            self._ready.add(projection)
-        return self._weights[projection]
-
-
-def weight_buffers(
-    projections: Sequence[FusedLinear],
-    buffers: dict[tuple, Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[FusedLinear, Tensor]:
-    """Where the extended weights of a layer stand or are to be written: in `buffers`, where missing ones are added."""
-    weights = {}
-    for p in projections:
-        if p.needs_no_buffer:
-            continue
-        key = (p.name, p.lora_columns, dtype)
-        if p.resident is None and key not in buffers:
-            buffers[key] = p.new_weight(dtype, device)
-        weights[p] = buffers[key] if p.resident is None else p.resident
-    return weights
+                fused.dequantize_into_(self._weights[fused])
+            self._ready.add(fused)
+        return self._weights[fused]

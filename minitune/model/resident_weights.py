@@ -21,7 +21,7 @@ class ResidentWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of the resident weights of this owner."""
-        return sum(fused.resident.nbytes for fused in self._owned)
+        return sum(fused.resident_weight.nbytes for fused in self._owned)
 
     def keep_only(self, wanted: Iterable[FusedLinear]) -> None:
         """Release all weights that are not `wanted`, then make the wanted weights resident.
@@ -30,10 +30,10 @@ class ResidentWeights:
         """
         wanted = list(wanted)
         for fused in self._owned.difference(wanted):
-            fused.resident = None
+            fused.resident_weight = None
         self._owned.intersection_update(wanted)
         for fused in wanted:
-            if fused.resident is None:
+            if fused.resident_weight is None:
                 fused.make_resident(self._dtype, self._device)
-                if fused.resident is not None:
+                if fused.resident_weight is not None:
                     self._owned.add(fused)

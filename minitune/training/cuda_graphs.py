@@ -205,7 +205,7 @@ class CUDAGraphCache:
         inputs: ids, positions, start and end of the samples, int32 (4, N), on the device.
         """
         size = inputs.shape[1]
-        key = CaptureKey(size, **self._passes.model.shared.attention_kwargs(packed))
+        key = CaptureKey(size, **self._passes.model.layer_context.attention_kwargs(packed))
         captured = self._captured.get(key)
         if captured is not None and captured.pointers == self._passes.captured_pointers():
             captured.inputs.copy_(inputs)

@@ -21,7 +21,6 @@ from minitune.memory.planner import Planner
 from minitune.model.activations import Activations, SaveLevel
 from minitune.model.causal_lm import CausalLM
 from minitune.model.decoder_layer import new_residual
-from minitune.model.linear import weight_buffers
 from minitune.model.packed_sequences import PackedSequences
 from minitune.model.resident_weights import ResidentWeights
 
@@ -89,7 +88,7 @@ class ForwardBackward:
             if plan.host_bytes:
                 self._offloader.wait_until_in_flight(plan.in_flight_limit(i))
             level = max(layer_plan.level, SaveLevel.INPUT)
-            a = layer.forward_saving(s, packed, model.shared, level, plan.tile_rows)
+            a = layer.forward_saving_(s, packed, model.layer_context, level, plan.tile_rows)
             if layer_plan.offloaded:
                 self._offloader.offload(i, a)
             stays = not layer_plan.offloaded and layer_plan.level != SaveLevel.NOTHING
@@ -119,8 +118,13 @@ class ForwardBackward:
                 self._offloader.prefetch(sources[i - 1])
             if saved[i] is None:
                 self._recompute_inputs_(saved, source, i, packed, plan.tile_rows)
-            gradients = self.model.model.layers[i].backward(
-                dresidual, saved.pop(), packed, self.model.shared, plan.tile_rows, need_dx=i > 0
+            gradients = self.model.model.layers[i].backward_(
+                dresidual,
+                saved.pop(),
+                packed,
+                self.model.layer_context,
+                plan.tile_rows,
+                need_dx=i > 0,
             )
             torch._foreach_add_([p.grad for p in self._parameters[i]], gradients)
 
@@ -133,19 +137,20 @@ class ForwardBackward:
         tile_rows: int | None,
     ) -> None:
         """Run forward from layer `source` to fill in the inputs of the layers up to `last`."""
-        layers = self.model.model.layers
+        layers, context = self.model.model.layers, self.model.layer_context
         s = new_residual(saved[source].x)
         for i in range(source, last):
-            a = layers[i].forward_saving(s, packed, self.model.shared, SaveLevel.INPUT, tile_rows)
+            a = layers[i].forward_saving_(s, packed, context, SaveLevel.INPUT, tile_rows)
             if i > source:
                 saved[i] = a
-        saved[last] = layers[last].new_activations(s, self.model.dtype)
+        saved[last] = Activations(s.to(self.model.dtype, copy=True))
 
     # ---- buffers
 
     def new_residual_gradient(self, rows: int) -> Tensor:
         """Return an empty buffer (rows, D + R) for the gradient of the residual stream."""
-        return self.model.model.layers[-1].new_gradient(rows, self.model.dtype, self.model.device)
+        model = self.model
+        return model.model.layers[-1].new_residual_gradient(rows, model.dtype, model.device)
 
     def create_missing_gradients(self) -> None:
         """Give each trainable parameter without a `.grad` a gradient of zeros."""
@@ -158,14 +163,15 @@ class ForwardBackward:
         """Allocate the dequantisation buffers that the layers share, if they are missing."""
         model = self.model
         # The last layer's, because the weights of the first layers may be resident.
-        last = model.model.layers[-1].projections
-        weight_buffers(last, model.shared.weights, model.dtype, model.device)
+        last = model.model.layers[-1].fused_linears
+        dequantised = [fused for fused in last if fused.resident_weight is None]
+        model.layer_context.weight_buffers.allocate(dequantised, model.dtype, model.device)
 
     def keep_resident(self, layers: int) -> None:
         """Keep the weights of the first `layers` layers dequantised, and release all others."""
         first_layers = self.model.model.layers[:layers]
         self._resident_weights.keep_only(
-            projection for layer in first_layers for projection in layer.projections
+            fused for layer in first_layers for fused in layer.fused_linears
         )
 
     @property
@@ -195,7 +201,8 @@ class ForwardBackward:
         These are the adapters, their gradients, the resident weights and the pinned arena.
         """
         tensors = [t for parameters in self._parameters for p in parameters for t in (p, p.grad)]
-        tensors += [p.resident for p in self.model.projections() if p.resident is not None]
+        resident = (fused.resident_weight for fused in self.model.fused_linears())
+        tensors += [weight for weight in resident if weight is not None]
         arena = 0 if self._offloader is None else self._offloader.address
         return [*(t.data_ptr() for t in tensors), arena]
 

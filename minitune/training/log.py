@@ -131,7 +131,7 @@ def banner(model: "CausalLM", data: "TokenizedDataset", rows: Sequence[tuple[str
     if model.device.type == "cuda":
         attention = (
             "triton"
-            if model.shared.attention == "triton"
+            if model.layer_context.attention == "triton"
             else "triton, or cuDNN for long samples of one length"
         )
     kept = {

@@ -97,7 +97,11 @@ class MicroStep:
 
         run = self._graphs.run if capture else self._run_eager
         try:
-            with torch.autocast(model.device.type, enabled=False), model.as_current_device():
+            with (
+                model.layer_context.weight_buffers.lock,  # a graph writes into them too
+                torch.autocast(model.device.type, enabled=False),
+                model.as_current_device(),
+            ):
                 inputs, packed = self._pack_inputs(batch, size)
                 loss = run(inputs, packed, compute_loss)
         except BaseException:

@@ -300,7 +300,7 @@ class SFTTrainer:
     def _weights(self) -> contextlib.AbstractContextManager:
         """A CPU takes as long to dequantise a weight as to multiply 30 rows by it, so there weights stay dense."""
         cpu = self.model.device.type == "cpu"
-        return self.model.resident_weights_where_they_fit() if cpu else contextlib.nullcontext()
+        return self.model.resident_weights_if_they_fit() if cpu else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _telling(self, report: TrainingLog) -> Iterator[None]:

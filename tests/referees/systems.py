@@ -193,7 +193,7 @@ def _minitune(name: str, folder: str | Path, max_tokens: int) -> System:
         loss=lambda ids: model(input_ids=ids, labels=ids).loss,
         backward=backward,
         optimizer=lambda: FlatAdamW(list(parameters.values())),
-        many_steps=model.resident_weights_where_they_fit if on_cpu else contextlib.nullcontext,
+        many_steps=model.resident_weights_if_they_fit if on_cpu else contextlib.nullcontext,
     )
 
 

@@ -1,0 +1,81 @@
+"""The autograd functions around the hand-written passes, for a training loop of the user's own.
+
+Each function is one node of the graph of `model(...).loss.backward()`. The trainer does without
+them: a micro-step calls the passes directly.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minitune.kernels.backend import accumulator
+from minitune.model.activations import Activations, SaveLevel
+from minitune.model.layers import LayerContext, RMSNorm
+from minitune.model.loss import LossRows
+from minitune.model.packed_sequences import PackedSequences
+
+
+class DecoderLayerNode(torch.autograd.Function):
+    """A decoder layer as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        s: Tensor,
+        layer: nn.Module,
+        packed: PackedSequences,
+        context: LayerContext,
+        level: SaveLevel,
+        tile_rows: int | None,
+        *lora_parameters: Tensor,
+    ):
+        y = s.clone()
+        saved = layer.forward_saving_(y, packed, context, level, tile_rows).tensors()
+        ctx.layer, ctx.packed, ctx.context, ctx.tile_rows = layer, packed, context, tile_rows
+        ctx.names = tuple(saved)
+        ctx.save_for_backward(*saved.values())
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        layer, D = ctx.layer, ctx.layer.D
+        a = Activations(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
+        dresidual = layer.new_residual_gradient(len(dy), ctx.context.dtype, dy.device)
+        dresidual[:, :D] = dy
+        gradients = layer.backward_(
+            dresidual, a, ctx.packed, ctx.context, ctx.tile_rows, need_dx=ctx.needs_input_grad[0]
+        )
+        return dresidual[:, :D].to(dy.dtype), None, None, None, None, None, *gradients
+
+
+class LossNode(torch.autograd.Function):
+    """The loss of the labelled rows. Forward also computes the gradient, which backward scales."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor, model: nn.Module, loss_rows: LossRows, denominator: float | Tensor):
+        dresidual = torch.empty_like(s, dtype=model.dtype) if ctx.needs_input_grad[0] else None
+        loss = model.rows_loss(s, loss_rows, denominator, dresidual)
+        if dresidual is not None:
+            ctx.save_for_backward(dresidual)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor):
+        (dresidual,) = ctx.saved_tensors
+        ds = (dresidual * dloss.to(dresidual.dtype)).to(accumulator(dresidual.dtype))
+        return ds, None, None, None
+
+
+class LogitsNode(torch.autograd.Function):
+    """The logits (N, V) of the residual stream s (N, D): final norm and head."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor, norm: RMSNorm, head: Tensor):
+        h, rstd = norm.from_residual(s, head.dtype)  # (N, D), (N,)
+        ctx.norm, ctx.head = norm, head
+        ctx.save_for_backward(s, rstd)
+        return h @ head.T
+
+    @staticmethod
+    def backward(ctx, dlogits: Tensor):
+        s, rstd = ctx.saved_tensors
+        return ctx.norm.backward(dlogits @ ctx.head, s, rstd).to(s.dtype), None, None
