@@ -420,6 +420,7 @@ def test_demonstration_asks_trains_asks_again_and_may_be_repeated(
         "merged",
         "metrics.jsonl",
         "model-minitune-Q8_0.gguf",
+        "outputs.json",
     }
 
 

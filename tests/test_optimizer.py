@@ -137,7 +137,7 @@ def test_training_with_8bit_moments_learns_as_with_float32_and_resumes_bit_for_b
     assert trainer.optimizer.exp_avg.dtype == torch.uint8
     assert exact_loss != loss and abs(loss - exact_loss) < 0.005 * exact_loss
     exact_last, last = (
-        each.accumulate(each.samples_of_step(0)).item() for each in (exact, trainer)
+        each.accumulate(each.order.samples_of_step(0)).item() for each in (exact, trainer)
     )
     assert exact_last < 0.5 and abs(last - exact_last) < 0.02 * exact_last  # it began above 8
     resumed = new_trainer(folder, tmp_path / "8", **eight_bit)

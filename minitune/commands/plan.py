@@ -14,8 +14,11 @@ from minitune.config.cli import Settings, parse, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
 from minitune.memory.planner import parse_gradient_checkpointing, plan_memory, plan_table
-from minitune.training.out_of_memory import default_host_budget, halve_until_fits
-from minitune.training.trainer import MICRO_STEP_TOKENS
+from minitune.training.out_of_memory import (
+    DEFAULT_MICRO_STEP_TOKENS,
+    default_host_budget,
+    halve_until_fits,
+)
 
 DESCRIPTION = "Print the memory and time of a training step. Needs --model and --memory-budget."
 
@@ -64,9 +67,8 @@ def plan(settings: Settings, program: str) -> str:
 
     tokens = sft.micro_step_tokens
     if tokens is None:
-        tokens = halve_until_fits(
-            max(MICRO_STEP_TOKENS["cuda"], longest), longest, lambda n: planned(n).peak > budget
-        )
+        most = max(DEFAULT_MICRO_STEP_TOKENS["cuda"], longest)
+        tokens = halve_until_fits(most, longest, lambda n: planned(n).peak > budget)
     table = plan_table(planned(tokens), tokens, budget)
     return (
         f"{run.model}: {tokens:,} tokens a forward/backward, in samples of up to {longest:,}, "

@@ -19,7 +19,7 @@ import torch
 from minitune.api import FastLanguageModel
 from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.commands.plan import plan
-from minitune.config.cli import Settings, as_dict, parse, run_command
+from minitune.config.cli import Settings, parse, run_command
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
 from minitune.data.jsonl import load_dataset
 from minitune.gguf.export import gguf_file_name
@@ -99,10 +99,7 @@ def prepare(settings: Settings) -> SFTTrainer:
         random_state=sft.seed if run.random_state is None else run.random_state,
         use_rslora=lora.use_rslora,
     )
-    trainer = SFTTrainer(model, sft, run.data, run.eval_data, tokenizer)
-    given = {name: value for name, value in as_dict(run, lora).items() if value is not None}
-    trainer.settings |= given
-    return trainer
+    return SFTTrainer(model, sft, run.data, run.eval_data, tokenizer, run_config=run)
 
 
 def _check(settings: Settings) -> None:
@@ -111,7 +108,9 @@ def _check(settings: Settings) -> None:
     folder = resolve_model(run.model)
     data = [path for path in (run.data, run.eval_data) if path is not None]
     if sft.output_dir is not None:
-        files = [gguf_file_name(run.model, folder, method) for method in run.gguf]
-        run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, [folder, *data], files)
+        names = [gguf_file_name(run.model, folder, method) for method in run.gguf]
+        if run.merge:
+            names.append(run_folder.MERGED)
+        run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, [folder, *data], names)
     for path in data:
         load_dataset(path)

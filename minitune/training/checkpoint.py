@@ -1,58 +1,115 @@
-"""TODO docstring."""
+"""Checkpoints of a run: everything that a resumed run needs to continue with the same bits.
 
-import json
+    checkpoint-N/
+      adapter_config.json, adapter_model.safetensors   the adapter (checkpoints/adapter.py)
+      optimizer.safetensors                            the optimizer's moments
+      state.json                                       progress, identity, budgets (resume.py)
+
+The order of the samples follows from seed and step, so no other state exists.
+"""
+
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minitune.atomic_files import atomic_folder
-from minitune.checkpoints.adapter import write_adapter_files, load_adapter
+from minitune.atomic_files import atomic_folder, read_json, write_json
+from minitune.checkpoints.adapter import load_adapter, write_adapter_files
 from minitune.model.causal_lm import CausalLM
 from minitune.training.optimizer import FlatAdamW
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+REMEDY = "resume from another checkpoint"
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """The length of a run.
+
+    units_per_step: samples, or with packing rows, of one optimizer step.
+    steps_per_epoch: optimizer steps of one pass through the data.
+    total_steps: optimizer steps of the whole run.
+    """
+
+    units_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+@dataclass
+class Progress:
+    """The position of a run; every checkpoint saves it.
+
+    step: optimizer steps done.
+    tokens: tokens trained on so far, with those that carry no label.
+    seconds: time spent so far.
+    loss_sum: sum of the losses of all steps.
+    grad_norm: gradient norm of the last step, before clipping.
+    unlogged: losses of the steps since the last metrics line.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    grad_norm: float = 0.0
+    unlogged: list[float] = field(default_factory=list)
+
+    @classmethod
+    def from_state(cls, values: dict[str, Any], source: Path) -> "Progress":
+        """Return the progress that a checkpoint's state holds.
+
+        source: the file that errors name.
+
+        Raises: ValueError if a value is missing or of another type.
+        """
+        default = cls()
+        for item in fields(cls):
+            value, expected = values.get(item.name), type(getattr(default, item.name))
+            if not isinstance(value, (int, float) if expected is float else expected):
+                raise ValueError(f"{source}: {item.name} is {value!r}; {REMEDY}")
+        return cls(**{item.name: values[item.name] for item in fields(cls)})
 
 
 def save_checkpoint(
     model: CausalLM, optimizer: FlatAdamW, state: dict[str, Any], folder: str | Path
 ) -> None:
-    """Write checkpoint `folder`: adapter, optimizer moments, and `state` (JSON) with the optimizer's step count."""
+    """Write a checkpoint folder.
+
+    state: what resuming needs beside adapter and optimizer, as JSON values.
+
+    Raises: ValueError if the folder cannot be written.
+    """
     with atomic_folder(folder) as partial:
         write_adapter_files(model, partial)
-        save_file(
-            {name: t.cpu() for name, t in optimizer.state_dict().items()}, partial / OPTIMIZER
-        )
-        (partial / STATE).write_text(
-            json.dumps({**state, "optimizer_steps": optimizer.steps}, indent=2) + "\n"
-        )
+        moments = {name: tensor.cpu() for name, tensor in optimizer.state_dict().items()}
+        save_file(moments, partial / OPTIMIZER)
+        write_json(partial / STATE, {**state, "optimizer_steps": optimizer.steps})
 
 
-def read_state(folder: str | Path, **needed: type) -> dict[str, Any]:
-    """A checkpoint's state.json. ValueError where it is missing or broken, or lacks what is `needed` (name: type)."""
+def read_state(folder: str | Path, **required: type) -> dict[str, Any]:
+    """Return the content of a checkpoint's state.json.
+
+    required: keys that must be there, and the types of their values.
+
+    Raises: ValueError if the file is missing or broken, or lacks a required key.
+    """
     path = Path(folder) / STATE
-    try:
-        state = json.loads(path.read_text())
-    except OSError:
-        raise ValueError(
-            f"{path}: not found; a checkpoint to resume from holds {STATE} and {OPTIMIZER}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"{path}: holds a {type(state).__name__}; expected an object with a checkpoint's state"
-        )
-    for name, kind in {"optimizer_steps": int, **needed}.items():
-        if not isinstance(state.get(name), kind):
-            words = f"is {state[name]!r}" if name in state else "is missing"
-            raise ValueError(f"{path}: {name} {words}; resume from another checkpoint")
+    state = read_json(path, hint=f"a checkpoint to resume from holds {STATE} and {OPTIMIZER}")
+    for name, expected in {"optimizer_steps": int, **required}.items():
+        if not isinstance(state.get(name), expected):
+            found = f"is {state[name]!r}" if name in state else "is missing"
+            raise ValueError(f"{path}: {name} {found}; {REMEDY}")
     return state
 
 
 def load_checkpoint(model: CausalLM, optimizer: FlatAdamW, folder: str | Path) -> dict[str, Any]:
-    """Put adapter and optimizer back as they were saved, and return the state. ValueError names what does not fit."""
+    """Load adapter and optimizer in place, and return the checkpoint's state.
+
+    Raises: ValueError that names the file or the setting that does not fit.
+    """
     state, path = read_state(folder), Path(folder) / OPTIMIZER
     try:
         moments = load_file(path)

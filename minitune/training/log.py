@@ -1,7 +1,8 @@
-"""What a training run says: a banner, a progress bar, one line of metrics a logging step, and the same as JSONL.
+"""The output of a training run: banner, progress bar, lines for a person, and metrics as JSONL.
 
-Everything for a person goes to stderr, the bar only where that is a terminal; metrics.jsonl gets one JSON object a
-line, flushed at once, so that it can be watched, and is whole up to its last line whatever happens to the run.
+Lines for a person go to stderr, the progress bar only if stderr is a terminal. metrics.jsonl gets
+one JSON object a logging step or evaluation. Each line is flushed at once, so the file can be
+followed during the run, and an interruption costs at most the line that is being written.
 """
 
 import contextlib
@@ -11,22 +12,22 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from minitune.atomic_files import atomic_write_text, os_errors_as_value_error
+from minitune.config.training_config import SFTConfig
+from minitune.data.tokenize_dataset import TokenizedDataset
 from minitune.model.activations import SaveLevel
+from minitune.model.causal_lm import CausalLM
+from minitune.training.checkpoint import RunSize
 
-if TYPE_CHECKING:
-    from minitune.data.tokenize_dataset import TokenizedDataset
-    from minitune.model.causal_lm import CausalLM
-    from minitune.training.trainer import SFTTrainer
-
-# How a record's values look in the line for a person; those not named here are in the JSONL only.
-LINE = {
+# Format of a record's values in the line for a person. Other values are in metrics.jsonl only.
+METRIC_FORMATS = {
     "epoch": "epoch {:.2f}",
     "loss": "loss {:.4f}",
     "eval_loss": "eval_loss {:.4f}",
@@ -36,17 +37,26 @@ LINE = {
     "tokens_per_second": "tok/s {:,.0f}",
     "seconds": "{:.1f} s",
 }
+SAVED_ACTIVATIONS = {
+    None: "saved as memory allows",
+    SaveLevel.INPUT: "recomputed",
+    SaveLevel.ALL: "saved",
+}
+# GPU memory of a trainable parameter: value 4, gradient 4, two moments 8 or 2.03 bytes.
+BYTES_PER_PARAMETER = {"adamw_8bit": "10.03"}
+DEFAULT_BYTES_PER_PARAMETER = "16"
+STDERR = 2  # file descriptor
 
 
-def metrics_line(record: dict[str, Any], total: int) -> str:
-    """One record as one line: `step 10/300  epoch 0.08  loss 1.2345 ...`."""
-    parts = [text.format(record[name]) for name, text in LINE.items() if name in record]
-    return "  ".join([f"step {record['step']}/{total}", *parts])
+def metrics_line(record: dict[str, Any], total_steps: int) -> str:
+    """Return a record as one line: `step 10/300  epoch 0.08  loss 1.2345 ...`."""
+    parts = [text.format(record[name]) for name, text in METRIC_FORMATS.items() if name in record]
+    return "  ".join([f"step {record['step']}/{total_steps}", *parts])
 
 
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that goes away, for something within a run; the yielded function takes (done, total)."""
+    """Show a temporary progress bar. Yields progress(done, total)."""
     with tqdm(desc=label, file=sys.stderr, leave=False, disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -57,19 +67,29 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class TrainingLog:
-    """Where a run's output goes. A context manager, so that bar and file are closed however the run ends."""
+    """The destination of a run's output: stderr and metrics.jsonl.
 
-    def __init__(self, path: Path, total: int, done: int = 0):
-        """Records of steps after `done`, left in the file by the run that is resumed, are dropped.
+    A context manager, so that the bar and the file are closed however the run ends.
+    """
 
-        Raises ValueError, as `record` does, where the file cannot be written.
+    def __init__(self, path: Path, total_steps: int, done: int = 0):
+        """Open metrics.jsonl, dropping records of steps later than `done`.
+
+        path: metrics.jsonl of the run.
+        done: optimizer steps done before, by the run that is resumed.
+
+        Raises: ValueError if the file cannot be written; so does `record`.
         """
-        self.path, self.total = path, total
+        self.path, self.total_steps = path, total_steps
         with os_errors_as_value_error(path):
-            _keep_records(path, done)
+            _drop_records(path, done)
             self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(
-            total=total, initial=done, unit="step", file=sys.stderr, disable=not sys.stderr.isatty()
+            total=total_steps,
+            initial=done,
+            unit="step",
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
         )
 
     def __enter__(self) -> "TrainingLog":
@@ -77,139 +97,189 @@ class TrainingLog:
 
     def __exit__(self, *exception) -> None:
         self._bar.close()
-        with contextlib.suppress(
-            OSError
-        ):  # `record` has flushed, or raised what would be raised again here
+        # `record` flushes; closing can only repeat an error that `record` has raised
+        with contextlib.suppress(OSError):
             self._file.close()
 
-    def say(self, text: str) -> None:
-        """A line for a person, above the bar."""
+    def print_line(self, text: str) -> None:
+        """Print a line for a person above the progress bar."""
         self._bar.clear()
         print(text, file=sys.stderr, flush=True)
         self._bar.refresh()
 
     def advance(self) -> None:
+        """Move the progress bar forward by one optimizer step."""
         self._bar.update()
 
     def record(self, record: dict[str, Any]) -> None:
+        """Write a record to metrics.jsonl and print it."""
         with os_errors_as_value_error(self.path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        self.say(metrics_line(record, self.total))
+        self.print_line(metrics_line(record, self.total_steps))
 
 
-def _keep_records(path: Path, done: int) -> None:
-    """Cut metrics.jsonl back to the records of steps up to `done`; a line that a crash cut short goes too."""
+def _drop_records(path: Path, done: int) -> None:
+    """Keep the records of steps up to `done`; drop later ones and lines that are not complete."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
     atomic_write_text(path, "".join(kept))
 
 
-def storage_bytes(model: "CausalLM") -> int:
-    """Bytes that the base model's weights occupy, quantised ones as they are stored; tied weights count once."""
-    adapter = {id(p) for _, p in model.trainable_parameters()}
-    dense = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in adapter)
-    return dense + sum(linear.nf4.nbytes for _, linear in model.linears() if linear.is_quantized)
+# ---- the banner
 
 
-def banner(model: "CausalLM", data: "TokenizedDataset", rows: Sequence[tuple[str, str]]) -> str:
-    """What is about to be trained, on what, with what; `rows` are the trainer's own lines, (label, text)."""
-    total, trainable = (
-        model.num_parameters(),
-        sum(p.numel() for _, p in model.trainable_parameters()),
-    )
-    linears = [linear for _, linear in model.linears()]
-    kind = "NF4" if any(linear.is_quantized for linear in linears) else "16-bit"
-    attention = "reference (PyTorch)"
-    if model.device.type == "cuda":
-        attention = (
-            "triton"
-            if model.layer_context.attention == "triton"
-            else "triton, or cuDNN for long samples of one length"
-        )
-    kept = {
-        None: "kept as far as they fit",
-        SaveLevel.INPUT: "recomputed",
-        SaveLevel.ALL: "kept",
-    }.get(model.planner.level, "kept in part")
-    tokens = sum(len(sample.input_ids) for sample in data.samples)
-    trained_on = sum(sample.targets for sample in data.samples)
+@dataclass(frozen=True)
+class RunSummary:
+    """The facts of a run that the banner prints, beside those of model and data.
+
+    size: the length of the run.
+    max_length: tokens of the longest sample, or with packing of a row.
+    micro_step_tokens: tokens of one forward/backward at most.
+    output: the run folder.
+    done: optimizer steps done before.
+    source: the checkpoint that the run continues from, or None.
+    """
+
+    args: SFTConfig
+    size: RunSize
+    max_length: int
+    micro_step_tokens: int
+    output: Path
+    done: int = 0
+    source: Path | None = None
+
+
+def banner(model: CausalLM, data: TokenizedDataset, run: RunSummary) -> str:
+    """Return lines that describe model, adapter, data and run."""
+    rows = [*_model_rows(model), ("data", _data_text(data)), *_run_rows(run)]
+    if dropout := model.lora_dropout:  # of an adapter that was loaded
+        text = f"the adapter was trained with lora_dropout {dropout}, which is not applied here"
+        rows.append(("warning", text))
+    return "\n".join(f"{label:<11}{text}" for label, text in rows)
+
+
+def _model_rows(model: CausalLM) -> list[tuple[str, str]]:
+    """Return the lines on the model, its adapter and how it computes, as (label, text)."""
+    total = model.num_parameters()
+    trainable = sum(p.numel() for _, p in model.trainable_parameters())
+    quantized = any(linear.is_quantized for _, linear in model.linears())
     lora = model.lora
-    lines = [
-        ("model", f"{model.name}: {total / 1e6:,.1f} M parameters, {storage_bytes(model) / 1e6:,.0f} MB, "
-         f"linears {kind}"),
-        ("adapter", f"{trainable / 1e6:,.2f} M trainable ({100 * trainable / total:.2f}%), r {lora.r}, "
-         f"lora_alpha {lora.lora_alpha:g}, on {' '.join(lora.target_modules)}"),
-        ("compute", f"{model.device}, {str(model.dtype).removeprefix('torch.')}, attention {attention}, "
-         f"activations {kept}"),
-        ("data", f"{len(data.samples):,} samples, {data.skipped:,} skipped for want of a token to train on, "
-         f"{data.truncated:,} truncated; {tokens:,} tokens, {trained_on:,} trained on"),
-        *rows,
-    ]  # fmt: skip
-    return "\n".join(f"{label:<11}{text}" for label, text in lines)
+    saved = SAVED_ACTIVATIONS.get(model.planner.level, "saved in part")
+    if model.device.type != "cuda":
+        attention = "reference (PyTorch)"
+    elif model.layer_context.attention == "triton":
+        attention = "triton"
+    else:
+        attention = "triton, or cuDNN for long samples of one length"
+    return [
+        (
+            "model",
+            f"{model.name}: {total / 1e6:,.1f} M parameters, {storage_bytes(model) / 1e6:,.0f} MB, "
+            f"linears {'NF4' if quantized else '16-bit'}",
+        ),
+        (
+            "adapter",
+            f"{trainable / 1e6:,.2f} M trainable ({100 * trainable / total:.2f}%), r {lora.r}, "
+            f"lora_alpha {lora.lora_alpha:g}, on {' '.join(lora.target_modules)}",
+        ),
+        (
+            "compute",
+            f"{model.device}, {str(model.dtype).removeprefix('torch.')}, attention {attention}, "
+            f"activations {saved}",
+        ),
+    ]
 
 
-def run_rows(trainer: "SFTTrainer", resumed: Path | None) -> list[tuple[str, str]]:
-    """The banner's lines about the run: how many steps, the optimizer, where it goes."""
-    t, a = trainer, trainer.args
-    unit = f"rows of {t.max_length}" if a.packing else "samples"
-    plan = f"{t.total_steps:,} optimizer steps of {t.units_per_step} {unit}, {t.steps_per_epoch:,} an epoch"
-    bytes_each = "10.03" if a.optim == "adamw_8bit" else "16"
-    optimizer = f"AdamW, {a.learning_rate:g}, {a.lr_scheduler_type}; {bytes_each} bytes a trainable parameter"
-    output = f"{t.output}" + (
-        f", continued from {resumed.name} (step {t.progress.step})" if resumed else ""
+def storage_bytes(model: CausalLM) -> int:
+    """Return the bytes of the base model's weights as stored; tied weights count once."""
+    adapter = {id(p) for _, p in model.trainable_parameters()}
+    others = [p for p in model.parameters() if id(p) not in adapter]
+    quantized = [linear for _, linear in model.linears() if linear.is_quantized]
+    return sum(p.nbytes for p in others) + sum(linear.nf4.nbytes for linear in quantized)
+
+
+def _data_text(data: TokenizedDataset) -> str:
+    tokens = sum(len(sample.input_ids) for sample in data.samples)
+    targets = sum(sample.targets for sample in data.samples)
+    return (
+        f"{len(data.samples):,} samples, {data.skipped:,} skipped (no token to train on), "
+        f"{data.truncated:,} truncated; {tokens:,} tokens, {targets:,} trained on"
     )
+
+
+def _run_rows(run: RunSummary) -> list[tuple[str, str]]:
+    """Return the lines on steps, optimizer and output, as (label, text)."""
+    args, size = run.args, run.size
+    unit = f"rows of {run.max_length}" if args.packing else "samples"
+    parameter_bytes = BYTES_PER_PARAMETER.get(args.optim, DEFAULT_BYTES_PER_PARAMETER)
+    output = str(run.output)
+    if run.source:
+        output += f", continued from {run.source.name} (step {run.done})"
     rows = [
-        ("steps", f"{plan}; at most {t.micro_step_tokens:,} tokens a forward/backward"),
-        ("optimizer", optimizer),
+        (
+            "steps",
+            f"{size.total_steps:,} optimizer steps of {size.units_per_step} {unit}, "
+            f"{size.steps_per_epoch:,} an epoch; at most {run.micro_step_tokens:,} tokens "
+            "a forward/backward",
+        ),
+        (
+            "optimizer",
+            f"AdamW, {args.learning_rate:g}, {args.lr_scheduler_type}; "
+            f"{parameter_bytes} bytes a trainable parameter",
+        ),
         ("output", output),
     ]
-    if resumed and t.progress.step == t.total_steps:
-        rows.append(("note", f"{resumed.name} is the last step's: nothing is left to train"))
-    if dropout := t.model.lora_dropout:  # of an adapter that was loaded
-        rows.append(
-            ("warning", f"the adapter comes with lora_dropout {dropout}, which is not applied here")
-        )
+    if run.source and run.done == size.total_steps:
+        text = f"{run.source.name} is of the last step: nothing is left to train"
+        rows.append(("note", text))
     return rows
 
 
-def interruption(step: int, total: int, saved: Path | None, config: Path | None) -> str:
-    """What a run that was interrupted after `step` leaves, and how to go on; by command where `config` has all."""
+# ---- interruption
+
+
+def interruption(step: int, total_steps: int, saved: Path | None, config: Path | None) -> str:
+    """Return the line that an interrupted run ends with: its last checkpoint and how to resume.
+
+    step: optimizer steps done.
+    saved: the last checkpoint, or None.
+    config: a config.toml that names everything a command needs, or None.
+    """
     advice = "SFTConfig(resume=True)"
     if config is not None:
         advice = f"train.py --config {shlex.quote(str(config))} --resume, or {advice}"
     if step == 0:
-        return f"interrupted before the first step was done: nothing is trained yet; start again with {advice}"
-    if saved is None:
-        return f"interrupted after step {step} of {total}, no checkpoint was saved; start again with {advice}"
-    return (
-        f"interrupted after step {step} of {total}, last checkpoint {saved}; continue with {advice}"
-    )
+        state = "before the first step was done: nothing is trained yet; start again"
+    elif saved is None:
+        state = f"after step {step} of {total_steps}, no checkpoint was saved; start again"
+    else:
+        state = f"after step {step} of {total_steps}, last checkpoint {saved}; continue"
+    return f"interrupted {state} with {advice}"
 
 
 @contextlib.contextmanager
 def deferred_sigint() -> Iterator[list[int]]:
-    """Ctrl-C fills the yielded list, for the loop to stop after its step; a second Ctrl-C interrupts at once."""
+    """Turn the first Ctrl-C into an entry of the yielded list; a second one interrupts at once.
+
+    The training loop looks at the list after each optimizer step.
+    """
     caught: list[int] = []
     previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or previous in (
-        signal.SIG_IGN,
-        None,
-    ):
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or previous in (signal.SIG_IGN, None):
         yield caught
         return
 
     def stop(number: int, frame) -> None:
         caught.append(number)
         signal.signal(signal.SIGINT, previous)
-        os.write(2, b"\nstopping after this optimizer step; Ctrl-C again stops at once\n")
+        os.write(STDERR, b"\nstopping after this optimizer step; Ctrl-C again stops at once\n")
 
     signal.signal(signal.SIGINT, stop)
     try:

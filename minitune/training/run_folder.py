@@ -1,297 +1,324 @@
-"""The run folder: what a run writes, which checkpoint it continues from, and what must not have changed meanwhile.
+"""The run folder: the files of a run, and which of them a new run may replace.
 
     OUTPUT/config.toml      every setting, resolved; a file for --config
     OUTPUT/metrics.jsonl    one JSON object a logging step or evaluation
-    OUTPUT/checkpoint-N/    after N optimizer steps (checkpoint.py)
+    OUTPUT/checkpoint-N/    the state after N optimizer steps (checkpoint.py)
     OUTPUT/adapter/         the result, in PEFT's format
     OUTPUT/merged/          with --merge, base and adapter as one 16-bit model
     OUTPUT/NAME-TYPE.gguf   with --gguf, the same as one file
+    OUTPUT/outputs.json     the names of all of these that the run wrote, except checkpoints
 
-Nothing of an earlier run is replaced unless that was asked for, and files that no run wrote are never touched.
+A run replaces outputs of an earlier run only if asked to. It deletes nothing except the names in
+outputs.json and checkpoints, which are folders named checkpoint-N with a state.json.
 """
 
-import array
-import hashlib
+import json
+import re
 import shutil
-import sys
-import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from minitune.atomic_files import atomic_folder, atomic_write_text, os_errors_as_value_error
+from minitune.atomic_files import (
+    atomic_folder,
+    atomic_write_text,
+    os_errors_as_value_error,
+    read_json,
+)
 from minitune.checkpoints.adapter import save_adapter
 from minitune.checkpoints.merge import merge_to_folder
-from minitune.checkpoints.safetensors_folder import resolve_model
-from minitune.config.cli import as_dict, toml_text
-from minitune.config.training_config import GGUF_METHODS, SFTConfig
-from minitune.data.tokenize_dataset import Sample
+from minitune.config.cli import toml_text
+from minitune.config.training_config import SFTConfig
 from minitune.data.tokenizer import Tokenizer
-from minitune.gguf.export import export_gguf, gguf_file_name
+from minitune.gguf.export import export_gguf
 from minitune.model.causal_lm import CausalLM
-from minitune.training import checkpoint
+from minitune.training.checkpoint import STATE, save_checkpoint
 from minitune.training.optimizer import FlatAdamW
 
-# What has to be the same for a resumed run to go on where it was, and what may differ with a warning.
-SAME_ORDER = ("seed", "samples_per_step", "packing", "max_length", "data")
-SAME_MATHEMATICS = (
-    "model", "load_in_4bit", "dtype", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
-    "total_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-)  # fmt: skip
+ADAPTER, MERGED, METRICS, CONFIG = "adapter", "merged", "metrics.jsonl", "config.toml"
+OUTPUTS = "outputs.json"
+# A folder without outputs.json is from an older version; these names in it are a run's.
+NAMES_WITHOUT_LIST = (ADAPTER, MERGED, METRICS, CONFIG)
+CHECKPOINT_NAME = re.compile("checkpoint-([1-9][0-9]*)")
+NUMBER = re.compile("[0-9]+")
 
 
-@dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # moved so far
-    seconds: float = 0.0
-    loss_sum: float = 0.0  # over all steps
-    grad_norm: float = 0.0  # of the last step, before clipping
-    unlogged: list[float] = field(
-        default_factory=list
-    )  # losses of the steps since the last metrics line
-
-    @classmethod
-    def read(cls, values: dict[str, Any], source: Path) -> "Progress":
-        """From a checkpoint's state. ValueError names the file `source` where a value is missing or of another type."""
-        for item in fields(cls):
-            value, kind = values.get(item.name), type(getattr(cls(), item.name))
-            if not isinstance(value, (int, float) if kind is float else kind):
-                raise ValueError(
-                    f"{source}: {item.name} is {value!r}; resume from another checkpoint"
-                )
-        return cls(**{item.name: values[item.name] for item in fields(cls)})
+# ---- the outputs of a run
 
 
-def fingerprint(samples: Sequence[Sample]) -> str:
-    """A hash of every token and label, to recognise the data of a resumed run."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        for values in ([len(sample.input_ids)], sample.input_ids, sample.labels):
-            digest.update(array.array("q", values).tobytes())
-    return digest.hexdigest()[:16]
+def checkpoint_step(folder: Path) -> int | None:
+    """Return N if the folder is named checkpoint-N, otherwise None."""
+    found = CHECKPOINT_NAME.fullmatch(folder.name)
+    return int(found[1]) if found else None
 
 
 def checkpoints(output: str | Path) -> list[Path]:
-    """The checkpoint-N folders of a run, oldest first."""
+    """Return the checkpoint-N folders that a run wrote, oldest first."""
     found = [
-        p
-        for p in Path(output).glob("checkpoint-*")
-        if p.name.split("-")[-1].isdigit() and p.is_dir()
+        folder
+        for folder in Path(output).glob("checkpoint-*")
+        if checkpoint_step(folder) and (folder / STATE).is_file()
     ]
-    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+    return sorted(found, key=checkpoint_step)
 
 
 def existing_outputs(output: str | Path) -> list[str]:
-    """Names of what a run wrote into a folder; empty where there is none."""
-    names = [p.name for p in checkpoints(output)]
-    others = ("adapter", "merged", "metrics.jsonl", *_gguf_names(output), "config.toml")
-    return names + [name for name in others if (Path(output) / name).exists()]
+    """Return the names in a folder that a run wrote, without outputs.json; empty if there are none.
+
+    Raises: ValueError if outputs.json is broken.
+    """
+    output = Path(output)
+    names = [folder.name for folder in checkpoints(output)]
+    return names + [name for name in _listed_names(output) if _exists(output / name)]
 
 
-def _gguf_names(output: str | Path) -> list[str]:
-    """File names of the GGUF files that a run's config.toml asked for; none where there is no such file."""
-    try:
-        settings = tomllib.loads((Path(output) / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    model, methods = settings.get("model"), settings.get("gguf")
-    if not (isinstance(model, str) and isinstance(methods, list)):
-        return []
+def _listed_names(output: Path) -> list[str]:
+    """Return the names in outputs.json, or those that an older version may have written."""
+    path = output / OUTPUTS
+    if not path.is_file():
+        return list(NAMES_WITHOUT_LIST)
+    names = read_json(path).get("names")
+    # --overwrite deletes these, so a path to another folder must not be among them
+    if not isinstance(names, list) or not all(map(_is_file_name, names)):
+        raise ValueError(
+            f'{path}: expected {{"names": [...]}} with names of files in this folder, found '
+            f"{names!r}; remove outputs.json to keep the files, or choose another --output-dir"
+        )
+    return names
 
-    try:
-        folder = resolve_model(model)
-    except ValueError:  # the model has gone; its file was named after the last part all the same
-        folder = Path(model).expanduser()
-    return [gguf_file_name(model, folder, method) for method in methods if method in GGUF_METHODS]
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def add_outputs(output: Path, names: Iterable[str]) -> None:
+    """Add names to outputs.json.
+
+    Raises: ValueError if the file cannot be written.
+    """
+    listed = [name for name in _listed_names(output) if _exists(output / name)]
+    listed += [name for name in names if name not in listed]
+    atomic_write_text(output / OUTPUTS, json.dumps({"names": listed}, indent=2) + "\n")
+
+
+def clear_run(output: str | Path) -> None:
+    """Delete the outputs of a run, and nothing else.
+
+    Raises: ValueError naming the folder if that fails.
+    """
+    output = Path(output)
+    with os_errors_as_value_error(output):
+        for name in existing_outputs(output):
+            _delete(output / name)
+        (output / OUTPUTS).unlink(missing_ok=True)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a folder, or a symlink without its target."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def delete_checkpoints(output: str | Path, after: int, except_step: int | None = None) -> None:
+    """Delete checkpoints of steps later than `after`, except `except_step`.
+
+    A run that is resumed from an earlier step writes its own later checkpoints.
+    """
+    for folder in checkpoints(output):
+        step = checkpoint_step(folder)
+        if step > after and step != except_step:
+            _delete(folder)
+
+
+# ---- the choice of the folder
 
 
 def check_output(
     output: str | Path,
     overwrite: bool,
     resume: bool,
-    needed: Iterable[str | Path] = (),
-    files: Iterable[str] = (),
+    protected_paths: Iterable[str | Path] = (),
+    new_names: Iterable[str] = (),
 ) -> None:
-    """ValueError where a run cannot go to `output`, or would replace something there that it was not told to.
+    """Check that a run may write to folder `output`.
 
-    needed: model and data, which must not lie within what a run replaces. files: names of GGUF files to be written.
+    overwrite, resume: the settings of the run.
+    protected_paths: model and data, which must not lie in an output that the run replaces.
+    new_names: names of files that the run writes at its end.
+
+    Raises: ValueError if the run would replace anything that it was not told to replace.
     """
     folder = Path(output)
-    if wrong := [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]:
-        raise ValueError(
-            f"output folder {output}: {wrong[0]} is a file; choose another --output-dir"
-        )
-    if (found := existing_outputs(output)) and not (overwrite or resume):
-        raise ValueError(
-            f"{output} already holds a run ({', '.join(found[:3])}); pass --resume to continue it, --overwrite to "
-            "replace it, or another --output-dir"
-        )
-    if existing := [
-        name for name in files if (folder / name).exists() and not (overwrite or resume)
-    ]:
-        raise ValueError(
-            f"{folder / existing[0]} exists; pass --overwrite to replace it, or another --output-dir"
-        )
-    for name in found:
-        own = (folder / name).resolve()
-        if inside := [path for path in needed if Path(path).resolve().is_relative_to(own)]:
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
             raise ValueError(
-                f"{inside[0]} is needed, but lies in {folder / name}, which this run would replace; choose another "
-                "--output-dir, or move it first"
+                f"output folder {output}: {path} is a file; choose another --output-dir"
+            )
+    found = existing_outputs(folder)
+    if found and not (overwrite or resume):
+        raise ValueError(
+            f"{output} already holds a run ({', '.join(found[:3])}); pass --resume to continue it, "
+            "--overwrite to replace it, or another --output-dir"
+        )
+    existing = [name for name in new_names if (folder / name).exists()]
+    if existing and not (overwrite or resume):
+        raise ValueError(
+            f"{folder / existing[0]} exists; pass --overwrite to replace it, or another "
+            "--output-dir"
+        )
+    for name in (*found, *existing):
+        replaced = (folder / name).resolve()
+        for path in protected_paths:
+            if Path(path).resolve().is_relative_to(replaced):
+                raise ValueError(
+                    f"{path} is needed, but lies in {folder / name}, which this run would "
+                    "replace; choose another --output-dir, or move it first"
+                )
+
+
+def check_checkpoint_names(output: str | Path, total_steps: int) -> None:
+    """Check that every checkpoint of a run finds its name free or taken by another checkpoint.
+
+    total_steps: optimizer steps of the run.
+
+    Raises: ValueError naming a folder that no run wrote.
+    """
+    for folder in Path(output).glob("checkpoint-*"):
+        step = checkpoint_step(folder)
+        if step and step <= total_steps and not (folder / STATE).is_file():
+            raise ValueError(
+                f"{folder} has the name of a checkpoint, but no run wrote it: it has no {STATE}; "
+                "rename it, or choose another --output-dir"
             )
 
 
-def clear_run(output: str | Path) -> None:
-    """Remove what a run wrote into a folder, and nothing else."""
-    for name in existing_outputs(output):
-        path = Path(output) / name
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def delete_checkpoints(output: str | Path, after: int, but: int | None = None) -> None:
-    """Remove the checkpoints of later steps than `after`, but for one: a run that went back makes its own."""
-    for folder in checkpoints(output):
-        if (step := int(folder.name.split("-")[-1])) > after and step != but:
-            shutil.rmtree(folder)
-
-
 def next_run_folder(parent: str | Path = "runs") -> Path:
-    """A new numbered folder, made: runs/1, runs/2, ..."""
+    """Make a new numbered folder, runs/1, runs/2 and so on, and return it.
+
+    Raises: ValueError naming `parent` if that fails.
+    """
     parent = Path(parent)
+    with os_errors_as_value_error(parent):
+        return _make_next(parent)
+
+
+def _make_next(parent: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
-    number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0) + 1
+    numbers = [int(path.name) for path in parent.iterdir() if NUMBER.fullmatch(path.name)]
+    number = max(numbers, default=0) + 1
     while True:
         try:
             (parent / str(number)).mkdir()
             return parent / str(number)
-        except FileExistsError:  # another run took it meanwhile
+        except FileExistsError:  # another run has taken the number
             number += 1
 
 
-def open_run(
-    args: SFTConfig, resume: bool | str | Path, needed: Iterable[str | Path] = ()
+def open_run_folder(
+    args: SFTConfig,
+    resume: bool | str | Path,
+    protected_paths: Sequence[str | Path],
+    total_steps: int,
 ) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint in it to continue from, or None to start from the beginning.
+    """Return the run folder and the checkpoint to continue from, or None to start from step 0.
 
-    resume: True for the newest checkpoint, a path for that one. needed: see `check_output`. Raises ValueError where the
-    folder holds a run and the settings don't say what becomes of it. Changes nothing but that a numbered folder is made
-    where output_dir is None.
+    A run that starts from step 0 deletes the outputs of an earlier run, if it may.
+
+    resume: True for the newest checkpoint, or the path of a checkpoint.
+    protected_paths: as in `check_output`.
+    total_steps: optimizer steps of the run.
+
+    Raises: ValueError if the folder holds a run and the settings neither resume nor overwrite it.
     """
-    wanted = bool(resume) or args.resume
+    resumes = bool(resume) or args.resume
     if args.output_dir is None:
-        if wanted:
+        if resumes:
             raise ValueError("resume needs output_dir: the folder of the run to continue")
         return next_run_folder(), None
     output = Path(args.output_dir)
-    check_output(output, args.overwrite, wanted, needed)
-    if isinstance(resume, (str, Path)):
+    check_output(output, args.overwrite, resumes, protected_paths)
+    check_checkpoint_names(output, total_steps)
+    if resume and isinstance(resume, str | Path):
         return output, Path(resume)
-    saved = checkpoints(output) if wanted else []
-    if wanted and not saved and (output / "adapter").exists():
+    saved = checkpoints(output) if resumes else []
+    if saved:
+        return output, saved[-1]
+    if resumes and (output / ADAPTER).exists():
         raise ValueError(
-            f"{output} holds an adapter but no checkpoint to resume from; pass --overwrite to replace it"
+            f"{output} holds an adapter but no checkpoint to resume from; pass --overwrite to "
+            "replace it, or another --output-dir"
         )
-    return output, saved[-1] if saved else None
+    clear_run(output)
+    return output, None
 
 
-def changed_settings(source: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between a checkpoint's settings and today's, in words, where the run can go on with it; else "".
-
-    Raises ValueError where the difference would change which samples come next.
-    """
-    changed = [name for name in SAME_ORDER + SAME_MATHEMATICS if before.get(name) != now[name]]
-    words = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
-    if wrong := [name for name in changed if name in SAME_ORDER]:
-        raise ValueError(
-            f"{source} cannot be continued: {words}; another {wrong[0]} changes which samples are left. Use the same, "
-            "or start anew with --overwrite"
-        )
-    return words
+# ---- the folder of a run that trains
 
 
 class RunFolder:
-    """The folder of one run that trains.
+    """The folder of one run.
 
-    output: the folder. source: the checkpoint in it to continue from, or None. saved: the step that was saved last.
+    output: the folder.
+    saved_step: step of the last checkpoint of this run, or of the one it continues from.
     """
 
-    def __init__(self, args: SFTConfig, resume: bool | str | Path, needed: Iterable[str | Path]):
-        """Open it (see `open_run`), without what an earlier run left there if this one starts from the beginning."""
-        self.args, self.saved = args, 0
-        with os_errors_as_value_error(args.output_dir or "runs"):
-            self.output, self.source = open_run(args, resume, needed)
-            if self.source is None:
-                clear_run(self.output)
+    def __init__(self, output: Path, saved_step: int = 0, save_total_limit: int | None = None):
+        self.output, self.saved_step = output, saved_step
+        self._save_total_limit = save_total_limit
 
-    def resume(self, model: CausalLM, optimizer: FlatAdamW, identity: dict[str, Any]) -> Progress:
-        """Load the adapter and the optimizer's moments from `source`; returns where that run stood.
+    def write_config(self, settings: dict[str, Any]) -> None:
+        """Write config.toml, and list it in outputs.json together with metrics.jsonl.
 
-        Raises ValueError where the run of today's `identity` cannot go on from there, or would end before it.
+        Raises: ValueError if a file cannot be written.
         """
-        a, source = self.args, self.source
-        state = checkpoint.read_state(source, progress=dict, identity=dict)
-        words = changed_settings(source, state["identity"], identity)
-        progress = Progress.read(state["progress"], source / checkpoint.STATE)
-        if progress.step > identity["total_steps"]:
-            limit = f"max_steps {a.max_steps}"
-            if a.max_steps < 0:
-                limit = f"the {identity['total_steps']} steps of num_train_epochs {a.num_train_epochs:g}"
-            raise ValueError(
-                f"{source} is already past {limit}; give more to go on, or resume an earlier one"
-            )
-        checkpoint.load_checkpoint(model, optimizer, source)
-        if words:
-            print(f"warning: {source} is continued with other settings: {words}", file=sys.stderr)
-        self.saved = progress.step
-        return progress
+        atomic_write_text(self.output / CONFIG, toml_text(settings))
+        add_outputs(self.output, [CONFIG, METRICS])
 
-    def write_config(self, settings: dict[str, Any], max_length: int) -> None:
-        """Write config.toml: `settings`, then those of the run as they were resolved."""
-        resolved = replace(self.args, output_dir=str(self.output), max_length=max_length)
-        atomic_write_text(self.output / "config.toml", toml_text({**settings, **as_dict(resolved)}))
+    def save(self, model: CausalLM, optimizer: FlatAdamW, step: int, state: dict[str, Any]) -> None:
+        """Write checkpoint-N, and delete the checkpoints that it makes obsolete.
 
-    def save(
-        self,
-        model: CausalLM,
-        optimizer: FlatAdamW,
-        progress: Progress,
-        steps_per_epoch: int,
-        identity: dict[str, Any],
-    ) -> None:
-        """Write checkpoint-N for the step just done.
+        These are later checkpoints than the one that the run continues from, left by the run
+        before, and the oldest beyond save_total_limit.
 
-        Then drop what another run left after the step from which this one was resumed, and the oldest beyond
-        save_total_limit.
+        step: optimizer steps done, N.
+        state: the content of state.json.
+
+        Raises: ValueError if the checkpoint cannot be written.
         """
-        epoch, position = divmod(progress.step, steps_per_epoch)
-        place = {"epoch": epoch, "steps_into_epoch": position}
-        state = {"progress": asdict(progress), **place, "identity": identity}
-        checkpoint.save_checkpoint(
-            model, optimizer, state, self.output / f"checkpoint-{progress.step}"
-        )
+        save_checkpoint(model, optimizer, state, self.output / f"checkpoint-{step}")
         with os_errors_as_value_error(self.output):
-            delete_checkpoints(self.output, after=self.saved, but=progress.step)
-            if limit := self.args.save_total_limit:
-                for old in checkpoints(self.output)[:-limit]:
-                    shutil.rmtree(old)
-        self.saved = progress.step
+            delete_checkpoints(self.output, after=self.saved_step, except_step=step)
+            if self._save_total_limit is not None:
+                for old in checkpoints(self.output)[: -self._save_total_limit]:
+                    _delete(old)
+        self.saved_step = step
 
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint that was saved last, if it is there."""
-        folder = self.output / f"checkpoint-{self.saved}"
+        """Return the checkpoint that was saved last, or None if there is none."""
+        folder = self.output / f"checkpoint-{self.saved_step}"
         return folder if folder.is_dir() else None
 
     def finish(self, model: CausalLM, step: int) -> Path:
-        """Write the adapter as it is after the last `step`; returns its path. Another run's later checkpoints go."""
-        if step > self.saved:
+        """Write the adapter and return its folder.
+
+        Later checkpoints, left by the run that this one continues, are deleted.
+
+        step: optimizer steps done.
+
+        Raises: ValueError if the adapter cannot be written.
+        """
+        if step > self.saved_step:
             with os_errors_as_value_error(self.output):
-                delete_checkpoints(self.output, after=self.saved)
-        save_adapter(model, self.output / "adapter")
-        return self.output / "adapter"
+                delete_checkpoints(self.output, after=self.saved_step)
+        save_adapter(model, self.output / ADAPTER)
+        add_outputs(self.output, [ADAPTER])
+        return self.output / ADAPTER
 
 
 def write_models(
@@ -304,22 +331,22 @@ def write_models(
 ) -> list[Path]:
     """Write OUTPUT/merged and GGUF files, and return their paths.
 
-    One of the same name is replaced when the new one is whole. Raises ValueError where that fails.
+    An output of the same name is replaced once the new one is complete.
+
+    merge: write the merged folder.
+    methods: types of the GGUF files.
+    merge_base: weights to merge onto (checkpoints/merge.py).
+
+    Raises: ValueError if an output cannot be written.
     """
-    staging, written = output / ".export.partial", []
+    written = []
     if merge:
-        with atomic_folder(output / "merged", keep_others=False) as partial:
+        with atomic_folder(output / MERGED, keep_others=False) as partial:
             merge_to_folder(model, partial, tokenizer, merge_base=merge_base)
-        written.append(output / "merged")
-    try:
-        with os_errors_as_value_error(output):
-            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-            staging.mkdir()
-            for method in methods:
-                path = export_gguf(
-                    model, staging, tokenizer, quantization_method=method, merge_base=merge_base
-                )
-                written.append(path.replace(output / path.name))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        written.append(output / MERGED)
+        add_outputs(output, [MERGED])
+    for method in methods:
+        path = export_gguf(model, output, tokenizer, method, merge_base, overwrite=True)
+        written.append(path)
+        add_outputs(output, [path.name])
     return written

@@ -1,184 +1,123 @@
-"""The training loop: batches, micro-steps, schedule, logging, evaluation, and when to save (runs.py says where).
+"""The training loop: micro-steps, learning rate, logging, evaluation and the times to save.
 
-One optimizer step takes the next per_device_train_batch_size * gradient_accumulation_steps samples S of the epoch's
-order and minimises
+One optimizer step takes the next per_device_train_batch_size * gradient_accumulation_steps samples
+S of the epoch's order (run_data.py) and minimises
 
     loss = sum over S of the token losses / number of trained-on tokens in S
 
-The samples are packed unpadded into as few forward/backward passes (micro-steps) as `micro_step_tokens` allows. Each is
-divided by the denominator of the whole step, so gradients add up to the same sum however S is split.
-
-The order of an epoch is a function of (seed, epoch), and where a run stands is its step number: that, the adapter and
-the optimizer's moments are all that a checkpoint needs for the run to go on bit for bit. Losses stay on the device
-until they are logged.
+The samples are packed without padding into as few forward/backward passes (micro-steps) as
+micro_step_tokens allows. Each is divided by the denominator of the whole step, so the gradients add
+up to the same sum however S is split.
 """
 
 import contextlib
-import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from minitune.config.cli import as_dict
+from minitune.config.cli import RunConfig, as_dict
 from minitune.config.training_config import SFTConfig
-from minitune.data.batching import Batch, collate, micro_steps, pack_rows
+from minitune.data.batching import collate, micro_steps
 from minitune.data.record_formats import Sample
-from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
-from minitune.model.activations import SaveLevel
 from minitune.model.causal_lm import CausalLM
+from minitune.training.checkpoint import Progress
 from minitune.training.log import (
+    RunSummary,
     TrainingLog,
     banner,
     deferred_sigint,
     interruption,
-    progress_bar,
-    run_rows,
 )
+from minitune.training.metrics import PendingLosses, RunClock, evaluation_loss, training_record
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW, learning_rate_factor, warmup_count
 from minitune.training.out_of_memory import (
-    fit_micro_step_tokens,
+    DEFAULT_MICRO_STEP_TOKENS,
     oom_as_value_error,
     planned_vs_measured,
     retry_on_oom,
-    run_in_graph_pool,
     run_planner,
 )
-from minitune.training.run_folder import (
-    SAME_MATHEMATICS,
-    SAME_ORDER,
-    Progress,
-    RunFolder,
-    fingerprint,
+from minitune.training.resume import (
+    checkpoint_state,
+    fix_budgets_,
+    resolve_run_config,
+    resume_run,
+    run_identity,
 )
-
-# Tokens of one forward/backward where micro_step_tokens is not given. More gives fewer, larger launches and less
-# dequantisation a token; memory grows with it (8B, recomputing: about 0.5 GB of layer inputs per 2,000 tokens).
-MICRO_STEP_TOKENS = {"cuda": 8192, "cpu": 4096}
-EVAL_CHUNK = 256  # evaluation samples packed together
+from minitune.training.run_data import Dataset, SampleOrder, read_datasets
+from minitune.training.run_folder import CONFIG, METRICS, RunFolder, open_run_folder
 
 
 class TrainOutput(NamedTuple):
+    """The result of a run; training_loss is the mean over all optimizer steps."""
+
     global_step: int
-    training_loss: float  # mean over all optimizer steps
+    training_loss: float
     metrics: dict[str, float]
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    """The order in which an epoch goes through `count` samples: a permutation that depends on nothing else."""
-    return tuple(np.random.default_rng((seed, epoch)).permutation(count).tolist())
-
-
 class SFTTrainer:
-    """Trains the adapter of `model` on `train_dataset`; the arguments mean what they mean in TRL."""
+    """A training run of the adapter of a model. The arguments mean what they mean in TRL."""
 
     def __init__(
         self,
         model: CausalLM,
         args: SFTConfig | None = None,
-        train_dataset: str | Path | Sequence[dict] | None = None,
-        eval_dataset: str | Path | Sequence[dict] | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
         processing_class: Tokenizer | None = None,
+        *,
+        run_config: RunConfig | None = None,
     ):
-        """train_dataset: a JSONL path or a sequence of dicts (data.py lists the shapes of a record).
+        """Check the arguments and tokenize the datasets. Nothing is written.
 
-        Raises ValueError where model, settings and data do not go together; nothing has been written by then.
+        model: a model with an adapter.
+        args: the settings of the run; default: SFTConfig().
+        train_dataset, eval_dataset: the path of a JSONL file or a sequence of records
+            (data/record_formats.py).
+        processing_class: the tokenizer; default: that of the model's folder.
+        run_config: the settings of the command that runs, for config.toml; default: those of
+            `model`.
+
+        Raises: ValueError if model, settings and data do not fit together.
         """
         self.model, self.args = model, args or SFTConfig()
         if model.lora is None:
             raise ValueError(
                 "the model has no adapter to train; call FastLanguageModel.get_peft_model first"
             )
-        if train_dataset is None:
-            raise ValueError("train_dataset is missing; give a JSONL path or a sequence of dicts")
-        if self.args.eval_strategy != "no" and eval_dataset is None:
-            raise ValueError(
-                f"eval_strategy is {self.args.eval_strategy!r}, but there is no eval_dataset"
-            )
-        self.max_length = self.args.max_length or model.max_seq_length
-        if self.max_length > model.max_seq_length:
-            raise ValueError(
-                f"max_length {self.max_length} is more than the max_seq_length {model.max_seq_length} that the model "
-                "was loaded for; load it with a larger max_seq_length"
-            )
         self.processing_class = processing_class or Tokenizer.from_folder(model.folder)
-        self.train_data = self._prepare(train_dataset)
-        self.eval_data = None if eval_dataset is None else self._prepare(eval_dataset)
-        samples = self.train_data.samples
-        self._units = (
-            pack_rows(samples, self.max_length)
-            if self.args.packing
-            else [[i] for i in range(len(samples))]
+        self.data = read_datasets(
+            train_dataset, eval_dataset, self.processing_class, self.args, model.max_seq_length
         )
-        self.units_per_step = (
-            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        self.order = SampleOrder(self.data.train.samples, self.args, self.data.max_length)
+        self.size = self.order.size
+        self.run_config = resolve_run_config(
+            model, self.data.train_file, self.data.eval_file, run_config
         )
-        self.steps_per_epoch = math.ceil(len(self._units) / self.units_per_step)
-        self.total_steps = self.args.max_steps
-        if self.total_steps < 0:
-            self.total_steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
-        self.micro_step_tokens = self.args.micro_step_tokens or MICRO_STEP_TOKENS[model.device.type]
-        sources = {"data": train_dataset, "eval_data": eval_dataset}
-        files = {
-            name: str(source) for name, source in sources.items() if isinstance(source, (str, Path))
-        }
-        self._needed = [model.folder, *files.values()]
-        # data that no config.toml can name
-        self._in_memory = any(
-            source is not None and name not in files for name, source in sources.items()
-        )
-        # What config.toml will hold besides SFTConfig; a command adds what else it was told.
-        self.settings: dict[str, Any] = {
-            "model": model.name,
-            **files,
-            "max_seq_length": model.max_seq_length,
-            "load_in_4bit": any(linear.is_quantized for _, linear in model.linears()),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "use_gradient_checkpointing": {SaveLevel.ALL: "false", SaveLevel.INPUT: "true"}.get(
-                model.planner.level, "unsloth"
-            ),
-            "random_state": model.lora_seed,
-            **as_dict(model.lora),
-        }
-        self.planner = run_planner(model, self.args, self.settings["use_gradient_checkpointing"])
+        self.planner = run_planner(model, self.args, self.run_config.use_gradient_checkpointing)
         self.micro_step = MicroStep(model, self.planner, self.args.cuda_graphs)
+        self.micro_step_tokens = (
+            self.args.micro_step_tokens or DEFAULT_MICRO_STEP_TOKENS[model.device.type]
+        )
         self.progress = Progress()
-        self._pending: list[
-            Tensor
-        ] = []  # (loss, gradient norm) of steps whose numbers are still on the device
-
-    def _prepare(self, source: str | Path | Sequence[dict]) -> TokenizedDataset:
-        a = self.args
-        with progress_bar("tokenizing") as progress:
-            return tokenize_dataset(
-                source,
-                self.processing_class,
-                self.max_length,
-                assistant_only_loss=a.assistant_only_loss,
-                completion_only_loss=a.completion_only_loss,
-                dataset_text_field=a.dataset_text_field,
-                progress=progress,
-            )
+        self._losses = PendingLosses()
 
     # ---- one step
 
-    def samples_of_step(self, step: int) -> list[Sample]:
-        """The samples of optimizer step `step` (from 0)."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.args.seed, epoch, len(self._units))
-        units = order[place * self.units_per_step : (place + 1) * self.units_per_step]
-        return [self.train_data.samples[i] for unit in units for i in self._units[unit]]
-
     def accumulate(self, samples: Sequence[Sample]) -> Tensor:
-        """Add the gradients of one optimizer step's samples; returns their loss, 0-dim, on the device."""
+        """Add the gradients of an optimizer step's samples to `.grad`.
+
+        Returns their loss, 0-dim, on the device.
+        """
         batches = [collate(pack) for pack in micro_steps(samples, self.micro_step_tokens)]
         targets = sum(batch.targets for batch in batches)
         loss = torch.zeros((), device=self.model.device)
@@ -187,107 +126,62 @@ class SFTTrainer:
         self.progress.tokens += sum(len(batch.input_ids) for batch in batches)
         return loss
 
-    def _loss(self, batch: Batch, targets: int) -> Tensor:
-        """The batch's share of a loss over `targets` tokens."""
-        inputs = {
-            "input_ids": batch.input_ids,
-            "labels": batch.labels,
-            "position_ids": batch.position_ids,
-        }
-        return self.model(**inputs, num_items_in_batch=targets).loss
-
     def learning_rate(self, step: int) -> float:
-        """The rate of optimizer step `step` (from 0)."""
-        a = self.args
-        warmup = warmup_count(a.warmup_steps, a.warmup_ratio, self.total_steps)
-        return a.learning_rate * learning_rate_factor(
-            a.lr_scheduler_type, step, warmup, self.total_steps
-        )
+        """Return the learning rate of optimizer step `step`, counted from 0."""
+        args, total_steps = self.args, self.size.total_steps
+        warmup = warmup_count(args.warmup_steps, args.warmup_ratio, total_steps)
+        kind = args.lr_scheduler_type
+        return args.learning_rate * learning_rate_factor(kind, step, warmup, total_steps)
 
     def _optimizer_step(self) -> None:
         step = self.progress.step
-        samples = self.samples_of_step(step)
+        samples = self.order.samples_of_step(step)
         loss = retry_on_oom(
             self.micro_step, self.optimizer.zero_grad, step + 1, lambda: self.accumulate(samples)
         )
         norm = self.optimizer.step(self.learning_rate(step))
-        self._pending.append(torch.stack([loss, norm]))
+        self._losses.add(loss, norm)
         self.progress.step += 1
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The loss over the whole evaluation data, a mean over its trained-on tokens."""
-        if self.eval_data is None:
-            raise ValueError("there is no eval_dataset to evaluate on")
-        start, samples = time.perf_counter(), self.eval_data.samples
-        targets = sum(sample.targets for sample in samples)
-        loss = torch.zeros((), device=self.model.device)
-        with progress_bar("evaluating") as progress:
-            for first in range(0, len(samples), EVAL_CHUNK):
-                for pack in micro_steps(
-                    samples[first : first + EVAL_CHUNK], self.micro_step_tokens
-                ):
-                    batch = collate(pack)
-                    loss += run_in_graph_pool(
-                        self.micro_step, lambda batch=batch: self._loss(batch, targets)
-                    )
-                progress(min(first + EVAL_CHUNK, len(samples)), len(samples))
-        return {"eval_loss": float(loss), "eval_seconds": time.perf_counter() - start}
+        """Return the loss of the evaluation data, a mean over its trained-on tokens.
+
+        Raises: ValueError if there is no eval_dataset.
+        """
+        if self.data.evaluation is None:
+            raise ValueError("there is no eval_dataset to evaluate on; pass one to SFTTrainer")
+        start = time.perf_counter()
+        samples = self.data.evaluation.samples
+        loss = evaluation_loss(self.micro_step, samples, self.micro_step_tokens)
+        return {"eval_loss": loss, "eval_seconds": time.perf_counter() - start}
 
     # ---- the run
 
     def train(self, resume_from_checkpoint: bool | str | Path = False) -> TrainOutput:
-        """Train to the end. True continues from the newest checkpoint of output_dir, a path from that checkpoint.
+        """Train to the last step. After any failure the last complete checkpoint remains.
 
-        Raises ValueError for an output folder that holds another run, a checkpoint that does not belong to this data
-        or these settings, a loss that is not finite, a GPU out of memory, or a full disk; KeyboardInterrupt after
-        Ctrl-C, once the step is finished and saved. The last whole checkpoint is kept in every case.
+        resume_from_checkpoint: True for the newest checkpoint of output_dir, or the path of one.
+
+        Raises:
+            ValueError if the output folder holds another run, the checkpoint does not fit data or
+                settings, a loss is not finite, the GPU is out of memory, or the disk is full.
+            KeyboardInterrupt after Ctrl-C, once the current step is done and saved.
         """
-        resumed = self._begin(resume_from_checkpoint)
-        p, a = self.progress, self.args
-        first = p.step
-        started, log_time, log_tokens = (
-            time.perf_counter() - p.seconds,
-            time.perf_counter(),
-            p.tokens,
-        )
-        report = TrainingLog(self.output / "metrics.jsonl", self.total_steps, p.step)
+        source = self._begin(resume_from_checkpoint)
+        p, total_steps = self.progress, self.size.total_steps
         with (
-            report,
+            TrainingLog(self.output / METRICS, total_steps, p.step) as log,
             deferred_sigint() as caught,
-            self._telling(report),
+            self._report_interruption(log),
             oom_as_value_error(self.planner, self.model.device, self._oom_advice),
-            self._weights(),
+            self._resident_weights(),
             contextlib.closing(self.micro_step),
         ):
-            report.say(banner(self.model, self.train_data, run_rows(self, resumed)))
-            while p.step < self.total_steps and not caught:
-                self._optimizer_step()
-                if p.step == first + 1 and (
-                    memory := planned_vs_measured(self.planner, self.model.device)
-                ):
-                    report.say(memory)
-                report.advance()
-                if self._due(a.logging_steps) or (p.step == 1 and a.logging_first_step):
-                    self._collect()
-                    now = time.perf_counter()
-                    p.seconds = now - started
-                    self._report(report, self._record((p.tokens - log_tokens) / (now - log_time)))
-                    log_time, log_tokens = now, p.tokens
-                paused = time.perf_counter()
-                if self._happens(a.eval_strategy, a.eval_steps or a.logging_steps):
-                    self._report(
-                        report, {"step": p.step, "epoch": self._epoch(), **self.evaluate()}
-                    )
-                if self._happens(a.save_strategy, a.save_steps) or caught:
-                    p.seconds = time.perf_counter() - started
-                    self._save()
-                log_time += time.perf_counter() - paused
-            self._collect()
-            p.seconds = time.perf_counter() - started
-            if caught and p.step < self.total_steps:
+            log.print_line(banner(self.model, self.data.train, self._summary(source)))
+            self._loop(log, caught)
+            if caught and p.step < total_steps:
                 raise KeyboardInterrupt
-            report.say(f"{'saved':<11}{self._run.finish(self.model, p.step)}")
+            log.print_line(f"{'saved':<11}{self._run.finish(self.model, p.step)}")
         mean = p.loss_sum / max(1, p.step)
         metrics = {
             "train_loss": mean,
@@ -297,137 +191,156 @@ class SFTTrainer:
         }
         return TrainOutput(p.step, mean, metrics)
 
-    def _weights(self) -> contextlib.AbstractContextManager:
-        """A CPU takes as long to dequantise a weight as to multiply 30 rows by it, so there weights stay dense."""
-        cpu = self.model.device.type == "cpu"
-        return self.model.resident_weights_if_they_fit() if cpu else contextlib.nullcontext()
+    def _loop(self, log: TrainingLog, caught: list[int]) -> None:
+        """Run optimizer steps to the last one, or until Ctrl-C fills `caught`."""
+        p, args = self.progress, self.args
+        clock, first = RunClock(p.seconds, p.tokens), p.step + 1
+        while p.step < self.size.total_steps and not caught:
+            self._optimizer_step()
+            if p.step == first:
+                memory = planned_vs_measured(self.planner, self.model.device)
+                if memory is not None:
+                    log.print_line(memory)
+            log.advance()
+            if self._is_due(args.logging_steps) or (p.step == 1 and args.logging_first_step):
+                self._fetch_losses()
+                p.seconds = clock.seconds()
+                speed = clock.tokens_per_second(p.tokens)
+                rate = self.learning_rate(p.step - 1)
+                self._write(log, training_record(p, self.size.steps_per_epoch, rate, speed))
+            with clock.paused():
+                if self._is_time_to(args.eval_strategy, args.eval_steps or args.logging_steps):
+                    record = {"step": p.step, "epoch": self._epoch(), **self.evaluate()}
+                    self._write(log, record)
+                if self._is_time_to(args.save_strategy, args.save_steps) or caught:
+                    p.seconds = clock.seconds()
+                    self._save()
+        self._fetch_losses()
+        p.seconds = clock.seconds()
+
+    def _resident_weights(self) -> contextlib.AbstractContextManager:
+        """Keep weights dequantised on a CPU.
+
+        There, dequantising a weight takes as long as multiplying 30 rows by it.
+        """
+        if self.model.device.type == "cpu":
+            return self.model.resident_weights_if_they_fit()
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _telling(self, report: TrainingLog) -> Iterator[None]:
-        """A run that Ctrl-C ends, the first after its step or the second at once, says what it leaves in one line."""
+    def _report_interruption(self, log: TrainingLog) -> Iterator[None]:
+        """On Ctrl-C, print the last checkpoint and how to resume, then re-raise."""
         try:
             yield
         except KeyboardInterrupt:
-            config = None if self._in_memory else self.output / "config.toml"
-            report.say(
-                interruption(
-                    self.progress.step, self.total_steps, self._run.last_checkpoint(), config
-                )
-            )
+            config = self.output / CONFIG if self.data.is_in_files else None
+            saved = self._run.last_checkpoint()
+            total_steps = self.size.total_steps
+            log.print_line(interruption(self.progress.step, total_steps, saved, config))
             raise
 
-    def _report(self, report: TrainingLog, record: dict[str, Any]) -> None:
-        """Log a record. Where it cannot be written the run ends, after a checkpoint if there is room for one."""
-        try:
-            report.record(record)
-        except ValueError as error:
-            with contextlib.suppress(ValueError):  # on a full disk this fails as well
-                self._save()
-            raise ValueError(
-                f"{error}; training stopped, last checkpoint: {self.last_checkpoint()}"
-            ) from error
-
     def _oom_advice(self) -> str:
-        """Return the step that ran out of memory, the settings to lower, and the last checkpoint."""
-        settings = self.settings
+        """Return the step without memory, the settings to change, and the last checkpoint."""
+        config = self.run_config
         return (
-            f"step {self.progress.step + 1}; lower micro_step_tokens ({self.micro_step_tokens}) or "
-            f"max_length ({self.max_length}), or set use_gradient_checkpointing to true (it is "
-            f"{settings['use_gradient_checkpointing']}) or load_in_4bit to true (it is "
-            f"{settings['load_in_4bit']}); last checkpoint: {self.last_checkpoint()}"
+            f"step {self.progress.step + 1}; lower micro_step_tokens ({self.micro_step_tokens}) "
+            f"or max_length ({self.data.max_length}), or set use_gradient_checkpointing to true "
+            f"(it is {config.use_gradient_checkpointing}) or load_in_4bit to true (it is "
+            f"{config.load_in_4bit}); last checkpoint: {self._last_checkpoint()}"
         )
 
-    def last_checkpoint(self) -> str:
+    def _last_checkpoint(self) -> str:
         return str(self._run.last_checkpoint() or "none was saved")
 
-    def _due(self, interval: int) -> bool:
-        return self.progress.step % interval == 0 or self.progress.step == self.total_steps
+    def _is_due(self, interval: int) -> bool:
+        """Return True after every `interval` steps and after the last step."""
+        return self.progress.step % interval == 0 or self.progress.step == self.size.total_steps
 
-    def _happens(self, strategy: str, steps: int) -> bool:
-        """Whether something done every `steps` steps, every epoch or never is due now; the last step counts too."""
-        return strategy != "no" and self._due(
-            self.steps_per_epoch if strategy == "epoch" else steps
-        )
+    def _is_time_to(self, strategy: str, steps: int) -> bool:
+        """Return True if a task of this strategy is due: no, epoch, or every `steps` steps."""
+        interval = self.size.steps_per_epoch if strategy == "epoch" else steps
+        return strategy != "no" and self._is_due(interval)
 
     def _epoch(self) -> float:
-        return self.progress.step / self.steps_per_epoch
+        return self.progress.step / self.size.steps_per_epoch
 
-    def _collect(self) -> None:
-        """Fetch the losses still on the device. ValueError where one is not finite."""
-        rows = torch.stack(self._pending).tolist() if self._pending else []
-        self._pending.clear()
-        for step, (loss, norm) in enumerate(rows, start=self.progress.step - len(rows) + 1):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                what = (
-                    f"gradient norm became {norm}" if math.isfinite(loss) else f"loss became {loss}"
-                )
-                raise ValueError(
-                    f"{what} at step {step} and training stopped; last checkpoint: {self.last_checkpoint()}. Lower "
-                    f"learning_rate ({self.args.learning_rate:g}), or look at the samples of that step"
-                )
-            self.progress.unlogged.append(loss)
-            self.progress.loss_sum += loss
-            self.progress.grad_norm = norm
+    # ---- metrics
 
-    def _record(self, tokens_per_second: float) -> dict[str, Any]:
-        """The metrics since the last record."""
-        p = self.progress
-        losses, p.unlogged = p.unlogged, []
-        return {
-            "step": p.step,
-            "epoch": self._epoch(),
-            "loss": sum(losses) / len(losses),
-            "learning_rate": self.learning_rate(p.step - 1),
-            "grad_norm": p.grad_norm,
-            "tokens": p.tokens,
-            "tokens_per_second": tokens_per_second,
-            "seconds": p.seconds,
-        }
+    def _fetch_losses(self) -> None:
+        """Copy the losses that are still on the device into `progress`.
 
-    # ---- what the run folder is given
+        Raises: ValueError if a loss or a gradient norm is not finite.
+        """
+        try:
+            self._losses.move_to_(self.progress)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} and training stopped; last checkpoint: {self._last_checkpoint()}. Lower "
+                f"learning_rate ({self.args.learning_rate:g}), or look at the samples of that step"
+            ) from None
+
+    def _write(self, log: TrainingLog, record: dict[str, Any]) -> None:
+        """Log a record; if it cannot be written, save a checkpoint and stop."""
+        try:
+            log.record(record)
+        except ValueError as error:
+            with contextlib.suppress(ValueError):  # a full disk may have no room for it
+                self._save()
+            raise ValueError(
+                f"{error}; training stopped, last checkpoint: {self._last_checkpoint()}"
+            ) from error
+
+    # ---- the run folder
 
     def _begin(self, resume: bool | str | Path) -> Path | None:
-        """Open the run folder at step 0 or where a checkpoint left off; returns that checkpoint."""
-        a = self.args
+        """Open the run folder, at step 0 or at a checkpoint; return that checkpoint."""
+        args, model = self.args, self.model
         self.micro_step.prepare()
+        protected_paths = [model.folder, *self.data.files]
+        self.output, source = open_run_folder(args, resume, protected_paths, self.size.total_steps)
         self.optimizer = FlatAdamW(
-            [p for _, p in self.model.trainable_parameters()],
-            betas=(a.adam_beta1, a.adam_beta2),
-            eps=a.adam_epsilon,
-            weight_decay=a.weight_decay,
-            max_grad_norm=a.max_grad_norm,
-            eight_bit=a.optim == "adamw_8bit",
+            [p for _, p in model.trainable_parameters()],
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            eight_bit=args.optim == "adamw_8bit",
         )
-        self._run = RunFolder(a, resume, self._needed)
-        self.output = self._run.output
-        self.progress = Progress()
-        self._pending.clear()
-        if self._run.source is not None:
-            self.progress = self._run.resume(self.model, self.optimizer, self._identity())
-        if a.micro_step_tokens is None:
-            longest = max(len(sample.input_ids) for sample in self.train_data.samples)
-            self.micro_step_tokens = fit_micro_step_tokens(
-                self.planner, self.model, self.micro_step_tokens, longest
+        self._identity = run_identity(model, args, self.size, self.data)
+        self._losses.clear()
+        self.progress, recorded, warnings = Progress(), None, []
+        if source is not None:
+            self.progress, recorded, warnings = resume_run(
+                source, model, self.optimizer, self._identity, args
             )
-        self._run.write_config(self.settings, self.max_length)
-        return self._run.source
+        self._budgets, shortages = fix_budgets_(
+            self.planner, model, args, self.data.max_seqlen, recorded
+        )
+        self.micro_step_tokens = self._budgets.micro_step_tokens
+        for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
+            print(f"warning: {text}", file=sys.stderr)
+        self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
+        resolved = replace(args, output_dir=str(self.output), max_length=self.data.max_length)
+        self._run.write_config(as_dict(self.run_config, model.lora, resolved))
+        return source
 
-    def _identity(self) -> dict[str, Any]:
-        """What a resumed run has to share, or should, with the run that was interrupted."""
-        a = as_dict(self.args)
-        return {
-            **{name: a[name] for name in SAME_ORDER + SAME_MATHEMATICS if name in a},
-            "samples_per_step": self.units_per_step,
-            "max_length": self.max_length,
-            "total_steps": self.total_steps,
-            "model": self.model.name,
-            "load_in_4bit": self.settings["load_in_4bit"],
-            "dtype": self.settings["dtype"],
-            "data": fingerprint(self.train_data.samples),
-        }
+    def _summary(self, source: Path | None) -> RunSummary:
+        return RunSummary(
+            self.args,
+            self.size,
+            self.data.max_length,
+            self.micro_step_tokens,
+            self.output,
+            self.progress.step,
+            source,
+        )
 
     def _save(self) -> None:
-        self._collect()
-        self._run.save(
-            self.model, self.optimizer, self.progress, self.steps_per_epoch, self._identity()
+        """Write a checkpoint of the current step."""
+        self._fetch_losses()
+        # after an out-of-memory error the planner plans with less
+        budgets = replace(
+            self._budgets, memory=self.planner.memory_budget, host=self.planner.host_budget
         )
+        state = checkpoint_state(self.progress, self.size, self._identity, budgets)
+        self._run.save(self.model, self.optimizer, self.progress.step, state)

@@ -144,7 +144,7 @@ def time_short_samples(a: argparse.Namespace) -> dict[str, Any]:
         losses=[line["loss"] for line in lines],
         warmup=a.warmup,
         samples=a.batch * ACCUMULATION,
-        mean_length=statistics.mean(len(s.input_ids) for s in trainer.train_data.samples),
+        mean_length=statistics.mean(len(s.input_ids) for s in trainer.data.train.samples),
     )
     record = configuration(a) | loading | memory_figures(most_pinned())
     return record | figures | plan_figures(trainer.micro_step)

@@ -121,7 +121,7 @@ def run(settings: Settings, prepare: Callable[[Settings], SFTTrainer]) -> None:
 
     phases.begin("before", f"asking {len(records)} held-out questions")
     before = ask(model, tokenizer, records)
-    phases.begin("train", f"{trainer.total_steps} optimizer steps")
+    phases.begin("train", f"{trainer.size.total_steps} optimizer steps")
     trainer.train()
     phases.begin("after", f"asking the {len(records)} questions again")
     after = ask(model, tokenizer, records)

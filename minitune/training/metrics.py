@@ -1,0 +1,141 @@
+"""The metrics of a run: losses of training and evaluation, and tokens a second.
+
+Losses stay on the device until they are logged, so that no step waits for the device.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitune.data.batching import Batch, collate, micro_steps
+from minitune.data.record_formats import Sample
+from minitune.training.checkpoint import Progress
+from minitune.training.log import progress_bar
+from minitune.training.micro_step import MicroStep
+from minitune.training.out_of_memory import run_in_graph_pool
+
+EVAL_SAMPLES_PER_PACKING = 256  # samples that are packed into micro-steps together
+
+
+class PendingLosses:
+    """Losses and gradient norms of optimizer steps that are still on the device."""
+
+    def __init__(self):
+        self._rows: list[Tensor] = []
+
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Append the numbers of a step, 0-dim each."""
+        self._rows.append(torch.stack([loss, grad_norm]))
+
+    def clear(self) -> None:
+        """Forget all numbers."""
+        self._rows.clear()
+
+    def move_to_(self, progress: Progress) -> None:
+        """Copy the numbers into `progress`, in place, and forget them here.
+
+        Raises: ValueError if a loss or a gradient norm is not finite.
+        """
+        rows = torch.stack(self._rows).tolist() if self._rows else []
+        self._rows.clear()
+        for step, (loss, grad_norm) in enumerate(rows, start=progress.step - len(rows) + 1):
+            for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+                if not math.isfinite(value):
+                    raise ValueError(f"{name} became {value} at step {step}")
+            progress.unlogged.append(loss)
+            progress.loss_sum += loss
+            progress.grad_norm = grad_norm
+
+
+def training_record(
+    progress: Progress, steps_per_epoch: int, learning_rate: float, tokens_per_second: float
+) -> dict[str, Any]:
+    """Return the metrics since the last record, and start the next one in `progress`, in place."""
+    losses, progress.unlogged = progress.unlogged, []
+    return {
+        "step": progress.step,
+        "epoch": progress.step / steps_per_epoch,
+        "loss": sum(losses) / len(losses),
+        "learning_rate": learning_rate,
+        "grad_norm": progress.grad_norm,
+        "tokens": progress.tokens,
+        "tokens_per_second": tokens_per_second,
+        "seconds": progress.seconds,
+    }
+
+
+class RunClock:
+    """The seconds of a run, including those before an interruption, and its tokens a second."""
+
+    def __init__(self, seconds: float, tokens: int):
+        """Start the clock.
+
+        seconds, tokens: of the run so far.
+        """
+        now = time.perf_counter()
+        self._start = now - seconds
+        self._interval_start, self._interval_tokens = now, tokens
+
+    def seconds(self) -> float:
+        """Return the seconds of the run."""
+        return time.perf_counter() - self._start
+
+    def tokens_per_second(self, tokens: int) -> float:
+        """Return the tokens a second since the last call, and start the next interval.
+
+        tokens: of the whole run.
+        """
+        now = time.perf_counter()
+        rate = (tokens - self._interval_tokens) / (now - self._interval_start)
+        self._interval_start, self._interval_tokens = now, tokens
+        return rate
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out of the tokens a second."""
+        start = time.perf_counter()
+        yield
+        self._interval_start += time.perf_counter() - start
+
+
+# ---- evaluation
+
+
+@torch.no_grad()
+def evaluation_loss(
+    micro_step: MicroStep, samples: Sequence[Sample], micro_step_tokens: int
+) -> float:
+    """Return the loss over all samples, a mean over their trained-on tokens.
+
+    micro_step: of the model; its memory is used.
+    micro_step_tokens: tokens of one forward pass at most.
+    """
+    targets = sum(sample.targets for sample in samples)
+    loss = torch.zeros((), device=micro_step.model.device)
+    with progress_bar("evaluating") as progress:
+        for first in range(0, len(samples), EVAL_SAMPLES_PER_PACKING):
+            part = samples[first : first + EVAL_SAMPLES_PER_PACKING]
+            for pack in micro_steps(part, micro_step_tokens):
+                loss += _share_of_loss(micro_step, collate(pack), targets)
+            progress(first + len(part), len(samples))
+    return float(loss)
+
+
+def _share_of_loss(micro_step: MicroStep, batch: Batch, targets: int) -> Tensor:
+    """Return the sum of a batch's token losses over `targets`."""
+
+    def forward() -> Tensor:
+        output = micro_step.model(
+            input_ids=batch.input_ids,
+            labels=batch.labels,
+            position_ids=batch.position_ids,
+            num_items_in_batch=targets,
+        )
+        return output.loss
+
+    return run_in_graph_pool(micro_step, forward)

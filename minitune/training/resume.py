@@ -1,0 +1,324 @@
+"""The settings that repeat a run, and the values that a resumed run shares with the one before.
+
+config.toml holds the settings, resolved, for `--config`.
+
+state.json of a checkpoint holds an identity, the values that decide a run's numbers. `--resume`
+compares it with the settings of today:
+
+    SAME_ORDER        a change alters which samples follow: refused
+    SAME_MATHEMATICS  a change alters what is minimised: a warning
+    SAME_ROUNDING     a change splits the same sums differently, so losses may differ in rounding:
+                      a warning
+
+It also holds budgets. Plans depend on the free memory, and their row tiles and micro-steps decide
+the order of sums. A run therefore fixes its budgets when it starts, and a resumed run plans with
+the same ones. Then its losses and its adapter have the bits of a run without interruption.
+"""
+
+import array
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from minitune.config.cli import RunConfig, as_dict
+from minitune.config.training_config import SFTConfig
+from minitune.data.record_formats import Sample
+from minitune.device import free_memory
+from minitune.memory.planner import Planner
+from minitune.model.activations import SaveLevel
+from minitune.model.causal_lm import CausalLM
+from minitune.training.checkpoint import (
+    REMEDY,
+    STATE,
+    Progress,
+    RunSize,
+    load_checkpoint,
+    read_state,
+)
+from minitune.training.optimizer import FlatAdamW
+from minitune.training.out_of_memory import DEFAULT_MICRO_STEP_TOKENS, fit_micro_step_tokens
+from minitune.training.run_data import RunData
+
+SAME_ORDER = ("seed", "samples_per_step", "packing", "max_length", "data")
+SAME_MATHEMATICS = (
+    "model",
+    "load_in_4bit",
+    "dtype",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "warmup_ratio",
+    "total_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
+SAME_ROUNDING = (
+    "micro_step_tokens",
+    "memory_budget",
+    "host_memory",
+    "use_gradient_checkpointing",
+    "cuda_graphs",
+    "attention",
+    "device",
+)
+# Share of the free memory that a run leaves out of its budget, so that the budget holds although
+# drivers and other processes take memory during the run. On a CPU that is any program.
+MEMORY_RESERVE = {"cuda": 0.01, "cpu": 0.25}
+# A recorded budget of host memory is planned with up to this share of the free host memory. A new
+# run takes half of it.
+MAX_HOST_SHARE = 0.75
+
+
+# ---- the settings in config.toml
+
+
+def checkpointing_word(level: SaveLevel | None) -> str:
+    """Return use_gradient_checkpointing as on the command line; None means that it is planned."""
+    return {SaveLevel.ALL: "false", SaveLevel.INPUT: "true"}.get(level, "unsloth")
+
+
+def resolve_run_config(
+    model: CausalLM, data: str | None, eval_data: str | None, given: RunConfig | None = None
+) -> RunConfig:
+    """Return the settings that repeat a run: those of the model, replaced by those given.
+
+    data, eval_data: paths of the datasets, or None for data in memory.
+    given: the settings of a command; None in it stands for no setting.
+    """
+    of_model = RunConfig(
+        model=model.name,
+        data=data,
+        eval_data=eval_data,
+        max_seq_length=model.max_seq_length,
+        load_in_4bit=any(linear.is_quantized for _, linear in model.linears()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        offload_embedding=model.model.embed_tokens.weight.device.type != model.device.type,
+        use_gradient_checkpointing=checkpointing_word(model.planner.level),
+        random_state=model.lora_seed,
+    )
+    if given is None:
+        return of_model
+    settings = {name: value for name, value in as_dict(given).items() if value is not None}
+    return replace(of_model, **settings)
+
+
+# ---- identity
+
+
+def run_identity(model: CausalLM, args: SFTConfig, size: RunSize, data: RunData) -> dict[str, Any]:
+    """Return the values that decide the numbers of a run, by the names in SAME_*."""
+    settings = as_dict(args)
+    names = SAME_ORDER + SAME_MATHEMATICS + SAME_ROUNDING
+    is_gpu = model.device.type == "cuda"
+    return {
+        **{name: settings[name] for name in names if name in settings},
+        "samples_per_step": size.units_per_step,
+        "max_length": data.max_length,
+        "total_steps": size.total_steps,
+        "data": fingerprint(data.train.samples),
+        "model": model.name,
+        "load_in_4bit": any(linear.is_quantized for _, linear in model.linears()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "use_gradient_checkpointing": checkpointing_word(model.planner.level),
+        "attention": model.layer_context.attention,
+        "device": torch.cuda.get_device_name(model.device) if is_gpu else "cpu",
+    }
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """Return a hash of every token and label, to recognise the data of a resumed run."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for values in ([len(sample.input_ids)], sample.input_ids, sample.labels):
+            digest.update(array.array("q", values).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _changes(names: Sequence[str], before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return `name old -> new` for each of the names whose value changed."""
+    return [
+        f"{name} {before.get(name)} -> {now[name]}"
+        for name in names
+        if before.get(name) != now[name]
+    ]
+
+
+def _check_order(source: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError if a changed setting alters which samples follow."""
+    if not (wrong := _changes(SAME_ORDER, before, now)):
+        return
+    changes = ", ".join(wrong + _changes(SAME_MATHEMATICS, before, now))
+    raise ValueError(
+        f"{source} cannot be continued: {changes}; another {wrong[0].split()[0]} changes which "
+        "samples follow; use the same value, or start again with --overwrite"
+    )
+
+
+# ---- budgets
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The limits that plans and micro-steps of a run are made with.
+
+    memory: bytes of the device's memory for everything.
+    host: bytes of host memory for offloaded activations.
+    micro_step_tokens: tokens of one forward/backward at most.
+    """
+
+    memory: int
+    host: int
+    micro_step_tokens: int
+
+    @classmethod
+    def from_state(cls, values: Any, source: Path) -> "Budgets":
+        """Return the budgets that a checkpoint's state holds.
+
+        source: the file that errors name.
+
+        Raises: ValueError if a value is missing or not a whole number of at least 0.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{source}: budgets is {values!r}; {REMEDY}")
+        numbers = {item.name: values.get(item.name) for item in fields(cls)}
+        for name, value in numbers.items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{source}: budgets.{name} is {value!r}; {REMEDY}")
+        return cls(**numbers)
+
+
+def fix_budgets_(
+    planner: Planner,
+    model: CausalLM,
+    args: SFTConfig,
+    max_seqlen: int,
+    recorded: Budgets | None = None,
+) -> tuple[Budgets, list[str]]:
+    """Fix the budgets of `planner` in place for a whole run.
+
+    max_seqlen: tokens of the longest sample.
+    recorded: the budgets of the run that is continued, or None. They are taken if as much memory
+        is free now.
+
+    Returns the budgets, and for each that is smaller than recorded a text that says so.
+    """
+    free = Planner(planner.level).memory_limit(model.device)
+    memory = int(free * (1 - MEMORY_RESERVE[model.device.type]))
+    if planner.memory_budget is not None:
+        memory = min(memory, planner.memory_budget)
+    shortages = []
+    if recorded is not None:
+        if recorded.memory <= free:
+            memory = recorded.memory
+        elif planner.level is None or model.device.type == "cuda":
+            shortages.append(_shortage(recorded.memory, free, f"memory on {model.device}"))
+        host = _host_limit(planner.host_budget, args)
+        if recorded.host <= host:
+            planner.host_budget = recorded.host
+        else:
+            shortages.append(_shortage(recorded.host, host, "host memory"))
+    planner.memory_budget = memory
+    if args.micro_step_tokens is not None:
+        tokens = args.micro_step_tokens
+    elif recorded is not None and recorded.memory == memory:
+        tokens = recorded.micro_step_tokens
+    else:
+        default = DEFAULT_MICRO_STEP_TOKENS[model.device.type]
+        tokens = fit_micro_step_tokens(planner, model, default, max_seqlen)
+    return Budgets(memory, planner.host_budget, tokens), shortages
+
+
+def _host_limit(host_budget: int, args: SFTConfig) -> int:
+    """Return the largest host budget that a resumed run may take from its checkpoint."""
+    if args.host_memory is not None or host_budget == 0:
+        return host_budget
+    return max(host_budget, int(MAX_HOST_SHARE * free_memory(torch.device("cpu"))))
+
+
+def _shortage(recorded: int, free: int, what: str) -> str:
+    return (
+        f"planned with {recorded / 2**30:.2f} GiB of {what}, of which {free / 2**30:.2f} GiB are "
+        "free: losses may differ in rounding"
+    )
+
+
+# ---- resuming
+
+
+class ResumedRun(NamedTuple):
+    """The state of a run that continues from a checkpoint.
+
+    budgets: None if the checkpoint has none, or if a setting in SAME_ROUNDING changed.
+    warnings: texts for the user on changed settings.
+    """
+
+    progress: Progress
+    budgets: Budgets | None
+    warnings: list[str]
+
+
+def resume_run(
+    source: Path,
+    model: CausalLM,
+    optimizer: FlatAdamW,
+    identity: dict[str, Any],
+    args: SFTConfig,
+) -> ResumedRun:
+    """Load adapter and optimizer in place from checkpoint `source`, and return the run's state.
+
+    identity: of the run that continues.
+
+    Raises: ValueError if that run cannot continue from there, or would end before the checkpoint.
+    """
+    state = read_state(source, progress=dict, identity=dict)
+    before, path = state["identity"], source / STATE
+    _check_order(source, before, identity)
+    progress = Progress.from_state(state["progress"], path)
+    if progress.step > identity["total_steps"]:
+        raise ValueError(
+            f"{source} is already past {_limit(args, identity)}; raise it, or resume from an "
+            "earlier checkpoint"
+        )
+    budgets = None
+    if "budgets" in state:  # not in checkpoints of older versions
+        budgets = Budgets.from_state(state["budgets"], path)
+    load_checkpoint(model, optimizer, source)
+
+    warnings = []
+    if changes := _changes(SAME_MATHEMATICS, before, identity):
+        warnings.append(f"{source} is continued with other settings: {', '.join(changes)}")
+    recorded_names = [name for name in SAME_ROUNDING if name in before]
+    if changes := _changes(recorded_names, before, identity):
+        warnings.append(
+            f"{source} is continued with {', '.join(changes)}: losses may differ in rounding"
+        )
+        budgets = None
+    return ResumedRun(progress, budgets, warnings)
+
+
+def _limit(args: SFTConfig, identity: dict[str, Any]) -> str:
+    if args.max_steps > 0:
+        return f"max_steps {args.max_steps}"
+    epochs = f"num_train_epochs {args.num_train_epochs:g}"
+    return f"the {identity['total_steps']} steps of {epochs}"
+
+
+def checkpoint_state(
+    progress: Progress, size: RunSize, identity: dict[str, Any], budgets: Budgets
+) -> dict[str, Any]:
+    """Return the content of state.json: what `resume_run` reads, and the epoch for a person."""
+    epoch, steps_into_epoch = divmod(progress.step, size.steps_per_epoch)
+    return {
+        "progress": asdict(progress),
+        "epoch": epoch,
+        "steps_into_epoch": steps_into_epoch,
+        "identity": identity,
+        "budgets": asdict(budgets),
+    }

@@ -1,0 +1,150 @@
+"""The datasets of a run, the order of its samples, and the number of its optimizer steps.
+
+A unit is one sample, or with packing one row of whole samples. An optimizer step takes the next
+`units_per_step` units of the epoch's order. This order is a permutation that depends on the seed
+and the epoch alone, so the number of a step is enough to find its samples.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from minitune.config.training_config import SFTConfig
+from minitune.data.batching import pack_rows
+from minitune.data.record_formats import Sample
+from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
+from minitune.data.tokenizer import Tokenizer
+from minitune.training.checkpoint import RunSize
+from minitune.training.log import progress_bar
+
+Dataset = str | Path | Sequence[dict]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    """Return the order in which an epoch visits `count` units."""
+    return tuple(np.random.default_rng((seed, epoch)).permutation(count).tolist())
+
+
+class SampleOrder:
+    """The samples of every optimizer step of a run."""
+
+    def __init__(self, samples: Sequence[Sample], args: SFTConfig, max_length: int):
+        """Divide the samples into units.
+
+        max_length: tokens of a row, used with packing.
+        """
+        self._samples, self._seed = samples, args.seed
+        if args.packing:
+            self._units = pack_rows(samples, max_length)
+        else:
+            self._units = [[i] for i in range(len(samples))]
+        self.size = _run_size(args, len(self._units))
+
+    def samples_of_step(self, step: int) -> list[Sample]:
+        """Return the samples of optimizer step `step`, counted from 0."""
+        epoch, step_in_epoch = divmod(step, self.size.steps_per_epoch)
+        order = epoch_order(self._seed, epoch, len(self._units))
+        first = step_in_epoch * self.size.units_per_step
+        units = order[first : first + self.size.units_per_step]
+        return [self._samples[i] for unit in units for i in self._units[unit]]
+
+
+def _run_size(args: SFTConfig, units: int) -> RunSize:
+    units_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(units / units_per_step)
+    total_steps = args.max_steps
+    if total_steps < 0:
+        total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
+    return RunSize(units_per_step, steps_per_epoch, total_steps)
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The tokenized datasets of a run.
+
+    max_length: tokens of the longest sample, or with packing of a row.
+    train_file, eval_file: paths of the datasets; None for records in memory.
+    """
+
+    train: TokenizedDataset
+    evaluation: TokenizedDataset | None
+    max_length: int
+    train_file: str | None
+    eval_file: str | None
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of the datasets that are files."""
+        return [file for file in (self.train_file, self.eval_file) if file is not None]
+
+    @property
+    def is_in_files(self) -> bool:
+        """True if config.toml can name all data."""
+        has_eval_file = self.evaluation is None or self.eval_file is not None
+        return self.train_file is not None and has_eval_file
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest training sample."""
+        return max(len(sample.input_ids) for sample in self.train.samples)
+
+
+def read_datasets(
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | None,
+    tokenizer: Tokenizer,
+    args: SFTConfig,
+    max_seq_length: int,
+) -> RunData:
+    """Tokenize the datasets of a run.
+
+    max_seq_length: tokens of the longest sample that the model takes.
+
+    Raises: ValueError if settings and data do not fit together, or a record cannot be read.
+    """
+    if train_dataset is None:
+        raise ValueError("train_dataset is missing; give a JSONL path or a sequence of dicts")
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise ValueError(
+            f"eval_strategy is {args.eval_strategy!r}, but there is no eval_dataset; pass one, "
+            "or choose eval_strategy 'no'"
+        )
+    max_length = args.max_length or max_seq_length
+    if max_length > max_seq_length:
+        raise ValueError(
+            f"max_length {max_length} is more than the max_seq_length {max_seq_length} that the "
+            "model was loaded for; load it with a larger max_seq_length"
+        )
+    evaluation = None
+    train = _tokenize(train_dataset, tokenizer, args, max_length)
+    if eval_dataset is not None:
+        evaluation = _tokenize(eval_dataset, tokenizer, args, max_length)
+    files = [_file_name(source) for source in (train_dataset, eval_dataset)]
+    return RunData(train, evaluation, max_length, *files)
+
+
+def _tokenize(
+    source: Dataset, tokenizer: Tokenizer, args: SFTConfig, max_length: int
+) -> TokenizedDataset:
+    with progress_bar("tokenizing") as progress:
+        return tokenize_dataset(
+            source,
+            tokenizer,
+            max_length,
+            assistant_only_loss=args.assistant_only_loss,
+            completion_only_loss=args.completion_only_loss,
+            dataset_text_field=args.dataset_text_field,
+            progress=progress,
+        )
+
+
+def _file_name(source: Dataset | None) -> str | None:
+    return str(source) if isinstance(source, str | Path) else None
