@@ -1,7 +1,12 @@
 """A micro-step: loss and gradients of one batch of packed samples.
 
-A GPU replays the passes as CUDA graphs (cuda_graphs.py), which need padded batches. A CPU, a long
-micro-step on a GPU, and a process in which a capture failed run them eagerly (forward_backward.py).
+    pad        ids and positions, to a size that may be captured
+    forward    residual stream s (N, D) after the last layer
+    loss       final norm, head and cross entropy of the labelled rows of s
+    backward   gradients of the adapters, added to `.grad`
+
+A GPU replays forward and backward as CUDA graphs (cuda_graphs.py). They run eagerly
+(forward_backward.py) on a CPU, for long micro-steps, and if nothing can be captured any more.
 
 Padding tokens form one more sample, or extend the only sample. No real token attends to them and
 they carry no label.
