@@ -1,0 +1,87 @@
+"""The lists of linears and tensors in ModelConfig equal the modules of the model."""
+
+import itertools
+
+import pytest
+import torch
+
+from minitune.config.architectures import ARCHITECTURES, LORA_TARGETS
+from minitune.config.model_config import ModelConfig
+from minitune.model.causal_lm import CausalLM
+from minitune.model.linear import Linear
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,  # not hidden_size / heads
+}
+
+
+@pytest.mark.parametrize(
+    ("tied", "attention_bias", "mlp_bias"), list(itertools.product([False, True], repeat=3))
+)
+def test_linears_and_tensor_shapes_equal_the_modules_of_the_model(tied, attention_bias, mlp_bias):
+    choices = {
+        "tie_word_embeddings": tied,
+        "attention_bias": attention_bias,
+        "mlp_bias": mlp_bias,
+    }
+    config = ModelConfig.from_dict(CONFIG | choices)
+    model = CausalLM(
+        config,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        max_seq_length=32,
+        planner=None,
+    )
+    prefix = "model.layers.1."
+    linears = [
+        (name.removeprefix(prefix), linear.in_features, linear.out_features, linear.has_bias)
+        for name, linear in model.linears()
+        if name.startswith(prefix)
+    ]
+    assert [
+        (linear.name, linear.in_features, linear.out_features, linear.bias)
+        for linear in config.linears()
+    ] == linears
+    names = []
+    for name, module in model.named_modules():
+        if module is model.lm_head and tied:
+            continue
+        if hasattr(module, "weight"):
+            names.append(f"{name}.weight")
+        if isinstance(module, Linear) and module.has_bias:
+            names.append(f"{name}.bias")
+    assert list(config.tensor_shapes()) == names
+
+
+def test_lora_targets_are_the_last_parts_of_the_linears_names():
+    names = [linear.name.split(".")[-1] for linear in ModelConfig.from_dict(CONFIG).linears()]
+    assert tuple(names) == LORA_TARGETS
+    groups = [linear.group for linear in ModelConfig.from_dict(CONFIG).linears()]
+    assert groups == ["qkv", "qkv", "qkv", "o", "gate_up", "gate_up", "down"]
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_family_fixes_its_biases_or_takes_them_from_the_config(model_type):
+    raw = CONFIG | {"model_type": model_type, "attention_bias": True, "mlp_bias": True}
+    config, family = ModelConfig.from_dict(raw), ARCHITECTURES[model_type]
+    fixed = [family.attention_bias, family.mlp_bias]
+    found = [config.attention_bias, config.mlp_bias]
+    assert found == [True if value is None else value for value in fixed]
+    for key, _ in family.refused:
+        with pytest.raises(ValueError, match=f"{key} 7 is not supported"):
+            ModelConfig.from_dict(raw | {key: 7})
+    with pytest.raises(ValueError, match="hidden_act 'gelu' is not supported"):
+        ModelConfig.from_dict(raw | {"hidden_act": "gelu"})
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None, ["llama"]])
+def test_an_unknown_family_is_refused(model_type):
+    with pytest.raises(ValueError, match="is not supported; supported are llama, mistral"):
+        ModelConfig.from_dict(CONFIG | {"model_type": model_type})
