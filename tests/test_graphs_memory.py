@@ -214,7 +214,7 @@ def interrupt():
 def disturb(model, monkeypatch):
     """Return disturb(f): f runs in the middle of every backward pass that is being captured."""
     layer = model.model.layers[1]
-    backward = type(layer).backward
+    backward = type(layer).backward_
 
     def disturb(f):
         def disturbed(self, *args, **options):
@@ -222,7 +222,7 @@ def disturb(model, monkeypatch):
                 f()
             return backward(self, *args, **options)
 
-        monkeypatch.setattr(type(layer), "backward", disturbed)
+        monkeypatch.setattr(type(layer), "backward_", disturbed)
 
     return disturb
 
