@@ -1,8 +1,9 @@
-"""Ask llama.cpp the demonstration's held-out texts and count the answers that equal our own, letter for letter.
+"""Ask llama.cpp the demonstration's held-out texts and count the answers that equal ours.
 
     python scripts/train.py --demo && python tests/referees/demo_in_llama_cpp.py
 
-Merged onto the NF4 base, the GGUF holds the model that was trained; onto the original weights, a close relative.
+A GGUF file merged onto the NF4 base holds the trained model itself. One merged onto the original
+weights differs from it by the error of the quantisation.
 """
 
 import sys
@@ -10,25 +11,28 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT))
 
-from demonstration import demo  # noqa: E402
-from demonstration.smollm2 import DEFAULT  # noqa: E402
+from demonstration import demo
+from demonstration.smollm2 import DEFAULT
 
-from minitune import FastLanguageModel  # noqa: E402
-from minitune.data.jsonl import load_dataset  # noqa: E402
-from referees.llama_cpp import LlamaCpp  # noqa: E402
+from minitune import FastLanguageModel
+from minitune.data.jsonl import load_dataset
+from referees.llama_cpp import LlamaCpp
 
 
 def main() -> None:
+    """Print the counts of our answers and of llama.cpp's for two merge bases and two types."""
     model, tokenizer = FastLanguageModel.from_pretrained(ROOT / DEFAULT, max_seq_length=512)
     model.load_adapter(ROOT / demo.OUTPUT / "adapter")
     records = [record for _, record in load_dataset(demo.DATA / "heldout.jsonl")]
-    expected = [record["messages"][-1]["content"] for record in records]
-    prompts = [
-        tokenizer.apply_chat_template(r["messages"][:-1], add_generation_prompt=True)
-        for r in records
-    ]
+    prompts, expected = [], []
+    for record in records:
+        *messages, answer = record["messages"]
+        prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        expected.append(answer["content"])
     ours = demo.ask(model, tokenizer, records)
     print(f"{'model.generate':<18}{'':24}right {matches(ours, expected)}")
     for merge_base in ("nf4", "original"):
@@ -38,13 +42,14 @@ def main() -> None:
                 llama = LlamaCpp(path)
                 answers = [llama.answer(ids, 48).strip() for ids in prompts]
             equal, right = matches(answers, ours), matches(answers, expected)
-            print(
-                f"{merge_base + ' ' + method:<18}equal to ours {equal:<10}right {right}", flush=True
-            )
+            label = f"{merge_base} {method}"
+            print(f"{label:<18}equal to ours {equal:<10}right {right}", flush=True)
 
 
-def matches(a: list[str], b: list[str]) -> str:
-    return f"{sum(x == y for x, y in zip(a, b, strict=True))} of {len(a)}"
+def matches(answers: list[str], expected: list[str]) -> str:
+    """Return the number of equal answers and the number of all answers in words."""
+    equal = sum(ours == theirs for ours, theirs in zip(answers, expected, strict=True))
+    return f"{equal} of {len(answers)}"
 
 
 if __name__ == "__main__":
