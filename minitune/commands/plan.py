@@ -13,7 +13,10 @@ from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.cli import Settings, parse, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
-from minitune.memory.planner import parse_gradient_checkpointing, plan_memory, plan_table
+from minitune.memory.memory_model import Storage
+from minitune.memory.plan import Plan, Workload, plan_table
+from minitune.memory.planner import parse_gradient_checkpointing, plan_memory
+from minitune.memory.search import MemoryBudget
 from minitune.training.out_of_memory import (
     DEFAULT_MICRO_STEP_TOKENS,
     default_host_budget,
@@ -50,18 +53,15 @@ def plan(settings: Settings, program: str) -> str:
     config = ModelConfig.from_folder(resolve_model(run.model))
     longest = sft.max_length or run.max_seq_length or min(2048, config.max_position_embeddings)
     checkpointing = GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing]
+    storage = Storage(run.load_in_4bit, run.offload_embedding, sft.optim == "adamw_8bit")
 
-    def planned(tokens: int):
+    def planned(tokens: int) -> Plan:
         return plan_memory(
             config,
             settings.lora,
-            budget,
-            tokens=tokens,
-            longest=longest,
-            host_memory=host_memory,
-            eight_bit=sft.optim == "adamw_8bit",
-            load_in_4bit=run.load_in_4bit,
-            offload_embedding=run.offload_embedding,
+            Workload.of_samples(tokens, longest),
+            MemoryBudget(budget, host_memory),
+            storage=storage,
             level=parse_gradient_checkpointing(checkpointing),
         )
 

@@ -1,7 +1,8 @@
-"""What this GPU multiplies, copies and sends to the host in a second: measured in a fraction of one, once, and cached.
+"""The rates of the machine that plans are timed with: matmuls, copies, transfers to the host.
 
-The cache is a JSON file under $XDG_CACHE_HOME or ~/.cache, by GPU and version of torch; where it cannot be read or
-written, every process measures for itself.
+They are measured once, in a fraction of a second, and cached by GPU and torch version in a JSON
+file under $XDG_CACHE_HOME or ~/.cache. If that file cannot be read or written, every process
+measures.
 """
 
 import contextlib
@@ -15,87 +16,104 @@ from pathlib import Path
 
 import torch
 
-from minitune.atomic_files import atomic_write_text
+from minitune.atomic_files import atomic_write_text, read_json
 
-SUSTAINED_MATMUL = 0.94  # of a short burst of matmuls, on an H200 whose clock falls under load
-COPY_EFFICIENCY = 0.83  # of the speed of a large copy, by kernels of one layer's size
+SUSTAINED_MATMUL = 0.94  # of a short burst, on an H200, whose clock falls under load
+COPY_EFFICIENCY = 0.83  # of a large copy, reached by kernels of one layer's size
 MEASURED = ("matmul", "copy", "to_host", "from_host")
+REPEATS = 5  # of a measurement, of which the fastest counts
+CALLS = 4  # of the measured work, in a row
 
 
 @dataclass(frozen=True)
 class DeviceRates:
-    """What the machine does in a second: floating-point operations of a large matmul, bytes of a copy on the GPU, bytes
-    to and from the host. The defaults are one H200's (700 W, PCIe 5), November 2026."""
+    """The rates of a machine, a second.
+
+    The defaults are those of one H200 (700 W, PCIe 5), November 2026.
+
+    matmul: floating-point operations of a large matmul.
+    copy: bytes read or written on the GPU by kernels of one layer's size.
+    to_host, from_host: bytes.
+    attention: our attention's operations, as a fraction of `matmul`.
+    cudnn: the same of cuDNN's attention.
+    launch: seconds of a small kernel in a CUDA graph, with the gap before it.
+    start: seconds of a micro-step in which no layer runs.
+    """
 
     matmul: float = 740e12
-    copy: float = 3.5e12  # as kernels of one layer's size reach it
+    copy: float = 3.5e12
     to_host: float = 50e9
     from_host: float = 50e9
-    attention: float = 0.62  # of the rate of a matmul, our own
-    cudnn: float = 0.72  # cuDNN's
-    launch: float = 3e-6  # seconds of a small kernel in a graph, with the gap before it
-    start: float = 0.35e-3  # seconds of a micro-step in which no layer runs
+    attention: float = 0.62
+    cudnn: float = 0.72
+    launch: float = 3e-6
+    start: float = 0.35e-3
 
 
 @cache
 def machine_rates(device: torch.device) -> DeviceRates:
-    """The rates of a CUDA device; the defaults where there is no memory to measure with."""
-    path = (
-        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        / "minitune"
-        / "rates.json"
-    )
+    """Return the rates of a device: measured or cached for CUDA, the defaults for a CPU.
+
+    The defaults also stand in if no memory is left to measure with.
+    """
+    if device.type != "cuda":
+        return DeviceRates()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    path = folder / "minitune" / "rates.json"
     key = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    known = _read(path)
-    if key not in known:
+    cached = _read(path)
+    if key not in cached:
         try:
-            known[key] = measure(device)
+            cached[key] = measure(device)
         except torch.OutOfMemoryError:
             return DeviceRates()
         torch.cuda.empty_cache()
-        with contextlib.suppress(OSError, ValueError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(path, json.dumps(known, indent=1))
-    return DeviceRates(**known[key])
+        with contextlib.suppress(ValueError):
+            atomic_write_text(path, json.dumps(cached, indent=1))
+    return DeviceRates(**cached[key])
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
-    """What the cache holds, as far as it makes sense."""
+    """Return the valid entries of the cache; none if it cannot be read."""
     try:
-        known = json.loads(path.read_text())
-        return {
-            k: v
-            for k, v in known.items()
-            if set(v) == set(MEASURED) and all(x > 0 for x in v.values())
-        }
-    except (OSError, ValueError, AttributeError, TypeError):
+        entries = read_json(path, default={})
+    except ValueError:
         return {}
+    return {key: rates for key, rates in entries.items() if _valid(rates)}
+
+
+def _valid(rates: object) -> bool:
+    if not isinstance(rates, dict) or set(rates) != set(MEASURED):
+        return False
+    return all(isinstance(rate, float | int) and rate > 0 for rate in rates.values())
 
 
 def measure(device: torch.device) -> dict[str, float]:
-    """Rates by name. Takes about 0.2 s and 0.4 GB."""
-    a, b = torch.randn(2, 4096, 4096, device=device, dtype=torch.bfloat16)
-    flat = torch.empty(2, 64 << 20, device=device, dtype=torch.bfloat16)
+    """Return the rates by name. Takes about 0.2 s and 0.4 GB."""
+    size = 4096
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    source, target = torch.empty(2, 64 << 20, device=device, dtype=torch.bfloat16)
     host = torch.empty(64 << 20, dtype=torch.bfloat16, pin_memory=True)
+    matmul = _fastest_call(lambda: a @ b, device)
+    copy = _fastest_call(lambda: target.copy_(source), device)
+    to_host = _fastest_call(lambda: host.copy_(source, non_blocking=True), device)
+    from_host = _fastest_call(lambda: source.copy_(host, non_blocking=True), device)
     return {
-        "matmul": SUSTAINED_MATMUL * 2 * 4096**3 / _seconds(lambda: a @ b, device),
-        "copy": COPY_EFFICIENCY
-        * 2
-        * host.nbytes
-        / _seconds(lambda: flat[1].copy_(flat[0]), device),
-        "to_host": host.nbytes / _seconds(lambda: host.copy_(flat[0], non_blocking=True), device),
-        "from_host": host.nbytes / _seconds(lambda: flat[0].copy_(host, non_blocking=True), device),
+        "matmul": SUSTAINED_MATMUL * 2 * size**3 / matmul,
+        "copy": COPY_EFFICIENCY * 2 * source.nbytes / copy,
+        "to_host": host.nbytes / to_host,
+        "from_host": host.nbytes / from_host,
     }
 
 
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Of one call, the fastest of some, each of them several in a row: another process may be at work meanwhile."""
-    found = []
-    for _ in range(repeats):
+def _fastest_call(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call, the fastest of several: other processes may interfere."""
+    seconds = []
+    for _ in range(REPEATS):
         torch.cuda.synchronize(device)
         start = time.perf_counter()
-        for _ in range(4):
+        for _ in range(CALLS):
             work()
         torch.cuda.synchronize(device)
-        found.append((time.perf_counter() - start) / 4)
-    return min(found)
+        seconds.append((time.perf_counter() - start) / CALLS)
+    return min(seconds)

@@ -1,194 +1,283 @@
-"""What a training step has in GPU memory, in bytes: weights, what layers keep, and what is in use while one runs.
+"""GPU memory of a micro-step, in bytes: weights, saved activations, workspace of the running layer.
 
-Tensor by tensor, in the order in which a layer makes and drops them (decoder.py), and without a model: the shape, the
-rank and the linears with an adapter say it all. plan.py chooses by these numbers.
+The formulas follow the tensors of `forward_saving_` and `backward_` (model/decoder_layer.py) in the
+order in which they are made and freed. tests/test_memory_replay.py runs a layer on meta tensors and
+holds the formulas to the bytes that are live at its peak. Plans use the formulas and not the
+replay: a search needs up to 96 peaks, which take 1 ms here and 5 s as replays.
+
+The letters are those of decoder_layer.py: N rows in all, n rows of a tile.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import NamedTuple
 
-from minitune.config.architectures import LORA_TARGETS
-from minitune.config.model_config import ModelConfig
-from minitune.config.training_config import LoraConfig
+from minitune.kernels.attention_backward import DKDV_BLOCK_SIZES, parts_of_a_group
 from minitune.kernels.attention_cudnn import kv_heads_at_once
+from minitune.kernels.backend import cdiv
 from minitune.kernels.cross_entropy import logits_tile_rows
-from minitune.kernels.lora_linear import padded_rank
+from minitune.memory.model_shape import NF4_BYTES, ModelShape
 from minitune.memory.offload import ALIGN
 from minitune.memory.plan import Candidate, Workload
-from minitune.model.activations import LayerPlan, SaveLevel
-from minitune.model.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
+from minitune.model.activations import Activations, SaveLevel
 
-NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED_BLOCKSIZE)  # a parameter
-CUBLAS_BYTES = 32 << 20  # that PyTorch gives cuBLAS for each stream on Hopper; there are two
+CUBLAS_WORKSPACE = 32 << 20  # that PyTorch reserves for each stream on Hopper
+STREAMS = 2  # the default stream, and that of the CUDA graphs
+ADAMW_BYTES = 8.0  # moments of a trainable parameter, float32
+ADAMW_8BIT_BYTES = 2.03  # moments in 8 bit, with their scales
+FLOAT32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the tensors are stored that no plan changes.
+
+    load_in_4bit: True if the linears are in NF4.
+    offload_embedding: True if an embedding that is not the head is in host memory.
+    eight_bit_moments: True if the optimizer's moments are in 8 bit.
+    """
+
+    load_in_4bit: bool = True
+    offload_embedding: bool = False
+    eight_bit_moments: bool = False
+
+
+def static_parts(
+    shape: ModelShape, max_seqlen: int, storage: Storage | None = None
+) -> tuple[tuple[str, int], ...]:
+    """Return (name, bytes) of everything in GPU memory that no plan changes.
+
+    max_seqlen: rows of the longest sample, which the RoPE tables reach to.
+    """
+    storage = storage or Storage()
+    moments = ADAMW_8BIT_BYTES if storage.eight_bit_moments else ADAMW_BYTES
+    linear_bytes = NF4_BYTES if storage.load_in_4bit else shape.itemsize
+    weights = int(shape.layers * shape.layer_parameters * linear_bytes)
+    weights += shape.embedding_bytes  # the head
+    if not shape.tied and not storage.offload_embedding:
+        weights += shape.embedding_bytes
+    weights += (2 * shape.layers + 1) * shape.D * shape.itemsize  # norms
+    return (
+        ("weights", weights),
+        ("dequantisation buffer", shape.weight_buffer_bytes),
+        ("cuBLAS", STREAMS * CUBLAS_WORKSPACE),
+        ("adapter and its gradient", 2 * FLOAT32 * shape.lora_parameters),
+        ("optimizer", int(moments * shape.lora_parameters)),
+        # cos and sin, K / 2 angles a position
+        ("RoPE tables", FLOAT32 * max_seqlen * shape.HK // shape.H),
+    )
+
+
+class LayerBytes(NamedTuple):
+    """The bytes of one layer: its saved activations, its peaks in forward and backward."""
+
+    saved: int
+    forward_peak: int
+    backward_peak: int
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """The widths that memory and time depend on, in elements; spare columns by projection: q k v, o, gate up, down."""
+    """The bytes that a micro-step saves and works with, as functions of the plan's decisions."""
 
-    layers: int
-    D: int
-    F: int
-    HK: int
-    GK: int
-    H: int
-    V: int
-    lora_columns: tuple[int, int, int, int]
-    adapter: int  # trainable parameters
-    itemsize: int
-    tied: bool
+    shape: ModelShape
+    workload: Workload
 
-    @classmethod
-    def of(
-        cls, config: ModelConfig, lora: LoraConfig | None, itemsize: int, device_type: str = "cuda"
-    ) -> "MemoryModel":
-        D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
-        HK, GK = config.num_attention_heads * K, config.num_key_value_heads * K
-        shapes = {  # (in, out)
-            "q_proj": (D, HK), "k_proj": (D, GK), "v_proj": (D, GK), "o_proj": (HK, D),
-            "gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D),
-        }  # fmt: skip
-        r, targets = (lora.r, lora.target_modules) if lora else (0, ())
-        groups = (LORA_TARGETS[:3], LORA_TARGETS[3:4], LORA_TARGETS[4:6], LORA_TARGETS[6:])
-        lora_columns = tuple(
-            padded_rank(r * sum(name in targets for name in group), device_type) for group in groups
-        )
-        adapter = config.num_hidden_layers * sum(r * sum(shapes[name]) for name in targets)
-        return cls(
-            config.num_hidden_layers, D, F, HK, GK, config.num_attention_heads, config.vocab_size, lora_columns, adapter,
-            itemsize, config.tie_word_embeddings,
-        )  # fmt: skip
+    # ---- one layer
+
+    @cached_property
+    def _layers(self) -> dict[tuple, LayerBytes]:
+        return {}
+
+    def layer_bytes(self, level: SaveLevel, tile_rows: int | None, cudnn: bool) -> LayerBytes:
+        """Return the bytes of a layer, computed once: a search asks for each some 80 times."""
+        key = level, tile_rows, cudnn
+        if key not in self._layers:
+            self._layers[key] = LayerBytes(
+                self.saved_bytes(level), self.forward_peak(*key), self.backward_peak(*key)
+            )
+        return self._layers[key]
+
+    def saved_bytes(self, level: SaveLevel) -> int:
+        """Return the bytes that a layer saves."""
+        shape = self.shape
+        elements = shape.D + shape.lora_columns  # x; x A^T of every fused linear
+        lse = 0
+        if level >= SaveLevel.ATTENTION:
+            elements += shape.HK + shape.o.lora_columns  # attention output, beside it o's x A^T
+            lse = FLOAT32 * shape.H
+        if level >= SaveLevel.QKV:
+            elements += shape.QKV + shape.D  # q, k, v; o
+        if level >= SaveLevel.ALL:
+            elements += 2 * shape.F + shape.gate_up.lora_columns  # gate, up
+        return self.workload.tokens * (elements * shape.itemsize + lse)
+
+    def forward_peak(self, level: SaveLevel, tile_rows: int | None, cudnn: bool) -> int:
+        """Return the most bytes in use while a layer runs forward.
+
+        They include the residual stream and all that the layer saves.
+        """
+        shape, N = self.shape, self.workload.tokens
+        n = min(tile_rows or N, N)
+        D, F = shape.D, shape.F
+        gate_up = 2 * F + shape.gate_up.lora_columns
+        h_mid = D + shape.gate_up.lora_columns
+        m = F + shape.down.lora_columns
+        x = N * (D + shape.lora_columns)  # x; x A^T of every fused linear
+        qkv = N * shape.QKV
+        attention = N * (shape.HK + shape.o.lora_columns)
+
+        until_qkv = x + qkv + n * (D + shape.qkv.lora_columns)  # h of a tile
+        until_attention = x + qkv + attention
+        if cudnn:  # cuDNN's own output, before it is copied
+            until_attention += int(self._cudnn_part() * N * shape.HK)
+        until_y = x + qkv + attention
+        # o: of all rows if it is saved, else of a tile, and freed before m is made
+        until_y += N * D if level >= SaveLevel.QKV else 0
+        tile_o = 0 if level >= SaveLevel.QKV else D
+        until_y += (N if level >= SaveLevel.ALL else n) * gate_up
+        until_y += n * max(tile_o + h_mid, m)
+        lse = FLOAT32 * N * shape.H
+        peak = max(until_qkv, until_attention, until_y)
+        return peak * shape.itemsize + lse + self.residual_bytes
+
+    def backward_peak(self, level: SaveLevel, tile_rows: int | None, cudnn: bool) -> int:
+        """Return the most bytes in use while a layer runs backward.
+
+        They include the saved activations, and not dx (N, D + R), which all layers share.
+        """
+        shape, N = self.shape, self.workload.tokens
+        n = min(tile_rows or N, N)
+        D, F = shape.D, shape.F
+        gate_up = 2 * F + shape.gate_up.lora_columns
+        # q, k, v and attention's output are here in any case: saved, or recomputed
+        x = N * (D + shape.lora_columns)
+        qkv_attention = N * (shape.QKV + shape.HK + shape.o.lora_columns)
+        saved = N * D if level >= SaveLevel.QKV else 0  # o
+        saved += N * gate_up if level >= SaveLevel.ALL else 0
+        dattention = N * shape.HK
+        dqkv = N * (shape.QKV + shape.qkv.lora_columns)
+
+        # From dy to the gradient of attention's output, in tiles: h_mid; gate and up, recomputed,
+        # or their gradient beside the saved ones; o if it is not saved. m is freed before dh_mid.
+        tile = D + shape.gate_up.lora_columns + gate_up
+        tile += 0 if level >= SaveLevel.QKV else D
+        mlp = x + qkv_attention + saved + dattention + n * tile
+        with_m = (mlp + n * (F + shape.down.lora_columns)) * shape.itemsize
+        with_dh_mid = (mlp + n * D) * shape.itemsize
+        # From there to the gradient of q, k, v, all rows at once.
+        attention = (x + qkv_attention + saved + dattention + dqkv) * shape.itemsize
+        attention += self._attention_backward_bytes(cudnn)
+        # From there to dx, in tiles of dh and h.
+        to_dx = x + saved + dqkv + n * (2 * D + shape.qkv.lora_columns)
+        to_dx *= shape.itemsize
+
+        # Gradients of A and B, float32. With several tiles a group's sum stands beside the part of
+        # the tile, and the sums of all groups that an earlier tile has filled are there.
+        qkv, o, gate_up, down = (FLOAT32 * linear.lora_parameters for linear in shape.fused)
+        summed = o + gate_up + down
+        if N > n:
+            with_m += summed + down
+            with_dh_mid += summed + max(o, gate_up)
+        else:
+            with_m += down
+            with_dh_mid += summed
+        attention += summed
+        to_dx += summed + (2 * qkv if N > n else qkv)
+        return max(with_m, with_dh_mid, attention, to_dx) + FLOAT32 * N * shape.H  # lse
+
+    def _attention_backward_bytes(self, cudnn: bool) -> int:
+        """Return the bytes of the workspace of attention's backward."""
+        shape, N = self.shape, self.workload.tokens
+        if cudnn:
+            part = self._cudnn_part()
+            elements = shape.HK  # a dense copy of the output
+            elements += shape.HK if part < 1 else 0  # of its gradient, unless the heads are all
+            elements += shape.QKV  # of q, k, v
+            elements += 4 * shape.HK  # dq in float32; dk, dv for every query head
+            return int(part * N * elements) * shape.itemsize
+        statistics = 8 * N * shape.H  # lse and the row sums of dout * out, packed in an int64
+        parts = self.attention_parts
+        return statistics + (2 * parts * N * shape.GK * FLOAT32 if parts > 1 else 0)
+
+    @cached_property
+    def attention_parts(self) -> int:
+        """Return how many float32 parts of dk and dv attention's backward adds up.
+
+        Few rows do not fill the GPU, so the query heads of a group are split into parts.
+        """
+        shape = self.shape
+        head_width = shape.HK // shape.H
+        widths = [width for width in DKDV_BLOCK_SIZES if width >= head_width]
+        blocks_of_rows = DKDV_BLOCK_SIZES[min(widths, default=max(DKDV_BLOCK_SIZES))][0][0]
+        blocks = cdiv(self.workload.tokens, blocks_of_rows)
+        return parts_of_a_group(blocks, shape.G, shape.H // shape.G)
+
+    def _cudnn_part(self) -> float:
+        """Return the fraction of the heads that one call of cuDNN's attention takes."""
+        shape = self.shape
+        return kv_heads_at_once(self.workload.tokens, shape.H, shape.G) / shape.G
+
+    # ---- between the layers
 
     @property
-    def of_layer(self) -> int:
-        """Parameters of a layer's linears."""
-        return self.D * (self.HK + 2 * self.GK) + self.HK * self.D + 3 * self.D * self.F
+    def residual_bytes(self) -> int:
+        """Return the bytes of the residual stream, which is float32 or wider."""
+        return self.workload.tokens * self.shape.D * max(self.shape.itemsize, FLOAT32)
 
-    @property
-    def buffers(self) -> int:
-        """Bytes of the extended weights of one layer."""
-        D, F, HK, GK = self.D, self.F, self.HK, self.GK
-        shapes = ((HK + 2 * GK, D), (D, HK), (2 * F, D), (D, F))
-        return self.itemsize * sum(
-            (m + s) * (n + s) for (m, n), s in zip(shapes, self.lora_columns, strict=True)
-        )
+    @cached_property
+    def residual_gradient_bytes(self) -> int:
+        """Return the bytes of dx (N, D + R), the gradient of the residual stream."""
+        shape = self.shape
+        width = shape.D + max(shape.o.lora_columns, shape.down.lora_columns)
+        return self.workload.tokens * width * shape.itemsize
 
-    @property
-    def embeddings(self) -> int:
-        """Bytes of embedding and head."""
-        return self.V * self.D * self.itemsize * (1 if self.tied else 2)
+    @cached_property
+    def loss_peak(self) -> int:
+        """Return the most bytes in use during the loss, the residual stream included."""
+        shape = self.shape
+        rows = min(self.workload.tokens, logits_tile_rows(shape.V, shape.itemsize))
+        # Of each row: the logits; the float32 residual stream (2 D in 16 bit), its norm, dh in
+        # float32 (2 D) and rounded.
+        return rows * (shape.V + 6 * shape.D) * shape.itemsize + self.residual_bytes
 
-    def kept(self, level: int) -> int:
-        """Bytes a token that a layer keeps; without an arena's rounding."""
-        q, o, g, d = self.lora_columns
-        added = (
-            self.D + q + o + g + d,
-            self.HK + o,
-            self.D + self.HK + 2 * self.GK,
-            2 * self.F + g,
-        )
-        return sum(added[: level + 1]) * self.itemsize + (
-            4 * self.H if level >= SaveLevel.ATTENTION else 0
-        )
+    # ---- all layers
 
-    def forward(self, level: int, N: int, T: int, cudnn: bool) -> int:
-        """Bytes at most in use while a layer runs forward in tiles of T rows: the residual stream, x, what it keeps."""
-        q, o, g, d = self.lora_columns
-        D, F, QKV = self.D, self.F, self.HK + 2 * self.GK
-        low = q + o + g + d
-        before = N * (D + low + QKV) + T * (D + q)
-        held = N * (D + low + QKV + self.HK + o)
-        attention = held + (
-            int(self._at_once(N) * N * self.HK) if cudnn else 0
-        )  # its output, before it is copied
-        o_rows, wide = (N if level >= SaveLevel.QKV else T), (N if level >= SaveLevel.ALL else T)
-        after = held + o_rows * D + wide * (2 * F + g) + T * max(D + g, F + d)
-        return max(before, attention, after) * self.itemsize + 4 * N * self.H + self.stream(N)
+    def host_bytes(self, candidate: Candidate) -> int:
+        """Return the bytes of host memory that the offloaded activations of all layers take."""
+        if not candidate.early.offloaded:
+            return 0
+        padding = len(fields(Activations)) * ALIGN  # every tensor begins at an aligned offset
+        layer = self.saved_bytes(candidate.early.level) + padding
+        return candidate.early_saving_layers(self.shape.layers) * layer
 
-    def backward(self, level: int, N: int, T: int, cudnn: bool) -> int:
-        """The same backward, without the gradient that is passed down the layers."""
-        q, o, g, d = self.lora_columns
-        D, F, HK, QKV = self.D, self.F, self.HK, self.HK + 2 * self.GK
-        held = N * (
-            D + q + o + g + d + QKV + HK + o
-        )  # x, low-rank columns, q k v, attention's output
-        held += N * D * (level >= SaveLevel.QKV) + N * (2 * F + g) * (level >= SaveLevel.ALL)
-        after = held + N * HK + T * (D * (level < SaveLevel.QKV) + D + g + 2 * F + g + F + d)
-        attention = held + N * (HK + QKV + q)
-        if cudnn:  # dense copies of attention's output and its gradient, those of q, k, v, and what cuDNN works with
-            part = self._at_once(N)
-            attention += int(part * N * (HK * (1 + (part < 1)) + QKV + 4 * HK))
-        before = held - N * (QKV + HK + o) + N * (QKV + q) + T * (2 * D + q)
-        return max(after, attention, before) * self.itemsize + 12 * N * self.H
+    def step_bytes(self, candidate: Candidate) -> tuple[int, int]:
+        """Return (bytes of the saved activations on the GPU, peak bytes of everything else).
 
-    def _at_once(self, N: int) -> float:
-        """The part of the heads that cuDNN's attention takes at a time."""
-        G = self.H * self.GK // self.HK
-        return kv_heads_at_once(N, self.H, G) / G
+        Static memory (`static_parts`) is not included.
+        """
+        late_layers, offloaded = candidate.late_layers, candidate.early.offloaded
+        early_layers = self.shape.layers - late_layers
+        saving_layers = candidate.early_saving_layers(self.shape.layers)
+        tile_rows, cudnn = candidate.tile_rows, candidate.cudnn
+        early = self.layer_bytes(candidate.early.level, tile_rows, cudnn)
+        late = self.layer_bytes(candidate.late_level, tile_rows, cudnn)
+        early_saved = 0 if offloaded else early.saved  # on the GPU
+        # Copies in flight: the layer before, on its way out, or the next one, on its way in.
+        in_flight = early.saved if offloaded else 0
+        # The late layers but one. Before they run, copies in flight may have their memory.
+        other_late = max(late_layers - 1, 0) * late.saved
 
-    def loss(self, N: int) -> int:
-        """Bytes of the loss, the residual stream that it looks at included."""
-        rows = min(N, logits_tile_rows(self.V, self.itemsize))
-        return rows * (self.V + 6 * self.D) * self.itemsize + self.stream(N)
-
-    def stream(self, N: int) -> int:
-        """Bytes of the residual stream."""
-        return N * self.D * max(self.itemsize, 4)
-
-
-def static_parts(
-    sizes: MemoryModel,
-    config: ModelConfig,
-    moments: float = 8,
-    load_in_4bit: bool = True,
-    positions: int = 2048,
-    offload_embedding: bool = False,
-) -> tuple[tuple[str, int], ...]:
-    """What is there whatever the plan. moments: bytes a trainable parameter, 8 or (8-bit) 2.03."""
-    linears = sizes.layers * sizes.of_layer * (NF4_BYTES if load_in_4bit else sizes.itemsize)
-    embeddings = sizes.embeddings // (2 if offload_embedding and not sizes.tied else 1)
-    weights = int(linears) + embeddings + (2 * sizes.layers + 1) * sizes.D * sizes.itemsize
-    return (
-        ("weights", weights),
-        ("dequantisation buffer", sizes.buffers),
-        ("cuBLAS", 2 * CUBLAS_BYTES),
-        ("adapter and its gradient", 8 * sizes.adapter),
-        ("optimizer", int(moments * sizes.adapter)),
-        ("RoPE tables", 4 * positions * config.head_dim),
-    )
-
-
-def _host_bytes(sizes: MemoryModel, load: Workload, choice: Candidate) -> int:
-    layer = _kept(sizes, load, choice.early) + 10 * ALIGN  # ten tensors, each on a line of the arena
-    return choice.early_saving_layers(sizes.layers) * layer if choice.early.offloaded else 0
-
-
-def _kept(sizes: MemoryModel, load: Workload, keep: LayerPlan) -> int:
-    """Bytes that a layer keeps."""
-    return load.tokens * sizes.kept(keep.level)
-
-
-def _memory(sizes: MemoryModel, load: Workload, choice: Candidate) -> tuple[int, int]:
-    """Bytes of what layers keep on the GPU, and of what else is in use when most is."""
-    N, before, far = load.tokens, sizes.layers - choice.late_layers, choice.early
-    T = min(choice.tile_rows or N, N)
-    near_bytes, far_bytes = N * sizes.kept(choice.late_level), _kept(sizes, load, far)
-    held = 0 if far.offloaded else far_bytes
-    copied = (
-        far_bytes if far.offloaded else 0
-    )  # the layer before, on its way out, or the one to come, on its way in
-    others = (choice.late_layers - 1) * near_bytes if choice.late_layers else 0
-    keepers = choice.early_saving_layers(sizes.layers)
-    kept = keepers * held + choice.late_layers * near_bytes
-    peak = kept + sizes.loss(N)
-    if before:
-        beside = (keepers - 1) * held + (choice.recompute_span - 1) * far_bytes
-        forward = sizes.forward(far.level, N, T, choice.cudnn)
-        forward += max(copied, others if far.offloaded else 0)  # Plan.in_flight_limit
-        backward = copied + sizes.backward(far.level, N, T, choice.cudnn)
-        peak = max(peak, beside + max(forward, backward))
-    if choice.late_layers:
-        beside = keepers * held + max(copied, others)
-        work = max(way(choice.late_level, N, T, choice.cudnn) for way in (sizes.forward, sizes.backward))
-        peak = max(peak, beside + work)
-    top = N * (sizes.D + max(sizes.lora_columns[1], sizes.lora_columns[3])) * sizes.itemsize
-    return kept, peak - kept + top
+        saved = saving_layers * early_saved + late_layers * late.saved
+        peak = saved + self.loss_peak
+        if early_layers:
+            # The other early layers, and the inputs that backward recomputes for a span.
+            beside = (saving_layers - 1) * early_saved
+            beside += (candidate.recompute_span - 1) * early.saved
+            forward = early.forward_peak + (max(in_flight, other_late) if offloaded else 0)
+            backward = early.backward_peak + in_flight
+            peak = max(peak, beside + max(forward, backward))
+        if late_layers:
+            beside = saving_layers * early_saved + max(in_flight, other_late)
+            peak = max(peak, beside + max(late.forward_peak, late.backward_peak))
+        return saved, peak - saved + self.residual_gradient_bytes

@@ -1,4 +1,4 @@
-"""The plan of a micro-step: what each layer saves, where it is saved, and how many rows a tile has.
+"""The plan of a micro-step: the saved activations of each layer, their place, the rows of a tile.
 
 A plan of N tokens decides three things:
 
@@ -6,8 +6,8 @@ A plan of N tokens decides three things:
 - whether a layer's saved activations stay on the GPU or are offloaded to host memory (offload.py);
 - the rows of a tile, in which the wide parts of a layer run (model/decoder_layer.py).
 
-Layers are alike, so a few numbers describe a candidate. The late layers save `late_level` on the GPU,
-because backward needs them first. The early layers save `early`, in host memory if that helps.
+Layers are alike, so a few numbers describe a candidate. The late layers save `late_level` on the
+GPU, because backward needs them first. The early layers save `early`, in host memory if that helps.
 
 planner.py searches the candidates, memory_model.py counts their bytes, time_model.py their seconds.
 """
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.packed_sequences import PackedSequences
 
@@ -34,15 +35,25 @@ class Workload:
     """The work of a micro-step.
 
     tokens: rows N of all samples.
-    squared_lengths: sum of the squares of the samples' lengths, which attention's time grows with.
-    loss_rows: rows with a label.
+    max_seqlen: rows of the longest sample; attention's time is planned as if all were so long.
     cudnn: True if attention may use cuDNN.
     """
 
     tokens: int
-    squared_lengths: int
-    loss_rows: int
+    max_seqlen: int
     cudnn: bool = False
+
+    @classmethod
+    def of_samples(cls, tokens: int, max_seqlen: int) -> "Workload":
+        """Return the work of `tokens` rows in samples of `max_seqlen`.
+
+        Raises: ValueError if a sample is longer than the micro-step, or empty.
+        """
+        if not 0 < max_seqlen <= tokens:
+            raise ValueError(
+                f"samples of {max_seqlen} tokens in micro-steps of {tokens}: expected 1 to {tokens}"
+            )
+        return cls(tokens, max_seqlen, cudnn=tokens == max_seqlen >= CUDNN_MIN_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Candidate:
     """A plan that the search looks at.
 
     late_level: SaveLevel of the last `late_layers` layers, on the GPU.
-    early: what a layer before them saves.
+    early: plan of the layers before them.
     late_layers: number of late layers.
     tile_rows: rows of a tile; None runs all rows at once.
     cudnn: True if attention may use cuDNN.
@@ -81,7 +92,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a micro-step does, and the memory and time that this is expected to take.
+    """The decisions for a micro-step, and the memory and time that it is expected to take.
 
     layers: plan of each layer.
     tile_rows: rows of a tile; None runs all rows at once.
@@ -110,9 +121,9 @@ class Plan:
     def in_flight_limit(self, i: int) -> int:
         """Return how many offloaded bytes may still be in flight while layer i runs.
 
-        They may occupy the memory that later layers will fill with saved activations, less one layer,
-        which the plan counts as workspace. Up to the first layer that saves on the GPU, one offloaded
-        layer may be in flight in any case.
+        They may occupy the memory that later layers will fill with saved activations, less one
+        layer, which the plan counts as workspace. Up to the first layer that saves on the GPU, one
+        offloaded layer may be in flight in any case.
         """
         offloading = sum(layer.offloaded for layer in self.layers)
         on_gpu = sum(
@@ -127,11 +138,11 @@ class Plan:
         return limit
 
     def select_attention(self, packed: PackedSequences) -> PackedSequences:
-        """Return `packed` without its uniform length if the plan has no room for cuDNN's workspace."""
+        """Return `packed`, without its uniform length if the plan has no room for cuDNN."""
         return packed if self.cudnn else replace(packed, uniform_seqlen=None)
 
     def __str__(self) -> str:
-        """Return in words what is saved, and where."""
+        """Return the saved activations and their place in words."""
         return "; ".join(self._phrases())
 
     def _phrases(self) -> Iterator[str]:
@@ -144,3 +155,23 @@ class Plan:
         if self.resident_layers:
             plural = "s" if self.resident_layers > 1 else ""
             yield f"weights of {self.resident_layers} layer{plural} kept dequantised"
+
+
+def plan_table(plan: Plan, tokens: int, budget: int) -> str:
+    """Return a plan as lines of a label and a text.
+
+    tokens: rows of the micro-step.
+    budget: bytes of GPU memory.
+    """
+    rows = [(name, _gib(size)) for name, size in plan.parts]
+    over = "" if plan.peak <= budget else f", more than the budget of {budget / 2**30:.2f} GiB"
+    rows.append(("peak", _gib(plan.peak) + over))
+    rows.append(("host memory", _gib(plan.host_bytes)))
+    speed = f"{tokens / plan.seconds:,.0f} tokens/s at the speed of one H200"
+    rows.append(("time", f"{1e3 * plan.seconds:8.0f} ms, {speed}"))
+    rows.append(("layers", str(plan)))
+    return "\n".join(f"{label:<26}{text}" for label, text in rows)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:8.2f} GiB"

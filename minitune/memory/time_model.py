@@ -1,80 +1,241 @@
-"""TODO docstring."""
+"""Time of a micro-step: the operations and bytes of each layer over the rates of the machine.
+
+A layer's time is the sum of its matmuls, its attention, the bytes that its other kernels move, and
+its launches. Copies to and from host memory run beside the layers; a layer waits if they fall
+behind.
+
+The factors count the kernels of `forward_saving_` and `backward_` (model/decoder_layer.py). The
+letters are those of that file: N rows in all, n rows of a tile.
+"""
+
+from dataclasses import dataclass
 
 from minitune.memory.device_rates import DeviceRates
-from minitune.memory.memory_model import NF4_BYTES, MemoryModel, _kept
-from minitune.memory.plan import Candidate, Workload
+from minitune.memory.memory_model import MemoryModel
+from minitune.memory.model_shape import NF4_BYTES
+from minitune.memory.plan import Candidate
+from minitune.model.activations import SaveLevel
+
+HALF_RATE_ROWS = 32  # rows at which a matmul reaches half of its rate
+HEAD_EXTRA_WIDTH = 256  # a narrow head's matmul takes as long as one so much wider at full rate
+LORA_READ_EFFICIENCY = 0.71  # of the rate of a copy, at which a matmul with R columns reads
+
+# Elements that the elementwise kernels move a row. s counts twice, because it is float32.
+FORWARD_D = (
+    3  # x = s rounded: s read, x written
+    + 2  # input norm: x read, h written
+    + 7  # second norm: x and o read, h_mid written, s read and written
+    + 3  # down adds to s: s read and written, instead of D written once
+)
+FORWARD_F = 3  # swiglu: gate and up read, m written
+FORWARD_QKV = 2  # RoPE: q and k read and written
+BACKWARD_D = (
+    3  # second norm once more: x and o read, h_mid written
+    + 5  # its backward: dh_mid, x, o and dx read, dx written
+    + 2  # input norm once more: x read, h written
+    + 4  # its backward: dh, x and dx read, dx written
+)
+BACKWARD_F = 6  # swiglu's backward: dm, gate and up read, their gradients and m written
+BACKWARD_QKV = 2  # RoPE's backward: dq and dk read and written
+
+# Operations of attention, for each element of HK and pair of rows: q k^T and p v, half of the pairs
+# because it is causal. Backward takes three times as long: it has 2.5 times the products, and
+# recomputes scores.
+ATTENTION_OPERATIONS = 2
+ATTENTION_BACKWARD = 3
+
+# Passes over the logits (rows, V): a matmul writes them, the loss reads them twice and writes their
+# gradient, a matmul reads that.
+LOGITS_PASSES = 5
+
+# Launches of a layer, once a pass.
+FORWARD_LAUNCHES = (
+    1  # x
+    + 1  # adapters into the extended weights
+    + 4  # dequantisation, a fused linear each
+    + 2  # RoPE, attention
+)
+BACKWARD_LAUNCHES = (
+    1  # adapters
+    + 4  # dequantisation
+    + 3  # attention: dq; dk and dv; RoPE
+    + 1  # gradients added to .grad
+)
+# Launches for each tile of rows.
+FORWARD_TILE_LAUNCHES = 2 + 1 + 4  # norms, swiglu, matmuls
+BACKWARD_TILE_LAUNCHES = 2 + 1 + 2 + 4  # norms once more, swiglu, norms, matmuls
+# cuBLAS splits the sum over rows of dA and dB, and adds the parts up in a kernel of its own.
+LORA_GRADIENT_LAUNCHES = 2
 
 
-def _seconds(sizes: MemoryModel, load: Workload, choice: Candidate, r: DeviceRates) -> float:
-    """Of forward, loss and backward."""
-    N, D, F, QKV, HK, b = (
-        load.tokens,
-        sizes.D,
-        sizes.F,
-        sizes.HK + 2 * sizes.GK,
-        sizes.HK,
-        sizes.itemsize,
-    )
-    T = min(choice.tile_rows or N, N)
-    tiles = -(-N // T)
-    rate = r.matmul * T / (T + 32)  # shorter matmuls reach less of it
-    qkv, o, gate_up, down = (
-        2 * N * D * QKV / rate,
-        2 * N * HK * D / rate,
-        4 * N * D * F / rate,
-        2 * N * F * D / rate,
-    )
-    matmuls = qkv + o + gate_up + down
-    attention = 2 * load.squared_lengths * HK / (r.matmul * (r.cudnn if choice.cudnn else r.attention))
-    widths = (D + QKV, HK + D, D + 2 * F, F + D)  # of x and y of each projection
-    adapted = sum(
-        width
-        for width, lora_columns in zip(widths, sizes.lora_columns, strict=True)
-        if lora_columns
-    )
-    thin = 0.7 * N * adapted * b / r.copy  # a look at x or at dy
-    dequantise = _dequantise(sizes, r)
-    forward = matmuls + attention + dequantise + thin
-    forward += N * (15 * D + 3 * F + 2 * QKV) * b / r.copy + (11 + 12 * tiles) * r.launch
-    backward = matmuls + 3 * attention + dequantise + 3 * thin
-    backward += N * (14 * D + 6 * F + 2 * QKV) * b / r.copy + (21 + 30 * tiles) * r.launch
-    again = (qkv + attention + o + gate_up, qkv + o + gate_up, gate_up, 0.0)
-    before = sizes.layers - choice.late_layers
-    loss = 4 * load.loss_rows * (D + 256) * sizes.V / r.matmul  # a narrow head reaches less of it
-    loss += 5 * load.loss_rows * sizes.V * b / r.copy
-    far_backward = backward + again[choice.early.level]
-    nothing = before - choice.early_saving_layers(sizes.layers)
-    back = choice.late_layers * (backward + again[choice.late_level]) + nothing * forward
-    if choice.early.offloaded:
-        fetch = _kept(sizes, load, choice.early) / r.from_host
-        far_backward = max(far_backward, fetch / choice.recompute_span)
-        back += fetch if choice.late_layers == 0 else 0.0  # the first one, which runs beside nothing
-    ahead = sizes.layers * forward + _waits(sizes, load, choice, forward, r)
-    return r.start + ahead + loss + back + before * far_backward
+@dataclass(frozen=True)
+class TimeModel:
+    """The seconds of a micro-step as a function of the plan's decisions."""
 
+    memory: MemoryModel
+    rates: DeviceRates
 
-def _waits(
-    sizes: MemoryModel, load: Workload, choice: Candidate, forward: float, r: DeviceRates
-) -> float:
-    """Seconds that forward waits for copies to the host, with as many on their way as `Plan.in_flight_limit` lets.
+    def seconds(self, candidate: Candidate) -> float:
+        """Return the time of forward, loss and backward."""
+        layers = self.memory.shape.layers
+        tile_rows, early = candidate.tile_rows, candidate.early
+        early_layers = layers - candidate.late_layers
+        saving_layers = candidate.early_saving_layers(layers)
+        forward = self.forward_seconds(tile_rows, candidate.cudnn)
+        backward = [
+            self.backward_seconds(max(level, SaveLevel.INPUT), tile_rows, candidate.cudnn)
+            for level in (early.level, candidate.late_level)
+        ]
 
-    While layers run, what they keep falls behind, by whole layers as long as there is room; then each one waits; and
-    what is left in the end is waited for, which may be as soon as the last layer.
-    """
-    keepers = choice.early_saving_layers(sizes.layers)
-    if not choice.early.offloaded or not keepers:
-        return 0.0
-    far, near = _kept(sizes, load, choice.early), load.tokens * sizes.kept(choice.late_level)
-    run = forward * r.to_host  # bytes that leave while a layer runs
-    between = choice.recompute_span * run
-    behind = keepers * max(far - between, 0.0) + min(
-        far, between
-    )  # when the last that goes to the host has run
-    room = max((choice.late_layers - 1) * near, far) // far * far
-    left = min(behind, room) - max(choice.late_layers - 1, min(choice.late_layers, 1)) * run
-    return (max(behind - room, 0.0) + max(left, 0.0)) / r.to_host
+        seconds = self.rates.start + self.loss_seconds
+        seconds += layers * forward + self.offload_wait(candidate, forward)
+        seconds += candidate.late_layers * backward[1]
+        # Inside a span, backward recomputes each input by one more forward.
+        seconds += (early_layers - saving_layers) * forward
+        early_backward = backward[0]
+        if early.offloaded:
+            prefetch = self.memory.saved_bytes(early.level) / self.rates.from_host
+            # A layer that saves is prefetched while a span of layers runs.
+            early_backward = max(early_backward, prefetch / candidate.recompute_span)
+            # Without late layers, no backward runs beside the first prefetch.
+            seconds += prefetch if candidate.late_layers == 0 else 0.0
+        return seconds + early_layers * early_backward
 
+    def forward_seconds(self, tile_rows: int | None, cudnn: bool) -> float:
+        """Return the time of a layer's forward."""
+        shape = self.memory.shape
+        moved = FORWARD_D * shape.D + FORWARD_F * shape.F + FORWARD_QKV * shape.QKV
+        # x A^T reads the input of each fused linear with an adapter.
+        lora_read = sum(linear.in_features for linear in shape.fused if linear.adapters)
+        return (
+            self._matmul_seconds(shape.layer_parameters, tile_rows)
+            + self._attention_seconds(cudnn)
+            + self.dequantise_seconds
+            + self._move_seconds(moved)
+            + self._move_seconds(lora_read) / LORA_READ_EFFICIENCY
+            + self.forward_launches(tile_rows) * self.rates.launch
+        )
 
-def _dequantise(sizes: MemoryModel, r: DeviceRates) -> float:
-    """Seconds for the weights of a layer."""
-    return sizes.of_layer * (NF4_BYTES + sizes.itemsize) / r.copy
+    def backward_seconds(self, level: SaveLevel, tile_rows: int | None, cudnn: bool) -> float:
+        """Return the time of a layer's backward, which recomputes all that `level` does not save.
+
+        The elementwise kernels of recomputation are not counted: 1.5 of 8B's 316 ms.
+        """
+        shape = self.memory.shape
+        moved = BACKWARD_D * shape.D + BACKWARD_F * shape.F + BACKWARD_QKV * shape.QKV
+        # dA reads the input; dy B and dB read the gradient of the output.
+        lora_read = sum(
+            linear.in_features + 2 * linear.out_features
+            for linear in shape.fused
+            if linear.adapters
+        )
+        attention = self._attention_seconds(cudnn)
+        parameters = shape.layer_parameters
+        seconds = ATTENTION_BACKWARD * attention
+        if level < SaveLevel.ATTENTION:
+            seconds += attention
+        if level < SaveLevel.QKV:
+            parameters += shape.D * shape.QKV + shape.HK * shape.D  # qkv, o
+        if level < SaveLevel.ALL:
+            parameters += 2 * shape.D * shape.F  # gate, up
+        return (
+            seconds
+            + self._matmul_seconds(parameters, tile_rows)
+            + self.dequantise_seconds
+            + self._move_seconds(moved)
+            + self._move_seconds(lora_read) / LORA_READ_EFFICIENCY
+            + self.backward_launches(level, tile_rows) * self.rates.launch
+        )
+
+    def forward_launches(self, tile_rows: int | None) -> int:
+        """Return the kernels of a layer's forward."""
+        fused = sum(linear.adapters > 0 for linear in self.memory.shape.fused)
+        # x A^T into the columns beside x, and saved from there.
+        tile = FORWARD_TILE_LAUNCHES + 2 * fused
+        return FORWARD_LAUNCHES + self._tiles(tile_rows) * tile
+
+    def backward_launches(self, level: SaveLevel, tile_rows: int | None) -> int:
+        """Return the kernels of a layer's backward."""
+        shape, tiles = self.memory.shape, self._tiles(tile_rows)
+        fused = sum(linear.adapters > 0 for linear in shape.fused)
+        adapters = sum(linear.adapters for linear in shape.fused)
+        layer, tile = BACKWARD_LAUNCHES, BACKWARD_TILE_LAUNCHES
+        tile += fused  # dy B
+        tile += fused - (shape.o.adapters > 0)  # saved x A^T, which o's input has beside it already
+        tile += LORA_GRADIENT_LAUNCHES * (fused + adapters)  # dA of a fused linear, dB of a linear
+        layer += self.memory.attention_parts > 1  # the sum of dk's and dv's parts
+        if level < SaveLevel.ATTENTION:
+            layer += 1  # attention
+        if level < SaveLevel.QKV:
+            layer += 1  # RoPE
+            tile += 1 + 2  # input norm; matmuls of qkv and o
+            tile += (shape.qkv.adapters > 0) + (shape.o.adapters > 0)  # saved x A^T
+        if level < SaveLevel.ALL:
+            tile += 1  # matmul of gate and up
+        # From the second tile on, the gradients of a fused linear are added up.
+        return layer + tiles * tile + (tiles - 1) * fused
+
+    @property
+    def dequantise_seconds(self) -> float:
+        """Return the time to dequantise a layer: NF4 weights are read, plain ones written."""
+        shape = self.memory.shape
+        return shape.layer_parameters * (NF4_BYTES + shape.itemsize) / self.rates.copy
+
+    @property
+    def loss_seconds(self) -> float:
+        """Return the time of the loss, as if every row had a label."""
+        shape, N = self.memory.shape, self.memory.workload.tokens
+        # Two matmuls, two operations each: the logits, and the gradient of their input.
+        seconds = 4 * N * (shape.D + HEAD_EXTRA_WIDTH) * shape.V / self.rates.matmul
+        return seconds + self._move_seconds(LOGITS_PASSES * shape.V)
+
+    def offload_wait(self, candidate: Candidate, forward: float) -> float:
+        """Return the time that forward waits for copies to host memory.
+
+        forward: seconds of a layer's forward.
+
+        Copies lag behind the layers. Until the in-flight limit is reached nothing waits; after that
+        each layer waits for one copy. The rest is awaited after the last layer.
+        """
+        saving_layers = candidate.early_saving_layers(self.memory.shape.layers)
+        if not candidate.early.offloaded or not saving_layers:
+            return 0.0
+        early_bytes = self.memory.saved_bytes(candidate.early.level)
+        late_bytes = self.memory.saved_bytes(candidate.late_level)
+        late_layers = candidate.late_layers
+        copied_a_layer = forward * self.rates.to_host  # bytes, while one layer runs
+        copied_a_span = candidate.recompute_span * copied_a_layer
+        # In flight when the last early layer that saves has run, if nothing waited.
+        lag = saving_layers * max(early_bytes - copied_a_span, 0.0) + min(
+            early_bytes, copied_a_span
+        )
+        # Plan.in_flight_limit, in whole layers.
+        limit = max((late_layers - 1) * late_bytes, early_bytes) // early_bytes * early_bytes
+        # In flight after the late layers, which copies run beside; the last one counts only if it
+        # is alone, because the limit is 0 from there on.
+        running_beside = max(late_layers - 1, min(late_layers, 1))
+        rest = min(lag, limit) - running_beside * copied_a_layer
+        return (max(lag - limit, 0.0) + max(rest, 0.0)) / self.rates.to_host
+
+    def _tiles(self, tile_rows: int | None) -> int:
+        N = self.memory.workload.tokens
+        return -(-N // min(tile_rows or N, N))
+
+    def _matmul_seconds(self, parameters: int, tile_rows: int | None) -> float:
+        """Return the time of matmuls with weights of `parameters` elements, in tiles."""
+        N = self.memory.workload.tokens
+        n = min(tile_rows or N, N)
+        return 2 * N * parameters * (n + HALF_RATE_ROWS) / n / self.rates.matmul
+
+    def _attention_seconds(self, cudnn: bool) -> float:
+        """Return the time of attention's forward."""
+        workload = self.memory.workload
+        pairs = workload.tokens * min(workload.max_seqlen, workload.tokens)
+        efficiency = self.rates.cudnn if cudnn else self.rates.attention
+        operations = ATTENTION_OPERATIONS * pairs * self.memory.shape.HK
+        return operations / (self.rates.matmul * efficiency)
+
+    def _move_seconds(self, elements: int) -> float:
+        """Return the time to read or write so many elements of every row."""
+        shape, N = self.memory.shape, self.memory.workload.tokens
+        return N * elements * shape.itemsize / self.rates.copy

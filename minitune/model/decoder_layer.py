@@ -264,7 +264,7 @@ class DecoderLayer(nn.Module):
         )
         self.down.fill_lora_columns_(m, p.weights[self.down], a.down_lora)
         gradients.add(self.down, dy, m)
-        del m
+        del m, m_out  # frees their memory: m_out is a view
 
         # gate, up = W_gate_up h_mid. dh_mid = W_gate_up^T (dgate, dup).
         dh_mid = self.gate_up.backward_(dgate_up, p.weights[self.gate_up])  # (n, D)

@@ -127,6 +127,7 @@ class ForwardBackward:
                 need_dx=i > 0,
             )
             torch._foreach_add_([p.grad for p in self._parameters[i]], gradients)
+            del gradients  # otherwise they live on while the next layer runs
 
     def _recompute_inputs_(
         self,

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from minitune.data.batching import Batch
 from minitune.device import to_device_async
-from minitune.memory.device_rates import machine_rates
 from minitune.memory.planner import Planner
 from minitune.model.causal_lm import CausalLM
 from minitune.model.loss import LossRows
@@ -70,8 +69,7 @@ class MicroStep:
         self._prepared = True
         with self.model.as_current_device():
             torch.cuda.current_blas_handle()
-            if self.planner.level is None:
-                machine_rates(self.model.device)
+            self.planner.measure_rates(self.model.device)
             if self._graphs is not None:
                 self._graphs.prepare()
 

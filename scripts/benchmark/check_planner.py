@@ -33,7 +33,9 @@ from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig, parse_bytes
 from minitune.data.batching import Batch
-from minitune.memory.planner import MARGIN, Planner, plan_memory
+from minitune.memory.plan import Workload
+from minitune.memory.planner import Planner, plan_memory
+from minitune.memory.search import MARGIN, MemoryBudget
 from minitune.model.activations import SaveLevel
 from minitune.training.micro_step import MicroStep
 
@@ -79,9 +81,9 @@ def random_case(seed: int) -> tuple[dict[str, Any], list[str]]:
     host = draw.choice([0, 0, 32])
 
     shape, lora = ModelConfig.from_dict(config), LoraConfig(r=r, target_modules=TARGETS[targets])
-    step = {"tokens": batch * tokens, "longest": tokens}
-    least = plan_memory(shape, lora, 0, host_memory=host * GIB, **step).peak
-    most = plan_memory(shape, lora, 0, level=SaveLevel.ALL, **step).peak
+    workload, no_gpu = Workload.of_samples(batch * tokens, tokens), MemoryBudget(0, host * GIB)
+    least = plan_memory(shape, lora, workload, no_gpu).peak
+    most = plan_memory(shape, lora, workload, no_gpu, level=SaveLevel.ALL).peak
     budget = (least + draw.uniform(0, 1.1) * max(most - least, 0)) / (1 - MARGIN) / GIB
     flags = {
         "batch": batch,

@@ -1,0 +1,141 @@
+"""The sizes of a model and its adapter that a plan depends on.
+
+They follow from config.json and the adapter's settings, so a plan needs neither a model nor a GPU.
+"""
+
+from dataclasses import dataclass
+
+from minitune.config.model_config import ModelConfig
+from minitune.config.training_config import LoraConfig
+from minitune.kernels.lora_linear import padded_rank
+from minitune.model.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
+
+# Bytes of a parameter in NF4: half a byte, one byte of scale a block, a float32 for 256 scales.
+NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED_BLOCKSIZE)
+
+
+@dataclass(frozen=True)
+class FusedShape:
+    """The linears of a layer that run as one matmul: qkv, o, gate_up or down.
+
+    in_features, out_features: widths of its input and output.
+    adapters: number of its linears with an adapter.
+    lora_columns: padded rank R beside its input and output; 0 without an adapter.
+    lora_parameters: elements of A and B of its adapters.
+    """
+
+    in_features: int
+    out_features: int
+    adapters: int
+    lora_columns: int
+    lora_parameters: int
+
+    @property
+    def weight_elements(self) -> int:
+        """Return the elements of the extended weight (kernels/lora_linear.py)."""
+        return (self.out_features + self.lora_columns) * (self.in_features + self.lora_columns)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model with its adapter, in elements.
+
+    layers: number of decoder layers.
+    D: model width.
+    F: ffn width.
+    HK: width of all query heads together.
+    GK: width of all key heads together, and of all value heads.
+    H, G: number of query heads, of key/value heads.
+    V: vocabulary.
+    itemsize: bytes of an element in the compute dtype.
+    tied: True if the head is the embedding.
+    qkv, o, gate_up, down: the fused linears of a layer.
+    """
+
+    layers: int
+    D: int
+    F: int
+    HK: int
+    GK: int
+    H: int
+    G: int
+    V: int
+    itemsize: int
+    tied: bool
+    qkv: FusedShape
+    o: FusedShape
+    gate_up: FusedShape
+    down: FusedShape
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, lora: LoraConfig | None, itemsize: int, device_type: str = "cuda"
+    ) -> "ModelShape":
+        """Return the shape of a model. `device_type` decides how ranks are padded."""
+        return cls(
+            layers=config.num_hidden_layers,
+            D=config.hidden_size,
+            F=config.intermediate_size,
+            HK=config.query_size,
+            GK=config.key_value_size,
+            H=config.num_attention_heads,
+            G=config.num_key_value_heads,
+            V=config.vocab_size,
+            itemsize=itemsize,
+            tied=config.tie_word_embeddings,
+            **{
+                group: _fused_shape(config, group, lora, device_type)
+                for group in ("qkv", "o", "gate_up", "down")
+            },
+        )
+
+    @property
+    def QKV(self) -> int:
+        """Return the width of q, k and v side by side."""
+        return self.HK + 2 * self.GK
+
+    @property
+    def fused(self) -> tuple[FusedShape, ...]:
+        """Return the fused linears in the order of forward."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    @property
+    def lora_columns(self) -> int:
+        """Return the padded ranks of a layer added up: the width of x A^T of all fused linears."""
+        return sum(linear.lora_columns for linear in self.fused)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Return the frozen parameters of a layer's linears."""
+        return sum(linear.in_features * linear.out_features for linear in self.fused)
+
+    @property
+    def lora_parameters(self) -> int:
+        """Return the trainable parameters of all layers."""
+        return self.layers * sum(linear.lora_parameters for linear in self.fused)
+
+    @property
+    def weight_buffer_bytes(self) -> int:
+        """Return the bytes of a layer's extended weights, dequantised."""
+        return self.itemsize * sum(linear.weight_elements for linear in self.fused)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Return the bytes of the embedding; an untied head has as many again."""
+        return self.V * self.D * self.itemsize
+
+
+def _fused_shape(
+    config: ModelConfig, group: str, lora: LoraConfig | None, device_type: str
+) -> FusedShape:
+    linears = [linear for linear in config.linears() if linear.group == group]
+    targets = lora.target_modules if lora else ()
+    adapted = [linear for linear in linears if linear.name.rpartition(".")[2] in targets]
+    rank = lora.r if lora else 0
+    return FusedShape(
+        in_features=linears[0].in_features,
+        out_features=sum(linear.out_features for linear in linears),
+        adapters=len(adapted),
+        lora_columns=padded_rank(rank * len(adapted), device_type),
+        lora_parameters=sum(rank * (n.in_features + n.out_features) for n in adapted),
+    )

@@ -1,0 +1,66 @@
+"""Tests of the memory model: it agrees with a real model, and with measurements."""
+
+import math
+
+import pytest
+import torch
+from plan_cases import GIB, LONG, SHORT, STATIC
+from tiny import make_tiny_model
+
+from minitune import FastLanguageModel
+from minitune.config.architectures import LORA_TARGETS
+from minitune.memory.device_rates import DeviceRates
+from minitune.memory.memory_model import MemoryModel
+from minitune.memory.model_shape import ModelShape
+from minitune.memory.plan import Candidate, Workload
+from minitune.memory.search import evaluate
+from minitune.model.activations import LayerPlan, SaveLevel
+from minitune.model.decoder_layer import new_residual
+from minitune.model.packed_sequences import PackedSequences
+
+LEVELS = (SaveLevel.INPUT, SaveLevel.ATTENTION, SaveLevel.QKV, SaveLevel.ALL)
+
+
+def test_the_workspace_of_attention_is_free_when_the_mlp_runs():
+    for level in (SaveLevel.INPUT, SaveLevel.QKV, SaveLevel.ALL):
+        for peak in (LONG.forward_peak, LONG.backward_peak):
+            assert peak(level, None, True) == peak(level, None, False)  # all rows at once
+    for peak in (LONG.forward_peak, LONG.backward_peak):
+        assert peak(SaveLevel.INPUT, 256, True) > peak(SaveLevel.INPUT, 256, False)
+
+
+@pytest.mark.parametrize(
+    ("level", "gib", "ms"), [(SaveLevel.INPUT, 8.02, 316), (SaveLevel.ALL, 18.42, 242)]
+)
+def test_the_plan_agrees_with_measurements_on_an_h200(level, gib, ms):
+    """scripts/bench.py on one H200, November 2026: peak within 5%, time within 15%."""
+    candidate = Candidate(level, LayerPlan(level), 32, None)
+    plan = evaluate(SHORT, candidate, STATIC, DeviceRates())
+    assert plan.peak / GIB == pytest.approx(gib, rel=0.05)
+    assert 1e3 * plan.seconds == pytest.approx(ms, rel=0.15)
+
+
+@pytest.mark.parametrize("targets", [LORA_TARGETS, LORA_TARGETS[:4], ("v_proj",)])
+def test_sizes_from_the_configuration_are_those_of_the_model(tmp_path, targets):
+    shape = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 160}
+    folder = make_tiny_model(tmp_path / "m", **shape)
+    model, _ = FastLanguageModel.from_pretrained(folder, dtype=torch.float32)
+    FastLanguageModel.get_peft_model(model, r=8, target_modules=targets)
+    sizes = ModelShape.of(model.config, model.lora, 4, model.device.type)
+    layer = model.model.layers[0]
+    for fused, linear in zip(sizes.fused, layer.fused_linears, strict=True):
+        assert fused.lora_columns == linear.lora_columns
+        assert fused.adapters == len(linear.adapted)
+        assert fused.weight_elements == math.prod(linear.weight_shape)
+    assert sizes.lora_parameters == sum(p.numel() for _, p in model.trainable_parameters())
+    linears = [linear for _, linear in model.linears()]
+    parameters = sum(linear.in_features * linear.out_features for linear in linears)
+    assert sizes.layers * sizes.layer_parameters == parameters
+
+    memory = MemoryModel(sizes, Workload(40, max_seqlen=40))
+    s = new_residual(torch.randn(40, 64, device=model.device))
+    packed = PackedSequences.from_positions(torch.arange(40)).to(model.device)
+    for level in LEVELS:
+        saved = layer.forward_saving_(s, packed, model.layer_context, level)
+        nbytes = sum(t.nbytes for t in saved.tensors().values())
+        assert nbytes == memory.saved_bytes(level)

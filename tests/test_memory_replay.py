@@ -1,0 +1,217 @@
+"""Tests that hold the memory model and the time model to the code of the decoder layer.
+
+A replay runs one layer forward and backward on meta tensors, which have shapes and no data, and
+adds up the bytes of the live ones. Triton's launches do nothing there, but they are counted.
+cuDNN's attention has no meta tensors, so its workspace is not replayed.
+"""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from benchmark.random_checkpoints import SHAPES
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minitune.config.architectures import LORA_TARGETS
+from minitune.config.model_config import ModelConfig
+from minitune.config.training_config import LoraConfig
+from minitune.kernels import backend, lora_linear
+from minitune.memory.device_rates import DeviceRates
+from minitune.memory.memory_model import MemoryModel
+from minitune.memory.model_shape import ModelShape
+from minitune.memory.plan import Workload
+from minitune.memory.time_model import LORA_GRADIENT_LAUNCHES, TimeModel
+from minitune.model.activations import SaveLevel
+from minitune.model.decoder_layer import DecoderLayer
+from minitune.model.layers import LayerContext
+from minitune.model.linear import FusedLinear, Linear
+from minitune.model.packed_sequences import PackedSequences
+from minitune.model.rope import RopeTables
+
+pytest.importorskip("triton")
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+MAX_ERROR = (
+    0.002  # of a peak: rstd and the bounds of the samples, one number a row, are not counted
+)
+META = torch.device("meta")
+DTYPE = torch.bfloat16
+LEVELS = (SaveLevel.INPUT, SaveLevel.ATTENTION, SaveLevel.QKV, SaveLevel.ALL)
+ADAPTERS = {
+    "all, r 16": LoraConfig(r=16, target_modules=LORA_TARGETS),
+    "all, r 64": LoraConfig(r=64, target_modules=LORA_TARGETS),
+    "attention, r 16": LoraConfig(r=16, target_modules=LORA_TARGETS[:4]),
+}
+# Operations that launch no kernel: they allocate, or return a view.
+VIEWS = (
+    "empty",
+    "new_empty",
+    "empty_like",
+    "view",
+    "slice",
+    "transpose",
+    "split",
+    "split_with_sizes",
+    "t",
+)
+VIEWS += ("unsqueeze", "unbind", "select", "detach", "alias", "as_strided", "_unsafe_view")
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of the tensors that operations return, while these tensors live, and the launches.
+
+    peak: the most bytes that were live at a time.
+    launches: kernels that a GPU would run.
+    """
+
+    def __init__(self, ignored: Iterable[Tensor]):
+        super().__init__()
+        self.live = self.peak = self.launches = 0
+        self._known = {t.untyped_storage()._cdata for t in ignored}
+
+    def hold(self, t: Tensor) -> None:
+        """Count a tensor's storage until it is freed."""
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.live -= nbytes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run an operation, and count its results and its launch."""
+        result = func(*args, **(kwargs or {}))
+        self.launches += func.overloadpacket.__name__ not in VIEWS
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.hold(leaf)
+        return result
+
+
+@dataclass
+class Replay:
+    """The passes of one layer, and the bytes that forward saved."""
+
+    forward: LiveBytes
+    backward: LiveBytes
+    saved: int
+
+
+class Recorder:
+    """Stand-ins for the functions that meta tensors cannot run; they count their launches."""
+
+    mode: LiveBytes | None = None  # the running pass
+
+    def launch(self, count: int = 1) -> None:
+        """Count launches of the running pass."""
+        self.mode.launches += count
+
+    def matmul_accumulated(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a float32 result, as cuBLAS does for the gradients of A and B."""
+        self.launch(LORA_GRADIENT_LAUNCHES)
+        return a.new_empty((len(a), b.shape[1]), dtype=torch.float32)
+
+    def add_matmul_(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return `total`, which cuBLAS adds to in place."""
+        self.launch()
+        return total
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Recorder:
+    """Make the layer run on meta tensors with the allocations of a GPU."""
+    recorder = Recorder()
+    for kernel in (JITFunction, InterpretedFunction):
+        monkeypatch.setattr(kernel, "run", lambda *_, **__: recorder.launch())
+    monkeypatch.setattr(backend, "use_triton", lambda x: True)
+    monkeypatch.setattr(backend, "shared_memory_limit", lambda device: 227 << 10)
+    monkeypatch.setitem(lora_linear.ALIGN, "meta", lora_linear.ALIGN["cuda"])
+    monkeypatch.setattr(lora_linear, "add_matmul_", recorder.add_matmul_)
+    monkeypatch.setattr(lora_linear, "matmul_accumulated", recorder.matmul_accumulated)
+    monkeypatch.setattr(FusedLinear, "needs_no_buffer", False)  # as of NF4 weights
+    monkeypatch.setattr(FusedLinear, "dequantize_into_", lambda *_: recorder.launch())
+    return recorder
+
+
+def meta_layer(config: ModelConfig, lora: LoraConfig) -> DecoderLayer:
+    """Return a layer of meta tensors with adapters."""
+    layer = DecoderLayer(config)
+    generator = torch.Generator()
+    for name, module in layer.named_modules():
+        if isinstance(module, Linear):
+            module.weight = empty(module.out_features, module.in_features)
+            if name.rpartition(".")[2] in lora.target_modules:
+                module.add_lora(lora, META, generator)
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        norm.weight = empty(config.hidden_size)
+    return layer
+
+
+def empty(*shape: int) -> nn.Parameter:
+    """Return a frozen parameter."""
+    return nn.Parameter(torch.empty(shape, dtype=DTYPE, device=META), requires_grad=False)
+
+
+def replay(
+    recorder: Recorder,
+    layer: DecoderLayer,
+    config: ModelConfig,
+    rows: int,
+    tile_rows: int | None,
+    level: SaveLevel,
+) -> Replay:
+    """Run a layer forward and backward over one sample of `rows` rows."""
+    index = torch.empty(rows, dtype=torch.int32, device=META)
+    packed = PackedSequences(index, index, index, max_seqlen=rows)
+    angles = torch.empty(rows, config.head_dim // 2, device=META)
+    context = LayerContext(RopeTables(angles, angles), DTYPE, "triton")
+    buffers = context.weight_buffers.allocate(layer.fused_linears, DTYPE, META)
+    static = [index, angles, *buffers.values(), *layer.parameters()]
+
+    s = torch.empty(rows, config.hidden_size, device=META)
+    with LiveBytes(static) as forward:
+        recorder.mode = forward
+        forward.hold(s)
+        saved = layer.forward_saving_(s, packed, context, level, tile_rows)
+    nbytes = sum(t.nbytes for t in saved.tensors().values())
+
+    dx = layer.new_residual_gradient(rows, DTYPE, META)
+    with LiveBytes([*static, dx]) as backward:
+        recorder.mode = backward
+        for t in saved.tensors().values():
+            backward.hold(t)
+        layer.backward_(dx, saved, packed, context, tile_rows)
+    return Replay(forward, backward, nbytes)
+
+
+@pytest.mark.parametrize("shape", ["8b", "135m"])
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_the_planned_bytes_and_launches_are_those_of_the_layer(recorder, shape, adapters):
+    config, lora = ModelConfig.from_dict(SHAPES[shape]), ADAPTERS[adapters]
+    sizes = ModelShape.of(config, lora, DTYPE.itemsize)
+    layer = meta_layer(config, lora)
+    for rows, tile_rows in ((1000, None), (2048, 256), (4096, 1024), (8192, None), (9000, 2048)):
+        memory = MemoryModel(sizes, Workload(rows, max_seqlen=rows))
+        time_model = TimeModel(memory, DeviceRates())
+        for level in LEVELS:
+            found = replay(recorder, layer, config, rows, tile_rows, level)
+            case = f"{rows} rows in tiles of {tile_rows}, {level.name}"
+            planned = memory.layer_bytes(level, tile_rows, cudnn=False)
+            assert planned.saved == found.saved, case
+            assert planned.forward_peak == pytest.approx(found.forward.peak, rel=MAX_ERROR), case
+            assert planned.backward_peak == pytest.approx(found.backward.peak, rel=MAX_ERROR), case
+            assert time_model.forward_launches(tile_rows) == found.forward.launches, case
+            # gradients are added to .grad after the layer's backward
+            launches = time_model.backward_launches(level, tile_rows) - 1
+            assert launches == found.backward.launches, case
