@@ -103,7 +103,7 @@ def test_a_plan_needs_neither_weights_nor_a_gpu(config_of_8b, capsys):
     assert capsys.readouterr().out == plan
     assert train(["--plan", *model, "--memory-budget", "6GiB"]) == 0
     plan = capsys.readouterr().out
-    assert "1,024 tokens" not in plan and "more than the 6.00 GiB there are" in plan
+    assert "1,024 tokens" not in plan and "more than the budget of 6.00 GiB" in plan
 
 
 def test_a_plan_names_a_missing_or_wrong_setting(inputs, capsys):
