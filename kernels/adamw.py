@@ -1,80 +1,130 @@
-"""AdamW over flat vectors, with clipping to a global norm inside: float32 moments, or 8-bit ones in blocks of 256.
+"""AdamW over flat vectors with clipping to a global norm; moments in float32, or in 8 bits in blocks of 256.
 
-    g <- g * min(1, max_grad_norm / (norm + 1e-6))                      only where max_grad_norm is positive
-    m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
-    w <- (1 - lr decay) w - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
+    g <- g * min(1, max_grad_norm / (norm + 1e-6))                      only if max_grad_norm is positive
+    m <- b1 m + (1 - b1) g                                              first moment
+    v <- b2 v + (1 - b2) g^2                                            second moment
+    w <- (1 - lr weight_decay) w - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 
-That is torch.optim.AdamW after clip_grad_norm_, but for g, which is scaled on its way and stays as it was in memory.
-Everything is (P,) float32 and contiguous. `global_norm` reads 4 bytes a parameter; `adamw_` moves 28 (w, m and v in and
-out, g in) in one backend. What changes from step to step arrives as float arguments: nothing is compiled again.
+This is torch.optim.AdamW after clip_grad_norm_, except that the gradients in memory are not scaled.
+All vectors are (P,) and contiguous, in float32 if not stated otherwise. Numbers that change from
+step to step arrive as float arguments, so nothing is compiled again.
 
-`adamw_8bit_` moves 16 and keeps each moment as bitsandbytes' blockwise optimizers do: for every 256 consecutive
-parameters a float32 scale, for each of them the number of a value in a table of 256:
+Bytes moved a parameter: `global_norm` 4; `adamw_` 28 (w, m and v in and out, g in), in one launch;
+    `adamw_8bit_` 16.
 
-    m = SIGNED[code] * absmax[block]        v = UNSIGNED[code] * absmax[block]          2 + 8/256 bytes instead of 8
+8-bit moments have the format of bitsandbytes' blockwise optimizers: 2 + 8/256 bytes a parameter
+instead of 8. Each 256 consecutive parameters share a float32 scale, and each parameter stores the
+index of a value in a table of 256:
 
-w is updated from m and v before they are rounded. The tables are dynamic maps: decade i of seven, up to 10^(i - 6), is
-cut into 2^i equal cells, twice as many where there are no signs, and a cell stands for its middle; 0 and 1 complete
-them. So in the positive half cell k of decade i is number 2^i + k (unsigned: 2 * 2^i + k - 1), which makes the search
-for the nearest value a few comparisons and one look at a table.
+    m = SIGNED[code] * absmax[block]        v = UNSIGNED[code] * absmax[block]
 
-The norm is a sum of fixed parts in a fixed order: the same bits every time.
+w is updated from m and v before they are rounded. The tables are dynamic maps. Decade i of seven,
+up to 10^(i - 6), is divided into 2^i equal cells (2^(i + 1) in the unsigned map), and each cell is
+represented by its middle. 0 and 1 complete the map. In the positive half, cell k of decade i has
+the index 2^i + k (unsigned: 2^(i + 1) + k - 1). Therefore the nearest value is found with a few
+comparisons and one table lookup.
+
+The norm sums fixed parts in a fixed order, so it repeats bit for bit.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from . import backend
-from .backend import cdiv, require, tl, triton
+from .backend import cdiv, check_rows, tl, triton
 
-MOMENT_BLOCKSIZE = 256
+PROFILE_GROUP = "optimizer"
+
+MOMENT_BLOCKSIZE = 256  # parameters that share the scale of an 8-bit moment
+
+
+class AdamWScalars(NamedTuple):
+    """Numbers of one update, all of them floats: Triton compiles anew for some integers, never for floats."""
+
+    beta1: float
+    one_minus_beta1: (
+        float  # rounded to float32 only in the kernel: 1 - 0.999 in float32 is off by 5e-5
+    )
+    beta2: float
+    one_minus_beta2: float
+    step_size: float  # lr * sqrt(1 - beta2^t) / (1 - beta1^t): the correction of v is moved out of the root
+    eps: float  # eps * sqrt(1 - beta2^t)
+    decay: float  # 1 - lr * weight_decay
+    max_grad_norm: float
+
+    @classmethod
+    def of_step(cls, step, lr, betas, eps, weight_decay, max_grad_norm) -> "AdamWScalars":
+        """Return the numbers of update `step`, counted from 1."""
+        beta1, beta2 = (float(beta) for beta in betas)
+        root = math.sqrt(1 - beta2**step)
+        return cls(
+            beta1=beta1,
+            one_minus_beta1=1 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1 - beta2,
+            step_size=float(lr * root / (1 - beta1**step)),
+            eps=float(eps * root),
+            decay=float(1 - lr * weight_decay),
+            max_grad_norm=float(max_grad_norm),
+        )
 
 
 def global_norm_reference(x):
-    """A norm of norms: one float32 sum over tens of millions of squares is off in the fourth digit on a CPU."""
+    """Return the norm of the norms of parts of x.
+
+    One float32 sum over tens of millions of squares is off in the fourth digit on a CPU.
+    """
     return torch.nn.utils.get_total_norm(x.split(65536))
 
 
-def adamw_reference_(
-    values, grads, exp_avg, exp_avg_sq, norm, b1, g1, b2, g2, rate, eps, keep, max_grad_norm
-):
-    if max_grad_norm > 0:
-        grads = grads * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-    exp_avg.mul_(b1).add_(grads, alpha=g1)
-    exp_avg_sq.mul_(b2).addcmul_(grads, grads, value=g2)
-    values.mul_(keep).addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps), value=-rate)
+def adamw_reference_(values, grads, exp_avg, exp_avg_sq, norm, scalars):
+    """Update values and moments in place in PyTorch."""
+    if scalars.max_grad_norm > 0:
+        grads = grads * (scalars.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    exp_avg.mul_(scalars.beta1).add_(grads, alpha=scalars.one_minus_beta1)
+    exp_avg_sq.mul_(scalars.beta2).addcmul_(grads, grads, value=scalars.one_minus_beta2)
+    denominator = exp_avg_sq.sqrt().add_(scalars.eps)
+    values.mul_(scalars.decay).addcdiv_(exp_avg, denominator, value=-scalars.step_size)
 
 
 def adamw_8bit_reference_(
-    values, grads, exp_avg, exp_avg_sq, absmax, absmax_sq, tables, norm, *scalars
+    values, grads, exp_avg, exp_avg_sq, absmax, absmax_sq, tables, norm, scalars
 ):
+    """Update values and 8-bit moments in place in PyTorch."""
     m = dequantize_moment(exp_avg, absmax, tables[0])
     v = dequantize_moment(exp_avg_sq, absmax_sq, tables[2])
-    adamw_reference_(values, grads, m, v, norm, *scalars)
-    for x, codes, scales, borders in (
-        (m, exp_avg, absmax, tables[1]),
-        (v, exp_avg_sq, absmax_sq, tables[3]),
-    ):
-        blocks = torch.nn.functional.pad(x, (0, -len(x) % MOMENT_BLOCKSIZE)).view(
-            -1, MOMENT_BLOCKSIZE
-        )
-        scales.copy_(blocks.abs().amax(1))
-        nearest = torch.bucketize(
-            blocks * (1.0 / scales.clamp(min=1e-38))[:, None], borders[:-1], out_int32=True
-        )
-        codes.copy_(nearest.view(-1)[: len(x)])
+    adamw_reference_(values, grads, m, v, norm, scalars)
+    _quantize_reference_(m, exp_avg, absmax, tables[1])
+    _quantize_reference_(v, exp_avg_sq, absmax_sq, tables[3])
+
+
+def _quantize_reference_(x, codes, absmax, borders):
+    """Write the codes (P,) and scales (P / 256, rounded up) of a moment x (P,)."""
+    padding = -len(x) % MOMENT_BLOCKSIZE
+    blocks = torch.nn.functional.pad(x, (0, padding)).view(-1, MOMENT_BLOCKSIZE)
+    absmax.copy_(blocks.abs().amax(1))
+    scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
+    nearest = torch.bucketize(scaled, borders[:-1], out_int32=True)
+    codes.copy_(nearest.view(-1)[: len(x)])
 
 
 def dequantize_moment(
     codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
-    """The float32 moment (P,) of its codes (P,) and scales (P / 256, rounded up)."""
+    """Return a moment (P,) in float32.
+
+    codes: (P,) uint8 indices into the table.
+    absmax: (P / 256, rounded up), one scale a block.
+    table: (256,) values of the map.
+    """
     return table[codes.int()] * absmax.repeat_interleave(MOMENT_BLOCKSIZE)[: len(codes)]
 
 
 @triton.jit
 def _square_sums(x_ptr, sums_ptr, P, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the squares of PARTS * BLOCK elements per program."""
     first = tl.program_id(0).to(tl.int64) * (PARTS * BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(PARTS):
@@ -86,6 +136,7 @@ def _square_sums(x_ptr, sums_ptr, P, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _root_of_sum(sums_ptr, norm_ptr, count, BLOCK: tl.constexpr):
+    """Store the root of the sum of all partial sums, in one program, summed in float64."""
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, count, BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -94,59 +145,15 @@ def _root_of_sum(sums_ptr, norm_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _update(
-    w, g, m, v, norm_ptr, b1, g1, b2, g2, rate, eps, keep, max_grad_norm, CLIP: tl.constexpr
-):
-    if CLIP:
-        scale = max_grad_norm / (tl.load(norm_ptr) + 1e-6)
-        g *= tl.where(
-            scale >= 1.0, 1.0, scale
-        )  # a norm of NaN makes everything NaN, as in clip_grad_norm_
-    m = b1 * m + g1 * g
-    v = b2 * v + g2 * (g * g)
-    w = keep * w - rate * tl.div_rn(m, tl.sqrt_rn(v) + eps)
-    return w, m, v
-
-
-@triton.jit
-def _adamw(
-    w_ptr,
-    g_ptr,
-    m_ptr,
-    v_ptr,
-    norm_ptr,
-    P,
-    b1,
-    g1,
-    b2,
-    g2,
-    rate,
-    eps,
-    keep,
-    max_grad_norm,
-    CLIP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = at < P
-    w = tl.load(w_ptr + at, mask=live, other=0.0)
-    g = tl.load(g_ptr + at, mask=live, other=0.0)
-    m = tl.load(m_ptr + at, mask=live, other=0.0)
-    v = tl.load(v_ptr + at, mask=live, other=0.0)
-    w, m, v = _update(w, g, m, v, norm_ptr, b1, g1, b2, g2, rate, eps, keep, max_grad_norm, CLIP)
-    tl.store(w_ptr + at, w, mask=live)
-    tl.store(m_ptr + at, m, mask=live)
-    tl.store(v_ptr + at, v, mask=live)
-
-
-@triton.jit
 def _quantize(x, borders_ptr, SIGNED: tl.constexpr):
-    """(codes, absmax) of one block x (256,): how many of the table's ascending borders x / absmax exceeds.
+    """Return (codes, absmax) of one block x (256,).
 
-    The cell that is half a cell width below |x / absmax| is that of the nearest value or the one before it, also where
-    cells change their width, and whatever rounding does; which of the two, the border between them tells.
+    A code is the number of the table's ascending borders that x / absmax exceeds. Half a cell width
+    below |x / absmax| lies the cell of the nearest value or the cell before it, also between cells
+    of different width and whatever rounding does. The border between the two decides.
     """
-    # The largest magnitude as the largest integer: their order is the same, and NaN is above all numbers.
+    # The maximum of the magnitudes as integers: floats have the same order, and NaN is above all
+    # numbers.
     absmax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
     x *= 1.0 / tl.maximum(absmax, 1e-38)
     y = tl.abs(x)
@@ -165,7 +172,7 @@ def _quantize(x, borders_ptr, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _adamw_8bit(
+def _adamw(
     w_ptr,
     g_ptr,
     m_ptr,
@@ -175,81 +182,69 @@ def _adamw_8bit(
     tables_ptr,
     norm_ptr,
     P,
-    b1,
-    g1,
-    b2,
-    g2,
-    rate,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    step_size,
     eps,
-    keep,
+    decay,
     max_grad_norm,
     CLIP: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Update BLOCK parameters per program; with EIGHT_BIT a program is one block of the moments.
+
+    m_absmax_ptr, v_absmax_ptr and tables_ptr are None without EIGHT_BIT.
+    """
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    live = at < P
-    w = tl.load(w_ptr + at, mask=live, other=0.0)
-    g = tl.load(g_ptr + at, mask=live, other=0.0)
-    m_code = tl.load(m_ptr + at, mask=live, other=127).to(tl.int32)  # these are the codes of 0
-    v_code = tl.load(v_ptr + at, mask=live, other=0).to(tl.int32)
-    m = tl.load(tables_ptr + m_code) * tl.load(m_absmax_ptr + block)
-    v = tl.load(tables_ptr + 512 + v_code) * tl.load(v_absmax_ptr + block)
-    w, m, v = _update(w, g, m, v, norm_ptr, b1, g1, b2, g2, rate, eps, keep, max_grad_norm, CLIP)
-    tl.store(w_ptr + at, w, mask=live)
-    m_code, m_absmax = _quantize(m, tables_ptr + 256, True)
-    v_code, v_absmax = _quantize(v, tables_ptr + 768, False)
-    tl.store(m_ptr + at, m_code, mask=live)
-    tl.store(v_ptr + at, v_code, mask=live)
-    tl.store(m_absmax_ptr + block, m_absmax)
-    tl.store(v_absmax_ptr + block, v_absmax)
+    mask = at < P
+    w = tl.load(w_ptr + at, mask=mask, other=0.0)
+    g = tl.load(g_ptr + at, mask=mask, other=0.0)
+    if EIGHT_BIT:
+        m_code = tl.load(m_ptr + at, mask=mask, other=127).to(tl.int32)  # SIGNED[127] is 0
+        v_code = tl.load(v_ptr + at, mask=mask, other=0).to(tl.int32)  # UNSIGNED[0] is 0
+        m = tl.load(tables_ptr + m_code) * tl.load(m_absmax_ptr + block)
+        v = tl.load(tables_ptr + 512 + v_code) * tl.load(v_absmax_ptr + block)
+    else:
+        m = tl.load(m_ptr + at, mask=mask, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)
 
+    if CLIP:
+        scale = max_grad_norm / (tl.load(norm_ptr) + 1e-6)
+        # A norm of NaN makes all parameters NaN, as in clip_grad_norm_.
+        g *= tl.where(scale >= 1.0, 1.0, scale)
+    m = beta1 * m + one_minus_beta1 * g
+    v = beta2 * v + one_minus_beta2 * (g * g)
+    w = decay * w - step_size * tl.div_rn(m, tl.sqrt_rn(v) + eps)
 
-def _scalars(lr, step, betas, eps, weight_decay, max_grad_norm) -> tuple[float, ...]:
-    """What kernels and references take. Floats all of them: Triton compiles anew for some integers, never for floats.
-
-    1 - b is rounded to float32 only here; subtracted in float32, 1 - 0.999 would be off by 5e-5. The correction of v is
-    moved out of the root, to rate and eps.
-    """
-    b1, b2 = (float(b) for b in betas)
-    root = math.sqrt(1 - b2**step)
-    rate, keep = lr * root / (1 - b1**step), 1 - lr * weight_decay
-    return b1, 1 - b1, b2, 1 - b2, float(rate), float(eps * root), float(keep), float(max_grad_norm)
-
-
-def _check(values, norm, step, **others):
-    require(
-        values.dim() == 1 and values.numel(),
-        f"values is {tuple(values.shape)}; expected a flat vector, not empty",
-    )
-    require(
-        norm.numel() == 1,
-        f"norm is {tuple(norm.shape)}; expected one number, of global_norm(grads)",
-    )
-    require(step >= 1, f"step is {step}; the first update is step 1")
-    for name, (x, count, dtype) in {
-        "values": (values, values.numel(), torch.float32),
-        **others,
-    }.items():
-        fits = (
-            x.shape == (count,)
-            and x.dtype == dtype
-            and x.is_contiguous()
-            and x.device == values.device
-        )
-        found = f"{tuple(x.shape)} {x.dtype} on {x.device}"
-        require(
-            fits, f"{name} is {found}; expected ({count},) {dtype} on {values.device}, contiguous"
-        )
+    tl.store(w_ptr + at, w, mask=mask)
+    if EIGHT_BIT:
+        m_code, m_absmax = _quantize(m, tables_ptr + 256, True)
+        v_code, v_absmax = _quantize(v, tables_ptr + 768, False)
+        tl.store(m_ptr + at, m_code, mask=mask)
+        tl.store(v_ptr + at, v_code, mask=mask)
+        tl.store(m_absmax_ptr + block, m_absmax)
+        tl.store(v_absmax_ptr + block, v_absmax)
+    else:
+        tl.store(m_ptr + at, m, mask=mask)
+        tl.store(v_ptr + at, v, mask=mask)
 
 
 def global_norm(x: torch.Tensor) -> torch.Tensor:
-    """The Euclidean norm of x (P,) float32, 0-dim float32 on its device. ValueError for anything else."""
-    flat = x.dim() == 1 and x.numel() and x.is_contiguous() and x.dtype == torch.float32
-    require(
-        flat,
-        f"x is {tuple(x.shape)} {x.dtype}; expected a contiguous vector of torch.float32, not empty",
-    )
+    """Return the Euclidean norm of x, a 0-dim float32 tensor on the device of x.
+
+    x: (P,) float32, contiguous.
+
+    Raises: ValueError if x does not fit.
+    """
+    if x.dim() != 1 or not x.numel() or not x.is_contiguous() or x.dtype != torch.float32:
+        raise ValueError(
+            f"x is {tuple(x.shape)} {x.dtype}; "
+            "expected a contiguous vector of torch.float32 with at least one element"
+        )
     if not backend.use_triton(x):
         return global_norm_reference(x)
     PARTS, BLOCK = 4, 4096
@@ -259,6 +254,25 @@ def global_norm(x: torch.Tensor) -> torch.Tensor:
     _square_sums[(count,)](x, sums, len(x), PARTS=PARTS, BLOCK=BLOCK, num_warps=8)
     _root_of_sum[(1,)](sums, norm, count, BLOCK=4096, num_warps=8)
     return norm
+
+
+def _check(values, grads, norm, step) -> None:
+    if values.dim() != 1 or not values.numel():
+        raise ValueError(
+            f"values is {tuple(values.shape)}; expected a flat vector with at least one element"
+        )
+    check_rows(values, (torch.float32,), values=values, grads=grads)
+    if norm.numel() != 1:
+        raise ValueError(
+            f"norm is {tuple(norm.shape)}; expected one number, the result of global_norm(grads)"
+        )
+    if step < 1:
+        raise ValueError(f"step is {step}; the first update is step 1")
+
+
+def _launch(tensors, scalars: AdamWScalars, *, BLOCK: int, **constants) -> None:
+    P, clip = tensors[0].numel(), scalars.max_grad_norm > 0
+    _adamw[(cdiv(P, BLOCK),)](*tensors, P, *scalars, CLIP=clip, BLOCK=BLOCK, **constants)
 
 
 def adamw_(
@@ -275,23 +289,24 @@ def adamw_(
     weight_decay: float,
     max_grad_norm: float,
 ) -> None:
-    """Update number `step` (from 1) of values, exp_avg (m) and exp_avg_sq (v), in place; all (P,) float32.
+    """Update values and moments in place, without waiting for the device.
 
-    norm is global_norm(grads), or over more than these, still on the device; max_grad_norm 0 turns clipping off.
-    Nothing waits for the device. ValueError where shapes, dtypes or devices do not fit.
+    values, grads: parameters w and gradients g, (P,) float32.
+    exp_avg, exp_avg_sq: moments m and v, (P,) float32.
+    norm: global_norm(grads), or the norm over these and further gradients, still on the device.
+    step: number of the update, from 1.
+    max_grad_norm: 0 turns clipping off.
+
+    Raises: ValueError if a shape, dtype or device does not fit.
     """
-    P = values.numel()
-    moments = {"exp_avg": (exp_avg, P, torch.float32), "exp_avg_sq": (exp_avg_sq, P, torch.float32)}
-    _check(values, norm, step, grads=(grads, P, torch.float32), **moments)
-    scalars = _scalars(lr, step, betas, eps, weight_decay, max_grad_norm)
-    tensors = values, grads, exp_avg, exp_avg_sq, norm
+    _check(values, grads, norm, step)
+    check_rows(values, (torch.float32,), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    scalars = AdamWScalars.of_step(step, lr, betas, eps, weight_decay, max_grad_norm)
     if not backend.use_triton(values):
-        adamw_reference_(*tensors, *scalars)
+        adamw_reference_(values, grads, exp_avg, exp_avg_sq, norm, scalars)
         return
-    BLOCK = 1024
-    _adamw[(cdiv(P, BLOCK),)](
-        *tensors, P, *scalars, CLIP=max_grad_norm > 0, BLOCK=BLOCK, num_warps=4
-    )
+    tensors = values, grads, exp_avg, exp_avg_sq, None, None, None, norm
+    _launch(tensors, scalars, EIGHT_BIT=False, BLOCK=1024, num_warps=4)
 
 
 def adamw_8bit_(
@@ -311,26 +326,29 @@ def adamw_8bit_(
     weight_decay: float,
     max_grad_norm: float,
 ) -> None:
-    """As adamw_, with moments of uint8 codes (P,) and float32 scales (P / 256, rounded up); zeros are zero moments.
+    """Update values and 8-bit moments in place, as `adamw_` does.
 
-    tables is (4, 256) float32: the signed dynamic map, the borders between its values, then the same for the unsigned
-    map; a value on a border goes to the lower code. A block that meets a NaN has a scale of NaN from then on.
+    exp_avg, exp_avg_sq: codes of the moments m and v, (P,) uint8.
+    exp_avg_absmax, exp_avg_sq_absmax: their scales, (P / 256, rounded up) float32; zeros are zero
+        moments.
+    tables: (4, 256) float32: the signed map, the borders between its values, then the same of the
+        unsigned map.
+
+    A value on a border gets the lower code. After a NaN in a block, its scale stays NaN.
+
+    Raises: ValueError if a shape, dtype or device does not fit.
     """
-    P, blocks = values.numel(), cdiv(values.numel(), MOMENT_BLOCKSIZE)
-    codes = {"exp_avg": (exp_avg, P, torch.uint8), "exp_avg_sq": (exp_avg_sq, P, torch.uint8)}
-    scales = {
-        "exp_avg_absmax": (exp_avg_absmax, blocks, torch.float32),
-        "exp_avg_sq_absmax": (exp_avg_sq_absmax, blocks, torch.float32),
-    }
-    _check(values, norm, step, grads=(grads, P, torch.float32), **codes, **scales)
-    fits = tables.shape == (4, 256) and tables.is_contiguous()
-    require(fits, f"tables is {tuple(tables.shape)}; expected (4, 256), contiguous")
-    scalars = _scalars(lr, step, betas, eps, weight_decay, max_grad_norm)
+    _check(values, grads, norm, step)
+    check_rows(values, (torch.uint8,), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    scales = {"exp_avg_absmax": exp_avg_absmax, "exp_avg_sq_absmax": exp_avg_sq_absmax}
+    blocks = cdiv(len(values), MOMENT_BLOCKSIZE)
+    check_rows(values[:blocks], (torch.float32,), **scales)
+    if tables.shape != (4, 256) or not tables.is_contiguous():
+        raise ValueError(f"tables is {tuple(tables.shape)}; expected contiguous (4, 256)")
+    scalars = AdamWScalars.of_step(step, lr, betas, eps, weight_decay, max_grad_norm)
     tensors = values, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, tables, norm
     if not backend.use_triton(values):
-        adamw_8bit_reference_(*tensors, *scalars)
+        adamw_8bit_reference_(*tensors, scalars)
         return
-    # A warp finds the maximum of its block without shared memory.
-    _adamw_8bit[(blocks,)](
-        *tensors, P, *scalars, CLIP=max_grad_norm > 0, BLOCK=MOMENT_BLOCKSIZE, num_warps=1
-    )
+    # With one warp, the maximum of a block needs no shared memory.
+    _launch(tensors, scalars, EIGHT_BIT=True, BLOCK=MOMENT_BLOCKSIZE, num_warps=1)

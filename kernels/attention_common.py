@@ -1,8 +1,11 @@
-"""Packed samples, as the attention kernels see them: which blocks of keys a block of rows has to look at.
+"""Parts shared by the attention kernels: blocks of packed sequences, block sizes, argument checks.
 
-Samples lie one behind the other in N rows. start[i] is the first row of the sample of row i, end[i] one past its last
-row, and row i sees the keys start[i] <= j <= i; so key j is seen by the rows j <= i < end[j]. A program keeps the rows
-[first, last] and walks over the keys from start[first] to last, or keeps keys and walks over the rows that see them:
+Packed sequences lie one after the other in N rows. start[i] is the first row of the sequence of row
+i, and end[i] is one past its last row. Row i sees the keys start[i] <= j <= i, so key j is seen by
+the rows j <= i < end[j].
+
+A program keeps a block of rows [first, last] and walks over the keys from start[first] to last. Or
+it keeps a block of keys and walks over the rows that see them:
 
               start[first]         start[last]            first                 last
     keys      | border            | inner: every row sees | border: the diagonal |
@@ -10,30 +13,53 @@ row, and row i sees the keys start[i] <= j <= i; so key j is seen by the rows j 
               first                last                   end[first]             end[last]
     rows      | border: diagonal  | inner: see every key  | border               |
 
-Only border blocks are masked. Here are parts of kernels, the choice of tiles, and the checks of what callers pass.
+Only border blocks are masked.
 """
+
+from typing import NamedTuple
 
 import torch
 
-from .backend import power_of_two, tl, triton
+from .backend import check_rows, power_of_two, tl, triton
 
-MAX_BLOCK = 128  # rows of the largest tile; offsets within one are 32 bit
-SHORT_SEQUENCE_ROWS = (
-    2048  # rows of the longest sample, up to which it is of medium length, and long beyond
-)
+MAX_BLOCK = 128  # rows of the largest block; offsets within a block are 32 bit
+MAX_ROW_STRIDE = 2**31 // MAX_BLOCK  # elements
+SHORT_SEQUENCE_ROWS = 2048  # a sequence of up to this many rows is short, a longer one long
 
-# Where shared memory is small. float32 has no tensor cores: its products unroll into one instruction an element, so
-# tiles are small and warps many.
+# (outer, inner, warps, stages) for choose_block_sizes if shared memory is small.
 FALLBACK_BLOCK_SIZES = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))
+# float32 has no tensor cores here: its products unroll into one instruction an element, so blocks
+# are small and warps many.
 FLOAT32_BLOCK_SIZES = ((32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1))
+
+
+@triton.jit
+def query_block(start_ptr, N, H, BLOCK_M: tl.constexpr):
+    """Return this program's head and block of rows, and the borders of its keys.
+
+    The last rows, which see the most keys, belong to the first programs.
+
+    Returns (head, first, rows, last, start, first_key, first_inner_key): head, an int64; first and
+    last row of the block; its rows (BLOCK_M,); the first visible key of each row (BLOCK_M,); the
+    first key that any row sees; and the first key from which on every row sees every key up to
+    `first`.
+    """
+    head = (tl.program_id(0) % H).to(tl.int64)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) // H * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    last = tl.minimum(first + BLOCK_M, N) - 1
+    start = tl.load(start_ptr + tl.minimum(rows, last))
+    return head, first, rows, last, start, tl.load(start_ptr + first), tl.load(start_ptr + last)
 
 
 @triton.jit
 def load_rows(
     x_ptr, first, row_stride, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Head vectors of the rows from `first` on, (ROWS, BLOCK_K), zero past K. Rows past N are the last one again, for
-    the mask to drop."""
+    """Return the head vectors of ROWS rows from `first` on, (ROWS, BLOCK_K), zero past K.
+
+    Rows past N repeat the last row; the caller masks them.
+    """
     i = tl.arange(0, BLOCK_K)
     row = tl.minimum(tl.arange(0, ROWS), N - 1 - first)
     at = x_ptr + first.to(tl.int64) * row_stride + (row[:, None] * row_stride + i[None, :])
@@ -48,7 +74,7 @@ def load_rows(
 def store_rows(
     x_ptr, x, first, row_stride, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """The inverse, cast to the dtype of x_ptr; rows past N and elements past K are dropped."""
+    """Store head vectors x (ROWS, BLOCK_K), cast to the dtype of x_ptr; drop rows past N and elements past K."""
     i = tl.arange(0, BLOCK_K)
     row = tl.arange(0, ROWS)
     at = x_ptr + first.to(tl.int64) * row_stride + (row[:, None] * row_stride + i[None, :])
@@ -57,49 +83,74 @@ def store_rows(
 
 @triton.jit
 def pack_floats(low, high):
-    """Two float32 in the halves of an int64, so that both travel in one load."""
+    """Return two float32 in the halves of an int64, so that one load fetches both."""
     low = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
 
 
 @triton.jit
 def unpack_floats(x):
-    return x.to(tl.int32).to(tl.float32, bitcast=True), (x >> 32).to(tl.int32).to(
-        tl.float32, bitcast=True
-    )
+    """Return the two float32 of an int64 from `pack_floats`."""
+    low = x.to(tl.int32).to(tl.float32, bitcast=True)
+    return low, (x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 def seqlen_bound(max_seqlen: int) -> int | None:
-    """The bound that samples of up to `max_seqlen` rows choose their tiles by; None where there is no such bound."""
+    """Return the bound that replaces max_seqlen in the choice of block sizes, None for long sequences."""
     return SHORT_SEQUENCE_ROWS if max_seqlen <= SHORT_SEQUENCE_ROWS else None
 
 
+class BlockSizes(NamedTuple):
+    """Block sizes and launch options of an attention kernel."""
+
+    outer: int  # rows that a program keeps
+    inner: int  # rows of the blocks that it walks over
+    options: dict[str, int]  # num_warps, num_stages and possibly maxnreg
+
+
 def choose_block_sizes(
-    tiles: dict, kept: int, K: int, itemsize: int, max_seqlen: int, shared_memory: int
-) -> dict:
-    """What `tiles` has for samples of up to `max_seqlen` rows and heads of width K, if shared memory can hold it.
+    measured: dict, outer_tensors: int, K: int, itemsize: int, max_seqlen: int, shared_memory: int
+) -> BlockSizes:
+    """Return the best block sizes that fit into shared memory.
 
-    A tile is (KEEP, PASS, warps, stages[, registers a thread]): KEEP rows of `kept` tensors stay with a program while
-    blocks of PASS rows of two others pass by, `stages` of them in shared memory at a time, those at work and those on
-    their way. tiles: by the width of heads up to which they hold, for samples of medium length and long ones.
+    A program keeps `outer` rows of `outer_tensors` tensors. It walks over two other tensors in
+    blocks of `inner` rows, `num_stages` of which are in shared memory at a time.
+
+    measured: head width K -> block sizes for short and for long sequences, valid up to that K in
+        16 bit. Block sizes are (outer, inner, warps, stages[, registers a thread]).
+    K: head width.
+    itemsize: bytes an element.
+    max_seqlen: rows of the longest sequence, or a bound on them.
+    shared_memory: bytes that a program may use.
     """
-    row = max(power_of_two(K), 16) * itemsize
+    row_bytes = max(power_of_two(K), 16) * itemsize
     candidates = FLOAT32_BLOCK_SIZES if itemsize == 4 else FALLBACK_BLOCK_SIZES
-    if itemsize == 2 and max(tiles) >= K:
-        measured = tiles[min(width for width in tiles if width >= K)]
-        candidates = (
-            measured[(SHORT_SEQUENCE_ROWS, None).index(seqlen_bound(max_seqlen))],
-            *candidates,
-        )
-    for KEEP, PASS, warps, stages, *registers in candidates:  # noqa: B007
-        if (KEEP * kept + 2 * PASS * stages) * row <= shared_memory:
+    if itemsize == 2 and max(measured) >= K:
+        short, long = measured[min(width for width in measured if width >= K)]
+        candidates = (short if max_seqlen <= SHORT_SEQUENCE_ROWS else long, *candidates)
+    for candidate in candidates:
+        outer, inner, warps, stages, *registers = candidate
+        if (outer * outer_tensors + 2 * inner * stages) * row_bytes <= shared_memory:
             break
-    tile = {"BLOCK_OUTER": KEEP, "BLOCK_INNER": PASS, "num_warps": warps, "num_stages": stages}
-    return tile | ({"maxnreg": registers[0]} if registers else {})
+    options = {"num_warps": warps, "num_stages": stages}
+    if registers:
+        options["maxnreg"] = registers[0]
+    return BlockSizes(outer, inner, options)
 
 
-def samples(start: torch.Tensor) -> list[tuple[int, int]]:
-    """(first row, one past the last) of each sample, for the references (waits for a GPU)."""
+def shape_constants(q: torch.Tensor, k: torch.Tensor) -> dict[str, int]:
+    """Return the constexprs that follow from the shapes of q (N, H, K) and k (N, G, K)."""
+    K = q.shape[2]
+    return {"GROUP": q.shape[1] // k.shape[1], "K": K, "BLOCK_K": max(power_of_two(K), 16)}
+
+
+def head_strides(*tensors: torch.Tensor) -> list[int]:
+    """Return the row stride and the head stride of each tensor (..., rows, heads, K)."""
+    return [stride for x in tensors for stride in x.stride()[-3:-1]]
+
+
+def sequence_bounds(start: torch.Tensor) -> list[tuple[int, int]]:
+    """Return (first row, one past the last) of each sequence, for the references; waits for a GPU."""
     firsts = sorted(set(start.tolist()))
     return list(zip(firsts, [*firsts[1:], start.numel()], strict=False))
 
@@ -110,15 +161,15 @@ def check_packed(
     v: torch.Tensor,
     start: torch.Tensor,
     end: torch.Tensor,
-    **like_q: torch.Tensor,
+    **like_q: torch.Tensor | None,
 ) -> None:
-    """ValueError unless q (N, H, K), k, v (N, G, K), start, end (N,) and whatever is shaped like q fit together.
+    """Check that q (N, H, K), k, v (N, G, K), start, end (N,) and tensors shaped like q fit together.
 
-    It runs before every launch, so messages are only put together when one is needed: that is most of its time.
+    Raises: ValueError if a shape, dtype, device or stride does not fit.
     """
-    if not q.dim() == k.dim() == 3:
+    if q.dim() != 3 or k.dim() != 3:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}; expected (rows, heads, head width)"
+            f"q is {tuple(q.shape)} and k {tuple(k.shape)}; expected (rows, heads, head width)"
         )
     (N, H, K), G = q.shape, k.shape[1]
     if not k.shape == v.shape == (N, G, K):
@@ -132,31 +183,19 @@ def check_packed(
             raise ValueError(
                 f"{name} is {tuple(x.shape)} {x.dtype}; expected contiguous ({N},) torch.int32"
             )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_rows(name, x, q)
-    for name, x in like_q.items():
-        check_buffer(name, x, q)
+    check_heads(q, q.dtype, q=q, **like_q)
+    check_heads(k, q.dtype, k=k, v=v)
 
 
-def check_buffer(name: str, x: torch.Tensor | None, like: torch.Tensor) -> None:
-    """ValueError unless x, if there is one, can hold what `like` can."""
-    if x is None:
-        return
-    if x.shape != like.shape:
-        raise ValueError(f"{name} is {tuple(x.shape)}; expected {tuple(like.shape)}")
-    if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}; expected {like.device}")
-    _check_rows(name, x, like)
+def check_heads(like: torch.Tensor, dtype: torch.dtype, **tensors: torch.Tensor | None) -> None:
+    """Check tensors (rows, heads, K) as `check_rows` does, and that offsets within a block fit 32 bits.
 
-
-def _check_rows(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
-    if x.dtype != q.dtype:
-        raise ValueError(f"{name} is {x.dtype}; expected {q.dtype}")
-    if x.stride(2) != 1:
-        raise ValueError(
-            f"the head vectors of {name} have stride {x.stride(2)}; expected contiguous ones"
-        )
-    if x.stride(0) >= 2**31 // MAX_BLOCK:
-        raise ValueError(
-            f"rows of {name} are {x.stride(0)} elements apart; expected less than {2**31 // MAX_BLOCK}"
-        )
+    Raises: ValueError if a tensor does not fit.
+    """
+    check_rows(like, (dtype,), **tensors)
+    for name, x in tensors.items():
+        if x is not None and x.stride(0) >= MAX_ROW_STRIDE:
+            raise ValueError(
+                f"rows of {name} are {x.stride(0)} elements apart; expected less than "
+                f"{MAX_ROW_STRIDE}"
+            )

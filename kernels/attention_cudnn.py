@@ -1,26 +1,29 @@
 """Attention through cuDNN, for packed samples that all have one length L: they lie there as (N / L, heads, L, K).
 
-Results are those of attention.py: out, and lse (H, N) in the natural logarithm, so that forward and backward can be
-mixed. PyTorch's operators allocate what they return, so a buffer of the caller's is filled by a copy; and the backward
-works with a gradient of q in float32 and of k and v for every head of q. So where there are many rows, some of the
-heads are taken at a time. cuDNN's backward is not promised to repeat bit for bit, and PyTorch has no switch that would
-make it. The first call with a new shape has cuDNN plan for it.
+Results are those of attention.py: out, and lse (H, N) in the natural logarithm, so that forward and
+backward can be mixed. PyTorch's operators allocate what they return, so a buffer of the caller's is
+filled by a copy; and the backward works with a gradient of q in float32 and of k and v for every
+head of q. So where there are many rows, some of the heads are taken at a time. cuDNN's backward is
+not promised to repeat bit for bit, and PyTorch has no switch that would make it. The first call
+with a new shape has cuDNN plan for it.
 
-PyTorch keeps cuDNN's compiled graphs by the shapes and strides of q, k and v alone. A later call whose out, dout or lse
-lay differently in memory would silently be computed wrong, so these are always made dense here.
+PyTorch keeps cuDNN's compiled graphs by the shapes and strides of q, k and v alone. A later call
+whose out, dout or lse lay differently in memory would silently be computed wrong, so these are
+always made dense here.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from .backend import cdiv, require
+from .backend import cdiv
 
-# From this length on it is worth it: on an H200 in November 2026 (32 heads, 8 of keys, K = 128, bf16), forward and
-# backward, 3.77 ms at 8192 rows against 4.45 of attention.py; at 2048 no difference, and below that it is slower.
+# From this length on it is worth it: on an H200 in November 2026 (32 heads, 8 of keys, K = 128,
+# bf16), forward and backward, 3.77 ms at 8192 rows against 4.45 of attention.py; at 2048 no
+# difference, and below that it is slower.
 CUDNN_MIN_LENGTH = 4096
-# Rows x heads of a call. There, of 16384 to 65536 rows in 2 to 8 calls instead of 1, the backward takes up to 2% longer
-# and the forward up to 6%; 8192 rows in 2 calls take 10% longer.
+# Rows x heads of a call. There, of 16384 to 65536 rows in 2 to 8 calls instead of 1, the backward
+# takes up to 2% longer and the forward up to 6%; 8192 rows in 2 calls take 10% longer.
 CUDNN_ROW_HEADS_PER_CALL = 1 << 18
 
 
@@ -29,10 +32,10 @@ def cudnn_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uniform_se
 
     ValueError where N is no multiple of `uniform_seqlen`.
     """
-    require(
-        uniform_seqlen > 0 and len(q) % uniform_seqlen == 0,
-        f"{len(q)} rows are no whole number of samples of {uniform_seqlen}",
-    )
+    if uniform_seqlen <= 0 or len(q) % uniform_seqlen:
+        raise ValueError(
+            f"{len(q)} rows do not divide into sequences of uniform_seqlen {uniform_seqlen}"
+        )
     if (
         not q.is_cuda
         or len(q) == 0

@@ -1,7 +1,7 @@
-"""What every kernel file needs to know about where it runs: is there Triton, is there a GPU, how much shared memory.
+"""Helpers shared by all kernel files: the backend, argument checks, rows in kernels, matmuls without rounding.
 
-Triton exists for Linux only. Elsewhere `triton` and `tl` are stand-ins that let the kernel files be imported; there is
-no GPU to launch on there, so no stand-in is ever called.
+Triton exists for Linux only. On other systems `triton` and `tl` are stand-ins, so that the kernel
+files can be imported. Those systems have no CUDA GPU, so no stand-in is ever launched.
 """
 
 import functools
@@ -16,38 +16,85 @@ except ModuleNotFoundError:
     triton = SimpleNamespace(jit=lambda kernel: kernel)
     tl = SimpleNamespace(constexpr=None)
 
-INTERPRETER_SHARED_MEMORY = 99 * 1024
+INTERPRETER_SHARED_MEMORY = 99 * 1024  # bytes; the smallest limit of the supported GPUs
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """Whether an operation on x runs its Triton kernel: on a GPU, but for float64, which is there to check others."""
+    """Return True if an operation on x runs its Triton kernel: x is on a GPU and not in float64.
+
+    float64 runs the PyTorch reference everywhere, because it only serves to check the other dtypes.
+    """
     return x.is_cuda and x.dtype != torch.float64
 
 
 @functools.cache
 def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use: 99 KiB on sm_86, 89 and 120, 163 on sm_80, 227 on sm_90."""
+    """Return the bytes of shared memory that one program may use.
+
+    The limit is 163 KiB on sm_80, 227 KiB on sm_90, and 99 KiB on sm_86, sm_89 and sm_120.
+    """
     if device.type != "cuda":
         return INTERPRETER_SHARED_MEMORY
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to sum in: float32, or float64 for float64."""
+    """Return the dtype to sum in: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
+def check_rows(
+    like: torch.Tensor, dtypes: tuple[torch.dtype, ...], **tensors: torch.Tensor | None
+) -> None:
+    """Check that tensors have the shape and device of `like`, one of `dtypes`, and contiguous rows.
+
+    like: tensor of any number of dimensions; a row is its last dimension.
+    dtypes: allowed dtypes.
+    tensors: arguments by name; None is skipped. Only the last dimension must be contiguous.
+
+    The check runs before every launch, so the message is formatted only if the check fails.
+
+    Raises: ValueError if a tensor does not fit.
+    """
+    shape, device = like.shape, like.device
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        same = x.shape == shape and x.dtype in dtypes and x.device == device
+        if not same or (x.stride(-1) != 1 and shape[-1] > 1):
+            found = f"{tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}"
+            dtype_names = " or ".join(map(str, dict.fromkeys(dtypes)))
+            wanted = f"{tuple(shape)} {dtype_names} on {device} with contiguous rows"
+            raise ValueError(f"{name} is {found}; expected {wanted}")
+
+
+def empty_contiguous_like(x: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialised contiguous tensor with the shape, dtype and device of x."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def row_stride(x: torch.Tensor | None) -> int:
+    """Return the elements between two rows of x, 0 if there is no x."""
+    return 0 if x is None else x.stride(0)
+
+
+def copy_into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    """Copy the result into the buffer and return the buffer; return the result if there is none."""
+    return result if buffer is None else buffer.copy_(result)
+
+
 def matmul_accumulated(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b that leaves in the accumulator's dtype instead of being rounded to that of the inputs."""
+    """Return a @ b in the accumulator's dtype, without rounding it to the dtype of a and b."""
     wide = accumulator(a.dtype)
     if a.dtype == wide:
         return a @ b
@@ -57,7 +104,7 @@ def matmul_accumulated(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total += a @ b, where total has the accumulator's dtype and the product is not rounded before."""
+    """Add a @ b to `total`, which has the accumulator's dtype, without rounding the product first."""
     if a.dtype == total.dtype:
         return total.addmm_(a, b)
     if a.is_cuda:
@@ -65,12 +112,13 @@ def add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.
     return total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def copy_into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
-    """The result, in the caller's buffer if there is one."""
-    return result if buffer is None else buffer.copy_(result)
+@triton.jit
+def load_row(x_ptr, row, x_row_stride, columns, mask):
+    """Return the given columns of one row in float32, zero where the mask is off."""
+    return tl.load(x_ptr + row * x_row_stride + columns, mask=mask, other=0.0).to(tl.float32)
 
 
-def require(condition: bool, message: str) -> None:
-    """ValueError unless the condition holds: how public functions refuse their input."""
-    if not condition:
-        raise ValueError(message)
+@triton.jit
+def store_row(x_ptr, row, x_row_stride, columns, x, mask):
+    """Store x into the given columns of one row, cast to the dtype of x_ptr."""
+    tl.store(x_ptr + row * x_row_stride + columns, x.to(x_ptr.dtype.element_ty), mask=mask)

@@ -1,34 +1,43 @@
-"""The head and the loss together, so that the logits of all rows never exist at once.
+"""The LM head and the cross-entropy loss together, so that the logits of all rows never exist at once.
 
-    logits = hidden W^T                                         (N, V), rounded to the dtype of hidden
-    loss = sum over rows of (logsumexp(logits) - logits[target]) / denominator
-    dhidden = (softmax(logits) - onehot(target)) / denominator  W
+    logits  = hidden W^T                                          (N, V), rounded to the dtype of hidden
+    loss    = sum over rows of (logsumexp(logits) - logits[target]) / denominator
+    dhidden = (softmax(logits) - onehot(target)) / denominator W
 
-hidden (N, D), W (V, D) frozen, targets (N,) with -100 for rows that do not count: no loss, zero gradient.
+hidden (N, D), W (V, D) frozen, targets (N,). A row with the target -100 has no loss and a zero
+gradient. The gradient is computed in the forward, so nothing is saved.
 
-Rows are taken in tiles of at most 256 MiB of logits (1046 rows at V = 128256 in bf16; the whole (4096, V) would be
-1.05 GB, three times over in a plain softmax). torch.mm fills the tile; one program a row then reads it for the
-logsumexp and once more to overwrite it with softmax - onehot, not yet divided: in float16, quotients by a few thousand
-tokens would vanish. torch.mm with W leaves dhidden in float32, where it is divided and rounded once.
-Logits move 3 times (written, then 2 reads and a write). Without need_grad there is no second pass and no dhidden.
+Rows are processed in tiles of at most 256 MiB of logits: 1046 rows at V = 128256 in bf16. The
+    logits of 4096 rows would take 1.05 GB, and a plain softmax three times as much. For each tile:
+
+- torch.mm writes the logits;
+- one program a row reads them for the logsumexp, then reads them again and overwrites them with
+  softmax - onehot;
+- torch.mm with W returns dhidden in float32, which is divided by the denominator and rounded once.
+
+The logits are divided last because in float16 quotients by a few thousand tokens would underflow to
+0. The kernel reads the logits twice and writes them once; without `need_grad` it reads them once,
+and there is no dhidden.
 """
 
 import torch
 
 from . import backend
-from .backend import accumulator, matmul_accumulated, power_of_two, require, tl, triton
+from .backend import accumulator, matmul_accumulated, power_of_two, tl, triton
 
-IGNORE_INDEX = -100
-TILE_BYTES = 256 << 20
+PROFILE_GROUP = "loss"
+
+IGNORE_INDEX = -100  # the target of rows without a loss
+LOGITS_TILE_BYTES = 256 << 20
 
 
 def logits_tile_rows(V: int, itemsize: int) -> int:
-    """Rows of a tile of logits of so many bytes each."""
-    return max(TILE_BYTES // (V * itemsize), 1)
+    """Return the rows of a tile of logits for a vocabulary of V and `itemsize` bytes a logit."""
+    return max(LOGITS_TILE_BYTES // (V * itemsize), 1)
 
 
 def cross_entropy_reference_(logits, targets, need_grad):
-    """The loss of each row (in at least float32); logits (rows, V) become softmax - onehot where need_grad."""
+    """Return the loss of each row; overwrite logits (rows, V) with softmax - onehot if need_grad."""
     wide = logits.to(accumulator(logits.dtype))
     counted = targets != IGNORE_INDEX
     target = torch.where(counted, targets, 0).long()[:, None]
@@ -52,55 +61,53 @@ def _cross_entropy(
     NEED_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program: one row of logits, which becomes its own gradient."""
+    """Compute the loss of one row per program, and overwrite its logits with their gradient."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_row_stride
     target = tl.load(targets_ptr + row).to(tl.int32)
-    at = tl.arange(0, BLOCK_V)
+    dtype = logits_ptr.dtype.element_ty
+    columns = tl.arange(0, BLOCK_V)
     if target == IGNORE_INDEX:
         tl.store(losses_ptr + row, 0.0)
         if NEED_GRAD:
-            zero = tl.zeros((BLOCK_V,), dtype=logits_ptr.dtype.element_ty)
+            zero = tl.zeros((BLOCK_V,), dtype=dtype)
             for first in range(0, V, BLOCK_V):
-                tl.store(row_ptr + first + at, zero, mask=first + at < V)
+                tl.store(row_ptr + first + columns, zero, mask=first + columns < V)
     else:
-        # Each lane keeps its own maximum and sum, and they are joined once at the end of the row.
+        # Each lane keeps its own maximum and sum. They are combined once, at the end of the row.
         highest = tl.full((BLOCK_V,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((BLOCK_V,), dtype=tl.float32)
-        chosen = tl.zeros((BLOCK_V,), dtype=tl.float32)
+        chosen = tl.zeros((BLOCK_V,), dtype=tl.float32)  # the target's logit in its lane
         for first in range(0, V, BLOCK_V):
-            x = tl.load(row_ptr + first + at, mask=first + at < V, other=float("-inf")).to(
-                tl.float32
-            )
+            mask = first + columns < V
+            x = tl.load(row_ptr + first + columns, mask=mask, other=float("-inf")).to(tl.float32)
             new = tl.maximum(highest, x)
             base = tl.where(new == float("-inf"), 0.0, new)
             total = total * tl.exp(highest - base) + tl.exp(x - base)
-            chosen += tl.where(first + at == target, x, 0.0)
+            chosen += tl.where(first + columns == target, x, 0.0)
             highest = new
         top = tl.max(highest, axis=0)
         lse = top + tl.log(tl.sum(total * tl.exp(highest - top), axis=0))
         tl.store(losses_ptr + row, lse - tl.sum(chosen, axis=0))
         if NEED_GRAD:
             for first in range(0, V, BLOCK_V):
-                x = tl.load(row_ptr + first + at, mask=first + at < V, other=float("-inf")).to(
-                    tl.float32
-                )
+                at_ptr, mask = row_ptr + first + columns, first + columns < V
+                x = tl.load(at_ptr, mask=mask, other=float("-inf")).to(tl.float32)
                 p = tl.exp(x - lse)
-                p = tl.where(first + at == target, p - 1.0, p)
-                tl.store(
-                    row_ptr + first + at, p.to(logits_ptr.dtype.element_ty), mask=first + at < V
-                )
+                p = tl.where(first + columns == target, p - 1.0, p)
+                tl.store(at_ptr, p.to(dtype), mask=mask)
 
 
-def _cross_entropy_(logits, targets, losses, need_grad):
-    """Fills losses with the loss of each row; logits become softmax - onehot where need_grad."""
+def _cross_entropy_(logits, targets, losses, need_grad) -> None:
+    """Fill the losses; overwrite the logits with softmax - onehot if need_grad."""
     if not backend.use_triton(logits):
         losses.copy_(cross_entropy_reference_(logits, targets, need_grad))
     elif logits.numel():
         V = logits.shape[1]
-        # 4096 logits a step, 16 a thread: wide loads, and the three running values of a lane stay in registers.
+        # 4096 logits an iteration, 16 a thread: wide loads, and a lane's running values stay in
+        # registers.
         BLOCK_V = min(power_of_two(V), 4096)
-        _cross_entropy[(logits.shape[0],)](
+        _cross_entropy[(len(logits),)](
             logits,
             targets,
             losses,
@@ -113,6 +120,34 @@ def _cross_entropy_(logits, targets, losses, need_grad):
         )
 
 
+def _check(hidden, weight, targets) -> None:
+    fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    if not fits or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden is {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} "
+            f"{weight.dtype}; expected (rows, D) and (vocabulary, D) in one dtype"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets is {tuple(targets.shape)}; hidden has {len(hidden)} rows")
+    if targets.device.type == "cpu" and len(targets):
+        V = len(weight)
+        wrong = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= V))]
+        if len(wrong):
+            raise ValueError(
+                f"target {wrong[:1].tolist()} is outside the vocabulary of {V}; "
+                f"mark rows without a loss by {IGNORE_INDEX}"
+            )
+
+
+def _check_buffer(logits_buffer, hidden, V) -> None:
+    shape, dtype = logits_buffer.shape, logits_buffer.dtype
+    if shape[1:] != (V,) or dtype != hidden.dtype or shape[0] < min(len(hidden), 1):
+        raise ValueError(
+            f"logits_buffer is {tuple(shape)} {dtype}; "
+            f"expected (rows, {V}) {hidden.dtype} with at least one row"
+        )
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -122,55 +157,38 @@ def linear_cross_entropy(
     need_grad: bool = True,
     logits_buffer: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(loss, dhidden): the 0-dim float32 loss, sum of the rows' losses / denominator, and its gradient (N, D).
+    """Return (loss, dhidden): the 0-dim float32 loss and its gradient (N, D) in the dtype of hidden.
 
-    hidden (N, D) and weight (V, D) in one dtype; targets (N,) integers in [0, V), or -100 where a row does not count;
-    denominator a number or a 0-dim tensor, as a rule the number of targets of the whole optimizer step. dhidden is in
-    the dtype of hidden, None without need_grad. tile_rows: rows of logits that exist at once; or logits_buffer, (rows, V) in
-    that dtype: where they do.
-    ValueError where shapes do not fit, and on the CPU for a target outside the vocabulary (a GPU is not waited for).
+    hidden: (N, D).
+    weight: the head (V, D), in the dtype of hidden.
+    targets: (N,) integers in [0, V), or -100 for a row without a loss.
+    denominator: number or 0-dim tensor; usually the number of targets of the whole optimizer step.
+    tile_rows: rows of logits that exist at once; by default at most 256 MiB of them.
+    need_grad: if False, dhidden is None and the second pass over the logits is left out.
+    logits_buffer: memory for a tile of logits (rows, V) in the dtype of hidden; it replaces
+        tile_rows.
+
+    Raises: ValueError if a shape or dtype does not fit, or a target on the CPU is outside the
+        vocabulary. Targets on a GPU are not checked, because that would wait for it.
     """
-    fits = (
-        hidden.dim() == weight.dim() == 2
-        and hidden.shape[1] == weight.shape[1]
-        and hidden.dtype == weight.dtype
-    )
-    require(
-        fits,
-        f"hidden {tuple(hidden.shape)} {hidden.dtype} does not fit weight {tuple(weight.shape)} {weight.dtype}",
-    )
-    (N, D), V, wide = hidden.shape, weight.shape[0], accumulator(hidden.dtype)
-    require(targets.shape == (N,), f"targets are {tuple(targets.shape)}; hidden has {N} rows")
-    if targets.device.type == "cpu" and N:
-        wrong = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= V))]
-        require(
-            not len(wrong),
-            f"target {wrong[:1].tolist()} is outside the vocabulary of {V}, and not {IGNORE_INDEX}",
-        )
+    _check(hidden, weight, targets)
+    (N, D), V, wide = hidden.shape, len(weight), accumulator(hidden.dtype)
     if logits_buffer is None:
-        step = tile_rows or logits_tile_rows(V, hidden.element_size())
-        logits_buffer = torch.empty((min(step, N), V), dtype=hidden.dtype, device=hidden.device)
-    fits = (
-        logits_buffer.shape[1:] == (V,)
-        and logits_buffer.dtype == hidden.dtype
-        and len(logits_buffer) >= min(N, 1)
-    )
-    require(
-        fits,
-        f"logits_buffer is {tuple(logits_buffer.shape)} {logits_buffer.dtype}; expected (rows, {V}) {hidden.dtype}",
-    )
-    step = max(len(logits_buffer), 1)
+        rows = min(tile_rows or logits_tile_rows(V, hidden.element_size()), N)
+        logits_buffer = torch.empty((rows, V), dtype=hidden.dtype, device=hidden.device)
+    _check_buffer(logits_buffer, hidden, V)
     if not isinstance(denominator, torch.Tensor):
         denominator = torch.full((), float(denominator), dtype=wide, device=hidden.device)
-    share = denominator.to(wide).reciprocal()
+    inverse = denominator.to(wide).reciprocal()
     targets = targets.contiguous()
 
     losses = torch.empty(N, dtype=wide, device=hidden.device)
     dhidden = torch.empty((N, D), dtype=hidden.dtype, device=hidden.device) if need_grad else None
+    step = max(len(logits_buffer), 1)
     for first in range(0, N, step):
         rows = slice(first, first + step)
         logits = torch.mm(hidden[rows], weight.t(), out=logits_buffer[: min(step, N - first)])
         _cross_entropy_(logits, targets[rows], losses[rows], need_grad)
         if need_grad:
-            torch.mul(matmul_accumulated(logits, weight), share, out=dhidden[rows])
-    return losses.sum() * share, dhidden
+            torch.mul(matmul_accumulated(logits, weight), inverse, out=dhidden[rows])
+    return losses.sum() * inverse, dhidden

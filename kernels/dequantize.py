@@ -1,70 +1,141 @@
-"""NF4 weights back to 16 or 32 bit.
+"""Dequantisation of NF4 weights to 16 or 32 bit.
 
-Two 4-bit codes a byte, the even element in the high nibble, in blocks of 64 along the flattened row-major weight:
+A byte holds two 4-bit codes, the even element in the high nibble. Blocks of 64 elements of the
+flattened row-major weight share a scale:
 
     value[i] = dtype(code[nibble[i]] * scale[i // 64])                                   multiplied in float32
     scale[b] = absmax[b]                                                                 plain: float32
     scale[b] = nested_code[absmax[b]] * nested_absmax[b // 256] + nested_offset          nested: uint8, in float32
 
-Bit for bit what bitsandbytes dequantises: the product and the sum of a nested scale are rounded one after the other,
-so the kernel is compiled without fused multiply-add.
+The values equal bitsandbytes' bit for bit. The product and the sum of a nested scale are rounded
+separately, so the kernel is compiled without fused multiply-add. There is no backward: the weight
+is frozen.
 
-Moves 0.5 + 1/64 bytes in (nested) and 2 out a parameter at 16 bit: 80% of the traffic is the output, and the kernel
-has nothing else to do, so it should run at the speed of a copy. Looking codes up through registers gains nothing; a
-tree of selects halves the speed; a 64-bit division a block costs a fifth. Small weights don't fill a GPU, so linears
-that are multiplied as one (q, k, v) are one launch; their values go below each other, into a range of columns of a
-wider tensor where a LoRA branch needs that.
+Bytes moved a parameter: 0.5 + 1/64 in (nested), 2 out in 16 bit. The output is 80% of the traffic,
+    so the kernel should run at the speed of a copy. Looking codes up in registers gains nothing; a
+    tree of selects halves the speed; a 64-bit division a block costs a fifth.
+
+Small weights do not fill a GPU. Linears that are multiplied as one (q, k, v) are therefore
+dequantised in one launch, one below the other, possibly into a range of columns of a wider tensor
+that also holds a LoRA branch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from . import backend
-from .backend import cdiv, require, tl, triton
+from .backend import cdiv, tl, triton
 
-CHUNK_BYTES = (
-    1 << 18
-)  # bytes that the reference unpacks at a time: the unpacked 2 MB stay in the CPU's cache
-# Quantisation blocks a program, the first that a row has as many of. On an H200 in November 2026, the seven linears of
-# an 8B layer: 0.149 ms, 3.7 TB/s; a copy runs at 4.25, a fill at 3.3. Dividing to find a block's row took 0.158 ms.
-BLOCKS = (64, 32, 8)
+PROFILE_GROUP = "dequantisation"
+
+# Bytes that the reference unpacks at a time. The 2 MB of unpacked values stay in the CPU's cache.
+CHUNK_BYTES = 1 << 18
+# Quantisation blocks a program: the largest of these that fit into one row of the weight. On an
+# H200 in November 2026, the seven linears of an 8B layer take 0.149 ms, 3.7 TB/s; a copy runs at
+# 4.25 TB/s, a fill at 3.3. With a division to find each block's row they took 0.158 ms.
+BLOCKS_PER_PROGRAM = (64, 32, 8)
+
+
+@dataclass
+class QuantizedWeight:
+    """Storage of one 4-bit weight (out_features, in_features).
+
+    packed: uint8, two elements a byte.
+    absmax: one scale a block: float32 if plain, uint8 codes if nested.
+    code: the 16 values, float32.
+    shape: (out_features, in_features).
+    blocksize: elements that share a scale.
+    nested_absmax: float32, one scale for every nested_blocksize scales; None if plain.
+    nested_code: (256,) float32, the values of the scales' codes; None if plain.
+    nested_offset: 0-dim float32, added to each scale; None if plain.
+    nested_blocksize: scales that share a nested scale.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    shape: tuple[int, int]
+    blocksize: int = 64
+    nested_absmax: torch.Tensor | None = None
+    nested_code: torch.Tensor | None = None
+    nested_offset: torch.Tensor | None = None
+    nested_blocksize: int = 256
+
+    def check(self) -> None:
+        """Check that sizes and dtypes fit the shape.
+
+        Raises: ValueError if one does not.
+        """
+        n, size = self.shape[0] * self.shape[1], self.blocksize
+        if size < 2 or size & (size - 1):
+            raise ValueError(f"blocksize is {size}; expected a power of two, usually 64")
+        packed, absmax, code = self.packed, self.absmax, self.code
+        if packed.dtype != torch.uint8:
+            raise ValueError(f"packed is {packed.dtype}; expected torch.uint8")
+        if packed.numel() != (n + 1) // 2:
+            raise ValueError(
+                f"packed holds {packed.numel()} bytes; shape {self.shape} needs {(n + 1) // 2}"
+            )
+        blocks = cdiv(n, size)
+        if absmax.numel() != blocks:
+            raise ValueError(
+                f"absmax holds {absmax.numel()} scales; {n} elements in blocks of {size} need {blocks}"
+            )
+        kind, dtype = (
+            ("plain", torch.float32) if self.nested_absmax is None else ("nested", torch.uint8)
+        )
+        if absmax.dtype != dtype:
+            raise ValueError(f"absmax is {absmax.dtype}; {kind} scales are {dtype}")
+        if code.numel() != 16 or code.dtype != torch.float32:
+            raise ValueError(f"code is {tuple(code.shape)} {code.dtype}; expected 16 torch.float32")
+        if self.nested_absmax is not None:
+            self._check_nested(blocks)
+
+    def _check_nested(self, blocks: int) -> None:
+        found, needed = self.nested_absmax.numel(), cdiv(blocks, self.nested_blocksize)
+        if found != needed:
+            raise ValueError(
+                f"nested_absmax holds {found} scales; "
+                f"{blocks} blocks in groups of {self.nested_blocksize} need {needed}"
+            )
+        code, offset = self.nested_code, self.nested_offset
+        if code is None or offset is None or code.numel() != 256:
+            raise ValueError("nested scales need nested_code (256,) and nested_offset as well")
 
 
 def dequantize_nf4_reference(weight, dtype):
-    """A table of the 256 pairs of values turns a byte into two floats with one 8-byte copy."""
+    """Return the weight in PyTorch, through a table that turns a byte into two float32 values."""
     packed, absmax, blocksize = (
         weight.packed.reshape(-1),
         weight.absmax.reshape(-1),
         weight.blocksize,
     )
     if weight.nested_absmax is not None:
-        coarse = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]
-        absmax = weight.nested_code[absmax.int()] * coarse + weight.nested_offset
+        nested = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: len(absmax)]
+        absmax = weight.nested_code[absmax.int()] * nested + weight.nested_offset
     byte = torch.arange(256, device=packed.device)
-    pairs = (
-        torch.stack([weight.code[byte >> 4], weight.code[byte & 15]], dim=1)
-        .view(torch.int64)
-        .view(256)
-    )
+    pairs = torch.stack([weight.code[byte >> 4], weight.code[byte & 15]], dim=1)
+    pairs = pairs.view(torch.int64).view(256)  # one 8-byte copy a pair
     out = torch.empty(weight.shape, dtype=dtype, device=packed.device)
-    flat, n = out.view(-1), out.numel()
+    flat = out.view(-1)
     step = max(CHUNK_BYTES // blocksize, 1) * blocksize  # bytes; a whole number of blocks
-    for first in range(0, packed.numel(), step):
+    for first in range(0, len(packed), step):
         values = pairs.index_select(0, packed[first : first + step].int()).view(torch.float32)
-        scale = absmax[2 * first // blocksize :][: cdiv(values.numel(), blocksize)]
-        target = flat[2 * first : 2 * first + values.numel()]
-        if n % blocksize:
+        scale = absmax[2 * first // blocksize :][: cdiv(len(values), blocksize)]
+        target = flat[2 * first : 2 * first + len(values)]
+        if len(flat) % blocksize:
             scale = scale.repeat_interleave(blocksize)
-            torch.mul(values[: target.numel()], scale[: target.numel()], out=target)
+            torch.mul(values[: len(target)], scale[: len(target)], out=target)
         else:
             torch.mul(values.view(-1, blocksize), scale[:, None], out=target.view(-1, blocksize))
     return out
 
 
 @triton.jit
-def _dequantize_part(
+def _dequantize_weight(
     pid,
     packed_ptr,
     absmax_ptr,
@@ -81,21 +152,24 @@ def _dequantize_part(
     HALF: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """BLOCKS quantisation blocks of HALF bytes each, of one weight. WHOLE: all are there, in one row or two."""
+    """Dequantise BLOCKS quantisation blocks of HALF bytes each, of one weight of n elements.
+
+    WHOLE: every program has all its blocks, and they lie in one row or two.
+    """
     first = pid.to(tl.int64) * BLOCKS
     block = tl.arange(0, BLOCKS)
-    live = block < n // (2 * HALF) + (n % (2 * HALF) > 0) - first
+    mask = block < n // (2 * HALF) + (n % (2 * HALF) > 0) - first
     if NESTED_BLOCKSIZE:
-        code = (
-            tl.load(absmax_ptr + first + block)
-            if WHOLE
-            else tl.load(absmax_ptr + first + block, mask=live, other=0)
-        )
-        coarse_ptr = nested_absmax_ptr + (first + block) // NESTED_BLOCKSIZE
-        coarse = tl.load(coarse_ptr) if WHOLE else tl.load(coarse_ptr, mask=live, other=0.0)
-        scale = tl.load(nested_code_ptr + code.to(tl.int32)) * coarse + tl.load(nested_offset_ptr)
+        nested_ptr = nested_absmax_ptr + (first + block) // NESTED_BLOCKSIZE
+        if WHOLE:
+            code = tl.load(absmax_ptr + first + block)
+            nested = tl.load(nested_ptr)
+        else:
+            code = tl.load(absmax_ptr + first + block, mask=mask, other=0)
+            nested = tl.load(nested_ptr, mask=mask, other=0.0)
+        scale = tl.load(nested_code_ptr + code.to(tl.int32)) * nested + tl.load(nested_offset_ptr)
     else:
-        scale = tl.load(absmax_ptr + first + block, mask=live, other=0.0)
+        scale = tl.load(absmax_ptr + first + block, mask=mask, other=0.0)
 
     byte_at = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
     at = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
@@ -103,18 +177,20 @@ def _dequantize_part(
     if WHOLE:
         byte = tl.load(packed_ptr + byte_at).to(tl.int32)
     else:
-        byte = tl.load(packed_ptr + byte_at, mask=(first * HALF + byte_at) * 2 < n, other=0).to(
-            tl.int32
-        )
+        byte_mask = (first * HALF + byte_at) * 2 < n
+        byte = tl.load(packed_ptr + byte_at, mask=byte_mask, other=0).to(tl.int32)
     even = tl.load(code_ptr + (byte >> 4)) * scale[:, None]
     odd = tl.load(code_ptr + (byte & 15)) * scale[:, None]
     value = tl.reshape(tl.join(even, odd), (BLOCKS, 2 * HALF)).to(out_ptr.dtype.element_ty)
     if WHOLE:
-        blocks = in_features // (2 * HALF)  # of a row
-        row = pid * BLOCKS // blocks
-        out_ptr += first * (2 * HALF) + row.to(tl.int64) * (out_row_stride - in_features)
-        gap = tl.where(block < blocks - pid * BLOCKS % blocks, 0, out_row_stride - in_features)
-        tl.store(out_ptr + (gap[:, None] + at), value)
+        # One 32-bit division a program: from the first block's row follow the rows of all its
+        # blocks.
+        row_blocks = in_features // (2 * HALF)
+        row = pid * BLOCKS // row_blocks
+        gap = out_row_stride - in_features  # elements of out between two rows
+        out_ptr += first * (2 * HALF) + row.to(tl.int64) * gap
+        extra = tl.where(block < row_blocks - pid * BLOCKS % row_blocks, 0, gap)
+        tl.store(out_ptr + (extra[:, None] + at), value)
     else:
         element = first * (2 * HALF) + at
         to = element + element // in_features * (out_row_stride - in_features)
@@ -134,17 +210,17 @@ def _dequantize(
     first_programs,
     in_features,
     out_row_stride,
-    PARTS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     WHOLE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Weight i of PARTS belongs to the programs from first_programs[i] to first_programs[i + 1]."""
+    """Dequantise several weights: weight i by the programs from first_programs[i] to [i + 1]."""
     pid = tl.program_id(0)
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(WEIGHTS):
         if (pid >= first_programs[i]) & (pid < first_programs[i + 1]):
-            _dequantize_part(
+            _dequantize_weight(
                 pid - first_programs[i],
                 packed_ptrs[i],
                 absmax_ptrs[i],
@@ -163,59 +239,35 @@ def _dequantize(
             )
 
 
-@dataclass
-class QuantizedWeight:
-    """What a 4-bit weight (out_features, in_features) is stored as.
-
-    packed: uint8, one byte for two elements. absmax: one scale a block, float32; or with nested_absmax (float32, one
-    for every nested_blocksize blocks), nested_code (256,) and nested_offset (float32, 0-dim): uint8 codes.
-    code: the 16 values.
-    """
-
-    packed: torch.Tensor
-    absmax: torch.Tensor
-    code: torch.Tensor
-    shape: tuple[int, int]
-    blocksize: int = 64
-    nested_absmax: torch.Tensor | None = None
-    nested_code: torch.Tensor | None = None
-    nested_offset: torch.Tensor | None = None
-    nested_blocksize: int = 256
-
-    def check(self) -> None:
-        """ValueError where a size or dtype does not fit the shape."""
-        n, size = self.shape[0] * self.shape[1], self.blocksize
-        blocks, nested = cdiv(n, size), self.nested_absmax is not None
-        power = size >= 2 and size & (size - 1) == 0
-        require(power, f"blocksize is {size}; NF4 blocks are a power of two, 64 as a rule")
-        packed, absmax, code = self.packed, self.absmax, self.code
-        require(
-            packed.dtype == torch.uint8, f"packed weights are {packed.dtype}; expected torch.uint8"
-        )
-        require(
-            packed.numel() == (n + 1) // 2,
-            f"{packed.numel()} packed bytes for shape {self.shape}: not {n} elements",
-        )
-        require(
-            absmax.numel() == blocks,
-            f"{absmax.numel()} scales; {n} elements in blocks of {size} have {blocks}",
-        )
-        wanted, kind = (torch.uint8, "nested") if nested else (torch.float32, "plain")
-        require(absmax.dtype == wanted, f"{kind} scales are {absmax.dtype}; expected {wanted}")
-        fits = code.numel() == 16 and code.dtype == torch.float32
-        require(fits, f"the code is {tuple(code.shape)} {code.dtype}, not 16 float32")
-        if nested:
-            have, want = self.nested_absmax.numel(), cdiv(blocks, self.nested_blocksize)
-            require(
-                have == want,
-                f"{have} nested scales; {blocks} blocks in groups of {self.nested_blocksize} have {want}",
-            )
-            missing = (
-                self.nested_code is None
-                or self.nested_offset is None
-                or self.nested_code.numel() != 256
-            )
-            require(not missing, "nested scales need nested_code (256,) and nested_offset as well")
+def _launch(weights, outs) -> None:
+    """Dequantise weights that are stored in one way into outs, with one launch."""
+    like, in_features = weights[0], weights[0].shape[1]
+    blocksize = like.blocksize
+    fitting = (n for n in BLOCKS_PER_PROGRAM if n * blocksize <= in_features)
+    blocks = next(fitting, BLOCKS_PER_PROGRAM[-1])
+    whole = in_features % blocksize == 0 and in_features >= blocks * blocksize
+    programs = [cdiv(weight.absmax.numel(), blocks) for weight in weights]
+    if not sum(programs):
+        return
+    tensors = [
+        (w.packed, w.absmax, w.code, w.nested_absmax, w.nested_code, w.nested_offset)
+        for w in weights
+    ]
+    _dequantize[(sum(programs),)](
+        *zip(*tensors, strict=True),
+        tuple(outs),
+        tuple(w.shape[0] * w.shape[1] for w in weights),
+        (0, *accumulate(programs)),
+        in_features,
+        outs[0].stride(0),
+        WEIGHTS=len(weights),
+        WHOLE=whole and all(w.absmax.numel() % blocks == 0 for w in weights),
+        NESTED_BLOCKSIZE=0 if like.nested_absmax is None else like.nested_blocksize,
+        HALF=blocksize // 2,
+        BLOCKS=blocks,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
 
 
 def dequantize_nf4(
@@ -223,67 +275,38 @@ def dequantize_nf4(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights of one in_features below each other (sum of out_features, in_features), in dtype.
+    """Return weights of equal in_features one below the other, (sum of out_features, in_features).
 
-    They are written into `out` where that is given; its rows may be part of wider ones. One launch where all weights
-    are stored in one way. ValueError where a size or dtype does not fit.
+    weights: one weight or several; all stored in one way (block sizes, nested or plain) take one
+        launch, others one launch each.
+    dtype: float32, float16 or bfloat16.
+    out: destination, possibly a range of columns of wider rows; by default a new tensor.
+
+    Raises: ValueError if a size or dtype does not fit.
     """
     weights = [weights] if isinstance(weights, QuantizedWeight) else list(weights)
     for weight in weights:
         weight.check()
-    first, in_features = weights[0], weights[0].shape[1]
-    require(
-        all(w.shape[1] == in_features for w in weights),
-        f"shapes {[w.shape for w in weights]} differ in in_features",
-    )
-    shape = sum(w.shape[0] for w in weights), in_features
+    device, in_features = weights[0].packed.device, weights[0].shape[1]
+    if any(weight.shape[1] != in_features for weight in weights):
+        raise ValueError(
+            f"weights of shapes {[weight.shape for weight in weights]} differ in in_features"
+        )
+    shape = sum(weight.shape[0] for weight in weights), in_features
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=first.packed.device)
-    fits = (
-        tuple(out.shape) == shape and out.dtype == dtype and (out.stride(1) == 1 or not out.numel())
-    )
-    require(
-        fits,
-        f"out is {tuple(out.shape)} {out.dtype}; expected {shape} {dtype} with contiguous rows",
-    )
-    parts = out.split([w.shape[0] for w in weights])
+        out = torch.empty(shape, dtype=dtype, device=device)
+    if out.shape != shape or out.dtype != dtype or (out.stride(1) != 1 and out.numel()):
+        raise ValueError(
+            f"out is {tuple(out.shape)} {out.dtype}; expected {shape} {dtype} with contiguous rows"
+        )
+    outs = out.split([weight.shape[0] for weight in weights])
     storage = {(w.blocksize, w.nested_blocksize, w.nested_absmax is None) for w in weights}
-    if not backend.use_triton(first.packed):
-        for weight, part in zip(weights, parts, strict=True):
+    if not backend.use_triton(weights[0].packed):
+        for weight, part in zip(weights, outs, strict=True):
             part.copy_(dequantize_nf4_reference(weight, dtype))
     elif len(storage) == 1:
-        _launch(weights, parts)
+        _launch(weights, outs)
     else:
-        for weight, part in zip(weights, parts, strict=True):
+        for weight, part in zip(weights, outs, strict=True):
             _launch([weight], [part])
     return out
-
-
-def _launch(weights, parts):
-    in_features, blocksize = weights[0].shape[1], weights[0].blocksize
-    blocks = next((n for n in BLOCKS if n * blocksize <= in_features), BLOCKS[-1])
-    whole = in_features % blocksize == 0 and in_features >= blocks * blocksize
-    first_programs = [0]
-    for weight in weights:
-        first_programs.append(first_programs[-1] + cdiv(weight.absmax.numel(), blocks))
-    if not first_programs[-1]:
-        return
-    tensors = [
-        (w.packed, w.absmax, w.code, w.nested_absmax, w.nested_code, w.nested_offset)
-        for w in weights
-    ]
-    _dequantize[(first_programs[-1],)](
-        *zip(*tensors, strict=True),
-        tuple(parts),
-        tuple(w.shape[0] * w.shape[1] for w in weights),
-        tuple(first_programs),
-        in_features,
-        parts[0].stride(0),
-        PARTS=len(weights),
-        WHOLE=whole and all(w.absmax.numel() % blocks == 0 for w in weights),
-        NESTED_BLOCKSIZE=0 if weights[0].nested_absmax is None else weights[0].nested_blocksize,
-        HALF=blocksize // 2,
-        BLOCKS=blocks,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )

@@ -4,20 +4,28 @@
     backward    dx = dy W + s (dy B) A
                 dA = s (dy B)^T x      dB = dy^T (s x A^T)                            W is frozen: no dW
 
-Both products of a line become one when the operands stand side by side:
+Both products of a line become one if the operands stand side by side in an extended weight:
 
-    extended weight      in   R          y  = [x | s x A^T] [W | B]^T
-                  out [  W    B  ]       dx = [dy | s dy B] [W ; A]
-                  R   [  A    0  ]
+                   in   R          y  = [x | s x A^T] [W | B]^T
+           out [   W    B  ]       dx = [dy | s dy B] [W ; A]
+           R   [   A    0  ]
 
-One buffer serves both directions: the forward multiplies by its first `out` rows, the backward by its first `in`
-columns. x and dy arrive in buffers with R columns to spare, and `fill_lora_columns_` fills these. So y and dx are accumulated in
-float32 to the end, rounded once, and never read back. Several linears that share an input (q, k, v; gate, up) are one
-such weight: their W's and A's one below the other, their B's in columns of their own, zeros beside them.
+One buffer serves both directions: forward multiplies by its first `out` rows, backward by its first
+    `in` columns. x and dy arrive in buffers with R more columns, the LoRA columns, which are filled
+    here. Saved for backward: x with its LoRA columns. So y and dx are accumulated in float32 to the
+    end, rounded once, and never read back.
 
-The matmuls are cuBLAS's. On an H200 in November 2026, all seven linears of 32 layers of an 8B Llama, r = 16, bf16,
-forward, dx, dA and dB of 4096 rows (960 rows): 180 ms (45 ms); the frozen matmuls alone 164 (39); as matmul and
-`addmm_`, which is what PEFT does, 190 (50); with a Triton matmul that adds the adapter in its epilogue 196 (57).
+Several linears that share an input (q, k, v; gate, up) form one extended weight. Their W's and A's
+stand one below the other, their B's in columns of their own with zeros beside them.
+
+The matmuls are cuBLAS's. On an H200 in November 2026, r = 16, bf16, all seven linears of 32 layers
+of an 8B Llama take for forward, dx, dA and dB:
+
+                                                        4096 rows    960 rows
+    this file                                           180 ms       45 ms
+    the frozen matmuls alone                            164 ms       39 ms
+    matmul and `addmm_`, as in PEFT                     190 ms       50 ms
+    a Triton matmul that adds the adapter at the end    196 ms       57 ms
 """
 
 from collections.abc import Sequence
@@ -26,25 +34,34 @@ from itertools import accumulate
 import torch
 
 from . import backend
-from .backend import add_matmul_, cdiv, matmul_accumulated, power_of_two, require, tl, triton
+from .backend import add_matmul_, cdiv, matmul_accumulated, power_of_two, tl, triton
 
-# Columns to spare come in multiples of this. On a GPU rows of 16 bit then begin at 128-byte lines (with 16, an 8B step
-# on an H200: 330 ms instead of 322); a CPU would only have more to do (with 64, a small model takes 13% longer).
-ALIGN = {"cuda": 64, "cpu": 16}
+PROFILE_GROUP = "LoRA"
+
+# The number of LoRA columns is a multiple of this. On a GPU, rows in 16 bit then begin at 128-byte
+# lines: with 16, an 8B step on an H200 takes 330 ms instead of 322. On a CPU padding only adds
+# work: with 64, a small model takes 13% longer.
+RANK_MULTIPLE = {"cuda": 64, "cpu": 16}
+
+# (A (R, in), B (out, R), out) of each linear in turn; (None, None, out) for a linear without an
+# adapter.
+Adapters = Sequence[tuple[torch.Tensor | None, torch.Tensor | None, int]]
 
 
 def padded_rank(rank: int, device_type: str = "cuda") -> int:
-    """R of the extended weight for linears whose ranks add up to `rank`."""
-    return cdiv(rank, ALIGN[device_type]) * ALIGN[device_type]
+    """Return the LoRA columns R of an extended weight for linears whose ranks add up to `rank`."""
+    return cdiv(rank, RANK_MULTIPLE[device_type]) * RANK_MULTIPLE[device_type]
 
 
-def write_adapters_reference(weight, adapters, out_features, in_features):
+def write_adapters_reference_(weight, adapters, out_features, in_features):
+    """Write the adapters of one extended weight in place in PyTorch."""
     row = rank = 0
     for a, b, rows in adapters:
         if a is not None:
-            ranks = slice(out_features + rank, out_features + rank + len(a))
-            weight[ranks, :in_features] = a
-            weight[row : row + rows, in_features + rank : in_features + rank + len(a)] = b
+            lora_rows = slice(out_features + rank, out_features + rank + len(a))
+            lora_columns = slice(in_features + rank, in_features + rank + len(a))
+            weight[lora_rows, :in_features] = a
+            weight[row : row + rows, lora_columns] = b
             rank += len(a)
         row += rows
 
@@ -60,34 +77,29 @@ def _write_adapter(
     in_features,
     first_row,
     first_rank,
-    rows_b,
+    b_rows,
     R,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK columns of one A, or BLOCK rows of its B."""
-    programs_a = tl.cdiv(in_features, BLOCK)
+    """Write BLOCK columns of one A, or BLOCK rows of its B."""
+    a_programs = tl.cdiv(in_features, BLOCK)
     rank = tl.arange(0, BLOCK_R)
     dtype = weight_ptr.dtype.element_ty
-    if pid < programs_a:
+    if pid < a_programs:
         column = pid * BLOCK + tl.arange(0, BLOCK)
-        live_a = (rank < R)[:, None] & (column < in_features)[None, :]
-        a = tl.load(a_ptr + rank[:, None] * in_features + column[None, :], mask=live_a)
-        to_a = (out_features + first_rank + rank).to(tl.int64)[
-            :, None
-        ] * weight_row_stride + column[None, :]
-        tl.store(weight_ptr + to_a, a.to(dtype), mask=live_a)
+        a_mask = (rank < R)[:, None] & (column < in_features)[None, :]
+        a = tl.load(a_ptr + rank[:, None] * in_features + column[None, :], mask=a_mask)
+        lora_row = (out_features + first_rank + rank).to(tl.int64)
+        to_a = lora_row[:, None] * weight_row_stride + column[None, :]
+        tl.store(weight_ptr + to_a, a.to(dtype), mask=a_mask)
     else:
-        row = (pid - programs_a) * BLOCK + tl.arange(0, BLOCK)
-        live_b = (row < rows_b)[:, None] & (rank < R)[None, :]
-        b = tl.load(b_ptr + row[:, None] * R + rank[None, :], mask=live_b)
-        to_b = (
-            (first_row + row).to(tl.int64)[:, None] * weight_row_stride
-            + in_features
-            + first_rank
-            + rank[None, :]
-        )
-        tl.store(weight_ptr + to_b, b.to(dtype), mask=live_b)
+        row = (pid - a_programs) * BLOCK + tl.arange(0, BLOCK)
+        b_mask = (row < b_rows)[:, None] & (rank < R)[None, :]
+        b = tl.load(b_ptr + row[:, None] * R + rank[None, :], mask=b_mask)
+        weight_row = (first_row + row).to(tl.int64)
+        to_b = weight_row[:, None] * weight_row_stride + in_features + first_rank + rank[None, :]
+        tl.store(weight_ptr + to_b, b.to(dtype), mask=b_mask)
 
 
 @triton.jit
@@ -103,13 +115,13 @@ def _write_adapters(
     out_features,
     in_features,
     first_programs,
-    PARTS: tl.constexpr,
+    ADAPTERS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adapter i of PARTS belongs to the programs from first_programs[i] to first_programs[i + 1]."""
+    """Write several adapters: adapter i by the programs from first_programs[i] to [i + 1]."""
     pid = tl.program_id(0)
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(ADAPTERS):
         if (pid >= first_programs[i]) & (pid < first_programs[i + 1]):
             _write_adapter(
                 pid - first_programs[i],
@@ -128,80 +140,79 @@ def _write_adapters(
             )
 
 
-Adapters = Sequence[tuple[torch.Tensor | None, torch.Tensor | None, int]]
-
-
 def write_adapters_(targets: Sequence[tuple[torch.Tensor, Adapters, int, int]]) -> None:
-    """Write the adapters of several extended weights, in one backend.
+    """Write the adapters of several extended weights in one launch.
 
-    A target is (weight, adapters, out_features, in_features): weight (out_features + R, in_features + R), R what is to
-    spare; adapters (A (R, in), B (out, R), out) of each linear in turn, (None, None, out) for one without an adapter.
-    ValueError where a shape does not fit.
+    targets: (weight, adapters, out_features, in_features) of each extended weight (out + R, in +
+        R).
+
+    Raises: ValueError if a shape or stride does not fit.
     """
-    parts = [part for target in targets for part in _parts(*target)]
-    if not parts or not backend.use_triton(targets[0][0]):
+    adapters = [adapter for target in targets for adapter in _adapter_arguments(*target)]
+    if not adapters or not backend.use_triton(targets[0][0]):
         for target in targets:
-            write_adapters_reference(*target)
+            write_adapters_reference_(*target)
         return
-    BLOCK_R = power_of_two(max(len(a) for _, a, *_ in parts))
+    BLOCK_R = power_of_two(max(len(a) for _, a, *_ in adapters))
     BLOCK = max(4096 // BLOCK_R, 16)
-    programs = [cdiv(a.shape[1], BLOCK) + cdiv(len(b), BLOCK) for _, a, b, *_ in parts]
+    programs = [cdiv(a.shape[1], BLOCK) + cdiv(len(b), BLOCK) for _, a, b, *_ in adapters]
     _write_adapters[(sum(programs),)](
-        *zip(*parts, strict=True),
+        *zip(*adapters, strict=True),
         (0, *accumulate(programs)),
-        PARTS=len(parts),
+        ADAPTERS=len(adapters),
         BLOCK_R=BLOCK_R,
         BLOCK=BLOCK,
         num_warps=4,
     )
 
 
-def _parts(
+def _adapter_arguments(
     weight: torch.Tensor, adapters: Adapters, out_features: int, in_features: int
 ) -> list[tuple]:
-    """The first arguments of `_write_adapters` for each adapter of a weight."""
-    require(
-        weight.stride(1) == 1,
-        f"the rows of weight have stride {weight.stride(1)}; expected contiguous rows",
-    )
+    """Check one extended weight and return the arguments of `_write_adapters` for each adapter."""
+    if weight.stride(1) != 1:
+        raise ValueError(f"the rows of weight have stride {weight.stride(1)}; expected 1")
     total = sum(rows for _, _, rows in adapters)
-    require(
-        total == out_features,
-        f"linears of {total} rows in all; the extended weight has {out_features}",
-    )
-    parts, row, rank = [], 0, 0
+    if total != out_features:
+        raise ValueError(
+            f"the linears have {total} rows in all; the extended weight has {out_features}"
+        )
+    arguments, row, rank = [], 0, 0
     for a, b, rows in adapters:
         if a is not None:
             R = len(a)
-            fits = (
-                a.shape == (R, in_features)
-                and b.shape == (rows, R)
-                and a.is_contiguous()
-                and b.is_contiguous()
-            )
-            wanted = f"contiguous ({R}, {in_features}) and ({rows}, {R})"
-            require(fits, f"a {tuple(a.shape)} and b {tuple(b.shape)}; expected {wanted}")
-            parts.append(
-                (weight, a, b, R, rows, rank, row, weight.stride(0), out_features, in_features)
-            )
+            contiguous = a.is_contiguous() and b.is_contiguous()
+            if a.shape != (R, in_features) or b.shape != (rows, R) or not contiguous:
+                raise ValueError(
+                    f"a is {tuple(a.shape)} and b {tuple(b.shape)}; "
+                    f"expected contiguous ({R}, {in_features}) and ({rows}, {R})"
+                )
+            bounds = R, rows, rank, row, weight.stride(0), out_features, in_features
+            arguments.append((weight, a, b, *bounds))
             rank += R
         row += rows
-    spare = (weight.shape[0] - out_features, weight.shape[1] - in_features)
-    require(
-        min(spare) >= rank,
-        f"the weight has {spare} rows and columns to spare; the ranks add up to {rank}",
-    )
-    return parts
+    spare = weight.shape[0] - out_features, weight.shape[1] - in_features
+    if min(spare) < rank:
+        raise ValueError(
+            f"the extended weight has {spare} LoRA rows and columns; the ranks add up to {rank}"
+        )
+    return arguments
 
 
-def fill_lora_columns_(x: torch.Tensor, thin: torch.Tensor, scaling: float) -> None:
-    """Fill the last R columns of x (N, width + R) with scaling * x[:, :width] thin^T, for a thin (R, width)."""
-    R, width = thin.shape
-    require(
-        x.shape[1] == width + R,
-        f"x is {tuple(x.shape)}; a thin matrix {tuple(thin.shape)} needs {width + R} columns",
-    )
-    x[:, width:].addmm_(x[:, :width], thin.t(), beta=0, alpha=scaling)
+def fill_lora_columns_(x: torch.Tensor, a: torch.Tensor, scaling: float) -> None:
+    """Fill the last R columns of x with scaling * x[:, :in] a^T.
+
+    x: (N, in + R).
+    a: (R, in).
+
+    Raises: ValueError if the shapes do not fit.
+    """
+    R, in_features = a.shape
+    if x.shape[1] != in_features + R:
+        raise ValueError(
+            f"x is {tuple(x.shape)}; a {tuple(a.shape)} needs {in_features + R} columns"
+        )
+    x[:, in_features:].addmm_(x[:, :in_features], a.t(), beta=0, alpha=scaling)
 
 
 def lora_linear_(
@@ -213,21 +224,27 @@ def lora_linear_(
     add_to: torch.Tensor | None = None,
     lora_activation: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y (N, out_features) = x W^T + scaling (x A^T) B^T, for the extended weight (out + R, in + R).
+    """Return y (N, out_features) = x W^T + scaling (x A^T) B^T, filling the LoRA columns of x.
 
-    x (N, in + R) with x in its first columns; the others are filled here, with `lora_activation` (N, R) if that is known to be
-    scaling * x A^T. y goes into `out` where that is given, or is added to `add_to` (N, out_features), which is in the
-    accumulator's dtype and returned. ValueError where a shape does not fit.
+    x: (N, in + R), the input in its first columns.
+    weight: extended weight (out + R, in + R).
+    out: destination of y; by default a new tensor.
+    add_to: tensor (N, out) in the accumulator's dtype to add y to and to return instead.
+    lora_activation: scaling * x A^T (N, R) if already computed; by default computed here.
+
+    Raises: ValueError if a shape does not fit.
     """
-    R = weight.shape[0] - out_features
-    require(
-        x.shape[1:] == weight.shape[1:],
-        f"x is {tuple(x.shape)}; an extended weight {tuple(weight.shape)}",
-    )
+    if x.shape[1:] != weight.shape[1:]:
+        raise ValueError(
+            f"x is {tuple(x.shape)}; the extended weight is {tuple(weight.shape)} "
+            f"and needs {weight.shape[1]} columns"
+        )
+    R = len(weight) - out_features
+    in_features = weight.shape[1] - R
     if lora_activation is not None:
-        x[:, x.shape[1] - R :].copy_(lora_activation)
+        x[:, in_features:].copy_(lora_activation)
     elif R:
-        fill_lora_columns_(x, weight[out_features:, : weight.shape[1] - R], scaling)
+        fill_lora_columns_(x, weight[out_features:, :in_features], scaling)
     if add_to is not None:
         return add_matmul_(add_to, x, weight[:out_features].t())
     return torch.mm(x, weight[:out_features].t(), out=out)
@@ -241,43 +258,50 @@ def lora_linear_backward_(
     out: torch.Tensor | None = None,
     need_dx: bool = True,
 ) -> torch.Tensor | None:
-    """dx (N, in_features) = dy W + scaling (dy B) A, for the extended weight (out + R, in + R).
+    """Return dx (N, in_features) = dy W + scaling (dy B) A, filling the LoRA columns of dy.
 
-    dy (N, out + R) with dy in its first columns; the others are filled here, also with need_dx=False: `lora_gradients`
-    wants them. ValueError where a shape does not fit.
+    dy: (N, out + R), the gradient in its first columns.
+    weight: extended weight (out + R, in + R).
+    out: destination of dx; by default a new tensor.
+    need_dx: if False, only fill the LoRA columns, which `lora_gradients` reads, and return None.
+
+    Raises: ValueError if a shape does not fit.
     """
+    if dy.shape[1:] != weight.shape[:1]:
+        raise ValueError(
+            f"dy is {tuple(dy.shape)}; the extended weight is {tuple(weight.shape)} "
+            f"and needs {len(weight)} columns"
+        )
     R = weight.shape[1] - in_features
-    require(
-        dy.shape[1] == weight.shape[0],
-        f"dy is {tuple(dy.shape)}; an extended weight {tuple(weight.shape)}",
-    )
     if R:
-        fill_lora_columns_(dy, weight[: weight.shape[0] - R, in_features:].t(), scaling)
+        b = weight[: len(weight) - R, in_features:]
+        fill_lora_columns_(dy, b.t(), scaling)
     return torch.mm(dy, weight[:, :in_features], out=out) if need_dx else None
 
 
 def lora_gradients(
     dy: torch.Tensor, x: torch.Tensor, splits: list[tuple[int, int]]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(dA (R, in), dB (out, R)), in float32 (float64 for float64), of each of the linears that share x.
+    """Return (dA (R, in), dB (out, R)) of each linear that has an adapter, in the accumulator's dtype.
 
-    dy and x are the buffers of `lora_linear_backward_` and `lora_linear_` with their last columns filled; splits holds
-    (out, R) of each linear, R = 0 for one without an adapter, which has no entry in the result.
+    dy, x: buffers of `lora_linear_backward_` and `lora_linear_`, their LoRA columns filled.
+    splits: (out, R) of each linear that shares x; R is 0 for a linear without an adapter.
+
+    Raises: ValueError if a shape does not fit.
     """
     out_features, ranks = (sum(column) for column in zip(*splits, strict=True))
-    spare = dy.shape[1] - out_features
-    in_features = x.shape[1] - spare
-    fits = dy.shape[0] == x.shape[0] and spare >= ranks and in_features > 0
-    require(
-        fits, f"dy {tuple(dy.shape)} and x {tuple(x.shape)} do not fit linears of (out, R) {splits}"
-    )
+    lora_columns = dy.shape[1] - out_features
+    in_features = x.shape[1] - lora_columns
+    if dy.shape[0] != x.shape[0] or lora_columns < ranks or in_features <= 0:
+        raise ValueError(
+            f"dy {tuple(dy.shape)} and x {tuple(x.shape)} do not fit linears of (out, R) {splits}"
+        )
     dA = matmul_accumulated(dy[:, out_features : out_features + ranks].t(), x[:, :in_features])
     gradients, row, rank = [], 0, 0
     for out, R in splits:
         if R:
             columns = slice(in_features + rank, in_features + rank + R)
-            gradients.append(
-                (dA[rank : rank + R], matmul_accumulated(dy[:, row : row + out].t(), x[:, columns]))
-            )
+            dB = matmul_accumulated(dy[:, row : row + out].t(), x[:, columns])
+            gradients.append((dA[rank : rank + R], dB))
         row, rank = row + out, rank + R
     return gradients

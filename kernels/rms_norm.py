@@ -1,31 +1,51 @@
-"""RMSNorm, of a row alone and of the sum of two, and its backward. The weight is frozen: no gradient of it is wanted.
+"""RMSNorm of a row, RMSNorm of a sum of two rows, and their backward. The weight is frozen and gets no gradient.
 
     forward     rstd = 1 / sqrt(mean(x^2) + eps)        one a row, float32, saved for backward
                 y = x * rstd * weight                   in float32, rounded once
     backward    g = dy * weight
-                dx = rstd * (g - xhat * mean(g * xhat)) + dresidual      xhat = x * rstd
+                xhat = x * rstd
+                dx = rstd * (g - xhat * mean(g * xhat)) + dresidual
 
-x, y, dy, dx and all others are (N, D), rows may be strided; weight (D,); rstd (N,). A program holds a whole row, so
-each tensor is read once and written once. y and dx go into `out` where that is given: a range of columns of a wider
-tensor, as the matmul that reads them wants it. dx may take the place of dresidual.
+x, y, dy, dx, addend, residual and dresidual are (N, D), rows may be strided; weight (D,); rstd
+(N,). With an addend, x stands for x + addend, which is not rounded. Saved for backward: x, addend
+and rstd.
 
-The residual stream of a model is in its accumulator's dtype, float32: `rms_norm` and its backward take an x that is
-wider than y, and `add_rms_norm_` adds to the stream on the way.
+A program holds a whole row, so each tensor is read once and written once. `out` may be a range of
+columns of a wider tensor, which a matmul reads next; in backward it may be dresidual itself.
+
+The residual stream of a model is in the accumulator's dtype, float32. Therefore `rms_norm` and its
+backward take an x that is wider than y, and `add_rms_norm_` adds the addend to the residual stream
+in the same pass.
 """
 
 import torch
 
 from . import backend
-from .backend import accumulator, copy_into, power_of_two, require, tl, triton
+from .backend import (
+    accumulator,
+    check_rows,
+    copy_into,
+    empty_contiguous_like,
+    load_row,
+    power_of_two,
+    row_stride,
+    store_row,
+    tl,
+    triton,
+)
+
+PROFILE_GROUP = "elementwise"
 
 
 def rms_norm_reference(x, weight, eps):
+    """Return (y, rstd) in PyTorch."""
     wide = x.to(accumulator(x.dtype))
     rstd = torch.rsqrt(wide.square().mean(dim=-1) + eps)
     return (wide * rstd[:, None] * weight).to(x.dtype), rstd
 
 
 def add_rms_norm_reference_(x, addend, weight, eps, residual=None):
+    """Add the addend to the residual in place and return (y, rstd) in PyTorch."""
     if residual is not None:
         residual += addend
     y, rstd = rms_norm_reference(x.to(accumulator(x.dtype)) + addend, weight, eps)
@@ -33,6 +53,7 @@ def add_rms_norm_reference_(x, addend, weight, eps, residual=None):
 
 
 def rms_norm_backward_reference(dy, x, weight, rstd, dresidual=None, addend=None):
+    """Return dx in PyTorch."""
     wide = accumulator(x.dtype)
     x = x.to(wide) if addend is None else x.to(wide) + addend
     xhat = x * rstd[:, None]
@@ -55,28 +76,23 @@ def _rms_norm_fwd(
     y_row_stride,
     D,
     eps,
-    ADD: tl.constexpr,
-    ADD_RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Normalise one row per program; addend_ptr and residual_ptr may be None."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK_D)
-    live = at < D
-    x = tl.load(x_ptr + row * x_row_stride + at, mask=live, other=0.0).to(tl.float32)
-    if ADD:
-        addend = tl.load(addend_ptr + row * addend_row_stride + at, mask=live, other=0.0).to(
-            tl.float32
-        )
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    x = load_row(x_ptr, row, x_row_stride, columns, mask)
+    if addend_ptr is not None:
+        addend = load_row(addend_ptr, row, addend_row_stride, columns, mask)
         x += addend
-        if ADD_RESIDUAL:
-            s = residual_ptr + row * residual_row_stride + at
-            tl.store(s, tl.load(s, mask=live, other=0.0) + addend, mask=live)
+        if residual_ptr is not None:
+            residual = load_row(residual_ptr, row, residual_row_stride, columns, mask)
+            store_row(residual_ptr, row, residual_row_stride, columns, residual + addend, mask)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
     tl.store(rstd_ptr + row, rstd)
-    weight = tl.load(weight_ptr + at, mask=live, other=0.0).to(tl.float32)
-    tl.store(
-        y_ptr + row * y_row_stride + at, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=live
-    )
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    store_row(y_ptr, row, y_row_stride, columns, x * rstd * weight, mask)
 
 
 @triton.jit
@@ -94,99 +110,74 @@ def _rms_norm_bwd(
     dresidual_row_stride,
     dx_row_stride,
     D,
-    ADD: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Compute dx of one row per program; addend_ptr and dresidual_ptr may be None."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK_D)
-    live = at < D
-    dy = tl.load(dy_ptr + row * dy_row_stride + at, mask=live, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + row * x_row_stride + at, mask=live, other=0.0).to(tl.float32)
-    if ADD:
-        x += tl.load(addend_ptr + row * addend_row_stride + at, mask=live, other=0.0).to(tl.float32)
-    g = dy * tl.load(weight_ptr + at, mask=live, other=0.0).to(tl.float32)
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    dy = load_row(dy_ptr, row, dy_row_stride, columns, mask)
+    x = load_row(x_ptr, row, x_row_stride, columns, mask)
+    if addend_ptr is not None:
+        x += load_row(addend_ptr, row, addend_row_stride, columns, mask)
+    g = dy * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + row)
     xhat = x * rstd
     dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / D))
-    if RESIDUAL:
-        dx += tl.load(dresidual_ptr + row * dresidual_row_stride + at, mask=live, other=0.0).to(
-            tl.float32
-        )
-    tl.store(dx_ptr + row * dx_row_stride + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
+    if dresidual_ptr is not None:
+        dx += load_row(dresidual_ptr, row, dresidual_row_stride, columns, mask)
+    store_row(dx_ptr, row, dx_row_stride, columns, dx, mask)
 
 
-def _blocks(D: int) -> dict:
-    """A row a program; a warp for every 512 elements, so that a thread holds 16 of each tensor."""
+def _blocks(D: int) -> dict[str, int]:
+    """Return the block size: a row a program, a warp for every 512 elements.
+
+    A thread then holds 16 elements of each tensor.
+    """
     BLOCK_D = power_of_two(D)
     return {"BLOCK_D": BLOCK_D, "num_warps": min(max(BLOCK_D // 512, 1), 16)}
 
 
-def _check(weight, narrow, wide):
-    """That all are (N, D), those of `narrow` in one dtype, and those of `wide` in that or in its accumulator's."""
-    tensors = {name: t for name, t in (narrow | wide).items() if t is not None}
-    first, like = next(iter(tensors.items()))
-    dtype = next((t.dtype for t in narrow.values() if t is not None), like.dtype)
-    require(like.dim() == 2, f"{first} is {tuple(like.shape)}; expected (rows, width)")
-    width = like.shape[1]
-    require(
-        weight.shape == (width,),
-        f"weight is {tuple(weight.shape)}; rows of {first} hold {width} elements",
-    )
-    for name, t in tensors.items():
-        allowed = (dtype, accumulator(dtype)) if name in wide else (dtype,)
-        same = t.shape == like.shape and t.dtype in allowed
-        require(
-            same,
-            f"{name} is {tuple(t.shape)} {t.dtype}; {first} is {tuple(like.shape)} {like.dtype}",
+def _check(weight, dtype, x, narrow: dict, wide: dict) -> None:
+    """Check all rows against x: `narrow` tensors in dtype, `wide` ones in dtype or its accumulator."""
+    if x.dim() != 2:
+        raise ValueError(f"x is {tuple(x.shape)}; expected (rows, width)")
+    if weight.shape != x.shape[1:] or not weight.is_contiguous():
+        raise ValueError(
+            f"weight is {tuple(weight.shape)} with stride {weight.stride()}; "
+            f"rows of x hold {x.shape[1]} elements and need as many contiguous weights"
         )
-        require(
-            t.stride(1) == 1,
-            f"the rows of {name} have stride {t.stride(1)}; expected contiguous rows",
-        )
+    check_rows(x, (dtype,), **narrow)
+    check_rows(x, (dtype, accumulator(dtype)), **wide)
 
 
-def _row_stride(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
-
-
-def _empty(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
-def _forward(x, weight, eps, y, addend=None, residual=None):
+def _forward(x, weight, eps, out, addend=None, residual=None):
     N, D = x.shape
+    y = empty_contiguous_like(x) if out is None else out
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     if x.numel():
-        _rms_norm_fwd[(N,)](
-            x,
-            addend,
-            weight,
-            residual,
-            y,
-            rstd,
-            *map(_row_stride, (x, addend, residual, y)),
-            D,
-            eps,
-            ADD=addend is not None,
-            ADD_RESIDUAL=residual is not None,
-            **_blocks(D),
-        )
+        strides = map(row_stride, (x, addend, residual, y))
+        _rms_norm_fwd[(N,)](x, addend, weight, residual, y, rstd, *strides, D, eps, **_blocks(D))
     return y, rstd
 
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, rstd) for x (N, D) and weight (D,): y (N, D) in `out` or in x's dtype, rstd (N,) float32 for the backward.
+    """Return (y, rstd): y (N, D) in the dtype of `out`, and rstd (N,) in float32 for backward.
 
-    ValueError where shapes do not fit or a row is not contiguous.
+    x: (N, D) in the dtype of `out` or its accumulator's.
+    weight: (D,).
+    out: destination of y (N, D); by default a new tensor in x's dtype.
+
+    Raises: ValueError if a shape, dtype or device does not fit, or a row is not contiguous.
     """
-    _check(weight, {"out": out}, {"x": x})
+    dtype = x.dtype if out is None else out.dtype
+    _check(weight, dtype, x, {"out": out}, {"x": x})
     if not backend.use_triton(x):
         y, rstd = rms_norm_reference(x, weight, eps)
         return copy_into(out, y), rstd
-    return _forward(x, weight, eps, _empty(x) if out is None else out)
+    return _forward(x, weight, eps, out)
 
 
 def add_rms_norm_(
@@ -197,14 +188,20 @@ def add_rms_norm_(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm of x + addend, whose sum is not rounded; both (N, D). residual (N, D) in the accumulator's dtype gets
-    addend added."""
-    _check(weight, {"x": x, "addend": addend, "out": out}, {"residual": residual})
+    """Return (y, rstd) of x + addend, and add the addend to the residual stream in place.
+
+    x, addend: (N, D) in one dtype; their sum is not rounded.
+    weight: (D,).
+    residual: residual stream (N, D) in that dtype or its accumulator's; None if there is none.
+    out: destination of y (N, D); by default a new tensor.
+
+    Raises: ValueError if a shape, dtype or device does not fit, or a row is not contiguous.
+    """
+    _check(weight, x.dtype, x, {"x": x, "addend": addend, "out": out}, {"residual": residual})
     if not backend.use_triton(x):
         y, rstd = add_rms_norm_reference_(x, addend, weight, eps, residual)
         return copy_into(out, y), rstd
-    y = _empty(x) if out is None else out
-    return _forward(x, weight, eps, y, addend=addend, residual=residual)
+    return _forward(x, weight, eps, out, addend, residual)
 
 
 def rms_norm_backward(
@@ -216,29 +213,26 @@ def rms_norm_backward(
     addend: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """dx (N, D) of y = rms_norm(x), plus dresidual, the gradient that reaches x past the norm, if there is one.
+    """Return dx (N, D) in the dtype of dy; with an addend, dx is the gradient of x and of the addend.
 
-    With an addend, of y = add_rms_norm_(x, addend): dx is the gradient of both.
+    dy: gradient of y (N, D).
+    x, weight, rstd: inputs and rstd of the forward; x in the dtype of dy or its accumulator's.
+    dresidual: gradient (N, D) that reaches x past the norm and is added to dx; None if there is
+        none.
+    addend: as in `add_rms_norm_`, None for `rms_norm`.
+    out: destination of dx (N, D), possibly dresidual; by default a new tensor.
+
+    Raises: ValueError if a shape, dtype or device does not fit, or a row is not contiguous.
     """
-    _check(weight, {"dy": dy, "dresidual": dresidual, "out": out}, {"x": x, "addend": addend})
-    require(rstd.shape == x.shape[:1], f"rstd is {tuple(rstd.shape)}; expected ({x.shape[0]},)")
+    narrow = {"dy": dy, "dresidual": dresidual, "out": out}
+    _check(weight, dy.dtype, x, narrow, {"x": x, "addend": addend})
+    if rstd.shape != x.shape[:1] or not rstd.is_contiguous():
+        raise ValueError(f"rstd is {tuple(rstd.shape)}; expected contiguous ({x.shape[0]},)")
     if not backend.use_triton(x):
         return copy_into(out, rms_norm_backward_reference(dy, x, weight, rstd, dresidual, addend))
     N, D = x.shape
-    dx = _empty(dy) if out is None else out
+    dx = empty_contiguous_like(dy) if out is None else out
     if x.numel():
-        _rms_norm_bwd[(N,)](
-            dy,
-            x,
-            addend,
-            weight,
-            rstd,
-            dresidual,
-            dx,
-            *map(_row_stride, (dy, x, addend, dresidual, dx)),
-            D,
-            ADD=addend is not None,
-            RESIDUAL=dresidual is not None,
-            **_blocks(D),
-        )
+        strides = map(row_stride, (dy, x, addend, dresidual, dx))
+        _rms_norm_bwd[(N,)](dy, x, addend, weight, rstd, dresidual, dx, *strides, D, **_blocks(D))
     return dx

@@ -1,22 +1,28 @@
-"""Rotary position embedding of queries and keys, in place, one launch for both.
+"""Rotary position embedding (RoPE) of queries and keys, in place, one launch for both.
 
-The head's two halves are the coordinates: element i pairs with i + K/2, as in Hugging Face's Llama,
+Element i of a head pairs with element i + K/2, as in Hugging Face's Llama:
 
-    x1' = x1 cos - x2 sin
+    x1' = x1 cos - x2 sin          x1, x2: the first and second half of the head
     x2' = x2 cos + x1 sin          cos, sin = table[position of the row], float32
 
-A rotation is orthogonal, so the backward is the rotation by the opposite angle (inverse=True), on the gradients.
-q (N, H, K) and k (N, G, K) may be views of one fused projection; cos, sin (P, K/2); positions (N,), which restart at
-each packed sample. Reads and writes q and k once; the tables stay in cache.
+A rotation is orthogonal, so backward rotates the gradients by the opposite angle (`inverse=True`).
+Nothing is saved.
+
+q (N, H, K) and k (N, G, K) may be views of one fused projection; cos, sin (P, K/2); positions (N,).
+Positions restart at 0 in each packed sequence. The kernel reads and writes q and k once, in float32
+in between; the tables stay in cache.
 """
 
 import torch
 
 from . import backend
-from .backend import accumulator, power_of_two, require, tl, triton
+from .backend import accumulator, check_rows, power_of_two, tl, triton
+
+PROFILE_GROUP = "elementwise"
 
 
 def rope_reference_(q, k, cos, sin, positions, inverse=False):
+    """Rotate q and k in place in PyTorch."""
     cos, sin = cos[positions][:, None], sin[positions][:, None]  # (N, 1, K/2)
     if inverse:
         sin = -sin
@@ -31,21 +37,21 @@ def _rotate(
     cos,
     sin,
     heads,
-    head_stride,
+    x_head_stride,
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """Rotates the heads of one row, which begins at x_ptr."""
+    """Rotate the heads of the row at x_ptr."""
     head = tl.arange(0, BLOCK_H)[:, None]
     i = tl.arange(0, BLOCK_HALF)[None, :]
-    live = (head < heads) & (i < HALF)
-    x1_ptr = x_ptr + head * head_stride + i
+    mask = (head < heads) & (i < HALF)
+    x1_ptr = x_ptr + head * x_head_stride + i
     x2_ptr = x1_ptr + HALF
-    x1 = tl.load(x1_ptr, mask=live, other=0.0).to(tl.float32)
-    x2 = tl.load(x2_ptr, mask=live, other=0.0).to(tl.float32)
-    tl.store(x1_ptr, (x1 * cos - x2 * sin).to(x_ptr.dtype.element_ty), mask=live)
-    tl.store(x2_ptr, (x2 * cos + x1 * sin).to(x_ptr.dtype.element_ty), mask=live)
+    x1 = tl.load(x1_ptr, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x2_ptr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(x1_ptr, (x1 * cos - x2 * sin).to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(x2_ptr, (x2 * cos + x1 * sin).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -67,7 +73,7 @@ def _rope(
     BLOCK_G: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """One program: all heads of one row."""
+    """Rotate all heads of one row per program."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_HALF)
     at = tl.load(positions_ptr + row).to(tl.int64) * HALF + i
@@ -79,6 +85,26 @@ def _rope(
     _rotate(k_ptr + row * k_row_stride, cos, sin, G, k_head_stride, HALF, BLOCK_G, BLOCK_HALF)
 
 
+def _check(q, k, cos, sin, positions) -> None:
+    if q.dim() != 3 or k.dim() != 3:
+        raise ValueError(
+            f"q is {tuple(q.shape)} and k is {tuple(k.shape)}; expected (rows, heads, head width)"
+        )
+    check_rows(q, (q.dtype,), q=q)
+    check_rows(k, (q.dtype,), k=k)
+    (N, _, K), G = q.shape, k.shape[1]
+    if k.shape != (N, G, K) or positions.shape != (N,):
+        raise ValueError(
+            f"k is {tuple(k.shape)} and positions {tuple(positions.shape)}; "
+            f"q {tuple(q.shape)} needs ({N}, heads, {K}) and ({N},)"
+        )
+    if cos.shape != sin.shape or cos.shape[1:] != (K // 2,) or K % 2:
+        raise ValueError(
+            f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}; "
+            f"a head width of {K} needs (positions, {K // 2})"
+        )
+
+
 def rope_(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -87,50 +113,39 @@ def rope_(
     positions: torch.Tensor,
     inverse: bool = False,
 ) -> None:
-    """Rotates q (N, H, K) and k (N, G, K) in place by the angles of positions (N,); inverse=True rotates back.
+    """Rotate q and k in place by the angles of their positions.
 
-    The last dimension is contiguous, rows and heads may be strided; cos and sin are (P, K/2), float32, contiguous, with
-    P above every position (not checked: that would wait for the GPU). ValueError where shapes do not fit.
+    q, k: (N, H, K) and (N, G, K); rows and heads may be strided.
+    cos, sin: tables (P, K/2) in float32, contiguous.
+    positions: (N,) integers below P; not checked, because that would wait for the GPU.
+    inverse: rotate back, by the opposite angles.
+
+    Raises: ValueError if a shape, dtype, device or stride does not fit.
     """
-    for name, x in (("q", q), ("k", k)):
-        require(x.dim() == 3, f"{name} is {tuple(x.shape)}; expected (rows, heads, head width)")
-        require(
-            x.stride(2) == 1,
-            f"the head vectors of {name} have stride {x.stride(2)}; expected contiguous ones",
-        )
-    (N, H, K), G = q.shape, k.shape[1]
-    same = k.shape == (N, G, K) and k.dtype == q.dtype and positions.shape == (N,)
-    require(
-        same,
-        f"q {tuple(q.shape)}, k {tuple(k.shape)}, positions {tuple(positions.shape)} do not belong together",
-    )
-    tables = cos.shape == sin.shape and cos.dim() == 2 and 2 * cos.shape[1] == K
-    require(
-        tables,
-        f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)}; a head width of {K} needs (positions, {K // 2})",
-    )
+    _check(q, k, cos, sin, positions)
     if not backend.use_triton(q):
         rope_reference_(q, k, cos, sin, positions, inverse)
-    elif N:
-        contiguous = cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()
-        require(contiguous, "cos, sin and positions must be contiguous")
-        tile = power_of_two(H) * power_of_two(K // 2)
-        _rope[(N,)](
-            q,
-            k,
-            cos,
-            sin,
-            positions,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            H,
-            G,
-            INVERSE=inverse,
-            HALF=K // 2,
-            BLOCK_H=power_of_two(H),
-            BLOCK_G=power_of_two(G),
-            BLOCK_HALF=power_of_two(K // 2),
-            num_warps=min(max(tile // 512, 1), 8),  # a thread holds 16 pairs of q
-        )
+        return
+    N, H, K = q.shape
+    if not (cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()):
+        raise ValueError("cos, sin and positions must be contiguous; call .contiguous() first")
+    if not N:
+        return
+    pairs = power_of_two(H) * power_of_two(K // 2)
+    _rope[(N,)](
+        q,
+        k,
+        cos,
+        sin,
+        positions,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        H,
+        k.shape[1],
+        INVERSE=inverse,
+        HALF=K // 2,
+        BLOCK_H=power_of_two(H),
+        BLOCK_G=power_of_two(k.shape[1]),
+        BLOCK_HALF=power_of_two(K // 2),
+        num_warps=min(max(pairs // 512, 1), 8),  # a thread holds 16 pairs of q
+    )

@@ -2,26 +2,42 @@
 
     forward     out = silu(gate) * up              silu(g) = g * sigmoid(g)
     backward    dgate = dout * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
-                dup = dout * silu(gate)
+                dup   = dout * silu(gate)
 
-All (N, F), rows may be strided: gate and up are as a rule the two halves of one matmul's output. Nothing is saved but
-the inputs. The backward writes `out` again in the same pass, for the LoRA gradient of down_proj needs it: one write
-instead of a second launch that reads gate and up once more. Its results may take the place of its inputs, so that a
-backward pass needs no further memory of this width. Forward moves 3 tensors, backward 6, in float32 in between.
+All tensors are (N, F) in one dtype; arithmetic is in float32. Rows may be strided, because gate and
+up are usually the two halves of one matmul's output. Only the inputs are saved. Forward moves 3
+tensors, backward 6. Backward also writes `out`, which the LoRA gradient of down_proj needs: one
+more write instead of a second launch that reads gate and up again. The results may overwrite the
+inputs, so backward needs no further memory of this width.
 """
 
 import torch
 
 from . import backend
-from .backend import accumulator, cdiv, power_of_two, require, tl, triton
+from .backend import (
+    accumulator,
+    cdiv,
+    check_rows,
+    empty_contiguous_like,
+    load_row,
+    power_of_two,
+    row_stride,
+    store_row,
+    tl,
+    triton,
+)
+
+PROFILE_GROUP = "elementwise"
 
 
 def swiglu_reference(gate, up):
+    """Return silu(gate) * up in PyTorch."""
     wide = accumulator(gate.dtype)
     return (torch.nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
 
 def swiglu_backward_reference(dout, gate, up):
+    """Return (dgate, dup, out) in PyTorch."""
     dtype, wide = gate.dtype, accumulator(gate.dtype)
     dout, gate, up = dout.to(wide), gate.to(wide), up.to(wide)
     sigmoid = torch.sigmoid(gate)
@@ -41,15 +57,14 @@ def _swiglu_fwd(
     F,
     BLOCK_F: tl.constexpr,
 ):
+    """Compute BLOCK_F elements of one row per program."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    live = at < F
-    gate = tl.load(gate_ptr + row * gate_row_stride + at, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_row_stride + at, mask=live, other=0.0).to(tl.float32)
+    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = columns < F
+    gate = load_row(gate_ptr, row, gate_row_stride, columns, mask)
+    up = load_row(up_ptr, row, up_row_stride, columns, mask)
     silu = gate * (1.0 / (1.0 + tl.exp(-gate)))
-    tl.store(
-        out_ptr + row * out_row_stride + at, (silu * up).to(out_ptr.dtype.element_ty), mask=live
-    )
+    store_row(out_ptr, row, out_row_stride, columns, silu * up, mask)
 
 
 @triton.jit
@@ -67,61 +82,51 @@ def _swiglu_bwd(
     dup_row_stride,
     out_row_stride,
     F,
-    OUT: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
+    """Compute BLOCK_F elements of one row per program; out_ptr may be None."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    live = at < F
-    dout = tl.load(dout_ptr + row * dout_row_stride + at, mask=live, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_row_stride + at, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_row_stride + at, mask=live, other=0.0).to(tl.float32)
+    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = columns < F
+    dout = load_row(dout_ptr, row, dout_row_stride, columns, mask)
+    gate = load_row(gate_ptr, row, gate_row_stride, columns, mask)
+    up = load_row(up_ptr, row, up_row_stride, columns, mask)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
-    dtype = dgate_ptr.dtype.element_ty
-    tl.store(
-        dgate_ptr + row * dgate_row_stride + at,
-        (dout * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype),
-        mask=live,
-    )
-    tl.store(dup_ptr + row * dup_row_stride + at, (dout * silu).to(dtype), mask=live)
-    if OUT:
-        tl.store(out_ptr + row * out_row_stride + at, (silu * up).to(dtype), mask=live)
+    dgate = dout * up * (sigmoid + silu * (1.0 - sigmoid))
+    store_row(dgate_ptr, row, dgate_row_stride, columns, dgate, mask)
+    store_row(dup_ptr, row, dup_row_stride, columns, dout * silu, mask)
+    if out_ptr is not None:
+        store_row(out_ptr, row, out_row_stride, columns, silu * up, mask)
 
 
-def _blocks(F: int) -> dict:
-    """1024 elements a program, 8 a thread: 16-byte accesses at 16 bit. 512 where that wastes less (F = 1536)."""
+def _blocks(F: int) -> dict[str, int]:
+    """Return the block size: 1024 elements a program, or 512 if that wastes less (F = 1536).
+
+    A thread then holds 8 elements of each tensor: 16-byte accesses in 16 bit.
+    """
     return {"BLOCK_F": min(1024 if F % 1024 == 0 else 512, power_of_two(F)), "num_warps": 4}
 
 
-def _check(**tensors):
-    gate = tensors["gate"]
-    require(gate.dim() == 2, f"gate is {tuple(gate.shape)}; expected (rows, width)")
-    for name, x in tensors.items():
-        same = x.shape == gate.shape and x.dtype == gate.dtype
-        require(
-            same, f"{name} is {tuple(x.shape)} {x.dtype}; gate is {tuple(gate.shape)} {gate.dtype}"
-        )
-        require(
-            x.stride(1) == 1,
-            f"the rows of {name} have stride {x.stride(1)}; expected contiguous rows",
-        )
-
-
 def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """silu(gate) * up, (N, F) in their dtype, into `out` where that is given.
+    """Return silu(gate) * up (N, F).
 
-    ValueError where shapes differ or a row is not contiguous.
+    gate, up: (N, F) in one dtype.
+    out: destination (N, F); by default a new tensor.
+
+    Raises: ValueError if shapes, dtypes or devices differ, or a row is not contiguous.
     """
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
-    _check(gate=gate, up=up, out=out)
+    if gate.dim() != 2:
+        raise ValueError(f"gate is {tuple(gate.shape)}; expected (rows, width)")
+    check_rows(gate, (gate.dtype,), gate=gate, up=up, out=out)
+    out = empty_contiguous_like(gate) if out is None else out
     if not backend.use_triton(gate):
         return out.copy_(swiglu_reference(gate, up))
     N, F = gate.shape
     if out.numel():
         blocks = _blocks(F)
-        grid = (N, cdiv(F, blocks["BLOCK_F"]))
-        _swiglu_fwd[grid](gate, up, out, gate.stride(0), up.stride(0), out.stride(0), F, **blocks)
+        strides = map(row_stride, (gate, up, out))
+        _swiglu_fwd[(N, cdiv(F, blocks["BLOCK_F"]))](gate, up, out, *strides, F, **blocks)
     return out
 
 
@@ -133,40 +138,31 @@ def swiglu_backward(
     dup: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dgate, dup), each (N, F): the gradients for dout, into the tensors that are given.
+    """Return (dgate, dup), each (N, F).
 
-    `out`, where given, is filled with swiglu(gate, up) in the same pass. Each of the three may be one of the inputs.
+    dout: gradient of the output (N, F).
+    gate, up: inputs of the forward (N, F).
+    dgate, dup: destinations (N, F), each possibly one of the inputs; by default new tensors.
+    out: buffer (N, F) to fill with swiglu(gate, up), possibly one of the inputs; by default not
+        computed.
+
+    Raises: ValueError if shapes, dtypes or devices differ, or a row is not contiguous.
     """
-    dgate, dup = (
-        torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if x is None else x
-        for x in (dgate, dup)
-    )
-    results = {"dgate": dgate, "dup": dup} | ({} if out is None else {"out": out})
-    _check(gate=gate, up=up, dout=dout, **results)
+    if gate.dim() != 2:
+        raise ValueError(f"gate is {tuple(gate.shape)}; expected (rows, width)")
+    check_rows(gate, (gate.dtype,), dout=dout, gate=gate, up=up, dgate=dgate, dup=dup, out=out)
+    dgate = empty_contiguous_like(gate) if dgate is None else dgate
+    dup = empty_contiguous_like(gate) if dup is None else dup
     if not backend.use_triton(gate):
-        for result, value in zip(
-            results.values(), swiglu_backward_reference(dout, gate, up), strict=False
-        ):
-            result.copy_(value)
+        results = swiglu_backward_reference(dout, gate, up)
+        for buffer, result in zip((dgate, dup, out), results, strict=True):
+            if buffer is not None:
+                buffer.copy_(result)
         return dgate, dup
     N, F = gate.shape
     if gate.numel():
         blocks = _blocks(F)
-        _swiglu_bwd[(N, cdiv(F, blocks["BLOCK_F"]))](
-            dout,
-            gate,
-            up,
-            dgate,
-            dup,
-            out,
-            dout.stride(0),
-            gate.stride(0),
-            up.stride(0),
-            dgate.stride(0),
-            dup.stride(0),
-            0 if out is None else out.stride(0),
-            F,
-            OUT=out is not None,
-            **blocks,
-        )
+        tensors = dout, gate, up, dgate, dup, out
+        strides = map(row_stride, tensors)
+        _swiglu_bwd[(N, cdiv(F, blocks["BLOCK_F"]))](*tensors, *strides, F, **blocks)
     return dgate, dup

@@ -1,8 +1,10 @@
-"""How the tests of the kernels judge a result, and what they feed to more than one kernel.
+"""The bound that kernel results are held to, and inputs shared by several kernel tests.
 
-The bound: a kernel errs at most twice as much as the plain formula does in the same dtype, both measured against the
-same formula in float64 (plus 1e-6 of the largest value, for results that happen to be exact). Without a GPU the
-kernels run in Triton's interpreter, whose bfloat16 is wrong; so float32 and float16 there, and bfloat16 on a GPU.
+The bound: both a kernel and the plain formula in the same dtype are compared with the formula in
+float64. The kernel may err at most twice as much as the plain formula, plus 1e-6 of the largest
+value in case the plain result is exact. Without a GPU the kernels run in Triton's interpreter,
+whose bfloat16 is wrong. Therefore the CPU tests use float32 and float16, the GPU tests bfloat16
+too.
 """
 
 import math
@@ -16,7 +18,7 @@ from minitune.kernels.dequantize import QuantizedWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 EPS = 1e-5
-CODE = torch.linspace(-1, 1, 16).pow(3)  # in place of NF4's 16 values
+CODE = torch.linspace(-1, 1, 16).pow(3)  # stands in for NF4's 16 values
 kernel = pytest.mark.usefixtures("triton_everywhere", "poisoned")
 in_each_dtype = pytest.mark.parametrize(
     "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
@@ -24,19 +26,20 @@ in_each_dtype = pytest.mark.parametrize(
 
 
 def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
+    """Return normal random numbers, equal on all devices."""
     generator = torch.Generator().manual_seed(seed + math.prod(shape))
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
 def strided(x):
-    """The same values as a slice of a wider tensor, between columns of NaN."""
+    """Return the values of x as a slice of a wider tensor, between columns of NaN."""
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 24), math.nan, dtype=x.dtype, device=x.device)
     wide[..., 8:-16] = x
     return wide[..., 8:-16]
 
 
 def with_gradients(formula, inputs, douts):
-    """The outputs of the formula, then the gradients of its inputs; None among the inputs stays None."""
+    """Return the outputs of the formula, then the gradients of its inputs that are not None."""
     inputs = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
     outs = formula(*inputs)
     outs = outs if isinstance(outs, tuple) else (outs,)
@@ -45,14 +48,17 @@ def with_gradients(formula, inputs, douts):
 
 
 def to(dtype, tensors):
+    """Return the tensors in dtype; None stays None."""
     return [None if x is None else x.to(dtype) for x in tensors]
 
 
 def assert_as_good_as_plain(results, plain, exact):
+    """Hold each result to the bound, given the plain results and those in float64."""
     largest = max(e.abs().max().item() for e in exact)
     for i, (x, p, e) in enumerate(zip(results, plain, exact, strict=True)):
         assert x.shape == e.shape, f"result {i}: {tuple(x.shape)} instead of {tuple(e.shape)}"
-        error, plain_error = ((y.double() - e).abs().max().item() for y in (x, p))
+        error = (x.double() - e).abs().max().item()
+        plain_error = (p.double() - e).abs().max().item()
         allowed = 2 * plain_error + 1e-6 * largest
         assert error <= allowed, (
             f"result {i}: error {error:.3g}; plain PyTorch errs by {plain_error:.3g}"
@@ -60,7 +66,7 @@ def assert_as_good_as_plain(results, plain, exact):
 
 
 def judge(results, formula, inputs, douts):
-    """results = outputs, then gradients of the inputs, each held to the bound."""
+    """Hold results (outputs, then gradients of the inputs) to the bound of the formula."""
     dtype = inputs[0].dtype
     plain = with_gradients(formula, inputs, to(dtype, douts))
     exact = with_gradients(formula, to(torch.float64, inputs), to(torch.float64, douts))
@@ -68,7 +74,7 @@ def judge(results, formula, inputs, douts):
 
 
 def as_function(forward, backward):
-    """An autograd function out of a reference and its backward, so that gradcheck can look at the pair."""
+    """Return an autograd function made of a reference and its backward, for gradcheck."""
 
     class Pair(torch.autograd.Function):
         @staticmethod
@@ -85,29 +91,31 @@ def as_function(forward, backward):
 
 
 def double(*shape, seed=0):
+    """Return float64 random numbers that require gradients."""
     return normal(*shape, dtype=torch.float64, seed=seed).requires_grad_()
 
 
-# ---------------------------------------------------------------------------------------------------- inputs
+# ---- inputs
 
 
 def bounds(lengths, device="cpu"):
-    """start and end of packed samples of these lengths."""
+    """Return start and end of packed sequences of these lengths."""
     lengths = torch.tensor(lengths)
     end = lengths.cumsum(0)
     return [x.repeat_interleave(lengths).to(device, torch.int32) for x in (end - lengths, end)]
 
 
 def angles(positions, width, device):
+    """Return RoPE's cos and sin tables (positions, width / 2)."""
     angle = torch.arange(positions)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
     return angle.cos().to(device), angle.sin().to(device)
 
 
 def extended(weights, a, b, dtype, device):
-    """The extended weight of linears that share an input; an adapter may be None."""
+    """Return the extended weight of linears that share an input; an adapter may be None."""
     rows, width = sum(len(w) for w in weights), weights[0].shape[1]
-    spare = lora_linear.padded_rank(sum(0 if x is None else len(x) for x in a))
-    weight = torch.zeros(rows + spare, width + spare, dtype=dtype, device=device)
+    R = lora_linear.padded_rank(sum(0 if x is None else len(x) for x in a))
+    weight = torch.zeros(rows + R, width + R, dtype=dtype, device=device)
     weight[:rows, :width] = torch.cat(weights)
     adapters = [(x, y, len(w)) for w, x, y in zip(weights, a, b, strict=True)]
     lora_linear.write_adapters_([(weight, adapters, rows, width)])
@@ -115,21 +123,20 @@ def extended(weights, a, b, dtype, device):
 
 
 def quantised(shape, nested, blocksize=64, device="cpu"):
-    """Random bytes and scales: every byte and every code occurs."""
+    """Return a 4-bit weight of random bytes and scales, in which every byte and code occurs."""
     n = math.prod(shape)
     generator = torch.Generator().manual_seed(n)
     blocks = -(-n // blocksize)
     packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator)
-    if not nested:
-        absmax, scales = torch.rand(blocks, generator=generator), {}
-    else:
+    if nested:
         absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
         scales = {
             "nested_absmax": torch.rand(-(-blocks // 256), generator=generator),
             "nested_code": torch.randn(256, generator=generator),
             "nested_offset": torch.tensor(0.123),
         }
+    else:
+        absmax, scales = torch.rand(blocks, generator=generator), {}
     scales = {name: x.to(device) for name, x in scales.items()}
-    return QuantizedWeight(
-        packed.to(device), absmax.to(device), CODE.to(device), shape, blocksize, **scales
-    )
+    packed, absmax, code = (x.to(device) for x in (packed, absmax, CODE))
+    return QuantizedWeight(packed, absmax, code, shape, blocksize, **scales)

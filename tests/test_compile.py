@@ -23,7 +23,7 @@ MODELS = {  # D, H, G, K, F, V
     "heads of 256": (512, 2, 1, 256, 1536, 49152),
 }
 KERNELS = {
-    "_adamw", "_adamw_8bit", "_embed", "_root_of_sum", "_square_sums",
+    "_adamw", "_embed", "_root_of_sum", "_square_sums",
     "_attention_dkdv", "_attention_dq", "_attention_fwd", "_attention_sum", "_cross_entropy", "_dequantize",
     "_rms_norm_bwd", "_rms_norm_fwd", "_rope", "_swiglu_bwd", "_swiglu_fwd", "_write_adapters",
 }  # fmt: skip

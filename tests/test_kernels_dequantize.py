@@ -1,4 +1,4 @@
-"""NF4 to 16 bit: the kernel is its reference bit for bit, and the reference is bitsandbytes'."""
+"""NF4 dequantisation: the kernel equals its reference, and the reference bitsandbytes, bit for bit."""
 
 from dataclasses import replace
 
@@ -20,21 +20,18 @@ def test_dequantize_kernel_equals_the_reference_bit_for_bit(shape, nested, dtype
 
 @kernel
 @pytest.mark.parametrize("width", [192, 423])
-def test_weights_of_one_width_are_dequantised_below_each_other_into_a_part_of_wider_rows(
-    width, device
-):
+def test_several_weights_fill_a_range_of_columns_of_wider_rows(width, device):
     weights = [
         quantised((rows, width), nested, device=device)
         for rows, nested in ((70, True), (3, True), (1, False))
     ]
-    for chosen in (weights[:2], weights):  # stored in one way, and not
+    for chosen in (weights[:2], weights):  # stored in one way (one launch), then in two
         rows = sum(weight.shape[0] for weight in chosen)
         wide = torch.full((rows + 2, width + 5), 7.0, device=device)
         out = wide[1:-1, :width]
         assert dequantize_nf4(chosen, torch.float32, out=out) is out
-        assert torch.equal(
-            out, torch.cat([dequantize_nf4_reference(w, torch.float32) for w in chosen])
-        )
+        expected = torch.cat([dequantize_nf4_reference(w, torch.float32) for w in chosen])
+        assert torch.equal(out, expected)
         assert (wide[:, width:] == 7).all() and (wide[[0, -1]] == 7).all()
 
 
@@ -70,9 +67,9 @@ def test_dequantize_reference_is_the_formula_over_several_chunks(monkeypatch):
 
 def test_dequantize_refuses_sizes_that_do_not_fit_the_shape():
     weight = quantised((4, 64), nested=False)
-    with pytest.raises(ValueError, match="128 packed bytes for shape"):
+    with pytest.raises(ValueError, match=r"packed holds 128 bytes; shape \(5, 64\) needs 160"):
         dequantize_nf4(replace(weight, shape=(5, 64)), torch.float32)
-    with pytest.raises(ValueError, match="3 scales; 256 elements in blocks of 64 have 4"):
+    with pytest.raises(ValueError, match="3 scales; 256 elements in blocks of 64 need 4"):
         dequantize_nf4(replace(weight, absmax=torch.ones(3)), torch.float32)
     with pytest.raises(ValueError, match="differ in in_features"):
         dequantize_nf4([weight, quantised((4, 128), nested=False)], torch.float32)

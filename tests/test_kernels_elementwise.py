@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE and SwiGLU against plain PyTorch, forward and backward, within the bound of kernel_checks.py."""
+"""RMSNorm, RoPE, SwiGLU and the embedding against plain PyTorch, within kernel_checks.py's bound."""
 
 import math
 
@@ -21,10 +21,11 @@ from kernel_checks import (
 
 from minitune.kernels import embedding, rms_norm, rope, swiglu
 
-# ---------------------------------------------------------------------------------------------------- RMSNorm
+# ---- RMSNorm
 
 
 def plain_norm(x, weight):
+    """Return the RMSNorm of x, computed in at least float32."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * weight).to(x.dtype)
 
@@ -32,7 +33,7 @@ def plain_norm(x, weight):
 @kernel
 @in_each_dtype
 @pytest.mark.parametrize("shape", [(3, 423), (1, 64), (5, 213)])
-def test_rms_norm_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, device):
+def test_rms_norm_and_its_backward_err_at_most_twice_as_much_as_pytorch(shape, dtype, device):
     x, dy, dresidual = (
         strided(normal(*shape, dtype=dtype, device=device, seed=s)) for s in range(3)
     )
@@ -46,18 +47,16 @@ def test_rms_norm_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, 
 
 @kernel
 @in_each_dtype
-def test_the_norm_of_a_sum_does_not_round_the_sum_and_adds_to_the_stream(dtype, device):
+def test_the_norm_of_a_sum_does_not_round_the_sum_and_adds_to_the_residual(dtype, device):
     x, addend, dy, dresidual = (
         strided(normal(3, 423, dtype=dtype, device=device, seed=s)) for s in range(4)
     )
-    weight, s = (
-        normal(423, dtype=dtype, device=device),
-        strided(normal(3, 423, device=device, seed=4)),
-    )
-    before = s.clone()
-    y, rstd = rms_norm.add_rms_norm_(x, addend, weight, EPS, residual=s)
+    weight = normal(423, dtype=dtype, device=device)
+    residual = strided(normal(3, 423, device=device, seed=4))
+    before = residual.clone()
+    y, rstd = rms_norm.add_rms_norm_(x, addend, weight, EPS, residual=residual)
     dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, addend=addend)
-    assert torch.equal(s, before + addend)
+    assert torch.equal(residual, before + addend)
     judge(
         [y, dx, dx], lambda x, addend: plain_norm(x + addend, weight.to(x.dtype)), [x, addend], [dy]
     )
@@ -65,14 +64,15 @@ def test_the_norm_of_a_sum_does_not_round_the_sum_and_adds_to_the_stream(dtype, 
     alone, same = rms_norm.rms_norm(exact, weight.float(), EPS)
     assert torch.equal(y, alone.to(dtype)) and torch.allclose(rstd, same, rtol=1e-6)
     dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, dresidual, addend)
-    theirs = rms_norm.rms_norm_backward(dy.float(), exact, weight.float(), rstd, dresidual.float())
-    assert torch.equal(dx, theirs.to(dtype))
+    expected = rms_norm.rms_norm_backward(
+        dy.float(), exact, weight.float(), rstd, dresidual.float()
+    )
+    assert torch.equal(dx, expected.to(dtype))
 
 
 @kernel
 @in_each_dtype
-def test_rms_norm_takes_a_wider_x(dtype, device):
-    """As the last norm takes the float32 residual stream."""
+def test_rms_norm_takes_the_float32_residual_stream_and_returns_a_narrower_y(dtype, device):
     x, weight = normal(3, 64, device=device), normal(64, dtype=dtype, device=device)
     y = torch.empty(3, 64, dtype=dtype, device=device)
     _, rstd = rms_norm.rms_norm(x, weight, EPS, out=y)
@@ -93,28 +93,32 @@ def test_rms_norm_keeps_a_nan_in_its_row(device):
 
 def test_the_backward_of_the_norm_reference_passes_gradcheck():
     weight = double(7).detach()
+
+    def forward(x):
+        y, rstd = rms_norm.rms_norm_reference(x, weight, EPS)
+        return y, [rstd]
+
     norm = as_function(
-        lambda x: (lambda y, rstd: (y, [rstd]))(*rms_norm.rms_norm_reference(x, weight, EPS)),
-        lambda dy, x, rstd: rms_norm.rms_norm_backward_reference(dy, x, weight, rstd),
+        forward, lambda dy, x, rstd: rms_norm.rms_norm_backward_reference(dy, x, weight, rstd)
     )
     assert torch.autograd.gradcheck(norm, double(3, 7))
 
 
-# ---------------------------------------------------------------------------------------------------- RoPE
+# ---- RoPE
 
 
 def plain_rope(x, cos, sin):
+    """Return x rotated as in Hugging Face's Llama, computed in at least float32."""
     turned = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
     wide = x if x.dtype == torch.float64 else x.float()
-    return (
-        wide * torch.cat([cos, cos], -1)[:, None] + turned * torch.cat([sin, sin], -1)[:, None]
-    ).to(x.dtype)
+    cos, sin = (torch.cat([table, table], -1)[:, None] for table in (cos, sin))
+    return (wide * cos + turned * sin).to(x.dtype)
 
 
 @kernel
 @in_each_dtype
 @pytest.mark.parametrize(("N", "H", "G", "K"), [(7, 9, 3, 64), (1, 2, 1, 128), (13, 3, 3, 24)])
-def test_rope_turns_q_and_k_of_a_fused_projection_in_place_and_back(N, H, G, K, dtype, device):
+def test_rope_rotates_q_and_k_of_a_fused_projection_in_place_and_back(N, H, G, K, dtype, device):
     fused = normal(N, (H + 2 * G) * K, dtype=dtype, device=device)
     before = fused.clone()
     q, k = fused[:, : H * K].view(N, H, K), fused[:, H * K : (H + G) * K].view(N, G, K)
@@ -127,26 +131,25 @@ def test_rope_turns_q_and_k_of_a_fused_projection_in_place_and_back(N, H, G, K, 
         exact = plain_rope(x.double(), cos[positions].double(), sin[positions].double())
         assert_as_good_as_plain([new], [plain], [exact])
     assert torch.equal(fused[:, (H + G) * K :], before[:, (H + G) * K :])
-    # The way back is the gradient: <rope(x), dy> = <x, rope_inverse(dy)>.
+    # The inverse rotation is the gradient: <rope(x), dy> = <x, rope_inverse(dy)>.
     dq, dk = (normal(*x.shape, dtype=dtype, device=device, seed=5) for x in (q, k))
     grads = [dq.clone(), dk.clone()]
     rope.rope_(*grads, cos, sin, positions, inverse=True)
+    table = [t[positions] for t in (cos, sin)]
+    wide_table = to(torch.float64, table)
     for grad, x, dy in zip(grads, old, (dq, dk), strict=True):
-        table = [t[positions] for t in (cos, sin)]
-        exact = with_gradients(
-            lambda x: plain_rope(x, *to(torch.float64, table)), [x.double()], [dy.double()]
-        )  # noqa: B023
-        plain = with_gradients(lambda x: plain_rope(x, *table), [x], [dy])  # noqa: B023
+        exact = with_gradients(lambda x: plain_rope(x, *wide_table), [x.double()], [dy.double()])
+        plain = with_gradients(lambda x: plain_rope(x, *table), [x], [dy])
         assert_as_good_as_plain([grad], plain[1:], exact[1:])
 
 
-# ---------------------------------------------------------------------------------------------------- SwiGLU
+# ---- SwiGLU
 
 
 @kernel
 @in_each_dtype
 @pytest.mark.parametrize("shape", [(3, 423), (1, 1024), (2, 1536), (213, 3)])
-def test_swiglu_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, device):
+def test_swiglu_and_its_backward_err_at_most_twice_as_much_as_pytorch(shape, dtype, device):
     gate, up, dout = (
         strided(3 * normal(*shape, dtype=dtype, device=device, seed=s)) for s in range(3)
     )
@@ -155,18 +158,17 @@ def test_swiglu_and_its_backward_err_no_more_than_plain_pytorch(shape, dtype, de
     judge([out, dgate, dup], swiglu.swiglu_reference, [gate, up], [dout])
     wide = strided(torch.zeros_like(out))
     assert torch.equal(swiglu.swiglu(gate, up, out=wide), out)
-    swiglu.swiglu_backward(dout, gate, up, gate, up, out=dout)  # in place of its inputs
+    swiglu.swiglu_backward(dout, gate, up, gate, up, out=dout)  # overwrites its inputs
     for mine, expected in ((gate, dgate), (up, dup), (dout, out)):
         assert torch.equal(mine, expected)
 
 
 @kernel
-def test_swiglu_is_finite_where_exp_overflows_and_nan_where_an_input_is(device):
+def test_swiglu_is_finite_if_exp_overflows_and_nan_if_an_input_is(device):
     gate = torch.tensor([[-1e4, 1e4, 0.0, math.nan]], device=device)
     one = torch.ones_like(gate)
-    assert torch.equal(
-        swiglu.swiglu(gate, one)[:, :3], torch.tensor([[-0.0, 1e4, 0.0]], device=device)
-    )
+    expected = torch.tensor([[-0.0, 1e4, 0.0]], device=device)
+    assert torch.equal(swiglu.swiglu(gate, one)[:, :3], expected)
     for x in (swiglu.swiglu(gate, one), *swiglu.swiglu_backward(one, gate, one)):
         assert x.isnan().tolist() == [[False, False, False, True]]
 
@@ -185,11 +187,9 @@ def test_the_backward_of_the_swiglu_reference_passes_gradcheck():
 @pytest.mark.usefixtures("triton_everywhere", "poisoned")
 @pytest.mark.parametrize("D", [64, 423, 4100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_embedding_is_the_rows_of_the_table(D, dtype, device):
-    table, ids = (
-        normal(50, D, device=device),
-        torch.tensor([3, 49, 0, 3, 17], dtype=torch.int32, device=device),
-    )
+def test_the_embedding_returns_rows_of_the_table(D, dtype, device):
+    table = normal(50, D, device=device)
+    ids = torch.tensor([3, 49, 0, 3, 17], dtype=torch.int32, device=device)
     assert torch.equal(embedding.embed(ids, table, dtype), table[ids.long()].to(dtype))
     assert embedding.embed(ids[:0], table, dtype).shape == (0, D)
     with pytest.raises(ValueError, match="expected contiguous rows"):

@@ -1,4 +1,4 @@
-"""LoRA linears, and the head with the loss, against plain PyTorch, within the bound of kernel_checks.py."""
+"""LoRA linears, and the head with the loss, against plain PyTorch, within kernel_checks.py's bound."""
 
 import functools
 import math
@@ -21,21 +21,26 @@ from torch.nn import functional
 from minitune.kernels import backend, cross_entropy, lora_linear
 from minitune.kernels.cross_entropy import linear_cross_entropy
 
-# ---------------------------------------------------------------------------------------------------- LoRA linear
+# ---- LoRA linear
 
 
-def beside_spare(x, spare):
-    return torch.cat([x, torch.full((len(x), spare), math.nan, dtype=x.dtype, device=x.device)], 1)
+def beside_lora_columns(x, R):
+    """Return x in a buffer with R more columns, which hold NaN."""
+    return torch.cat([x, torch.full((len(x), R), math.nan, dtype=x.dtype, device=x.device)], 1)
 
 
 def plain_lora(x, *adapters, weights, scaling):
-    """Each linear on its own, as PEFT computes it; x (N, in), then A and B of each linear (None, None) without one."""
+    """Compute each linear on its own, as PEFT does.
+
+    x: (N, in).
+    adapters: A and B of each linear in turn, or None twice for a linear without an adapter.
+    """
     outs = []
     for weight, a, b in zip(weights, adapters[::2], adapters[1::2], strict=True):
         out = functional.linear(x, weight.to(x.dtype))
-        outs.append(
-            out if a is None else out + scaling * functional.linear(functional.linear(x, a), b)
-        )
+        if a is not None:
+            out = out + scaling * functional.linear(functional.linear(x, a), b)
+        outs.append(out)
     return torch.cat(outs, 1)
 
 
@@ -45,25 +50,22 @@ def plain_lora(x, *adapters, weights, scaling):
     ("N", "D", "rows", "ranks"),
     [(3, 213, [70], [4]), (33, 64, [48, 16, 16], [8, 0, 8]), (1, 96, [40, 40], [16, 20])],
 )
-def test_lora_linears_and_their_gradients_err_no_more_than_plain_pytorch(
+def test_lora_linears_and_their_gradients_err_at_most_twice_as_much_as_pytorch(
     N, D, rows, ranks, dtype, device
 ):
-    x, dy = (
-        normal(N, D, dtype=dtype, device=device),
-        normal(N, sum(rows), dtype=dtype, device=device),
-    )
+    x = normal(N, D, dtype=dtype, device=device)
+    dy = normal(N, sum(rows), dtype=dtype, device=device)
     weights = [
         normal(n, D, dtype=dtype, device=device, seed=n + i) / D**0.5 for i, n in enumerate(rows)
     ]
     adapters = []
     for i, (n, R) in enumerate(zip(rows, ranks, strict=True)):
-        shapes = [(R, D), (n, R)] if R else [None, None]
-        adapters += [
-            s and normal(*s, dtype=dtype, device=device, seed=9 * i) / s[1] ** 0.5 for s in shapes
-        ]
+        for shape in ((R, D), (n, R)):
+            matrix = normal(*shape, dtype=dtype, device=device, seed=9 * i) if R else None
+            adapters.append(matrix / shape[1] ** 0.5 if R else None)
     weight = extended(weights, adapters[::2], adapters[1::2], dtype, device)
-    spare = weight.shape[1] - D
-    wide_x, wide_dy = beside_spare(x, spare), beside_spare(dy, spare)
+    R = weight.shape[1] - D
+    wide_x, wide_dy = beside_lora_columns(x, R), beside_lora_columns(dy, R)
     y = lora_linear.lora_linear_(wide_x, weight, sum(rows), 0.7)
     dx = lora_linear.lora_linear_backward_(wide_dy, weight, D, 0.7)
     pairs = lora_linear.lora_gradients(wide_dy, wide_x, list(zip(rows, ranks, strict=True)))
@@ -73,43 +75,36 @@ def test_lora_linears_and_their_gradients_err_no_more_than_plain_pytorch(
     judge([y, dx, *gradients], formula, [x, *adapters], [dy])
 
 
-@kernel
-def test_the_adapters_of_several_weights_are_written_at_once(device):
-    def targets():
-        for out, width, ranks in ((70, 33, [4, 0, 8]), (16, 200, [3]), (24, 16, [0])):
-            rows = [out // len(ranks)] * (len(ranks) - 1)
-            rows.append(out - sum(rows))
-            pairs = [
-                (normal(R, width, seed=R), normal(n, R, seed=n))
-                for n, R in zip(rows, ranks, strict=True)
-            ]
-            adapters = [
-                (a.to(device), b.to(device), n) if len(a) else (None, None, n)
-                for (a, b), n in zip(pairs, rows, strict=True)
-            ]
-            yield torch.full((out + 16, width + 16), 7.0, device=device), adapters, out, width
+def adapter_targets(device):
+    """Yield targets of write_adapters_ with three adapters, one, and none."""
+    for out, width, ranks in ((70, 33, [4, 0, 8]), (16, 200, [3]), (24, 16, [0])):
+        rows = [out // len(ranks)] * (len(ranks) - 1)
+        rows.append(out - sum(rows))
+        adapters = []
+        for R, n in zip(ranks, rows, strict=True):
+            a, b = normal(R, width, seed=R), normal(n, R, seed=n)
+            adapters.append((a.to(device), b.to(device), n) if R else (None, None, n))
+        yield torch.full((out + 16, width + 16), 7.0, device=device), adapters, out, width
 
-    found, expected = list(targets()), list(targets())
+
+@kernel
+def test_the_adapters_of_several_weights_are_written_in_one_launch(device):
+    found, expected = list(adapter_targets(device)), list(adapter_targets(device))
     lora_linear.write_adapters_(found)
     for target in expected:
-        lora_linear.write_adapters_reference(*target)
-    assert all(
-        torch.equal(mine[0], theirs[0]) for mine, theirs in zip(found, expected, strict=True)
-    )
+        lora_linear.write_adapters_reference_(*target)
+    for mine, reference in zip(found, expected, strict=True):
+        assert torch.equal(mine[0], reference[0])
     assert (found[1][0] != 7).sum() == 3 * (16 + 200) and (found[2][0] == 7).all()
 
 
 @kernel
-def test_a_lora_linear_adds_to_a_total_and_its_adapter_alone_can_be_rewritten(device):
-    x, w, total = (
-        normal(5, 32, device=device),
-        normal(24, 32, device=device),
-        normal(5, 24, device=device),
-    )
+def test_a_lora_linear_adds_to_a_tensor_and_its_adapter_alone_can_be_rewritten(device):
+    x, w, total = (normal(*shape, device=device) for shape in ((5, 32), (24, 32), (5, 24)))
     a, b = normal(4, 32, device=device), normal(24, 4, device=device)
     weight = extended([w], [a], [b], torch.float32, device)
     lora_linear.write_adapters_([(weight, [(-a, b, 24)], 24, 32)])
-    wide = beside_spare(x, lora_linear.padded_rank(4))
+    wide = beside_lora_columns(x, lora_linear.padded_rank(4))
     before = total.clone()
     assert lora_linear.lora_linear_(wide, weight, 24, 2.0, add_to=total) is total
     assert torch.allclose(total, before + x @ w.T - 2 * x @ a.T @ b.T, atol=1e-4)
@@ -118,7 +113,7 @@ def test_a_lora_linear_adds_to_a_total_and_its_adapter_alone_can_be_rewritten(de
 
 @kernel
 @in_each_dtype
-def test_what_is_added_to_a_total_is_not_rounded_before(dtype, device):
+def test_a_product_is_not_rounded_before_it_is_added(dtype, device):
     x, w, total = (
         normal(*shape, dtype=dtype, device=device) for shape in ((5, 32), (24, 32), (5, 24))
     )
@@ -142,11 +137,11 @@ def test_the_gradients_of_a_lora_linear_pass_gradcheck():
 
     def forward(x, a, b):
         whole = extended([weight], [a], [b], x.dtype, "cpu")
-        wide = beside_spare(x, whole.shape[1] - 5)
+        wide = beside_lora_columns(x, whole.shape[1] - 5)
         return lora_linear.lora_linear_(wide, whole, 4, 0.7), [wide, whole]
 
     def backward(dy, x, a, b, wide, whole):
-        wide_dy = beside_spare(dy, whole.shape[1] - 5)
+        wide_dy = beside_lora_columns(dy, whole.shape[1] - 5)
         dx = lora_linear.lora_linear_backward_(wide_dy, whole, 5, 0.7)
         return dx, *lora_linear.lora_gradients(wide_dy, wide, [(4, 2)])[0]
 
@@ -163,7 +158,7 @@ def test_lora_linear_holds_its_bound_at_real_sizes(N, D, F, dtype):
         0.02 * normal(*s, dtype=dtype, device="cuda") for s in ((F, D), (16, D), (F, 16))
     )
     whole = extended([weight], [a], [b], dtype, "cuda")
-    wide_x, wide_dy = (beside_spare(x, whole.shape[1] - D) for x in (x, dy))
+    wide_x, wide_dy = (beside_lora_columns(x, whole.shape[1] - D) for x in (x, dy))
     results = [
         lora_linear.lora_linear_(wide_x, whole, F, 2.0),
         lora_linear.lora_linear_backward_(wide_dy, whole, D, 2.0),
@@ -172,25 +167,24 @@ def test_lora_linear_holds_its_bound_at_real_sizes(N, D, F, dtype):
     judge(results, functools.partial(plain_lora, weights=[weight], scaling=2.0), [x, a, b], [dy])
 
 
-# ---------------------------------------------------------------------------------------------------- loss
+# ---- loss
 
 
 @kernel
 @in_each_dtype
 @pytest.mark.parametrize("tile_rows", [None, 3])
 @pytest.mark.parametrize(("N", "D", "V"), [(7, 16, 423), (1, 8, 5), (4, 8, 4099)])
-def test_linear_cross_entropy_errs_no_more_than_plain_pytorch(N, D, V, tile_rows, dtype, device):
-    hidden, weight = (
-        normal(N, D, dtype=dtype, device=device),
-        normal(V, D, dtype=dtype, device=device),
-    )
+def test_linear_cross_entropy_errs_at_most_twice_as_much_as_pytorch(
+    N, D, V, tile_rows, dtype, device
+):
+    hidden = normal(N, D, dtype=dtype, device=device)
+    weight = normal(V, D, dtype=dtype, device=device)
     targets = torch.arange(N, device=device) * 31 % V
     targets[1:2], targets[-1] = -100, V - 1
     loss, dhidden = linear_cross_entropy(hidden, weight, targets, 3, tile_rows)
+    alone, none = linear_cross_entropy(hidden, weight, targets, 3, tile_rows, need_grad=False)
     assert loss.dtype == torch.float32
-    assert torch.equal(
-        loss, linear_cross_entropy(hidden, weight, targets, 3, tile_rows, need_grad=False)[0]
-    )
+    assert torch.equal(loss, alone) and none is None
 
     def formula(hidden):
         logits = hidden @ weight.to(hidden.dtype).T
@@ -204,63 +198,51 @@ def test_linear_cross_entropy_errs_no_more_than_plain_pytorch(N, D, V, tile_rows
 
 
 @kernel
-def test_ignored_rows_have_no_loss_and_no_gradient_even_when_they_are_nan(device):
+def test_ignored_rows_have_no_loss_and_no_gradient_even_if_they_are_nan(device):
     hidden, weight = normal(3, 8, device=device), normal(50, 8, device=device)
     hidden[1] = math.nan
     targets = torch.tensor([4, -100, 7], device=device)
     denominator = torch.tensor(2, device=device)
     loss, dhidden = linear_cross_entropy(hidden, weight, targets, denominator)
-    torch.testing.assert_close(
-        loss, functional.cross_entropy(hidden[[0, 2]] @ weight.T, targets[[0, 2]])
-    )
+    expected = functional.cross_entropy(hidden[[0, 2]] @ weight.T, targets[[0, 2]])
+    torch.testing.assert_close(loss, expected)
     assert not dhidden[1].any()
-    loss, dhidden = linear_cross_entropy(
-        hidden, weight, torch.tensor([4, 1, 7], device=device), denominator
-    )
+    targets = torch.tensor([4, 1, 7], device=device)
+    loss, dhidden = linear_cross_entropy(hidden, weight, targets, denominator)
     assert loss.isnan()
     assert dhidden.isnan().any(1).tolist() == [False, True, False]
 
 
 @kernel
-def test_logits_go_where_there_is_room_for_them(device):
-    hidden, weight, logits_buffer = (
-        normal(5, 8, device=device),
-        normal(50, 8, device=device),
-        torch.zeros(2, 50, device=device),
-    )
+def test_logits_are_written_into_the_callers_buffer(device):
+    hidden, weight = normal(5, 8, device=device), normal(50, 8, device=device)
+    logits_buffer = torch.zeros(2, 50, device=device)
     targets = torch.tensor([4, -100, 7, 0, 49], device=device)
     expected = linear_cross_entropy(hidden, weight, targets, 3, tile_rows=2)
-    assert all(
-        map(
-            torch.equal,
-            linear_cross_entropy(hidden, weight, targets, 3, logits_buffer=logits_buffer),
-            expected,
-        )
-    )
-    assert logits_buffer[0, 49] < 0  # of the last row: the softmax, less one at the target
+    found = linear_cross_entropy(hidden, weight, targets, 3, logits_buffer=logits_buffer)
+    assert all(map(torch.equal, found, expected))
+    assert logits_buffer[0, 49] < 0  # softmax - 1 at the target of the last row
+    message = r"logits_buffer is .*; expected \(rows, 50\) torch.float32"
     for wrong in (logits_buffer[:, 1:], logits_buffer.double(), logits_buffer[:0]):
-        with pytest.raises(
-            ValueError, match=r"logits_buffer is .*; expected \(rows, 50\) torch.float32"
-        ):
+        with pytest.raises(ValueError, match=message):
             linear_cross_entropy(hidden, weight, targets, 3, logits_buffer=wrong)
 
 
 def test_a_target_outside_the_vocabulary_is_refused_on_the_cpu():
     for wrong in (50, -1):
-        with pytest.raises(
-            ValueError, match=rf"target \[{wrong}\] is outside the vocabulary of 50"
-        ):
+        message = rf"target \[{wrong}\] is outside the vocabulary of 50"
+        with pytest.raises(ValueError, match=message):
             linear_cross_entropy(normal(2, 8), normal(50, 8), torch.tensor([3, wrong]), 2)
 
 
 def test_the_gradient_of_the_loss_reference_passes_gradcheck():
     weight, targets = double(9, 5).detach(), torch.tensor([3, -100, 8, 0])
-    pair = as_function(
-        lambda hidden: (lambda loss, dhidden: (loss, [dhidden]))(
-            *linear_cross_entropy(hidden, weight, targets, 3, 3)
-        ),
-        lambda dout, hidden, dhidden: dout * dhidden,
-    )
+
+    def forward(hidden):
+        loss, dhidden = linear_cross_entropy(hidden, weight, targets, 3, 3)
+        return loss, [dhidden]
+
+    pair = as_function(forward, lambda dout, hidden, dhidden: dout * dhidden)
     assert torch.autograd.gradcheck(pair, double(4, 5))
 
 

@@ -1,4 +1,4 @@
-"""What holds for all kernels alike: no rows, shapes that do not fit, more than 2^31 elements, no wait for the GPU."""
+"""Properties of all kernels: no rows, refused shapes, more than 2^31 elements, no wait for the GPU."""
 
 import pytest
 import torch
@@ -29,7 +29,8 @@ def test_no_rows_give_empty_results_and_a_loss_of_zero(triton, device, monkeypat
     assert (y.shape, rstd.shape) == ((0, 16), (0,))
     assert rms_norm.rms_norm_backward(x, x, weight[0], rstd).shape == (0, 16)
     assert swiglu.swiglu_backward(x, x, x)[0].shape == (0, 16)
-    q, bound = torch.empty(0, 2, 8, device=device), torch.empty(0, dtype=torch.int32, device=device)
+    q = torch.empty(0, 2, 8, device=device)
+    bound = torch.empty(0, dtype=torch.int32, device=device)
     rope.rope_(q, q, *angles(4, 8, device), bound)
     out, lse = attention(q, q, q, bound, bound, 1.0)
     assert (out.shape, lse.shape) == ((0, 2, 8), (2, 0))
@@ -44,12 +45,24 @@ def test_no_rows_give_empty_results_and_a_loss_of_zero(triton, device, monkeypat
     assert (loss.item(), dhidden.shape) == (0.0, (0, 16))
 
 
-REFUSED = {
-    "norm": (lambda x: rms_norm.rms_norm(x, x[0, :5], EPS), "weight is (5,); rows of x hold 16"),
-    "rows": (lambda x: swiglu.swiglu(x.T, x.T), "the rows of gate have stride 16"),
+REFUSED = {  # name -> (call on x (3, 16), part of the message)
+    "norm": (
+        lambda x: rms_norm.rms_norm(x, x[0, :5], EPS),
+        "weight is (5,) with stride (1,); rows of x hold 16",
+    ),
+    "rows": (
+        lambda x: swiglu.swiglu(x.T, x.T),
+        "gate is (16, 3) torch.float32 on cpu with strides (1, 16); "
+        "expected (16, 3) torch.float32 on cpu with contiguous rows",
+    ),
     "pair": (
         lambda x: swiglu.swiglu(x, x.half()),
-        "up is (3, 16) torch.float16; gate is (3, 16) torch.float32",
+        "up is (3, 16) torch.float16 on cpu with strides (16, 1); expected (3, 16) torch.float32",
+    ),
+    "device": (
+        lambda x: rms_norm.add_rms_norm_(x, x.to("meta"), x[0], EPS),
+        "addend is (3, 16) torch.float32 on meta with strides (16, 1); "
+        "expected (3, 16) torch.float32 on cpu",
     ),
     "rope": (
         lambda x: rope.rope_(x[:, None], x[:, None], x[:, :4], x[:, :4], x[:, 0].long()),
@@ -69,7 +82,7 @@ REFUSED = {
     ),
     "linear": (
         lambda x: lora_linear.lora_linear_(x, x[:, :5], 3, 1.0),
-        "x is (3, 16); an extended weight (3, 5)",
+        "x is (3, 16); the extended weight is (3, 5)",
     ),
     "adapter": (
         lambda x: lora_linear.write_adapters_([(x, [(x, x, 3)], 3, 16)]),
@@ -77,29 +90,29 @@ REFUSED = {
     ),
     "spare": (
         lambda x: lora_linear.write_adapters_([(x, [(x, x.new_zeros(3, 3), 3)], 3, 16)]),
-        "has (0, 0) rows and columns to spare",
+        "has (0, 0) LoRA rows and columns",
     ),
     "loss": (
         lambda x: linear_cross_entropy(x, x, torch.zeros(2), 1),
-        "targets are (2,); hidden has 3 rows",
+        "targets is (2,); hidden has 3 rows",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_with_its_shape(case):
+def test_arguments_that_do_not_fit_are_refused_with_their_shape(case):
     call, message = REFUSED[case]
     with pytest.raises(ValueError) as error:
         call(normal(3, 16))
     assert message in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------- GPU only
+# ---- GPU only
 
 
 @pytest.mark.gpu
 class TestBeyondTwoToThe31:
-    """Tensors of more than 2^31 elements: their last rows are those of a small tensor with the same rows."""
+    """Tensors of more than 2^31 elements, whose last rows equal those of a small tensor."""
 
     def test_rowwise_kernels_reach_the_last_row(self):
         N, D = 2**31 // 4096 + 5, 4096
@@ -179,19 +192,17 @@ class TestBeyondTwoToThe31:
 def test_no_kernel_waits_for_the_gpu():
     x, weight = normal(64, 64, device="cuda"), normal(64, 64, device="cuda")
     start, end = bounds([30, 34], "cuda")
-    positions, targets = torch.arange(64, device="cuda"), torch.arange(64, device="cuda")
+    positions = targets = torch.arange(64, device="cuda")
     cos, sin = angles(64, 32, "cuda")
     a, b = normal(8, 64, device="cuda"), normal(64, 8, device="cuda")
-    stored, whole = (
-        quantised((64, 64), nested=True, device="cuda"),
-        torch.zeros(128, 128, device="cuda"),
-    )
-    s = torch.zeros_like(x)
+    stored = quantised((64, 64), nested=True, device="cuda")
+    whole = torch.zeros(128, 128, device="cuda")
+    residual = torch.zeros_like(x)
 
     def everything():
         dequantize_nf4(stored, whole.dtype, out=whole[:64, :64])
         lora_linear.write_adapters_([(whole, [(a, b, 64)], 64, 64)])
-        y, rstd = rms_norm.add_rms_norm_(x, x, weight[0], EPS, residual=s)
+        y, rstd = rms_norm.add_rms_norm_(x, x, weight[0], EPS, residual=residual)
         rms_norm.rms_norm_backward(y, x, weight[0], rstd, y, addend=x)
         wide = torch.cat([y, y], 1)
         q = lora_linear.lora_linear_(wide, whole, 64, 1.0).view(64, 2, 32)
