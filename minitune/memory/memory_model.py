@@ -12,8 +12,9 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
-from minitune.kernels.attention_backward import DKDV_BLOCK_SIZES, parts_of_a_group
 from minitune.kernels.attention_cudnn import kv_heads_at_once
+from minitune.kernels.attention_dkdv import BLOCK_SIZES as DKDV_BLOCK_SIZES
+from minitune.kernels.attention_dkdv import num_splits
 from minitune.kernels.backend import cdiv
 from minitune.kernels.cross_entropy import logits_tile_rows
 from minitune.memory.model_shape import NF4_BYTES, ModelShape
@@ -211,7 +212,7 @@ class MemoryModel:
         widths = [width for width in DKDV_BLOCK_SIZES if width >= head_width]
         blocks_of_rows = DKDV_BLOCK_SIZES[min(widths, default=max(DKDV_BLOCK_SIZES))][0][0]
         blocks = cdiv(self.workload.tokens, blocks_of_rows)
-        return parts_of_a_group(blocks, shape.G, shape.H // shape.G)
+        return num_splits(blocks, shape.G, shape.H // shape.G)
 
     def _cudnn_part(self) -> float:
         """Return the fraction of the heads that one call of cuDNN's attention takes."""
