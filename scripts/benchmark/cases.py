@@ -6,7 +6,7 @@ A configuration keeps its number and its meaning, so that two commits are compar
 from dataclasses import dataclass
 from typing import Any
 
-# What minitune does with the activations that backward needs, and a peer's --checkpointing.
+# Mode of a case -> --checkpointing of its peers.
 PEER_CHECKPOINTING = {"recomputed": "default", "saved": "none", "offloaded": "default"}
 
 

@@ -58,7 +58,8 @@ HEADER = (
 def random_case(seed: int) -> tuple[dict[str, Any], list[str]]:
     """Return a random config.json, and the flags of bench.py for a run of it.
 
-    The budget lies between the least memory and 10% above the memory for saving everything.
+    The budget lies between the least memory and that of saving everything, or up to 10% of this
+    distance above.
     """
     draw = random.Random(seed)
     heads, head_dim = draw.choice([8, 16, 24, 32]), draw.choice([64, 128])
