@@ -1,14 +1,15 @@
-"""What layers keep for backward, in host memory: copied out while later layers run, and back one layer ahead.
+"""Saved activations in pinned host memory: copied out behind forward, and back ahead of backward.
 
-    forward     layer 0 | layer 1      | layer 2      | ...            the stream that computes
-                          layer 0 out    layer 1 out                   a stream of its own
-    backward    layer 2      | layer 1      | layer 0
-    layer 2 in  layer 1 in     layer 0 in
+    forward     layer 0 | layer 1     | layer 2     | ...         the compute stream
+                          copy 0 out    copy 1 out                the copy stream
 
-One pinned arena of exactly the size that is needed holds all of it, each layer in its own place, so the copies can be
-part of a CUDA graph. A tensor that leaves is let go of when its copy is done. The stream that computes waits for that
-where the next layer needs the memory, and no sooner: a layer may take longer to copy than to run, as long as there is
-room for the tensors that wait (`Plan.leaving`).
+    backward    layer 2 | layer 1 | layer 0                       the compute stream
+    copy 2 in   copy 1 in   copy 0 in                             the copy stream
+
+One pinned arena has exactly the planned size. Each layer has its own place in the arena, so a CUDA
+graph can capture the copies. A layer's GPU tensors are in flight until their copy is done. The
+compute stream waits for a copy only if the next layer needs the memory: a layer may take longer to
+copy than to run, as long as the tensors in flight have room (`Plan.in_flight_limit`).
 """
 
 from collections import deque
@@ -21,103 +22,120 @@ from torch import Tensor
 from minitune.device import pin
 from minitune.model.activations import Activations
 
-ALIGN = 512  # bytes
+ALIGN = 512  # bytes; every tensor begins at a multiple of it
 
 
 def aligned_nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the arena that these take."""
+    """Return the bytes that these tensors take in the arena."""
     return sum(-(-t.nbytes // ALIGN) * ALIGN for t in tensors)
 
 
 @dataclass
-class _Stored:
-    """A layer's tensors by name, in the arena and on the device that they are copied back to."""
+class _OffloadedLayer:
+    """A layer's tensors by name: in the arena, and back on the GPU once they are prefetched."""
 
-    places: dict[str, Tensor]
-    returned: dict[str, Tensor] = field(default_factory=dict)
+    on_host: dict[str, Tensor]
+    on_gpu: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
-class _Leaving:
-    """Tensors on the device until they have been copied out, and when that is."""
+class _InFlight:
+    """GPU tensors of a layer that are being copied out, and the event at the end of the copy."""
 
     tensors: list[Tensor]
     nbytes: int
-    done: torch.cuda.Event | None
+    copied: torch.cuda.Event | None  # None on a CPU, which copies at once
 
 
 class ActivationOffloader:
-    """Takes what layers keep, in forward order, and gives it back in backward order."""
+    """The pinned arena of one model: layers are offloaded in forward order, restored in reverse."""
 
     def __init__(self, nbytes: int, device: torch.device):
-        """Raises MemoryError where the host does not have, or does not pin, so much memory."""
+        """Allocate an arena of `nbytes` bytes for activations on `device`.
+
+        Raises: MemoryError if the host lacks the memory or refuses to pin it.
+        """
         self._device = device
         try:
             self._arena = torch.empty(max(nbytes, ALIGN), dtype=torch.uint8)
         except RuntimeError as error:
             raise MemoryError(f"the host has no {nbytes / 2**30:.2f} GiB of memory") from error
+        self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             pin(self._arena, self)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            self._stream = torch.cuda.Stream(device)
         self.reset()
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the arena in bytes."""
         return len(self._arena)
 
     @property
     def address(self) -> int:
+        """Return the address of the arena."""
         return self._arena.data_ptr()
 
     def reset(self) -> None:
-        """Begin anew with an empty arena."""
-        self._used, self._stored = 0, {}
-        self._leaving: deque[_Leaving] = deque()
+        """Empty the arena."""
+        self._used_bytes = 0
+        self._offloaded: dict[int, _OffloadedLayer] = {}
+        self._in_flight: deque[_InFlight] = deque()
 
-    def offload(self, index: int, a: Activations) -> None:
-        """Begin to copy out what layer `index` keeps."""
+    def offload(self, layer: int, a: Activations) -> None:
+        """Start to copy the activations of a layer to the host.
+
+        Raises: ValueError if the arena has no room for them.
+        """
         named = a.tensors()
         tensors = list(named.values())
-        if self._used + aligned_nbytes(tensors) > self.nbytes:
+        nbytes = aligned_nbytes(tensors)
+        free = self.nbytes - self._used_bytes
+        if nbytes > free:
             raise ValueError(
-                f"an arena of {self.nbytes} bytes has no room for layer {index}: plan with more"
+                f"an arena of {self.nbytes} bytes has no room for layer {layer}, which offloads "
+                f"{nbytes} bytes: {free} are left; plan with more host_bytes"
             )
-        places = {name: self._place(t) for name, t in named.items()}
-        self._stored[index] = _Stored(places)
-        self._copy(tensors, places.values())
-        done = None if self._stream is None else self._stream.record_event()
-        self._leaving.append(_Leaving(tensors, aligned_nbytes(tensors), done))
+        on_host = {name: self._next_place(t) for name, t in named.items()}
+        self._offloaded[layer] = _OffloadedLayer(on_host)
+        self._copy(tensors, on_host.values())
+        copied = None if self._stream is None else self._stream.record_event()
+        self._in_flight.append(_InFlight(tensors, nbytes, copied))
 
-    def wait_until_in_flight(self, nbytes: int) -> None:
-        """Let go of the tensors that left first, when they have left, until the others take `nbytes` at most."""
-        while sum(leaving.nbytes for leaving in self._leaving) > nbytes:
-            first = self._leaving.popleft()
-            if first.done is not None:
-                torch.cuda.current_stream().wait_event(first.done)
+    def wait_until_in_flight(self, max_bytes: int) -> None:
+        """Free the GPU tensors of the oldest copies until at most `max_bytes` are in flight.
 
-    def prefetch(self, index: int) -> None:
-        """Begin to copy layer `index` back."""
-        stored = self._stored[index]
-        stored.returned = {
-            name: torch.empty_like(t, device=self._device) for name, t in stored.places.items()
+        The compute stream waits for these copies; the host does not.
+        """
+        while sum(layer.nbytes for layer in self._in_flight) > max_bytes:
+            oldest = self._in_flight.popleft()
+            if oldest.copied is not None:
+                torch.cuda.current_stream().wait_event(oldest.copied)
+
+    def prefetch(self, layer: int) -> None:
+        """Start to copy the activations of an offloaded layer back to the GPU."""
+        offloaded = self._offloaded[layer]
+        offloaded.on_gpu = {
+            name: torch.empty_like(t, device=self._device) for name, t in offloaded.on_host.items()
         }
-        self._copy(stored.places.values(), stored.returned.values())
+        self._copy(offloaded.on_host.values(), offloaded.on_gpu.values())
 
-    def restore(self, index: int) -> Activations:
-        """What layer `index` kept, for which `fetch` is best called some time before."""
-        if not self._stored[index].returned:
-            self.prefetch(index)
+    def restore(self, layer: int) -> Activations:
+        """Return the activations of an offloaded layer, which `prefetch` should have started on."""
+        if not self._offloaded[layer].on_gpu:
+            self.prefetch(layer)
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-        return Activations(**self._stored.pop(index).returned)
+        return Activations(**self._offloaded.pop(layer).on_gpu)
 
-    def _place(self, t: Tensor) -> Tensor:
-        place = self._arena[self._used : self._used + t.nbytes].view(t.dtype).view(t.shape)
-        self._used += aligned_nbytes((t,))
-        return place
+    def _next_place(self, t: Tensor) -> Tensor:
+        """Return the next free part of the arena, with the shape and dtype of `t`."""
+        begin = self._used_bytes
+        self._used_bytes += aligned_nbytes([t])
+        return self._arena[begin : begin + t.nbytes].view(t.dtype).view(t.shape)
 
-    def _copy(self, sources, targets) -> None:
-        """On the side stream, after all that the stream that computes has been given so far."""
+    def _copy(self, sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
+        """Copy on the copy stream, after everything that the compute stream has launched so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
