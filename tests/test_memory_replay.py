@@ -136,7 +136,7 @@ def recorder(monkeypatch) -> Recorder:
         monkeypatch.setattr(kernel, "run", lambda *_, **__: recorder.launch())
     monkeypatch.setattr(backend, "use_triton", lambda x: True)
     monkeypatch.setattr(backend, "shared_memory_limit", lambda device: 227 << 10)
-    monkeypatch.setitem(lora_linear.ALIGN, "meta", lora_linear.ALIGN["cuda"])
+    monkeypatch.setitem(lora_linear.RANK_MULTIPLE, "meta", lora_linear.RANK_MULTIPLE["cuda"])
     monkeypatch.setattr(lora_linear, "add_matmul_", recorder.add_matmul_)
     monkeypatch.setattr(lora_linear, "matmul_accumulated", recorder.matmul_accumulated)
     monkeypatch.setattr(FusedLinear, "needs_no_buffer", False)  # as of NF4 weights
