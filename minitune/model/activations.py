@@ -44,9 +44,11 @@ class LayerPlan:
     offloaded: bool = False
 
 
-def _saved_from(level: SaveLevel) -> Tensor | None:
-    """Return a field that `level` and the levels above it save."""
-    return field(default=None, metadata={"saved_from": level})
+# The metadata of an activation: the lowest level that saves it.
+FROM_INPUT = {"saved_from": SaveLevel.INPUT}
+FROM_ATTENTION = {"saved_from": SaveLevel.ATTENTION}
+FROM_QKV = {"saved_from": SaveLevel.QKV}
+FROM_ALL = {"saved_from": SaveLevel.ALL}
 
 
 @dataclass
@@ -54,18 +56,26 @@ class Activations:
     """The activations of one layer for N packed tokens; backward recomputes those that are None.
 
     The letters are those of decoder_layer.py; R is the padded rank of the fused linear in question.
+
+    x: (N, D), the layer's input.
+    qkv_lora, o_lora, gate_up_lora, down_lora: (N, R), scaling * input A^T of each fused linear.
+    attn: (N, H K + R), attention's output.
+    lse: float32, attention's logsumexp of each row and head.
+    o: (N, D), the attention block's part of the residual stream.
+    qkv: (N, (H + 2 G) K), with q and k after RoPE.
+    gate_up: (N, 2 F + R).
     """
 
-    x: Tensor = field(metadata={"saved_from": SaveLevel.INPUT})  # (N, D), the layer's input
-    qkv_lora: Tensor | None = _saved_from(SaveLevel.INPUT)  # (N, R), scaling * h A^T
-    o_lora: Tensor | None = _saved_from(SaveLevel.INPUT)  # (N, R), scaling * attn A^T
-    gate_up_lora: Tensor | None = _saved_from(SaveLevel.INPUT)  # (N, R), scaling * h_mid A^T
-    down_lora: Tensor | None = _saved_from(SaveLevel.INPUT)  # (N, R), scaling * m A^T
-    attn: Tensor | None = _saved_from(SaveLevel.ATTENTION)  # (N, H K + R), attention's output
-    lse: Tensor | None = _saved_from(SaveLevel.ATTENTION)  # float32, logsumexp of each row and head
-    o: Tensor | None = _saved_from(SaveLevel.QKV)  # (N, D), added to the residual stream
-    qkv: Tensor | None = _saved_from(SaveLevel.QKV)  # (N, (H + 2 G) K), q and k after RoPE
-    gate_up: Tensor | None = _saved_from(SaveLevel.ALL)  # (N, 2 F + R)
+    x: Tensor = field(metadata=FROM_INPUT)
+    qkv_lora: Tensor | None = field(default=None, metadata=FROM_INPUT)
+    o_lora: Tensor | None = field(default=None, metadata=FROM_INPUT)
+    gate_up_lora: Tensor | None = field(default=None, metadata=FROM_INPUT)
+    down_lora: Tensor | None = field(default=None, metadata=FROM_INPUT)
+    attn: Tensor | None = field(default=None, metadata=FROM_ATTENTION)
+    lse: Tensor | None = field(default=None, metadata=FROM_ATTENTION)
+    o: Tensor | None = field(default=None, metadata=FROM_QKV)
+    qkv: Tensor | None = field(default=None, metadata=FROM_QKV)
+    gate_up: Tensor | None = field(default=None, metadata=FROM_ALL)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return name -> tensor of the activations that are not None."""

@@ -1,8 +1,11 @@
-"""The model: embedding, decoder layers, norm, head and loss.
+"""The causal language model: embedding, decoder layers, final norm, head and loss.
 
-Inside, everything is packed: N tokens of any number of samples without padding, whose positions restart at 0 with each
-sample (layers.py). Batches of shape (B, T) are packed on the way in. Whatever is an index (positions, sample bounds,
-rows with a label) is computed on the host and sent along: a training step fetches nothing from the device.
+Inside, everything is packed: N tokens of any number of samples, without padding, with positions
+that restart at 0 in each sample. Batches (B, T) are packed on the way in. All indices (positions,
+sample bounds, labelled rows) are computed on the host and sent along, so a training step fetches
+nothing from the device.
+
+The dimension letters are those of decoder_layer.py.
 """
 
 import contextlib
@@ -29,25 +32,32 @@ from minitune.model.packed_sequences import PackedSequences
 from minitune.model.resident_weights import ResidentWeights
 from minitune.model.rope import RopeTables
 
-EVALUATION_ROWS = 2048  # that the wide parts of a layer take at a time
+EVALUATION_TILE_ROWS = 2048
 
 
 @dataclass
 class Output:
-    """`loss` where labels were given, else `logits`, shaped like input_ids with V at the end."""
+    """The result of a forward pass: the loss if labels were given, and the logits otherwise.
+
+    logits: shaped like input_ids, with V at the end.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
 
 
+# The model asks a planner which activations to save. Planners know the memory of a GPU and live in
+# minitune/memory, above this folder, so the model names only the methods that it calls.
+
+
 class StepPlanner(Protocol):
-    """The part of memory/planner.py's Planner that the model uses."""
+    """A planner of forward and backward passes, such as memory/planner.py's Planner."""
 
     def plan_for(self, model: "CausalLM", packed: PackedSequences) -> "StepPlan": ...
 
 
 class StepPlan(Protocol):
-    """The part of memory/plan.py's Plan that the model uses."""
+    """The plan of one forward and backward pass, such as memory/plan.py's Plan."""
 
     layers: tuple[LayerPlan, ...]
     tile_rows: int | None
@@ -56,6 +66,8 @@ class StepPlan(Protocol):
 
 
 class Decoder(nn.Module):
+    """Embedding, decoder layers and final norm, under the names of the checkpoint's tensors."""
+
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
@@ -64,7 +76,14 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A Llama whose base is frozen. `FastLanguageModel.from_pretrained` makes one and fills it."""
+    """A causal language model with a frozen base.
+
+    `FastLanguageModel.from_pretrained` builds the model and fills its weights.
+
+    lora_seed: the seed that drew the adapter's A.
+    lora_dropout: the dropout that a loaded adapter was trained with; not applied here.
+    eos_token_ids: the tokens at which `generate` stops.
+    """
 
     def __init__(
         self,
@@ -73,55 +92,51 @@ class CausalLM(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         max_seq_length: int,
-        planner: "StepPlanner",
+        planner: StepPlanner,
         attention: str = "auto",
     ):
         super().__init__()
-        self.config, self.dtype, self.device, self.max_seq_length = (
-            config,
-            dtype,
-            device,
-            max_seq_length,
-        )
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.max_seq_length = max_seq_length
+        self.planner = planner
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.layer_context = LayerContext(
-            RopeTables.build(config, max_seq_length, device), dtype, attention
-        )
+        rope = RopeTables.build(config, max_seq_length, device)
+        self.layer_context = LayerContext(rope, dtype, attention)
         self.lora: LoraConfig | None = None
-        self.lora_seed: int | None = None  # drew the adapter's A
-        self.lora_dropout = 0.0  # that a loaded adapter was trained with; not applied here
-        self.planner = planner
-        self.name, self.folder = "", Path()
-        self.eos_token_ids: tuple[int, ...] = ()  # where generate stops
+        self.lora_seed: int | None = None
+        self.lora_dropout = 0.0
+        self.name = ""
+        self.folder = Path()
+        self.eos_token_ids: tuple[int, ...] = ()
 
     def _apply(self, fn, recurse=True):
         raise ValueError(
-            "the model stays where it was loaded; choose with from_pretrained(device=..., dtype=...)"
+            "the model stays on its device and in its dtype; "
+            "choose both with from_pretrained(device=..., dtype=...)"
         )
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
-        """The adaptable linears by their full names, layer by layer."""
-        return (
-            (name, m)
-            for name, m in self.named_modules()
-            if isinstance(m, Linear) and m is not self.lm_head
-        )
+        """Yield the full name and the module of each adaptable linear, layer by layer."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and module is not self.lm_head:
+                yield name, module
+
+    def fused_linears(self) -> Iterator[FusedLinear]:
+        """Return the fused linears of all layers, from the first layer on."""
+        return (fused for layer in self.model.layers for fused in layer.fused_linears)
 
     def num_parameters(self) -> int:
-        """Parameters of the base model; quantised ones count as what they stand for."""
-        c = self.config
-        linears = sum(linear.in_features * linear.out_features for _, linear in self.linears())
-        embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
-        small = sum(
-            p.numel() for n, p in self.named_parameters() if n.endswith(("norm.weight", ".bias"))
-        )
-        return linears + embeddings + small
+        """Return the number of parameters of the base model, each quantised weight included."""
+        shapes = self.config.tensor_shapes()
+        return sum(math.prod(shape) for shape in shapes.values())
 
     # ---- adapter
 
     def add_lora(self, lora: LoraConfig, seed: int = 3407) -> None:
-        """Attach LoRA branches that change nothing yet; the same seed draws the same A."""
+        """Attach LoRA branches that change nothing yet. The same seed draws the same A."""
         if self.lora is not None:
             raise ValueError(
                 "the model already has an adapter; load the base again to attach another"
@@ -133,7 +148,7 @@ class CausalLM(nn.Module):
         self.lora, self.lora_seed = lora, seed
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The trainable parameters under PEFT's names, always in the same order."""
+        """Return the trainable parameters under PEFT's names, always in the same order."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
 
     # ---- forward
@@ -146,106 +161,136 @@ class CausalLM(nn.Module):
         position_ids: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Output:
-        """The loss where there are labels, else the logits.
+        """Return the loss if labels are given, and the logits otherwise.
 
-        input_ids: (B, T), or (N,) or (1, N) packed together with position_ids that restart at 0 with each sample.
-        labels: shaped like input_ids; the label of a token is predicted from the token before it in its sample, so
-            a sample's first label counts for nothing, nor does -100.
-        attention_mask: (B, T), 0 for padding, which is left out of the computation altogether.
-        num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
+        input_ids: (B, T); or (N,) or (1, N) packed, with position_ids that restart at 0 in each
+            sample.
+        labels: shaped like input_ids. The token before a label predicts it, within the sample, so
+            the first label of a sample does not count, nor does -100.
+        attention_mask: (B, T), 0 for padding. Padding is not computed at all.
+        num_items_in_batch: divisor of the summed loss; None is the number of labels that count.
 
-        Raises ValueError for ids beyond the vocabulary, shapes that disagree, or a sample over max_seq_length.
+        Raises: ValueError if an id is not in the vocabulary, if shapes differ, or if a sample is
+            longer than max_seq_length.
         """
-        ids, positions, keep = self._pack(input_ids.cpu(), attention_mask, position_ids)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} "
+                "differ in shape; each token has one label"
+            )
+        ids, positions, mask = self._pack(input_ids.cpu(), attention_mask, position_ids)
         packed = PackedSequences.from_positions(positions).to(self.device)
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
-            s = new_residual(
-                self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
-            )
-            levels, packed, tile = self._plan(packed)
+            s = new_residual(self._embed(ids))  # (N, D)
+            levels, packed, tile_rows = self._plan(packed)
             for layer, level in zip(self.model.layers, levels, strict=True):
-                s = layer(s, packed, self.layer_context, level, tile)
+                s = layer(s, packed, self.layer_context, level, tile_rows)
             if labels is None:
-                logits = LogitsNode.apply(s, self.model.norm, self.lm_head.weight_as(self.dtype))
-                if not keep.all():
-                    full = logits.new_zeros(keep.numel(), logits.shape[-1])
-                    logits = full.index_put(
-                        (keep.view(-1).nonzero()[:, 0].to(self.device),), logits
-                    )
-                return Output(logits=logits.view(*input_ids.shape, -1))
-            if labels.shape != input_ids.shape:
-                raise ValueError(
-                    f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ in shape"
-                )
+                return Output(logits=self._logits(s, mask))
             loss_rows = LossRows.from_labels(
-                labels.cpu()[keep], positions, self.config.vocab_size, len(ids)
+                labels.cpu()[mask], positions, self.config.vocab_size, len(ids)
             )
-            denominator = (
-                max(1, len(loss_rows)) if num_items_in_batch is None else num_items_in_batch
-            )
+            denominator = num_items_in_batch
+            if denominator is None:
+                denominator = max(1, len(loss_rows))
             return Output(loss=LossNode.apply(s, self, loss_rows.to(self.device), denominator))
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Return the embedding (N, D) of ids (N,) on the host, in the compute dtype."""
+        return self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
+
+    def _logits(self, s: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits of s (N, D), shaped like the mask with V at the end, 0 for padding."""
+        logits = LogitsNode.apply(s, self.model.norm, self.lm_head.weight_as(self.dtype))  # (N, V)
+        if not mask.all():
+            rows = mask.view(-1).nonzero()[:, 0].to(self.device)
+            padded = logits.new_zeros(mask.numel(), logits.shape[-1])
+            logits = padded.index_put((rows,), logits)
+        return logits.view(*mask.shape, -1)
 
     def rows_loss(
         self,
         s: Tensor,
         loss_rows: LossRows,
         denominator: float | Tensor,
-        dx: Tensor | None,
-        tile: Tensor | None = None,
+        dresidual: Tensor | None,
+        logits_buffer: Tensor | None = None,
     ) -> Tensor:
-        """loss.labelled_loss with the model's norm and head."""
-        return rows_loss(
-            s, loss_rows, self.model.norm, self.lm_head.weight_as(self.dtype), denominator, dx, tile
-        )
+        """Return the loss of s (N, D), as loss.rows_loss, with the model's norm and head."""
+        norm, head = self.model.norm, self.lm_head.weight_as(self.dtype)
+        return rows_loss(s, loss_rows, norm, head, denominator, dresidual, logits_buffer)
 
     def new_logits_buffer(self, rows: int) -> Tensor:
-        """Where the logits of the loss over so many rows go, a tile at a time."""
+        """Return a buffer for the logits of a loss over at most `rows` rows, one tile of them."""
         return new_logits_buffer(rows, self.config.vocab_size, self.dtype, self.device)
 
     def _pack(
         self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed ids (N,), their positions (N,), and the mask of those kept, shaped like the ids; all on the host."""
-        keep = torch.ones_like(ids, dtype=torch.bool)
+        """Return the packed ids (N,), their positions (N,), and the mask of real tokens.
+
+        The mask is True for real tokens and shaped like the ids. All three are on the host.
+        """
+        mask = torch.ones_like(ids, dtype=torch.bool)
         if attention_mask is not None:
             if attention_mask.shape != ids.shape:
                 raise ValueError(
-                    f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(ids.shape)} differ"
+                    f"attention_mask {tuple(attention_mask.shape)} and input_ids "
+                    f"{tuple(ids.shape)} differ in shape; each token has one mask value"
                 )
-            keep = attention_mask.cpu().bool()
+            mask = attention_mask.cpu().bool()
         if position_ids is None:
-            positions = (keep.cumsum(-1) - 1)[keep]
+            positions = (mask.cumsum(-1) - 1)[mask]
         else:
-            positions = position_ids.cpu().expand(ids.shape)[keep]
-            follows = torch.cat([positions.new_full((1,), -1), positions[:-1]]) + 1
-            if not ((positions == 0) | (positions == follows)).all():
+            positions = position_ids.cpu().expand(ids.shape)[mask]
+            next_positions = torch.cat([positions.new_full((1,), -1), positions[:-1]]) + 1
+            if not ((positions == 0) | (positions == next_positions)).all():
                 raise ValueError(
-                    "position_ids must count up by one and restart at 0 with each packed sample"
+                    "position_ids must count up by one and restart at 0 in each packed sample"
                 )
-        ids = ids[keep]
+        ids = ids[mask]
         self.check(ids, positions)
-        return ids, positions, keep
+        return ids, positions, mask
 
     def check(self, ids: Tensor, positions: Tensor) -> None:
-        """ValueError where packed ids (N,) or positions (N,), on the host, are not what the model was loaded for."""
+        """Check packed ids (N,) and positions (N,), both on the host.
+
+        Raises: ValueError if there is no token, if a sample is longer than max_seq_length, or if an
+            id is not in the vocabulary.
+        """
         if len(ids) == 0:
-            raise ValueError("input_ids hold no token")
+            raise ValueError("input_ids hold no token; expected at least one")
         if (longest := int(positions.max()) + 1) > self.max_seq_length:
             raise ValueError(
-                f"a sample has {longest} tokens, but the model was loaded for {self.max_seq_length}"
+                f"a sample has {longest} tokens, but the model was loaded for "
+                f"{self.max_seq_length}; load it with a larger max_seq_length"
             )
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            raise ValueError(
-                f"input_ids reach {int(ids.max())}, but the vocabulary has {self.config.vocab_size} rows"
-            )
+        vocab, low, high = self.config.vocab_size, int(ids.min()), int(ids.max())
+        if not 0 <= low <= high < vocab:
+            wrong = low if low < 0 else high
+            raise ValueError(f"input_ids reach {wrong}, but the vocabulary has {vocab} rows")
 
-    def fused_linears(self) -> Iterator[FusedLinear]:
-        """Return the fused linears of all layers, from the first layer on."""
-        return (fused for layer in self.model.layers for fused in layer.fused_linears)
+    def _plan(self, packed: PackedSequences) -> tuple[list[SaveLevel], PackedSequences, int | None]:
+        """Return the level of each layer, the samples as attention sees them, and tile_rows.
+
+        Without autograd every layer saves the least, in tiles: an evaluation fits into the memory
+        that a training step has. With autograd nothing is offloaded.
+        """
+        if not torch.is_grad_enabled():
+            levels = [SaveLevel.INPUT] * len(self.model.layers)
+            return levels, replace(packed, uniform_seqlen=None), EVALUATION_TILE_ROWS
+        plan = self.planner.plan_for(self, packed)
+        levels = [
+            SaveLevel.INPUT if layer.offloaded else max(layer.level, SaveLevel.INPUT)
+            for layer in plan.layers
+        ]
+        return levels, plan.select_attention(packed), plan.tile_rows
+
+    # ---- device and weights
 
     @contextlib.contextmanager
     def resident_weights(self) -> Iterator[None]:
-        """Keep every linear as a dense weight in the compute dtype meanwhile: same numbers, nothing to dequantise."""
+        """Keep all linears dequantised in the compute dtype meanwhile; no number changes."""
         weights = ResidentWeights(self.dtype, self.device)
         try:
             weights.keep_only(self.fused_linears())
@@ -259,28 +304,10 @@ class CausalLM(nn.Module):
         fits = elements * self.dtype.itemsize < free_memory(self.device) / 2
         return self.resident_weights() if fits else contextlib.nullcontext()
 
-    def _plan(self, packed: PackedSequences) -> tuple[list[SaveLevel], PackedSequences, int | None]:
-        """Return the level of each layer, the samples as attention sees them, and the rows of a tile.
-
-        Without autograd every layer saves the least, in tiles: an evaluation fits into the memory
-        that a training step has. With autograd nothing is offloaded.
-        """
-        if not torch.is_grad_enabled():
-            levels = [SaveLevel.INPUT] * len(self.model.layers)
-            return levels, replace(packed, uniform_seqlen=None), EVALUATION_ROWS
-        plan = self.planner.plan_for(self, packed)
-        levels = [
-            SaveLevel.INPUT if layer.offloaded else max(layer.level, SaveLevel.INPUT)
-            for layer in plan.layers
-        ]
-        return levels, plan.select_attention(packed), plan.tile_rows
-
     def as_current_device(self) -> contextlib.AbstractContextManager:
-        """Makes the model's GPU the current one meanwhile: Triton launches there, wherever the tensors are."""
-        return (
-            torch.cuda.device(self.device)
-            if self.device.type == "cuda"
-            else contextlib.nullcontext()
-        )
+        """Return a context with the model's GPU as the current device, on which Triton launches."""
+        if self.device.type == "cuda":
+            return torch.cuda.device(self.device)
+        return contextlib.nullcontext()
 
     generate = generate

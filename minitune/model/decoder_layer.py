@@ -198,7 +198,7 @@ class DecoderLayer(nn.Module):
     # ---- backward
 
     def new_residual_gradient(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an empty `dresidual` (N, D + R) for `backward_`, with the larger R of o and down."""
+        """Return an empty `dresidual` (N, D + R) for `backward_`; R is the larger of o and down."""
         columns = self.D + max(self.o.lora_columns, self.down.lora_columns)
         return torch.empty((rows, columns), dtype=dtype, device=device)
 
@@ -303,7 +303,7 @@ class DecoderLayer(nn.Module):
         return o, h_mid, rstd, gate_up
 
     def _backward_of_attention(self, dattn: Tensor, a: Activations, p: LayerPass) -> Tensor:
-        """Return the gradient of q, k and v before RoPE, (N, (H + 2 G) K + R), of dattn (N, H K)."""
+        """Return the gradient (N, (H + 2 G) K + R) of q, k, v before RoPE, from dattn (N, H K)."""
         attn = self.self_attn
         dqkv = self.qkv.new_output(dattn)
         dq, dk, dv = attn.split_heads(dqkv)  # (N, H, K), (N, G, K), (N, G, K)

@@ -1,11 +1,13 @@
-"""Decoding with a key/value cache, to look at what was trained.
+"""Text generation with a key/value cache.
 
-The prompts are read in one packed pass through the training kernels, which fills the cache; then every step moves one
-token a prompt through the layers, whose attention is a few torch operations over the cache. Where memory allows, the
-weights stay dequantised meanwhile: at one row a prompt, dequantising them would be nearly all of the time.
+One packed pass through the training kernels reads all prompts and fills the cache. After that each
+step moves one token per prompt through the layers, and attention is a few torch operations over the
+cache. If memory allows, the weights stay dequantised meanwhile: with one row per prompt,
+dequantising them would take nearly all of the time.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +16,39 @@ from minitune.kernels.attention import attention
 from minitune.model.activations import Activations
 from minitune.model.decoder_layer import DecoderLayer, new_residual
 from minitune.model.packed_sequences import PackedSequences
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The rule that chooses the next token.
+
+    temperature: divisor of the logits; 0 takes the likeliest token.
+    top_p: keep the fewest tokens that hold this share of the probability; 1 keeps all.
+    top_k: keep this many of the likeliest tokens; 0 keeps all.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+    def __post_init__(self):
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
+            raise ValueError(
+                f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}; "
+                "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0"
+            )
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> list[int]:
+        """Return one token for each row of the logits (B, V)."""
+        if self.temperature == 0:
+            return logits.argmax(-1).tolist()
+        values, order = (logits.float().cpu() / self.temperature).sort(-1, descending=True)
+        if self.top_k:
+            values, order = values[:, : self.top_k], order[:, : self.top_k]
+        probabilities = values.softmax(-1)
+        likelier = probabilities.cumsum(-1) - probabilities  # mass of all likelier tokens
+        probabilities = probabilities.masked_fill(likelier >= self.top_p, 0)
+        return order.gather(1, probabilities.multinomial(1, generator=generator))[:, 0].tolist()
 
 
 @torch.no_grad()
@@ -28,54 +63,33 @@ def generate(
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, given as lists of token ids or a tensor (B, T) without padding.
+    """Return the new tokens of each prompt.
 
-    An answer ends before one of `eos_token_ids` (by default those of the model), after `max_new_tokens`, or at the
-    model's max_seq_length.
+    An answer ends before an end token, after `max_new_tokens`, or at the model's max_seq_length.
 
-    temperature 0 takes the likeliest token; otherwise draws from softmax(logits / temperature), limited to the `top_k`
-    likeliest (0: all) and to the fewest tokens that hold `top_p` of the probability.
-    on_token(i, token) is called as each token of prompt i is chosen, the end's token left out.
+    prompts: lists of token ids, or a tensor (B, T) without padding.
+    temperature, top_p, top_k: the rule that chooses a token, as in SamplingConfig.
+    eos_token_ids: the end tokens; None takes the model's.
+    on_token: called as on_token(i, token) for each new token of prompt i.
 
-    Raises ValueError for no or empty prompts, ones longer than max_seq_length, and settings out of range.
+    Raises: ValueError if a prompt is missing, empty, or too long, or if a setting is out of range.
     """
     prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-    eos_token_ids = model.eos_token_ids if eos_token_ids is None else eos_token_ids
-    if not all(
-        isinstance(p, Sequence) and all(isinstance(token, int) for token in p) for p in prompts
-    ):
-        raise ValueError(
-            "prompts are lists of token ids, one a prompt, as tokenizer.apply_chat_template makes them"
-        )
-    if not prompts or not all(len(p) for p in prompts):
-        raise ValueError("generate needs at least one prompt, and no empty one")
-    if (max_seqlen := max(map(len, prompts))) >= model.max_seq_length:
-        raise ValueError(
-            f"a prompt has {max_seqlen} tokens, but the model was loaded for {model.max_seq_length}"
-        )
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
-        raise ValueError(
-            f"temperature {temperature}, top_p {top_p}, top_k {top_k}, max_new_tokens {max_new_tokens}: "
-            "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1"
-        )
-    if wrong := [token for p in prompts for token in p if not 0 <= token < model.config.vocab_size]:
-        raise ValueError(
-            f"a prompt holds id {wrong[0]}, but the vocabulary has {model.config.vocab_size} rows"
-        )
-    capacity = min(max_seqlen + max_new_tokens, model.max_seq_length)
+    sampling = SamplingConfig(temperature, top_p, top_k)
+    _check_request(model, prompts, max_new_tokens)
+    end = model.eos_token_ids if eos_token_ids is None else eos_token_ids
+    capacity = min(max(map(len, prompts)) + max_new_tokens, model.max_seq_length)
     generator = torch.Generator().manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     with model.resident_weights_if_they_fit(), model.as_current_device():
-        cache = _Cache(model, len(prompts), capacity)
+        cache = _KVCache(model, len(prompts), capacity)
         logits = cache.prefill(prompts)
         while True:
-            tokens = _choose(logits, temperature, top_p, top_k, generator)
+            tokens = sampling.choose(logits, generator)
             for i, token in enumerate(tokens):
+                running[i] = running[i] and token not in end
                 if not running[i]:
-                    continue
-                if token in eos_token_ids:
-                    running[i] = False
                     continue
                 answers[i].append(token)
                 if on_token:
@@ -86,65 +100,77 @@ def generate(
             logits = cache.step(tokens, running)
 
 
-def _choose(
-    logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator
-) -> list[int]:
-    """One token a row of logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
-    values, order = (logits.float().cpu() / temperature).sort(-1, descending=True)
-    if top_k:
-        values, order = values[:, :top_k], order[:, :top_k]
-    probabilities = values.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # what likelier tokens hold already
-    probabilities = probabilities.masked_fill(before >= top_p, 0)
-    return order.gather(1, probabilities.multinomial(1, generator=generator))[:, 0].tolist()
+def _check_request(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise ValueError if the model cannot continue these prompts."""
+    for prompt in prompts:
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+            raise ValueError(
+                "prompts are lists of token ids, one for each prompt, "
+                "as tokenizer.apply_chat_template makes them"
+            )
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and no empty one")
+    if (longest := max(map(len, prompts))) >= model.max_seq_length:
+        raise ValueError(
+            f"a prompt has {longest} tokens, but the model was loaded for {model.max_seq_length}"
+        )
+    vocab = model.config.vocab_size
+    for token in (token for prompt in prompts for token in prompt):
+        if not 0 <= token < vocab:
+            raise ValueError(f"a prompt holds id {token}, but the vocabulary has {vocab} rows")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
 
 
-class _Cache:
-    """Rotated keys, and values, of every layer: (B, capacity, G, K) each; `lengths` says how far each row is filled."""
+class _KVCache:
+    """The keys (after RoPE) and values of every layer, each (layers, B, capacity, G, K).
 
-    def __init__(self, model, rows: int, capacity: int):
+    lengths: number of tokens of each row that the cache holds.
+    """
+
+    def __init__(self, model, batch_size: int, capacity: int):
         c = model.config
-        shape = (c.num_hidden_layers, rows, capacity, c.num_key_value_heads, c.head_dim)
+        shape = (c.num_hidden_layers, batch_size, capacity, c.num_key_value_heads, c.head_dim)
         self.model = model
         self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.values = torch.zeros_like(self.keys)
-        self.lengths = [0] * rows
+        self.lengths = [0] * batch_size
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts in one packed pass; logits (B, V) of what follows each."""
-        self.lengths = [len(p) for p in prompts]
-        positions = torch.cat([torch.arange(n) for n in self.lengths]).to(self.model.device)
-        rows = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(self.lengths)).to(
-            self.model.device
-        )
+        """Read the prompts in one packed pass, and return the logits (B, V) behind each."""
+        device = self.model.device
+        self.lengths = [len(prompt) for prompt in prompts]
+        lengths = torch.tensor(self.lengths)
+        positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)  # (N,)
+        rows = torch.repeat_interleave(torch.arange(len(prompts)), lengths).to(device)  # (N,)
         packed = PackedSequences.from_positions(positions)
 
         def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[index, rows, positions], self.values[index, rows, positions] = k, v
+            self.keys[index, rows, positions] = k
+            self.values[index, rows, positions] = v
             return attention(q, k, v, packed.start, packed.end, layer.self_attn.scale)[0]
 
         ids = [token for prompt in prompts for token in prompt]
-        return self._logits(
-            self._forward(ids, packed, attend)[torch.tensor(self.lengths).cumsum(0) - 1]
-        )
+        s = self._forward(ids, packed, attend)  # (N, D)
+        return self._logits(s[lengths.cumsum(0) - 1])
 
     def step(self, tokens: list[int], running: list[bool]) -> Tensor:
-        """Move one token a row; logits (B, V) of what follows. A row that has ended stays where it is."""
-        positions = torch.tensor(
-            [min(n, self.keys.shape[2] - 1) for n in self.lengths], device=self.model.device
-        )
-        rows = torch.arange(len(tokens), device=self.model.device)
-        seen = int(positions.max()) + 1
-        hidden = torch.arange(seen, device=self.model.device) > positions[:, None]  # (B, seen)
+        """Move one token of each row forward, and return the logits (B, V) behind it.
+
+        A row that has ended still computes, but its length stays.
+        """
+        device, capacity = self.model.device, self.keys.shape[2]
+        positions = torch.tensor([min(n, capacity - 1) for n in self.lengths], device=device)
+        rows = torch.arange(len(tokens), device=device)
+        S = int(positions.max()) + 1  # cached tokens that any row may see
+        hidden = torch.arange(S, device=device) > positions[:, None]  # (B, S)
 
         def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[index, rows, positions], self.values[index, rows, positions] = k, v
-            keys, values = (
-                cached[index, :, :seen].float() for cached in (self.keys, self.values)
-            )  # (B, S, G, K)
-            grouped = q.float().view(len(q), keys.shape[2], -1, q.shape[-1])  # (B, G, H/G, K)
+            self.keys[index, rows, positions] = k
+            self.values[index, rows, positions] = v
+            keys = self.keys[index, :, :S].float()  # (B, S, G, K)
+            values = self.values[index, :, :S].float()
+            grouped = q.float().view(len(q), keys.shape[2], -1, q.shape[-1])  # (B, G, H / G, K)
             scores = torch.einsum("bghk,bsgk->bghs", grouped, keys) * layer.self_attn.scale
             weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1)
             return torch.einsum("bghs,bsgk->bghk", weights, values).view_as(q).to(q.dtype)
@@ -156,20 +182,23 @@ class _Cache:
         return logits
 
     def _forward(self, ids: list[int], packed: PackedSequences, attend: Callable) -> Tensor:
-        """Return the final residual stream (N, D); `attend` computes attention over the cache."""
+        """Return the residual stream (N, D) after the last layer.
+
+        attend: attend(layer, index, q, k, v) caches k and v, and returns attention's (N, H, K).
+        """
         model, context = self.model, self.model.layer_context
-        s = new_residual(
-            model.model.embed_tokens(torch.tensor(ids, device=model.device), model.dtype)
-        )
+        ids_on_device = torch.tensor(ids, device=model.device)
+        s = new_residual(model.model.embed_tokens(ids_on_device, model.dtype))
         for index, layer in enumerate(model.model.layers):
             with context.layer_pass(layer.fused_linears, packed) as p:
                 a = Activations(s.to(model.dtype, copy=True))
                 q, k, v = layer.self_attn.split_heads(layer.compute_qkv(a.x, p))
-                a.attn = layer.o.new_input(a.x)
+                a.attn = layer.o.new_input(a.x)  # (N, H K + R)
                 layer.self_attn.query_heads(a.attn).copy_(attend(layer, index, q, k, v))
                 layer.finish_rows_(s, a, p)
         return s
 
     def _logits(self, s: Tensor) -> Tensor:
+        """Return the logits (B, V) of the residual stream s (B, D)."""
         h, _ = self.model.model.norm.from_residual(s, self.model.dtype)
         return h @ self.model.lm_head.weight_as(self.model.dtype).T

@@ -84,7 +84,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The attention block's linears q_proj, k_proj, v_proj and o_proj, and the shape of its heads."""
+    """The shape of the attention heads. DecoderLayer adds q_proj, k_proj, v_proj and o_proj."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -112,7 +112,7 @@ class LayerContext:
     weight_buffers: WeightBuffers = field(default_factory=WeightBuffers)
 
     def attention_kwargs(self, packed: PackedSequences) -> dict[str, int | None]:
-        """Return attention's length arguments. `uniform_seqlen` is None unless cuDNN may be used."""
+        """Return attention's length arguments; `uniform_seqlen` is set only if cuDNN may run."""
         cudnn = self.attention == "auto" and (packed.uniform_seqlen or 0) >= CUDNN_MIN_LENGTH
         return {
             "uniform_seqlen": packed.uniform_seqlen if cudnn else None,

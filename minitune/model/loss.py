@@ -1,6 +1,7 @@
-"""Which rows have a label, and the loss over them: final norm, head and cross entropy, a tile of rows at a time.
+"""The loss over the labelled rows: final norm, head and cross entropy, one tile of rows at a time.
 
-Rows without a label never get as far as the norm, and nothing here is as long as the samples are.
+Unlabelled rows are dropped before the norm, so tensors here have one row per label. The letters are
+those of decoder_layer.py; M is the number of labelled rows.
 """
 
 from dataclasses import dataclass
@@ -15,52 +16,55 @@ from minitune.model.layers import RMSNorm
 
 @dataclass(frozen=True)
 class LossRows:
-    """The rows (M,) that predict a label, these labels (M,), and all the other rows."""
+    """The rows that enter the loss.
+
+    rows: (M,), the rows that predict a label.
+    targets: (M,), the labels that they predict.
+    ignored: (N - M,), all other rows.
+    """
 
     rows: Tensor
     targets: Tensor
-    others: Tensor
+    ignored: Tensor
 
     @classmethod
     def from_labels(cls, labels: Tensor, positions: Tensor, vocab: int, size: int) -> "LossRows":
-        """A row predicts the label of the next token, if that is in the same sample; labels and positions (N,).
+        """Return the rows that predict a label, computed on the host.
 
-        Of `size` rows those from N on are padding. On the host, where a label outside the vocabulary is a ValueError.
+        A row predicts the label of the next token, if both belong to the same sample.
+
+        labels, positions: (N,), on the host; a label of -100 does not count.
+        size: number of rows including padding, at least N.
+
+        Raises: ValueError if a label is neither -100 nor in the vocabulary.
         """
-        following = torch.cat(
-            [
-                torch.where(positions[1:] == 0, IGNORE_INDEX, labels[1:]),
-                labels.new_tensor([IGNORE_INDEX]),
-            ]
-        )
-        rows = (following != IGNORE_INDEX).nonzero()[:, 0]
-        targets = following[rows]
-        if (
-            wrong := [label for label in targets.aminmax() if not 0 <= label < vocab]
-            if len(rows)
-            else []
-        ):
-            raise ValueError(
-                f"label {int(wrong[0])} is neither {IGNORE_INDEX} nor within the vocabulary"
-            )
-        others = torch.ones(size, dtype=torch.bool).index_fill_(0, rows, False).nonzero()[:, 0]
-        return cls(rows, targets, others)
+        ends_sample = positions[1:] == 0
+        next_labels = torch.where(ends_sample, IGNORE_INDEX, labels[1:])
+        next_labels = torch.cat([next_labels, labels.new_tensor([IGNORE_INDEX])])  # (N,)
+        rows = (next_labels != IGNORE_INDEX).nonzero()[:, 0]
+        targets = next_labels[rows]
+        for label in targets.aminmax() if len(rows) else ():
+            if not 0 <= label < vocab:
+                raise ValueError(
+                    f"label {int(label)} is neither {IGNORE_INDEX} nor within the vocabulary "
+                    f"of {vocab}"
+                )
+        ignored = torch.ones(size, dtype=torch.bool).index_fill_(0, rows, False).nonzero()[:, 0]
+        return cls(rows, targets, ignored)
 
     def to(self, device: torch.device) -> "LossRows":
-        """On the device, without the host waiting for it."""
-        return LossRows(
-            *(to_device_async(t, device) for t in (self.rows, self.targets, self.others))
-        )
+        """Return a copy on the device, without making the host wait."""
+        tensors = (self.rows, self.targets, self.ignored)
+        return LossRows(*(to_device_async(t, device) for t in tensors))
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 def new_logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty tile of logits (rows, V), of fewer rows where there would be too many."""
-    return torch.empty(
-        (min(rows, logits_tile_rows(vocab, dtype.itemsize)), vocab), dtype=dtype, device=device
-    )
+    """Return an empty tile of logits, with `rows` rows or as many as a tile may have: (rows, V)."""
+    tile_rows = min(rows, logits_tile_rows(vocab, dtype.itemsize))
+    return torch.empty((tile_rows, vocab), dtype=dtype, device=device)
 
 
 def rows_loss(
@@ -69,28 +73,37 @@ def rows_loss(
     norm: RMSNorm,
     head: Tensor,
     denominator: float | Tensor,
-    dx: Tensor | None,
-    tile: Tensor | None = None,
+    dresidual: Tensor | None,
+    logits_buffer: Tensor | None = None,
 ) -> Tensor:
-    """The token losses of the residual stream s (N, D) over `denominator`, 0-dim; their gradient goes into dx (N, D).
+    """Return the sum of the rows' losses over `denominator`, 0-dim.
 
-    head (V, D); dx, in its dtype, or None where no gradient is wanted; tile, from `new_tile`: where the logits go.
+    s: the residual stream (N, D).
+    head: (V, D).
+    dresidual: (N, D), receives the gradient of s in its own dtype; None computes no gradient.
+    logits_buffer: from `new_logits_buffer`; None allocates one.
     """
-    step = logits_tile_rows(len(head), head.element_size()) if tile is None else len(tile)
+    if logits_buffer is None:
+        tile_rows = logits_tile_rows(len(head), head.element_size())
+    else:
+        tile_rows = len(logits_buffer)
     losses = []
-    for first in range(0, len(loss_rows), step):
-        rows, targets = (
-            loss_rows.rows[first : first + step],
-            loss_rows.targets[first : first + step],
-        )
-        part = s[rows]
-        h, rstd = norm.from_residual(part, head.dtype)
+    for first in range(0, len(loss_rows), tile_rows):
+        rows = loss_rows.rows[first : first + tile_rows]  # (n,)
+        targets = loss_rows.targets[first : first + tile_rows]
+        x = s[rows]  # (n, D)
+        h, rstd = norm.from_residual(x, head.dtype)
         loss, dh = linear_cross_entropy(
-            h, head, targets, denominator, need_grad=dx is not None, logits_buffer=tile
+            h,
+            head,
+            targets,
+            denominator,
+            need_grad=dresidual is not None,
+            logits_buffer=logits_buffer,
         )
         losses.append(loss)
-        if dx is not None:
-            dx.index_copy_(0, rows, norm.backward(dh, part, rstd))
-    if dx is not None:
-        dx.index_fill_(0, loss_rows.others, 0)
+        if dresidual is not None:
+            dresidual.index_copy_(0, rows, norm.backward(dh, x, rstd))
+    if dresidual is not None:
+        dresidual.index_fill_(0, loss_rows.ignored, 0)
     return torch.stack(losses).sum() if losses else s.new_zeros((), dtype=torch.float32)

@@ -20,7 +20,7 @@ class ResidentWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the resident weights of this owner."""
+        """Return the bytes of the resident weights of this owner."""
         return sum(fused.resident_weight.nbytes for fused in self._owned)
 
     def keep_only(self, wanted: Iterable[FusedLinear]) -> None:
