@@ -66,6 +66,7 @@ class Planner:
     level: the SaveLevel of every layer, or None to choose the fastest plan within the budgets.
     memory_budget: bytes of GPU memory for everything, or None for all that is free.
     host_budget: bytes of host memory for offloaded activations.
+    rates: the device's speeds, or None to measure them.
     largest: the plan with the highest peak so far, or None before the first plan.
 
     The budgets may be set at any time; the next plan keeps to them.
@@ -80,6 +81,7 @@ class Planner:
         self.level = level
         self.memory_budget = memory_budget
         self.host_budget = host_budget
+        self.rates: DeviceRates | None = None
         self.largest: Plan | None = None
 
     def measure_rates(self, device: torch.device) -> None:
@@ -144,7 +146,8 @@ class Planner:
         if self.level is not None:
             return uniform_plan(memory, self.level, static)
         budget = MemoryBudget(self.memory_limit(device), self.host_budget)
-        return fastest_plan(memory, static, budget, machine_rates(device), allow_resident_weights)
+        rates = self.rates or machine_rates(device)
+        return fastest_plan(memory, static, budget, rates, allow_resident_weights)
 
     def plan_with_less(self, device: torch.device) -> tuple[int, int]:
         """Lower memory_budget by a sixth and forget the largest plan.

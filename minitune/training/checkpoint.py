@@ -3,7 +3,7 @@
     checkpoint-N/
       adapter_config.json, adapter_model.safetensors   the adapter (checkpoints/adapter.py)
       optimizer.safetensors                            the optimizer's moments
-      state.json                                       progress, identity, budgets (resume.py)
+      state.json                                       progress, identity, plan inputs (resume.py)
 
 The order of the samples follows from seed and step, so no other state exists.
 """
@@ -78,7 +78,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint folder.
 
-    state: what resuming needs beside adapter and optimizer, as JSON values.
+    state: everything that resuming needs beside adapter and optimizer, as JSON values.
 
     Raises: ValueError if the folder cannot be written.
     """

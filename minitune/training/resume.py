@@ -1,4 +1,4 @@
-"""The settings that repeat a run, and the values that a resumed run shares with the one before.
+"""The settings that repeat a run, and the values that a resumed run has to share with it.
 
 config.toml holds the settings, resolved, for `--config`.
 
@@ -10,9 +10,10 @@ compares it with the settings of today:
     SAME_ROUNDING     a change splits the same sums differently, so losses may differ in rounding:
                       a warning
 
-It also holds budgets. Plans depend on the free memory, and their row tiles and micro-steps decide
-the order of sums. A run therefore fixes its budgets when it starts, and a resumed run plans with
-the same ones. Then its losses and its adapter have the bits of a run without interruption.
+It also holds plan inputs. Plans depend on the free memory and on measured speeds, and their row
+tiles and micro-steps decide the order of sums. A run therefore fixes these inputs when it starts,
+and a resumed run plans with the same ones. Then its losses and its adapter have the bits of a run
+without interruption.
 """
 
 import array
@@ -28,6 +29,7 @@ from minitune.config.cli import RunConfig, as_dict
 from minitune.config.training_config import SFTConfig
 from minitune.data.record_formats import Sample
 from minitune.device import free_memory
+from minitune.memory.device_rates import DeviceRates, machine_rates
 from minitune.memory.planner import Planner
 from minitune.model.activations import SaveLevel
 from minitune.model.causal_lm import CausalLM
@@ -161,78 +163,102 @@ def _check_order(source: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     )
 
 
-# ---- budgets
+# ---- plan inputs
 
 
 @dataclass(frozen=True)
-class Budgets:
-    """The limits that plans and micro-steps of a run are made with.
+class PlanInputs:
+    """The numbers that decide the plans and the micro-steps of a run.
 
-    memory: bytes of the device's memory for everything.
-    host: bytes of host memory for offloaded activations.
+    memory_budget: bytes of the device's memory for everything.
+    host_budget: bytes of host memory for offloaded activations.
     micro_step_tokens: tokens of one forward/backward at most.
+    rates: the speeds of a GPU by their names in DeviceRates; None on a CPU.
     """
 
-    memory: int
-    host: int
+    memory_budget: int
+    host_budget: int
     micro_step_tokens: int
+    rates: dict[str, float] | None = None
 
     @classmethod
-    def from_state(cls, values: Any, source: Path) -> "Budgets":
-        """Return the budgets that a checkpoint's state holds.
+    def from_state(cls, values: Any, source: Path) -> "PlanInputs":
+        """Return the plan inputs that a checkpoint's state holds.
 
         source: the file that errors name.
 
-        Raises: ValueError if a value is missing or not a whole number of at least 0.
+        Raises: ValueError if a value is missing or of another type.
         """
         if not isinstance(values, dict):
-            raise ValueError(f"{source}: budgets is {values!r}; {REMEDY}")
-        numbers = {item.name: values.get(item.name) for item in fields(cls)}
-        for name, value in numbers.items():
+            raise ValueError(f"{source}: plan_inputs is {values!r}; {REMEDY}")
+        for name in ("memory_budget", "host_budget", "micro_step_tokens"):
+            value = values.get(name)
             if type(value) is not int or value < 0:
-                raise ValueError(f"{source}: budgets.{name} is {value!r}; {REMEDY}")
-        return cls(**numbers)
+                raise ValueError(f"{source}: plan_inputs.{name} is {value!r}; {REMEDY}")
+        rates = values.get("rates")
+        if rates is not None:
+            names = {item.name for item in fields(DeviceRates)}
+            if not isinstance(rates, dict) or rates.keys() != names:
+                raise ValueError(f"{source}: plan_inputs.rates is {rates!r}; {REMEDY}")
+            for name, value in rates.items():
+                if type(value) is not float or not value > 0:
+                    raise ValueError(f"{source}: plan_inputs.rates.{name} is {value!r}; {REMEDY}")
+        return cls(
+            values["memory_budget"], values["host_budget"], values["micro_step_tokens"], rates
+        )
 
 
-def fix_budgets_(
+def fix_plan_inputs_(
     planner: Planner,
     model: CausalLM,
     args: SFTConfig,
     max_seqlen: int,
-    recorded: Budgets | None = None,
-) -> tuple[Budgets, list[str]]:
-    """Fix the budgets of `planner` in place for a whole run.
+    recorded: PlanInputs | None = None,
+) -> tuple[PlanInputs, list[str]]:
+    """Fix the inputs of `planner` in place for a whole run.
 
     max_seqlen: tokens of the longest sample.
-    recorded: the budgets of the run that is continued, or None. They are taken if as much memory
-        is free now.
+    recorded: the inputs of the run that is continued, or None. Its budgets are taken if as much
+        memory is free now.
 
-    Returns the budgets, and for each that is smaller than recorded a text that says so.
+    Returns the inputs, and for each budget that is smaller than recorded a text that says so.
     """
-    free = Planner(planner.level).memory_limit(model.device)
-    memory = int(free * (1 - MEMORY_RESERVE[model.device.type]))
+    device = model.device
+    free = Planner(planner.level).memory_limit(device)
+    memory_budget = int(free * (1 - MEMORY_RESERVE[device.type]))
     if planner.memory_budget is not None:
-        memory = min(memory, planner.memory_budget)
+        memory_budget = min(memory_budget, planner.memory_budget)
     shortages = []
     if recorded is not None:
-        if recorded.memory <= free:
-            memory = recorded.memory
-        elif planner.level is None or model.device.type == "cuda":
-            shortages.append(_shortage(recorded.memory, free, f"memory on {model.device}"))
-        host = _host_limit(planner.host_budget, args)
-        if recorded.host <= host:
-            planner.host_budget = recorded.host
+        if recorded.memory_budget <= free:
+            memory_budget = recorded.memory_budget
+        elif planner.level is None or device.type == "cuda":
+            shortages.append(_shortage(recorded.memory_budget, free, f"memory on {device}"))
+        host_limit = _host_limit(planner.host_budget, args)
+        if recorded.host_budget <= host_limit:
+            planner.host_budget = recorded.host_budget
         else:
-            shortages.append(_shortage(recorded.host, host, "host memory"))
-    planner.memory_budget = memory
+            shortages.append(_shortage(recorded.host_budget, host_limit, "host memory"))
+        if recorded.rates is not None:
+            planner.rates = DeviceRates(**recorded.rates)
+    planner.memory_budget = memory_budget
+    if planner.rates is None and planner.level is None and device.type == "cuda":
+        planner.rates = machine_rates(device)
+
     if args.micro_step_tokens is not None:
         tokens = args.micro_step_tokens
-    elif recorded is not None and recorded.memory == memory:
+    elif recorded is not None and recorded.memory_budget == memory_budget:
         tokens = recorded.micro_step_tokens
     else:
-        default = DEFAULT_MICRO_STEP_TOKENS[model.device.type]
+        default = DEFAULT_MICRO_STEP_TOKENS[device.type]
         tokens = fit_micro_step_tokens(planner, model, default, max_seqlen)
-    return Budgets(memory, planner.host_budget, tokens), shortages
+    return current_plan_inputs(planner, tokens), shortages
+
+
+def current_plan_inputs(planner: Planner, micro_step_tokens: int) -> PlanInputs:
+    """Return the inputs that a planner plans with now. Out-of-memory errors lower its budgets."""
+    rates = None if planner.rates is None else asdict(planner.rates)
+    return PlanInputs(planner.memory_budget, planner.host_budget, micro_step_tokens, rates)
 
 
 def _host_limit(host_budget: int, args: SFTConfig) -> int:
@@ -242,10 +268,10 @@ def _host_limit(host_budget: int, args: SFTConfig) -> int:
     return max(host_budget, int(MAX_HOST_SHARE * free_memory(torch.device("cpu"))))
 
 
-def _shortage(recorded: int, free: int, what: str) -> str:
+def _shortage(recorded: int, free: int, memory: str) -> str:
     return (
-        f"planned with {recorded / 2**30:.2f} GiB of {what}, of which {free / 2**30:.2f} GiB are "
-        "free: losses may differ in rounding"
+        f"planned with {recorded / 2**30:.2f} GiB of {memory}, of which {free / 2**30:.2f} GiB "
+        "are free: losses may differ in rounding"
     )
 
 
@@ -255,12 +281,12 @@ def _shortage(recorded: int, free: int, what: str) -> str:
 class ResumedRun(NamedTuple):
     """The state of a run that continues from a checkpoint.
 
-    budgets: None if the checkpoint has none, or if a setting in SAME_ROUNDING changed.
+    plan_inputs: None if the checkpoint has none, or if a setting in SAME_ROUNDING changed.
     warnings: texts for the user on changed settings.
     """
 
     progress: Progress
-    budgets: Budgets | None
+    plan_inputs: PlanInputs | None
     warnings: list[str]
 
 
@@ -286,9 +312,9 @@ def resume_run(
             f"{source} is already past {_limit(args, identity)}; raise it, or resume from an "
             "earlier checkpoint"
         )
-    budgets = None
-    if "budgets" in state:  # not in checkpoints of older versions
-        budgets = Budgets.from_state(state["budgets"], path)
+    plan_inputs = None
+    if "plan_inputs" in state:  # checkpoints of older versions have none
+        plan_inputs = PlanInputs.from_state(state["plan_inputs"], path)
     load_checkpoint(model, optimizer, source)
 
     warnings = []
@@ -299,8 +325,8 @@ def resume_run(
         warnings.append(
             f"{source} is continued with {', '.join(changes)}: losses may differ in rounding"
         )
-        budgets = None
-    return ResumedRun(progress, budgets, warnings)
+        plan_inputs = None
+    return ResumedRun(progress, plan_inputs, warnings)
 
 
 def _limit(args: SFTConfig, identity: dict[str, Any]) -> str:
@@ -311,14 +337,14 @@ def _limit(args: SFTConfig, identity: dict[str, Any]) -> str:
 
 
 def checkpoint_state(
-    progress: Progress, size: RunSize, identity: dict[str, Any], budgets: Budgets
+    progress: Progress, size: RunSize, identity: dict[str, Any], plan_inputs: PlanInputs
 ) -> dict[str, Any]:
-    """Return the content of state.json: what `resume_run` reads, and the epoch for a person."""
+    """Return the content of state.json; `resume_run` reads all of it except the epoch."""
     epoch, steps_into_epoch = divmod(progress.step, size.steps_per_epoch)
     return {
         "progress": asdict(progress),
         "epoch": epoch,
         "steps_into_epoch": steps_into_epoch,
         "identity": identity,
-        "budgets": asdict(budgets),
+        "plan_inputs": asdict(plan_inputs),
     }

@@ -68,8 +68,8 @@ def existing_outputs(output: str | Path) -> list[str]:
     Raises: ValueError if outputs.json is broken.
     """
     output = Path(output)
-    names = [folder.name for folder in checkpoints(output)]
-    return names + [name for name in _listed_names(output) if _exists(output / name)]
+    names = [folder.name for folder in checkpoints(output)] + _listed_names(output)
+    return [name for name in dict.fromkeys(names) if _exists(output / name)]
 
 
 def _listed_names(output: Path) -> list[str]:
@@ -82,7 +82,7 @@ def _listed_names(output: Path) -> list[str]:
     if not isinstance(names, list) or not all(map(_is_file_name, names)):
         raise ValueError(
             f'{path}: expected {{"names": [...]}} with names of files in this folder, found '
-            f"{names!r}; remove outputs.json to keep the files, or choose another --output-dir"
+            f"{names!r}; remove outputs.json, or choose another --output-dir"
         )
     return names
 
@@ -205,19 +205,15 @@ def next_run_folder(parent: str | Path = "runs") -> Path:
     """
     parent = Path(parent)
     with os_errors_as_value_error(parent):
-        return _make_next(parent)
-
-
-def _make_next(parent: Path) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
-    numbers = [int(path.name) for path in parent.iterdir() if NUMBER.fullmatch(path.name)]
-    number = max(numbers, default=0) + 1
-    while True:
-        try:
-            (parent / str(number)).mkdir()
-            return parent / str(number)
-        except FileExistsError:  # another run has taken the number
-            number += 1
+        parent.mkdir(parents=True, exist_ok=True)
+        numbers = [int(path.name) for path in parent.iterdir() if NUMBER.fullmatch(path.name)]
+        number = max(numbers, default=0) + 1
+        while True:
+            try:
+                (parent / str(number)).mkdir()
+                return parent / str(number)
+            except FileExistsError:  # another run has taken the number
+                number += 1
 
 
 def open_run_folder(

@@ -47,7 +47,8 @@ from minitune.training.out_of_memory import (
 )
 from minitune.training.resume import (
     checkpoint_state,
-    fix_budgets_,
+    current_plan_inputs,
+    fix_plan_inputs_,
     resolve_run_config,
     resume_run,
     run_identity,
@@ -65,7 +66,7 @@ class TrainOutput(NamedTuple):
 
 
 class SFTTrainer:
-    """A training run of the adapter of a model. The arguments mean what they mean in TRL."""
+    """A training run of a model's adapter. The arguments have TRL's names and meanings."""
 
     def __init__(
         self,
@@ -313,10 +314,10 @@ class SFTTrainer:
             self.progress, recorded, warnings = resume_run(
                 source, model, self.optimizer, self._identity, args
             )
-        self._budgets, shortages = fix_budgets_(
+        inputs, shortages = fix_plan_inputs_(
             self.planner, model, args, self.data.max_seqlen, recorded
         )
-        self.micro_step_tokens = self._budgets.micro_step_tokens
+        self.micro_step_tokens = inputs.micro_step_tokens
         for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
             print(f"warning: {text}", file=sys.stderr)
         self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
@@ -338,9 +339,6 @@ class SFTTrainer:
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
         self._fetch_losses()
-        # after an out-of-memory error the planner plans with less
-        budgets = replace(
-            self._budgets, memory=self.planner.memory_budget, host=self.planner.host_budget
-        )
-        state = checkpoint_state(self.progress, self.size, self._identity, budgets)
+        inputs = current_plan_inputs(self.planner, self.micro_step_tokens)
+        state = checkpoint_state(self.progress, self.size, self._identity, inputs)
         self._run.save(self.model, self.optimizer, self.progress.step, state)
