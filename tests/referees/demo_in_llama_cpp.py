@@ -10,10 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "scripts"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from demonstration import demo
 from demonstration.smollm2 import DEFAULT
@@ -21,6 +20,8 @@ from demonstration.smollm2 import DEFAULT
 from minitune import FastLanguageModel
 from minitune.data.jsonl import load_dataset
 from referees.llama_cpp import LlamaCpp
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
