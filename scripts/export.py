@@ -1,12 +1,14 @@
 """Run `minitune export` from a checkout: write a trained model as GGUF or merged safetensors.
 
-python scripts/export.py --model DIR --adapter runs/1/adapter --output model.gguf
+    python scripts/export.py --model DIR --adapter runs/1/adapter --output model.gguf
+
+The package is found in the checkout and needs no installation.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, without installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minitune.commands.export import main
 

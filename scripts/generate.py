@@ -1,12 +1,14 @@
 """Run `minitune generate` from a checkout: generate text with a model.
 
-python scripts/generate.py --model DIR [--adapter runs/1/adapter] --prompt "..."
+    python scripts/generate.py --model DIR [--adapter runs/1/adapter] --prompt "..."
+
+The package is found in the checkout and needs no installation.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, without installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minitune.commands.generate import main
 

@@ -55,11 +55,11 @@ def _run(argv: Sequence[str] | None, program: str, demonstration: Demonstration 
         demonstration.run(settings, prepare)
     else:
         usage = f"{program} --model DIR --data FILE --output-dir DIR"
+        if demonstration is not None:
+            usage += ", or --demo"
         for name in ("model", "data"):
             if getattr(settings.run, name) is None:
-                raise ValueError(
-                    f"--{name} is missing: {usage}{', or --demo' * bool(demonstration)}"
-                )
+                raise ValueError(f"--{name} is missing: {usage}")
         train(settings)
 
 
