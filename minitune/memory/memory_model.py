@@ -121,71 +121,74 @@ class MemoryModel:
         shape, N = self.shape, self.workload.tokens
         n = min(tile_rows or N, N)
         D, F = shape.D, shape.F
-        gate_up = 2 * F + shape.gate_up.lora_columns
+        # widths with LoRA columns
+        h = D + shape.qkv.lora_columns
+        attn = shape.HK + shape.o.lora_columns
         h_mid = D + shape.gate_up.lora_columns
+        gate_up = 2 * F + shape.gate_up.lora_columns
         m = F + shape.down.lora_columns
-        x = N * (D + shape.lora_columns)  # x; x A^T of every fused linear
-        qkv = N * shape.QKV
-        attention = N * (shape.HK + shape.o.lora_columns)
 
-        until_qkv = x + qkv + n * (D + shape.qkv.lora_columns)  # h of a tile
-        until_attention = x + qkv + attention
-        if cudnn:  # cuDNN's own output, before it is copied
-            until_attention += int(self._cudnn_part() * N * shape.HK)
-        until_y = x + qkv + attention
-        # o: of all rows if it is saved, else of a tile, and freed before m is made
-        until_y += N * D if level >= SaveLevel.QKV else 0
-        tile_o = 0 if level >= SaveLevel.QKV else D
+        # x; x A^T of every fused linear; q, k, v
+        until_qkv = N * (D + shape.lora_columns + shape.QKV)
+        until_attention = until_qkv + N * attn
+        until_y = until_attention
+        until_qkv += n * h
+        if cudnn:
+            until_attention += int(self._cudnn_part() * N * shape.HK)  # its output, to be copied
+        # gate and up: of all rows if they are saved, else of a tile
         until_y += (N if level >= SaveLevel.ALL else n) * gate_up
-        until_y += n * max(tile_o + h_mid, m)
-        lse = FLOAT32 * N * shape.H
-        peak = max(until_qkv, until_attention, until_y)
-        return peak * shape.itemsize + lse + self.residual_bytes
+        # o: of all rows if it is saved, else of a tile. A tile's o and h_mid are freed before m.
+        if level >= SaveLevel.QKV:
+            until_y += N * D + n * max(h_mid, m)
+        else:
+            until_y += n * max(D + h_mid, m)
+        peak = max(until_qkv, until_attention, until_y) * shape.itemsize
+        return peak + FLOAT32 * N * shape.H + self.residual_bytes  # the middle term is lse
 
     def backward_peak(self, level: SaveLevel, tile_rows: int | None, cudnn: bool) -> int:
         """Return the most bytes in use while a layer runs backward.
 
         They include the saved activations, and not dx (N, D + R), which all layers share.
         """
-        shape, N = self.shape, self.workload.tokens
+        shape, N, itemsize = self.shape, self.workload.tokens, self.shape.itemsize
         n = min(tile_rows or N, N)
         D, F = shape.D, shape.F
+        # widths with LoRA columns
+        h, dqkv = D + shape.qkv.lora_columns, shape.QKV + shape.qkv.lora_columns
+        attn = shape.HK + shape.o.lora_columns
+        h_mid = D + shape.gate_up.lora_columns
         gate_up = 2 * F + shape.gate_up.lora_columns
-        # q, k, v and attention's output are here in any case: saved, or recomputed
-        x = N * (D + shape.lora_columns)
-        qkv_attention = N * (shape.QKV + shape.HK + shape.o.lora_columns)
-        saved = N * D if level >= SaveLevel.QKV else 0  # o
-        saved += N * gate_up if level >= SaveLevel.ALL else 0
-        dattention = N * shape.HK
-        dqkv = N * (shape.QKV + shape.qkv.lora_columns)
+        m = F + shape.down.lora_columns
 
-        # From dy to the gradient of attention's output, in tiles: h_mid; gate and up, recomputed,
-        # or their gradient beside the saved ones; o if it is not saved. m is freed before dh_mid.
-        tile = D + shape.gate_up.lora_columns + gate_up
-        tile += 0 if level >= SaveLevel.QKV else D
-        mlp = x + qkv_attention + saved + dattention + n * tile
-        with_m = (mlp + n * (F + shape.down.lora_columns)) * shape.itemsize
-        with_dh_mid = (mlp + n * D) * shape.itemsize
-        # From there to the gradient of q, k, v, all rows at once.
-        attention = (x + qkv_attention + saved + dattention + dqkv) * shape.itemsize
-        attention += self._attention_backward_bytes(cudnn)
-        # From there to dx, in tiles of dh and h.
-        to_dx = x + saved + dqkv + n * (2 * D + shape.qkv.lora_columns)
-        to_dx *= shape.itemsize
+        # x; x A^T of every fused linear; o, gate and up if they are saved
+        throughout = N * (D + shape.lora_columns)
+        throughout += N * D if level >= SaveLevel.QKV else 0
+        throughout += N * gate_up if level >= SaveLevel.ALL else 0
+        # q, k, v and attn, saved or recomputed; dattn
+        until_dqkv = throughout + N * (shape.QKV + attn + shape.HK)
 
-        # Gradients of A and B, float32. With several tiles a group's sum stands beside the part of
-        # the tile, and the sums of all groups that an earlier tile has filled are there.
-        qkv, o, gate_up, down = (FLOAT32 * linear.lora_parameters for linear in shape.fused)
-        summed = o + gate_up + down
-        if N > n:
-            with_m += summed + down
-            with_dh_mid += summed + max(o, gate_up)
-        else:
-            with_m += down
-            with_dh_mid += summed
-        attention += summed
-        to_dx += summed + (2 * qkv if N > n else qkv)
-        return max(with_m, with_dh_mid, attention, to_dx) + FLOAT32 * N * shape.H  # lse
+        # From dy to dattn, in tiles: o unless it is saved; h_mid; gate and up, recomputed, or their
+        # gradient beside the saved ones; m, which is freed before dh_mid is made.
+        tile = h_mid + gate_up + (0 if level >= SaveLevel.QKV else D)
+        with_m = (until_dqkv + n * (tile + m)) * itemsize
+        with_dh_mid = (until_dqkv + n * (tile + D)) * itemsize
+        # From dattn to dqkv, all rows at once.
+        with_dqkv = (until_dqkv + N * dqkv) * itemsize + self._attention_backward_bytes(cudnn)
+        # From dqkv to dx, in tiles: dh and h.
+        with_dh = (throughout + N * dqkv + n * (D + h)) * itemsize
+
+        # dA and dB, float32, in the order down, gate_up, o, qkv. With several tiles those of a tile
+        # stand beside their sums, and an earlier tile has left the sums of the groups to come.
+        lora = [FLOAT32 * linear.lora_parameters for linear in shape.fused]
+        qkv_lora, o_lora, gate_up_lora, down_lora = lora
+        tiled = n < N
+        before_qkv = o_lora + gate_up_lora + down_lora
+        with_m += before_qkv + down_lora if tiled else down_lora
+        with_dh_mid += before_qkv + (max(o_lora, gate_up_lora) if tiled else 0)
+        with_dqkv += before_qkv
+        with_dh += before_qkv + (2 * qkv_lora if tiled else qkv_lora)
+        lse = FLOAT32 * N * shape.H
+        return max(with_m, with_dh_mid, with_dqkv, with_dh) + lse
 
     def _attention_backward_bytes(self, cudnn: bool) -> int:
         """Return the bytes of the workspace of attention's backward."""
@@ -198,14 +201,14 @@ class MemoryModel:
             elements += 4 * shape.HK  # dq in float32; dk, dv for every query head
             return int(part * N * elements) * shape.itemsize
         statistics = 8 * N * shape.H  # lse and the row sums of dout * out, packed in an int64
-        parts = self.attention_parts
-        return statistics + (2 * parts * N * shape.GK * FLOAT32 if parts > 1 else 0)
+        splits = self.attention_splits  # each has dk and dv in float32
+        return statistics + (2 * splits * N * shape.GK * FLOAT32 if splits > 1 else 0)
 
     @cached_property
-    def attention_parts(self) -> int:
-        """Return how many float32 parts of dk and dv attention's backward adds up.
+    def attention_splits(self) -> int:
+        """Return the number of programs that share a group's query heads in attention's backward.
 
-        Few rows do not fill the GPU, so the query heads of a group are split into parts.
+        It is 1 if the blocks of rows and the groups alone fill the GPU.
         """
         shape = self.shape
         head_width = shape.HK // shape.H

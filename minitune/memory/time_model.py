@@ -163,7 +163,7 @@ class TimeModel:
         tile += fused  # dy B
         tile += fused - (shape.o.adapters > 0)  # saved x A^T, which o's input has beside it already
         tile += LORA_GRADIENT_LAUNCHES * (fused + adapters)  # dA of a fused linear, dB of a linear
-        layer += self.memory.attention_parts > 1  # the sum of dk's and dv's parts
+        layer += self.memory.attention_splits > 1  # adds up dk and dv of the splits
         if level < SaveLevel.ATTENTION:
             layer += 1  # attention
         if level < SaveLevel.QKV:
