@@ -1,10 +1,13 @@
 """Resumed runs: the same bits as without an interruption, and warnings if settings changed."""
 
+import gc
 import json
 import shutil
 
 import pytest
 import torch
+from micro_step_checks import WIDE_SHAPE, random_samples
+from tiny import make_tiny_model
 from training_runs import (
     ADAPTER_FILE,
     RECORDS,
@@ -19,6 +22,7 @@ from training_runs import (
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.memory import planner as planner_module
+from minitune.memory.planner import Planner
 from minitune.training.checkpoint import STATE
 
 CHECKPOINTS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
@@ -290,3 +294,36 @@ def test_resumed_run_takes_micro_steps_of_the_recorded_size(smallest, run):
     trainer = new_trainer(smallest, run, **CHECKPOINTS)
     trainer.train(resume_from_checkpoint=run / "checkpoint-2")
     assert trainer.micro_step_tokens == 100
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_resumed_run_on_a_gpu_with_more_free_memory_ends_in_the_same_bits(tmp_path):
+    folder = make_tiny_model(tmp_path / "model", **WIDE_SHAPE, positions=1024)
+    samples = random_samples([1024] * 24, vocab=400)
+    settings = {
+        "records": [{"input_ids": s.input_ids, "labels": s.labels} for s in samples],
+        "model_options": {"device": "cuda", "dtype": torch.bfloat16, "max_seq_length": 1024},
+        **CHECKPOINTS,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 8,
+    }
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((1 << 30) / total)
+    trainer = new_trainer(folder, tmp_path / "run", **settings)
+    trainer.train()
+    scarce = trainer.planner.largest
+    expected = adapter_bytes(tmp_path / "run")
+
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    ample = Planner(None).plan_for_tokens(trainer.model, 8192, 1024)
+    assert ample.layers != scarce.layers
+    del trainer  # its memory would count as allocated in the plans of the resumed run
+    gc.collect()
+    torch.cuda.empty_cache()
+    resumed = new_trainer(folder, tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
+    plan = resumed.planner.largest
+    assert (plan.layers, plan.tile_rows) == (scarce.layers, scarce.tile_rows)
+    assert adapter_bytes(tmp_path / "run") == expected

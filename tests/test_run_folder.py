@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tomllib
 
 import pytest
 from full_disk import files_limited_to
@@ -14,6 +15,8 @@ from training_runs import (
     new_trainer,
 )
 
+from minitune import FastLanguageModel, SFTConfig, SFTTrainer
+from minitune.config.cli import RunConfig
 from minitune.training.checkpoint import STATE
 from minitune.training.run_folder import (
     CONFIG,
@@ -99,6 +102,26 @@ def test_without_output_dir_runs_are_numbered(smallest, tmp_path, monkeypatch):
     for _ in range(2):
         new_trainer(smallest, None, max_steps=1).train()
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["1", "2", "²"]
+
+
+def test_config_holds_the_settings_of_the_command_and_those_of_the_model_beside_them(
+    smallest, tmp_path
+):
+    model, tokenizer = FastLanguageModel.from_pretrained(smallest, max_seq_length=64, device="cpu")
+    FastLanguageModel.get_peft_model(model, r=2, use_gradient_checkpointing=True, random_state=5)
+    given = RunConfig(
+        model="org/name", merge=True, gguf=("f16",), use_gradient_checkpointing="auto"
+    )
+    args = SFTConfig(output_dir=tmp_path / "run", max_steps=1, save_strategy="no")
+    SFTTrainer(model, args, RECORDS, None, tokenizer, run_config=given).train()
+    assert given == RunConfig(
+        model="org/name", merge=True, gguf=("f16",), use_gradient_checkpointing="auto"
+    )
+    settings = tomllib.loads((tmp_path / "run" / CONFIG).read_text())
+    from_command = ("model", "merge", "gguf", "use_gradient_checkpointing")
+    assert [settings[name] for name in from_command] == ["org/name", True, ["f16"], "auto"]
+    from_model = ("max_seq_length", "max_length", "r", "random_state", "dtype", "load_in_4bit")
+    assert [settings[name] for name in from_model] == [64, 64, 2, 5, "float32", True]
 
 
 # ---- names that look like a checkpoint's
