@@ -3,7 +3,7 @@
 cuBLAS names its kernels after tiles, not after the operands. So the steps are profiled eagerly, and
 the operation that launched a kernel and the shapes of its inputs decide the group:
 
-    a kernel of kernels/                          the group of its file
+    a kernel of kernels/                          PROFILE_GROUP of its file
     a matmul with a dimension of the vocabulary   loss
     a matmul with a dimension up to the LoRA      LoRA: A and B, alone or of three linears at once
       columns of three linears
@@ -37,14 +37,6 @@ GROUPS = (
     "optimizer",
     "idle",
 )
-# First part of a file's name -> group; the kernels of other files are elementwise.
-FILE_GROUPS = {
-    "attention": "attention",
-    "lora": "LoRA",
-    "dequantize": "dequantisation",
-    "cross": "loss",
-    "adamw": "optimizer",
-}
 MATMULS = {
     "aten::mm",
     "aten::addmm",
@@ -57,11 +49,14 @@ REPEATS = 3
 
 
 def own_kernels() -> dict[str, str]:
-    """Return the name of each kernel in kernels/ -> its group."""
+    """Return the name of each kernel in kernels/ -> the PROFILE_GROUP of its file."""
     groups = {}
     for info in pkgutil.iter_modules(minitune.kernels.__path__):
         module = importlib.import_module(f"minitune.kernels.{info.name}")
-        group = FILE_GROUPS.get(info.name.split("_")[0], "elementwise")
+        group = getattr(module, "PROFILE_GROUP", None)
+        if group is None:  # a file of helpers, which launches no kernel
+            continue
+        assert group in GROUPS, f"{module.__name__}.PROFILE_GROUP is {group!r}, not one of {GROUPS}"
         for name, value in vars(module).items():
             function = getattr(value, "fn", None)  # the Python function of a Triton kernel
             if function is not None and function.__module__ == module.__name__:
