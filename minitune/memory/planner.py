@@ -149,13 +149,13 @@ class Planner:
         rates = self.rates or machine_rates(device)
         return fastest_plan(memory, static, budget, rates, allow_resident_weights)
 
-    def plan_with_less(self, device: torch.device) -> tuple[int, int]:
-        """Lower memory_budget by a sixth and forget the largest plan.
+    def plan_with_less(self, device: torch.device, nbytes: int | None = None) -> tuple[int, int]:
+        """Lower memory_budget by `nbytes`, or by a sixth, and forget the largest plan.
 
         Return the memory limit before and after.
         """
         limit = self.memory_limit(device)
-        self.memory_budget = limit * 5 // 6
+        self.memory_budget = limit - (limit // 6 if nbytes is None else min(nbytes, limit))
         self.largest = None
         return limit, self.memory_budget
 

@@ -45,7 +45,7 @@ from minitune.training.forward_backward import ForwardBackward, LossFunction
 MAX_CAPTURED_SIZES = 64
 # Larger micro-steps run eagerly and unpadded: the GPU is slower than any host there.
 MAX_CAPTURED_TOKENS = 32768
-# Retries of a step or a capture that lacks memory, each with a sixth less memory.
+# Retries of a step or a capture that lacks memory, each with a smaller plan.
 MAX_SMALLER_PLANS = 4
 ADVICE = (
     "to keep CUDA graphs, lower micro_step_tokens, or memory_budget if "
@@ -283,7 +283,7 @@ class CUDAGraphCache:
         return max(0, needed - _unreserved_memory(device))
 
     def _make_room(self, size: int, missing: int) -> None:
-        """Drop all graphs and have the next micro-step planned with a sixth less memory.
+        """Drop all graphs and plan the next micro-step with less memory by twice the shortage.
 
         If that is not possible, say in `disabled_reason` that this cache captures nothing any more.
         """
@@ -297,7 +297,8 @@ class CUDAGraphCache:
             self._no_room = f"{shortage}; {ADVICE}"
             return
         self._smaller_plans += 1
-        before, after = planner.plan_with_less(device)
+        # Twice the shortage, because a smaller plan's blocks leave gaps in its pool as well.
+        before, after = planner.plan_with_less(device, 2 * missing)
         warnings.warn(
             f"{shortage}; planning with {after / 2**30:.2f} GiB from now on, "
             f"not {before / 2**30:.2f} GiB ({ADVICE})",
