@@ -85,3 +85,10 @@ def test_a_family_fixes_its_biases_or_takes_them_from_the_config(model_type):
 def test_an_unknown_family_is_refused(model_type):
     with pytest.raises(ValueError, match="is not supported; supported are llama, mistral"):
         ModelConfig.from_dict(CONFIG | {"model_type": model_type})
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", ["linear"]])
+def test_an_unknown_rope_scaling_is_refused(rope_type):
+    message = "is not supported; supported are default, linear, llama3"
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict(CONFIG | {"rope_scaling": {"rope_type": rope_type, "factor": 2.0}})

@@ -216,7 +216,7 @@ def _rope(raw: dict) -> tuple[float, dict | None]:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return theta, None
-    if kind not in ROPE_SCALING_KEYS:
+    if str(kind) not in ROPE_SCALING_KEYS:
         raise ValueError(
             f"rope scaling {kind!r} is not supported; "
             f"supported are default, {', '.join(ROPE_SCALING_KEYS)}"
