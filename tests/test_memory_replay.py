@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
-from minitune.kernels import backend, lora_linear
+from minitune.kernels import backend, cross_entropy, lora_linear
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.memory_model import MemoryModel
 from minitune.memory.model_shape import ModelShape
@@ -27,8 +27,9 @@ from minitune.memory.plan import Workload
 from minitune.memory.time_model import LORA_GRADIENT_LAUNCHES, TimeModel
 from minitune.model.activations import SaveLevel
 from minitune.model.decoder_layer import DecoderLayer
-from minitune.model.layers import LayerContext
+from minitune.model.layers import LayerContext, RMSNorm
 from minitune.model.linear import FusedLinear, Linear
+from minitune.model.loss import LossRows, new_logits_buffer, rows_loss
 from minitune.model.packed_sequences import PackedSequences
 from minitune.model.rope import RopeTables
 
@@ -138,7 +139,8 @@ def recorder(monkeypatch) -> Recorder:
     monkeypatch.setattr(backend, "shared_memory_limit", lambda device: 227 << 10)
     monkeypatch.setitem(lora_linear.RANK_MULTIPLE, "meta", lora_linear.RANK_MULTIPLE["cuda"])
     monkeypatch.setattr(lora_linear, "add_matmul_", recorder.add_matmul_)
-    monkeypatch.setattr(lora_linear, "matmul_accumulated", recorder.matmul_accumulated)
+    for module in (lora_linear, cross_entropy):
+        monkeypatch.setattr(module, "matmul_accumulated", recorder.matmul_accumulated)
     monkeypatch.setattr(FusedLinear, "needs_no_buffer", False)  # as of NF4 weights
     monkeypatch.setattr(FusedLinear, "dequantize_into_", lambda *_: recorder.launch())
     return recorder
@@ -215,3 +217,23 @@ def test_the_planned_bytes_and_launches_are_those_of_the_layer(recorder, shape, 
             # gradients are added to .grad after the layer's backward
             launches = time_model.backward_launches(level, tile_rows) - 1
             assert launches == found.backward.launches, case
+
+
+@pytest.mark.parametrize("rows", [100, 2048, 8192])
+def test_the_planned_peak_of_the_loss_is_that_of_the_code(recorder, rows):
+    config = ModelConfig.from_dict(SHAPES["8b"])
+    sizes = ModelShape.of(config, ADAPTERS["all, r 16"], DTYPE.itemsize)
+    D, V = config.hidden_size, config.vocab_size
+    norm, head = RMSNorm(D, config.rms_norm_eps), empty(V, D)
+    norm.weight = empty(D)
+    index = torch.empty(rows, dtype=torch.int64, device=META)
+    loss_rows = LossRows(index, index, index[:0])
+    dresidual = torch.empty(rows, D, dtype=DTYPE, device=META)
+    s = torch.empty(rows, D, device=META)
+    with LiveBytes([norm.weight, head, index, dresidual]) as found:
+        recorder.mode = found
+        found.hold(s)
+        logits_buffer = new_logits_buffer(rows, V, DTYPE, META)
+        rows_loss(s, loss_rows, norm, head, 1.0, dresidual, logits_buffer)
+    planned = MemoryModel(sizes, Workload(rows, max_seqlen=rows)).loss_peak
+    assert planned == pytest.approx(found.peak, rel=0.01)  # the last tile has fewer rows

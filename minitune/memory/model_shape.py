@@ -31,6 +31,11 @@ class FusedShape:
     lora_parameters: int
 
     @property
+    def parameters(self) -> int:
+        """Return the frozen parameters."""
+        return self.in_features * self.out_features
+
+    @property
     def weight_elements(self) -> int:
         """Return the elements of the extended weight (kernels/lora_linear.py)."""
         return (self.out_features + self.lora_columns) * (self.in_features + self.lora_columns)
@@ -107,7 +112,7 @@ class ModelShape:
     @property
     def layer_parameters(self) -> int:
         """Return the frozen parameters of a layer's linears."""
-        return sum(linear.in_features * linear.out_features for linear in self.fused)
+        return sum(linear.parameters for linear in self.fused)
 
     @property
     def lora_parameters(self) -> int:

@@ -135,9 +135,9 @@ class TimeModel:
         if level < SaveLevel.ATTENTION:
             seconds += attention
         if level < SaveLevel.QKV:
-            parameters += shape.D * shape.QKV + shape.HK * shape.D  # qkv, o
+            parameters += shape.qkv.parameters + shape.o.parameters
         if level < SaveLevel.ALL:
-            parameters += 2 * shape.D * shape.F  # gate, up
+            parameters += shape.gate_up.parameters
         return (
             seconds
             + self._matmul_seconds(parameters, tile_rows)
