@@ -30,9 +30,9 @@ RELATIVE = re.compile(r"\b(?:where|what)\b", re.IGNORECASE)
 def prose(source: str) -> Iterator[tuple[int, str]]:
     """Yield (line number, text) of each docstring and comment of a Python source."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if text := ast.get_docstring(node, clean=False):
-                yield node.body[0].lineno, text
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and (text := ast.get_docstring(node, clean=False)):
+            yield node.body[0].lineno, text
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string

@@ -1,7 +1,8 @@
-"""The kernels, imported as `minitune.kernels`; in a checkout their files stand in `kernels/` at the top level.
+"""The door to the kernels: `minitune.kernels` finds the files of `kernels/` in a checkout.
 
-The name `kernels` itself belongs to a PyPI package that transformers looks for, so it is never put on the import path.
-A wheel holds the kernel files in this very folder instead, and not this file.
+The name `kernels` belongs to a PyPI package that transformers looks for, so the checkout's folder
+never joins the import path. In a wheel the kernel files stand in this folder, and this file is
+left out.
 """
 
 from pathlib import Path
