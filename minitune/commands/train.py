@@ -5,9 +5,9 @@
     minitune train --config DIR/config.toml --resume    continue an interrupted run
     minitune train --plan --model DIR --memory-budget 24GiB    the same as `minitune plan`
 
-The run folder holds adapter/, checkpoint-N/, metrics.jsonl and config.toml; --merge and --gguf add
-the merged model. Expected errors print one line on stderr and exit with code 2. Ctrl-C saves,
-prints how to continue, and exits with code 130.
+The run folder holds adapter/, checkpoint-N/, metrics.jsonl, config.toml and outputs.json; --merge
+and --gguf add the merged model. Expected errors print one line on stderr and exit with code 2.
+Ctrl-C saves, prints how to continue, and exits with code 130.
 """
 
 import sys
