@@ -136,3 +136,20 @@ def test_a_planner_with_less_memory_or_without_the_host_forgets_its_largest_plan
     planner.plan_without_host()
     assert planner.host_budget == 0
     assert planner.largest is None
+
+
+def test_a_planner_measures_a_gpu_once_and_only_if_plans_depend_on_it(monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "minitune.memory.planner.machine_rates",
+        lambda device: measured.append(device) or DeviceRates(copy=1e12),
+    )
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    planner = Planner(None)
+    planner.measure_rates(cpu)
+    assert planner.rates is None
+    for _ in range(2):
+        planner.measure_rates(gpu)
+        assert planner.rates == DeviceRates(copy=1e12)
+    Planner(SaveLevel.INPUT).measure_rates(gpu)
+    assert measured == [gpu]

@@ -241,8 +241,8 @@ class MemoryModel:
         """Return the most bytes in use during the loss, the residual stream included."""
         shape, N = self.shape, self.workload.tokens
         rows = min(N, logits_tile_rows(shape.V, shape.itemsize))
-        # Of each row: the float32 residual stream (2 D in 16 bit), its norm, dh in float32 (2 D) and
-        # rounded. From the second tile on, dh of the tile before is still there.
+        # Of each row: the residual stream in float32 (2 D in 16 bit), its norm, dh in float32 (2 D)
+        # and rounded. From the second tile on, dh of the tile before is still there.
         width = (7 if rows < N else 6) * shape.D
         return rows * (shape.V + width) * shape.itemsize + self.residual_bytes
 

@@ -66,7 +66,7 @@ class Planner:
     level: the SaveLevel of every layer, or None to choose the fastest plan within the budgets.
     memory_budget: bytes of GPU memory for everything, or None for all that is free.
     host_budget: bytes of host memory for offloaded activations.
-    rates: the device's speeds, or None to measure them.
+    rates: the rates of the device, or None until `measure_rates` or a plan needs them.
     largest: the plan with the highest peak so far, or None before the first plan.
 
     The budgets may be set at any time; the next plan keeps to them.
@@ -85,9 +85,12 @@ class Planner:
         self.largest: Plan | None = None
 
     def measure_rates(self, device: torch.device) -> None:
-        """Measure the machine if plans depend on its rates; otherwise the first plan does it."""
-        if self.level is None:
-            machine_rates(device)
+        """Set `rates` to those of a GPU, if plans depend on them and they are not set yet.
+
+        A run calls this before it times a step or counts its memory.
+        """
+        if self.level is None and self.rates is None and device.type == "cuda":
+            self.rates = machine_rates(device)
 
     def memory_limit(self, device: torch.device) -> int:
         """Return the bytes that plans may use: the usable memory, capped by memory_budget."""
@@ -138,16 +141,14 @@ class Planner:
         allocated = 0
         if device.type == "cuda":
             allocated = torch.cuda.memory_allocated(device) - already_allocated
-        if (
-            not model.layer_context.weight_buffers
-        ):  # the dequantisation buffers are not allocated yet
+        if not model.layer_context.weight_buffers:  # not allocated yet
             allocated += shape.weight_buffer_bytes
         static = (("allocated", allocated),)
         if self.level is not None:
             return uniform_plan(memory, self.level, static)
+        self.measure_rates(device)
         budget = MemoryBudget(self.memory_limit(device), self.host_budget)
-        rates = self.rates or machine_rates(device)
-        return fastest_plan(memory, static, budget, rates, allow_resident_weights)
+        return fastest_plan(memory, static, budget, self.rates, allow_resident_weights)
 
     def plan_with_less(self, device: torch.device, nbytes: int | None = None) -> tuple[int, int]:
         """Lower memory_budget by `nbytes`, or by a sixth, and forget the largest plan.

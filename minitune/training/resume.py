@@ -29,7 +29,7 @@ from minitune.config.cli import RunConfig, as_dict
 from minitune.config.training_config import SFTConfig
 from minitune.data.record_formats import Sample
 from minitune.device import free_memory
-from minitune.memory.device_rates import DeviceRates, machine_rates
+from minitune.memory.device_rates import DeviceRates
 from minitune.memory.planner import Planner
 from minitune.model.activations import SaveLevel
 from minitune.model.causal_lm import CausalLM
@@ -242,8 +242,7 @@ def fix_plan_inputs_(
         if recorded.rates is not None:
             planner.rates = DeviceRates(**recorded.rates)
     planner.memory_budget = memory_budget
-    if planner.rates is None and planner.level is None and device.type == "cuda":
-        planner.rates = machine_rates(device)
+    planner.measure_rates(device)
 
     if args.micro_step_tokens is not None:
         tokens = args.micro_step_tokens
