@@ -174,8 +174,9 @@ def test_the_command_printed_on_ctrl_c_continues_the_run(inputs, tmp_path, monke
         assert train(train_arguments(inputs, output, "--r", "2", "--eval-data", data)) == 130
     last_line = capsys.readouterr().err.splitlines()[-1]
     advice = last_line.split("continue with ")[1].split(", or SFTConfig")[0]
-    program, *flags = shlex.split(advice)
-    assert program == "train.py" and flags == ["--config", str(output / "config.toml"), "--resume"]
+    program, command, *flags = shlex.split(advice)
+    assert (program, command) == ("minitune", "train")
+    assert flags == ["--config", str(output / "config.toml"), "--resume"]
     assert train(flags) == 0
     assert "continued from checkpoint-1 (step 1)" in capsys.readouterr().err
     assert (output / "adapter").is_dir() and (output / "checkpoint-2").is_dir()

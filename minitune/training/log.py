@@ -253,7 +253,7 @@ def interruption(step: int, total_steps: int, saved: Path | None, config: Path |
     """
     advice = "SFTConfig(resume=True)"
     if config is not None:
-        advice = f"train.py --config {shlex.quote(str(config))} --resume, or {advice}"
+        advice = f"minitune train --config {shlex.quote(str(config))} --resume, or {advice}"
     if step == 0:
         state = "before the first step was done: nothing is trained yet; start again"
     elif saved is None:
