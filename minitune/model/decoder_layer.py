@@ -54,7 +54,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.D, self.F = c.hidden_size, c.intermediate_size
         self.self_attn = Attention(c)
-        self.mlp = nn.Module()
+        self.mlp = nn.Module()  # of gate_proj, up_proj and down_proj
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -87,7 +87,7 @@ class DecoderLayer(nn.Module):
         level: SaveLevel,
         tile_rows: int | None,
     ) -> Tensor:
-        """Return the residual stream (N, D) behind the layer, under autograd; s (N, D) stays."""
+        """Return the residual stream after the layer, for autograd. s (N, D) stays as it is."""
         parameters = self.lora_parameters()
         return DecoderLayerNode.apply(s, self, packed, context, level, tile_rows, *parameters)
 
@@ -152,19 +152,13 @@ class DecoderLayer(nn.Module):
         return qkv
 
     def compute_attention(self, qkv: Tensor, p: LayerPass) -> tuple[Tensor, Tensor]:
-        """Return attention's output (N, H K + R), LoRA columns empty, and its logsumexp."""
+        """Return attention's output (N, H K + R), with empty LoRA columns, and its logsumexp."""
+        heads, start, end = self.self_attn, p.packed.start, p.packed.end
+        lengths = p.context.attention_kwargs(p.packed)
         attn = self.o.new_input(qkv)
-        q, k, v = self.self_attn.split_heads(qkv)  # (N, H, K), (N, G, K), (N, G, K)
-        _, lse = attention(
-            q,
-            k,
-            v,
-            p.packed.start,
-            p.packed.end,
-            self.self_attn.scale,
-            out=self.self_attn.query_heads(attn),
-            **p.context.attention_kwargs(p.packed),
-        )
+        q, k, v = heads.split_heads(qkv)  # (N, H, K), (N, G, K), (N, G, K)
+        out = heads.query_heads(attn)  # (N, H, K)
+        _, lse = attention(q, k, v, start, end, heads.scale, out=out, **lengths)
         return attn, lse
 
     def finish_rows_(self, s: Tensor, a: Activations, p: LayerPass) -> None:
@@ -250,12 +244,16 @@ class DecoderLayer(nn.Module):
         D, F = self.D, self.F
         o, h_mid, rstd, gate_up = self._recompute_gate_up(a, p)
 
-        # y = (x + o) + W_down m. dm = W_down^T dy; the term x + o passes dy on unchanged.
+        # y = x + o + W_down m
+        #     dm = W_down^T dy
+        #     d(x + o) begins as dy, because the residual stream carries x + o past the MLP.
         dy = dresidual[:, : D + self.down.lora_columns]  # (n, D + R)
         m = self.down.new_input(dy)  # (n, F + R); holds dm until m takes its place
         self.down.backward_(dy, p.weights[self.down], out=m[:, :F])
 
-        # m = silu(gate) * up. dgate = dm * up * silu'(gate); dup = dm * silu(gate).
+        # m = silu(gate) * up
+        #     dgate = dm * up * silu'(gate)   through silu, which up scales
+        #     dup = dm * silu(gate)           directly
         # A recomputed gate_up is not needed again, so its gradient overwrites it.
         dgate_up = gate_up if a.gate_up is None else torch.empty_like(gate_up)  # (n, 2 F + R)
         m_out = m[:, :F] if self.down.lora_columns else None  # only dA of W_down reads m
@@ -266,16 +264,21 @@ class DecoderLayer(nn.Module):
         gradients.add(self.down, dy, m)
         del m, m_out  # frees their memory: m_out is a view
 
-        # gate, up = W_gate_up h_mid. dh_mid = W_gate_up^T (dgate, dup).
+        # gate, up = W_gate_up h_mid
+        #     dh_mid = W_gate_up^T (dgate, dup)   the sum over both linears, in one matmul
         dh_mid = self.gate_up.backward_(dgate_up, p.weights[self.gate_up])  # (n, D)
         gradients.add(self.gate_up, dgate_up, h_mid)
 
-        # h_mid = norm(x + o). d(x + o) = dy + norm'(x + o) dh_mid.
+        # h_mid = norm(x + o)
+        #     d(x + o) = dy                    the residual stream
+        #              + norm'(x + o) dh_mid   the MLP
         self.post_attention_layernorm.backward(
             dh_mid, a.x, rstd, addend=o, dresidual=dresidual[:, :D], out=dresidual[:, :D]
         )
 
-        # o = W_o attn. do is d(x + o); dattn = W_o^T do.
+        # o = W_o attn
+        #     do = d(x + o)        o enters only as a term of x + o
+        #     dattn = W_o^T do
         do = dresidual[:, : D + self.o.lora_columns]  # (n, D + R)
         self.o.backward_(do, p.weights[self.o], out=dattn)
         gradients.add(self.o, do, a.attn)
@@ -304,23 +307,16 @@ class DecoderLayer(nn.Module):
 
     def _backward_of_attention(self, dattn: Tensor, a: Activations, p: LayerPass) -> Tensor:
         """Return the gradient (N, (H + 2 G) K + R) of q, k, v before RoPE, from dattn (N, H K)."""
-        attn = self.self_attn
+        heads, start, end = self.self_attn, p.packed.start, p.packed.end
+        lengths = p.context.attention_kwargs(p.packed)
         dqkv = self.qkv.new_output(dattn)
-        dq, dk, dv = attn.split_heads(dqkv)  # (N, H, K), (N, G, K), (N, G, K)
+        dq, dk, dv = heads.split_heads(dqkv)  # (N, H, K), (N, G, K), (N, G, K)
+        q, k, v = heads.split_heads(a.qkv)
+        out, dout = heads.query_heads(a.attn), heads.query_heads(dattn)  # (N, H, K)
         attention_backward(
-            attn.query_heads(dattn),
-            *attn.split_heads(a.qkv),
-            attn.query_heads(a.attn),
-            a.lse,
-            p.packed.start,
-            p.packed.end,
-            attn.scale,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            **p.context.attention_kwargs(p.packed),
+            dout, q, k, v, out, a.lse, start, end, heads.scale, dq=dq, dk=dk, dv=dv, **lengths
         )
-        # RoPE rotates, so its transpose is the rotation by the negative angle.
+        # RoPE rotates q and k, so its transpose rotates their gradients by the negative angle.
         rope_(dq, dk, p.context.rope.cos, p.context.rope.sin, p.packed.positions, inverse=True)
         return dqkv
 
@@ -335,7 +331,8 @@ class DecoderLayer(nn.Module):
     ) -> None:
         """Turn dresidual (n, D + R) from the gradient of x + o into dx, with dqkv of these rows."""
         D = self.D
-        # q, k, v = W_qkv h. dh = W_qkv^T dqkv.
+        # q, k, v = W_qkv h
+        #     dh = W_qkv^T (dq, dk, dv)   the sum over three linears, in one matmul
         dh = self.qkv.backward_(dqkv, p.weights[self.qkv], need_dx=need_dx)  # (n, D)
         if need_dx or self.qkv.lora_columns:
             h = self.qkv.new_input(a.x)  # (n, D + R)
@@ -343,7 +340,9 @@ class DecoderLayer(nn.Module):
             self.qkv.fill_lora_columns_(h, p.weights[self.qkv], a.qkv_lora)
             gradients.add(self.qkv, dqkv, h)
         if need_dx:
-            # h = norm(x). dx = d(x + o) + norm'(x) dh.
+            # h = norm(x)
+            #     dx = d(x + o)     the residual stream
+            #        + norm'(x) dh  the attention block
             self.input_layernorm.backward(
                 dh, a.x, rstd, dresidual=dresidual[:, :D], out=dresidual[:, :D]
             )

@@ -239,6 +239,9 @@ class FusedLinear:
     def gradients(self, dy: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return (dA, dB) of each adapted linear, in float32.
 
+            dA = (scaling * dy B)^T x     the LoRA columns of dy times x
+            dB = dy^T (scaling * x A^T)   dy times the LoRA columns of x
+
         dy, x: (N, out + R) and (N, in + R), with filled LoRA columns.
         """
         splits = [(linear.out_features, linear.rank) for linear in self.linears]
