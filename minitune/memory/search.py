@@ -2,7 +2,7 @@
 
 Every combination of levels, tiles and offloading is a candidate. Each is priced with as many late
 layers as fit, and the fastest wins. If memory is left then, weights are kept dequantised in it. A
-search takes 20 to 200 ms on a CPU core, so its results are cached.
+search takes 5 to 30 ms on a CPU core, so its results are cached.
 """
 
 from bisect import bisect_right
