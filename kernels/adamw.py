@@ -1,16 +1,16 @@
-"""AdamW over flat vectors with clipping to a global norm; moments in float32, or in 8 bits in blocks of 256.
+"""AdamW over flat vectors with gradient clipping; moments in float32 or in 8 bits.
 
-    g <- g * min(1, max_grad_norm / (norm + 1e-6))                      only if max_grad_norm is positive
-    m <- b1 m + (1 - b1) g                                              first moment
-    v <- b2 v + (1 - b2) g^2                                            second moment
-    w <- (1 - lr weight_decay) w - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
+    g <- g * min(1, max_grad_norm / (norm + 1e-6))          only if max_grad_norm is positive
+    m <- b1 m + (1 - b1) g                                  first moment
+    v <- b2 v + (1 - b2) g^2                                second moment
+    w <- (1 - lr weight_decay) w                            weight decay
+         - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 
-This is torch.optim.AdamW after clip_grad_norm_, except that the gradients in memory are not scaled.
-All vectors are (P,) and contiguous, in float32 if not stated otherwise. Numbers that change from
+This is torch.optim.AdamW after clip_grad_norm_, except that the gradients in memory stay unscaled.
+All vectors are (P,) and contiguous, in float32 unless stated otherwise. Numbers that change from
 step to step arrive as float arguments, so nothing is compiled again.
 
-Bytes moved a parameter: `global_norm` 4; `adamw_` 28 (w, m and v in and out, g in), in one launch;
-    `adamw_8bit_` 16.
+Bytes moved a parameter: 28 by `adamw_` (w, m and v in and out, g in), 16 by `adamw_8bit_`.
 
 8-bit moments have the format of bitsandbytes' blockwise optimizers: 2 + 8/256 bytes a parameter
 instead of 8. Each 256 consecutive parameters share a float32 scale, and each parameter stores the
@@ -19,12 +19,10 @@ index of a value in a table of 256:
     m = SIGNED[code] * absmax[block]        v = UNSIGNED[code] * absmax[block]
 
 w is updated from m and v before they are rounded. The tables are dynamic maps. Decade i of seven,
-up to 10^(i - 6), is divided into 2^i equal cells (2^(i + 1) in the unsigned map), and each cell is
-represented by its middle. 0 and 1 complete the map. In the positive half, cell k of decade i has
-the index 2^i + k (unsigned: 2^(i + 1) + k - 1). Therefore the nearest value is found with a few
-comparisons and one table lookup.
-
-The norm sums fixed parts in a fixed order, so it repeats bit for bit.
+up to 10^(i - 6), is divided into 2^i equal cells (2^(i + 1) in the unsigned map), and the middle of
+a cell represents it. 0 and 1 complete the map. In the positive half, cell k of decade i has the
+index 2^i + k (unsigned: 2^(i + 1) + k - 1). Therefore a few comparisons and one table lookup find
+the nearest value.
 """
 
 import math
@@ -41,15 +39,17 @@ MOMENT_BLOCKSIZE = 256  # parameters that share the scale of an 8-bit moment
 
 
 class AdamWScalars(NamedTuple):
-    """Numbers of one update, all of them floats: Triton compiles anew for some integers, never for floats."""
+    """Numbers of one update.
+
+    All are floats, because Triton compiles anew for some integers and never for floats. 1 - beta is
+    subtracted in float64: in float32, 1 - 0.999 would be off by 5e-5.
+    """
 
     beta1: float
-    one_minus_beta1: (
-        float  # rounded to float32 only in the kernel: 1 - 0.999 in float32 is off by 5e-5
-    )
+    one_minus_beta1: float
     beta2: float
     one_minus_beta2: float
-    step_size: float  # lr * sqrt(1 - beta2^t) / (1 - beta1^t): the correction of v is moved out of the root
+    step_size: float  # lr * sqrt(1 - beta2^t) / (1 - beta1^t); the root is the correction of v
     eps: float  # eps * sqrt(1 - beta2^t)
     decay: float  # 1 - lr * weight_decay
     max_grad_norm: float
@@ -69,14 +69,6 @@ class AdamWScalars(NamedTuple):
             decay=float(1 - lr * weight_decay),
             max_grad_norm=float(max_grad_norm),
         )
-
-
-def global_norm_reference(x):
-    """Return the norm of the norms of parts of x.
-
-    One float32 sum over tens of millions of squares is off in the fourth digit on a CPU.
-    """
-    return torch.nn.utils.get_total_norm(x.split(65536))
 
 
 def adamw_reference_(values, grads, exp_avg, exp_avg_sq, norm, scalars):
@@ -123,37 +115,15 @@ def dequantize_moment(
 
 
 @triton.jit
-def _square_sums(x_ptr, sums_ptr, P, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum the squares of PARTS * BLOCK elements per program."""
-    first = tl.program_id(0).to(tl.int64) * (PARTS * BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        at = first + part * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, mask=at < P, other=0.0)
-        total += x * x
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(total, axis=0))
-
-
-@triton.jit
-def _root_of_sum(sums_ptr, norm_ptr, count, BLOCK: tl.constexpr):
-    """Store the root of the sum of all partial sums, in one program, summed in float64."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, count, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        total += tl.load(sums_ptr + at, mask=at < count, other=0.0).to(tl.float64)
-    tl.store(norm_ptr, tl.sqrt(tl.sum(total, axis=0)).to(tl.float32))
-
-
-@triton.jit
 def _quantize(x, borders_ptr, SIGNED: tl.constexpr):
     """Return (codes, absmax) of one block x (256,).
 
-    A code is the number of the table's ascending borders that x / absmax exceeds. Half a cell width
-    below |x / absmax| lies the cell of the nearest value or the cell before it, also between cells
-    of different width and whatever rounding does. The border between the two decides.
+    A code is the number of the table's ascending borders that x / absmax exceeds. The point half a
+    cell width below |x / absmax| lies in the nearest value's cell or in the cell before it. This
+    holds between cells of different width too, and for any rounding. The border between the two
+    cells decides.
     """
-    # The maximum of the magnitudes as integers: floats have the same order, and NaN is above all
-    # numbers.
+    # As integers, magnitudes have the same order, and NaN is above all numbers.
     absmax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
     x *= 1.0 / tl.maximum(absmax, 1e-38)
     y = tl.abs(x)
@@ -233,29 +203,6 @@ def _adamw(
         tl.store(v_ptr + at, v, mask=mask)
 
 
-def global_norm(x: torch.Tensor) -> torch.Tensor:
-    """Return the Euclidean norm of x, a 0-dim float32 tensor on the device of x.
-
-    x: (P,) float32, contiguous.
-
-    Raises: ValueError if x does not fit.
-    """
-    if x.dim() != 1 or not x.numel() or not x.is_contiguous() or x.dtype != torch.float32:
-        raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype}; "
-            "expected a contiguous vector of torch.float32 with at least one element"
-        )
-    if not backend.use_triton(x):
-        return global_norm_reference(x)
-    PARTS, BLOCK = 4, 4096
-    count = cdiv(len(x), PARTS * BLOCK)
-    sums = torch.empty(count, dtype=torch.float32, device=x.device)
-    norm = torch.empty((), dtype=torch.float32, device=x.device)
-    _square_sums[(count,)](x, sums, len(x), PARTS=PARTS, BLOCK=BLOCK, num_warps=8)
-    _root_of_sum[(1,)](sums, norm, count, BLOCK=4096, num_warps=8)
-    return norm
-
-
 def _check(values, grads, norm, step) -> None:
     if values.dim() != 1 or not values.numel():
         raise ValueError(
@@ -329,12 +276,11 @@ def adamw_8bit_(
     """Update values and 8-bit moments in place, as `adamw_` does.
 
     exp_avg, exp_avg_sq: codes of the moments m and v, (P,) uint8.
-    exp_avg_absmax, exp_avg_sq_absmax: their scales, (P / 256, rounded up) float32; zeros are zero
-        moments.
-    tables: (4, 256) float32: the signed map, the borders between its values, then the same of the
-        unsigned map.
+    exp_avg_absmax, exp_avg_sq_absmax: scales of the codes, (P / 256, rounded up) float32. A scale
+        of 0 makes the moments of its block 0.
+    tables: (4, 256) float32: signed map, borders of the signed map, unsigned map, borders of it.
 
-    A value on a border gets the lower code. After a NaN in a block, its scale stays NaN.
+    A value on a border gets the lower code. After a NaN in a block, the block's scale stays NaN.
 
     Raises: ValueError if a shape, dtype or device does not fit.
     """

@@ -1,15 +1,16 @@
 """Causal attention within packed sequences, grouped-query, in one pass over the keys.
 
-Row i sees the keys start[i] <= j <= i of its sequence; query head h reads key/value head h // (H /
-G):
+Row i sees the keys start[i] <= j <= i of its sequence. Query head h reads key/value head
+h // (H / G):
 
-    out = softmax(scale q k^T) v            lse = logsumexp(scale q k^T)
+    out = softmax(scale q k^T) v
+    lse = logsumexp(scale q k^T)
 
-q, out (N, H, K); k, v (N, G, K), rows and heads may be strided, nothing is expanded; start, end
-(N,) int32; lse (H, N) float32. Saved for backward (attention_backward.py): q, k, v, out and lse.
+q, out (N, H, K) and k, v (N, G, K) in one dtype; lse (H, N) float32; start, end (N,) int32. Rows
+and heads may be strided, and k and v are not expanded. Saved for backward: q, k, v, out and lse.
 
-A program keeps BLOCK_M rows of one head and walks over their keys. Scores stay in registers. For
-each row it updates a running maximum m, sum l and weighted sum of values:
+A program keeps BLOCK_M rows of one head and walks over their keys. Scores s stay in registers. For
+each row it updates a running maximum m, a sum l and a weighted sum acc of values:
 
     m'   = max(m, s)
     l'   = l 2^(m - m') + sum 2^(s - m')
@@ -20,8 +21,8 @@ has 2^x and a fused multiply-add. Key blocks that no row sees are never visited.
 sequence's border or on the diagonal are masked (attention_common.py).
 
 A sequence of T rows costs 2 K T^2 FLOPs a head. It reads k and v T / BLOCK_M times, mostly from L2.
-If all sequences have one length and the caller passes it as uniform_seqlen, attention_cudnn.py may
-take over.
+If the caller passes the one length of all sequences as uniform_seqlen, attention_cudnn.py may take
+over.
 """
 
 import math
@@ -71,8 +72,7 @@ def attention_reference(q, k, v, start, end, scale):
     lse = q.new_empty((H, N), dtype=wide)
     for a, b in sequence_bounds(start):
         T = b - a
-        # The query heads of a group stand one below the other, (G, H/G * T, K), so that its keys
-        # serve them all.
+        # (G, H/G * T, K): the query heads of a group one below the other, with the keys they share
         qs = q[a:b].to(wide).transpose(0, 1).reshape(G, H // G * T, K)
         ks, vs = (x[a:b].to(wide).transpose(0, 1) for x in (k, v))
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
@@ -176,14 +176,14 @@ def attention(
 
     q: (N, H, K); K a multiple of 8 up to 256.
     k, v: (N, G, K); H a multiple of G.
-    start, end: (N,) int32, bounds of each row's sequence. Their consistency is not checked, because
+    start, end: (N,) int32, bounds of each row's sequence. Their values are not checked, because
         that would wait for the GPU.
     scale: factor of the scores, above 0.
     out: destination (N, H, K), rows and heads may be strided; by default a new tensor.
-    max_seqlen: rows of the longest sequence, or a bound on them; only chooses block sizes. Default:
-        N.
-    uniform_seqlen: rows of every sequence if all are equally long; allows cuDNN. Default: this
-        file's kernel.
+    max_seqlen: rows of the longest sequence, or a bound on them; by default N. It only chooses the
+        block sizes.
+    uniform_seqlen: rows of every sequence, if all are equally long. It allows cuDNN; by default
+        this file's kernel runs.
 
     Raises: ValueError if a shape, stride, dtype or device does not fit.
     """

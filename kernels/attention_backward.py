@@ -1,4 +1,4 @@
-"""Backward of causal attention within packed sequences; attention.py has the forward and shapes.
+"""Backward of causal attention within packed sequences. attention.py has the forward.
 
     P = exp(scale q k^T - lse)              recomputed from q, k and the saved lse
     dP = dout v^T

@@ -1,11 +1,11 @@
 """Parts shared by the attention kernels: blocks of packed sequences, block sizes, argument checks.
 
-Packed sequences lie one after the other in N rows. start[i] is the first row of the sequence of row
-i, and end[i] is one past its last row. Row i sees the keys start[i] <= j <= i, so key j is seen by
-the rows j <= i < end[j].
+Packed sequences lie one after the other in N rows. start[i] is the first row of row i's sequence,
+and end[i] is one past its last row. Row i sees the keys start[i] <= j <= i, so key j is seen by the
+rows j <= i < end[j].
 
 A program keeps a block of rows [first, last] and walks over the keys from start[first] to last. Or
-it keeps a block of keys and walks over the rows that see them:
+it keeps a block of keys [first, last] and walks over the rows that see them:
 
               start[first]         start[last]            first                 last
     keys      | border            | inner: every row sees | border: the diagonal |
@@ -28,21 +28,24 @@ SHORT_SEQUENCE_ROWS = 2048  # a sequence of up to this many rows is short, a lon
 
 # (outer, inner, warps, stages) for choose_block_sizes if shared memory is small.
 FALLBACK_BLOCK_SIZES = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1))
-# float32 has no tensor cores here: its products unroll into one instruction an element, so blocks
+# Products in float32 use no tensor cores: they unroll into one instruction an element. So blocks
 # are small and warps many.
 FLOAT32_BLOCK_SIZES = ((32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1))
 
 
 @triton.jit
 def query_block(start_ptr, N, H, BLOCK_M: tl.constexpr):
-    """Return this program's head and block of rows, and the borders of its keys.
+    """Return this program's head and block of rows, and the borders of the keys they see.
 
-    The last rows, which see the most keys, belong to the first programs.
+    The last rows, which see the most keys, belong to the first programs. The results are:
 
-    Returns (head, first, rows, last, start, first_key, first_inner_key): head, an int64; first and
-    last row of the block; its rows (BLOCK_M,); the first visible key of each row (BLOCK_M,); the
-    first key that any row sees; and the first key from which on every row sees every key up to
-    `first`.
+    head: query head, int64.
+    first: first row of the block.
+    rows: the rows of the block (BLOCK_M,).
+    last: last row of the block.
+    start: the first key that each row sees (BLOCK_M,).
+    first_key: the first key that any row sees.
+    first_inner_key: the first key from which on every row sees all keys up to `first`.
     """
     head = (tl.program_id(0) % H).to(tl.int64)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) // H * BLOCK_M
@@ -74,7 +77,7 @@ def load_rows(
 def store_rows(
     x_ptr, x, first, row_stride, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Store head vectors x (ROWS, BLOCK_K), cast to the dtype of x_ptr; drop rows past N and elements past K."""
+    """Store head vectors x (ROWS, BLOCK_K) in the dtype of x_ptr, up to row N and element K."""
     i = tl.arange(0, BLOCK_K)
     row = tl.arange(0, ROWS)
     at = x_ptr + first.to(tl.int64) * row_stride + (row[:, None] * row_stride + i[None, :])
@@ -96,7 +99,7 @@ def unpack_floats(x):
 
 
 def seqlen_bound(max_seqlen: int) -> int | None:
-    """Return the bound that replaces max_seqlen in the choice of block sizes, None for long sequences."""
+    """Return the bound that stands for max_seqlen when block sizes are chosen, None if long."""
     return SHORT_SEQUENCE_ROWS if max_seqlen <= SHORT_SEQUENCE_ROWS else None
 
 
@@ -150,7 +153,7 @@ def head_strides(*tensors: torch.Tensor) -> list[int]:
 
 
 def sequence_bounds(start: torch.Tensor) -> list[tuple[int, int]]:
-    """Return (first row, one past the last) of each sequence, for the references; waits for a GPU."""
+    """Return (first row, one past the last row) of each sequence; wait for the GPU."""
     firsts = sorted(set(start.tolist()))
     return list(zip(firsts, [*firsts[1:], start.numel()], strict=False))
 
@@ -163,7 +166,7 @@ def check_packed(
     end: torch.Tensor,
     **like_q: torch.Tensor | None,
 ) -> None:
-    """Check that q (N, H, K), k, v (N, G, K), start, end (N,) and tensors shaped like q fit together.
+    """Check that q (N, H, K), k, v (N, G, K), start, end (N,) and `like_q` tensors fit together.
 
     Raises: ValueError if a shape, dtype, device or stride does not fit.
     """
@@ -188,7 +191,9 @@ def check_packed(
 
 
 def check_heads(like: torch.Tensor, dtype: torch.dtype, **tensors: torch.Tensor | None) -> None:
-    """Check tensors (rows, heads, K) as `check_rows` does, and that offsets within a block fit 32 bits.
+    """Check tensors (rows, heads, K) as `check_rows` does, and their row strides.
+
+    Offsets within a block are 32 bit, so rows may not be too far apart.
 
     Raises: ValueError if a tensor does not fit.
     """

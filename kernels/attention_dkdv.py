@@ -1,4 +1,4 @@
-"""dk and dv of causal attention within packed sequences; attention_backward.py has the formulas.
+"""dk and dv of causal attention within packed sequences. attention_backward.py has the formulas.
 
 A program computes dk and dv of a block of keys of one key/value head. It walks over the rows that
 see these keys, in every query head of the group, as one loop. If that makes too few programs for
@@ -70,8 +70,8 @@ def _attention_dkdv(
 ):
     """Compute dk and dv of BLOCK_N keys of one key/value head per program.
 
-    A program sums over GROUP / SPLITS of the query heads, one after the other. Scores are (keys,
-    rows) here, so that p needs no transpose. stats must be readable BLOCK_M rows past N.
+    A program sums over GROUP / SPLITS of the query heads, one after the other. Scores are
+    (keys, rows) here, so that p needs no transpose. stats must be readable BLOCK_M rows past N.
     """
     HEADS: tl.constexpr = GROUP // SPLITS
     split = tl.program_id(0) % SPLITS
@@ -129,7 +129,7 @@ def _attention_sum(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sum the partial dk and dv (2, SPLITS, N, G, K) over the splits: BLOCK_M rows of one head per program."""
+    """Sum the partial dk and dv (2, SPLITS, N, G, K) over the splits, BLOCK_M rows a program."""
     g = (tl.program_id(0) % G).to(tl.int64)
     first = tl.program_id(0) // G * BLOCK_M
     partial_ptr += g * K
@@ -146,9 +146,9 @@ def _attention_sum(
 
 
 def num_splits(blocks: int, G: int, GROUP: int) -> int:
-    """Return the number of programs over which the heads of a group are split: enough to fill the GPU.
+    """Return how many programs share the heads of a group: as many as it takes to fill the GPU.
 
-    Splitting costs one more kernel, and the partial sums in float32 in memory.
+    Splitting costs one more kernel, and memory for the partial sums in float32.
 
     blocks: blocks of keys.
     G: key/value heads.

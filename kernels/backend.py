@@ -1,4 +1,4 @@
-"""Helpers shared by all kernel files: the backend, argument checks, rows in kernels, matmuls without rounding.
+"""Helpers shared by all kernel files: backend, argument checks, access to rows, matmuls.
 
 Triton exists for Linux only. On other systems `triton` and `tl` are stand-ins, so that the kernel
 files can be imported. Those systems have no CUDA GPU, so no stand-in is ever launched.
@@ -104,7 +104,7 @@ def matmul_accumulated(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add a @ b to `total`, which has the accumulator's dtype, without rounding the product first."""
+    """Add a @ b in place to `total`, in the accumulator's dtype, without rounding the product."""
     if a.dtype == total.dtype:
         return total.addmm_(a, b)
     if a.is_cuda:
@@ -114,7 +114,7 @@ def add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.
 
 @triton.jit
 def load_row(x_ptr, row, x_row_stride, columns, mask):
-    """Return the given columns of one row in float32, zero where the mask is off."""
+    """Return the given columns of one row in float32, zero if masked."""
     return tl.load(x_ptr + row * x_row_stride + columns, mask=mask, other=0.0).to(tl.float32)
 
 

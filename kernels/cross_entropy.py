@@ -1,23 +1,22 @@
-"""The LM head and the cross-entropy loss together, so that the logits of all rows never exist at once.
+"""The LM head and the cross-entropy loss together: the logits of all rows never exist at once.
 
-    logits  = hidden W^T                                          (N, V), rounded to the dtype of hidden
+    logits  = hidden W^T                                (N, V), rounded to the dtype of hidden
     loss    = sum over rows of (logsumexp(logits) - logits[target]) / denominator
     dhidden = (softmax(logits) - onehot(target)) / denominator W
 
 hidden (N, D), W (V, D) frozen, targets (N,). A row with the target -100 has no loss and a zero
-gradient. The gradient is computed in the forward, so nothing is saved.
+gradient. Forward computes the gradient, so nothing is saved.
 
-Rows are processed in tiles of at most 256 MiB of logits: 1046 rows at V = 128256 in bf16. The
-    logits of 4096 rows would take 1.05 GB, and a plain softmax three times as much. For each tile:
+Rows are processed in tiles of at most 256 MiB of logits, 1046 rows at V = 128256 in bf16. The
+logits of 4096 rows would take 1.05 GB, and a plain softmax three times as much. For each tile:
 
 - torch.mm writes the logits;
-- one program a row reads them for the logsumexp, then reads them again and overwrites them with
-  softmax - onehot;
+- one program a row reads them for the logsumexp, reads them again and writes softmax - onehot over
+  them;
 - torch.mm with W returns dhidden in float32, which is divided by the denominator and rounded once.
 
-The logits are divided last because in float16 quotients by a few thousand tokens would underflow to
-0. The kernel reads the logits twice and writes them once; without `need_grad` it reads them once,
-and there is no dhidden.
+The division comes last, because in float16 quotients by a few thousand tokens would underflow to 0.
+The kernel reads the logits twice and writes them once. Without `need_grad` it reads them once.
 """
 
 import torch
@@ -37,7 +36,7 @@ def logits_tile_rows(V: int, itemsize: int) -> int:
 
 
 def cross_entropy_reference_(logits, targets, need_grad):
-    """Return the loss of each row; overwrite logits (rows, V) with softmax - onehot if need_grad."""
+    """Return the loss of each row, and overwrite logits with softmax - onehot if need_grad."""
     wide = logits.to(accumulator(logits.dtype))
     counted = targets != IGNORE_INDEX
     target = torch.where(counted, targets, 0).long()[:, None]
@@ -104,8 +103,7 @@ def _cross_entropy_(logits, targets, losses, need_grad) -> None:
         losses.copy_(cross_entropy_reference_(logits, targets, need_grad))
     elif logits.numel():
         V = logits.shape[1]
-        # 4096 logits an iteration, 16 a thread: wide loads, and a lane's running values stay in
-        # registers.
+        # 4096 logits an iteration, 16 a thread: wide loads, and running values stay in registers.
         BLOCK_V = min(power_of_two(V), 4096)
         _cross_entropy[(len(logits),)](
             logits,
@@ -157,7 +155,7 @@ def linear_cross_entropy(
     need_grad: bool = True,
     logits_buffer: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (loss, dhidden): the 0-dim float32 loss and its gradient (N, D) in the dtype of hidden.
+    """Return (loss, dhidden): the 0-dim float32 loss, its gradient (N, D) in hidden's dtype.
 
     hidden: (N, D).
     weight: the head (V, D), in the dtype of hidden.
@@ -165,11 +163,12 @@ def linear_cross_entropy(
     denominator: number or 0-dim tensor; usually the number of targets of the whole optimizer step.
     tile_rows: rows of logits that exist at once; by default at most 256 MiB of them.
     need_grad: if False, dhidden is None and the second pass over the logits is left out.
-    logits_buffer: memory for a tile of logits (rows, V) in the dtype of hidden; it replaces
-        tile_rows.
+    logits_buffer: memory for a tile of logits (rows, V) in hidden's dtype; it replaces tile_rows.
 
-    Raises: ValueError if a shape or dtype does not fit, or a target on the CPU is outside the
-        vocabulary. Targets on a GPU are not checked, because that would wait for it.
+    Targets on a GPU are not checked, because that would wait for it.
+
+    Raises: ValueError if a shape or dtype does not fit, or if a target on the CPU is outside the
+        vocabulary.
     """
     _check(hidden, weight, targets)
     (N, D), V, wide = hidden.shape, len(weight), accumulator(hidden.dtype)

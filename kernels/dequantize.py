@@ -3,21 +3,22 @@
 A byte holds two 4-bit codes, the even element in the high nibble. Blocks of 64 elements of the
 flattened row-major weight share a scale:
 
-    value[i] = dtype(code[nibble[i]] * scale[i // 64])                                   multiplied in float32
-    scale[b] = absmax[b]                                                                 plain: float32
-    scale[b] = nested_code[absmax[b]] * nested_absmax[b // 256] + nested_offset          nested: uint8, in float32
+    value[i] = dtype(code[nibble[i]] * scale[i // 64])      multiplied in float32
+    scale[b] = absmax[b]                                    plain: absmax in float32
+    scale[b] = nested_code[absmax[b]] * nested_absmax[b // 256] + nested_offset
+                                                            nested: absmax in uint8
 
 The values equal bitsandbytes' bit for bit. The product and the sum of a nested scale are rounded
-separately, so the kernel is compiled without fused multiply-add. There is no backward: the weight
-is frozen.
+separately, so the kernel is compiled without fused multiply-add. There is no backward, because the
+weight is frozen.
 
-Bytes moved a parameter: 0.5 + 1/64 in (nested), 2 out in 16 bit. The output is 80% of the traffic,
-    so the kernel should run at the speed of a copy. Looking codes up in registers gains nothing; a
-    tree of selects halves the speed; a 64-bit division a block costs a fifth.
+A parameter moves 0.5 + 1/64 bytes in (nested) and 2 bytes out in 16 bit. The output is 80% of the
+traffic, so the kernel should run at the speed of a copy. Looking codes up in registers gains
+nothing, a tree of selects halves the speed, and a 64-bit division a block costs a fifth.
 
 Small weights do not fill a GPU. Linears that are multiplied as one (q, k, v) are therefore
-dequantised in one launch, one below the other, possibly into a range of columns of a wider tensor
-that also holds a LoRA branch.
+dequantised in one launch, one below the other. The destination may be a range of columns of a wider
+tensor that also holds a LoRA branch.
 """
 
 from collections.abc import Sequence
@@ -33,8 +34,8 @@ PROFILE_GROUP = "dequantisation"
 
 # Bytes that the reference unpacks at a time. The 2 MB of unpacked values stay in the CPU's cache.
 CHUNK_BYTES = 1 << 18
-# Quantisation blocks a program: the largest of these that fit into one row of the weight. On an
-# H200 in November 2026, the seven linears of an 8B layer take 0.149 ms, 3.7 TB/s; a copy runs at
+# Quantisation blocks a program: the largest number whose blocks fit into one row of the weight. On
+# an H200 in November 2026 the seven linears of an 8B layer take 0.149 ms, 3.7 TB/s. A copy runs at
 # 4.25 TB/s, a fill at 3.3. With a division to find each block's row they took 0.158 ms.
 BLOCKS_PER_PROGRAM = (64, 32, 8)
 
@@ -82,7 +83,8 @@ class QuantizedWeight:
         blocks = cdiv(n, size)
         if absmax.numel() != blocks:
             raise ValueError(
-                f"absmax holds {absmax.numel()} scales; {n} elements in blocks of {size} need {blocks}"
+                f"absmax holds {absmax.numel()} scales; "
+                f"{n} elements in blocks of {size} need {blocks}"
             )
         kind, dtype = (
             ("plain", torch.float32) if self.nested_absmax is None else ("nested", torch.uint8)
@@ -183,8 +185,7 @@ def _dequantize_weight(
     odd = tl.load(code_ptr + (byte & 15)) * scale[:, None]
     value = tl.reshape(tl.join(even, odd), (BLOCKS, 2 * HALF)).to(out_ptr.dtype.element_ty)
     if WHOLE:
-        # One 32-bit division a program: from the first block's row follow the rows of all its
-        # blocks.
+        # One 32-bit division a program: the blocks lie in the first block's row or in the next.
         row_blocks = in_features // (2 * HALF)
         row = pid * BLOCKS // row_blocks
         gap = out_row_stride - in_features  # elements of out between two rows
@@ -277,8 +278,8 @@ def dequantize_nf4(
 ) -> torch.Tensor:
     """Return weights of equal in_features one below the other, (sum of out_features, in_features).
 
-    weights: one weight or several; all stored in one way (block sizes, nested or plain) take one
-        launch, others one launch each.
+    weights: one weight or several. They take one launch if all are stored in one way (block sizes,
+        nested or plain), otherwise one launch each.
     dtype: float32, float16 or bfloat16.
     out: destination, possibly a range of columns of wider rows; by default a new tensor.
 

@@ -2,9 +2,9 @@
 
     y[i] = table[ids[i]]                     table (V, D), ids (N,), y (N, D)
 
-A GPU reads a table in pinned host memory directly over PCIe: only the requested rows travel, and a
-    CUDA graph replays the launch like any other. Each row is read once and written once. Nothing is
-    saved: the table is frozen.
+A GPU reads a table in pinned host memory directly over PCIe. Only the requested rows travel, and a
+CUDA graph replays the launch like any other. Each row is read once and written once. There is no
+backward, because the table is frozen.
 """
 
 import torch

@@ -1,25 +1,27 @@
 """A frozen linear with its LoRA branch in one matmul, forward and backward.
 
-    forward     y = x W^T + s (x A^T) B^T                 x (N, in), W (out, in), A (R, in), B (out, R), y (N, out)
+    forward     y = x W^T + s (x A^T) B^T
     backward    dx = dy W + s (dy B) A
-                dA = s (dy B)^T x      dB = dy^T (s x A^T)                            W is frozen: no dW
+                dA = s (dy B)^T x
+                dB = dy^T (s x A^T)
 
-Both products of a line become one if the operands stand side by side in an extended weight:
+x (N, in), W (out, in) frozen, A (R, in), B (out, R), y (N, out); s is the scaling. Both products of
+y and of dx become one if the operands stand side by side in an extended weight:
 
                    in   R          y  = [x | s x A^T] [W | B]^T
            out [   W    B  ]       dx = [dy | s dy B] [W ; A]
            R   [   A    0  ]
 
 One buffer serves both directions: forward multiplies by its first `out` rows, backward by its first
-    `in` columns. x and dy arrive in buffers with R more columns, the LoRA columns, which are filled
-    here. Saved for backward: x with its LoRA columns. So y and dx are accumulated in float32 to the
-    end, rounded once, and never read back.
+`in` columns. x and dy arrive in buffers with R more columns, the LoRA columns, which are filled
+here. So y and dx are accumulated in float32 to the end, rounded once, and never read back. Saved
+for backward: x with its LoRA columns.
 
 Several linears that share an input (q, k, v; gate, up) form one extended weight. Their W's and A's
 stand one below the other, their B's in columns of their own with zeros beside them.
 
-The matmuls are cuBLAS's. On an H200 in November 2026, r = 16, bf16, all seven linears of 32 layers
-of an 8B Llama take for forward, dx, dA and dB:
+The matmuls are cuBLAS's. Time of forward, dx, dA and dB of all seven linears of 32 layers of an 8B
+Llama on an H200 in November 2026, r = 16, bf16:
 
                                                         4096 rows    960 rows
     this file                                           180 ms       45 ms
@@ -39,12 +41,11 @@ from .backend import add_matmul_, cdiv, matmul_accumulated, power_of_two, tl, tr
 PROFILE_GROUP = "LoRA"
 
 # The number of LoRA columns is a multiple of this. On a GPU, rows in 16 bit then begin at 128-byte
-# lines: with 16, an 8B step on an H200 takes 330 ms instead of 322. On a CPU padding only adds
-# work: with 64, a small model takes 13% longer.
+# lines: with 16 an 8B step on an H200 takes 330 ms instead of 322. On a CPU padding only adds work:
+# with 64 a small model takes 13% longer.
 RANK_MULTIPLE = {"cuda": 64, "cpu": 16}
 
-# (A (R, in), B (out, R), out) of each linear in turn; (None, None, out) for a linear without an
-# adapter.
+# (A (R, in), B (out, R), out) of each linear in turn, or (None, None, out) without an adapter.
 Adapters = Sequence[tuple[torch.Tensor | None, torch.Tensor | None, int]]
 
 
@@ -143,8 +144,8 @@ def _write_adapters(
 def write_adapters_(targets: Sequence[tuple[torch.Tensor, Adapters, int, int]]) -> None:
     """Write the adapters of several extended weights in one launch.
 
-    targets: (weight, adapters, out_features, in_features) of each extended weight (out + R, in +
-        R).
+    targets: (weight, adapters, out_features, in_features) of each extended weight, which is
+        (out + R, in + R).
 
     Raises: ValueError if a shape or stride does not fit.
     """
@@ -282,7 +283,7 @@ def lora_linear_backward_(
 def lora_gradients(
     dy: torch.Tensor, x: torch.Tensor, splits: list[tuple[int, int]]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return (dA (R, in), dB (out, R)) of each linear that has an adapter, in the accumulator's dtype.
+    """Return (dA (R, in), dB (out, R)) of each linear with an adapter, in the accumulator's dtype.
 
     dy, x: buffers of `lora_linear_backward_` and `lora_linear_`, their LoRA columns filled.
     splits: (out, R) of each linear that shares x; R is 0 for a linear without an adapter.

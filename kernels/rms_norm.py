@@ -1,6 +1,6 @@
-"""RMSNorm of a row, RMSNorm of a sum of two rows, and their backward. The weight is frozen and gets no gradient.
+"""RMSNorm of a row or of a sum of two rows, and its backward.
 
-    forward     rstd = 1 / sqrt(mean(x^2) + eps)        one a row, float32, saved for backward
+    forward     rstd = 1 / sqrt(mean(x^2) + eps)        one a row, float32
                 y = x * rstd * weight                   in float32, rounded once
     backward    g = dy * weight
                 xhat = x * rstd
@@ -8,10 +8,10 @@
 
 x, y, dy, dx, addend, residual and dresidual are (N, D), rows may be strided; weight (D,); rstd
 (N,). With an addend, x stands for x + addend, which is not rounded. Saved for backward: x, addend
-and rstd.
+and rstd. The weight is frozen and gets no gradient.
 
 A program holds a whole row, so each tensor is read once and written once. `out` may be a range of
-columns of a wider tensor, which a matmul reads next; in backward it may be dresidual itself.
+columns of a wider tensor, which a matmul reads next. In backward it may be dresidual itself.
 
 The residual stream of a model is in the accumulator's dtype, float32. Therefore `rms_norm` and its
 backward take an x that is wider than y, and `add_rms_norm_` adds the addend to the residual stream
@@ -139,7 +139,7 @@ def _blocks(D: int) -> dict[str, int]:
 
 
 def _check(weight, dtype, x, narrow: dict, wide: dict) -> None:
-    """Check all rows against x: `narrow` tensors in dtype, `wide` ones in dtype or its accumulator."""
+    """Check the shapes of all rows, `narrow` ones in dtype, `wide` ones also in its accumulator."""
     if x.dim() != 2:
         raise ValueError(f"x is {tuple(x.shape)}; expected (rows, width)")
     if weight.shape != x.shape[1:] or not weight.is_contiguous():
@@ -213,12 +213,11 @@ def rms_norm_backward(
     addend: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return dx (N, D) in the dtype of dy; with an addend, dx is the gradient of x and of the addend.
+    """Return dx (N, D) in the dtype of dy, the gradient of x and of the addend.
 
     dy: gradient of y (N, D).
     x, weight, rstd: inputs and rstd of the forward; x in the dtype of dy or its accumulator's.
-    dresidual: gradient (N, D) that reaches x past the norm and is added to dx; None if there is
-        none.
+    dresidual: gradient (N, D) that reaches x past the norm, added to dx; None if there is none.
     addend: as in `add_rms_norm_`, None for `rms_norm`.
     out: destination of dx (N, D), possibly dresidual; by default a new tensor.
 

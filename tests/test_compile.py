@@ -1,8 +1,9 @@
-"""Every kernel compiles for every supported GPU and fits its shared memory, shown on a machine without any.
+"""Every kernel compiles for every supported GPU and fits its shared memory, shown without a GPU.
 
-This file is also the program that does it, in processes of their own, since the other tests may have imported Triton
-as an interpreter. The public functions are called on tensors without data ("meta") of real models' shapes; launches
-are recorded instead of run, with the very arguments, block sizes, warps and stages of a real one, and then compiled.
+This file is also the program that compiles, in a process of its own, because the other tests may
+have imported Triton as an interpreter. It calls the public functions on tensors without data
+("meta") with the shapes of real models. Launches are recorded instead of run, with the arguments,
+block sizes, warps and stages of a real launch, and then compiled.
 """
 
 import json
@@ -10,12 +11,33 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a program may use
+from minitune.kernels import (
+    adamw,
+    attention,
+    backend,
+    cross_entropy,
+    dequantize,
+    embedding,
+    global_norm,
+    lora_linear,
+    rms_norm,
+    rope,
+    swiglu,
+)
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import jit
+
+ROOT = Path(__file__).parents[1]
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # sm -> KiB that a program may use
 MODELS = {  # D, H, G, K, F, V
     "SmolLM2-135M": (576, 9, 3, 64, 1536, 49152),
     "Llama-3.1-8B": (4096, 32, 8, 128, 14336, 128256),
@@ -23,77 +45,103 @@ MODELS = {  # D, H, G, K, F, V
     "heads of 256": (512, 2, 1, 256, 1536, 49152),
 }
 KERNELS = {
-    "_adamw", "_embed", "_root_of_sum", "_square_sums",
-    "_attention_dkdv", "_attention_dq", "_attention_fwd", "_attention_sum", "_cross_entropy", "_dequantize",
-    "_rms_norm_bwd", "_rms_norm_fwd", "_rope", "_swiglu_bwd", "_swiglu_fwd", "_write_adapters",
-}  # fmt: skip
-TASKS = [(arch, model, "bfloat16", 2048) for arch in SHARED_MEMORY for model in list(MODELS)[:2]]
-TASKS += [(90, model, "bfloat16", 2048) for model in list(MODELS)[2:]]
-TASKS += [(86, "SmolLM2-135M", "float32", 2048), (90, "SmolLM2-135M", "float16", 1)]
-ROOT = Path(__file__).parents[1]
+    "_adamw",
+    "_attention_dkdv",
+    "_attention_dq",
+    "_attention_fwd",
+    "_attention_sum",
+    "_cross_entropy",
+    "_dequantize",
+    "_embed",
+    "_rms_norm_bwd",
+    "_rms_norm_fwd",
+    "_root_of_sum",
+    "_rope",
+    "_square_sums",
+    "_swiglu_bwd",
+    "_swiglu_fwd",
+    "_write_adapters",
+}
+# (model, dtype, rows) for every GPU, and further ones for some GPUs
+CASES = [("SmolLM2-135M", torch.bfloat16, 2048), ("Llama-3.1-8B", torch.bfloat16, 2048)]
+MORE_CASES = {
+    86: [("SmolLM2-135M", torch.float32, 2048)],
+    90: [
+        ("heads of 96", torch.bfloat16, 2048),
+        ("heads of 256", torch.bfloat16, 2048),
+        ("SmolLM2-135M", torch.float16, 1),
+    ],
+}
+LORA_RANK = 16
 
 
-def forward_and_backward(model, dtype, rows):
-    """Launches every kernel as a decoder layer and the loss do."""
-    import torch
+class MetaTensors:
+    """Arguments of the kernels for one model, without data."""
 
-    from minitune.kernels import (
-        adamw,
-        attention,
-        cross_entropy,
-        dequantize,
-        embedding,
-        lora_linear,
-        rms_norm,
-        rope,
-        swiglu,
-    )
+    def __init__(self, model: str, dtype: torch.dtype, rows: int):
+        self.D, self.H, self.G, self.K, self.F, self.V = MODELS[model]
+        self.N, self.dtype = rows, dtype
 
-    D, H, G, K, F, V = MODELS[model]
-    N, R = rows, 16
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a tensor of this shape, by default in the model's dtype."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
-    def new(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def float32(self, *shape: int) -> torch.Tensor:
+        """Return a float32 tensor of this shape."""
+        return self.new(*shape, dtype=torch.float32)
 
-    blocks = D * F // 64
-    nested = (
-        new(-(-blocks // 256), dtype=torch.float32),
-        new(256, dtype=torch.float32),
-        new(dtype=torch.float32),
-    )
-    packed, code = new(D * F // 2, dtype=torch.uint8), new(16, dtype=torch.float32)
-    plain = dequantize.QuantizedWeight(packed, new(blocks, dtype=torch.float32), code, (F, D))
-    double = dequantize.QuantizedWeight(
-        packed, new(blocks, dtype=torch.uint8), code, (F, D), 64, *nested
-    )
-    dequantize.dequantize_nf4(plain, dtype)
-    for weights in ([double], [double] * 2, [double] * 3):
-        dequantize.dequantize_nf4(weights, dtype, out=new(len(weights) * F, D + R)[:, :D])
-    x, weight, bound = new(N, D), new(D), new(N, dtype=torch.int32)
-    embedding.embed(bound, new(V, D), dtype)
-    stream = new(N, D, dtype=torch.float32)
-    rms_norm.rms_norm(stream, weight, 1e-5, out=x)
-    rstd = rms_norm.add_rms_norm_(x, x, weight, 1e-5, residual=stream)[1]
-    rms_norm.rms_norm_backward(x, x, weight, rstd, x, addend=x)
-    adapter = new(R, D, dtype=torch.float32), new(F, R, dtype=torch.float32), F
+
+def dequantise_and_write_adapters(t: MetaTensors) -> None:
+    """Launch the kernels that fill the extended weights of a layer."""
+    blocks = t.D * t.F // 64
+    packed, code = t.new(t.D * t.F // 2, dtype=torch.uint8), t.float32(16)
+    plain = dequantize.QuantizedWeight(packed, t.float32(blocks), code, (t.F, t.D))
+    absmax = t.new(blocks, dtype=torch.uint8)
+    scales = t.float32(-(-blocks // 256)), t.float32(256), t.float32()
+    nested = dequantize.QuantizedWeight(packed, absmax, code, (t.F, t.D), 64, *scales)
+    dequantize.dequantize_nf4(plain, t.dtype)
+    for weights in ([nested], [nested] * 2, [nested] * 3):
+        out = t.new(len(weights) * t.F, t.D + LORA_RANK)[:, : t.D]
+        dequantize.dequantize_nf4(weights, t.dtype, out=out)
+    adapter = t.float32(LORA_RANK, t.D), t.float32(t.F, LORA_RANK), t.F
     targets = []
-    for parts in (1, 2, 3, 1):
-        spare = lora_linear.padded_rank(parts * R)
-        targets.append((new(parts * F + spare, D + spare), [adapter] * parts, parts * F, D))
+    for linears in (1, 2, 3, 1):
+        R, out_features = lora_linear.padded_rank(linears * LORA_RANK), linears * t.F
+        weight = t.new(out_features + R, t.D + R)
+        targets.append((weight, [adapter] * linears, out_features, t.D))
         lora_linear.write_adapters_(targets)
-    q, k = new(N, H, K), new(N, G, K)
-    rope.rope_(q, k, *[new(2048, K // 2, dtype=torch.float32)] * 2, new(N, dtype=torch.int64))
+
+
+def run_layer(t: MetaTensors) -> None:
+    """Launch the kernels of a decoder layer, of the embedding and of the loss."""
+    x, weight = t.new(t.N, t.D), t.new(t.D)
+    index = t.new(t.N, dtype=torch.int32)
+    positions = targets = t.new(t.N, dtype=torch.int64)
+    embedding.embed(index, t.new(t.V, t.D), t.dtype)
+
+    residual = t.float32(t.N, t.D)
+    rms_norm.rms_norm(residual, weight, 1e-5, out=x)
+    _, rstd = rms_norm.add_rms_norm_(x, x, weight, 1e-5, residual=residual)
+    rms_norm.rms_norm_backward(x, x, weight, rstd, x, addend=x)
+
+    q, k, table = t.new(t.N, t.H, t.K), t.new(t.N, t.G, t.K), t.float32(2048, t.K // 2)
+    rope.rope_(q, k, table, table, positions)
     for max_seqlen in (1000, 4096):
-        out, lse = attention.attention(q, k, k, bound, bound, K**-0.5, max_seqlen=max_seqlen)
-        attention.attention_backward(
-            out, q, k, k, out, lse, bound, bound, K**-0.5, max_seqlen=max_seqlen
-        )
-    swiglu.swiglu_backward(new(N, F), new(N, F), swiglu.swiglu(new(N, F), new(N, F)))
-    cross_entropy.linear_cross_entropy(x, new(V, D), new(N, dtype=torch.int64), N)
-    flat, absmax, tables = (
-        new(*shape, dtype=torch.float32) for shape in ((R * D,), (R * D // 256,), (4, 256))
-    )
-    codes, norm = new(R * D, dtype=torch.uint8), adamw.global_norm(flat)
+        rest = index, index, t.K**-0.5
+        out, lse = attention.attention(q, k, k, *rest, max_seqlen=max_seqlen)
+        attention.attention_backward(out, q, k, k, out, lse, *rest, max_seqlen=max_seqlen)
+
+    gate, up = t.new(t.N, t.F), t.new(t.N, t.F)
+    swiglu.swiglu_backward(gate, gate, up)
+    swiglu.swiglu_backward(gate, gate, up, out=swiglu.swiglu(gate, up))
+    cross_entropy.linear_cross_entropy(x, t.new(t.V, t.D), targets, t.N)
+
+
+def run_optimizer(t: MetaTensors) -> None:
+    """Launch the kernels of an optimizer step."""
+    P = LORA_RANK * t.D
+    flat, absmax, tables = t.float32(P), t.float32(P // 256), t.float32(4, 256)
+    codes, norm = t.new(P, dtype=torch.uint8), global_norm.global_norm(flat)
     settings = {
         "lr": 1.0,
         "step": 1,
@@ -106,15 +154,8 @@ def forward_and_backward(model, dtype, rows):
     adamw.adamw_8bit_(flat, flat, codes, codes, absmax, absmax, tables, norm, **settings)
 
 
-def recorded_launches(arch, model, dtype, rows):
-    """name -> what to compile, one for each distinct kernel, signature, constants and options."""
-    import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime import jit
-
-    from minitune.kernels import backend
-
+def recorded_launches(arch: int, model: str, dtype: torch.dtype, rows: int) -> dict[str, tuple]:
+    """Return name -> (source, target, options) of each distinct launch."""
     target = GPUTarget("cuda", arch, 32)
     compiler = make_backend(target)
     launches = {}
@@ -128,69 +169,49 @@ def recorded_launches(arch, model, dtype, rows):
         named = {self.arg_names[path[0]]: value for path, value in constants.items()}
         types = ", ".join(map(str, signature.values()))
         name = f"{self.__name__}({types}) {named} {options.num_warps}x{options.num_stages}"
-        launches[name] = (
-            ASTSource(self, signature, constants, attributes),
-            target,
-            options.__dict__,
-        )
+        source = ASTSource(self, signature, constants, attributes)
+        launches[name] = source, target, options.__dict__
 
     jit.JITFunction.run = record
     backend.use_triton = lambda x: True
     backend.shared_memory_limit = lambda device: SHARED_MEMORY[arch] * 1024
-    forward_and_backward(model, getattr(torch, dtype), rows)
+    tensors = MetaTensors(model, dtype, rows)
+    dequantise_and_write_adapters(tensors)
+    run_layer(tensors)
+    run_optimizer(tensors)
     return launches
 
 
-def compile_all(task):
-    """[arch, launch, its bytes of shared memory] for each launch of the task."""
-    import triton
-
-    return [
-        [task[0], name, triton.compile(source, target=target, options=options).metadata.shared]
-        for name, (source, target, options) in recorded_launches(*task).items()
-    ]
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """arch -> {launch: bytes of shared memory}"""
-    pytest.importorskip("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {
-        "PYTHONPATH": str(ROOT),
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-        "OMP_NUM_THREADS": "1",
+def compile_all(arch: int) -> dict[str, int]:
+    """Return launch -> its bytes of shared memory, compiled for one GPU."""
+    launches = {}
+    for case in [*CASES, *MORE_CASES.get(arch, ())]:
+        launches |= recorded_launches(arch, *case)
+    return {
+        name: triton.compile(source, target=target, options=options).metadata.shared
+        for name, (source, target, options) in launches.items()
     }
-    done = subprocess.run(
-        [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    result = {arch: {} for arch in SHARED_MEMORY}
-    for arch, name, shared in json.loads(done.stdout):
-        result[arch][name] = shared
-    return result
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_every_kernel_compiles_and_fits_into_shared_memory(arch, compiled):
-    assert {name.split("(")[0] for name in compiled[arch]} == KERNELS
-    too_large = {
-        name: shared
-        for name, shared in compiled[arch].items()
-        if shared > SHARED_MEMORY[arch] * 1024
-    }
-    assert not too_large
+def test_every_kernel_compiles_and_fits_into_shared_memory(arch, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, str(arch)], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = json.loads(done.stdout)
+    assert {name.split("(")[0] for name in compiled} == KERNELS
+    limit = SHARED_MEMORY[arch] * 1024
+    assert not {name: shared for name, shared in compiled.items() if shared > limit}
 
 
-def test_the_list_of_kernels_is_all_that_are_launched():
-    """A kernel that is added to kernels/ has to be launched in forward_and_backward as well."""
+def test_the_list_of_kernels_holds_every_launch_in_the_sources():
     sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     launched = set(re.findall(r"^ +(_\w+)\[.+\]\(", sources, flags=re.MULTILINE))
     assert launched == KERNELS
 
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor(2) as pool:
-        print(
-            json.dumps([launch for launches in pool.map(compile_all, TASKS) for launch in launches])
-        )
+    print(json.dumps(compile_all(int(sys.argv[1]))))

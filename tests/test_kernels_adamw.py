@@ -7,8 +7,9 @@ import torch
 from adamw_states import SETTINGS, gradients, in_float32, new_moments, normal, update_
 
 from minitune.kernels import backend
-from minitune.kernels.adamw import _quantize, adamw_, adamw_8bit_, global_norm
+from minitune.kernels.adamw import _quantize, adamw_, adamw_8bit_
 from minitune.kernels.backend import tl, triton
+from minitune.kernels.global_norm import global_norm
 from minitune.model.nf4 import dynamic_map
 from minitune.training.optimizer import moment_tables
 

@@ -1,4 +1,4 @@
-"""Attention, by its own kernels and by cuDNN, against plain PyTorch, within kernel_checks.py's bound."""
+"""Attention, by its kernels and by cuDNN, against PyTorch, within kernel_checks.py's bound."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ def visible(start):
 
 
 def run_attention(lengths, H, G, K, dtype, device, **options):
-    """Return ((q, k, v), dout, mask, [out, lse, dq, dk, dv]) for packed sequences of these lengths."""
+    """Return ((q, k, v), dout, mask, [out, lse, dq, dk, dv]) of packed sequences."""
     N = sum(lengths)
     fused = normal(N, (H + 2 * G) * K, dtype=dtype, device=device)
     q, k, v = (x.unflatten(1, (-1, K)) for x in fused.split([H * K, G * K, G * K], dim=1))

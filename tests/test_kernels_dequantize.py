@@ -1,4 +1,4 @@
-"""NF4 dequantisation: the kernel equals its reference, and the reference bitsandbytes, bit for bit."""
+"""NF4 dequantisation: the kernel equals its reference bit for bit, and that bitsandbytes."""
 
 from dataclasses import replace
 

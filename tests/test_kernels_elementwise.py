@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE, SwiGLU and the embedding against plain PyTorch, within kernel_checks.py's bound."""
+"""RMSNorm, RoPE, SwiGLU and embedding against PyTorch, within kernel_checks.py's bound."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""LoRA linears, and the head with the loss, against plain PyTorch, within kernel_checks.py's bound."""
+"""LoRA linears, and head with loss, against PyTorch, within kernel_checks.py's bound."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Properties of all kernels: no rows, refused shapes, more than 2^31 elements, no wait for the GPU."""
+"""Properties of all kernels: no rows, refused shapes, over 2^31 elements, no wait for the GPU."""
 
 import pytest
 import torch

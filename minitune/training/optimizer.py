@@ -35,8 +35,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_, global_norm
+from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_
 from minitune.kernels.backend import cdiv
+from minitune.kernels.global_norm import global_norm
 from minitune.model.nf4 import dynamic_map
 
 NEGATIVE_VALUE_NEXT_TO_ZERO = 126  # its index in the signed dynamic map

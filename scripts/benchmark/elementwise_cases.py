@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmark.kernel_cases import BF16, KernelCase, KernelSizes, beside, direct, normal, widened
-from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_, global_norm
+from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_
 from minitune.kernels.dequantize import dequantize_nf4
+from minitune.kernels.global_norm import global_norm
 from minitune.kernels.lora_linear import padded_rank
 from minitune.kernels.rms_norm import (
     add_rms_norm_,
