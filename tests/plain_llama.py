@@ -1,7 +1,7 @@
-"""A Llama with LoRA in plain torch operations under autograd: what the hand-written layers are held against.
+"""A Llama with LoRA in plain torch operations under autograd: the reference of the written layers.
 
-It shares nothing with minitune but the dense weights and the adapter that it is given, works in any dtype, and sees
-one sample at a time, so packing and sample borders are not its business.
+It shares only the dense weights and the adapter with minitune, and works in any dtype. It sees one
+sample at a time, so it knows nothing of packing and sample borders.
 """
 
 import torch
@@ -9,10 +9,14 @@ import torch.nn.functional as F
 
 
 class PlainLlama:
-    """Takes its weights (dequantised) and its adapter, as leaves that require gradients, from a minitune model."""
+    """A Llama with the dequantised weights and the adapter of a minitune model.
+
+    adapter: name -> leaf tensor that requires a gradient.
+    """
 
     def __init__(self, model, dtype: torch.dtype):
-        self.c, self.dtype = model.config, dtype
+        self.c = model.config
+        self.dtype = dtype
         rope = model.layer_context.rope
         self.cos, self.sin = rope.cos.to(dtype), rope.sin.to(dtype)
         self.weights = {
@@ -20,7 +24,7 @@ class PlainLlama:
         }
         self.scaling = {}
         for name, linear in model.linears():
-            # the values of the model's own compute dtype, so that only what is computed from them differs
+            # Take the values of the model's compute dtype, so that only the computation differs.
             self.weights[f"{name}.weight"] = linear.weight_as(model.dtype).to(dtype)
             self.scaling[name] = linear.scaling
         self.adapter = {
@@ -58,7 +62,7 @@ class PlainLlama:
         return x + self.linear(f"{p}.mlp.down_proj", F.silu(gate) * up)
 
     def logits(self, ids):
-        """ids (T,) of one sample -> (T, V)."""
+        """Return the logits (T, V) of one sample's ids (T,)."""
         x = self.weights["model.embed_tokens.weight"][ids]
         for i in range(self.c.num_hidden_layers):
             x = self.layer(f"model.layers.{i}", x)
@@ -66,7 +70,7 @@ class PlainLlama:
         return self.norm("model.norm", x) @ head.T
 
     def loss(self, samples):
-        """Mean over all labels that count of a list of (ids, labels)."""
+        """Return the mean loss over the labels that count in a list of (ids, labels)."""
         total, count = 0, 0
         for ids, labels in samples:
             total = total + F.cross_entropy(

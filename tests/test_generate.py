@@ -1,4 +1,4 @@
-"""Decoding with the cache gives what the whole model gives without it."""
+"""Decoding with the cache gives the tokens of the whole model without a cache."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def model(tmp_path):
     )
     FastLanguageModel.get_peft_model(model, r=4)
     assert model.eos_token_ids == (2,)
-    model.eos_token_ids = ()  # random weights say 2 now and then
+    model.eos_token_ids = ()  # random weights emit token 2 now and then
     with torch.no_grad():
         for i, (_, p) in enumerate(model.trainable_parameters()):
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)

@@ -1,4 +1,4 @@
-"""The whole model on a GPU, through the Triton kernels. Each test says what it showed, where and when."""
+"""The whole model on a GPU, through the Triton kernels."""
 
 import pytest
 import torch

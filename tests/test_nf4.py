@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes: the same nibbles, offset and second-level scales, and the nearest 8-bit scale codes."""
+"""NF4 against bitsandbytes: equal nibbles, offset and nested scales, nearest 8-bit codes."""
 
 import pytest
 import torch

@@ -1,11 +1,11 @@
-"""Tiny random Llama checkpoint folders for the tests: made offline, from a seed, in a fraction of a second.
+"""Tiny random Llama model folders for the tests, made offline from a seed in under a second.
 
-    make_tiny_model(folder)                                 64 wide, 2 layers, 4 query and 2 key/value heads, tied
-    make_tiny_model(folder, tokenizer="spm", tie=False)     with a SentencePiece tokenizer.model
+    make_tiny_model(folder)                              D 64, 2 layers, H 4, G 2, a tied head
+    make_tiny_model(folder, tokenizer="spm", tie=False)  with a SentencePiece tokenizer.model
 
-The weights are drawn so that activations keep their size from layer to layer and logits spread by several units:
-a greedy choice is then seldom a near tie. The tokenizer has fewer tokens than the embedding has rows, as many models
-have; its pad token is its eos token.
+The weights are drawn so that activations keep their size from layer to layer, and so that logits
+spread by several units: a greedy choice is then seldom a near tie. As in many models, the tokenizer
+has fewer tokens than the embedding has rows, and the pad token is the eos token.
 """
 
 import io
@@ -13,6 +13,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+import sentencepiece
 import torch
 from safetensors.torch import save_file
 from tokenizers import (
@@ -28,7 +29,9 @@ from tokenizers import (
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA3_PATTERN = (
@@ -44,13 +47,25 @@ CORPUS = [
     '{"item": "lamp", "count": 12, "city": "Lisbon"}',
 ]
 
-TEXTS = [  # what a tokenizer may stumble over
+TEXTS = [  # on which a tokenizer may stumble
     *CORPUS,
     "  two spaces, a tab\tand\n\n\nnewlines   \n end ",
     "we'll they'RE 'tis 3 33 333 3333 3.14 ½ ١٢٣",
     "emoji 🦙🦙 ✅ ﷽ e\u0301 \u200d zero width, ------====== \"\"\"'''",
     "ｆｕｌｌ　ｗｉｄｔｈ \u00a0nbsp Ωmega ßtraße ĲSSEL",
 ]
+
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
 
 def make_tiny_model(
@@ -72,31 +87,23 @@ def make_tiny_model(
     positions: int = 256,
     seed: int = 0,
 ) -> Path:
-    """Write config.json, *.safetensors and a tokenizer into `folder` and return it.
+    """Write config.json, *.safetensors and a tokenizer into `folder`, and return `folder`.
 
-    tokenizer: "bpe" (byte-level, SmolLM2's pre-tokenizer), "llama3" (byte-level, Llama 3's, adds a BOS) or "spm".
-    shards: more than one writes model-0000i-of-0000n.safetensors and an index.
+    tokenizer: "bpe" (byte-level, with SmolLM2's pre-tokenizer), "llama3" (byte-level, with Llama
+        3's pre-tokenizer, adds a BOS) or "spm" (SentencePiece).
+    shards: number of weight files; more than one come with an index.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    K = head_dim or hidden // heads
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    config = TINY_CONFIG | {
         "attention_bias": attention_bias,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": ffn,
         "max_position_embeddings": positions,
-        "mlp_bias": False,
         "num_attention_heads": heads,
         "num_hidden_layers": layers,
         "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-5,
         "rope_scaling": rope_scaling,
-        "rope_theta": 10000.0,
         "tie_word_embeddings": tie,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "vocab_size": vocab,
@@ -104,35 +111,33 @@ def make_tiny_model(
     if head_dim is not None:
         config["head_dim"] = head_dim
     _write_json(folder / "config.json", config)
-    _write_json(
-        folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    )
+    _write_json(folder / "generation_config.json", GENERATION_CONFIG)
+    K = head_dim or hidden // heads
+    shapes = tiny_shapes(hidden, layers, heads, kv_heads, K, ffn, vocab, tie, attention_bias)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, shape in tiny_shapes(
-        hidden, layers, heads, kv_heads, K, ffn, vocab, tie, attention_bias
-    ).items():
-        values = torch.randn(shape, generator=generator)
-        if name.endswith(("layernorm.weight", "norm.weight")):
-            values = 1 + 0.2 * values
-        elif name.endswith(".bias"):
-            values = 0.5 * values
-        elif name.startswith("model.embed_tokens"):
-            values = (
-                0.25 * values
-            )  # small beside what the layers add, else a tied model repeats its last token
-        else:
-            values = (4 if name.startswith("lm_head") else 1.5) * shape[-1] ** -0.5 * values
-        tensors[name] = values.to(dtype)
+    tensors = {name: _draw(name, shape, generator).to(dtype) for name, shape in shapes.items()}
     _write_tensors(folder, tensors, shards)
     write_tokenizer(folder, tokenizer)
     return folder
 
 
+def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Return random values of the tensor `name`, in float32."""
+    values = torch.randn(shape, generator=generator)
+    if name.endswith(("layernorm.weight", "norm.weight")):
+        return 1 + 0.2 * values
+    if name.endswith(".bias"):
+        return 0.5 * values
+    if name.startswith("model.embed_tokens"):
+        # Small beside the layers' output: otherwise a tied model repeats its last token.
+        return 0.25 * values
+    return (4 if name.startswith("lm_head") else 1.5) * shape[-1] ** -0.5 * values
+
+
 def tiny_shapes(
     hidden, layers, heads, kv_heads, K, ffn, vocab, tie, attention_bias
 ) -> dict[str, tuple[int, ...]]:
-    """Checkpoint names and shapes, in the order in which the tensors are used."""
+    """Return the name and shape of each tensor, in the order in which the model uses them."""
     shapes = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -156,30 +161,20 @@ def tiny_shapes(
 
 def write_tokenizer(folder: Path, kind: str = "bpe") -> None:
     """Write the tokenizer files of one kind: "bpe", "llama3" or "spm"."""
-    special = dict(
-        zip(
-            ("unk_token", "bos_token", "eos_token", "pad_token"),
-            (*SPECIAL, SPECIAL[2]),
-            strict=True,
-        )
-    )
+    unk, bos, eos = SPECIAL
+    special = {"unk_token": unk, "bos_token": bos, "eos_token": eos, "pad_token": eos}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "chat_template": CHATML}
     if kind == "spm":
-        special = {
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
             "unk_token": "<unk>",
             "bos_token": "<s>",
             "eos_token": "</s>",
             "pad_token": "</s>",
-        }
-        config = {
-            "tokenizer_class": "LlamaTokenizer",
-            **special,
             "add_bos_token": True,
             "add_eos_token": False,
+            "chat_template": CHATML.replace("<|im_end|>", "</s>").replace("<|im_start|>", "## "),
         }
-        config["chat_template"] = CHATML.replace("<|im_end|>", "</s>").replace(
-            "<|im_start|>", "## "
-        )
         (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     elif kind in ("bpe", "llama3"):
         (folder / "tokenizer.json").write_text(_byte_level_bpe(kind), encoding="utf-8")
@@ -217,9 +212,10 @@ def _byte_level_bpe(kind: str) -> str:
 
 @cache
 def sentencepiece_model() -> bytes:
-    """A BPE SentencePiece model with byte fallback: ids 0 <unk>, 1 <s>, 2 </s>, then 256 bytes, then pieces."""
-    import sentencepiece
+    """Return a BPE SentencePiece model with byte fallback.
 
+    Its ids are 0 <unk>, 1 <s>, 2 </s>, then 256 bytes, then the pieces.
+    """
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -259,11 +255,12 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def draw_adapter(model, b: float, seed: int = 0) -> None:
-    """Values as after training: A as large as it begins, B normal with deviation `b`, not zero."""
+    """Fill the adapter as if it were trained: A as large as at the start, and B no longer zero.
+
+    b: standard deviation of B, whose values are normal.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.trainable_parameters():
-            p.copy_(
-                torch.randn(p.shape, generator=generator)
-                * (b if "lora_B" in name else p.shape[1] ** -0.5)
-            )
+            deviation = b if "lora_B" in name else p.shape[1] ** -0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * deviation)
