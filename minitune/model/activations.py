@@ -40,7 +40,7 @@ class LayerPlan:
     offloaded: True if they go to pinned host memory until backward.
     """
 
-    level: int
+    level: SaveLevel
     offloaded: bool = False
 
 
