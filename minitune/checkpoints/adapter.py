@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minitune.atomic_files import atomic_folder, read_json, write_json
+from minitune.checkpoints.safetensors_folder import read_safetensors
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
@@ -164,12 +164,7 @@ def _peft_config(base: str, lora: LoraConfig) -> dict[str, Any]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the LoRA matrices of an adapter file by parameter name."""
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: not found, truncated, or not a safetensors file ({error})"
-        ) from None
+    stored = read_safetensors(path)
     # names out of a PEFT model in memory hold the adapter's name, "default"
     tensors = {
         name.removeprefix(PREFIX).replace(".default.", "."): value for name, value in stored.items()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minitune.atomic_files import read_json
@@ -58,6 +59,19 @@ def _hub_cache() -> Path:
     user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     home = os.environ.get("HF_HOME") or user_cache / "huggingface"
     return Path(home).expanduser() / "hub"
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file by name, on the CPU.
+
+    Raises: ValueError that names the file if it is missing, truncated or of another format.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: not found, truncated, or not a safetensors file ({error})"
+        ) from None
 
 
 class SafetensorsFolder:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from minitune.atomic_files import atomic_folder, read_json, write_json
 from minitune.checkpoints.adapter import load_adapter, write_adapter_files
+from minitune.checkpoints.safetensors_folder import read_safetensors
 from minitune.model.causal_lm import CausalLM
 from minitune.training.optimizer import FlatAdamW
 
@@ -111,12 +111,7 @@ def load_checkpoint(model: CausalLM, optimizer: FlatAdamW, folder: str | Path) -
     Raises: ValueError that names the file or the setting that does not fit.
     """
     state, path = read_state(folder), Path(folder) / OPTIMIZER
-    try:
-        moments = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: not found, truncated, or not a safetensors file ({error})"
-        ) from None
+    moments = read_safetensors(path)
     load_adapter(model, folder)
     optimizer.load_state_dict(moments, state["optimizer_steps"])
     return state
