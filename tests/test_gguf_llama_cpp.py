@@ -74,6 +74,7 @@ def train_a_little(model, tokenizer, steps=5, rows=3):
             optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_the_trained_real_model_answers_in_llama_cpp_as_it_does_here(tmp_path, smollm2):
     model, tokenizer = load(smollm2, lora=False)
     FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16, use_gradient_checkpointing=False)
