@@ -23,7 +23,7 @@ import torch
 from .backend import check_rows, power_of_two, tl, triton
 
 MAX_BLOCK = 128  # rows of the largest block; offsets within a block are 32 bit
-MAX_ROW_STRIDE = 2**31 // MAX_BLOCK  # elements
+MAX_ROW_STRIDE = 2**31 // MAX_BLOCK - 1  # elements
 SHORT_SEQUENCE_ROWS = 2048  # a sequence of up to this many rows is short, a longer one long
 
 # (outer, inner, warps, stages) for choose_block_sizes if shared memory is small.
@@ -57,7 +57,7 @@ def query_block(start_ptr, N, H, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    x_ptr, first, row_stride, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+    x_ptr, first, x_row_stride, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """Return the head vectors of ROWS rows from `first` on, (ROWS, BLOCK_K), zero past K.
 
@@ -65,7 +65,7 @@ def load_rows(
     """
     i = tl.arange(0, BLOCK_K)
     row = tl.minimum(tl.arange(0, ROWS), N - 1 - first)
-    at = x_ptr + first.to(tl.int64) * row_stride + (row[:, None] * row_stride + i[None, :])
+    at = x_ptr + first.to(tl.int64) * x_row_stride + (row[:, None] * x_row_stride + i[None, :])
     if K == BLOCK_K:
         x = tl.load(at)
     else:
@@ -75,12 +75,12 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    x_ptr, x, first, row_stride, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+    x_ptr, x, first, x_row_stride, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """Store head vectors x (ROWS, BLOCK_K) in the dtype of x_ptr, up to row N and element K."""
     i = tl.arange(0, BLOCK_K)
     row = tl.arange(0, ROWS)
-    at = x_ptr + first.to(tl.int64) * row_stride + (row[:, None] * row_stride + i[None, :])
+    at = x_ptr + first.to(tl.int64) * x_row_stride + (row[:, None] * x_row_stride + i[None, :])
     tl.store(at, x.to(x_ptr.dtype.element_ty), mask=(row[:, None] < N - first) & (i[None, :] < K))
 
 
@@ -175,8 +175,8 @@ def check_packed(
             f"q is {tuple(q.shape)} and k {tuple(k.shape)}; expected (rows, heads, head width)"
         )
     (N, H, K), G = q.shape, k.shape[1]
-    if not k.shape == v.shape == (N, G, K):
-        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}")
+    if k.shape != (N, G, K):
+        raise ValueError(f"k {tuple(k.shape)} does not fit q {tuple(q.shape)}")
     if G == 0 or H % G:
         raise ValueError(f"{H} query heads are not a multiple of {G} key/value heads")
     if K % 8 or not 0 < K <= 256:
@@ -186,21 +186,13 @@ def check_packed(
             raise ValueError(
                 f"{name} is {tuple(x.shape)} {x.dtype}; expected contiguous ({N},) torch.int32"
             )
-    check_heads(q, q.dtype, q=q, **like_q)
-    check_heads(k, q.dtype, k=k, v=v)
+    check_rows(q, (q.dtype,), MAX_ROW_STRIDE, q=q, **like_q)
+    check_rows(k, (q.dtype,), MAX_ROW_STRIDE, k=k, v=v)
 
 
 def check_heads(like: torch.Tensor, dtype: torch.dtype, **tensors: torch.Tensor | None) -> None:
-    """Check tensors (rows, heads, K) as `check_rows` does, and their row strides.
-
-    Offsets within a block are 32 bit, so rows may not be too far apart.
+    """Check tensors (rows, heads, K) against `like`, and that offsets within a block fit 32 bits.
 
     Raises: ValueError if a tensor does not fit.
     """
-    check_rows(like, (dtype,), **tensors)
-    for name, x in tensors.items():
-        if x is not None and x.stride(0) >= MAX_ROW_STRIDE:
-            raise ValueError(
-                f"rows of {name} are {x.stride(0)} elements apart; expected less than "
-                f"{MAX_ROW_STRIDE}"
-            )
+    check_rows(like, (dtype,), MAX_ROW_STRIDE, **tensors)

@@ -54,12 +54,16 @@ def power_of_two(n: int) -> int:
 
 
 def check_rows(
-    like: torch.Tensor, dtypes: tuple[torch.dtype, ...], **tensors: torch.Tensor | None
+    like: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    max_row_stride: int = 2**63,
+    **tensors: torch.Tensor | None,
 ) -> None:
     """Check that tensors have the shape and device of `like`, one of `dtypes`, and contiguous rows.
 
     like: tensor of any number of dimensions; a row is its last dimension.
     dtypes: allowed dtypes.
+    max_row_stride: most elements between two entries of the first dimension.
     tensors: arguments by name; None is skipped. Only the last dimension must be contiguous.
 
     The check runs before every launch, so the message is formatted only if the check fails.
@@ -70,12 +74,17 @@ def check_rows(
     for name, x in tensors.items():
         if x is None:
             continue
-        same = x.shape == shape and x.dtype in dtypes and x.device == device
-        if not same or (x.stride(-1) != 1 and shape[-1] > 1):
+        fits = x is like or (x.shape == shape and x.device == device)
+        if not fits or x.dtype not in dtypes or (x.stride(-1) != 1 and shape[-1] > 1):
             found = f"{tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}"
             dtype_names = " or ".join(map(str, dict.fromkeys(dtypes)))
             wanted = f"{tuple(shape)} {dtype_names} on {device} with contiguous rows"
             raise ValueError(f"{name} is {found}; expected {wanted}")
+        if x.stride(0) > max_row_stride:
+            raise ValueError(
+                f"rows of {name} are {x.stride(0)} elements apart; "
+                f"expected at most {max_row_stride}"
+            )
 
 
 def empty_contiguous_like(x: torch.Tensor) -> torch.Tensor:

@@ -80,6 +80,14 @@ REFUSED = {  # name -> (call on x (3, 16), part of the message)
         lambda x: attention(*[x[:, None, :12]] * 3, x[:, 0], x[:, 0], 1.0),
         "head width 12; expected a multiple",
     ),
+    "row stride": (
+        lambda x: attention(
+            *[torch.empty_strided((3, 1, 16), (2**24, 16, 1), device="meta")] * 3,
+            *[torch.zeros(3, dtype=torch.int32)] * 2,
+            1.0,
+        ),
+        "rows of q are 16777216 elements apart; expected at most 16777215",
+    ),
     "linear": (
         lambda x: lora_linear.lora_linear_(x, x[:, :5], 3, 1.0),
         "x is (3, 16); the extended weight is (3, 5)",
