@@ -5,7 +5,16 @@
     dhidden = (softmax(logits) - onehot(target)) / denominator W
 
 hidden (N, D), W (V, D) frozen, targets (N,). A row with the target -100 has no loss and a zero
-gradient. Forward computes the gradient, so nothing is saved.
+gradient. Forward computes the gradient, so nothing is saved. With the row's maximum m:
+
+    others  = sum over v != target of exp(logits[v] - m)
+    total   = others + exp(logits[target] - m)
+    loss    = m - logits[target] + log(total)
+    p[v]    = exp(logits[v] - m) / total                softmax
+    p[target] - 1 = -others / total                     used from p[target] = 1/2 on
+
+exp(logits - logsumexp) would scale a row by the rounding error of its logsumexp, while logits - m
+is exact for the largest logits. -others / total keeps its digits as p[target] approaches 1.
 
 Rows are processed in tiles of at most 256 MiB of logits, 1046 rows at V = 128256 in bf16. The
 logits of 4096 rows would take 1.05 GB, and a plain softmax three times as much. For each tile:
@@ -40,13 +49,18 @@ def cross_entropy_reference_(logits, targets, need_grad):
     wide = logits.to(accumulator(logits.dtype))
     counted = targets != IGNORE_INDEX
     target = torch.where(counted, targets, 0).long()[:, None]
-    lse = torch.logsumexp(wide, dim=-1, keepdim=True)
-    losses = torch.where(counted, (lse - wide.gather(1, target))[:, 0], 0.0)
+    top = wide.amax(dim=-1, keepdim=True)
+    exps = (wide - top).exp_()
+    target_exp = exps.gather(1, target)
+    others = exps.scatter_(1, target, 0.0).sum(dim=-1, keepdim=True)
+    total = others + target_exp
+    losses = top - wide.gather(1, target) + total.log()
     if need_grad:
-        p = wide.sub(lse).exp_()
-        p.scatter_add_(1, target, torch.full_like(lse, -1.0))
-        logits.copy_(p.masked_fill_(~counted[:, None], 0.0))
-    return losses
+        target_p = target_exp / total
+        target_gradient = torch.where(target_p < 0.5, target_p - 1.0, -others / total)
+        gradient = exps.div_(total).scatter_(1, target, target_gradient)
+        logits.copy_(gradient.masked_fill_(~counted[:, None], 0.0))
+    return torch.where(counted, losses[:, 0], 0.0)
 
 
 @triton.jit
@@ -73,28 +87,35 @@ def _cross_entropy(
             for first in range(0, V, BLOCK_V):
                 tl.store(row_ptr + first + columns, zero, mask=first + columns < V)
     else:
+        # A target outside the vocabulary has a probability of 0, so its loss is infinite.
+        known = (target >= 0) & (target < V)
+        target_logit = tl.load(row_ptr + target, mask=known, other=float("-inf")).to(tl.float32)
         # Each lane keeps its own maximum and sum. They are combined once, at the end of the row.
         highest = tl.full((BLOCK_V,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK_V,), dtype=tl.float32)
-        chosen = tl.zeros((BLOCK_V,), dtype=tl.float32)  # the target's logit in its lane
+        sums = tl.zeros((BLOCK_V,), dtype=tl.float32)
         for first in range(0, V, BLOCK_V):
             mask = first + columns < V
             x = tl.load(row_ptr + first + columns, mask=mask, other=float("-inf")).to(tl.float32)
+            x = tl.where(first + columns == target, float("-inf"), x)
             new = tl.maximum(highest, x)
             base = tl.where(new == float("-inf"), 0.0, new)
-            total = total * tl.exp(highest - base) + tl.exp(x - base)
-            chosen += tl.where(first + columns == target, x, 0.0)
+            sums = sums * tl.exp(highest - base) + tl.exp(x - base)
             highest = new
-        top = tl.max(highest, axis=0)
-        lse = top + tl.log(tl.sum(total * tl.exp(highest - top), axis=0))
-        tl.store(losses_ptr + row, lse - tl.sum(chosen, axis=0))
+        top = tl.maximum(tl.max(highest, axis=0), target_logit)
+        others = tl.sum(sums * tl.exp(highest - top), axis=0)
+        target_exp = tl.exp(target_logit - top)
+        total = others + target_exp
+        tl.store(losses_ptr + row, top - target_logit + tl.log(total))
         if NEED_GRAD:
+            inverse = tl.div_rn(1.0, total)
             for first in range(0, V, BLOCK_V):
                 at_ptr, mask = row_ptr + first + columns, first + columns < V
                 x = tl.load(at_ptr, mask=mask, other=float("-inf")).to(tl.float32)
-                p = tl.exp(x - lse)
-                p = tl.where(first + columns == target, p - 1.0, p)
-                tl.store(at_ptr, p.to(dtype), mask=mask)
+                tl.store(at_ptr, (tl.exp(x - top) * inverse).to(dtype), mask=mask)
+            target_p = target_exp * inverse
+            gradient = tl.where(target_p < 0.5, target_p - 1.0, -others * inverse)
+            tl.debug_barrier()  # all lanes have stored, so the target's element is overwritten last
+            tl.store(row_ptr + target, gradient.to(dtype), mask=known)
 
 
 def _cross_entropy_(logits, targets, losses, need_grad) -> None:

@@ -197,6 +197,76 @@ def test_linear_cross_entropy_errs_at_most_twice_as_much_as_pytorch(
     assert not dhidden[1:2].any()
 
 
+def row_gradients(logits, targets):
+    """Return softmax - onehot by PyTorch's autograd, in the dtype of logits."""
+    return with_gradients(
+        lambda x: functional.cross_entropy(x, targets, reduction="sum"), [logits], None
+    )[1]
+
+
+def loss_of_exact_logits(N, V, device, sure_by=None):
+    """Return (softmax - onehot, logits, targets) for logits of spread 8 that are exact in float32.
+
+    hidden holds powers of two and D is 1, so the matmul rounds nothing.
+    sure_by: distances of the targets' logits above all others; by default targets are random.
+    """
+    weight = 8 * normal(V, 1, device=device)
+    hidden = 2.0 ** -(torch.arange(N, device=device) % 3)[:, None]
+    targets = torch.arange(N, device=device) * 31 % V
+    if sure_by is not None:
+        targets[:] = V - 1
+        hidden = torch.ones(N, 1, device=device)
+        weight[-1] = weight[:-1].max() + sure_by
+    logits_buffer = torch.empty(N, V, device=device)
+    linear_cross_entropy(hidden, weight, targets, 1, logits_buffer=logits_buffer)
+    return logits_buffer, hidden * weight.T, targets
+
+
+def relative_error(x, exact):
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+implementations = pytest.mark.parametrize("triton", [True, False], ids=["kernel", "reference"])
+
+
+@pytest.mark.usefixtures("triton_everywhere")
+@implementations
+@pytest.mark.parametrize("V", [423, 4099])
+def test_the_gradient_of_wide_logits_errs_at_most_twice_as_much_as_pytorch(
+    V, triton, device, monkeypatch
+):
+    if not triton:
+        monkeypatch.setattr(backend, "use_triton", lambda x: False)
+    found, logits, targets = loss_of_exact_logits(64, V, device)
+    exact = row_gradients(logits.double(), targets)
+    plain_error = relative_error(row_gradients(logits, targets), exact)
+    assert relative_error(found, exact) <= 2 * plain_error
+
+
+@pytest.mark.usefixtures("triton_everywhere")
+@implementations
+@pytest.mark.parametrize("sure_by", [0.0, 4.0, 16.0])
+def test_the_gradient_keeps_its_digits_if_the_model_is_sure_of_the_target(
+    sure_by, triton, device, monkeypatch
+):
+    """PyTorch subtracts two numbers near 1: its relative error reaches 0.3 at sure_by 16."""
+    if not triton:
+        monkeypatch.setattr(backend, "use_triton", lambda x: False)
+    found, logits, targets = loss_of_exact_logits(2, 4099, device, sure_by)
+    assert relative_error(found, row_gradients(logits.double(), targets)) < 2e-6
+
+
+@pytest.mark.gpu
+def test_the_gradient_of_wide_logits_holds_its_bound_at_a_real_vocabulary():
+    found, logits, targets = loss_of_exact_logits(64, 128256, "cuda")
+    exact = row_gradients(logits.double(), targets)
+    plain_error = relative_error(row_gradients(logits, targets), exact)
+    assert relative_error(found, exact) <= 2 * plain_error
+    for sure_by in (0.0, 4.0, 16.0):
+        found, logits, targets = loss_of_exact_logits(2, 128256, "cuda", sure_by)
+        assert relative_error(found, row_gradients(logits.double(), targets)) < 2e-6
+
+
 @kernel
 def test_ignored_rows_have_no_loss_and_no_gradient_even_if_they_are_nan(device):
     hidden, weight = normal(3, 8, device=device), normal(50, 8, device=device)
