@@ -54,6 +54,7 @@ def results(done: subprocess.CompletedProcess) -> list[dict]:
 # ---- records
 
 
+@pytest.mark.slow
 def test_a_step_and_a_peers_step_give_records_of_the_same_keys_from_the_same_loss(folder, tmp_path):
     for name in ("transformers", "peft", "bitsandbytes"):
         pytest.importorskip(name)

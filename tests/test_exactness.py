@@ -126,6 +126,7 @@ def test_the_kernel_table_marks_wrong_kernels_and_missing_columns():
 # ---- exactness
 
 
+@pytest.mark.slow
 def test_gradients_of_minitune_and_of_the_plain_model_are_those_of_transformers_and_peft(
     tmp_path, capsys
 ):
@@ -176,6 +177,7 @@ def test_curves_of_one_system_repeat_and_seeds_differ(tmp_path, capsys):
     assert "| largest difference between systems, seed 0 | 0.0000 |" in out
 
 
+@pytest.mark.slow
 def test_repeated_runs_are_compared_bit_for_bit(tmp_path, capsys):
     model = make_tiny_model(tmp_path / "model")
     command = ["repeat", "--model", str(model), "--out", str(tmp_path / "out"), "--steps", "2"]
