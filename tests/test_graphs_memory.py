@@ -145,7 +145,10 @@ def test_a_capture_that_lacks_memory_lowers_the_plan_a_few_times_and_then_gives_
             cache._make_room(640, 80 << 20)
         assert " lacks 80 MiB to " in str(said[0].message) and ADVICE in str(said[0].message)
         assert cache.disabled_reason is None
-    assert planner.memory_budget == (1 << 30) - MAX_SMALLER_PLANS * 2 * (80 << 20)
+    expected = 1 << 30
+    for _ in range(MAX_SMALLER_PLANS):
+        expected -= (80 << 20) + expected // 16
+    assert planner.memory_budget == expected
     cache._make_room(640, 80 << 20)
     assert "lacks 80 MiB" in cache.disabled_reason and ADVICE in cache.disabled_reason
     assert capture_disabled_reason() is None  # another micro-step may still capture
@@ -187,9 +190,12 @@ def test_a_gpu_without_room_for_a_capture_gets_a_smaller_plan_and_keeps_graphs(
     monkeypatch.setattr(CUDAGraphCache, "_missing_memory", on_a_full_gpu)
     with pytest.warns(UserWarning, match="lacks .* MiB to capture a micro-step of 8192 tokens"):
         first = results(micro_step, [batch])
-    peak = planner.memory_budget
-    second = results(micro_step, [batch])
-    assert planner.largest.peak <= peak and capture_disabled_reason() is None
+    for _ in range(MAX_SMALLER_PLANS):
+        budget = planner.memory_budget
+        second = results(micro_step, [batch])
+        if planner.memory_budget == budget:
+            break
+    assert planner.largest.peak <= budget and capture_disabled_reason() is None
     assert len(micro_step._graphs._captured) == 1
     assert_same_bits(results(micro_step, [batch]), second)
     for loss, grads in (*first, *second):

@@ -283,7 +283,7 @@ class CUDAGraphCache:
         return max(0, needed - _unreserved_memory(device))
 
     def _make_room(self, size: int, missing: int) -> None:
-        """Drop all graphs and plan the next micro-step with less memory by twice the shortage.
+        """Drop all graphs and plan the next micro-step with less memory.
 
         If that is not possible, say in `disabled_reason` that this cache captures nothing any more.
         """
@@ -297,8 +297,9 @@ class CUDAGraphCache:
             self._no_room = f"{shortage}; {ADVICE}"
             return
         self._smaller_plans += 1
-        # Twice the shortage, because a smaller plan's blocks leave gaps in its pool as well.
-        before, after = planner.plan_with_less(device, 2 * missing)
+        # A sixteenth of the limit is added for the gaps between the blocks of the new pool.
+        less = missing + planner.memory_limit(device) // 16
+        before, after = planner.plan_with_less(device, less)
         warnings.warn(
             f"{shortage}; planning with {after / 2**30:.2f} GiB from now on, "
             f"not {before / 2**30:.2f} GiB ({ADVICE})",
