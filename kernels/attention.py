@@ -67,14 +67,14 @@ BLOCK_SIZES = {
 
 def attention_reference(q, k, v, start, end, scale):
     """Return (out, lse) in PyTorch, sequence by sequence."""
-    (N, H, K), G, wide = q.shape, k.shape[1], accumulator(q.dtype)
+    (N, H, K), G, acc_dtype = q.shape, k.shape[1], accumulator(q.dtype)
     out = empty_contiguous_like(q)
-    lse = q.new_empty((H, N), dtype=wide)
+    lse = q.new_empty((H, N), dtype=acc_dtype)
     for a, b in sequence_bounds(start):
         T = b - a
         # (G, H/G * T, K): the query heads of a group one below the other, with the keys they share
-        qs = q[a:b].to(wide).transpose(0, 1).reshape(G, H // G * T, K)
-        ks, vs = (x[a:b].to(wide).transpose(0, 1) for x in (k, v))
+        qs = q[a:b].to(acc_dtype).transpose(0, 1).reshape(G, H // G * T, K)
+        ks, vs = (x[a:b].to(acc_dtype).transpose(0, 1) for x in (k, v))
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         scores = (qs @ ks.mT).mul_(scale)
         scores.view(G, H // G, T, T).masked_fill_(future, -math.inf)
@@ -117,7 +117,7 @@ def _attention_fwd(
     v_ptr += head // GROUP * v_head_stride
     q = load_rows(q_ptr + head * q_head_stride, first, q_row_stride, N, K, BLOCK_M, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for t in range(tl.cdiv(last + 1 - first_key, BLOCK_N)):
         key = first_key + t * BLOCK_N
@@ -128,19 +128,20 @@ def _attention_fwd(
             keys = key + tl.arange(0, BLOCK_N)
             seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= start[:, None])
             scores = tl.where(seen, scores, float("-inf"))
-        new = tl.maximum(top, tl.max(scores, axis=1))
+        new = tl.maximum(row_max, tl.max(scores, axis=1))
         # A maximum of -inf belongs to a row that has seen no key yet.
         base = tl.where(new == float("-inf"), 0.0, new * scale_log2)
         p = tl.exp2(scores * scale_log2 - base[:, None])
-        shrink = tl.exp2(top * scale_log2 - base)
+        shrink = tl.exp2(row_max * scale_log2 - base)
         total = total * shrink + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = new
+        row_max = new
     out = acc / total[:, None]
     out_ptr += head * out_head_stride
     store_rows(out_ptr, out, first, out_row_stride, N, K, BLOCK_M, BLOCK_K)
     LN_2: tl.constexpr = 0.6931471805599453
-    tl.store(lse_ptr + head * N + rows, (top * scale_log2 + tl.log2(total)) * LN_2, mask=rows < N)
+    lse = (row_max * scale_log2 + tl.log2(total)) * LN_2
+    tl.store(lse_ptr + head * N + rows, lse, mask=rows < N)
 
 
 def _launch_forward(q, k, v, out, lse, start, scale: float, sizes: BlockSizes) -> None:
@@ -199,9 +200,9 @@ def attention(
     out = empty_contiguous_like(q) if out is None else out
     lse = torch.empty((H, N), dtype=torch.float32, device=q.device)
     if N:
-        longest = max_seqlen or uniform_seqlen or N
+        max_seqlen = max_seqlen or uniform_seqlen or N
         shared_memory = backend.shared_memory_limit(q.device)
         itemsize = q.element_size()
-        sizes = choose_block_sizes(BLOCK_SIZES, 1, K, itemsize, longest, shared_memory)
+        sizes = choose_block_sizes(BLOCK_SIZES, 1, K, itemsize, max_seqlen, shared_memory)
         _launch_forward(q, k, v, out, lse, start, scale, sizes)
     return out, lse

@@ -53,13 +53,15 @@ BLOCK_SIZES = {
 
 def attention_backward_reference(dout, q, k, v, out, lse, start, end, scale):
     """Return (dq, dk, dv) in PyTorch, sequence by sequence."""
-    (_, H, K), G, wide = q.shape, k.shape[1], accumulator(q.dtype)
+    (_, H, K), G, acc_dtype = q.shape, k.shape[1], accumulator(q.dtype)
     dq, dk, dv = (empty_contiguous_like(x) for x in (q, k, v))
     for a, b in sequence_bounds(start):
         T = b - a
         stacked = G, H // G * T, -1  # the heads of a group one below the other, as in the forward
-        qs, douts, outs = (x[a:b].to(wide).transpose(0, 1).reshape(stacked) for x in (q, dout, out))
-        ks, vs = (x[a:b].to(wide).transpose(0, 1) for x in (k, v))
+        qs, douts, outs = (
+            x[a:b].to(acc_dtype).transpose(0, 1).reshape(stacked) for x in (q, dout, out)
+        )
+        ks, vs = (x[a:b].to(acc_dtype).transpose(0, 1) for x in (k, v))
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         p = (qs @ ks.mT).mul_(scale).sub_(lse[:, a:b].reshape(stacked)).exp_()
         p.view(G, H // G, T, T).masked_fill_(future, 0.0)
@@ -202,10 +204,10 @@ def attention_backward(
     dk = empty_contiguous_like(k) if dk is None else dk
     dv = empty_contiguous_like(v) if dv is None else dv
     if N:
-        longest = max_seqlen or uniform_seqlen or N
+        max_seqlen = max_seqlen or uniform_seqlen or N
         shared_memory = backend.shared_memory_limit(q.device)
         stats = torch.empty((H, cdiv(N, 16) * 16 + MAX_BLOCK), dtype=torch.int64, device=q.device)
-        sizes = choose_block_sizes(BLOCK_SIZES, 2, K, q.element_size(), longest, shared_memory)
+        sizes = choose_block_sizes(BLOCK_SIZES, 2, K, q.element_size(), max_seqlen, shared_memory)
         _launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale, sizes)
-        launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale, longest)
+        launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale, max_seqlen)
     return dq, dk, dv

@@ -104,12 +104,12 @@ def copy_into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor
 
 def matmul_accumulated(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a @ b in the accumulator's dtype, without rounding it to the dtype of a and b."""
-    wide = accumulator(a.dtype)
-    if a.dtype == wide:
+    acc_dtype = accumulator(a.dtype)
+    if a.dtype == acc_dtype:
         return a @ b
     if a.is_cuda:
-        return torch.mm(a, b, out_dtype=wide)
-    return a.to(wide) @ b.to(wide)
+        return torch.mm(a, b, out_dtype=acc_dtype)
+    return a.to(acc_dtype) @ b.to(acc_dtype)
 
 
 def add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -46,21 +46,21 @@ def logits_tile_rows(V: int, itemsize: int) -> int:
 
 def cross_entropy_reference_(logits, targets, need_grad):
     """Return the loss of each row, and overwrite logits with softmax - onehot if need_grad."""
-    wide = logits.to(accumulator(logits.dtype))
-    counted = targets != IGNORE_INDEX
-    target = torch.where(counted, targets, 0).long()[:, None]
-    top = wide.amax(dim=-1, keepdim=True)
-    exps = (wide - top).exp_()
+    logits_acc = logits.to(accumulator(logits.dtype))
+    labelled = targets != IGNORE_INDEX
+    target = torch.where(labelled, targets, 0).long()[:, None]
+    row_max = logits_acc.amax(dim=-1, keepdim=True)
+    exps = (logits_acc - row_max).exp_()
     target_exp = exps.gather(1, target)
     others = exps.scatter_(1, target, 0.0).sum(dim=-1, keepdim=True)
     total = others + target_exp
-    losses = top - wide.gather(1, target) + total.log()
+    losses = row_max - logits_acc.gather(1, target) + total.log()
     if need_grad:
         target_p = target_exp / total
         target_gradient = torch.where(target_p < 0.5, target_p - 1.0, -others / total)
         gradient = exps.div_(total).scatter_(1, target, target_gradient)
-        logits.copy_(gradient.masked_fill_(~counted[:, None], 0.0))
-    return torch.where(counted, losses[:, 0], 0.0)
+        logits.copy_(gradient.masked_fill_(~labelled[:, None], 0.0))
+    return torch.where(labelled, losses[:, 0], 0.0)
 
 
 @triton.jit
@@ -88,34 +88,34 @@ def _cross_entropy(
                 tl.store(row_ptr + first + columns, zero, mask=first + columns < V)
     else:
         # A target outside the vocabulary has a probability of 0, so its loss is infinite.
-        known = (target >= 0) & (target < V)
-        target_logit = tl.load(row_ptr + target, mask=known, other=float("-inf")).to(tl.float32)
+        valid = (target >= 0) & (target < V)
+        target_logit = tl.load(row_ptr + target, mask=valid, other=float("-inf")).to(tl.float32)
         # Each lane keeps its own maximum and sum. They are combined once, at the end of the row.
-        highest = tl.full((BLOCK_V,), float("-inf"), dtype=tl.float32)
+        lane_max = tl.full((BLOCK_V,), float("-inf"), dtype=tl.float32)
         sums = tl.zeros((BLOCK_V,), dtype=tl.float32)
         for first in range(0, V, BLOCK_V):
             mask = first + columns < V
             x = tl.load(row_ptr + first + columns, mask=mask, other=float("-inf")).to(tl.float32)
             x = tl.where(first + columns == target, float("-inf"), x)
-            new = tl.maximum(highest, x)
+            new = tl.maximum(lane_max, x)
             base = tl.where(new == float("-inf"), 0.0, new)
-            sums = sums * tl.exp(highest - base) + tl.exp(x - base)
-            highest = new
-        top = tl.maximum(tl.max(highest, axis=0), target_logit)
-        others = tl.sum(sums * tl.exp(highest - top), axis=0)
-        target_exp = tl.exp(target_logit - top)
+            sums = sums * tl.exp(lane_max - base) + tl.exp(x - base)
+            lane_max = new
+        row_max = tl.maximum(tl.max(lane_max, axis=0), target_logit)
+        others = tl.sum(sums * tl.exp(lane_max - row_max), axis=0)
+        target_exp = tl.exp(target_logit - row_max)
         total = others + target_exp
-        tl.store(losses_ptr + row, top - target_logit + tl.log(total))
+        tl.store(losses_ptr + row, row_max - target_logit + tl.log(total))
         if NEED_GRAD:
             inverse = tl.div_rn(1.0, total)
             for first in range(0, V, BLOCK_V):
                 at_ptr, mask = row_ptr + first + columns, first + columns < V
                 x = tl.load(at_ptr, mask=mask, other=float("-inf")).to(tl.float32)
-                tl.store(at_ptr, (tl.exp(x - top) * inverse).to(dtype), mask=mask)
+                tl.store(at_ptr, (tl.exp(x - row_max) * inverse).to(dtype), mask=mask)
             target_p = target_exp * inverse
             gradient = tl.where(target_p < 0.5, target_p - 1.0, -others * inverse)
             tl.debug_barrier()  # all lanes have stored, so the target's element is overwritten last
-            tl.store(row_ptr + target, gradient.to(dtype), mask=known)
+            tl.store(row_ptr + target, gradient.to(dtype), mask=valid)
 
 
 def _cross_entropy_(logits, targets, losses, need_grad) -> None:
@@ -192,17 +192,17 @@ def linear_cross_entropy(
         vocabulary.
     """
     _check(hidden, weight, targets)
-    (N, D), V, wide = hidden.shape, len(weight), accumulator(hidden.dtype)
+    (N, D), V, acc_dtype = hidden.shape, len(weight), accumulator(hidden.dtype)
     if logits_buffer is None:
         rows = min(tile_rows or logits_tile_rows(V, hidden.element_size()), N)
         logits_buffer = torch.empty((rows, V), dtype=hidden.dtype, device=hidden.device)
     _check_buffer(logits_buffer, hidden, V)
     if not isinstance(denominator, torch.Tensor):
-        denominator = torch.full((), float(denominator), dtype=wide, device=hidden.device)
-    inverse = denominator.to(wide).reciprocal()
+        denominator = torch.full((), float(denominator), dtype=acc_dtype, device=hidden.device)
+    inverse = denominator.to(acc_dtype).reciprocal()
     targets = targets.contiguous()
 
-    losses = torch.empty(N, dtype=wide, device=hidden.device)
+    losses = torch.empty(N, dtype=acc_dtype, device=hidden.device)
     dhidden = torch.empty((N, D), dtype=hidden.dtype, device=hidden.device) if need_grad else None
     step = max(len(logits_buffer), 1)
     for first in range(0, N, step):

@@ -192,10 +192,11 @@ def _adapter_arguments(
             arguments.append((weight, a, b, *bounds))
             rank += R
         row += rows
-    spare = weight.shape[0] - out_features, weight.shape[1] - in_features
-    if min(spare) < rank:
+    lora_space = weight.shape[0] - out_features, weight.shape[1] - in_features
+    if min(lora_space) < rank:
         raise ValueError(
-            f"the extended weight has {spare} LoRA rows and columns; the ranks add up to {rank}"
+            f"the extended weight has {lora_space} LoRA rows and columns; "
+            f"the ranks add up to {rank}"
         )
     return arguments
 

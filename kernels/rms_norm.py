@@ -39,9 +39,9 @@ PROFILE_GROUP = "elementwise"
 
 def rms_norm_reference(x, weight, eps):
     """Return (y, rstd) in PyTorch."""
-    wide = x.to(accumulator(x.dtype))
-    rstd = torch.rsqrt(wide.square().mean(dim=-1) + eps)
-    return (wide * rstd[:, None] * weight).to(x.dtype), rstd
+    x_acc = x.to(accumulator(x.dtype))
+    rstd = torch.rsqrt(x_acc.square().mean(dim=-1) + eps)
+    return (x_acc * rstd[:, None] * weight).to(x.dtype), rstd
 
 
 def add_rms_norm_reference_(x, addend, weight, eps, residual=None):
@@ -54,10 +54,10 @@ def add_rms_norm_reference_(x, addend, weight, eps, residual=None):
 
 def rms_norm_backward_reference(dy, x, weight, rstd, dresidual=None, addend=None):
     """Return dx in PyTorch."""
-    wide = accumulator(x.dtype)
-    x = x.to(wide) if addend is None else x.to(wide) + addend
+    acc_dtype = accumulator(x.dtype)
+    x = x.to(acc_dtype) if addend is None else x.to(acc_dtype) + addend
     xhat = x * rstd[:, None]
-    g = dy.to(wide) * weight
+    g = dy.to(acc_dtype) * weight
     dx = rstd[:, None] * (g - xhat * (g * xhat).mean(dim=-1, keepdim=True))
     return (dx if dresidual is None else dx + dresidual).to(dy.dtype)
 

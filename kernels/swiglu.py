@@ -32,14 +32,14 @@ PROFILE_GROUP = "elementwise"
 
 def swiglu_reference(gate, up):
     """Return silu(gate) * up in PyTorch."""
-    wide = accumulator(gate.dtype)
-    return (torch.nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+    acc_dtype = accumulator(gate.dtype)
+    return (torch.nn.functional.silu(gate.to(acc_dtype)) * up.to(acc_dtype)).to(gate.dtype)
 
 
 def swiglu_backward_reference(dout, gate, up):
     """Return (dgate, dup, out) in PyTorch."""
-    dtype, wide = gate.dtype, accumulator(gate.dtype)
-    dout, gate, up = dout.to(wide), gate.to(wide), up.to(wide)
+    dtype, acc_dtype = gate.dtype, accumulator(gate.dtype)
+    dout, gate, up = dout.to(acc_dtype), gate.to(acc_dtype), up.to(acc_dtype)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     dgate = dout * up * (sigmoid + silu * (1 - sigmoid))

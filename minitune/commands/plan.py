@@ -51,7 +51,7 @@ def plan(settings: Settings, program: str) -> str:
     budget = parse_bytes(sft.memory_budget) if sft.memory_budget else torch.cuda.mem_get_info()[0]
     host_memory = parse_bytes(sft.host_memory) if sft.host_memory else default_host_budget()
     config = ModelConfig.from_folder(resolve_model(run.model))
-    longest = sft.max_length or run.max_seq_length or min(2048, config.max_position_embeddings)
+    max_seqlen = sft.max_length or run.max_seq_length or min(2048, config.max_position_embeddings)
     checkpointing = GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing]
     storage = Storage(run.load_in_4bit, run.offload_embedding, sft.optim == "adamw_8bit")
 
@@ -59,7 +59,7 @@ def plan(settings: Settings, program: str) -> str:
         return plan_memory(
             config,
             settings.lora,
-            Workload.of_samples(tokens, longest),
+            Workload.of_samples(tokens, max_seqlen),
             MemoryBudget(budget, host_memory),
             storage=storage,
             level=parse_gradient_checkpointing(checkpointing),
@@ -67,10 +67,10 @@ def plan(settings: Settings, program: str) -> str:
 
     tokens = sft.micro_step_tokens
     if tokens is None:
-        most = max(DEFAULT_MICRO_STEP_TOKENS["cuda"], longest)
-        tokens = halve_until_fits(most, longest, lambda n: planned(n).peak > budget)
+        max_tokens = max(DEFAULT_MICRO_STEP_TOKENS["cuda"], max_seqlen)
+        tokens = halve_until_fits(max_tokens, max_seqlen, lambda n: planned(n).peak > budget)
     table = plan_table(planned(tokens), tokens, budget)
     return (
-        f"{run.model}: {tokens:,} tokens a forward/backward, in samples of up to {longest:,}, "
+        f"{run.model}: {tokens:,} tokens a forward/backward, in samples of up to {max_seqlen:,}, "
         f"on {budget / 2**30:.2f} GiB\n{table}"
     )

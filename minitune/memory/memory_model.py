@@ -169,9 +169,9 @@ class MemoryModel:
 
         # From dy to dattn, in tiles: o unless it is saved; h_mid; gate and up, recomputed, or their
         # gradient beside the saved ones; m, which is freed before dh_mid is made.
-        tile = h_mid + gate_up + (0 if level >= SaveLevel.QKV else D)
-        with_m = (until_dqkv + n * (tile + m)) * itemsize
-        with_dh_mid = (until_dqkv + n * (tile + D)) * itemsize
+        tile_width = h_mid + gate_up + (0 if level >= SaveLevel.QKV else D)
+        with_m = (until_dqkv + n * (tile_width + m)) * itemsize
+        with_dh_mid = (until_dqkv + n * (tile_width + D)) * itemsize
         # From dattn to dqkv, all rows at once.
         with_dqkv = (until_dqkv + N * dqkv) * itemsize + self._attention_backward_bytes(cudnn)
         # From dqkv to dx, in tiles: dh and h.
@@ -277,12 +277,12 @@ class MemoryModel:
         peak = saved + self.loss_peak
         if early_layers:
             # The other early layers, and the inputs that backward recomputes for a span.
-            beside = (saving_layers - 1) * early_saved
-            beside += (candidate.recompute_span - 1) * early.saved
+            concurrent = (saving_layers - 1) * early_saved
+            concurrent += (candidate.recompute_span - 1) * early.saved
             forward = early.forward_peak + (max(in_flight, other_late) if offloaded else 0)
             backward = early.backward_peak + in_flight
-            peak = max(peak, beside + max(forward, backward))
+            peak = max(peak, concurrent + max(forward, backward))
         if late_layers:
-            beside = saving_layers * early_saved + max(in_flight, other_late)
-            peak = max(peak, beside + max(late.forward_peak, late.backward_peak))
+            concurrent = saving_layers * early_saved + max(in_flight, other_late)
+            peak = max(peak, concurrent + max(late.forward_peak, late.backward_peak))
         return saved, peak - saved + self.residual_gradient_bytes

@@ -151,29 +151,30 @@ class TimeModel:
         """Return the kernels of a layer's forward."""
         fused = sum(linear.adapters > 0 for linear in self.memory.shape.fused)
         # x A^T into the columns beside x, and saved from there.
-        tile = FORWARD_TILE_LAUNCHES + 2 * fused
-        return FORWARD_LAUNCHES + self._tiles(tile_rows) * tile
+        tile_launches = FORWARD_TILE_LAUNCHES + 2 * fused
+        return FORWARD_LAUNCHES + self._tiles(tile_rows) * tile_launches
 
     def backward_launches(self, level: SaveLevel, tile_rows: int | None) -> int:
         """Return the kernels of a layer's backward."""
         shape, tiles = self.memory.shape, self._tiles(tile_rows)
         fused = sum(linear.adapters > 0 for linear in shape.fused)
         adapters = sum(linear.adapters for linear in shape.fused)
-        layer, tile = BACKWARD_LAUNCHES, BACKWARD_TILE_LAUNCHES
-        tile += fused  # dy B
-        tile += fused - (shape.o.adapters > 0)  # saved x A^T, which o's input has beside it already
-        tile += LORA_GRADIENT_LAUNCHES * (fused + adapters)  # dA of a fused linear, dB of a linear
-        layer += self.memory.attention_splits > 1  # adds up dk and dv of the splits
+        layer_launches, tile_launches = BACKWARD_LAUNCHES, BACKWARD_TILE_LAUNCHES
+        tile_launches += fused  # dy B
+        tile_launches += fused - (shape.o.adapters > 0)  # saved x A^T; o's input has it already
+        # dA of a fused linear, dB of a linear
+        tile_launches += LORA_GRADIENT_LAUNCHES * (fused + adapters)
+        layer_launches += self.memory.attention_splits > 1  # adds up dk and dv of the splits
         if level < SaveLevel.ATTENTION:
-            layer += 1  # attention
+            layer_launches += 1  # attention
         if level < SaveLevel.QKV:
-            layer += 1  # RoPE
-            tile += 1 + 2  # input norm; matmuls of qkv and o
-            tile += (shape.qkv.adapters > 0) + (shape.o.adapters > 0)  # saved x A^T
+            layer_launches += 1  # RoPE
+            tile_launches += 1 + 2  # input norm; matmuls of qkv and o
+            tile_launches += (shape.qkv.adapters > 0) + (shape.o.adapters > 0)  # saved x A^T
         if level < SaveLevel.ALL:
-            tile += 1  # matmul of gate and up
+            tile_launches += 1  # matmul of gate and up
         # From the second tile on, the gradients of a fused linear are added up.
-        return layer + tiles * tile + (tiles - 1) * fused
+        return layer_launches + tiles * tile_launches + (tiles - 1) * fused
 
     @property
     def dequantise_seconds(self) -> float:

@@ -326,8 +326,8 @@ class DequantizedLayer:
         self._dtype = dtype
         resident = {fused: fused.resident_weight for fused in fused_linears}
         self._ready = {fused for fused, weight in resident.items() if weight is not None}
-        others = [fused for fused in fused_linears if fused not in self._ready]
-        self._weights = resident | buffers.allocate(others, dtype, device)
+        missing = [fused for fused in fused_linears if fused not in self._ready]
+        self._weights = resident | buffers.allocate(missing, dtype, device)
         adapted = [fused for fused in fused_linears if fused.lora_columns]
         write_adapters_([fused.lora_write_args(self._weights[fused]) for fused in adapted])
 

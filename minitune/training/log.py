@@ -123,12 +123,12 @@ def _drop_records(path: Path, done: int) -> None:
     """Keep the records of steps up to `done`; drop later ones and lines that are not complete."""
     if not path.exists():
         return
-    kept = []
+    records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-    atomic_write_text(path, "".join(kept))
+                records.append(line + "\n")
+    atomic_write_text(path, "".join(records))
 
 
 # ---- the banner
@@ -199,9 +199,9 @@ def _model_rows(model: CausalLM) -> list[tuple[str, str]]:
 def storage_bytes(model: CausalLM) -> int:
     """Return the bytes of the base model's weights as stored; tied weights count once."""
     adapter = {id(p) for _, p in model.trainable_parameters()}
-    others = [p for p in model.parameters() if id(p) not in adapter]
+    base = [p for p in model.parameters() if id(p) not in adapter]
     quantized = [linear for _, linear in model.linears() if linear.is_quantized]
-    return sum(p.nbytes for p in others) + sum(linear.nf4.nbytes for linear in quantized)
+    return sum(p.nbytes for p in base) + sum(linear.nf4.nbytes for linear in quantized)
 
 
 def _data_text(data: TokenizedDataset) -> str:

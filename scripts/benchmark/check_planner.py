@@ -83,9 +83,10 @@ def random_case(seed: int) -> tuple[dict[str, Any], list[str]]:
 
     shape, lora = ModelConfig.from_dict(config), LoraConfig(r=r, target_modules=TARGETS[targets])
     workload, no_gpu = Workload.of_samples(batch * tokens, tokens), MemoryBudget(0, host * GIB)
-    least = plan_memory(shape, lora, workload, no_gpu).peak
-    most = plan_memory(shape, lora, workload, no_gpu, level=SaveLevel.ALL).peak
-    budget = (least + draw.uniform(0, 1.1) * max(most - least, 0)) / (1 - MARGIN) / GIB
+    least_memory = plan_memory(shape, lora, workload, no_gpu).peak
+    most_memory = plan_memory(shape, lora, workload, no_gpu, level=SaveLevel.ALL).peak
+    span = max(most_memory - least_memory, 0)
+    budget = (least_memory + draw.uniform(0, 1.1) * span) / (1 - MARGIN) / GIB
     flags = {
         "batch": batch,
         "tokens": tokens,
