@@ -158,6 +158,18 @@ def num_splits(blocks: int, G: int, GROUP: int) -> int:
     return next((n for n in divisors if blocks * G * n >= MIN_PROGRAMS), GROUP)
 
 
+def planned_splits(N: int, H: int, G: int, K: int) -> int:
+    """Return the splits of a launch in 16 bit on a GPU whose shared memory holds BLOCK_SIZES.
+
+    N: rows.
+    H, G: query heads and key/value heads.
+    K: head width.
+    """
+    widths = [width for width in BLOCK_SIZES if width >= K]
+    short, _ = BLOCK_SIZES[min(widths, default=max(BLOCK_SIZES))]
+    return num_splits(cdiv(N, short[0]), G, H // G)
+
+
 def launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale: float, max_seqlen: int) -> None:
     """Fill dk and dv (N, G, K) of at least one row; the tensors are checked.
 

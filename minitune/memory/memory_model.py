@@ -13,9 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from minitune.kernels.attention_cudnn import kv_heads_at_once
-from minitune.kernels.attention_dkdv import BLOCK_SIZES as DKDV_BLOCK_SIZES
-from minitune.kernels.attention_dkdv import num_splits
-from minitune.kernels.backend import cdiv
+from minitune.kernels.attention_dkdv import planned_splits
 from minitune.kernels.cross_entropy import logits_tile_rows
 from minitune.memory.model_shape import NF4_BYTES, ModelShape
 from minitune.memory.offload import ALIGN
@@ -211,11 +209,7 @@ class MemoryModel:
         It is 1 if the blocks of rows and the groups alone fill the GPU.
         """
         shape = self.shape
-        head_width = shape.HK // shape.H
-        widths = [width for width in DKDV_BLOCK_SIZES if width >= head_width]
-        blocks_of_rows = DKDV_BLOCK_SIZES[min(widths, default=max(DKDV_BLOCK_SIZES))][0][0]
-        blocks = cdiv(self.workload.tokens, blocks_of_rows)
-        return num_splits(blocks, shape.G, shape.H // shape.G)
+        return planned_splits(self.workload.tokens, shape.H, shape.G, shape.HK // shape.H)
 
     def _cudnn_part(self) -> float:
         """Return the fraction of the heads that one call of cuDNN's attention takes."""
