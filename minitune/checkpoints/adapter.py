@@ -129,7 +129,7 @@ def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int
     shapes = {}
     for layer in range(config.num_hidden_layers):
         for linear in config.linears():
-            if linear.name.rpartition(".")[2] in lora.target_modules:
+            if linear.target in lora.target_modules:
                 name = f"model.layers.{layer}.{linear.name}"
                 shapes[f"{name}.lora_A.weight"] = (lora.r, linear.in_features)
                 shapes[f"{name}.lora_B.weight"] = (linear.out_features, lora.r)

@@ -34,6 +34,11 @@ class LinearShape(NamedTuple):
     out_features: int
     bias: bool
 
+    @property
+    def target(self) -> str:
+        """Return the name that `target_modules` has for the linear: "q_proj"."""
+        return self.name.rpartition(".")[2]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -89,6 +94,13 @@ class ModelConfig:
             )
             for spec in LAYER_LINEARS
         )
+
+    def linear_groups(self) -> dict[str, tuple[LinearShape, ...]]:
+        """Return group -> its linears, which run as one matmul, in the order of the model."""
+        groups: dict[str, tuple[LinearShape, ...]] = {}
+        for linear in self.linears():
+            groups[linear.group] = (*groups.get(linear.group, ()), linear)
+        return groups
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of the model's tensors, in the order of the model.

@@ -5,7 +5,7 @@ They follow from config.json and the adapter's settings, so a plan needs neither
 
 from dataclasses import dataclass
 
-from minitune.config.model_config import ModelConfig
+from minitune.config.model_config import LinearShape, ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.kernels.lora_linear import padded_rank
 from minitune.model.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
@@ -89,8 +89,8 @@ class ModelShape:
             itemsize=itemsize,
             tied=config.tie_word_embeddings,
             **{
-                group: _fused_shape(config, group, lora, device_type)
-                for group in ("qkv", "o", "gate_up", "down")
+                group: _fused_shape(linears, lora, device_type)
+                for group, linears in config.linear_groups().items()
             },
         )
 
@@ -131,11 +131,10 @@ class ModelShape:
 
 
 def _fused_shape(
-    config: ModelConfig, group: str, lora: LoraConfig | None, device_type: str
+    linears: tuple[LinearShape, ...], lora: LoraConfig | None, device_type: str
 ) -> FusedShape:
-    linears = [linear for linear in config.linears() if linear.group == group]
     targets = lora.target_modules if lora else ()
-    adapted = [linear for linear in linears if linear.name.rpartition(".")[2] in targets]
+    adapted = [linear for linear in linears if linear.target in targets]
     rank = lora.r if lora else 0
     return FusedShape(
         in_features=linears[0].in_features,

@@ -46,13 +46,9 @@ class KernelSizes:
         cls, config: ModelConfig, rows: int = 4096, rank: int = 16, samples=SAMPLES
     ) -> "KernelSizes":
         """Return the sizes of a model's kernels in a step of `rows` tokens."""
-        groups: dict[str, list] = {}
-        for linear in config.linears():
-            groups.setdefault(linear.group, []).append(linear)
         linears = {}
-        for group in groups.values():
-            short_names = (linear.name.rpartition(".")[2] for linear in group)
-            name = ",".join(short_name.removesuffix("_proj") for short_name in short_names)
+        for group in config.linear_groups().values():
+            name = ",".join(linear.target.removesuffix("_proj") for linear in group)
             linears[name] = ([linear.out_features for linear in group], group[0].in_features)
         return cls(
             N=rows,
