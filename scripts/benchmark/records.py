@@ -19,6 +19,7 @@ This file does not import minitune, because a peer's process runs without the ch
 patches torch has to be imported before this file.
 """
 
+import argparse
 import gc
 import random
 import statistics
@@ -43,6 +44,24 @@ def short_texts(count: int = SHORT_SAMPLES) -> list[str]:
     rng = random.Random(0)
     lengths = [max(24, min(1024, int(rng.lognormvariate(4.6, 0.6)))) for _ in range(count)]
     return ["".join(chr(rng.randint(97, 122)) for _ in range(n - 1)) for n in lengths]
+
+
+def short_settings(a: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a run on short samples that minitune's SFTConfig shares with TRL's.
+
+    a: flags of bench.py or peers.py; a.batch is per_device_train_batch_size.
+    """
+    return {
+        "per_device_train_batch_size": a.batch,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_steps": a.steps,
+        "warmup_steps": 2,
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": 0.01,
+        "optim": a.optim,
+        "seed": 3407,
+        "save_strategy": "no",
+    }
 
 
 def synchronize() -> None:

@@ -30,6 +30,7 @@ from benchmark.records import (
     loading_figures,
     memory_figures,
     short_figures,
+    short_settings,
     short_texts,
     step_figures,
     synchronize,
@@ -37,7 +38,7 @@ from benchmark.records import (
 from benchmark.step_profile import profile_step
 from minitune import FastLanguageModel, LanguageModel, SFTConfig, SFTTrainer
 from minitune.config.architectures import LORA_TARGETS
-from minitune.config.training_config import parse_bytes
+from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
 from minitune.data.batching import Batch
 from minitune.device import most_pinned
 from minitune.memory.planner import Planner
@@ -45,7 +46,7 @@ from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW
 
 TARGETS = {"all": LORA_TARGETS, "qkvo": LORA_TARGETS[:4]}
-CHECKPOINTING = {"true": True, "false": False, "auto": "auto"}
+CHECKPOINTING = ("true", "false", "auto")
 OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit")
 GIB = 2**30
 
@@ -67,7 +68,7 @@ def load(a: argparse.Namespace, lora_alpha: int) -> tuple[LanguageModel, Any, di
         r=a.r,
         lora_alpha=lora_alpha,
         target_modules=TARGETS[a.targets],
-        use_gradient_checkpointing=CHECKPOINTING[a.checkpointing],
+        use_gradient_checkpointing=GRADIENT_CHECKPOINTING[a.checkpointing],
     )
     budget = parse_bytes(a.memory_budget) if a.memory_budget else None
     host_budget = parse_bytes(a.host_memory) if a.host_memory else 0
@@ -120,19 +121,11 @@ def time_short_samples(a: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             output_dir=f"{folder}/run",
-            per_device_train_batch_size=a.batch,
-            gradient_accumulation_steps=ACCUMULATION,
-            max_steps=a.steps,
-            warmup_steps=2,
-            learning_rate=LEARNING_RATE,
-            weight_decay=0.01,
-            optim=a.optim,
+            **short_settings(a),
             cuda_graphs=not a.no_graphs,
             memory_budget=a.memory_budget,
             host_memory=a.host_memory or ("0GiB" if a.checkpointing == "auto" else None),
-            seed=3407,
             logging_steps=1,
-            save_strategy="no",
         )
         texts = [{"text": text} for text in short_texts()]
         trainer = SFTTrainer(model, args, texts, processing_class=tokenizer)

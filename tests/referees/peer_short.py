@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmark.records import (
     ACCUMULATION,
-    LEARNING_RATE,
     memory_figures,
     short_figures,
+    short_settings,
     short_texts,
     synchronize,
 )
@@ -47,16 +47,8 @@ def time_short_samples(a: argparse.Namespace, load: Load) -> dict[str, Any]:
             dataset_num_proc=1,
             max_length=a.tokens,
             packing=False,
-            per_device_train_batch_size=a.batch,
-            gradient_accumulation_steps=ACCUMULATION,
-            max_steps=a.steps,
-            warmup_steps=2,
-            learning_rate=LEARNING_RATE,
-            weight_decay=0.01,
-            optim=a.optim,
-            seed=3407,
+            **short_settings(a),
             logging_steps=10,
-            save_strategy="no",
             report_to="none",
         )
         trainer = SFTTrainer(
