@@ -253,11 +253,11 @@ def about_the_machine(peers: ModuleType | None) -> dict[str, Any]:
 
 
 def _title(machine: dict[str, Any], rates: dict[str, float]) -> str:
-    about = ", ".join(
+    facts = ", ".join(
         value if key in ("gpu", "date") else f"{key} {value}" for key, value in machine.items()
     )
     return (
-        f"\n{about}\ncopy {rates['copy'] / 1e12:.2f} TB/s, "
+        f"\n{facts}\ncopy {rates['copy'] / 1e12:.2f} TB/s, "
         f"bf16 matmul {rates['matmul'] / 1e12:.0f} TFLOP/s\n"
         "milliseconds; faster: how many times, than the best of the others; relative errors"
     )

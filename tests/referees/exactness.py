@@ -46,9 +46,9 @@ from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW
 from referees.loss_curves import CURVES, curve, curves, data
 from referees.reporting import (
-    about,
     as_text,
     last_line,
+    machine_and_versions,
     markdown_table,
     require_success,
     run_self,
@@ -110,7 +110,7 @@ def gradient(args: argparse.Namespace) -> None:
     loss = system.backward(ids).item()
     found = {name: p.grad.double().cpu().contiguous() for name, p in system.parameters.items()}
     save_file(found, args.out / f"{args.system}.safetensors")
-    record = {"loss": loss, "seconds": time.perf_counter() - start, "about": about()}
+    record = {"loss": loss, "seconds": time.perf_counter() - start, "about": machine_and_versions()}
     record |= {"nf4": digest(system.nf4), "adapter": digest(values)}
     (args.out / f"{args.system}.json").write_text(json.dumps(record))
 
@@ -188,10 +188,10 @@ def repeat(args: argparse.Namespace) -> int:
         last_loss = one[f"{name}/losses"][-1].item()
         cells = ["same bits" if e else "DIFFERENT" for e in equal]
         rows.append([*name.split("/"), *cells, f"{last_loss:.6f}"])
-    print(f"{args.steps} steps of {args.model.name}, twice; {as_text(about())}\n")
+    print(f"{args.steps} steps of {args.model.name}, twice; {as_text(machine_and_versions())}\n")
     header = ["attention", "CUDA graphs", "losses", "adapter", "last loss"]
     print(markdown_table(header, rows))
-    print("RESULT " + json.dumps({"rows": rows, "about": about()}))
+    print("RESULT " + json.dumps({"rows": rows, "about": machine_and_versions()}))
     return int(failed)
 
 

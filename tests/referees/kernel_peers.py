@@ -7,7 +7,6 @@ installed has no maker. Kernels that write into their inputs or saved tensors ge
 
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from minitune.kernels.dequantize import QuantizedWeight
+from referees.versions import installed_versions
 
 try:
     import bitsandbytes
@@ -34,13 +34,7 @@ PACKAGES = ("liger-kernel", "bitsandbytes")
 
 def versions() -> dict[str, str]:
     """Return the versions of the installed libraries."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(PACKAGES)
 
 
 def makers(kernel: str) -> dict[str, Callable]:

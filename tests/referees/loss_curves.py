@@ -14,8 +14,8 @@ from torch import Tensor
 
 from minitune.data.tokenizer import Tokenizer
 from referees.reporting import (
-    about,
     as_text,
+    machine_and_versions,
     markdown_table,
     require_success,
     run_self,
@@ -82,7 +82,7 @@ def curve(args: argparse.Namespace) -> None:
                 "nf4": digest(system.nf4),
                 "adapter": digest(values),
                 "data": digest(samples),
-                "about": about(),
+                "about": machine_and_versions(),
             }
             file.write(json.dumps(record) + "\n")
             file.flush()

@@ -6,7 +6,6 @@
 import argparse
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from benchmark.records import (
     synchronize,
 )
 from bitsandbytes.optim import AdamW8bit
+
+from referees.versions import installed_versions
 
 Load = Callable[[argparse.Namespace], tuple[Any, Any]]  # -> (model, tokenizer)
 
@@ -73,12 +74,6 @@ def load_timed(a: argparse.Namespace, load: Load) -> tuple[Any, Any, dict[str, A
 
 def configuration(a: argparse.Namespace) -> dict[str, Any]:
     """Return the part of a record that names the configuration and the versions."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
         "peer": a.peer,
         "gc": a.checkpointing,
@@ -89,5 +84,5 @@ def configuration(a: argparse.Namespace) -> dict[str, Any]:
         "attention": "its own" if a.peer == "unsloth" else "sdpa",
         "optim": a.optim,
         "graphs": False,
-        "versions": versions | {"torch": torch.__version__},
+        "versions": installed_versions(PACKAGES) | {"torch": torch.__version__},
     }

@@ -5,31 +5,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from referees.versions import installed_versions
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth")
 
 
-def about() -> dict[str, str]:
+def machine_and_versions() -> dict[str, str]:
     """Return the GPU, the date and the versions."""
     found = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
     found["date"] = time.strftime("%Y-%m-%d")
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return found | installed_versions(PACKAGES)
 
 
-def as_text(about: dict[str, str]) -> str:
-    """Return the result of `about` as a line."""
-    return ", ".join(f"{name} {value}" for name, value in about.items())
+def as_text(facts: dict[str, str]) -> str:
+    """Return the result of `machine_and_versions` as a line."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def run_self(
