@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,20 @@ def smollm2() -> Path:
             return fetch(root / DEFAULT)
     except ValueError as error:
         pytest.skip(f"SmolLM2 is not to be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory) -> Path:
+    """Return the folder of the model that trains fastest."""
+    from training_runs import make_smallest_model
+
+    return make_smallest_model(tmp_path_factory.mktemp("smallest"))
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """Return a copy of the run that the test's file has finished."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture

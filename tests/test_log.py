@@ -7,7 +7,6 @@ from training_runs import (
     adapter_bytes,
     checkpoint_names,
     edit_json,
-    make_smallest_model,
     new_trainer,
     read_metrics,
     train_with_ctrl_c,
@@ -15,11 +14,6 @@ from training_runs import (
 )
 
 from minitune.training.log import TrainingLog
-
-
-@pytest.fixture(scope="module")
-def smallest(tmp_path_factory):
-    return make_smallest_model(tmp_path_factory.mktemp("smallest"))
 
 
 def last_line(capsys):

@@ -29,22 +29,11 @@ CHECKPOINTS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def smallest(tmp_path_factory):
-    return make_smallest_model(tmp_path_factory.mktemp("smallest"))
-
-
-@pytest.fixture(scope="module")
 def finished(smallest, tmp_path_factory):
     """Return a run of 6 steps with checkpoints 2, 4 and 6, which tests copy."""
     output = tmp_path_factory.mktemp("finished")
     new_trainer(smallest, output, **CHECKPOINTS).train()
     return output
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """Return a copy of the finished run."""
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_resumed_run_is_bit_identical_to_one_that_was_not_interrupted(smallest, tmp_path):

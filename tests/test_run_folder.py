@@ -11,7 +11,6 @@ from training_runs import (
     RECORDS,
     adapter_bytes,
     checkpoint_names,
-    make_smallest_model,
     new_trainer,
 )
 
@@ -31,22 +30,11 @@ CHECKPOINTS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def smallest(tmp_path_factory):
-    return make_smallest_model(tmp_path_factory.mktemp("smallest"))
-
-
-@pytest.fixture(scope="module")
 def finished(smallest, tmp_path_factory):
     """Return a run of 4 steps with checkpoint-2 and checkpoint-4, which tests copy."""
     output = tmp_path_factory.mktemp("finished")
     new_trainer(smallest, output, **CHECKPOINTS).train()
     return output
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """Return a copy of the finished run."""
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def listed(output):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import draw_adapter, make_tiny_model
-from training_runs import RECORDS, make_smallest_model, new_trainer, read_metrics
+from training_runs import RECORDS, new_trainer, read_metrics
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.training.checkpoint import RunSize
@@ -18,11 +18,6 @@ from minitune.training.run_data import epoch_order
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def smallest(tmp_path_factory):
-    return make_smallest_model(tmp_path_factory.mktemp("smallest"))
 
 
 def sample_losses(trainer, samples):
