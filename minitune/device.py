@@ -68,6 +68,11 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     return dtype
 
 
+def gib_text(nbytes: float) -> str:
+    """Return a number of bytes as a text such as "1.50 GiB"."""
+    return f"{nbytes / 2**30:.2f} GiB"
+
+
 def to_device_async(host: Tensor, device: torch.device) -> Tensor:
     """Return a host tensor on the device; the host does not wait for the copy."""
     if device.type != "cuda":
@@ -88,7 +93,7 @@ def pin(memory: Tensor, owner: object) -> None:
         with contextlib.suppress(RuntimeError):  # CUDA reports the error again at the next launch
             torch.zeros(1, device="cuda")
         raise MemoryError(
-            f"the host refuses to pin {nbytes / 2**30:.2f} GiB of memory (CUDA error {code})"
+            f"the host refuses to pin {gib_text(nbytes)} of memory (CUDA error {code})"
         )
     _pinned[address] = nbytes
     _most_pinned = max(_most_pinned, sum(_pinned.values()))

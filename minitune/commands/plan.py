@@ -13,6 +13,7 @@ from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.cli import Settings, parse, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
+from minitune.device import gib_text
 from minitune.memory.memory_model import Storage
 from minitune.memory.plan import Plan, Workload, plan_table
 from minitune.memory.planner import parse_gradient_checkpointing, plan_memory
@@ -72,5 +73,5 @@ def plan(settings: Settings, program: str) -> str:
     table = plan_table(planned(tokens), tokens, budget)
     return (
         f"{run.model}: {tokens:,} tokens a forward/backward, in samples of up to {max_seqlen:,}, "
-        f"on {budget / 2**30:.2f} GiB\n{table}"
+        f"on {gib_text(budget)}\n{table}"
     )

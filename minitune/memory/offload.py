@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minitune.device import pin
+from minitune.device import gib_text, pin
 from minitune.model.activations import Activations
 
 ALIGN = 512  # bytes; every tensor begins at a multiple of it
@@ -59,7 +59,7 @@ class ActivationOffloader:
         try:
             self._arena = torch.empty(max(nbytes, ALIGN), dtype=torch.uint8)
         except RuntimeError as error:
-            raise MemoryError(f"the host has no {nbytes / 2**30:.2f} GiB of memory") from error
+            raise MemoryError(f"the host has no {gib_text(nbytes)} of memory") from error
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             pin(self._arena, self)

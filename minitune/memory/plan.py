@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from minitune.device import gib_text
 from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.packed_sequences import PackedSequences
@@ -163,15 +164,11 @@ def plan_table(plan: Plan, tokens: int, budget: int) -> str:
     tokens: rows of the micro-step.
     budget: bytes of GPU memory.
     """
-    rows = [(name, _gib(size)) for name, size in plan.parts]
-    over = "" if plan.peak <= budget else f", more than the budget of {budget / 2**30:.2f} GiB"
-    rows.append(("peak", _gib(plan.peak) + over))
-    rows.append(("host memory", _gib(plan.host_bytes)))
+    rows = [(name, f"{gib_text(size):>12}") for name, size in plan.parts]
+    over = "" if plan.peak <= budget else f", more than the budget of {gib_text(budget)}"
+    rows.append(("peak", f"{gib_text(plan.peak):>12}{over}"))
+    rows.append(("host memory", f"{gib_text(plan.host_bytes):>12}"))
     speed = f"{tokens / plan.seconds:,.0f} tokens/s at the speed of one H200"
     rows.append(("time", f"{1e3 * plan.seconds:8.0f} ms, {speed}"))
     rows.append(("layers", str(plan)))
     return "\n".join(f"{label:<26}{text}" for label, text in rows)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:8.2f} GiB"

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitune.device import free_memory
+from minitune.device import free_memory, gib_text
 from minitune.kernels.backend import cdiv, power_of_two
 from minitune.memory.plan import Plan
 from minitune.model.packed_sequences import PackedSequences
@@ -301,8 +301,8 @@ class CUDAGraphCache:
         less = missing + planner.memory_limit(device) // 16
         before, after = planner.plan_with_less(device, less)
         warnings.warn(
-            f"{shortage}; planning with {after / 2**30:.2f} GiB from now on, "
-            f"not {before / 2**30:.2f} GiB ({ADVICE})",
+            f"{shortage}; planning with {gib_text(after)} from now on, "
+            f"not {gib_text(before)} ({ADVICE})",
             stacklevel=2,
         )
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from minitune.config.training_config import SFTConfig, parse_bytes
-from minitune.device import free_memory
+from minitune.device import free_memory, gib_text
 from minitune.memory.planner import Planner
 from minitune.model.causal_lm import CausalLM
 from minitune.training.cuda_graphs import MAX_SMALLER_PLANS
@@ -127,11 +127,11 @@ def run_in_graph_pool(micro_step: MicroStep, work: Callable[[], Result]) -> Resu
 
 def _plan_with_less(planner: Planner, device: torch.device, step: int) -> None:
     """Plan within a sixth less memory from now on, and warn."""
-    planned = "" if planner.largest is None else f"{_gib(planner.largest.peak)} of "
+    planned = "" if planner.largest is None else f"{gib_text(planner.largest.peak)} of "
     before, after = planner.plan_with_less(device)
     warnings.warn(
-        f"{device} is out of memory in step {step}, although {planned}{_gib(before)} were planned; "
-        f"trying the step again within {_gib(after)}",
+        f"{device} is out of memory in step {step}, although {planned}{gib_text(before)} were "
+        f"planned; trying the step again within {gib_text(after)}",
         stacklevel=3,
     )
 
@@ -150,7 +150,7 @@ def planned_vs_measured(planner: Planner, device: torch.device) -> str | None:
         return None
     measured = torch.cuda.max_memory_allocated(device)
     plan = planner.largest
-    return f"{'memory':<11}{_gib(plan.peak)} planned, {_gib(measured)} measured; {plan}"
+    return f"{'memory':<11}{gib_text(plan.peak)} planned, {gib_text(measured)} measured; {plan}"
 
 
 @contextlib.contextmanager
@@ -164,10 +164,6 @@ def oom_as_value_error(
     try:
         yield
     except torch.OutOfMemoryError as error:
-        planned = "" if planner.largest is None else f" ({_gib(planner.largest.peak)} were planned)"
+        largest = planner.largest
+        planned = "" if largest is None else f" ({gib_text(largest.peak)} were planned)"
         raise ValueError(f"{device} is out of memory{planned} in {advice()}") from error
-
-
-def _gib(size: int) -> str:
-    """Return a number of bytes as GiB."""
-    return f"{size / 2**30:.2f} GiB"

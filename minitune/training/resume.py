@@ -28,7 +28,7 @@ import torch
 from minitune.config.cli import RunConfig, as_dict
 from minitune.config.training_config import SFTConfig
 from minitune.data.record_formats import Sample
-from minitune.device import free_memory
+from minitune.device import free_memory, gib_text
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.planner import Planner
 from minitune.model.activations import SaveLevel
@@ -269,7 +269,7 @@ def _host_limit(host_budget: int, args: SFTConfig) -> int:
 
 def _shortage(recorded: int, free: int, memory: str) -> str:
     return (
-        f"planned with {recorded / 2**30:.2f} GiB of {memory}, of which {free / 2**30:.2f} GiB "
+        f"planned with {gib_text(recorded)} of {memory}, of which {gib_text(free)} "
         "are free: losses may differ in rounding"
     )
 
