@@ -6,10 +6,16 @@ import pytest
 import torch
 from plan_cases import CONFIG, GIB, LONG, LORA, SHAPE, SHORT, fastest
 
+from minitune.config.training_config import GRADIENT_CHECKPOINTING
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.memory_model import MemoryModel, Storage
 from minitune.memory.plan import Plan, Workload, plan_table
-from minitune.memory.planner import Planner, parse_gradient_checkpointing, plan_memory
+from minitune.memory.planner import (
+    Planner,
+    checkpointing_word,
+    parse_gradient_checkpointing,
+    plan_memory,
+)
 from minitune.memory.search import MARGIN, MemoryBudget
 from minitune.model.activations import LayerPlan, SaveLevel
 
@@ -123,6 +129,13 @@ def test_gradient_checkpointing_fixes_the_level_or_leaves_it_to_the_planner():
     for wrong in ("false", "yes", None, 1):
         with pytest.raises(ValueError, match="choose True, False, 'unsloth' or 'auto'"):
             parse_gradient_checkpointing(wrong)
+
+
+@pytest.mark.parametrize("argument", GRADIENT_CHECKPOINTING.values())
+def test_the_word_of_a_level_stands_for_the_same_level_on_the_command_line(argument):
+    level = parse_gradient_checkpointing(argument)
+    word = checkpointing_word(level)
+    assert parse_gradient_checkpointing(GRADIENT_CHECKPOINTING[word]) == level
 
 
 def test_a_planner_with_less_memory_or_without_the_host_forgets_its_largest_plan(monkeypatch):

@@ -36,6 +36,11 @@ def parse_gradient_checkpointing(use_gradient_checkpointing: bool | str) -> Save
     )
 
 
+def checkpointing_word(level: SaveLevel | None) -> str:
+    """Return use_gradient_checkpointing as on the command line; None means that it is planned."""
+    return {SaveLevel.ALL: "false", SaveLevel.INPUT: "true"}.get(level, "unsloth")
+
+
 def plan_memory(
     config: ModelConfig,
     lora: LoraConfig,

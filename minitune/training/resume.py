@@ -30,8 +30,7 @@ from minitune.config.training_config import SFTConfig
 from minitune.data.record_formats import Sample
 from minitune.device import free_memory, gib_text
 from minitune.memory.device_rates import DeviceRates
-from minitune.memory.planner import Planner
-from minitune.model.activations import SaveLevel
+from minitune.memory.planner import Planner, checkpointing_word
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import (
     REMEDY,
@@ -79,11 +78,6 @@ MAX_HOST_SHARE = 0.75
 
 
 # ---- the settings in config.toml
-
-
-def checkpointing_word(level: SaveLevel | None) -> str:
-    """Return use_gradient_checkpointing as on the command line; None means that it is planned."""
-    return {SaveLevel.ALL: "false", SaveLevel.INPUT: "true"}.get(level, "unsloth")
 
 
 def resolve_run_config(
