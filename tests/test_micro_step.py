@@ -18,6 +18,7 @@ from micro_step_checks import (
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel
+from minitune.config.architectures import LORA_TARGETS
 from minitune.data.batching import collate, micro_steps
 from minitune.memory.offload import ActivationOffloader
 from minitune.memory.plan import Plan
@@ -26,8 +27,6 @@ from minitune.model.activations import Activations, LayerPlan, SaveLevel
 from minitune.model.resident_weights import ResidentWeights
 from minitune.training.cuda_graphs import bucket_size
 from minitune.training.micro_step import MicroStep, _pad_batch
-
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def autograd_results(model, batch, denominator):
@@ -69,7 +68,7 @@ def test_a_micro_step_trains_the_adapted_linears_only(tmp_path, part):
     model, _ = FastLanguageModel.from_pretrained(
         make_tiny_model(tmp_path / "m"), max_seq_length=256, device=DEVICE
     )
-    FastLanguageModel.get_peft_model(model, r=4, target_modules=LINEARS[part - 1 : part + 1])
+    FastLanguageModel.get_peft_model(model, r=4, target_modules=LORA_TARGETS[part - 1 : part + 1])
     with torch.no_grad():
         for _, p in model.trainable_parameters():
             p.normal_(std=0.1)

@@ -70,15 +70,15 @@ def test_run_that_goes_back_to_an_earlier_checkpoint_drops_the_later_ones(
 
 def test_checkpoint_just_written_outlives_those_of_a_branch_that_was_left(smallest, run):
     trainer = new_trainer(smallest, run, **CHECKPOINTS, save_total_limit=1)
-    accumulate, kept = trainer.accumulate, {}
+    accumulate, checkpoints_at = trainer.accumulate, {}
 
-    def looked_at(samples):
-        kept[trainer.progress.step] = checkpoint_names(run)
+    def recording(samples):
+        checkpoints_at[trainer.progress.step] = checkpoint_names(run)
         return accumulate(samples)
 
-    trainer.accumulate = looked_at
+    trainer.accumulate = recording
     trainer.train(resume_from_checkpoint=run / "checkpoint-2")
-    assert kept[4] == ["checkpoint-4"] and len(kept[2]) == 3
+    assert checkpoints_at[4] == ["checkpoint-4"] and len(checkpoints_at[2]) == 3
 
 
 def test_resume_with_nothing_saved_starts_from_the_beginning(smallest, tmp_path):

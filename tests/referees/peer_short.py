@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from referees.peer_steps import Load, configuration, load_timed
+from referees.peer_steps import LoadPeer, configuration, load_timed
 
 
 class StepClock(TrainerCallback):
@@ -36,7 +36,7 @@ class StepClock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def time_short_samples(a: argparse.Namespace, load: Load) -> dict[str, Any]:
+def time_short_samples(a: argparse.Namespace, load: LoadPeer) -> dict[str, Any]:
     """Return the record of a run on short samples; a.batch is per_device_train_batch_size."""
     model, tokenizer, loading = load_timed(a, load)
     texts, clock = short_texts(), StepClock()

@@ -21,7 +21,7 @@ from bitsandbytes.optim import AdamW8bit
 
 from referees.versions import installed_versions
 
-Load = Callable[[argparse.Namespace], tuple[Any, Any]]  # -> (model, tokenizer)
+LoadPeer = Callable[[argparse.Namespace], tuple[Any, Any]]  # -> (model, tokenizer)
 
 PACKAGES = (
     "torch",
@@ -35,7 +35,7 @@ PACKAGES = (
 )
 
 
-def time_steps(a: argparse.Namespace, load: Load) -> dict[str, Any]:
+def time_steps(a: argparse.Namespace, load: LoadPeer) -> dict[str, Any]:
     """Return the record of single steps."""
     model, _, loading = load_timed(a, load)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -63,7 +63,7 @@ def time_steps(a: argparse.Namespace, load: Load) -> dict[str, Any]:
     return configuration(a) | loading | memory_figures() | figures
 
 
-def load_timed(a: argparse.Namespace, load: Load) -> tuple[Any, Any, dict[str, Any]]:
+def load_timed(a: argparse.Namespace, load: LoadPeer) -> tuple[Any, Any, dict[str, Any]]:
     """Return the peer's model ready to train, its tokenizer, and the figures of loading."""
     start = time.perf_counter()
     model, tokenizer = load(a)
