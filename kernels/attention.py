@@ -140,8 +140,9 @@ def _attention_fwd(
     out_ptr += head * out_head_stride
     store_rows(out_ptr, out, first, out_row_stride, N, K, BLOCK_M, BLOCK_K)
     LN_2: tl.constexpr = 0.6931471805599453
-    lse = (row_max * scale_log2 + tl.log2(total)) * LN_2
-    tl.store(lse_ptr + head * N + rows, lse, mask=rows < N)
+    tl.store(
+        lse_ptr + head * N + rows, (row_max * scale_log2 + tl.log2(total)) * LN_2, mask=rows < N
+    )
 
 
 def _launch_forward(q, k, v, out, lse, start, scale: float, sizes: BlockSizes) -> None:
