@@ -29,7 +29,7 @@ def test_ctrl_c_saves_the_step_and_the_run_can_go_on(smallest, tmp_path, capsys)
     # No command can continue the run, because its records are in memory.
     assert last_line(capsys) == (
         f"interrupted after step 3 of 6, last checkpoint {output}/checkpoint-3; "
-        "continue with SFTConfig(resume=True)"
+        f"continue with SFTConfig(output_dir={str(output)!r}, resume=True)"
     )
     new_trainer(smallest, output, **settings, resume=True).train()
     assert without_times(read_metrics(output)) == without_times(read_metrics(straight))
@@ -58,7 +58,8 @@ def test_second_ctrl_c_stops_at_once_and_says_what_is_left(
     output = tmp_path / "a run"
     settings = {"max_steps": 6, "save_strategy": strategy, "save_steps": 2}
     train_with_ctrl_c(new_trainer(smallest, output, **settings), step, times=2)
-    assert last_line(capsys) == f"{words.format(output=output)}SFTConfig(resume=True)"
+    advice = f"SFTConfig(output_dir={str(output)!r}, resume=True)"
+    assert last_line(capsys) == words.format(output=output) + advice
     expected = ["checkpoint-2"] if "checkpoint-2" in words else []
     assert checkpoint_names(output) == expected
 

@@ -244,14 +244,17 @@ def _run_rows(run: RunSummary) -> list[tuple[str, str]]:
 # ---- interruption
 
 
-def interruption(step: int, total_steps: int, saved: Path | None, config: Path | None) -> str:
+def interruption(
+    step: int, total_steps: int, output: Path, saved: Path | None, config: Path | None
+) -> str:
     """Return the line that an interrupted run ends with: its last checkpoint and how to resume.
 
     step: optimizer steps done.
+    output: the run folder.
     saved: the last checkpoint, or None.
     config: a config.toml that names everything a command needs, or None.
     """
-    advice = "SFTConfig(resume=True)"
+    advice = f"SFTConfig(output_dir={str(output)!r}, resume=True)"
     if config is not None:
         advice = f"minitune train --config {shlex.quote(str(config))} --resume, or {advice}"
     if step == 0:

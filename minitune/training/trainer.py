@@ -236,8 +236,8 @@ class SFTTrainer:
         except KeyboardInterrupt:
             config = self.output / CONFIG if self.data.is_in_files else None
             saved = self._run.last_checkpoint()
-            total_steps = self.size.total_steps
-            log.print_line(interruption(self.progress.step, total_steps, saved, config))
+            step, total_steps = self.progress.step, self.size.total_steps
+            log.print_line(interruption(step, total_steps, self.output, saved, config))
             raise
 
     def _oom_advice(self) -> str:
