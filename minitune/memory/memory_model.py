@@ -2,8 +2,8 @@
 
 The formulas follow the tensors of `forward_saving_` and `backward_` (model/decoder_layer.py) in the
 order in which they are made and freed. tests/test_memory_replay.py runs a layer on meta tensors and
-holds the formulas to the bytes that are live at its peak. Plans use the formulas and not the
-replay: a search needs up to 96 peaks, which take 1 ms here and 5 s as replays.
+checks the formulas against the live bytes at the peak. Plans use the formulas, because a search
+needs up to 96 peaks, which take 1 ms by formula and 5 s by replay.
 
 The letters are those of decoder_layer.py: N rows in all, n rows of a tile.
 """
@@ -20,8 +20,8 @@ from minitune.memory.offload import ALIGN
 from minitune.memory.plan import Candidate, Workload
 from minitune.model.activations import Activations, SaveLevel
 
-CUBLAS_WORKSPACE = 32 << 20  # that PyTorch reserves for each stream on Hopper
-STREAMS = 2  # the default stream, and that of the CUDA graphs
+CUBLAS_WORKSPACE = 32 << 20  # bytes; PyTorch reserves them for each stream on Hopper
+STREAMS = 2  # the default stream and the stream of the CUDA graphs
 ADAMW_BYTES = 8.0  # moments of a trainable parameter, float32
 ADAMW_8BIT_BYTES = 2.03  # moments in 8 bit, with their scales
 FLOAT32 = 4  # bytes
@@ -29,7 +29,7 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True)
 class Storage:
-    """How the tensors are stored that no plan changes.
+    """Storage options of the tensors that no plan changes.
 
     load_in_4bit: True if the linears are in NF4.
     offload_embedding: True if an embedding that is not the head is in host memory.
@@ -89,7 +89,10 @@ class MemoryModel:
         return {}
 
     def layer_bytes(self, level: SaveLevel, tile_rows: int | None, cudnn: bool) -> LayerBytes:
-        """Return the bytes of a layer, computed once: a search asks for each some 80 times."""
+        """Return the bytes of a layer.
+
+        They are cached, because a search asks for the same layer about 80 times.
+        """
         key = level, tile_rows, cudnn
         if key not in self._layers:
             self._layers[key] = LayerBytes(
@@ -175,8 +178,9 @@ class MemoryModel:
         # From dqkv to dx, in tiles: dh and h.
         with_dh = (throughout + N * dqkv + n * (D + h)) * itemsize
 
-        # dA and dB, float32, in the order down, gate_up, o, qkv. With several tiles those of a tile
-        # stand beside their sums, and an earlier tile has left the sums of the groups to come.
+        # dA and dB, float32, in the order down, gate_up, o, qkv. With several tiles, one tile's
+        # gradients coexist with their sums. The first tile has also allocated the sums of the
+        # groups that follow.
         lora = [FLOAT32 * linear.lora_parameters for linear in shape.fused]
         qkv_lora, o_lora, gate_up_lora, down_lora = lora
         tiled = n < N
@@ -193,9 +197,10 @@ class MemoryModel:
         shape, N = self.shape, self.workload.tokens
         if cudnn:
             part = self._cudnn_part()
-            elements = shape.HK  # a dense copy of the output
-            elements += shape.HK if part < 1 else 0  # of its gradient, unless the heads are all
-            elements += shape.QKV  # of q, k, v
+            elements = shape.HK  # contiguous copy of the output
+            # contiguous copy of its gradient, unless one call takes all heads
+            elements += shape.HK if part < 1 else 0
+            elements += shape.QKV  # contiguous copies of q, k, v
             elements += 4 * shape.HK  # dq in float32; dk, dv for every query head
             return int(part * N * elements) * shape.itemsize
         statistics = 8 * N * shape.H  # lse and the row sums of dout * out, packed in an int64
@@ -235,8 +240,8 @@ class MemoryModel:
         """Return the most bytes in use during the loss, the residual stream included."""
         shape, N = self.shape, self.workload.tokens
         rows = min(N, logits_tile_rows(shape.V, shape.itemsize))
-        # Of each row: the residual stream in float32 (2 D in 16 bit), its norm, dh in float32 (2 D)
-        # and rounded. From the second tile on, dh of the tile before is still there.
+        # Per row: the residual stream in float32 (2 D in 16 bit), its norm, dh in float32 (2 D) and
+        # rounded. From the second tile on, the previous tile's dh is still allocated.
         width = (7 if rows < N else 6) * shape.D
         return rows * (shape.V + width) * shape.itemsize + self.residual_bytes
 
@@ -262,9 +267,10 @@ class MemoryModel:
         early = self.layer_bytes(candidate.early.level, tile_rows, cudnn)
         late = self.layer_bytes(candidate.late_level, tile_rows, cudnn)
         early_saved = 0 if offloaded else early.saved  # on the GPU
-        # Copies in flight: the layer before, on its way out, or the next one, on its way in.
+        # Copies in flight: the previous layer being offloaded, or the next layer being prefetched.
         in_flight = early.saved if offloaded else 0
-        # The late layers but one. Before they run, copies in flight may have their memory.
+        # All late layers except the one that runs. Until they run, copies in flight can use their
+        # memory.
         other_late = max(late_layers - 1, 0) * late.saved
 
         saved = saving_layers * early_saved + late_layers * late.saved

@@ -1,15 +1,17 @@
 """The plan of a micro-step: the saved activations of each layer, their place, the rows of a tile.
 
-A plan of N tokens decides three things:
+A plan of N tokens decides:
 
 - the SaveLevel of each layer (model/activations.py);
 - whether a layer's saved activations stay on the GPU or are offloaded to host memory (offload.py);
-- the rows of a tile, in which the wide parts of a layer run (model/decoder_layer.py).
+- the rows of a tile, in which the wide parts of a layer run (model/decoder_layer.py);
+- whether attention may use cuDNN;
+- the number of layers whose weights stay dequantised.
 
 Layers are alike, so a few numbers describe a candidate. The late layers save `late_level` on the
 GPU, because backward needs them first. The early layers save `early`, in host memory if that helps.
 
-planner.py searches the candidates, memory_model.py counts their bytes, time_model.py their seconds.
+search.py searches the candidates. memory_model.py counts their bytes, time_model.py their seconds.
 """
 
 import math

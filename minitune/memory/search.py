@@ -1,8 +1,9 @@
 """The search for the fastest plan within a memory budget.
 
-Every combination of levels, tiles and offloading is a candidate. Each is priced with as many late
-layers as fit, and the fastest wins. If memory is left then, weights are kept dequantised in it. A
-search takes 5 to 30 ms on a CPU core, so its results are cached.
+Every combination of levels, tiles and offloading is a candidate. The early layers come first and
+may be offloaded. The late layers save at least as much, on the GPU. For each candidate the search
+tries no late layers, as many as fit, and all. The fastest plan that fits wins. Left-over memory
+may hold dequantised weights. A search takes 5 to 30 ms on a CPU core, so its results are cached.
 """
 
 from bisect import bisect_right
@@ -18,7 +19,7 @@ from minitune.memory.time_model import TimeModel
 from minitune.model.activations import LayerPlan, SaveLevel
 
 LEVELS = (SaveLevel.INPUT, SaveLevel.ATTENTION, SaveLevel.QKV, SaveLevel.ALL)
-RECOMPUTE_SPANS = (2, 4, 8)  # layers of which only the first saves its input
+RECOMPUTE_SPANS = (2, 4, 8)  # numbers of consecutive layers that share one saved input
 TILE_ROWS = (None, 4096, 2048, 1024, 512, 256)
 # Fraction of a budget that plans leave: the allocator's blocks do not always fit together.
 MARGIN = 0.05
@@ -74,7 +75,7 @@ def uniform_plan(
     static: Sequence[tuple[str, int]],
     rates: DeviceRates | None = None,
 ) -> Plan:
-    """Return the plan in which all layers save the same, on the GPU, without tiles."""
+    """Return the plan in which every layer uses the same save level, on the GPU, without tiles."""
     layers, cudnn = memory.shape.layers, memory.workload.cudnn
     candidate = Candidate(level, LayerPlan(level), layers, None, cudnn)
     return evaluate(memory, candidate, static, rates or DeviceRates())
@@ -88,11 +89,13 @@ def fastest_plan(
     rates: DeviceRates | None = None,
     allow_resident_weights: bool = False,
 ) -> Plan:
-    """Return the fastest plan within the budget, or the one that needs least if none fits.
+    """Return the fastest plan within the budget.
+
+    If no plan fits, return the plan that needs the least memory.
 
     static: (name, bytes) of everything in GPU memory that no plan changes; it counts too.
-    allow_resident_weights: True if weights may be kept dequantised. They save less time for their
-        bytes than anything else, so they get the memory that is left.
+    allow_resident_weights: True if weights may be kept dequantised. Dequantised weights save the
+        least time per byte, so they get only the memory that is left.
     """
     rates = rates or DeviceRates()
     time_model = TimeModel(memory, rates)
@@ -135,7 +138,13 @@ def candidates(memory: MemoryModel, offload: bool) -> Iterator[Candidate]:
 
 
 def _candidates_that_fill(memory: MemoryModel, limit: float, offload: bool) -> Iterator[Candidate]:
-    """Yield each candidate with no late layers, as many as fit into `limit` bytes, and all."""
+    """Yield each candidate three times: with no late layers, with as many as fit, with all.
+
+    Candidates with a `recompute_span` above 1 come once, without late layers.
+
+    limit: bytes into which the late layers must fit.
+    offload: True if the early layers may offload.
+    """
     layers = memory.shape.layers
     for candidate in candidates(memory, offload):
         yield candidate

@@ -1,16 +1,19 @@
 """The pass as CUDA graphs, captured once for each size and replayed from then on.
 
 Python takes tens of microseconds to launch a Triton kernel, and a micro-step has thousands.
-Below some 4,000 tokens a GPU waits for these launches. An H200 (November 2026, 8B, 950 tokens)
-takes 155 ms eagerly and 73 ms with graphs. A graph is launched as one: one graph holds the
-forward pass, another the backward pass.
+Below about 4,000 tokens a micro-step is launch-bound: the GPU waits for these launches. An H200
+(November 2026, 8B, 950 tokens) takes 155 ms eagerly and 73 ms with graphs. The host launches a
+graph with a single call. One graph holds the forward pass, another the backward pass.
+
+A slow host is launch-bound at more tokens too. Therefore micro-steps of up to MAX_CAPTURED_TOKENS
+tokens are captured. Above this limit the GPU takes longer than any host.
 
 Graphs replay fixed addresses and sizes. Therefore
 
-- tokens are padded to one of four sizes an octave, multiples of 64; the padding is at most a
-  quarter of the tokens, or 63 tokens;
+- tokens are padded to a multiple of 64, one of four sizes between two powers of two; the padding is
+  at most a quarter of the tokens, or 63 tokens;
 - inputs are copied to the tensor that the graph reads;
-- gradients are added to the `.grad` of the capture.
+- the graph adds gradients to the `.grad` tensors that existed when it was captured.
 
 The loss lies between the two graphs, so the number of labelled rows may vary freely.
 
@@ -18,8 +21,9 @@ The first micro-step of a size runs eagerly, which also compiles its kernels, an
 afterwards: it takes about twice the time of an eager step.
 
 Memory: eager passes and graphs of all sizes share one pool, because one micro-step runs at a time.
-A micro-step larger than all before starts a new pool and drops all graphs: blocks split for smaller
-tensors cannot be reused. The logits of the loss lie in the pool too, since no layer runs meanwhile.
+A micro-step larger than all before starts a new pool and drops all graphs, because the allocator
+has split the old pool's blocks for smaller tensors, and larger tensors do not fit into them. The
+logits of the loss lie in the pool too, because no layer runs during the loss.
 
 A capture that fails poisons PyTorch's allocators (2.11) for the process: everything is launched
 eagerly from then on, and a warning says why. So a capture begins only if there is room for it.
@@ -43,7 +47,7 @@ from minitune.model.packed_sequences import PackedSequences
 from minitune.training.forward_backward import ForwardBackward, LossFunction
 
 MAX_CAPTURED_SIZES = 64
-# Larger micro-steps run eagerly and unpadded: the GPU is slower than any host there.
+# Larger micro-steps run eagerly and unpadded, because the GPU takes longer than any host.
 MAX_CAPTURED_TOKENS = 32768
 # Retries of a step or a capture that lacks memory, each with a smaller plan.
 MAX_SMALLER_PLANS = 4

@@ -3,7 +3,7 @@
 config.toml holds the settings, resolved, for `--config`.
 
 state.json of a checkpoint holds an identity, the values that decide a run's numbers. `--resume`
-compares it with the settings of today:
+compares it with the current settings:
 
     SAME_ORDER        a change alters which samples follow: refused
     SAME_MATHEMATICS  a change alters what is minimised: a warning
@@ -12,8 +12,8 @@ compares it with the settings of today:
 
 It also holds plan inputs. Plans depend on the free memory and on measured speeds, and their row
 tiles and micro-steps decide the order of sums. A run therefore fixes these inputs when it starts,
-and a resumed run plans with the same ones. Then its losses and its adapter have the bits of a run
-without interruption.
+and a resumed run plans with the same ones. A resumed run then gives the same bits as an
+uninterrupted run, in its losses and in its adapter.
 """
 
 import array
@@ -69,11 +69,11 @@ SAME_ROUNDING = (
     "attention",
     "device",
 )
-# Share of the free memory that a run leaves out of its budget, so that the budget holds although
-# drivers and other processes take memory during the run. On a CPU that is any program.
+# Share of the free memory that a run keeps in reserve for drivers and other processes. On a CPU,
+# other programs use the same memory.
 MEMORY_RESERVE = {"cuda": 0.01, "cpu": 0.25}
-# A recorded budget of host memory is planned with up to this share of the free host memory. A new
-# run takes half of it.
+# A resumed run keeps its recorded host budget if that is at most this share of the free host
+# memory. A new run takes half of the free host memory.
 MAX_HOST_SHARE = 0.75
 
 
@@ -86,7 +86,7 @@ def resolve_run_config(
     """Return the settings that repeat a run: those of the model, replaced by those given.
 
     data, eval_data: paths of the datasets, or None for data in memory.
-    given: the settings of a command; None in it stands for no setting.
+    given: the settings of a command; a value of None means not set.
     """
     of_model = RunConfig(
         model=model.name,
@@ -262,6 +262,7 @@ def _host_limit(host_budget: int, args: SFTConfig) -> int:
 
 
 def _shortage(recorded: int, free: int, memory: str) -> str:
+    """Return the text for a recorded budget of which only `free` bytes are available."""
     return (
         f"planned with {gib_text(recorded)} of {memory}, of which {gib_text(free)} "
         "are free: losses may differ in rounding"
@@ -292,9 +293,9 @@ def resume_run(
 ) -> ResumedRun:
     """Load adapter and optimizer in place from checkpoint `source`, and return the run's state.
 
-    identity: of the run that continues.
+    identity: values of the current run (`run_identity`).
 
-    Raises: ValueError if that run cannot continue from there, or would end before the checkpoint.
+    Raises: ValueError if the run cannot continue from `source`, or ends before its step.
     """
     state = read_state(source, progress=dict, identity=dict)
     before, path = state["identity"], source / STATE
@@ -323,6 +324,7 @@ def resume_run(
 
 
 def _limit(args: SFTConfig, identity: dict[str, Any]) -> str:
+    """Return the setting that limits the steps of the run, with its value."""
     if args.max_steps > 0:
         return f"max_steps {args.max_steps}"
     epochs = f"num_train_epochs {args.num_train_epochs:g}"

@@ -1,4 +1,4 @@
-"""The training loop: micro-steps, learning rate, logging, evaluation and the times to save.
+"""The training loop: micro-steps, learning rate, logging, evaluation and saving.
 
 One optimizer step takes the next per_device_train_batch_size * gradient_accumulation_steps samples
 S of the epoch's order (run_data.py) and minimises
@@ -6,8 +6,8 @@ S of the epoch's order (run_data.py) and minimises
     loss = sum over S of the token losses / number of trained-on tokens in S
 
 The samples are packed without padding into as few forward/backward passes (micro-steps) as
-micro_step_tokens allows. Each is divided by the denominator of the whole step, so the gradients add
-up to the same sum however S is split.
+micro_step_tokens allows. Each micro-step's loss is divided by the token count of the whole step, so
+the gradients add up to the same sum however S is split.
 """
 
 import contextlib
@@ -85,8 +85,7 @@ class SFTTrainer:
         train_dataset, eval_dataset: the path of a JSONL file or a sequence of records
             (data/record_formats.py).
         processing_class: the tokenizer; default: that of the model's folder.
-        run_config: the settings of the command that runs, for config.toml; default: those of
-            `model`.
+        run_config: settings to write to config.toml; default: the model's settings.
 
         Raises: ValueError if model, settings and data do not fit together.
         """
@@ -135,6 +134,7 @@ class SFTTrainer:
         return args.learning_rate * learning_rate_factor(kind, step, warmup, total_steps)
 
     def _optimizer_step(self) -> None:
+        """Train on the samples of the next step, and update the adapter."""
         step = self.progress.step
         samples = self.order.samples_of_step(step)
         loss = retry_on_oom(
@@ -161,7 +161,7 @@ class SFTTrainer:
     def train(self, resume_from_checkpoint: bool | str | Path = False) -> TrainOutput:
         """Train to the last step. After any failure the last complete checkpoint remains.
 
-        resume_from_checkpoint: True for the newest checkpoint of output_dir, or the path of one.
+        resume_from_checkpoint: True for output_dir's newest checkpoint, or a checkpoint's path.
 
         Raises:
             ValueError if the output folder holds another run, the checkpoint does not fit data or
@@ -220,9 +220,9 @@ class SFTTrainer:
         p.seconds = clock.seconds()
 
     def _resident_weights(self) -> contextlib.AbstractContextManager:
-        """Keep weights dequantised on a CPU.
+        """Keep weights dequantised if the model runs on a CPU and they fit.
 
-        There, dequantising a weight takes as long as multiplying 30 rows by it.
+        On a CPU, dequantising a weight costs as much as multiplying 30 rows by the weight.
         """
         if self.model.device.type == "cpu":
             return self.model.resident_weights_if_they_fit()
@@ -241,7 +241,7 @@ class SFTTrainer:
             raise
 
     def _oom_advice(self) -> str:
-        """Return the step without memory, the settings to change, and the last checkpoint."""
+        """Return a text with the failed step, the settings to change and the last checkpoint."""
         config = self.run_config
         return (
             f"step {self.progress.step + 1}; lower micro_step_tokens ({self.micro_step_tokens}) "
