@@ -11,10 +11,10 @@ gradient. Forward computes the gradient, so nothing is saved. With the row's max
     total   = others + exp(logits[target] - m)
     loss    = m - logits[target] + log(total)
     p[v]    = exp(logits[v] - m) / total                softmax
-    p[target] - 1 = -others / total                     used from p[target] = 1/2 on
+    p[target] - 1 = -others / total                     used if p[target] >= 1/2
 
-exp(logits - logsumexp) would scale a row by the rounding error of its logsumexp, while logits - m
-is exact for the largest logits. -others / total keeps its digits as p[target] approaches 1.
+exp(logits - logsumexp) multiplies the row by the rounding error of logsumexp. logits - m is exact
+for the largest logits. -others / total keeps its digits as p[target] approaches 1.
 
 Rows are processed in tiles of at most 256 MiB of logits, 1046 rows at V = 128256 in bf16. The
 logits of 4096 rows would take 1.05 GB, and a plain softmax three times as much. For each tile:
@@ -140,6 +140,7 @@ def _cross_entropy_(logits, targets, losses, need_grad) -> None:
 
 
 def _check(hidden, weight, targets) -> None:
+    """Raise ValueError if a shape, a dtype or a target on the CPU does not fit."""
     fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
     if not fits or hidden.dtype != weight.dtype:
         raise ValueError(
@@ -159,6 +160,7 @@ def _check(hidden, weight, targets) -> None:
 
 
 def _check_buffer(logits_buffer, hidden, V) -> None:
+    """Raise ValueError if the buffer does not fit the logits of `hidden`."""
     shape, dtype = logits_buffer.shape, logits_buffer.dtype
     if shape[1:] != (V,) or dtype != hidden.dtype or shape[0] < min(len(hidden), 1):
         raise ValueError(
@@ -186,7 +188,7 @@ def linear_cross_entropy(
     need_grad: if False, dhidden is None and the second pass over the logits is left out.
     logits_buffer: memory for a tile of logits (rows, V) in hidden's dtype; it replaces tile_rows.
 
-    Targets on a GPU are not checked, because that would wait for it.
+    Targets on a GPU are not checked, because the check would synchronise with the GPU.
 
     Raises: ValueError if a shape or dtype does not fit, or if a target on the CPU is outside the
         vocabulary.

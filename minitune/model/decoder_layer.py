@@ -24,7 +24,9 @@ Dimension letters, used in all of minitune/model:
     D  model width                                                 F  width of the MLP
     H  query heads        G  key/value heads                       K  width of a head
     V  vocabulary size
-    r  LoRA rank          R  padded rank of a fused linear: the LoRA columns of its buffers
+    r  LoRA rank          R  padded rank of a fused linear
+
+LoRA columns: R more columns after x or dy, which hold scaling * x A^T or scaling * dy B.
 """
 
 import torch

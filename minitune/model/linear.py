@@ -32,7 +32,8 @@ class Linear(nn.Module):
     """A frozen linear with an optional LoRA branch: y = W x + bias + scaling * B A x.
 
     The loader sets `nf4` if W is quantised, and `weight` otherwise. A (r, in) and B (out, r) are
-    float32 parameters under PEFT's names, lora_A.weight and lora_B.weight. FusedLinear multiplies.
+    float32 parameters under PEFT's names, lora_A.weight and lora_B.weight. FusedLinear runs the
+    matmul.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
@@ -49,6 +50,7 @@ class Linear(nn.Module):
 
     @property
     def is_quantized(self) -> bool:
+        """Return True if W is stored in NF4."""
         return self.nf4 is not None
 
     @property
@@ -170,7 +172,7 @@ class FusedLinear:
             return
         weight = self.new_weight(dtype, device)
         self.dequantize_into_(weight)
-        self.resident_weight = weight  # last: another thread may be about to read it
+        self.resident_weight = weight  # Assign last, because another thread may read it.
 
     def dequantize_into_(self, weight: Tensor) -> None:
         """Write the frozen weights into their part of an extended weight."""
@@ -232,7 +234,7 @@ class FusedLinear:
         """Return dx (N, in) of dy (N, out + R), and fill the LoRA columns of dy in place.
 
         out: destination of dx.
-        need_dx: False to fill only the LoRA columns, which `gradients` reads, and return None.
+        need_dx: if False, fill only the LoRA columns (for `gradients`) and return None.
         """
         return lora_linear_backward_(dy, weight, self.in_features, self.scaling, out, need_dx)
 
