@@ -7,7 +7,8 @@
     python scripts/bench.py --all DIR [--rows 1,2]   the table, on DIR/8b, DIR/1b and DIR/135m
     python scripts/bench.py --kernels [WORD ...]     kernels whose name contains one of the words
 
-Every run prints a line `RESULT {json}` a record and a table. --json FILE appends the records too.
+Every run prints one line `RESULT {json}` per record, then a table. --json FILE also appends the
+records to FILE.
 
 A step is forward, backward and optimizer; its time is the median of --steps, after --warmup steps.
 Memory is in GiB, as torch counts it from the end of loading. A peer (tests/referees/peers.py) runs
@@ -72,7 +73,12 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--r", type=int, default=16, help="rank (default: 16)")
     step.add_argument("--optim", choices=OPTIMIZERS, help="default: fused; with --short, 8-bit")
     step.add_argument("--short", action="store_true", help="short samples, through SFTTrainer")
-    step.add_argument("--checkpointing", choices=CHECKPOINTING, default="true", help="recompute")
+    step.add_argument(
+        "--checkpointing",
+        choices=CHECKPOINTING,
+        default="true",
+        help="true: recompute, false: save, auto: plan",
+    )
     step.add_argument("--memory-budget", help="such as 10GiB, with --checkpointing auto")
     step.add_argument("--host-memory", help="for offloaded activations, likewise; default: none")
     step.add_argument("--memory-limit", help="behave as if the GPU had this much, such as 24GiB")
@@ -82,7 +88,11 @@ def parser() -> argparse.ArgumentParser:
 
     p.add_argument("--attention", choices=("auto", "triton"), help="default: auto; --all: both")
     p.add_argument("--steps", type=int, help="timed steps (default: 8); with --short, all (60)")
-    p.add_argument("--warmup", type=int, help="steps before those (3); with --short, of those (5)")
+    p.add_argument(
+        "--warmup",
+        type=int,
+        help="untimed steps first (3); with --short, the first 5 of --steps",
+    )
     p.add_argument("--peer", choices=table.PEER_NAMES, action="append", help="may be repeated")
     p.add_argument("--no-peers", action="store_true", help="with --all and --kernels: ours only")
     p.add_argument("--rows", help="with --all: these rows only, such as 1,2,5")
@@ -113,6 +123,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _check_sizes(a: argparse.Namespace) -> None:
+    """Raise ValueError if a count is too small or a memory size is malformed."""
     for name in ("batch", "tokens", "r", "steps", "warmup"):
         minimum = 2 if name == "tokens" else 1
         if (value := getattr(a, name)) is not None and value < minimum:

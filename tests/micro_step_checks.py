@@ -26,7 +26,7 @@ class FixedPlanner:
 
 
 def load(folder, **options):
-    """Return the model of a folder with an adapter as after training."""
+    """Return the model of a folder with a non-zero adapter, as after training."""
     model, _ = FastLanguageModel.from_pretrained(
         folder, max_seq_length=256, device=DEVICE, **options
     )
@@ -77,7 +77,7 @@ GRAPH_SHAPE = {
     "ffn": 704,
     "vocab": 512,
 }
-# A layer of 8B's proportions.
+# A model with 8B's width ratios.
 WIDE_SHAPE = {
     "hidden": 1024,
     "layers": 8,

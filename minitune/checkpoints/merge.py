@@ -3,7 +3,7 @@
 `merge_base` chooses W:
 
     "original"  the 16-bit weights of the base folder
-    "nf4"       the dequantised NF4 weights in the compute dtype, which the adapter was trained on
+    "nf4"       the dequantised NF4 weights, on which the adapter was trained, in the compute dtype
     "auto"      "original" if the base folder holds 16-bit weights, otherwise "nf4"
 
 Tensors come one at a time, in the model's order, and go straight to the file, so merging needs
@@ -65,8 +65,8 @@ def merge_to_folder(
     merge_base: weights to merge onto, as in the module's docstring.
     shard_bytes: limit of the tensors of one file, in bytes.
 
-    Raises: ValueError if the folder holds anything already, if the disk has no room for it, or as
-        in `merged_tensors`.
+    Raises: ValueError if the folder holds anything already, or if the disk has no room for the
+        model. See also `merged_tensors`.
     """
     folder = Path(folder)
     if folder.resolve() == model.folder.resolve():

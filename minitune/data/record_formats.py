@@ -76,7 +76,8 @@ def render_record(
 ) -> RenderedText | Sample:
     """Return a record as a text with spans, or as a Sample if it already holds tokens.
 
-    Raises: ValueError if the record has an unknown shape, a wrong value, or no room for an option.
+    Raises: ValueError if the record has an unknown shape or a wrong value, or lacks the data that
+        an option needs.
     """
     if "input_ids" in record:
         return _token_sample(record, tokenizer, options)
@@ -102,6 +103,7 @@ def render_record(
 def _conversation(
     messages: list[dict], tools: list | None, tokenizer: Tokenizer, options: LabelOptions
 ) -> RenderedText:
+    """Return a conversation as text, trained on the assistant's turns by default."""
     _refuse(options.completion_only_loss, "completion_only_loss", "prompt and completion")
     if options.assistant_only_loss is False:
         text, spans = tokenizer.template.render(messages, tools=tools), None
@@ -129,6 +131,7 @@ def _conversational_completion(
 def _completion(
     prompt: str, completion: str, tokenizer: Tokenizer, options: LabelOptions
 ) -> RenderedText:
+    """Return prompt and completion as one text, trained on the completion by default."""
     _refuse(options.assistant_only_loss, "assistant_only_loss", "conversations")
     text = prompt + _with_eos(completion, tokenizer)
     spans = None if options.completion_only_loss is False else [(len(prompt), len(text))]

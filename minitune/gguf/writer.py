@@ -14,7 +14,8 @@ stream after it: writing needs memory for one tensor, not for a model.
 Q8_0 stores 32 values as one float16 scale d = max|x| / 127 and 32 signed bytes round(x / d): 8.5
 bits a weight.
 
-The file is written under a partial name, compared in places, flushed to disk and renamed.
+The file is written under a temporary name. Its head and the first bytes of each tensor are read
+back and compared. Then it is flushed to disk and renamed.
 """
 
 import math
@@ -40,7 +41,7 @@ CHECKED_BYTES = 64  # of each tensor, compared after writing
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16)
 
 MetadataValue = str | bool | int | float | np.int32 | list[str] | list[int] | list[float]
-# (Python type, GGUF type, struct format); the first that a value is an instance of is used.
+# (Python type, GGUF type, struct format). The first matching Python type is used.
 # A single int is unsigned; the ints of a list are signed.
 SCALARS = (
     (bool, GGUFValueType.BOOL, "<?"),
@@ -135,11 +136,13 @@ def _array(values: list) -> bytes:
 
 
 def _string(text: str) -> bytes:
+    """Return the length and the UTF-8 bytes of a text."""
     encoded = text.encode()
     return struct.pack("<Q", len(encoded)) + encoded
 
 
 def _padded(size: int) -> int:
+    """Return `size` rounded up to a multiple of ALIGNMENT."""
     return size + -size % ALIGNMENT
 
 
