@@ -25,8 +25,7 @@ Dimension letters, used in all of minitune/model:
     H  query heads        G  key/value heads                       K  width of a head
     V  vocabulary size
     r  LoRA rank          R  padded rank of a fused linear
-
-LoRA columns: R more columns after x or dy, which hold scaling * x A^T or scaling * dy B.
+    LoRA columns: R columns after those of x or dy; they hold scaling * x A^T or scaling * dy B
 """
 
 import torch
