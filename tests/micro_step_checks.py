@@ -6,7 +6,7 @@ from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
 from minitune.data.batching import collate
-from minitune.data.record_formats import Sample
+from minitune.data.samples import Sample
 from minitune.model.activations import SaveLevel
 
 DEVICE = "cuda" if GPU else "cpu"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitune.data.batching import collate, micro_steps, pack_rows
-from minitune.data.record_formats import Sample
+from minitune.data.samples import Sample
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=40)
 

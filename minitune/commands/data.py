@@ -14,7 +14,7 @@ from itertools import groupby
 from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
-from minitune.data.record_formats import Sample
+from minitune.data.samples import Sample
 from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minitune.data.record_formats import Sample
+from minitune.data.samples import Sample
 
 
 @dataclass(frozen=True)

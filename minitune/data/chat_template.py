@@ -28,7 +28,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Span = tuple[int, int]  # characters [begin, end)
+from minitune.data.samples import Span
 
 # Unicode reserves these two noncharacters for use inside a program: no exchanged text holds them.
 BEGIN, END = "\ufdd0", "\ufdd1"

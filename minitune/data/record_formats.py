@@ -14,11 +14,10 @@ Every error is a ValueError; the caller adds the file and the line number.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from minitune.data.chat_template import Span
 from minitune.data.jsonl import KNOWN_SHAPES, kind_of, parse_json
+from minitune.data.samples import LabelOptions, RenderedRecord, RenderedText, Sample
 from minitune.data.tokenizer import Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
@@ -35,69 +34,40 @@ SHAREGPT_ROLES = {
 }
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The token ids of a sample, and the label of each: the id itself, or -100 to ignore it."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def targets(self) -> int:
-        """Return the number of trained-on tokens; nothing predicts the first token."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
-
-
-@dataclass(frozen=True)
-class RenderedText:
-    """A text that is ready to be encoded.
-
-    spans: the characters that are trained on, or None for all of them.
-    add_special_tokens: True if the tokenizer adds its special tokens around the text. A rendered
-        conversation brings its own.
-    """
-
-    text: str
-    spans: list[Span] | None
-    add_special_tokens: bool
-
-
-@dataclass(frozen=True)
-class LabelOptions:
-    """The choice of labels, under SFTConfig's names. None is the default of each shape."""
-
-    assistant_only_loss: bool | None = None
-    completion_only_loss: bool | None = None
-    dataset_text_field: str = "text"
-
-
-def render_record(
-    record: Mapping, tokenizer: Tokenizer, options: LabelOptions
-) -> RenderedText | Sample:
-    """Return a record as a text with spans, or as a Sample if it already holds tokens.
+def render_record(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> RenderedRecord:
+    """Return a record as texts with spans, or as a Sample if it already holds tokens.
 
     Raises: ValueError if the record has an unknown shape or a wrong value, or lacks the data that
         an option needs.
     """
     if "input_ids" in record:
-        return _token_sample(record, tokenizer, options)
+        return RenderedRecord("input_ids", [_token_sample(record, tokenizer, options)])
     if "messages" in record:
         messages = _messages(record["messages"], "messages")
-        return _conversation(messages, _tools(record), tokenizer, options)
+        part = _conversation(messages, _tools(record), tokenizer, options)
+        return RenderedRecord("messages", [part])
     if "conversations" in record:
         messages = _messages(_from_sharegpt(record["conversations"]), "conversations")
-        return _conversation(messages, _tools(record), tokenizer, options)
+        part = _conversation(messages, _tools(record), tokenizer, options)
+        return RenderedRecord("conversations", [part])
     if "prompt" in record and "completion" in record:
-        if not isinstance(record["prompt"], str):
-            return _conversational_completion(record, tokenizer, options)
-        prompt, completion = _text(record, "prompt"), _text(record, "completion")
-        return _completion(prompt, completion, tokenizer, options)
+        return RenderedRecord("prompt/completion", [_prompt_completion(record, tokenizer, options)])
     if options.dataset_text_field in record:
-        return _plain_text(record, tokenizer, options)
+        return RenderedRecord("text", [_plain_text(record, tokenizer, options)])
     if "instruction" in record and "output" in record:
-        return _instruction(record, tokenizer, options)
+        return RenderedRecord("instruction", [_instruction(record, tokenizer, options)])
     fields = ", ".join(map(str, record)) or "(none)"
     raise ValueError(f"unknown shape with the fields {fields}; known are {KNOWN_SHAPES}")
+
+
+def _prompt_completion(
+    record: Mapping, tokenizer: Tokenizer, options: LabelOptions
+) -> RenderedText:
+    """Return prompt and completion as text: two texts, or two lists of messages."""
+    if not isinstance(record["prompt"], str):
+        return _conversational_completion(record, tokenizer, options)
+    prompt, completion = _text(record, "prompt"), _text(record, "completion")
+    return _completion(prompt, completion, tokenizer, options)
 
 
 def _conversation(

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitune.data.chat_template import Span
 from minitune.data.jsonl import load_dataset
-from minitune.data.record_formats import LabelOptions, RenderedText, Sample, render_record
+from minitune.data.record_formats import render_record
+from minitune.data.samples import LabelOptions, RenderedText, Sample, Span
 from minitune.data.tokenizer import Encoding, Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
@@ -81,7 +81,9 @@ def _encode(
     records: list[tuple[str, Mapping]], tokenizer: Tokenizer, options: LabelOptions
 ) -> list[Sample]:
     """Return the samples of some records at full length; their texts are encoded together."""
-    rendered = [_render(origin, record, tokenizer, options) for origin, record in records]
+    rendered = [
+        part for origin, record in records for part in _render(origin, record, tokenizer, options)
+    ]
     texts = [item.text for item in rendered if isinstance(item, RenderedText)]
     encodings = iter(tokenizer.encode_batch_with_offsets(texts))
     return [_sample(item, encodings, tokenizer) for item in rendered]
@@ -89,12 +91,13 @@ def _encode(
 
 def _render(
     origin: str, record: Mapping, tokenizer: Tokenizer, options: LabelOptions
-) -> RenderedText | Sample:
+) -> list[RenderedText | Sample]:
     try:
-        item = render_record(record, tokenizer, options)
-        if isinstance(item, RenderedText):
-            item.text.encode()  # JSON may hold half a surrogate pair, which is not text
-        return item
+        parts = render_record(record, tokenizer, options).parts
+        for part in parts:
+            if isinstance(part, RenderedText):
+                part.text.encode()  # JSON may hold half a surrogate pair, which is not text
+        return parts
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
 

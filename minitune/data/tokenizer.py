@@ -20,7 +20,8 @@ from typing import Any
 import tokenizers
 
 from minitune.atomic_files import read_json
-from minitune.data.chat_template import ChatTemplate, Span
+from minitune.data.chat_template import ChatTemplate
+from minitune.data.samples import Span
 from minitune.data.sentencepiece_backend import SentencePieceBackend
 
 FILES = (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minitune.data.batching import Batch, collate, micro_steps
-from minitune.data.record_formats import Sample
+from minitune.data.samples import Sample
 from minitune.training.checkpoint import Progress
 from minitune.training.log import progress_bar
 from minitune.training.micro_step import MicroStep

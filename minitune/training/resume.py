@@ -27,7 +27,7 @@ import torch
 
 from minitune.config.cli import RunConfig, as_dict
 from minitune.config.training_config import SFTConfig
-from minitune.data.record_formats import Sample
+from minitune.data.samples import Sample
 from minitune.device import free_memory, gib_text
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.planner import Planner, checkpointing_word

@@ -15,7 +15,7 @@ import numpy as np
 
 from minitune.config.training_config import SFTConfig
 from minitune.data.batching import pack_rows
-from minitune.data.record_formats import Sample
+from minitune.data.samples import Sample
 from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 from minitune.training.checkpoint import RunSize

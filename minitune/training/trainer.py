@@ -24,7 +24,7 @@ from torch import Tensor
 from minitune.config.cli import RunConfig, as_dict
 from minitune.config.training_config import SFTConfig
 from minitune.data.batching import collate, micro_steps
-from minitune.data.record_formats import Sample
+from minitune.data.samples import Sample
 from minitune.data.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import Progress

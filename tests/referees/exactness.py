@@ -40,7 +40,7 @@ from minitune.config.architectures import LORA_TARGETS
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.data.batching import collate
-from minitune.data.record_formats import Sample
+from minitune.data.samples import Sample
 from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW

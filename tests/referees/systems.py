@@ -32,7 +32,7 @@ from torch import Tensor
 
 from minitune import FastLanguageModel, LanguageModel
 from minitune.data.batching import collate
-from minitune.data.record_formats import Sample
+from minitune.data.samples import Sample
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW
 from referees.peers import OFFLINE

@@ -1,0 +1,80 @@
+"""The values that pass between the parts of the data path: conversations, texts, samples, options.
+
+record -> Conversation -> RenderedText -> Sample          record_formats.py, chat_template.py
+       -> RenderedText -> Sample                          plain text, prompt and completion
+       -> Sample                                          tokens
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minitune.kernels.cross_entropy import IGNORE_INDEX
+
+Span = tuple[int, int]  # characters [begin, end)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The token ids of a sample, and the label of each: the id itself, or -100 to ignore it."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def targets(self) -> int:
+        """Return the number of trained-on tokens; nothing predicts the first token."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a record, in the form that chat templates read.
+
+    messages: {"role", "content", ...}; no key is null, and call arguments are decoded.
+    tools: the tool definitions for the template, or None.
+    template_kwargs: further variables for the template, such as enable_thinking.
+    trained: for each message, True if the loss counts it.
+    """
+
+    messages: list[dict]
+    tools: list | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    trained: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class RenderedText:
+    """A text that is ready to be encoded.
+
+    spans: the characters that are trained on, or None for all of them.
+    add_special_tokens: True if the tokenizer adds its special tokens around the text. A rendered
+        conversation brings its own.
+    """
+
+    text: str
+    spans: list[Span] | None
+    add_special_tokens: bool
+
+
+@dataclass(frozen=True)
+class RenderedRecord:
+    """A record as texts or tokens.
+
+    shape: the name of the record's shape, such as "messages".
+    parts: one item for each sample. A conversation that is split by turns gives several.
+    notes: facts that the user should know, such as "an answer is empty". The report counts them.
+    """
+
+    shape: str
+    parts: list[RenderedText | Sample]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """The choice of labels, under SFTConfig's names. None is the default of each shape."""
+
+    assistant_only_loss: bool | None = None
+    completion_only_loss: bool | None = None
+    dataset_text_field: str = "text"
