@@ -19,7 +19,7 @@ The spans come from the structure of the conversation, in one of two ways:
 """
 
 import json
-from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -28,7 +28,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minitune.data.samples import Span
+from minitune.data.messages import normal_message
+from minitune.data.samples import Conversation, RenderedConversation, Span
 
 # Unicode reserves these two noncharacters for use inside a program: no exchanged text holds them.
 BEGIN, END = "\ufdd0", "\ufdd1"
@@ -85,24 +86,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _with_text(message: dict, number: int) -> dict:
-    """Return a message with its parts {"type": "text", "text": ...} joined to one text."""
-    parts = message.get("content")
-    if not isinstance(parts, list | tuple):
-        return message
-    texts = []
-    for part in parts:
-        is_text = isinstance(part, Mapping) and part.get("type") == "text"
-        if not is_text or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, Mapping) else part
-            raise ValueError(
-                f"the content of message {number} has a part {kind!r:.60}; "
-                'parts are {"type": "text", "text": "..."}'
-            )
-        texts.append(part["text"])
-    return {**message, "content": "".join(texts)}
-
-
 class ChatTemplate:
     """A compiled template.
 
@@ -127,60 +110,85 @@ class ChatTemplate:
         self._stops = tuple(stop for stop in stops if stop)
 
     def render(
-        self, messages: list[dict], add_generation_prompt: bool = False, tools: list | None = None
+        self,
+        messages: list[dict],
+        add_generation_prompt: bool = False,
+        tools: list | None = None,
+        **template_kwargs: Any,
     ) -> str:
         """Return a conversation as one text.
 
+        template_kwargs: further variables for the template, such as enable_thinking.
+
         Raises: ValueError if the template refuses the conversation.
         """
-        return self._render(messages, add_generation_prompt, tools, "", "")
+        normal = [normal_message(message, i) for i, message in enumerate(messages, 1)]
+        conversation = Conversation(normal, tools, template_kwargs)
+        return self._render(conversation, add_generation_prompt=add_generation_prompt)
 
     def _render(
         self,
-        messages: list[dict],
-        add_generation_prompt: bool,
-        tools: list | None,
-        span_begin: str,
-        span_end: str,
+        conversation: Conversation,
+        length: int | None = None,
+        add_generation_prompt: bool = False,
+        marks: tuple[str, str] = ("", ""),
     ) -> str:
+        """Return the first `length` messages as text."""
         variables = {
-            "messages": [_with_text(message, i) for i, message in enumerate(messages, 1)],
+            **conversation.template_kwargs,
+            "messages": conversation.messages[:length],
             "add_generation_prompt": add_generation_prompt,
-            "tools": tools,
+            "tools": conversation.tools,
             "documents": None,
-            "_span_begin": span_begin,
-            "_span_end": span_end,
+            "_span_begin": marks[0],
+            "_span_end": marks[1],
         }
         try:
             return self._template.render(**self._special, **variables)
         except TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
-    def render_with_answers(
-        self, messages: list[dict], tools: list | None = None
-    ) -> tuple[str, list[Span]]:
-        """Return a conversation as one text, and the assistant's spans with their stop tokens."""
-        text = self.render(messages, tools=tools)
-        if self.marks_answers:
-            return text, self._marked_spans(text, messages, tools)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return text, [self._turn_span(text, messages, i, i + 1, tools) for i in answers]
+    def render_with_answers(self, conversation: Conversation) -> RenderedConversation:
+        """Return a conversation as one text, and the spans of its trained messages.
+
+        A span begins after the generation prompt and ends with the stop token.
+
+        Raises: ValueError if the template refuses the conversation, or an answer is not found.
+        """
+        text = self._render(conversation)
+        if self.marks_answers and any(conversation.trained):
+            return RenderedConversation(text, self._marked_spans(text, conversation))
+        answers = [i for i, trained in enumerate(conversation.trained) if trained]
+        spans = [self._turn_span(text, conversation, i, i + 1) for i in answers]
+        return RenderedConversation(text, spans)
 
     def render_with_completion(
-        self, prompt: list[dict], completion: list[dict], tools: list | None = None
-    ) -> tuple[str, Span]:
-        """Return prompt and completion as one text, and the span after the prompt."""
-        messages = [*prompt, *completion]
-        text = self.render(messages, tools=tools)
-        return text, self._turn_span(text, messages, len(prompt), len(messages), tools)
+        self, conversation: Conversation, first: int
+    ) -> RenderedConversation:
+        """Return a conversation as one text, and the span from message `first` to the end."""
+        text = self._render(conversation)
+        length = len(conversation.messages)
+        return RenderedConversation(text, [self._turn_span(text, conversation, first, length)])
 
-    def _marked_spans(self, text: str, messages: list[dict], tools: list | None) -> list[Span]:
+    def split_turns(self, conversation: Conversation) -> list[RenderedConversation]:
+        """Return a text for each trained message, which ends with that message and its span."""
+        return [
+            self.render_with_answers(_until(conversation, i))
+            for i, trained in enumerate(conversation.trained)
+            if trained
+        ]
+
+    def drops_history(self, conversation: Conversation) -> bool:
+        """Return True if the template leaves the reasoning of this conversation out of history."""
+        return False
+
+    def _marked_spans(self, text: str, conversation: Conversation) -> list[Span]:
         """Return the spans of `text` that `{% generation %}` blocks mark."""
         if BEGIN in text or END in text:
             raise ValueError(
                 "a message holds U+FDD0 or U+FDD1, which are not characters; remove them"
             )
-        marked = self._render(messages, False, tools, BEGIN, END)
+        marked = self._render(conversation, marks=(BEGIN, END))
         spans = []
         length = begin = 0  # without the marks
         for piece in marked.split(BEGIN):
@@ -195,12 +203,11 @@ class ChatTemplate:
             )
         return spans
 
-    def _turn_span(
-        self, text: str, messages: list[dict], first: int, last: int, tools: list | None
-    ) -> Span:
+    def _turn_span(self, text: str, conversation: Conversation, first: int, last: int) -> Span:
         """Return the span of messages[first:last] in `text`, after the generation prompt."""
-        before = self.render(messages[:first], add_generation_prompt=True, tools=tools)
-        after = text if last == len(messages) else self.render(messages[:last], tools=tools)
+        before = self._render(conversation, first, add_generation_prompt=True)
+        whole = last == len(conversation.messages)
+        after = text if whole else self._render(conversation, last)
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
                 f"the chat template renders the conversation up to message {first + 1} differently "
@@ -210,3 +217,24 @@ class ChatTemplate:
             )
         trimmed = after.rstrip()
         return len(before), len(trimmed) if trimmed.endswith(self._stops) else len(after)
+
+
+def _until(conversation: Conversation, last: int) -> Conversation:
+    """Return the conversation up to message `last`, which alone is trained on."""
+    trained = (*(False for _ in range(last)), True)
+    return replace(conversation, messages=conversation.messages[: last + 1], trained=trained)
+
+
+def dropped_text_notes(dropped: tuple[str, ...], policy: str) -> tuple[str, ...]:
+    """Return notes on the texts that a template leaves out.
+
+    policy: LabelOptions.dropped_text; "error" refuses them, "warn" makes notes.
+
+    Raises: ValueError that names the texts if the policy is "error".
+    """
+    if dropped and policy == "error":
+        raise ValueError(
+            f"the chat template leaves out {', '.join(dropped)}; use a template that writes it, "
+            'remove it from the record, or train without it: dropped_text="warn"'
+        )
+    return tuple(f"the chat template leaves out {name}" for name in dropped)

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.data.jsonl import KNOWN_SHAPES, kind_of, parse_json
-from minitune.data.samples import LabelOptions, RenderedRecord, RenderedText, Sample
+from minitune.data.messages import normal_message
+from minitune.data.samples import Conversation, LabelOptions, RenderedRecord, RenderedText, Sample
 from minitune.data.tokenizer import Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
@@ -78,8 +79,16 @@ def _conversation(
     if options.assistant_only_loss is False:
         text, spans = tokenizer.template.render(messages, tools=tools), None
     else:
-        text, spans = tokenizer.template.render_with_answers(messages, tools)
+        rendered = tokenizer.template.render_with_answers(_with_answers(messages, tools))
+        text, spans = rendered.text, rendered.spans
     return RenderedText(text, spans, add_special_tokens=False)
+
+
+def _with_answers(messages: list[dict], tools: list | None) -> Conversation:
+    """Return messages as a conversation whose assistant turns are trained on."""
+    trained = tuple(message["role"] == "assistant" for message in messages)
+    normal = [normal_message(message, i) for i, message in enumerate(messages, 1)]
+    return Conversation(normal, tools, {}, trained)
 
 
 def _conversational_completion(
@@ -87,13 +96,14 @@ def _conversational_completion(
 ) -> RenderedText:
     prompt = _messages(record["prompt"], "prompt")
     completion = _messages(record["completion"], "completion")
-    tools, template = _tools(record), tokenizer.template
-    text, span = template.render_with_completion(prompt, completion, tools)
+    conversation = _with_answers([*prompt, *completion], _tools(record))
+    rendered = tokenizer.template.render_with_completion(conversation, len(prompt))
+    text, span = rendered.text, rendered.spans[0]
     if options.completion_only_loss is False:
         span = (0, len(text))
     spans = [span]
     if options.assistant_only_loss:
-        _, answers = template.render_with_answers([*prompt, *completion], tools)
+        answers = tokenizer.template.render_with_answers(conversation).spans
         spans = [(max(begin, span[0]), min(end, span[1])) for begin, end in answers]
     return RenderedText(text, spans, add_special_tokens=False)
 

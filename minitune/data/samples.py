@@ -44,6 +44,21 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class RenderedConversation:
+    """A conversation as the chat template writes it.
+
+    spans: the characters that are trained on, in the order of the text.
+    dropped: a name for each text that the template leaves out, such as "the system message".
+    notes: facts that the user should know, as in RenderedRecord.
+    """
+
+    text: str
+    spans: list[Span]
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RenderedText:
     """A text that is ready to be encoded.
 
@@ -78,3 +93,5 @@ class LabelOptions:
     assistant_only_loss: bool | None = None
     completion_only_loss: bool | None = None
     dataset_text_field: str = "text"
+    split_turns: bool | None = None
+    dropped_text: str = "error"
