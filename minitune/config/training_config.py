@@ -11,6 +11,7 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
 INTERVALS = ("no", "steps", "epoch")
 GGUF_METHODS = ("q8_0", "f16", "bf16", "f32")
+DROPPED_TEXT = ("error", "warn")
 MERGE_BASES = ("auto", "original", "nf4")
 # With these the planner chooses which activations are saved, recomputed or offloaded.
 PLANNED_CHECKPOINTING = ("unsloth", "auto")
@@ -116,7 +117,24 @@ class SFTConfig:
     completion_only_loss: bool | None = setting(
         None, "train on completions only; default: yes for prompt/completion"
     )
-    dataset_text_field: str = setting("text", "key of plain-text records")
+    dataset_text_field: str | None = setting(
+        None,
+        "key of plain-text records; default text; a name that is given here wins over the other "
+        "shapes in a record",
+    )
+    split_turns: bool | None = setting(
+        None,
+        "make one sample of each answer, as at inference; default: if the chat template leaves "
+        "earlier reasoning out",
+    )
+    dropped_text: str = setting(
+        "error",
+        "if the chat template leaves a text of a record out, refuse the record or warn",
+        choices=DROPPED_TEXT,
+    )
+    ignore_fields: tuple[str, ...] = setting(
+        (), "keys of records to leave out on purpose, such as title or messages.mood"
+    )
     logging_steps: int = setting(10, "optimizer steps a metrics line", minimum=1)
     logging_first_step: bool = setting(False, "write a metrics line for the first step too")
     save_strategy: str = setting("steps", "when to write checkpoint-N", choices=INTERVALS)
@@ -158,6 +176,8 @@ class SFTConfig:
     def __post_init__(self):
         if isinstance(self.output_dir, os.PathLike):
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
+        if isinstance(self.ignore_fields, list):
+            object.__setattr__(self, "ignore_fields", tuple(self.ignore_fields))
         check_settings(self)
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(

@@ -53,7 +53,7 @@ def render_record(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) 
         return RenderedRecord("conversations", [part])
     if "prompt" in record and "completion" in record:
         return RenderedRecord("prompt/completion", [_prompt_completion(record, tokenizer, options)])
-    if options.dataset_text_field in record:
+    if (options.dataset_text_field or "text") in record:
         return RenderedRecord("text", [_plain_text(record, tokenizer, options)])
     if "instruction" in record and "output" in record:
         return RenderedRecord("instruction", [_instruction(record, tokenizer, options)])
@@ -121,7 +121,7 @@ def _completion(
 def _plain_text(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
     _refuse(options.assistant_only_loss, "assistant_only_loss", "conversations")
     _refuse(options.completion_only_loss, "completion_only_loss", "prompt and completion")
-    text = _with_eos(_text(record, options.dataset_text_field), tokenizer)
+    text = _with_eos(_text(record, options.dataset_text_field or "text"), tokenizer)
     return RenderedText(text, None, add_special_tokens=True)
 
 

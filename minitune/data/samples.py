@@ -6,7 +6,7 @@ record -> Conversation -> RenderedText -> Sample          record_formats.py, cha
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minitune.kernels.cross_entropy import IGNORE_INDEX
@@ -88,10 +88,26 @@ class RenderedRecord:
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """The choice of labels, under SFTConfig's names. None is the default of each shape."""
+    """The reading of records and the choice of labels, under SFTConfig's names.
+
+    assistant_only_loss, completion_only_loss: None is the default of each shape.
+    dataset_text_field: key of plain-text records; None is "text". A name that the user gives wins
+        over the other shapes in a record.
+    split_turns: True makes one sample of each trained turn. None does so if the template leaves
+        earlier reasoning out.
+    dropped_text: "error" refuses a record if the template leaves a text out, "warn" makes a note.
+    ignore_fields: keys of records that are left out on purpose, such as "title" or
+        "messages.mood".
+    """
 
     assistant_only_loss: bool | None = None
     completion_only_loss: bool | None = None
-    dataset_text_field: str = "text"
+    dataset_text_field: str | None = None
     split_turns: bool | None = None
     dropped_text: str = "error"
+    ignore_fields: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, settings: Any) -> "LabelOptions":
+        """Return the options among the fields of an SFTConfig."""
+        return cls(**{item.name: getattr(settings, item.name) for item in fields(cls)})

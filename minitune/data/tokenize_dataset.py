@@ -9,6 +9,7 @@ answer, and no token string is ever searched for.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minitune.data.jsonl import load_dataset
 from minitune.data.record_formats import render_record
@@ -37,17 +38,15 @@ def tokenize_dataset(
     source: str | Path | Sequence[Mapping],
     tokenizer: Tokenizer,
     max_length: int,
-    assistant_only_loss: bool | None = None,
-    completion_only_loss: bool | None = None,
-    dataset_text_field: str = "text",
     progress: Callable[[int, int], None] | None = None,
+    **labels: Any,
 ) -> TokenizedDataset:
     """Tokenize and label every record of a dataset.
 
     source: a JSONL file, or a sequence of records.
     max_length: tokens of a sample; longer samples lose their end.
-    assistant_only_loss, completion_only_loss, dataset_text_field: as in SFTConfig.
     progress: called as progress(done, total) with numbers of records.
+    labels: the fields of LabelOptions, as in SFTConfig.
 
     Raises: ValueError that begins with file and line if a record cannot be read or rendered, and
         ValueError if no sample has a label.
@@ -56,7 +55,7 @@ def tokenize_dataset(
         raise ValueError(
             f"max_length is {max_length}; expected at least 2: a token is predicted from another"
         )
-    options = LabelOptions(assistant_only_loss, completion_only_loss, dataset_text_field)
+    options = LabelOptions(**labels)
     records = load_dataset(source)
     samples: list[Sample] = []
     truncated = 0

@@ -15,7 +15,7 @@ import numpy as np
 
 from minitune.config.training_config import SFTConfig
 from minitune.data.batching import pack_rows
-from minitune.data.samples import Sample
+from minitune.data.samples import LabelOptions, Sample
 from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 from minitune.training.checkpoint import RunSize
@@ -139,10 +139,8 @@ def _tokenize(
             source,
             tokenizer,
             max_length,
-            assistant_only_loss=args.assistant_only_loss,
-            completion_only_loss=args.completion_only_loss,
-            dataset_text_field=args.dataset_text_field,
             progress=progress,
+            **vars(LabelOptions.of(args)),
         )
 
 
