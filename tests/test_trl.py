@@ -1,4 +1,4 @@
-"""Loss and gradient norm of every step beside TRL's SFTTrainer, on the same records in the same order.
+"""Loss and gradient norm of every step beside TRL's SFTTrainer, on the same records and order.
 
 Both train the same adapter on the same random model in float32. TRL gets a chat template whose
 `{% generation %}` blocks enclose exactly the spans that minitune finds: the answer and its stop
