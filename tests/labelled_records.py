@@ -1,5 +1,6 @@
 """Conversations as records, and helpers that show which text of a sample is trained on."""
 
+from minitune.data.samples import Sample
 from minitune.data.tokenize_dataset import tokenize_dataset
 
 PAIR = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Four é."}]
@@ -13,13 +14,14 @@ ANSWER = "Four é.<|end|>"
 
 
 def sample_of(record, tokenizer, max_length=500, **options):
-    """Return the sample of one record; every label is -100 or the token itself."""
+    """Return the sample of one record, in lists; every label is -100 or the token itself."""
     dataset = tokenize_dataset([record], tokenizer, max_length, **options)
     for sample in dataset.samples:
         assert len(sample.labels) == len(sample.input_ids)
         pairs = zip(sample.labels, sample.input_ids, strict=True)
         assert all(label in (-100, token) for label, token in pairs)
-    return dataset.samples[0]
+    sample = dataset.samples[0]
+    return Sample(sample.input_ids.tolist(), sample.labels.tolist())
 
 
 def text_of(sample, tokenizer):

@@ -134,7 +134,7 @@ def test_truncation_keeps_the_beginning_and_samples_without_a_label_are_counted(
     dataset = tokenize_dataset(records, tokenizer, 10)
     sizes = [len(sample.input_ids) for sample in dataset.samples]
     assert sizes == [10, len(tokenizer.encode("Four<|end|>"))]
-    assert dataset.samples[0].input_ids == tokenizer.encode("How many?" * 20)[:10]
+    assert dataset.samples[0].input_ids.tolist() == tokenizer.encode("How many?" * 20)[:10]
     assert (dataset.skipped, dataset.truncated) == (2, 2)
 
 

@@ -22,7 +22,7 @@ def samples_of(sizes):
 def test_rows_hold_every_sample_once_within_the_length_and_at_most_one_row_is_half_empty(
     sizes, max_length
 ):
-    rows = pack_rows(samples_of(sizes), max_length)
+    rows = pack_rows(sizes, max_length)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     filled = [sum(sizes[i] for i in row) for row in rows]
     assert max(filled) <= max_length
@@ -56,9 +56,9 @@ def test_a_batch_is_its_samples_side_by_side_with_positions_that_restart(sizes):
 
 
 def test_samples_that_fill_a_row_exactly_share_it_and_a_longer_one_is_refused():
-    assert pack_rows(samples_of([3, 5, 8]), 8) == [[2], [1, 0]]
+    assert pack_rows([3, 5, 8], 8) == [[2], [1, 0]]
     with pytest.raises(ValueError, match="sample 1 has 9 tokens and does not fit into a row of 8"):
-        pack_rows(samples_of([3, 9]), 8)
+        pack_rows([3, 9], 8)
 
 
 def test_rows_equal_trl():
@@ -67,5 +67,5 @@ def test_rows_equal_trl():
     sizes = [1 + (i * i * 7 + 13 * i) % 61 for i in range(300)]
     dataset = datasets.Dataset.from_dict({"input_ids": [[0] * size for size in sizes]})
     packed = trl.pack_dataset(dataset, 64, strategy="bfd", map_kwargs={"batch_size": 1000})
-    rows = pack_rows(samples_of(sizes), 64)
+    rows = pack_rows(sizes, 64)
     assert sorted([sizes[i] for i in row] for row in rows) == sorted(packed["seq_lengths"])

@@ -66,8 +66,8 @@ def counts(dataset: TokenizedDataset) -> str:
         ("samples", len(dataset.samples)),
         ("skipped", dataset.skipped),
         ("truncated", dataset.truncated),
-        ("tokens", sum(len(sample.input_ids) for sample in dataset.samples)),
-        ("trained on", sum(sample.targets for sample in dataset.samples)),
+        ("tokens", dataset.samples.lengths.sum()),
+        ("trained on", dataset.samples.targets.sum()),
     )
     return "\n".join(f"{label:<11}{number:>12,}" for label, number in rows)
 

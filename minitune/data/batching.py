@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from minitune.data.samples import Sample
@@ -27,11 +28,12 @@ class Batch:
     targets: int
 
 
-def pack_rows(samples: Sequence[Sample], max_length: int) -> list[list[int]]:
+def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Return the indices of the samples of each row: best fit decreasing, as TRL's packing=True.
 
     The longest sample comes first. Each sample joins the row in which it leaves the least room.
 
+    lengths: tokens of each sample.
     max_length: tokens of a row.
 
     Raises: ValueError if a sample is longer than a row.
@@ -39,8 +41,8 @@ def pack_rows(samples: Sequence[Sample], max_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
     rows_with: dict[int, deque[int]] = {}  # room left -> rows, the oldest first
     rooms: list[int] = []  # the keys of rows_with, ascending
-    for i in _longest_first(samples):
-        size = len(samples[i].input_ids)
+    for i in _longest_first(lengths):
+        size = int(lengths[i])
         if size > max_length:
             raise ValueError(
                 f"sample {i} has {size} tokens and does not fit into a row of {max_length}"
@@ -73,8 +75,9 @@ def micro_steps(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]
     """
     packs: list[list[int]] = []
     rooms: list[int] = []
-    for i in _longest_first(samples):
-        size = len(samples[i].input_ids)
+    lengths = [len(sample.input_ids) for sample in samples]
+    for i in _longest_first(lengths):
+        size = lengths[i]
         pack = next((k for k, room in enumerate(rooms) if room >= size), len(packs))
         if pack == len(packs):
             packs.append([])
@@ -84,19 +87,20 @@ def micro_steps(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]
     return [[samples[i] for i in sorted(pack)] for pack in packs]
 
 
-def _longest_first(samples: Sequence[Sample]) -> list[int]:
-    return sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return np.argsort(-np.asarray(lengths), kind="stable").tolist()
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Pack samples side by side, with positions that restart at each sample."""
     assert samples, "no samples to put side by side"
-    input_ids = [token for sample in samples for token in sample.input_ids]
-    labels = [label for sample in samples for label in sample.labels]
-    positions = [torch.arange(len(sample.input_ids)) for sample in samples]
     return Batch(
-        input_ids=torch.tensor(input_ids),
-        labels=torch.tensor(labels),
-        position_ids=torch.cat(positions),
+        input_ids=_side_by_side([sample.input_ids for sample in samples]),
+        labels=_side_by_side([sample.labels for sample in samples]),
+        position_ids=_side_by_side([np.arange(len(sample.input_ids)) for sample in samples]),
         targets=sum(sample.targets for sample in samples),
     )
+
+
+def _side_by_side(parts: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts, dtype=np.int64))

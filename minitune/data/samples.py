@@ -5,26 +5,41 @@ record -> Conversation -> RenderedText -> Sample          record_formats.py, cha
        -> Sample                                          tokens
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+import numpy as np
 
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
 Span = tuple[int, int]  # characters [begin, end)
+EMPTY_ANSWER = "an answer is empty"  # a note of RenderedRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """The token ids of a sample, and the label of each: the id itself, or -100 to ignore it."""
+    """The token ids of a sample, and the label of each: the id itself, or -100 to ignore it.
 
-    input_ids: list[int]
-    labels: list[int]
+    Both are lists, or int32 arrays if the sample comes from a TokenizedDataset.
+    """
+
+    input_ids: Sequence[int] | np.ndarray
+    labels: Sequence[int] | np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        """Return True if ids and labels are the same numbers, in lists or in arrays."""
+        if not isinstance(other, Sample):
+            return NotImplemented
+        same_ids = np.array_equal(self.input_ids, other.input_ids)
+        return same_ids and np.array_equal(self.labels, other.labels)
+
+    __hash__ = None
 
     @property
     def targets(self) -> int:
         """Return the number of trained-on tokens; nothing predicts the first token."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        return int(np.count_nonzero(np.asarray(self.labels[1:]) != IGNORE_INDEX))
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ give the characters of each token. A token across the border of an answer theref
 answer, and no token string is ever searched for.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitune.data.dataset_report import DatasetReport
+from minitune.data.flat_samples import FlatSamples, OriginFormat, SampleBuilder
 from minitune.data.jsonl import load_dataset
 from minitune.data.record_formats import render_record
 from minitune.data.samples import LabelOptions, RenderedText, Sample, Span
@@ -24,14 +27,22 @@ CHUNK = 1000  # records encoded together: enough to occupy the tokenizer's threa
 class TokenizedDataset:
     """Samples that are ready to train on.
 
-    samples: the samples that have a label, in the order of the records.
-    skipped: number of records without a label.
-    truncated: number of records that were cut to length.
+    samples: the samples that have a token to train on, in the order of the records.
+    report: counts of everything that happened to the records.
     """
 
-    samples: list[Sample]
-    skipped: int
-    truncated: int
+    samples: FlatSamples
+    report: DatasetReport
+
+    @property
+    def skipped(self) -> int:
+        """Return the number of samples without a token to train on."""
+        return self.report.skipped.count
+
+    @property
+    def truncated(self) -> int:
+        """Return the number of samples that were cut to length."""
+        return self.report.truncated.count
 
 
 def tokenize_dataset(
@@ -57,46 +68,61 @@ def tokenize_dataset(
         )
     options = LabelOptions(**labels)
     records = load_dataset(source)
-    samples: list[Sample] = []
-    truncated = 0
+    is_file = isinstance(source, str | Path)
+    origins = OriginFormat(str(source) if is_file else "dataset", is_file)
+    builder, report = SampleBuilder([origins]), DatasetReport(records=len(records))
     for start in range(0, len(records), CHUNK):
-        for sample in _encode(records[start : start + CHUNK], tokenizer, options):
-            truncated += len(sample.input_ids) > max_length
-            sample = Sample(sample.input_ids[:max_length], sample.labels[:max_length])
-            if sample.targets:
-                samples.append(sample)
+        for origin, sample in _encode(records[start : start + CHUNK], tokenizer, options, report):
+            if len(sample.input_ids) > max_length:
+                report.truncated.add(origin)
+                sample = Sample(sample.input_ids[:max_length], sample.labels[:max_length])
+            if targets := sample.targets:
+                number = int(re.search(r"(\d+)\]?$", origin)[1])
+                builder.add(sample, targets, 0, number)
+            else:
+                report.skipped.add(origin)
         if progress is not None:
             progress(min(start + CHUNK, len(records)), len(records))
-    if not samples:
-        name = source if isinstance(source, str | Path) else "dataset"
-        message = f"{name}: none of its {len(records)} samples has a token to train on."
-        if truncated:
+    if not len(builder):
+        message = f"{origins.name}: none of its {len(records)} samples has a token to train on."
+        if truncated := report.truncated.count:
             message += f" {truncated} of them were cut to max_length {max_length}: raise it."
         raise ValueError(message)
-    return TokenizedDataset(samples, len(records) - len(samples), truncated)
+    return TokenizedDataset(builder.build(), report)
 
 
 def _encode(
-    records: list[tuple[str, Mapping]], tokenizer: Tokenizer, options: LabelOptions
-) -> list[Sample]:
-    """Return the samples of some records at full length; their texts are encoded together."""
+    records: list[tuple[str, Mapping]],
+    tokenizer: Tokenizer,
+    options: LabelOptions,
+    report: DatasetReport,
+) -> list[tuple[str, Sample]]:
+    """Return (origin, sample) of some records at full length; their texts are encoded together."""
     rendered = [
-        part for origin, record in records for part in _render(origin, record, tokenizer, options)
+        (origin, part)
+        for origin, record in records
+        for part in _render(origin, record, tokenizer, options, report)
     ]
-    texts = [item.text for item in rendered if isinstance(item, RenderedText)]
+    texts = [item.text for _, item in rendered if isinstance(item, RenderedText)]
     encodings = iter(tokenizer.encode_batch_with_offsets(texts))
-    return [_sample(item, encodings, tokenizer) for item in rendered]
+    return [(origin, _sample(item, encodings, tokenizer)) for origin, item in rendered]
 
 
 def _render(
-    origin: str, record: Mapping, tokenizer: Tokenizer, options: LabelOptions
+    origin: str,
+    record: Mapping,
+    tokenizer: Tokenizer,
+    options: LabelOptions,
+    report: DatasetReport,
 ) -> list[RenderedText | Sample]:
     try:
-        parts = render_record(record, tokenizer, options).parts
-        for part in parts:
+        rendered = render_record(record, tokenizer, options)
+        for part in rendered.parts:
             if isinstance(part, RenderedText):
                 part.text.encode()  # JSON may hold half a surrogate pair, which is not text
-        return parts
+        report.shapes[rendered.shape] += 1
+        report.add_notes(rendered.notes, origin)
+        return rendered.parts
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
 

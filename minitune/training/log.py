@@ -205,8 +205,7 @@ def storage_bytes(model: CausalLM) -> int:
 
 
 def _data_text(data: TokenizedDataset) -> str:
-    tokens = sum(len(sample.input_ids) for sample in data.samples)
-    targets = sum(sample.targets for sample in data.samples)
+    tokens, targets = data.samples.lengths.sum(), data.samples.targets.sum()
     return (
         f"{len(data.samples):,} samples, {data.skipped:,} skipped (no token to train on), "
         f"{data.truncated:,} truncated; {tokens:,} tokens, {targets:,} trained on"

@@ -6,14 +6,14 @@ Losses stay on the device until they are logged, so that no step waits for the d
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minitune.data.batching import Batch, collate, micro_steps
-from minitune.data.samples import Sample
+from minitune.data.flat_samples import FlatSamples
 from minitune.training.checkpoint import Progress
 from minitune.training.log import progress_bar
 from minitune.training.micro_step import MicroStep
@@ -107,15 +107,13 @@ class RunClock:
 
 
 @torch.no_grad()
-def evaluation_loss(
-    micro_step: MicroStep, samples: Sequence[Sample], micro_step_tokens: int
-) -> float:
+def evaluation_loss(micro_step: MicroStep, samples: FlatSamples, micro_step_tokens: int) -> float:
     """Return the loss over all samples, a mean over their trained-on tokens.
 
     micro_step: of the model; its memory is used.
     micro_step_tokens: tokens of one forward pass at most.
     """
-    targets = sum(sample.targets for sample in samples)
+    targets = int(samples.targets.sum())
     loss = torch.zeros((), device=micro_step.model.device)
     with progress_bar("evaluating") as progress:
         for first in range(0, len(samples), EVAL_SAMPLES_PER_PACKING):

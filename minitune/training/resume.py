@@ -16,18 +16,18 @@ and a resumed run plans with the same ones. A resumed run then gives the same bi
 uninterrupted run, in its losses and in its adapter.
 """
 
-import array
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from minitune.config.cli import RunConfig, as_dict
 from minitune.config.training_config import SFTConfig
-from minitune.data.samples import Sample
+from minitune.data.flat_samples import FlatSamples
 from minitune.device import free_memory, gib_text
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.planner import Planner, checkpointing_word
@@ -75,6 +75,7 @@ MEMORY_RESERVE = {"cuda": 0.01, "cpu": 0.25}
 # A resumed run keeps its recorded host budget if that is at most this share of the free host
 # memory. A new run takes half of the free host memory.
 MAX_HOST_SHARE = 0.75
+SAMPLES_PER_HASH = 1024  # samples that are copied together for their hash
 
 
 # ---- the settings in config.toml
@@ -128,13 +129,31 @@ def run_identity(model: CausalLM, args: SFTConfig, size: RunSize, data: RunData)
     }
 
 
-def fingerprint(samples: Sequence[Sample]) -> str:
-    """Return a hash of every token and label, to recognise the data of a resumed run."""
+def fingerprint(samples: FlatSamples) -> str:
+    """Return a hash of every token and label, to recognise the data of a resumed run.
+
+    The hash is that of (length, ids, labels) of one sample after the other, in int64.
+    """
     digest = hashlib.sha256()
-    for sample in samples:
-        for values in ([len(sample.input_ids)], sample.input_ids, sample.labels):
-            digest.update(array.array("q", values).tobytes())
+    for first in range(0, len(samples), SAMPLES_PER_HASH):
+        part = samples[first : first + SAMPLES_PER_HASH]
+        digest.update(_hashed_values(part))
     return digest.hexdigest()[:16]
+
+
+def _hashed_values(samples: FlatSamples) -> np.ndarray:
+    """Return (length, ids, labels) of some samples, one after the other, in int64."""
+    lengths = samples.lengths
+    inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    source = np.repeat(samples.begins, lengths) + inside
+    sizes = 1 + 2 * lengths
+    starts = np.cumsum(sizes) - sizes
+    first_id = np.repeat(starts + 1, lengths) + inside
+    values = np.empty(sizes.sum(), np.int64)
+    values[starts] = lengths
+    values[first_id] = samples.input_ids[source]
+    values[first_id + np.repeat(lengths, lengths)] = samples.labels[source]
+    return values
 
 
 def _changes(names: Sequence[str], before: dict[str, Any], now: dict[str, Any]) -> list[str]:

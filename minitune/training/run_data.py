@@ -15,6 +15,7 @@ import numpy as np
 
 from minitune.config.training_config import SFTConfig
 from minitune.data.batching import pack_rows
+from minitune.data.flat_samples import FlatSamples
 from minitune.data.samples import LabelOptions, Sample
 from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
@@ -33,14 +34,14 @@ def epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
 class SampleOrder:
     """The samples of every optimizer step of a run."""
 
-    def __init__(self, samples: Sequence[Sample], args: SFTConfig, max_length: int):
+    def __init__(self, samples: FlatSamples, args: SFTConfig, max_length: int):
         """Divide the samples into units.
 
         max_length: tokens of a row, used with packing.
         """
         self._samples, self._seed = samples, args.seed
         if args.packing:
-            self._units = pack_rows(samples, max_length)
+            self._units = pack_rows(samples.lengths, max_length)
         else:
             self._units = [[i] for i in range(len(samples))]
         self.size = _run_size(args, len(self._units))
@@ -94,7 +95,7 @@ class RunData:
     @property
     def max_seqlen(self) -> int:
         """Tokens of the longest training sample."""
-        return max(len(sample.input_ids) for sample in self.train.samples)
+        return int(self.train.samples.lengths.max())
 
 
 def read_datasets(

@@ -1,0 +1,105 @@
+"""Samples in flat int32 arrays: 8 bytes a token and 36 bytes a sample, in memory or in a file.
+
+    input_ids  [t0 t1 t2 | t3 t4 | ...]      labels  the same length
+    begins     [0, 3, ...]    lengths  [3, 2, ...]
+
+A Sample is made when it is asked for. Its arrays are views. A sample may be listed several times:
+the lists repeat, the tokens do not.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from minitune.data.samples import Sample
+
+SAMPLE_COLUMNS = ("begins", "lengths", "targets", "sources", "numbers")
+
+
+@dataclass(frozen=True)
+class OriginFormat:
+    """The way in which the records of one source are named.
+
+    name: the path of the file, or "dataset" for records in memory.
+    by_line: True counts lines from 1 ("a.jsonl:12"), False counts elements from 0 ("a.json[3]").
+    """
+
+    name: str
+    by_line: bool
+
+    def origin(self, number: int) -> str:
+        """Return the name of a record."""
+        return f"{self.name}:{number}" if self.by_line else f"{self.name}[{number}]"
+
+
+@dataclass(frozen=True, eq=False)
+class FlatSamples(Sequence[Sample]):
+    """A sequence of samples whose tokens lie side by side.
+
+    input_ids, labels: int32, (all tokens,); perhaps mapped from a file.
+    begins: position of a sample's first token, int64, (samples,).
+    lengths: tokens of a sample, int64, (samples,).
+    targets: trained-on tokens of a sample, int64, (samples,).
+    sources: the entry of a sample's source in `formats`, int64, (samples,).
+    numbers: the number of a sample's record in its source, int64, (samples,).
+    formats: the names of the sources.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
+    targets: np.ndarray
+    sources: np.ndarray
+    numbers: np.ndarray
+    formats: tuple[OriginFormat, ...]
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def __getitem__(self, index: int | slice) -> "Sample | FlatSamples":
+        if isinstance(index, slice):
+            return self.take(index)
+        begin = int(self.begins[index])
+        end = begin + int(self.lengths[index])
+        return Sample(self.input_ids[begin:end], self.labels[begin:end])
+
+    def take(self, indices: np.ndarray | slice) -> "FlatSamples":
+        """Return the samples at `indices`, which may repeat, over the same tokens."""
+        return replace(self, **{name: getattr(self, name)[indices] for name in SAMPLE_COLUMNS})
+
+    def origin(self, index: int) -> str:
+        """Return the place of a sample's record, such as "data.jsonl:12" or "dataset[3]"."""
+        return self.formats[self.sources[index]].origin(self.numbers[index])
+
+
+class SampleBuilder:
+    """Flat arrays that grow by one sample at a time."""
+
+    def __init__(self, formats: Sequence[OriginFormat]):
+        self._formats = tuple(formats)
+        self._input_ids, self._labels = array("i"), array("i")
+        self._columns = {name: array("q") for name in SAMPLE_COLUMNS}
+
+    def __len__(self) -> int:
+        return len(self._columns["begins"])
+
+    def add(self, sample: Sample, targets: int, source: int, number: int) -> None:
+        """Append a sample.
+
+        targets: its trained-on tokens.
+        source, number: the entry of its source in `formats`, and its record's number there.
+        """
+        row = (len(self._input_ids), len(sample.input_ids), targets, source, number)
+        for name, value in zip(SAMPLE_COLUMNS, row, strict=True):
+            self._columns[name].append(value)
+        self._input_ids.frombytes(np.asarray(sample.input_ids, np.int32).tobytes())
+        self._labels.frombytes(np.asarray(sample.labels, np.int32).tobytes())
+
+    def build(self) -> FlatSamples:
+        """Return the samples; the builder must not be used again."""
+        columns = {name: np.frombuffer(values, np.int64) for name, values in self._columns.items()}
+        tokens = (np.frombuffer(values, np.int32) for values in (self._input_ids, self._labels))
+        return FlatSamples(*tokens, **columns, formats=self._formats)
