@@ -7,246 +7,189 @@
     {"instruction", "input", "output"}           Alpaca: a conversation of two turns, or plain text
                                                  with headings if there is no chat template
     {"text"}                                     trains on everything
-    {"input_ids", "labels"}                      tokens; without labels, trains on everything except
-                                                 the zeros of completion_mask and assistant_masks
+    {"input_ids", "labels"}                      tokens (token_records.py)
 
-Every error is a ValueError; the caller adds the file and the line number.
+The reader of a shape takes the keys that it knows; any other key is harmless, ignored by the user,
+or an error (record_fields.py). A text that the chat template leaves out is an error, or a note if
+the user says so. Every error is a ValueError; the caller adds the file and the line number.
 """
 
+import difflib
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from minitune.data.jsonl import KNOWN_SHAPES, kind_of, parse_json
-from minitune.data.messages import normal_message
-from minitune.data.samples import Conversation, LabelOptions, RenderedRecord, RenderedText, Sample
+from minitune.data.chat_template import ChatTemplate, dropped_text_notes
+from minitune.data.conversations import (
+    SYSTEM_KEYS,
+    ReadConversation,
+    conversation_of_alpaca,
+    conversation_of_messages,
+    conversation_of_pair,
+)
+from minitune.data.jsonl import KNOWN_SHAPES
+from minitune.data.record_fields import MEDIA, PREFERENCE, Fields, Reading
+from minitune.data.samples import (
+    LabelOptions,
+    RenderedConversation,
+    RenderedRecord,
+    RenderedText,
+    Span,
+)
+from minitune.data.token_records import refuse_option, token_sample
 from minitune.data.tokenizer import Tokenizer
-from minitune.kernels.cross_entropy import IGNORE_INDEX
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
+TEXT_FIELD = "text"
+SHAPES = {  # name -> the keys that every record of the shape has
+    "input_ids": ("input_ids",),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt/completion": ("prompt", "completion"),
+    "text": (TEXT_FIELD,),
+    "instruction": ("instruction", "output"),
 }
+MAIN_KEYS = tuple(dict.fromkeys(key for keys in SHAPES.values() for key in keys))
+# Keys beside a conversation that mean nothing without a chat template.
+NEED_TEMPLATE = ("history", "tools", "functions", "chat_template_kwargs")
+COMPANIONS = (*SYSTEM_KEYS, *NEED_TEMPLATE, "input")  # of the other shapes, never of a text
 
 
 def render_record(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> RenderedRecord:
     """Return a record as texts with spans, or as a Sample if it already holds tokens.
 
-    Raises: ValueError if the record has an unknown shape or a wrong value, or lacks the data that
-        an option needs.
+    Raises: ValueError if the record has an unknown shape, a wrong value or a key that nothing
+        reads, or lacks the data that an option needs.
     """
-    if "input_ids" in record:
-        return RenderedRecord("input_ids", [_token_sample(record, tokenizer, options)])
-    if "messages" in record:
-        messages = _messages(record["messages"], "messages")
-        part = _conversation(messages, _tools(record), tokenizer, options)
-        return RenderedRecord("messages", [part])
-    if "conversations" in record:
-        messages = _messages(_from_sharegpt(record["conversations"]), "conversations")
-        part = _conversation(messages, _tools(record), tokenizer, options)
-        return RenderedRecord("conversations", [part])
-    if "prompt" in record and "completion" in record:
-        return RenderedRecord("prompt/completion", [_prompt_completion(record, tokenizer, options)])
-    if (options.dataset_text_field or "text") in record:
-        return RenderedRecord("text", [_plain_text(record, tokenizer, options)])
-    if "instruction" in record and "output" in record:
-        return RenderedRecord("instruction", [_instruction(record, tokenizer, options)])
-    fields = ", ".join(map(str, record)) or "(none)"
-    raise ValueError(f"unknown shape with the fields {fields}; known are {KNOWN_SHAPES}")
-
-
-def _prompt_completion(
-    record: Mapping, tokenizer: Tokenizer, options: LabelOptions
-) -> RenderedText:
-    """Return prompt and completion as text: two texts, or two lists of messages."""
-    if not isinstance(record["prompt"], str):
-        return _conversational_completion(record, tokenizer, options)
-    prompt, completion = _text(record, "prompt"), _text(record, "completion")
-    return _completion(prompt, completion, tokenizer, options)
-
-
-def _conversation(
-    messages: list[dict], tools: list | None, tokenizer: Tokenizer, options: LabelOptions
-) -> RenderedText:
-    """Return a conversation as text, trained on the assistant's turns by default."""
-    _refuse(options.completion_only_loss, "completion_only_loss", "prompt and completion")
-    if options.assistant_only_loss is False:
-        text, spans = tokenizer.template.render(messages, tools=tools), None
+    reading = Reading(options.ignore_fields, tokenizer.chat_template or "")
+    fields = Fields(record, reading)
+    shape = _shape_of(fields, options)
+    if shape == "input_ids":
+        parts = [token_sample(fields, tokenizer, options)]
+    elif shape == "text":
+        parts = [_plain_text(fields, tokenizer, options)]
+    elif shape == "prompt/completion" and not _is_list(record["prompt"]):
+        parts = [_text_pair(fields, tokenizer, options)]
+    elif shape == "instruction" and tokenizer.chat_template is None:
+        parts = [_headings(fields, tokenizer, options)]
     else:
-        rendered = tokenizer.template.render_with_answers(_with_answers(messages, tools))
-        text, spans = rendered.text, rendered.spans
-    return RenderedText(text, spans, add_special_tokens=False)
+        read = _read_conversation(fields, shape)
+        fields.done()
+        if shape == "prompt/completion":
+            parts = _pair_parts(read, reading, tokenizer.template, options)
+        else:
+            parts = _conversation_parts(read, reading, tokenizer.template, options)
+    fields.done()
+    return RenderedRecord(shape, parts, tuple(reading.notes))
 
 
-def _with_answers(messages: list[dict], tools: list | None) -> Conversation:
-    """Return messages as a conversation whose assistant turns are trained on."""
-    trained = tuple(message["role"] == "assistant" for message in messages)
-    normal = [normal_message(message, i) for i, message in enumerate(messages, 1)]
-    return Conversation(normal, tools, {}, trained)
+def _shape_of(record: Fields, options: LabelOptions) -> str:
+    """Return the one shape that a record has.
+
+    The user's dataset_text_field decides if the record holds that key; the keys of other shapes
+    are then left out with a note.
+
+    Raises: ValueError if the record has no shape, or two.
+    """
+    chosen = options.dataset_text_field
+    if chosen is not None and record.holds(chosen):
+        others = [key for key in (*MAIN_KEYS, *COMPANIONS) if key != chosen]
+        record.leave_out(others, f'dataset_text_field is "{chosen}"')
+        return "text"
+    shapes = {**SHAPES, "text": (chosen or TEXT_FIELD,)}
+    present = [name for name, keys in shapes.items() if all(key in record for key in keys)]
+    filled = [name for name in present if any(map(record.holds, shapes[name]))]
+    if len(filled) > 1:
+        names = " and ".join(f'"{"/".join(shapes[name])}"' for name in filled)
+        raise ValueError(
+            f"the record has {names}, each of which can be trained on; leave one out with "
+            f"--ignore-fields, or choose a text with --dataset-text-field {chosen or TEXT_FIELD}"
+        )
+    if present:
+        return (filled or present)[0]
+    raise ValueError(_unknown_shape(record))
 
 
-def _conversational_completion(
-    record: Mapping, tokenizer: Tokenizer, options: LabelOptions
-) -> RenderedText:
-    prompt = _messages(record["prompt"], "prompt")
-    completion = _messages(record["completion"], "completion")
-    conversation = _with_answers([*prompt, *completion], _tools(record))
-    rendered = tokenizer.template.render_with_completion(conversation, len(prompt))
-    text, span = rendered.text, rendered.spans[0]
-    if options.completion_only_loss is False:
-        span = (0, len(text))
-    spans = [span]
-    if options.assistant_only_loss:
-        answers = tokenizer.template.render_with_answers(conversation).spans
-        spans = [(max(begin, span[0]), min(end, span[1])) for begin, end in answers]
-    return RenderedText(text, spans, add_special_tokens=False)
+def _unknown_shape(record: Fields) -> str:
+    keys = list(map(str, record.left()))
+    message = f"unknown shape with the fields {', '.join(keys) or '(none)'}; known are "
+    message += KNOWN_SHAPES
+    if found := PREFERENCE.intersection(keys):
+        message += f"; {' and '.join(sorted(found))} make a preference record: keep one answer"
+    if found := MEDIA.intersection(keys):
+        message += f"; {' and '.join(sorted(found))} hold no text"
+    for key in keys:
+        if key not in MAIN_KEYS and (close := difflib.get_close_matches(key, MAIN_KEYS, 1, 0.75)):
+            message += f'; did you mean "{close[0]}" by "{key}"?'
+    return message
+
+
+def _is_list(value: Any) -> bool:
+    """Return True for a list, and for an array of a table."""
+    is_array = hasattr(value, "tolist") and not isinstance(value, str)
+    return is_array or isinstance(value, list | tuple)
+
+
+def _read_conversation(record: Fields, shape: str) -> ReadConversation:
+    if shape == "prompt/completion":
+        return conversation_of_pair(record)
+    if shape == "instruction":
+        return conversation_of_alpaca(record)
+    return conversation_of_messages(record, shape)
+
+
+# ---- plain text
+
+
+def _plain_text(record: Fields, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
+    refuse_option(options.assistant_only_loss, "assistant_only_loss", "conversations")
+    refuse_option(options.completion_only_loss, "completion_only_loss", "prompt and completion")
+    text = record.required_text(options.dataset_text_field or TEXT_FIELD)
+    if not text.strip():
+        record.reading.note("a text is empty")
+    return RenderedText(_with_eos(text, tokenizer), None, add_special_tokens=True)
+
+
+def _text_pair(record: Fields, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
+    """Return a prompt and a completion that are texts as one text."""
+    if tokenizer.chat_template is not None:
+        record.reading.note(
+            "prompt and completion are texts, which get no chat template, but generate.py uses "
+            "one: generate with --raw, or write the records as messages"
+        )
+    prompt, completion = record.required_text("prompt"), record.required_text("completion")
+    return _completion(prompt, completion, record, tokenizer, options)
+
+
+def _headings(record: Fields, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
+    """Return an Alpaca record as plain text with headings."""
+    for key in NEED_TEMPLATE:
+        if record.holds(key):
+            raise ValueError(
+                f'"{key}" needs a chat template, and this tokenizer has none; give it one, or use '
+                f"--ignore-fields {key}"
+            )
+    prompt = ""
+    for key in SYSTEM_KEYS:
+        if text := record.text(key):
+            prompt += f"{text}\n\n"
+    prompt += f"### Instruction:\n{record.required_text('instruction')}\n\n"
+    if extra := record.text("input"):
+        prompt += f"### Input:\n{extra}\n\n"
+    prompt += "### Response:\n"
+    return _completion(prompt, record.required_text("output"), record, tokenizer, options)
 
 
 def _completion(
-    prompt: str, completion: str, tokenizer: Tokenizer, options: LabelOptions
+    prompt: str, completion: str, record: Fields, tokenizer: Tokenizer, options: LabelOptions
 ) -> RenderedText:
     """Return prompt and completion as one text, trained on the completion by default."""
-    _refuse(options.assistant_only_loss, "assistant_only_loss", "conversations")
+    refuse_option(options.assistant_only_loss, "assistant_only_loss", "conversations")
+    if not completion.strip():
+        record.reading.note("an answer is empty")
     text = prompt + _with_eos(completion, tokenizer)
     spans = None if options.completion_only_loss is False else [(len(prompt), len(text))]
     return RenderedText(text, spans, add_special_tokens=True)
-
-
-def _plain_text(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
-    _refuse(options.assistant_only_loss, "assistant_only_loss", "conversations")
-    _refuse(options.completion_only_loss, "completion_only_loss", "prompt and completion")
-    text = _with_eos(_text(record, options.dataset_text_field or "text"), tokenizer)
-    return RenderedText(text, None, add_special_tokens=True)
-
-
-def _instruction(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
-    instruction, output = _text(record, "instruction"), _text(record, "output")
-    extra = _text(record, "input") if record.get("input") is not None else ""
-    if tokenizer.chat_template is None:
-        middle = f"### Input:\n{extra}\n\n" if extra else ""
-        prompt = f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
-        return _completion(prompt, output, tokenizer, options)
-    question = f"{instruction}\n\n{extra}" if extra else instruction
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-    return _conversation(messages, None, tokenizer, options)
-
-
-# ---- records that hold tokens
-
-
-def _token_sample(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) -> Sample:
-    ids = _integers(record["input_ids"], "input_ids")
-    has_labels = record.get("labels") is not None
-    labels = _integers(record["labels"], "labels") if has_labels else list(ids)
-    if len(ids) != len(labels):
-        raise ValueError(
-            f"{len(ids)} input_ids but {len(labels)} labels; "
-            "each token has one label, -100 if it is not trained on"
-        )
-    _check_ids(ids, "input_ids", tokenizer)
-    _check_ids([label for label in labels if label != IGNORE_INDEX], "labels", tokenizer)
-    if 0 in (_mask(record, "attention_mask", len(ids)) or []):
-        raise ValueError(
-            '"attention_mask" holds a 0; samples are packed without padding, '
-            "so leave padded tokens out"
-        )
-    for name, flag, option in (
-        ("completion_mask", options.completion_only_loss, "completion_only_loss"),
-        ("assistant_masks", options.assistant_only_loss, "assistant_only_loss"),
-    ):
-        mask = _mask(record, name, len(ids))
-        if mask is None:
-            _refuse(flag and not has_labels, option, f"{name} or labels")
-        elif flag is not False:
-            pairs = zip(labels, mask, strict=True)
-            labels = [label if trained else IGNORE_INDEX for label, trained in pairs]
-    return Sample(ids, labels)
-
-
-def _check_ids(ids: list[int], name: str, tokenizer: Tokenizer) -> None:
-    for index in ids:
-        if not 0 <= index < tokenizer.vocab_size:
-            raise ValueError(
-                f"{name} hold {index}, but the tokenizer's ids are 0 to {tokenizer.vocab_size - 1}"
-            )
-
-
-def _mask(record: Mapping, name: str, size: int) -> list[int] | None:
-    """Return a mask of a record of `size` tokens, or None if the record has no such mask."""
-    if record.get(name) is None:
-        return None
-    mask = _integers(record[name], name)
-    if len(mask) != size or not set(mask) <= {0, 1}:
-        raise ValueError(
-            f'"{name}" is not a list of {size} zeros and ones, one for each of the input_ids'
-        )
-    return mask
-
-
-def _integers(values: Any, name: str) -> list[int]:
-    """Return a list, tuple, array or tensor of whole numbers as a list."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
-        raise ValueError(f'"{name}" is not a list of whole numbers')
-    return list(values)
-
-
-# ---- fields of a record
-
-
-def _tools(record: Mapping) -> list | None:
-    """Return the tools for the template: a list, or a text that holds the list as JSON."""
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        tools = parse_json(tools)
-    if not isinstance(tools, list | None):
-        raise ValueError(f'"tools" is {kind_of(tools)}, expected a list')
-    return tools
-
-
-def _messages(value: Any, key: str) -> list[dict]:
-    """Check and return the messages under `key`: {"role": text, "content": text, parts or null}."""
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(
-            f'"{key}" is {kind_of(value)}, expected a list of at least one {{"role", "content"}}'
-        )
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f'"{key}"[{i}] is not a message; each is {{"role": "user", "content": "..."}}'
-            )
-        if not isinstance(message.get("content"), str | list | None):
-            raise ValueError(
-                f'the content of "{key}"[{i}] is {kind_of(message["content"])}, expected a text'
-            )
-        if message.get("content") is None and "tool_calls" not in message:
-            raise ValueError(f'"{key}"[{i}] has no content')
-    return [dict(message) for message in value]
-
-
-def _from_sharegpt(turns: Any) -> Any:
-    """Turn {"from": "human", "value": ...} into {"role": "user", "content": ...}.
-
-    Everything else stays as it is; `_messages` checks it.
-    """
-    if not isinstance(turns, list | tuple):
-        return turns
-    messages = []
-    for turn in turns:
-        if isinstance(turn, Mapping) and "from" in turn:
-            if turn["from"] not in SHAREGPT_ROLES:
-                raise ValueError(
-                    f"a turn is from {turn['from']!r}; known are {', '.join(SHAREGPT_ROLES)}"
-                )
-            turn = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")}
-        messages.append(turn)
-    return messages
 
 
 def _with_eos(text: str, tokenizer: Tokenizer) -> str:
@@ -255,15 +198,102 @@ def _with_eos(text: str, tokenizer: Tokenizer) -> str:
     return text if eos is None or text.endswith(eos) else text + eos
 
 
-def _text(record: Mapping, key: str) -> str:
-    if not isinstance(record[key], str):
-        raise ValueError(f'"{key}" is {kind_of(record[key])}, expected a text')
-    return record[key]
+# ---- conversations
 
 
-def _refuse(flag: bool | None, name: str, needed: str) -> None:
-    """Raise ValueError if an option is set that the record has no data for."""
-    if flag:
+def _conversation_parts(
+    read: ReadConversation, reading: Reading, template: ChatTemplate, options: LabelOptions
+) -> list[RenderedText]:
+    """Return a conversation as text, trained on the assistant's turns by default.
+
+    Several texts come from a conversation that is split by turns.
+    """
+    refuse_option(options.completion_only_loss, "completion_only_loss", "prompt and completion")
+    conversation = read.conversation
+    everything = options.assistant_only_loss is False
+    if everything:
+        _refuse_marks(read, "assistant_only_loss")
+        if options.split_turns:
+            raise ValueError(
+                "split_turns=True makes a sample of each answer, but assistant_only_loss=False "
+                "trains on everything; leave one of them out"
+            )
+        conversation = replace(conversation, trained=(False,) * len(conversation.messages))
+    split = options.split_turns
+    if split is None:
+        split = any(conversation.trained) and template.drops_history(conversation)
+        if split:
+            reading.note("the chat template rewrites earlier turns, so each answer is a sample")
+    if split and any(conversation.trained):
+        rendered = template.split_turns(conversation)
+    else:
+        rendered = [template.render_with_answers(conversation)]
+    _check_dropped(rendered, reading, options)
+    return [
+        RenderedText(part.text, None if everything else part.spans, add_special_tokens=False)
+        for part in rendered
+    ]
+
+
+def _pair_parts(
+    read: ReadConversation, reading: Reading, template: ChatTemplate, options: LabelOptions
+) -> list[RenderedText]:
+    """Return prompt and completion as text, trained on the completion by default."""
+    conversation, first = read.conversation, read.first_completion
+    rendered = template.render_with_completion(conversation, first)
+    spans = rendered.spans
+    if options.completion_only_loss is False:
+        _refuse_marks(read, "completion_only_loss")
+        spans = [(0, len(rendered.text))]
+    if options.assistant_only_loss:
+        answers = replace(conversation, trained=_answers(read, options))
+        found = template.render_with_answers(answers).spans
+        spans = [(max(begin, spans[0][0]), min(end, spans[0][1])) for begin, end in found]
+    elif any(read.unlabelled[first:]):
+        excluded = replace(conversation, trained=read.unlabelled)
+        spans = _without(spans[0], template.render_with_answers(excluded).spans)
+    _check_dropped([rendered], reading, options)
+    return [RenderedText(rendered.text, spans, add_special_tokens=False)]
+
+
+def _answers(read: ReadConversation, options: LabelOptions) -> tuple[bool, ...]:
+    """Return for each message of a pair, True if assistant_only_loss trains on it."""
+    if options.completion_only_loss is not False:
+        return read.conversation.trained
+    return tuple(message["role"] == "assistant" for message in read.conversation.messages)
+
+
+def _without(span: Span, excluded: list[Span]) -> list[Span]:
+    """Return the pieces of a span outside of other spans, which are in the order of the text."""
+    pieces, begin = [], span[0]
+    for start, end in excluded:
+        pieces.append((begin, max(begin, min(start, span[1]))))
+        begin = max(begin, end)
+    return [piece for piece in [*pieces, (begin, span[1])] if piece[0] < piece[1]]
+
+
+def _refuse_marks(read: ReadConversation, option: str) -> None:
+    """Raise ValueError if the record excludes a message, but an option trains on everything."""
+    if any(read.unlabelled):
+        number = read.unlabelled.index(True) + 1
         raise ValueError(
-            f"{name}=True needs records with {needed}; leave it out to use the record's default"
+            f"message {number} is excluded from the loss by its weight or train, but {option}="
+            "False trains on everything; leave one of them out"
         )
+
+
+def _check_dropped(
+    rendered: list[RenderedConversation], reading: Reading, options: LabelOptions
+) -> None:
+    """Note or refuse the texts that the chat template leaves out."""
+    dropped = dict.fromkeys([name for part in rendered for name in part.dropped])
+    for name, text in reading.expected:
+        forms = (text.strip(), json.dumps(text, ensure_ascii=False)[1:-1])
+        if not any(form in part.text for part in rendered for form in forms):
+            dropped[name] = None
+    dropped |= dict.fromkeys(reading.unread)
+    for note in dropped_text_notes(tuple(dropped), options.dropped_text):
+        reading.note(note)
+    for part in rendered:
+        for note in part.notes:
+            reading.note(note)

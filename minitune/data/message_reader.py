@@ -1,0 +1,313 @@
+"""One message of a record, in OpenAI's words or in ShareGPT's, becomes a message for the template.
+
+    {"role": "user", "content": "..."}       OpenAI's words, also with tool_calls, tool_call_id,
+                                             name, reasoning_content, function_call
+    {"from": "human", "value": "..."}        ShareGPT's words; function_call holds a call as JSON
+    "weight": 0, "train": false              beside either: the loss leaves the message out
+
+A further key is handed on if the chat template names it, and is refused otherwise.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from minitune.data.jsonl import kind_of, parse_json
+from minitune.data.messages import REASONING_KEYS
+from minitune.data.record_fields import HARMLESS, Fields
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+CALL, ASSISTANT = "function_call", "assistant"
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "bot": ASSISTANT,
+    "model": ASSISTANT,
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    CALL: CALL,
+    "tool_call": CALL,
+    **{role: role for role in ROLES},
+}
+CORE_KEYS = frozenset({"role", "content", "from", "value", "tools"})
+LOSS_KEYS = ("weight", "train", "training", "loss")  # 0 or false: no labels on this message
+
+
+class Message(NamedTuple):
+    """A message as it stands in a record.
+
+    fields: the message for the chat template.
+    counts: True or False if the record says so, otherwise None.
+    tools: the tool definitions that stand in a system message.
+    place: the message's name in error texts.
+    """
+
+    fields: dict
+    counts: bool | None = None
+    tools: Any = None
+    place: str = ""
+
+
+@functools.lru_cache(maxsize=8)
+def quoted_names(template: str) -> frozenset[str]:
+    """Return the names that stand in quotes in a chat template, such as its roles."""
+    return frozenset(re.findall(r"['\"]([A-Za-z_]\w*)['\"]", template))
+
+
+@functools.lru_cache(maxsize=8)
+def variable_names(template: str) -> frozenset[str]:
+    """Return every name in a chat template."""
+    return frozenset(re.findall(r"[A-Za-z_]\w*", template))
+
+
+@functools.lru_cache(maxsize=8)
+def read_names(template: str) -> frozenset[str]:
+    """Return the names in quotes or behind a dot: those under which a template finds keys."""
+    return quoted_names(template) | frozenset(re.findall(r"\.\s*([A-Za-z_]\w*)", template))
+
+
+def read_messages(value: Any, key: str, record: Fields) -> list[Message]:
+    """Check and return the messages under `key` of a record.
+
+    Raises: ValueError that names the message and the key that is wrong or unknown.
+    """
+    if hasattr(value, "tolist"):  # a column of a table
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(
+            f'"{key}" is {kind_of(value)}, expected a list of at least one {{"role", "content"}}'
+        )
+    return [_read_message(item, key, i, record) for i, item in enumerate(value)]
+
+
+def _read_message(item: Any, key: str, index: int, record: Fields) -> Message:
+    place = f'"{key}"[{index}]'
+    if not isinstance(item, Mapping):
+        raise _no_message(place)
+    fields = record.inside(item, place, key)
+    message: dict[str, Any] = {}
+    speaker = fields.json("from")
+    if speaker is None:
+        role = fields.json("role")
+        if not isinstance(role, str):
+            raise _no_message(place)
+        message["role"], content_key = _known_role(role, fields), "content"
+    else:
+        message["role"], content_key = _sharegpt_role(speaker), "value"
+    content = fields.json(content_key)
+    if message["role"] == CALL:
+        message |= {"role": ASSISTANT, "tool_calls": _calls_of_text(content, fields)}
+    elif content is not None:
+        message["content"] = _content(content, fields)
+    message |= _reasoning(fields) | _calls(fields) | _names(fields)
+    tools = fields.decoded("tools") if message["role"] == "system" else None
+    counts = _counts(fields, message["role"])
+    message |= _further_keys(fields)
+    fields.done()
+    _check_content(message, place)
+    return Message(_in_order(message, item), counts, tools, place)
+
+
+def _no_message(place: str) -> ValueError:
+    return ValueError(f'{place} is not a message; each is {{"role": "user", "content": "..."}}')
+
+
+def _known_role(role: str, fields: Fields) -> str:
+    """Return a role of OpenAI's words. A role that the chat template names is known, too."""
+    if role == "function":
+        fields.reading.note('messages of the role "function" are rendered as tool answers')
+        return "tool"
+    if role in ROLES:
+        return role
+    meant = SHAREGPT_ROLES.get(role.lower(), role.lower())
+    if meant != ASSISTANT and role in quoted_names(fields.reading.template):
+        return role
+    remedy = f'; write "{meant}"' if meant in ROLES else ""
+    raise ValueError(
+        f"the role {role!r:.60} of {fields.place} is unknown; known are {', '.join(ROLES)}{remedy}"
+    )
+
+
+def _sharegpt_role(speaker: Any) -> str:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        raise ValueError(f"a turn is from {speaker!r:.60}; known are {', '.join(SHAREGPT_ROLES)}")
+    return SHAREGPT_ROLES[speaker]
+
+
+def _check_content(message: dict, place: str) -> None:
+    content = message.get("content")
+    if not isinstance(content, str | list | None):
+        raise ValueError(f"the content of {place} is {kind_of(content)}, expected a text")
+    others = ("tool_calls", *REASONING_KEYS)
+    if content is None and not any(name in message for name in others):
+        raise ValueError(f"{place} has no content")
+
+
+def _in_order(message: dict, item: Mapping) -> dict:
+    """Return a message with its keys in the order of the record, which a template may show."""
+    first = {key: message[key] for key in item if key in message}
+    return {**first, **message}
+
+
+# ---- keys of a message
+
+
+def _content(content: Any, fields: Fields) -> Any:
+    """Return a content; the keys of its parts of text and reasoning are checked."""
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("text", "thinking"):
+            inner = fields.inside(part, f"part {i} of {fields.place}", "content")
+            found = {key: inner.json(key) for key in ("type", kind, "closed")}
+            inner.done()
+            part = {key: value for key, value in found.items() if value is not None}
+        parts.append(part)
+    return parts
+
+
+def _reasoning(fields: Fields) -> dict:
+    found = {name: fields.text(name) for name in REASONING_KEYS}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _names(fields: Fields) -> dict:
+    """Return the name of a message's author and the id of the call that it answers."""
+    found = {name: fields.text(name) for name in ("name", "tool_call_id")}
+    return {name: text for name, text in found.items() if text}
+
+
+def _counts(fields: Fields, role: str) -> bool | None:
+    """Return True or False if a key says whether the loss counts a message, otherwise None."""
+    counts = None
+    for key in LOSS_KEYS:
+        value = fields.json(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise ValueError(
+                f"{fields.name_of(key)} is {value!r:.60}; expected 0 or 1, or true or false"
+            )
+        if value and role != ASSISTANT:
+            raise ValueError(
+                f"{fields.name_of(key)} is {value!r}, but the loss counts no message of the role "
+                f'"{role}"; remove the key'
+            )
+        if counts not in (None, bool(value)):
+            raise ValueError(f"{fields.name_of(key)} contradicts another of {LOSS_KEYS}")
+        counts = bool(value)
+    return counts
+
+
+def _further_keys(fields: Fields) -> dict:
+    """Return the keys that only this chat template knows; their texts have to be rendered."""
+    known = read_names(fields.reading.template) - CORE_KEYS - HARMLESS
+    found = {}
+    for key in fields.left():
+        if key in known and fields.holds(key):
+            found[key] = fields.json(key)
+            for text in _texts(found[key]):
+                fields.reading.expected.append((fields.name_of(key), text))
+    return found
+
+
+def _texts(value: Any) -> list[str]:
+    """Return every text inside a value of JSON."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+# ---- tool calls
+
+
+def _calls(fields: Fields) -> dict:
+    """Return {"tool_calls": [...]}, also from OpenAI's older function_call."""
+    calls, old = fields.decoded("tool_calls"), fields.decoded(CALL)
+    if old is not None:
+        if calls:
+            raise ValueError(f"{fields.place} holds tool_calls and function_call; keep one of them")
+        fields.reading.note("function_call is rendered as tool_calls")
+        calls = [{"type": "function", "function": old}]
+    if not calls:
+        return {}
+    if not isinstance(calls, list):
+        raise ValueError(f"{fields.name_of('tool_calls')} is {kind_of(calls)}, expected a list")
+    return {"tool_calls": [_call(call, fields) for call in calls]}
+
+
+def _calls_of_text(content: Any, fields: Fields) -> list:
+    """Return the calls in a function_call of ShareGPT: {"name", "arguments"} or a list of them."""
+    calls = content
+    if isinstance(content, str):
+        try:
+            calls = parse_json(content)
+        except ValueError as error:
+            raise ValueError(
+                f"{fields.place} is a function_call that is {error}; expected "
+                '{"name": ..., "arguments": {...}}'
+            ) from None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls:
+        raise ValueError(f"{fields.place} is a function_call without a call")
+    return [
+        {"type": "function", "function": _call(call, fields)}
+        if isinstance(call, Mapping) and "function" not in call
+        else _call(call, fields)
+        for call in calls
+    ]
+
+
+def _call(value: Any, message: Fields) -> dict:
+    """Check a tool call and return it without the keys that are ignored."""
+    place = f"a tool call of {message.place}"
+    if not isinstance(value, Mapping):
+        raise ValueError(f'{place} is {kind_of(value)}, expected {{"name", "arguments"}}')
+    call = message.inside(value, place, "tool_calls")
+    found: dict[str, Any] = {name: call.json(name) for name in ("id", "type", "index")}
+    function = call.json("function")
+    if isinstance(function, Mapping):
+        inner = call.inside(function, f"the function of {place}", "function")
+        found["function"] = _function(inner)
+        inner.done()
+    else:
+        found |= _function(call)
+    call.done()
+    kept = {name: item for name, item in found.items() if item is not None}
+    return _in_order(kept, value)
+
+
+def _function(fields: Fields) -> dict:
+    name, arguments = fields.text("name"), fields.json("arguments")
+    if not name:
+        raise ValueError(f'{fields.place} has no "name" of a function')
+    if arguments is None:
+        return {"name": name}
+    decoded = arguments
+    if isinstance(arguments, str):
+        try:
+            decoded = parse_json(arguments)
+        except ValueError as error:
+            raise ValueError(f"the arguments of {fields.place} are {error}") from None
+    elif _has_null(arguments):
+        fields.reading.note("null arguments of a call are left out; arguments in JSON text stay")
+    if not isinstance(decoded, Mapping):
+        raise ValueError(
+            f"the arguments of {fields.place} are {kind_of(decoded)}, expected an object "
+            'such as {"city": "Paris"}, or its JSON text'
+        )
+    return {"name": name, "arguments": arguments}
+
+
+def _has_null(value: Any) -> bool:
+    """Return True if a key at any depth is null."""
+    if isinstance(value, Mapping):
+        return any(item is None or _has_null(item) for item in value.values())
+    return isinstance(value, list) and any(map(_has_null, value))
