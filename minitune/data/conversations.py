@@ -16,7 +16,7 @@ from minitune.data.jsonl import kind_of, parse_json
 from minitune.data.message_reader import ASSISTANT, Message, read_messages, variable_names
 from minitune.data.messages import drop_nulls, normal_message
 from minitune.data.record_fields import Fields
-from minitune.data.samples import Conversation
+from minitune.data.samples import EMPTY_ANSWER, Conversation
 
 SYSTEM_KEYS = ("system", "system_prompt")
 SYSTEM_ROLES = ("system", "developer")
@@ -117,7 +117,7 @@ def _conversation(
     )
     _expect_names(record, normal)
     if any(map(_is_empty_answer, normal, trained)):
-        record.reading.note("an answer is empty")
+        record.reading.note(EMPTY_ANSWER)
     if not any(trained):
         record.reading.note("no answer to train on")
     return ReadConversation(

@@ -31,6 +31,7 @@ from minitune.data.conversations import (
 from minitune.data.jsonl import KNOWN_SHAPES
 from minitune.data.record_fields import MEDIA, PREFERENCE, Fields, Reading
 from minitune.data.samples import (
+    EMPTY_ANSWER,
     LabelOptions,
     RenderedConversation,
     RenderedRecord,
@@ -186,7 +187,7 @@ def _completion(
     """Return prompt and completion as one text, trained on the completion by default."""
     refuse_option(options.assistant_only_loss, "assistant_only_loss", "conversations")
     if not completion.strip():
-        record.reading.note("an answer is empty")
+        record.reading.note(EMPTY_ANSWER)
     text = prompt + _with_eos(completion, tokenizer)
     spans = None if options.completion_only_loss is False else [(len(prompt), len(text))]
     return RenderedText(text, spans, add_special_tokens=True)
