@@ -1,113 +1,62 @@
-"""Chat templates: the Jinja text of a model folder, and the spans that the assistant wrote.
+"""The chat template of a tokenizer: it turns a conversation into one text with trained spans.
 
-A template is a foreign program, so it runs in Jinja's immutable sandbox. It finds the few names
-that templates expect: `raise_exception`, `strftime_now`, `tojson` without HTML escaping, loop
-controls, `{% generation %}` blocks.
+jinja_template.py renders, answer_spans.py locates the answers, text_marks.py finds lost texts.
 
-The spans come from the structure of the conversation, in one of two ways:
-
-- The template marks them with `{% generation %}...{% endgeneration %}`.
-- Otherwise the conversation is rendered twice for each answer, up to the generation prompt and up
-  to the end of the answer:
-
-      render(messages[:i], add_generation_prompt)   "<|user|>Hi<|assistant|>"
-      render(messages[:i + 1])                      "<|user|>Hi<|assistant|>Hello.<|end|>\\n"
-                                                     the span:         ^^^^^^^^^^^^
-
-  The whole rendering must begin with both; a template that rewrites earlier turns is refused.
-  White space after the stop token belongs to nobody and is not trained on.
+The stop token behind an answer is trained with it. A text that ends without one gets the token
+that the template writes before a further message, otherwise the EOS token; a note says so.
 """
 
-import json
+import re
+from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import date
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from minitune.data.messages import normal_message
+from minitune.data.answer_spans import AnswerSpans
+from minitune.data.jinja_template import JinjaTemplate
+from minitune.data.messages import REASONING_KEYS, normal_message
 from minitune.data.samples import Conversation, RenderedConversation, Span
+from minitune.data.text_marks import REASONING_ENDS
 
-# Unicode reserves these two noncharacters for use inside a program: no exchanged text holds them.
-BEGIN, END = "\ufdd0", "\ufdd1"
-
-# The errors of a template: its own refusals, and Python's errors if a message lacks a field.
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
-
-
-class _Generation(Extension):
-    """`{% generation %}`: renders its body, between two marks if the caller asks for them."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's interface)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
-        """Parse a block into its body between two outputs of the marks."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        begin = nodes.Output([nodes.Name("_span_begin", "load")])
-        end = nodes.Output([nodes.Name("_span_end", "load")])
-        return [node.set_lineno(line) for node in (begin, nodes.Scope(body), end)]
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment
+DEFAULT, TOOL_USE = "default", "tool_use"
 
 
 class ChatTemplate:
-    """A compiled template.
+    """The chat template of a tokenizer.
 
-    source: the Jinja text.
+    source: the Jinja text, or named texts: "default", and "tool_use" for conversations with tools.
     special: the variables of special tokens, such as bos_token.
-    stops: the texts that end a turn.
+    stops: the tokens at which generation stops, the EOS token first.
+    special_tokens: the texts of all special tokens.
+    today: the day that strftime_now tells; None is the clock's.
+
+    Raises: ValueError if a text is not valid Jinja, or none is named "default".
     """
 
-    def __init__(self, source: str, special: dict[str, str], stops: tuple[str, ...] = ()):
-        environment = _environment()
-        try:
-            names = environment.parse(source).find_all(nodes.Name)
-            self.marks_answers = any(node.name == "_span_begin" for node in names)
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(
-                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
-            ) from None
-        except (RecursionError, SyntaxError) as error:  # from the Python that Jinja compiles
-            raise ValueError(f"the chat template is nested too deeply: {error}") from None
+    def __init__(
+        self,
+        source: str | Mapping[str, str],
+        special: dict[str, str],
+        stops: tuple[str, ...] = (),
+        special_tokens: tuple[str, ...] = (),
+        today: date | None = None,
+    ):
+        named = {DEFAULT: source} if isinstance(source, str) else source
+        if DEFAULT not in named:
+            names = ", ".join(map(repr, named)) or "none"
+            raise ValueError(f"no chat template is named {DEFAULT!r}; the names are {names}")
+        self._templates = {
+            name: JinjaTemplate(named[name], today) for name in (DEFAULT, TOOL_USE) if name in named
+        }
         self._special = special
-        self._stops = tuple(stop for stop in stops if stop)
+        self._stops = tuple(dict.fromkeys(filter(None, stops)))
+        bos = special.get("bos_token")
+        self._ends = tuple(text for text in (*special.values(), *special_tokens) if text != bos)
+
+    def _template(self, conversation: Conversation) -> JinjaTemplate:
+        """Return the template for a conversation: the one for tools if there are tools."""
+        name = TOOL_USE if conversation.tools else DEFAULT
+        return self._templates.get(name, self._templates[DEFAULT])
 
     def render(
         self,
@@ -120,121 +69,165 @@ class ChatTemplate:
 
         template_kwargs: further variables for the template, such as enable_thinking.
 
-        Raises: ValueError if the template refuses the conversation.
+        Raises: ValueError if a message has a wrong form, or the template refuses the conversation.
         """
         normal = [normal_message(message, i) for i, message in enumerate(messages, 1)]
         conversation = Conversation(normal, tools, template_kwargs)
-        return self._render(conversation, add_generation_prompt=add_generation_prompt)
+        template = self._template(conversation)
+        return template.render(conversation, len(normal), add_generation_prompt, self._special)
 
-    def _render(
-        self,
-        conversation: Conversation,
-        length: int | None = None,
-        add_generation_prompt: bool = False,
-        marks: tuple[str, str] = ("", ""),
-    ) -> str:
-        """Return the first `length` messages as text."""
-        variables = {
-            **conversation.template_kwargs,
-            "messages": conversation.messages[:length],
-            "add_generation_prompt": add_generation_prompt,
-            "tools": conversation.tools,
-            "documents": None,
-            "_span_begin": marks[0],
-            "_span_end": marks[1],
-        }
-        try:
-            return self._template.render(**self._special, **variables)
-        except TEMPLATE_ERRORS as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from None
+    def _answers(self, conversation: Conversation) -> AnswerSpans:
+        template = self._template(conversation)
+        return AnswerSpans(template, conversation, self._special, self._stops, self._ends)
 
     def render_with_answers(self, conversation: Conversation) -> RenderedConversation:
         """Return a conversation as one text, and the spans of its trained messages.
 
-        A span begins after the generation prompt and ends with the stop token.
+        A span begins after the generation prompt and ends with the stop token. The span of an
+        answer that the template leaves out is empty.
 
         Raises: ValueError if the template refuses the conversation, or an answer is not found.
         """
-        text = self._render(conversation)
-        if self.marks_answers and any(conversation.trained):
-            return RenderedConversation(text, self._marked_spans(text, conversation))
-        answers = [i for i, trained in enumerate(conversation.trained) if trained]
-        spans = [self._turn_span(text, conversation, i, i + 1) for i in answers]
-        return RenderedConversation(text, spans)
+        answers = self._answers(conversation)
+        trained = [i for i, is_trained in enumerate(conversation.trained) if is_trained]
+        if trained and self._template(conversation).marks_answers:
+            spans, notes = _block_spans(answers, conversation, self._stops + self._ends)
+            return RenderedConversation(answers.text, spans, answers.lost_names(), notes)
+        spans, tokens, notes = [], set(), ()
+        for i in trained:
+            if answers.is_lost(i):
+                begin = end = spans[-1][1] if spans else 0
+            else:
+                begin = answers.begin(i)
+                end, token = answers.end(i, begin)
+                tokens.add(token)
+            spans.append((begin, end))
+        return self._stopped(answers, conversation, spans, tokens)
 
     def render_with_completion(
         self, conversation: Conversation, first: int
     ) -> RenderedConversation:
-        """Return a conversation as one text, and the span from message `first` to the end."""
-        text = self._render(conversation)
-        length = len(conversation.messages)
-        return RenderedConversation(text, [self._turn_span(text, conversation, first, length)])
+        """Return a conversation as one text, and the span from message `first` to the end.
+
+        Raises: ValueError if the template refuses the conversation, or the answer is not found.
+        """
+        answers = self._answers(conversation)
+        begin = answers.begin(first) if first else 0
+        end, token = answers.end(len(conversation.messages) - 1, begin)
+        if answers.text[end:].strip():  # the template writes more behind the stop token
+            end = len(answers.text)
+        return self._stopped(answers, conversation, [(begin, end)], {token})
 
     def split_turns(self, conversation: Conversation) -> list[RenderedConversation]:
-        """Return a text for each trained message, which ends with that message and its span."""
-        return [
-            self.render_with_answers(_until(conversation, i))
-            for i, trained in enumerate(conversation.trained)
-            if trained
-        ]
+        """Return a rendering for each trained message, as inference sees it.
+
+        Each rendering ends with a trained message, and has its span alone. The reasoning of earlier
+        messages may be left out: inference does not see it either.
+
+        Raises: ValueError if the template refuses the conversation, or an answer is not found.
+        """
+        rendered = []
+        for i, is_trained in enumerate(conversation.trained):
+            if is_trained:
+                messages = conversation.messages[: i + 1]
+                trained = (*(False for _ in range(i)), True)
+                turn = replace(conversation, messages=messages, trained=trained)
+                rendered.append(self.render_with_answers(turn))
+        return rendered
 
     def drops_history(self, conversation: Conversation) -> bool:
-        """Return True if the template leaves the reasoning of this conversation out of history."""
-        return False
+        """Return True if earlier turns lose their reasoning, which they show as the last turn."""
+        if not any(_holds_reasoning(message) for message in conversation.messages):
+            return False
+        lost = [text.message for text in self._answers(conversation).lost() if text.is_reasoning]
+        if not lost:
+            return False
+        turn = replace(conversation, messages=conversation.messages[: lost[0] + 1])
+        still_lost = [text.message for text in self._answers(turn).lost() if text.is_reasoning]
+        return lost[0] not in still_lost
 
-    def _marked_spans(self, text: str, conversation: Conversation) -> list[Span]:
-        """Return the spans of `text` that `{% generation %}` blocks mark."""
-        if BEGIN in text or END in text:
-            raise ValueError(
-                "a message holds U+FDD0 or U+FDD1, which are not characters; remove them"
-            )
-        marked = self._render(conversation, marks=(BEGIN, END))
-        spans = []
-        length = begin = 0  # without the marks
-        for piece in marked.split(BEGIN):
-            answer, closed, rest = piece.partition(END)
-            if closed:
-                spans.append((begin, begin + len(answer)))
-            length += len(answer) + len(rest)
-            begin = length
-        if length != len(text):
-            raise ValueError(
-                "the chat template renders differently each time, so its answers cannot be located"
-            )
-        return spans
+    def _stopped(
+        self,
+        answers: AnswerSpans,
+        conversation: Conversation,
+        spans: list[Span],
+        tokens: set[str],
+    ) -> RenderedConversation:
+        """Return a rendering whose last answer has a stop token, and notes on the stop tokens.
 
-    def _turn_span(self, text: str, conversation: Conversation, first: int, last: int) -> Span:
-        """Return the span of messages[first:last] in `text`, after the generation prompt."""
-        before = self._render(conversation, first, add_generation_prompt=True)
-        whole = last == len(conversation.messages)
-        after = text if whole else self._render(conversation, last)
-        if not (after.startswith(before) and text.startswith(after)):
-            raise ValueError(
-                f"the chat template renders the conversation up to message {first + 1} differently "
-                "from the whole, so the answer cannot be located; put {% generation %} ... "
-                "{% endgeneration %} around the assistant's text in chat_template.jinja, or train "
-                "on every token with assistant_only_loss=False"
-            )
-        trimmed = after.rstrip()
-        return len(before), len(trimmed) if trimmed.endswith(self._stops) else len(after)
+        tokens: the stop tokens of the answers; "" stands for a missing one.
+        """
+        text, notes = answers.text, []
+        ends_with_answer = spans and spans[-1][1] == len(text) and spans[-1][0] < len(text)
+        if "" in tokens:
+            notes.append("the chat template writes no stop token behind an answer")
+            stop = self._missing_stop(text, conversation) if ends_with_answer else ""
+            if stop:
+                spans = [*spans[:-1], (spans[-1][0], len(text) + len(stop))]
+                text += stop
+                notes = [f"the chat template writes no stop token at the end: {stop.strip()} added"]
+        strange = tokens - {"", *self._stops}
+        if strange and not tokens & set(self._stops):
+            notes.append(f"answers end in {strange.pop()}, at which generation does not stop")
+        return RenderedConversation(text, spans, answers.lost_names(), tuple(notes))
+
+    def _missing_stop(self, text: str, conversation: Conversation) -> str:
+        """Return the stop token that a text lacks: the one before a further message, or the EOS."""
+        messages = [*conversation.messages, {"role": "user", "content": "?"}]
+        longer = replace(conversation, messages=messages)
+        try:
+            whole = self._template(longer).render(longer, len(messages), False, self._special)
+        except ValueError:
+            whole = ""
+        following = whole[len(text) :] if whole.startswith(text) else ""
+        for stop in self._stops:
+            if following.lstrip().startswith(stop):
+                return following[: following.index(stop) + len(stop)]
+        return self._stops[0] if self._stops else ""
 
 
-def _until(conversation: Conversation, last: int) -> Conversation:
-    """Return the conversation up to message `last`, which alone is trained on."""
-    trained = (*(False for _ in range(last)), True)
-    return replace(conversation, messages=conversation.messages[: last + 1], trained=trained)
+def _holds_reasoning(message: dict) -> bool:
+    """Return True if a message holds reasoning in one of its forms."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return REASONING_KEYS[0] in message or any(end in content for end in REASONING_ENDS)
+    return REASONING_KEYS[0] in message or isinstance(content, list)
+
+
+def _block_spans(
+    answers: AnswerSpans, conversation: Conversation, ends: tuple[str, ...]
+) -> tuple[list[Span], tuple[str, ...]]:
+    """Return the {% generation %} blocks of the trained messages, and notes on them.
+
+    ends: the tokens that may end an answer.
+    """
+    trained = {i for i, is_trained in enumerate(conversation.trained) if is_trained}
+    roles = [message["role"] for message in conversation.messages]
+    all_trained = all(i in trained for i, role in enumerate(roles) if role == "assistant")
+    spans, inside_a_block = [], set()
+    for span, messages in answers.generation_blocks():
+        inside_a_block |= messages
+        if messages & trained or (all_trained and not messages):
+            spans.append(span)
+    notes = []
+    if any(answers.has_texts(i) for i in trained - inside_a_block):
+        notes.append("the chat template writes an answer outside of {% generation %} blocks")
+    if any(not answers.text[begin:end].rstrip().endswith(ends) for begin, end in spans):
+        notes.append("a {% generation %} block ends before the stop token")
+    return spans, tuple(notes)
 
 
 def dropped_text_notes(dropped: tuple[str, ...], policy: str) -> tuple[str, ...]:
-    """Return notes on the texts that a template leaves out.
+    """Return a note for each kind of text that a template leaves out.
 
-    policy: LabelOptions.dropped_text; "error" refuses them, "warn" makes notes.
+    policy: LabelOptions.dropped_text; "error" refuses such a conversation, "warn" makes notes.
 
     Raises: ValueError that names the texts if the policy is "error".
     """
     if dropped and policy == "error":
         raise ValueError(
-            f"the chat template leaves out {', '.join(dropped)}; use a template that writes it, "
-            'remove it from the record, or train without it: dropped_text="warn"'
+            f"the chat template leaves out {', '.join(dropped)}; choose a template that writes it, "
+            'take it out of the record, or train without it: dropped_text="warn"'
         )
-    return tuple(f"the chat template leaves out {name}" for name in dropped)
+    kinds = dict.fromkeys(re.sub(r" of (message|tool) \d+", "", name) for name in dropped)
+    return tuple(f"the chat template leaves out {kind}" for kind in kinds)

@@ -1,0 +1,232 @@
+"""The spans that the assistant wrote in a rendered conversation, and the texts that are left out.
+
+The conversation is rendered plainly and with private marks (text_marks.py). An answer lies between
+two places:
+
+- It begins after the generation prompt. The messages before the answer are rendered with the
+  generation prompt. If the whole text begins so, the answer begins there. Otherwise the template
+  rewrites history or drops a part of the prompt, such as "<think>". The text after the last mark
+  then shows how much of the prompt is there:
+
+      render(messages[:i], add_generation_prompt)   "... 7?#<|end|><|assistant|><think>"
+      render(messages)                              "... 7?#<|end|><|assistant|>#It is 42.#<|end|>"
+                                                                                 ^ here
+
+- It ends with its stop token: the first one after its last mark and before the next message's first
+  mark, or else the first special token there. Some templates write it with the next message.
+
+Templates that put {% generation %} blocks around answers name the spans themselves.
+"""
+
+import re
+
+from minitune.data.jinja_template import NO_BLOCKS, JinjaTemplate
+from minitune.data.samples import Conversation, Span
+from minitune.data.text_marks import (
+    SPAN_BEGIN,
+    SPAN_END,
+    MarkedConversation,
+    MarkedText,
+    Rendering,
+)
+
+# A tag that is cut: two different tags may begin with the same letters.
+CUT_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
+
+
+class AnswerSpans:
+    """A rendered conversation, which knows the places of its answers and the texts that it lacks.
+
+    special: the template's variables of special tokens.
+    stops: the tokens at which generation stops.
+    ends: all special tokens that may end an answer.
+
+    Raises: ValueError if the template refuses the conversation, or its texts cannot be marked.
+    """
+
+    def __init__(
+        self,
+        template: JinjaTemplate,
+        conversation: Conversation,
+        special: dict[str, str],
+        stops: tuple[str, ...],
+        ends: tuple[str, ...],
+    ):
+        self._template, self._conversation, self._special = template, conversation, special
+        self._stops, self._ends = _any_of(stops), _any_of(ends)
+        self._length = len(conversation.messages)
+        self.text = self._render(conversation, self._length)
+        self._marked, self._rendering = self._mark()
+        self._marks = [mark for mark in self._rendering.marks if mark[1] > SPAN_END]
+        self._of_message: dict[int, list[int]] = {}  # index of a message -> indices of its marks
+        for k, (_, number) in enumerate(self._marks):
+            message = self._marked.texts[number].message
+            self._of_message.setdefault(message, []).append(k)
+
+    def _render(
+        self,
+        conversation: Conversation,
+        length: int,
+        add_generation_prompt: bool = False,
+        blocks: tuple[str, str] = NO_BLOCKS,
+    ) -> str:
+        return self._template.render(
+            conversation, length, add_generation_prompt, self._special, blocks
+        )
+
+    def _mark(self) -> tuple[MarkedConversation, Rendering]:
+        """Return the marked conversation and its rendering, whose text is the plain one."""
+        for only_contents in (False, True):
+            marked = MarkedConversation(self._conversation, self._template.tags, only_contents)
+            blocks = (marked.mark(SPAN_BEGIN), marked.mark(SPAN_END))
+            try:
+                text = self._render(marked.conversation, self._length, blocks=blocks)
+            except ValueError:  # the template compares names, or measures a text
+                continue
+            rendering = marked.parse(text)
+            if rendering.text == self.text:
+                return marked, rendering
+        raise ValueError(
+            "the chat template renders the conversation differently each time, or depends on the "
+            "length of its texts, so the answers cannot be located; change chat_template.jinja"
+        )
+
+    # ---- lost texts
+
+    def lost(self) -> list[MarkedText]:
+        """Return the texts that the template leaves out."""
+        return self._marked.missing(self._rendering)
+
+    def lost_names(self) -> tuple[str, ...]:
+        """Return a name for each lost text, and one name if all tools are lost."""
+        names = tuple(dict.fromkeys(text.name for text in self.lost()))
+        tools = [name for name in names if name.startswith("the name of tool ")]
+        if tools and len(tools) == len(self._conversation.tools):
+            names = ("the tools", *(name for name in names if " of tool " not in name))
+        return names
+
+    def has_texts(self, i: int) -> bool:
+        """Return True if message `i` holds texts."""
+        return any(text.message == i for text in self._marked.texts)
+
+    def is_lost(self, i: int) -> bool:
+        """Return True if message `i` holds texts and the template leaves all of them out."""
+        return i not in self._of_message and self.has_texts(i)
+
+    # ---- places of answers
+
+    def generation_blocks(self) -> list[tuple[Span, set[int]]]:
+        """Return the spans of {% generation %} blocks, and the messages whose texts are inside."""
+        blocks: list[tuple[Span, set[int]]] = []
+        begin, messages = 0, set()
+        for position, number in self._rendering.marks:
+            if number == SPAN_BEGIN:
+                begin, messages = position, set()
+            elif number == SPAN_END:
+                blocks.append(((begin, position), messages))
+                messages = set()
+            else:
+                messages.add(self._marked.texts[number].message)
+        return blocks
+
+    def begin(self, i: int) -> int:
+        """Return the place in the text at which generation of message `i` begins.
+
+        Raises: ValueError if the text shows no generation prompt before the message.
+        """
+        limit = self._first_mark(i)
+        before = self._before(i)
+        if before is None:
+            return self._begin_after_header(i, limit)
+        if self.text.startswith(before.text):
+            return len(before.text)
+        last, number = before.marks[-1] if before.marks else (0, SPAN_BEGIN)
+        places = [at for at, mark in self._marks if mark == number and at <= limit]
+        if not places:
+            return self._begin_after_header(i, limit)
+        return places[-1] + _common_length(before.text[last:], self.text[places[-1] : limit])
+
+    def _before(self, i: int) -> Rendering | None:
+        """Return the messages before message `i` with the generation prompt, None if refused."""
+        try:
+            return self._marked.parse(self._render(self._marked.conversation, i, True))
+        except ValueError:
+            return None
+
+    def _first_mark(self, i: int) -> int:
+        """Return the place of the first mark of message `i`, or of a later one if it has none."""
+        for message in range(i, self._length):
+            if message in self._of_message:
+                return self._marks[self._of_message[message][0]][0]
+        return len(self.text)
+
+    def _begin_after_header(self, i: int, limit: int) -> int:
+        """Return the end of the generation prompt that other messages show.
+
+        The template does not render the messages before message `i` alone, as before an answer
+        that opens the conversation.
+        """
+        texts = self._marked.texts
+        earlier = [at for at, number in self._marks if texts[number].message < i and at <= limit]
+        start = max(earlier, default=0)
+        region = self.text[start:limit]
+        prompt = self._generation_prompt()
+        for length in range(len(prompt), 0, -1):
+            at = region.rfind(prompt[:length])
+            if at >= 0:
+                begin = start + at + _common_length(prompt, region[at:])
+                if self.text[start + at : begin].strip():
+                    return begin
+        raise ValueError(
+            f"the chat template shows no generation prompt before message {i + 1}, so the answer "
+            "cannot be located; put {% generation %} ... {% endgeneration %} around the "
+            "assistant's text in chat_template.jinja, or train on every token with "
+            "assistant_only_loss=False"
+        )
+
+    def _generation_prompt(self) -> str:
+        """Return the generation prompt after the first message that is not an answer."""
+        for i, message in enumerate(self._conversation.messages, 1):
+            if message["role"] != "assistant":
+                with_prompt = self._before(i)
+                without = self._marked.parse(self._render(self._marked.conversation, i))
+                if with_prompt is not None and with_prompt.text.startswith(without.text):
+                    return with_prompt.text[len(without.text) :]
+        return ""
+
+    def end(self, i: int, begin: int) -> tuple[int, str]:
+        """Return the end of the answer of message `i`, and its stop token or "" if it has none."""
+        if i in self._of_message:
+            last = self._of_message[i][-1]
+            start, following = max(begin, self._marks[last][0]), self._marks[last + 1 : last + 2]
+        else:
+            start, following = begin, [mark for mark in self._marks if mark[0] > begin]
+        limit = following[0][0] if following else len(self.text)
+        for tokens in (self._stops, self._ends):
+            found = tokens and tokens.search(self.text, start, limit)
+            if found:
+                return found.end(), found[0]
+        return self._end_without_stop(i, start), ""
+
+    def _end_without_stop(self, i: int, last: int) -> int:
+        """Return the end of the messages up to `i` if the text begins so, else their last mark."""
+        if i + 1 == self._length:
+            return len(self.text)
+        try:
+            after = self._render(self._conversation, i + 1)
+        except ValueError:
+            return last
+        return max(last, len(after)) if self.text.startswith(after) else last
+
+
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern | None:
+    """Return a pattern that finds the first of some tokens, the longest of those that match."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _common_length(prompt: str, text: str) -> int:
+    """Return the length of the common beginning, without a tag that is cut."""
+    pairs = zip(prompt, text, strict=False)
+    length = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(text)))
+    return length if length == len(prompt) else len(CUT_TAG.sub("", text[:length]))

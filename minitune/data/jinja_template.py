@@ -1,0 +1,133 @@
+"""A Jinja text as the world of chat templates knows it.
+
+A template is a foreign program, so it runs in Jinja's immutable sandbox. It finds the few names
+that templates expect: `raise_exception`, `strftime_now`, `tojson` without HTML escaping, loop
+controls, `{% generation %}` blocks. Each of its errors is a ValueError.
+"""
+
+import json
+import re
+from datetime import date, datetime, time
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from minitune.data.samples import Conversation
+
+# Three letters or more, among them one of tags: templates test for no other strings in a text.
+TAG = re.compile(r"(?=.*[<>\[\]{}|/])...", re.DOTALL)
+NO_BLOCKS = ("", "")
+
+# The errors of a template: its own refusals, and Python's errors if a message lacks a field.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
+class _Generation(Extension):
+    """`{% generation %}`: renders its body, between two marks if the caller asks for them."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's interface)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
+        """Parse a block into its body between two outputs of the marks."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin = nodes.Output([nodes.Name("_span_begin", "load")])
+        end = nodes.Output([nodes.Name("_span_end", "load")])
+        return [node.set_lineno(line) for node in (begin, nodes.Scope(body), end)]
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _environment(today: date | None) -> ImmutableSandboxedEnvironment:
+    """Return the world of a template. today: the day of `strftime_now`; None is the clock."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+
+    def strftime_now(layout: str) -> str:
+        now = datetime.now() if today is None else datetime.combine(today, time())
+        return now.strftime(layout)
+
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+class JinjaTemplate:
+    """One compiled Jinja text.
+
+    tags: the strings with brackets, braces, bars or slashes that the text compares or prints.
+    marks_answers: True if it has {% generation %} blocks.
+    """
+
+    def __init__(self, source: str, today: date | None):
+        environment = _environment(today)
+        try:
+            tree = environment.parse(source)
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
+            ) from None
+        except (RecursionError, SyntaxError) as error:  # from the Python that Jinja compiles
+            raise ValueError(f"the chat template is nested too deeply: {error}") from None
+        self.marks_answers = any(node.name == "_span_begin" for node in tree.find_all(nodes.Name))
+        strings = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+        self.tags = tuple(dict.fromkeys(filter(TAG.search, map(str.strip, strings))))
+
+    def render(
+        self,
+        conversation: Conversation,
+        length: int,
+        add_generation_prompt: bool,
+        special: dict[str, str],
+        blocks: tuple[str, str] = NO_BLOCKS,
+    ) -> str:
+        """Return the first `length` messages as text.
+
+        special: the variables of special tokens, such as bos_token.
+        blocks: texts to write before and after each {% generation %} block.
+
+        Raises: ValueError if the template refuses the messages.
+        """
+        variables = {
+            "messages": conversation.messages[:length],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": conversation.tools,
+            "_span_begin": blocks[0],
+            "_span_end": blocks[1],
+        }
+        for name in conversation.template_kwargs:
+            if name in variables:
+                raise ValueError(f"{name!r} cannot be a variable of the chat template's arguments")
+        variables = {"documents": None, **special, **conversation.template_kwargs, **variables}
+        try:
+            return self._template.render(variables)
+        except TEMPLATE_ERRORS as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from None

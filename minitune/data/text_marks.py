@@ -1,0 +1,250 @@
+"""Private marks around the texts of a conversation: they show what a chat template does with each.
+
+A mark is two characters: a noncharacter of Unicode that the conversation does not hold, and a
+character that numbers the text. The template renders the marked conversation. The marks give the
+place of each text, and a text whose marks are missing was left out.
+
+    "  <think>\\nSix sevens.\\n</think>\\n\\nIt is 42."         a text
+    "  <think>\\n#1Six sevens.#1\\n</think>\\n\\n#2It is 42.#2"  the text with marks #1 and #2
+
+A template can look only for the strings that it holds itself, such as `</think>`: its tags. Marks
+stand inside white space and between tags, so the template takes the same decisions. The caller
+checks this: without its marks the rendering must be the plain one.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minitune.data.messages import REASONING_KEYS
+from minitune.data.samples import Conversation
+
+# Unicode reserves them for use inside a program: exchanged text hardly ever holds one.
+NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+FIRST_NUMBER = 0x100000  # the character of number 0
+MAX_TEXTS = 0xFFFE  # characters of the private plane that begins there
+REASONING_ENDS = ("</think>", "[/THINK]", "<channel|>", "</seed:think>", "</mm:think>")
+TOOLS = -1  # stands for the index of a message
+SPAN_BEGIN, SPAN_END = 0, 1  # numbers of the marks of {% generation %} blocks
+
+
+@dataclass
+class MarkedText:
+    """A text that must reach the rendering.
+
+    name: its name for the user, such as "the content of message 2"; None if it is not judged.
+    message: index of its message, or TOOLS.
+    is_reasoning: True for the reasoning of a message.
+    marks: number of its marks in the conversation.
+    """
+
+    name: str | None
+    message: int
+    is_reasoning: bool = False
+    marks: int = 0
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A rendered text, and its marks in order: (place in the text, number of the marked text)."""
+
+    text: str
+    marks: list[tuple[int, int]]
+
+
+class MarkedConversation:
+    """A conversation with marks around its texts.
+
+    tags: the strings that the template may look for.
+    only_contents: True to mark contents and reasoning, but no names, arguments and tools. A
+        template that compares names refuses them with marks.
+
+    Raises: ValueError if no noncharacter is free, or the conversation holds too many texts.
+    """
+
+    def __init__(
+        self, conversation: Conversation, tags: Iterable[str], only_contents: bool = False
+    ):
+        everything = ascii((conversation.messages, conversation.tools))
+        free = (char for char in NONCHARACTERS if ascii(char)[1:-1] not in everything)
+        self._first = next(free, None)
+        if self._first is None:
+            raise ValueError("the conversation holds all noncharacters U+FDD0 to U+FDEF")
+        self._pattern = re.compile(f"{self._first}(.)", re.DOTALL)
+        self._tags = tuple(tags)
+        self._only_contents = only_contents
+        self.texts = [MarkedText(None, TOOLS), MarkedText(None, TOOLS)]  # SPAN_BEGIN and SPAN_END
+        tools = conversation.tools
+        if tools is not None and not only_contents:
+            tools = [self._tool(tool, number) for number, tool in enumerate(tools, 1)]
+        messages = [self._message(message, i) for i, message in enumerate(conversation.messages)]
+        self.conversation = replace(conversation, messages=messages, tools=tools)
+        if len(self.texts) > MAX_TEXTS:
+            raise ValueError(f"the conversation holds {len(self.texts)} texts, above {MAX_TEXTS}")
+
+    def mark(self, number: int) -> str:
+        """Return the mark of a text."""
+        return self._first + chr(FIRST_NUMBER + number)
+
+    def parse(self, marked: str) -> Rendering:
+        """Return a rendering of the marked conversation as its text and its marks."""
+        pieces = self._pattern.split(marked)
+        marks, position = [], 0
+        for text, number in zip(pieces[::2], pieces[1::2], strict=False):
+            position += len(text)
+            marks.append((position, ord(number) - FIRST_NUMBER))
+        return Rendering("".join(pieces[::2]), marks)
+
+    def missing(self, rendering: Rendering) -> list[MarkedText]:
+        """Return the texts that a rendering lacks or cuts."""
+        seen = Counter(number for _, number in rendering.marks)
+        judged = [item for item in enumerate(self.texts) if item[1].name is not None]
+        return [text for number, text in judged if seen[number] < text.marks]
+
+    # ---- marks of one text
+
+    def _number(self, text: MarkedText) -> int:
+        self.texts.append(text)
+        return len(self.texts) - 1
+
+    def _around(self, text: str, number: int) -> str:
+        """Return a text with a mark at its first and at its last letter."""
+        inner = text.strip()
+        if not inner:
+            return text
+        begin = text.index(inner)
+        mark, end = self.mark(number), begin + len(inner)
+        self.texts[number].marks += 2
+        return text[:begin] + mark + inner + mark + text[end:]
+
+    def _before(self, word: str, number: int) -> str:
+        """Return a word after a mark: a name whose end templates may compare or sort by."""
+        self.texts[number].marks += 1
+        return self.mark(number) + word
+
+    def _content(self, text: str, message: int, role: str) -> str:
+        """Return a content with marks around each stretch between tags.
+
+        An answer gets marks around the whole too, which are not judged. Its end is searched after
+        its last mark, and an answer may end with a tag.
+        """
+        is_answer = role == "assistant"
+        reasoning_end = max(text.rfind(end) for end in REASONING_ENDS) if is_answer else -1
+        name = f"the content of message {message + 1} ({role})"
+        marked, position = [], 0
+        for piece, is_text in self._between_tags(text):
+            is_reasoning = position < reasoning_end
+            position += len(piece)
+            if is_text and piece.strip():
+                title = f"the reasoning of message {message + 1}" if is_reasoning else name
+                piece = self._around(piece, self._number(MarkedText(title, message, is_reasoning)))
+            marked.append(piece)
+        if is_answer and len(marked) > 1:
+            return self._around("".join(marked), self._number(MarkedText(None, message)))
+        return "".join(marked)
+
+    def _between_tags(self, text: str) -> list[tuple[str, bool]]:
+        """Return the pieces of a text, and for each False if it is one of the template's tags."""
+        found = sorted((tag for tag in self._tags if tag in text), key=len, reverse=True)
+        if not found:
+            return [(text, True)]
+        pieces = re.split(f"({'|'.join(map(re.escape, found))})", text)
+        if not any(piece.strip() for piece in pieces[::2]):
+            return [(text, True)]  # nothing but tags
+        return [(piece, i % 2 == 0) for i, piece in enumerate(pieces) if piece]
+
+    # ---- marks of a message and of a tool
+
+    def _message(self, message: dict, i: int) -> dict:
+        """Return message number `i` with marks."""
+        marked = dict(message)
+        content, role = message.get("content"), str(message.get("role"))
+        if isinstance(content, str):
+            marked["content"] = self._content(content, i, role)
+        elif isinstance(content, list):
+            marked["content"] = [self._part(part, i, role) for part in content]
+        reasoning = message.get(REASONING_KEYS[0])
+        if isinstance(reasoning, str):
+            number = self._number(MarkedText(f"the reasoning of message {i + 1}", i, True))
+            with_marks = self._around(reasoning, number)
+            marked |= {key: with_marks for key in REASONING_KEYS if key in message}
+        if isinstance(message.get("tool_calls"), list) and not self._only_contents:
+            name = f"the tool calls of message {i + 1}"
+            marked["tool_calls"] = [self._call(call, name, i) for call in message["tool_calls"]]
+        return marked
+
+    def _part(self, part: Any, i: int, role: str) -> Any:
+        """Return a part of a content with marks."""
+        if not isinstance(part, Mapping):
+            return part
+        marked = dict(part)
+        if isinstance(part.get("text"), str):
+            marked["text"] = self._content(part["text"], i, role)
+        if isinstance(part.get("thinking"), str):
+            number = self._number(MarkedText(f"the reasoning of message {i + 1}", i, True))
+            marked["thinking"] = self._around(part["thinking"], number)
+        return marked
+
+    def _call(self, call: Any, name: str, i: int) -> Any:
+        """Return a tool call with marks at its name and in its arguments."""
+        if not isinstance(call, Mapping):
+            return call
+        marked = dict(call)
+        if isinstance(call.get("function"), Mapping):
+            marked["function"] = self._call(call["function"], name, i)
+        if isinstance(call.get("name"), str):
+            marked["name"] = self._before(call["name"], self._number(MarkedText(name, i)))
+        if "arguments" in call:
+            marked["arguments"] = self._value(call["arguments"], name, i)
+        return marked
+
+    def _value(self, value: Any, name: str, i: int) -> Any:
+        """Return a value of JSON with a mark at each key and around each text."""
+        if isinstance(value, str):
+            return self._around(value, self._number(MarkedText(name, i)))
+        if isinstance(value, Mapping):
+            return {
+                self._before(key, self._number(MarkedText(name, i)))
+                if isinstance(key, str)
+                else key: self._value(item, name, i)
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [self._value(item, name, i) for item in value]
+        return value
+
+    def _tool(self, tool: Any, number: int) -> Any:
+        """Return a tool definition with marks at its name, description and parameters."""
+        if not isinstance(tool, Mapping):
+            return tool
+        marked = dict(tool)
+        if isinstance(tool.get("function"), Mapping):
+            marked["function"] = self._tool(tool["function"], number)
+        for key in ("name", "description"):
+            if isinstance(tool.get(key), str):
+                index = self._number(MarkedText(f"the {key} of tool {number}", TOOLS))
+                marked[key] = self._before(tool[key], index)
+        if isinstance(tool.get("parameters"), Mapping):
+            marked["parameters"] = self._schema(tool["parameters"], number)
+        return marked
+
+    def _schema(self, schema: Mapping, number: int) -> dict:
+        """Return a JSON schema with marks at the names and descriptions of its properties."""
+        marked = dict(schema)
+        if isinstance(schema.get("description"), str):
+            name = f"the descriptions of the parameters of tool {number}"
+            index = self._number(MarkedText(name, TOOLS))
+            marked["description"] = self._before(schema["description"], index)
+        if isinstance(schema.get("properties"), Mapping):
+            name = f"the parameters of tool {number}"
+            renamed, properties = {}, {}
+            for key, item in schema["properties"].items():
+                renamed[key] = self._before(key, self._number(MarkedText(name, TOOLS)))
+                is_schema = isinstance(item, Mapping)
+                properties[renamed[key]] = self._schema(item, number) if is_schema else item
+            marked["properties"] = properties
+            if isinstance(schema.get("required"), list):  # templates look for properties in it
+                marked["required"] = [renamed.get(key, key) for key in schema["required"]]
+        return marked
