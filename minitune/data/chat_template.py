@@ -16,7 +16,7 @@ from minitune.data.answer_spans import AnswerSpans
 from minitune.data.jinja_template import JinjaTemplate
 from minitune.data.messages import REASONING_KEYS, normal_message
 from minitune.data.samples import Conversation, RenderedConversation, Span
-from minitune.data.text_marks import REASONING_ENDS
+from minitune.data.text_marks import REASONING_ENDS, reasoning_name
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 
@@ -116,7 +116,8 @@ class ChatTemplate:
         end, token = answers.end(len(conversation.messages) - 1, begin)
         if answers.text[end:].strip():  # the template writes more behind the stop token
             end = len(answers.text)
-        return self._stopped(answers, conversation, [(begin, end)], {token})
+        rendered = self._stopped(answers, conversation, [(begin, end)], {token})
+        return _without_reasoning(rendered, before=first)
 
     def split_turns(self, conversation: Conversation) -> list[RenderedConversation]:
         """Return a rendering for each trained message, as inference sees it.
@@ -132,7 +133,7 @@ class ChatTemplate:
                 messages = conversation.messages[: i + 1]
                 trained = (*(False for _ in range(i)), True)
                 turn = replace(conversation, messages=messages, trained=trained)
-                rendered.append(self.render_with_answers(turn))
+                rendered.append(_without_reasoning(self.render_with_answers(turn), before=i))
         return rendered
 
     def drops_history(self, conversation: Conversation) -> bool:
@@ -192,6 +193,16 @@ def _holds_reasoning(message: dict) -> bool:
     if isinstance(content, str):
         return REASONING_KEYS[0] in message or any(end in content for end in REASONING_ENDS)
     return REASONING_KEYS[0] in message or isinstance(content, list)
+
+
+def _without_reasoning(rendered: RenderedConversation, before: int) -> RenderedConversation:
+    """Return a rendering that may lack the reasoning of the messages before message `before`.
+
+    Inference does not see the reasoning of earlier turns either.
+    """
+    expected = {reasoning_name(i) for i in range(before)}
+    dropped = tuple(name for name in rendered.dropped if name not in expected)
+    return replace(rendered, dropped=dropped)
 
 
 def _block_spans(

@@ -30,6 +30,11 @@ TOOLS = -1  # stands for the index of a message
 SPAN_BEGIN, SPAN_END = 0, 1  # numbers of the marks of {% generation %} blocks
 
 
+def reasoning_name(message: int) -> str:
+    """Return the name of the reasoning of a message."""
+    return f"the reasoning of message {message + 1}"
+
+
 @dataclass
 class MarkedText:
     """A text that must reach the rendering.
@@ -138,7 +143,7 @@ class MarkedConversation:
             is_reasoning = position < reasoning_end
             position += len(piece)
             if is_text and piece.strip():
-                title = f"the reasoning of message {message + 1}" if is_reasoning else name
+                title = reasoning_name(message) if is_reasoning else name
                 piece = self._around(piece, self._number(MarkedText(title, message, is_reasoning)))
             marked.append(piece)
         if is_answer and len(marked) > 1:
@@ -167,7 +172,7 @@ class MarkedConversation:
             marked["content"] = [self._part(part, i, role) for part in content]
         reasoning = message.get(REASONING_KEYS[0])
         if isinstance(reasoning, str):
-            number = self._number(MarkedText(f"the reasoning of message {i + 1}", i, True))
+            number = self._number(MarkedText(reasoning_name(i), i, True))
             with_marks = self._around(reasoning, number)
             marked |= {key: with_marks for key in REASONING_KEYS if key in message}
         if isinstance(message.get("tool_calls"), list) and not self._only_contents:
@@ -183,7 +188,7 @@ class MarkedConversation:
         if isinstance(part.get("text"), str):
             marked["text"] = self._content(part["text"], i, role)
         if isinstance(part.get("thinking"), str):
-            number = self._number(MarkedText(f"the reasoning of message {i + 1}", i, True))
+            number = self._number(MarkedText(reasoning_name(i), i, True))
             marked["thinking"] = self._around(part["thinking"], number)
         return marked
 
