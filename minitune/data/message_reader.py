@@ -13,9 +13,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from minitune.data.jsonl import kind_of, parse_json
+from minitune.data.jsonl import kind_of
 from minitune.data.messages import REASONING_KEYS
-from minitune.data.record_fields import HARMLESS, Fields
+from minitune.data.record_fields import HARMLESS, Fields, in_order
+from minitune.data.tool_calls import calls_of_text, read_calls
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 CALL, ASSISTANT = "function_call", "assistant"
@@ -32,8 +33,15 @@ SHAREGPT_ROLES = {
     "tool_call": CALL,
     **{role: role for role in ROLES},
 }
+VALUE_PARTS = ("reasoning", "text", "tool_call")  # LLaMA-Factory's parts {"type", "value"}
 CORE_KEYS = frozenset({"role", "content", "from", "value", "tools"})
-LOSS_KEYS = ("weight", "train", "training", "loss")  # 0 or false: no labels on this message
+LOSS_KEYS = (
+    "weight",
+    "loss_weight",
+    "train",
+    "training",
+    "loss",
+)  # 0 or false: no labels on this message
 
 
 class Message(NamedTuple):
@@ -99,16 +107,18 @@ def _read_message(item: Any, key: str, index: int, record: Fields) -> Message:
         message["role"], content_key = _sharegpt_role(speaker), "value"
     content = fields.json(content_key)
     if message["role"] == CALL:
-        message |= {"role": ASSISTANT, "tool_calls": _calls_of_text(content, fields)}
+        message |= {"role": ASSISTANT, "tool_calls": calls_of_text(content, fields)}
     elif content is not None:
-        message["content"] = _content(content, fields)
-    message |= _reasoning(fields) | _calls(fields) | _names(fields)
+        message |= _content(content, fields)
+    for found in (_reasoning(fields), read_calls(fields), _names(fields)):
+        if twice := message.keys() & found.keys():
+            raise ValueError(f"{place} holds {', '.join(twice)} twice; keep one of them")
+        message |= found
     tools = fields.decoded("tools") if message["role"] == "system" else None
     counts = _counts(fields, message["role"])
     message |= _further_keys(fields)
     fields.done()
-    _check_content(message, place)
-    return Message(_in_order(message, item), counts, tools, place)
+    return Message(in_order(_with_content(message, place), item), counts, tools, place)
 
 
 def _no_message(place: str) -> ValueError:
@@ -137,28 +147,30 @@ def _sharegpt_role(speaker: Any) -> str:
     return SHAREGPT_ROLES[speaker]
 
 
-def _check_content(message: dict, place: str) -> None:
+def _with_content(message: dict, place: str) -> dict:
+    """Return a message whose content is a text or parts.
+
+    A call or reasoning without a content gets the content "". Every template that renders such a
+    message without content renders the same with "", and some render it with "" alone.
+    """
     content = message.get("content")
     if not isinstance(content, str | list | None):
         raise ValueError(f"the content of {place} is {kind_of(content)}, expected a text")
     others = ("tool_calls", *REASONING_KEYS)
     if content is None and not any(name in message for name in others):
         raise ValueError(f"{place} has no content")
-
-
-def _in_order(message: dict, item: Mapping) -> dict:
-    """Return a message with its keys in the order of the record, which a template may show."""
-    first = {key: message[key] for key in item if key in message}
-    return {**first, **message}
+    return message if content is not None else {**message, "content": ""}
 
 
 # ---- keys of a message
 
 
-def _content(content: Any, fields: Fields) -> Any:
-    """Return a content; the keys of its parts of text and reasoning are checked."""
+def _content(content: Any, fields: Fields) -> dict:
+    """Return {"content": ...}; the keys of its parts of text and reasoning are checked."""
     if not isinstance(content, list):
-        return content
+        return {"content": content}
+    if any(isinstance(part, Mapping) and "value" in part for part in content):
+        return _content_of_values(content, fields)
     parts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -168,7 +180,34 @@ def _content(content: Any, fields: Fields) -> Any:
             inner.done()
             part = {key: value for key, value in found.items() if value is not None}
         parts.append(part)
-    return parts
+    return {"content": parts}
+
+
+def _content_of_values(parts: list, fields: Fields) -> dict:
+    """Return content, reasoning and calls of parts {"type", "value"}, which stand in this order."""
+    reasoning, texts, calls, last = [], [], [], 0
+    for i, part in enumerate(parts):
+        place = f"part {i} of {fields.place}"
+        if not isinstance(part, Mapping) or part.get("type") not in VALUE_PARTS:
+            raise ValueError(
+                f'{place} is {part!r:.60}, expected {{"type", "value"}} of the types '
+                f"{', '.join(VALUE_PARTS)}"
+            )
+        inner = fields.inside(part, place, "content")
+        kind = VALUE_PARTS.index(inner.take("type"))
+        if kind < last:
+            raise ValueError(f"{place} stands too late; the order is {', '.join(VALUE_PARTS)}")
+        last = kind
+        value = inner.required_text("value")
+        inner.done()
+        if kind == 2:
+            calls += calls_of_text(value, fields)
+        else:
+            (reasoning, texts)[kind].append(value)
+    found: dict[str, Any] = {"content": "".join(texts)} if texts or not parts else {}
+    if reasoning:
+        found["reasoning_content"] = "".join(reasoning)
+    return found | ({"tool_calls": calls} if calls else {})
 
 
 def _reasoning(fields: Fields) -> dict:
@@ -223,91 +262,3 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for item in value for text in _texts(item)]
     return [value] if isinstance(value, str) else []
-
-
-# ---- tool calls
-
-
-def _calls(fields: Fields) -> dict:
-    """Return {"tool_calls": [...]}, also from OpenAI's older function_call."""
-    calls, old = fields.decoded("tool_calls"), fields.decoded(CALL)
-    if old is not None:
-        if calls:
-            raise ValueError(f"{fields.place} holds tool_calls and function_call; keep one of them")
-        fields.reading.note("function_call is rendered as tool_calls")
-        calls = [{"type": "function", "function": old}]
-    if not calls:
-        return {}
-    if not isinstance(calls, list):
-        raise ValueError(f"{fields.name_of('tool_calls')} is {kind_of(calls)}, expected a list")
-    return {"tool_calls": [_call(call, fields) for call in calls]}
-
-
-def _calls_of_text(content: Any, fields: Fields) -> list:
-    """Return the calls in a function_call of ShareGPT: {"name", "arguments"} or a list of them."""
-    calls = content
-    if isinstance(content, str):
-        try:
-            calls = parse_json(content)
-        except ValueError as error:
-            raise ValueError(
-                f"{fields.place} is a function_call that is {error}; expected "
-                '{"name": ..., "arguments": {...}}'
-            ) from None
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls:
-        raise ValueError(f"{fields.place} is a function_call without a call")
-    return [
-        {"type": "function", "function": _call(call, fields)}
-        if isinstance(call, Mapping) and "function" not in call
-        else _call(call, fields)
-        for call in calls
-    ]
-
-
-def _call(value: Any, message: Fields) -> dict:
-    """Check a tool call and return it without the keys that are ignored."""
-    place = f"a tool call of {message.place}"
-    if not isinstance(value, Mapping):
-        raise ValueError(f'{place} is {kind_of(value)}, expected {{"name", "arguments"}}')
-    call = message.inside(value, place, "tool_calls")
-    found: dict[str, Any] = {name: call.json(name) for name in ("id", "type", "index")}
-    function = call.json("function")
-    if isinstance(function, Mapping):
-        inner = call.inside(function, f"the function of {place}", "function")
-        found["function"] = _function(inner)
-        inner.done()
-    else:
-        found |= _function(call)
-    call.done()
-    kept = {name: item for name, item in found.items() if item is not None}
-    return _in_order(kept, value)
-
-
-def _function(fields: Fields) -> dict:
-    name, arguments = fields.text("name"), fields.json("arguments")
-    if not name:
-        raise ValueError(f'{fields.place} has no "name" of a function')
-    if arguments is None:
-        return {"name": name}
-    decoded = arguments
-    if isinstance(arguments, str):
-        try:
-            decoded = parse_json(arguments)
-        except ValueError as error:
-            raise ValueError(f"the arguments of {fields.place} are {error}") from None
-    elif _has_null(arguments):
-        fields.reading.note("null arguments of a call are left out; arguments in JSON text stay")
-    if not isinstance(decoded, Mapping):
-        raise ValueError(
-            f"the arguments of {fields.place} are {kind_of(decoded)}, expected an object "
-            'such as {"city": "Paris"}, or its JSON text'
-        )
-    return {"name": name, "arguments": arguments}
-
-
-def _has_null(value: Any) -> bool:
-    """Return True if a key at any depth is null."""
-    if isinstance(value, Mapping):
-        return any(item is None or _has_null(item) for item in value.values())
-    return isinstance(value, list) and any(map(_has_null, value))

@@ -83,6 +83,12 @@ def plain(value: Any, place: str, depth: int = MAX_DEPTH) -> Any:
     raise ValueError(f"{place} holds a {type(value).__name__}, expected values of JSON")
 
 
+def in_order(found: dict, original: Mapping) -> dict:
+    """Return `found` with its keys in the order of the record, which a template may show."""
+    first = {key: found[key] for key in original if key in found}
+    return {**first, **found}
+
+
 @dataclass
 class Reading:
     """The facts that readers share while they read one record.
@@ -210,12 +216,15 @@ class Fields:
         names = ", ".join(f'"{key}"' for key in left)
         where = f" of {self.place}" if self.place else ""
         ignore = " ".join(map(self._path_of, left))
-        remedy = f"remove {'it' if len(left) == 1 else 'them'}, or use --ignore-fields {ignore}"
-        if PREFERENCE.intersection(left) or ("label" in left and "completion" in self._known):
+        remedy = f"emove {'it' if len(left) == 1 else 'them'}, or use --ignore-fields {ignore}"
+        is_wish = "label" in left and isinstance(plain(self._left["label"], "label"), bool)
+        if PREFERENCE.intersection(left) or is_wish:
             return (
                 f"{names}{where}: this is a preference record, and training takes one answer; "
-                f"write the good answer in one of the known shapes and {remedy}"
+                f"write the good answer in one of the known shapes, and r{remedy}"
             )
         if MEDIA.intersection(left):
-            return f"{names}{where}: only text is trained on; leave the record out, or {remedy}"
-        return f"nothing reads {names}{where}; {suggestion(str(left[0]), self._known)} {remedy}"
+            return f"{names}{where}: only text is trained on; leave the record out, or r{remedy}"
+        hint = suggestion(str(left[0]), self._known)
+        end = " Otherwise r" if hint.endswith("?") else ". R"
+        return f"nothing reads {names}{where}; {hint}{end}{remedy}"
