@@ -38,10 +38,11 @@ def test_ids_equal_the_library_and_offsets_cover_every_character(tmp_path_factor
 
 
 def test_special_tokens_in_a_text_are_cut_out_before_the_library_sees_it(model_folder, library):
-    write_json(model_folder / "added_tokens.json", {"<|im_end|>": 321, "<|im|>!": 322})
     decoder = {
         "1": {"content": "<s>", "special": True},
         "320": {"content": "<|im|>", "special": True},
+        "321": {"content": "<|im_end|>"},
+        "322": {"content": "<|im|>!"},
     }
     config = {"added_tokens_decoder": decoder, "bos_token": {"content": "<s>"}}
     write_json(model_folder / "tokenizer_config.json", config)

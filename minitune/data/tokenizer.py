@@ -2,10 +2,12 @@
 
 The library that owns a file format reads it:
 
-- `tokenizers` reads tokenizer.json, exactly as the file says. The class names in
-  tokenizer_config.json are ignored: code that rebuilds a tokenizer from such a name can lose parts
-  of it, such as a pre-tokenizer's rule for digits.
-- `sentencepiece` reads tokenizer.model (Llama 1 and 2, Mistral) if there is no tokenizer.json.
+- `tokenizers` reads tokenizer.json (json_backend.py).
+- `sentencepiece` reads tokenizer.model (Llama 1 and 2, Mistral) if there is no tokenizer.json
+  (sentencepiece_backend.py).
+
+The JSON files beside them add tokens (added_tokens.py) and chat templates (folder_templates.py).
+Other files, such as vocab.json and merges.txt, are not read.
 
 Special tokens are never added twice. A rendered conversation brings its own BOS and is encoded as
 it is. Plain text gets the special tokens that the tokenizer puts around a sequence (`prefix`,
@@ -17,100 +19,71 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tokenizers
+from tokenizers import AddedToken
 
-from minitune.atomic_files import read_json
+from minitune.atomic_files import read_json, write_json
+from minitune.data.added_tokens import SPECIAL_NAMES, DeclaredTokens, read_declared_tokens
 from minitune.data.chat_template import ChatTemplate
-from minitune.data.samples import Span
+from minitune.data.folder_templates import (
+    DEFAULT,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+    NamedTemplates,
+    Templates,
+    checked_templates,
+    read_templates,
+    write_templates,
+)
+from minitune.data.json_backend import Encoding, JsonBackend
 from minitune.data.sentencepiece_backend import SentencePieceBackend
+from minitune.data.tokenizer_config import check_config, check_prefix_space
 
+CONFIG = "tokenizer_config.json"
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
+    CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
     "generation_config.json",
 )
 JSON_FILES = (
-    "tokenizer_config.json",
+    CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
     "config.json",
 )
-SPECIAL_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
-
-Encoding = tuple[list[int], list[Span]]  # token ids, and the characters that each stands for
-
-
-class JsonBackend:
-    """tokenizer.json.
-
-    The post-processor is removed and its effect is kept as `prefix` and `suffix`. It would trim
-    spaces off the character offsets, and a token of white space would then have an empty span.
-    """
-
-    def __init__(self, path: Path):
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(
-                f"{path}: tokenizers {tokenizers.__version__} cannot read it: {error}"
-            ) from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.named: dict[str, int] = {}  # tokenizer.json does not name its special tokens
-        self.prefix, self.suffix = self._special_tokens_around(vocabulary)
-        self._tokenizer.post_processor = None
-
-    def _special_tokens_around(self, vocabulary: dict[str, int]) -> tuple[list[int], list[int]]:
-        """Return the ids that the post-processor adds before and after a text."""
-        for text in ("a", *vocabulary):  # the first text that has a token: almost always "a"
-            bare = self._tokenizer.encode(text, add_special_tokens=False).ids
-            if bare:
-                break
-        full = self._tokenizer.encode(text).ids
-        begin = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-        return full[:begin], full[begin + len(bare) :]
-
-    def encode_batch(self, texts: list[str]) -> list[Encoding]:
-        """Return the encodings of many texts, without special tokens, on all cores."""
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [(encoding.ids, encoding.offsets) for encoding in encodings]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        """Return the text of token ids."""
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
-    def token_to_id(self, token: str) -> int | None:
-        """Return the id of a token's text, or None if the vocabulary lacks it."""
-        return self._tokenizer.token_to_id(token)
-
-    def id_to_token(self, index: int) -> str | None:
-        """Return the text of a token id, or None if the vocabulary lacks it."""
-        return self._tokenizer.id_to_token(index)
+OTHER_VOCABULARIES = ("vocab.json", "merges.txt", "tekken.json", "tiktoken.model", "vocab.txt")
+# A conversation whose rendering shows the token that ends an answer.
+PROBE_ANSWER = "An answer."
+PROBE = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": PROBE_ANSWER}]
 
 
 class Tokenizer:
     """The tokenizer of a model folder; `Tokenizer.from_folder` makes one."""
 
     def __init__(
-        self, folder: Path, backend: JsonBackend | SentencePieceBackend, files: dict[str, dict]
+        self,
+        folder: Path,
+        backend: JsonBackend | SentencePieceBackend,
+        files: dict[str, dict],
+        declared: DeclaredTokens,
     ):
-        self.folder, self._backend = folder, backend
-        self._config, self._map = files["tokenizer_config.json"], files["special_tokens_map.json"]
+        self.folder, self._backend, self._declared = folder, backend, declared
+        self._config = files[CONFIG]
         self._model_config, self._generation = files["config.json"], files["generation_config.json"]
         self.vocab_size: int = backend.vocab_size  # highest id + 1, added tokens included
+        self.added_tokens: dict[int, AddedToken] = backend.added
+        self.adds_prefix_space: bool = backend.adds_prefix_space
+        self.notes: tuple[str, ...] = tuple(declared.notes)  # facts that the user should know
         self.special: dict[str, int] = {}  # "bos" -> id; names without a token are missing
         for name in SPECIAL_NAMES:
             index = self._special_id(name)
             if index is not None:
                 self.special[name] = index
-        self.chat_template: str | None = _chat_template(folder, self._config)
+        self._chat_template = read_templates(folder, self._config)
+        self._template_was_assigned = False
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -120,30 +93,34 @@ class Tokenizer:
         """
         folder = Path(folder)
         files = {name: read_json(folder / name, default={}) for name in JSON_FILES}
+        config, declared = files[CONFIG], read_declared_tokens(folder, files)
+        check_config(folder / CONFIG, config)
         path = folder / "tokenizer.json"
         if path.is_file():
-            return cls(folder, JsonBackend(path), files)
+            backend = JsonBackend(path, declared)
+            check_prefix_space(path, backend.adds_prefix_space, config)
+            return cls(folder, backend, files, declared)
         path = folder / "tokenizer.model"
         if path.is_file():
-            config, added = files["tokenizer_config.json"], files["added_tokens.json"]
-            return cls(folder, SentencePieceBackend(path, config, added), files)
+            return cls(folder, SentencePieceBackend(path, config, declared), files, declared)
+        others = [name for name in OTHER_VOCABULARIES if (folder / name).is_file()]
+        found = f"; {', '.join(others)} alone is not read" if others else ""
         raise ValueError(
             f"{folder}: no tokenizer.json and no tokenizer.model; a model folder holds one of them"
+            f"{found}"
         )
 
     def _special_id(self, name: str) -> int | None:
         """Return the id of a special token, from the first file that says something about it.
 
-        The order is tokenizer_config.json, special_tokens_map.json, the sentencepiece model,
-        config.json, generation_config.json. A null in the first two means that there is none.
+        The order is tokenizer_config.json and special_tokens_map.json (added_tokens.py), the
+        sentencepiece model, config.json, generation_config.json. A null in the first two means that
+        there is none.
         """
         key = f"{name}_token"
-        for file, content in (
-            ("tokenizer_config.json", self._config),
-            ("special_tokens_map.json", self._map),
-        ):
-            if key in content:
-                return self._token_id(content[key], key, file)
+        if key in self._declared.named:
+            token = self._declared.named[key]
+            return None if token is None else self._backend.token_to_id(token.content)
         if name in self._backend.named:
             return self._backend.named[name]
         for content in (self._model_config, self._generation):
@@ -151,19 +128,6 @@ class Tokenizer:
             if ids:
                 return ids[0]
         return None
-
-    def _token_id(self, token: Any, key: str, file: str) -> int | None:
-        text = token.get("content") if isinstance(token, dict) else token
-        if text is None:
-            return None
-        if not isinstance(text, str):
-            raise ValueError(f"{self.folder / file}: {key} is {text!r}, expected a token's text")
-        index = self._backend.token_to_id(text)
-        if index is None:
-            raise ValueError(
-                f"{self.folder}: {key} is {text!r}, which is not in the tokenizer's vocabulary"
-            )
-        return index
 
     @property
     def eos_token(self) -> str | None:
@@ -194,15 +158,62 @@ class Tokenizer:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Return every id that ends a generation.
 
-        The order is eos_token, generation_config.json, config.json.
+        The order is eos_token, generation_config.json, config.json, the token in which the answers
+        of the chat template end.
         """
         ids = [] if self.eos_token_id is None else [self.eos_token_id]
         for content in (self._generation, self._model_config):
             ids += _id_list(content.get("eos_token_id"), self.vocab_size)
+        if self._template_end is not None:
+            ids.append(self._template_end)
         return tuple(dict.fromkeys(ids))
 
     @cached_property
-    def template(self) -> ChatTemplate:
+    def _template_end(self) -> int | None:
+        """Return the added token behind an answer in the chat template, or None.
+
+        A base model may be trained on a template whose turns end in another token than eos_token.
+        """
+        if self.chat_template is None:
+            return None
+        try:
+            text = self._compiled(self.chat_template, ()).render(PROBE)
+        except ValueError:  # the template needs another conversation, or is not valid
+            return None
+        before, _, tail = text.rpartition(PROBE_ANSWER)
+        tail = tail.lstrip()
+        ends = [i for i, token in self.added_tokens.items() if tail.startswith(token.content)]
+        if not before or not ends:
+            return None
+        return max(ends, key=lambda i: len(self.added_tokens[i].content))
+
+    @property
+    def chat_template(self) -> Templates:
+        """Return the chat template: a text, several texts by name, or None.
+
+        Assigning takes effect in every method, in training and in what is saved and exported.
+
+        Raises: ValueError, on assignment, if it is no template.
+        """
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, value: Templates) -> None:
+        value = checked_templates(value, "tokenizer")
+        if value is not None:
+            self._compiled(value, ())
+        self._chat_template, self._template_was_assigned = value, True
+        for name in ("template", "eos_token_ids", "_template_end"):
+            self.__dict__.pop(name, None)  # they are computed from the template
+
+    @property
+    def default_chat_template(self) -> str | None:
+        """Return the template for conversations without tools."""
+        template = self.chat_template
+        return template[DEFAULT] if isinstance(template, dict) else template
+
+    @cached_property
+    def template(self) -> ChatTemplate | NamedTemplates:
         """Compile the chat template.
 
         Raises: ValueError if the model folder has none.
@@ -210,15 +221,26 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(
                 f"{self.folder}: this tokenizer has no chat template; use the instruction-tuned "
-                "model of the same family, put a chat_template.jinja there, or train on plain "
+                f"model of the same family, put a {TEMPLATE_FILE} there, or train on plain "
                 "text or prompt and completion"
             )
-        special = {
+        stops = tuple(map(self._backend.id_to_token, self.eos_token_ids))
+        return self._compiled(self.chat_template, stops)
+
+    def _compiled(
+        self, templates: str | dict[str, str], stops: tuple[str, ...]
+    ) -> ChatTemplate | NamedTemplates:
+        named = {key: str(token) for key, token in self._declared.named.items() if token}
+        standard = {
             f"{name}_token": self._backend.id_to_token(index)
             for name, index in self.special.items()
         }
-        stops = tuple(map(self._backend.id_to_token, self.eos_token_ids))
-        return ChatTemplate(self.chat_template, special, stops)
+        variables = named | standard
+        if isinstance(templates, str):
+            return ChatTemplate(templates, variables, stops)
+        return NamedTemplates(
+            {name: ChatTemplate(text, variables, stops) for name, text in templates.items()}
+        )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text.
@@ -252,6 +274,10 @@ class Tokenizer:
         """Return the text of token ids."""
         return self._backend.decode(list(ids), skip_special_tokens)
 
+    def id_to_token(self, index: int) -> str | None:
+        """Return the text of a token id as the vocabulary spells it, or None."""
+        return self._backend.id_to_token(index)
+
     def apply_chat_template(
         self,
         messages: list[dict],
@@ -264,12 +290,26 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copy the tokenizer's files, byte for byte."""
+        """Copy the tokenizer's files, byte for byte.
+
+        A chat template that was assigned is written instead of the original ones.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
+        if not self._template_was_assigned:
+            for path in (self.folder / TEMPLATE_FILE, *self.folder.glob(f"{TEMPLATE_FOLDER}/*")):
+                if path.is_file():
+                    target = folder / path.relative_to(self.folder)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, target)
+            return
+        if "chat_template" in self._config:
+            rest = {key: value for key, value in self._config.items() if key != "chat_template"}
+            write_json(folder / CONFIG, rest)
+        write_templates(folder, self.chat_template)
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
@@ -278,36 +318,12 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
     More rows than tokens is normal: vocabularies are padded to a round number.
     """
     if tokenizer.vocab_size > rows:
+        highest = tokenizer.vocab_size - 1
         raise ValueError(
-            f"{tokenizer.folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the "
-            f"model's embedding has only {rows} rows; use the tokenizer that belongs to this model"
+            f"{tokenizer.folder}: the tokenizer has ids up to {highest}, but the model's embedding "
+            f"has only {rows} rows; use the tokenizer that belongs to this model. The last token "
+            f"is {tokenizer.id_to_token(highest)!r}"
         )
-
-
-def _chat_template(folder: Path, config: dict) -> str | None:
-    """Return chat_template.jinja, otherwise the chat_template of tokenizer_config.json.
-
-    The latter is a text, or a list of named texts of which "default" is taken.
-    """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        entries = [entry for entry in template if isinstance(entry, dict)]
-        named = {entry.get("name"): entry.get("template") for entry in entries}
-        if template and "default" not in named:
-            raise ValueError(
-                f"{folder}/tokenizer_config.json: no chat template is named 'default' "
-                f"among {list(named)}"
-            )
-        template = named.get("default")
-    if not isinstance(template, str | None):
-        raise ValueError(
-            f"{folder}/tokenizer_config.json: chat_template is a {type(template).__name__}, "
-            "not a text"
-        )
-    return template
 
 
 def _id_list(value: Any, vocab_size: int) -> list[int]:

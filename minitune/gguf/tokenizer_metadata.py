@@ -14,12 +14,12 @@ llama.cpp has two tokenizers for the supported models:
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import sentencepiece
-import tokenizers
+from tokenizers import AddedToken
 
 from minitune.atomic_files import read_json
+from minitune.data.folder_templates import DEFAULT, Templates
 from minitune.data.tokenizer import Tokenizer, check_vocabulary
 from minitune.gguf.writer import MetadataValue
 
@@ -44,13 +44,6 @@ PRE_TOKENIZERS = {
 }
 
 
-class AddedToken(NamedTuple):
-    """A token that was added to a trained vocabulary."""
-
-    text: str
-    special: bool
-
-
 class Vocabulary:
     """Text, type and score of each row of the embedding; rows without a token are unused."""
 
@@ -65,19 +58,13 @@ class Vocabulary:
         self.types[id] = type
         self.scores[id] = score
 
-    def add(self, added: dict[int, AddedToken], first: int = 0) -> list[int]:
-        """Fill the rows of added tokens and return their ids.
-
-        Tokens with ids below `first` belong to the trained vocabulary and are left as they are.
-        """
-        ids = [id for id in added if id >= first]
-        for id in ids:
-            text, special = added[id]
-            control = special or re.fullmatch(r"<\|.*\|>|<pad>|<mask>", text)
-            self.tokens[id] = text
+    def add(self, added: dict[int, AddedToken]) -> None:
+        """Fill the rows of added tokens."""
+        for id, token in added.items():
+            control = token.special or re.fullmatch(r"<\|.*\|>|<pad>|<mask>", token.content)
+            self.tokens[id] = token.content
             if self.types[id] != UNKNOWN:
                 self.types[id] = CONTROL if control else USER_DEFINED
-        return ids
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, MetadataValue]:
@@ -94,11 +81,11 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, MetadataVal
     if content and (model.get("type") != "BPE" or "merges" not in model):
         raise ValueError(f"{path}: is a {model.get('type')} tokenizer; GGUF export knows BPE")
     if content and not model.get("byte_fallback"):
-        metadata = _byte_level(path, content, rows)
+        metadata = _byte_level(path, content, tokenizer.added_tokens, rows)
     elif sentencepiece_path.is_file():
-        metadata = _sentencepiece(sentencepiece_path, rows)
+        metadata = _sentencepiece(sentencepiece_path, tokenizer, rows)
     else:
-        metadata = _byte_fallback(path, content, rows)
+        metadata = _byte_fallback(content, tokenizer, rows)
     _check_unique(metadata["tokenizer.ggml.tokens"], tokenizer.folder)
     return metadata | _special_tokens(tokenizer)
 
@@ -141,13 +128,15 @@ def _word_rules(part: dict) -> list[str]:
     return [json.dumps(part)]
 
 
-def _byte_level(path: Path, content: dict, rows: int) -> dict[str, MetadataValue]:
+def _byte_level(
+    path: Path, content: dict, added: dict[int, AddedToken], rows: int
+) -> dict[str, MetadataValue]:
     """Return the keys of a byte-level BPE tokenizer."""
     model = content["model"]
     vocabulary = Vocabulary(rows)
     for token, id in model["vocab"].items():
         vocabulary.set(id, token, NORMAL)
-    vocabulary.add(_added_tokens(path.parent))
+    vocabulary.add(added)
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre_tokenizer_name(path, content),
@@ -157,7 +146,7 @@ def _byte_level(path: Path, content: dict, rows: int) -> dict[str, MetadataValue
     }
 
 
-def _sentencepiece(path: Path, rows: int) -> dict[str, MetadataValue]:
+def _sentencepiece(path: Path, tokenizer: Tokenizer, rows: int) -> dict[str, MetadataValue]:
     """Return the keys of a SentencePiece tokenizer.model."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     size = model.get_piece_size()
@@ -168,10 +157,11 @@ def _sentencepiece(path: Path, rows: int) -> dict[str, MetadataValue]:
     vocabulary = Vocabulary(rows)
     for id in range(size):
         vocabulary.set(id, model.id_to_piece(id), _piece_type(model, id), model.get_score(id))
-    for id in vocabulary.add(_added_tokens(path.parent), first=size):
-        vocabulary.scores[id] = ADDED_SCORE
-    space_prefix = model.encode("a", out_type=str)[0].startswith("\u2581")
-    return _llama_metadata(vocabulary, space_prefix)
+    vocabulary.add(tokenizer.added_tokens)
+    for id in tokenizer.added_tokens:
+        if id >= size or vocabulary.types[id] == USER_DEFINED:
+            vocabulary.scores[id] = ADDED_SCORE
+    return _llama_metadata(vocabulary, tokenizer.adds_prefix_space)
 
 
 def _piece_type(model: sentencepiece.SentencePieceProcessor, id: int) -> int:
@@ -185,7 +175,7 @@ def _piece_type(model: sentencepiece.SentencePieceProcessor, id: int) -> int:
     return next((kind for check, kind in checks if check(id)), NORMAL)
 
 
-def _byte_fallback(path: Path, content: dict, rows: int) -> dict[str, MetadataValue]:
+def _byte_fallback(content: dict, tokenizer: Tokenizer, rows: int) -> dict[str, MetadataValue]:
     """Return the keys of a SentencePiece vocabulary in a tokenizer.json; merges give the scores."""
     model = content["model"]
     merges = _merges(model)
@@ -201,18 +191,11 @@ def _byte_fallback(path: Path, content: dict, rows: int) -> dict[str, MetadataVa
         else:
             # single characters result from no merge; they rank below all pieces that do
             vocabulary.set(id, token, NORMAL, -float(rank.get(token, len(merges))))
-    for id in vocabulary.add(_added_tokens(path.parent)):
+    vocabulary.add(tokenizer.added_tokens)
+    for id in tokenizer.added_tokens:
         user_defined = vocabulary.types[id] == USER_DEFINED
         vocabulary.scores[id] = ADDED_SCORE if user_defined else 0.0
-    return _llama_metadata(vocabulary, _has_space_prefix(content))
-
-
-def _has_space_prefix(content: dict) -> bool:
-    """Return True if a tokenizer.json puts a space before a text."""
-    text = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    if '"Prepend"' in text:
-        return True
-    return '"Metaspace"' in text and '"prepend_scheme": "never"' not in text
+    return _llama_metadata(vocabulary, tokenizer.adds_prefix_space)
 
 
 def _llama_metadata(vocabulary: Vocabulary, space_prefix: bool) -> dict[str, MetadataValue]:
@@ -246,8 +229,19 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
     # it gets are prompts, even if the tokenizer ends training texts with one.
     metadata["tokenizer.ggml.add_bos_token"] = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
     metadata["tokenizer.ggml.add_eos_token"] = False
-    if tokenizer.chat_template is not None:
-        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    return metadata | _chat_templates(tokenizer.chat_template)
+
+
+def _chat_templates(templates: Templates) -> dict[str, MetadataValue]:
+    """Return the keys of the chat templates; llama.cpp takes "tool_use" if there are tools."""
+    if templates is None:
+        return {}
+    named = {DEFAULT: templates} if isinstance(templates, str) else templates
+    metadata: dict[str, MetadataValue] = {"tokenizer.chat_template": named[DEFAULT]}
+    others = {name: text for name, text in named.items() if name != DEFAULT}
+    if others:
+        metadata["tokenizer.chat_templates"] = list(others)
+        metadata |= {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
     return metadata
 
 
@@ -260,24 +254,6 @@ def _check_unique(tokens: list[str], folder: Path) -> None:
             raise ValueError(
                 f"{folder}: tokens {other} and {id} are both {token!r}; llama.cpp refuses that"
             )
-
-
-def _added_tokens(folder: Path) -> dict[int, AddedToken]:
-    """Return the added tokens by id.
-
-    A tokenizer.json is read by `tokenizers`, which renumbers tokens after a gap. Without one, the
-    files beside a tokenizer.model are read.
-    """
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        decoder = tokenizers.Tokenizer.from_file(str(path)).get_added_tokens_decoder()
-        return {id: AddedToken(token.content, token.special) for id, token in decoder.items()}
-    added = read_json(folder / "added_tokens.json", default={})
-    result = {id: AddedToken(text, special=False) for text, id in added.items()}
-    config = read_json(folder / "tokenizer_config.json", default={})
-    for id, token in config.get("added_tokens_decoder", {}).items():
-        result[int(id)] = AddedToken(token["content"], bool(token.get("special")))
-    return result
 
 
 def _merges(model: dict) -> list[tuple[str, str]]:

@@ -1,0 +1,142 @@
+"""The chat templates of a model folder, by name, and the choice between them.
+
+The places, in the order of transformers 5:
+
+- chat_template.jinja, named "default", and additional_chat_templates/NAME.jinja;
+- chat_template in tokenizer_config.json: a text, or a list of {"name", "template"}; read only if
+  the folder has no file of the first kind.
+
+A conversation with tools is rendered by "tool_use" if there is one, any other by "default".
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minitune.data.chat_template import ChatTemplate
+from minitune.data.samples import Conversation, RenderedConversation
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+
+Templates = str | dict[str, str] | None  # a template, or several by name
+
+
+class NamedTemplates:
+    """Several compiled templates with the methods of ChatTemplate.
+
+    The tools of a conversation choose the template.
+    """
+
+    def __init__(self, templates: Mapping[str, ChatTemplate]):
+        self._default = templates[DEFAULT]
+        self._with_tools = templates.get(TOOL_USE, self._default)
+
+    def choose(self, tools: list | None) -> ChatTemplate:
+        """Return the template for a conversation with these tools."""
+        return self._default if tools is None else self._with_tools
+
+    def render(
+        self,
+        messages: list[dict],
+        add_generation_prompt: bool = False,
+        tools: list | None = None,
+        **template_kwargs: Any,
+    ) -> str:
+        """Return a conversation as one text, as ChatTemplate.render."""
+        template = self.choose(tools)
+        return template.render(messages, add_generation_prompt, tools, **template_kwargs)
+
+    def render_with_answers(self, conversation: Conversation) -> RenderedConversation:
+        """Return ChatTemplate.render_with_answers of the chosen template."""
+        return self.choose(conversation.tools).render_with_answers(conversation)
+
+    def render_with_completion(
+        self, conversation: Conversation, first: int
+    ) -> RenderedConversation:
+        """Return ChatTemplate.render_with_completion of the chosen template."""
+        return self.choose(conversation.tools).render_with_completion(conversation, first)
+
+    def split_turns(self, conversation: Conversation) -> list[RenderedConversation]:
+        """Return ChatTemplate.split_turns of the chosen template."""
+        return self.choose(conversation.tools).split_turns(conversation)
+
+    def drops_history(self, conversation: Conversation) -> bool:
+        """Return ChatTemplate.drops_history of the chosen template."""
+        return self.choose(conversation.tools).drops_history(conversation)
+
+
+def read_templates(folder: Path, config: Mapping[str, Any]) -> Templates:
+    """Return the chat templates of a folder.
+
+    config: the content of tokenizer_config.json.
+
+    Raises: ValueError that names the file and the entry that is not a template.
+    """
+    files = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (folder / TEMPLATE_FILE).is_file():
+        files[DEFAULT] = folder / TEMPLATE_FILE
+    if files:
+        named = {name: _read_text(path) for name, path in files.items()}
+        return checked_templates(_single(named), str(folder / TEMPLATE_FOLDER))
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in entries} or None
+    return checked_templates(_single(template), f"{folder / 'tokenizer_config.json'}")
+
+
+def checked_templates(templates: Any, origin: str) -> Templates:
+    """Return chat templates that have the right form.
+
+    origin: the file or attribute that holds them, for errors.
+
+    Raises: ValueError if they are no text, no texts by name, or if none is named "default".
+    """
+    if not isinstance(templates, dict):
+        if not isinstance(templates, str | None):
+            raise ValueError(
+                f"{origin}: chat_template is a {type(templates).__name__}, not a text; give the "
+                'Jinja text, or texts by name such as {"default": ..., "tool_use": ...}'
+            )
+        return templates
+    if DEFAULT not in templates:
+        raise ValueError(
+            f"{origin}: no chat template is named 'default' among {list(templates)}; name the one "
+            f"for conversations without tools so, or write it to {TEMPLATE_FILE}"
+        )
+    for name, template in templates.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise ValueError(
+                f"{origin}: a chat template has the name {name!r:.60}; use letters, digits and _"
+            )
+        if not isinstance(template, str):
+            kind = type(template).__name__
+            raise ValueError(f"{origin}: the chat template {name!r} is a {kind}, not a text")
+    return templates
+
+
+def write_templates(folder: Path, templates: Templates) -> None:
+    """Write chat templates as the files that `read_templates` and transformers read."""
+    named = {DEFAULT: templates} if isinstance(templates, str) else templates or {}
+    for name, template in named.items():
+        path = folder / TEMPLATE_FILE
+        if name != DEFAULT:
+            path = folder / TEMPLATE_FOLDER / f"{name}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(template.encode())
+
+
+def _single(templates: Any) -> Any:
+    """Return the template itself if "default" is the only one."""
+    if isinstance(templates, dict) and list(templates) == [DEFAULT]:
+        return templates[DEFAULT]
+    return templates
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8: {error}; save it in that encoding") from None
