@@ -18,6 +18,7 @@ from minitune.data.messages import REASONING_KEYS, normal_message
 from minitune.data.samples import Conversation, RenderedConversation, Span
 from minitune.data.text_marks import REASONING_ENDS, reasoning_name
 
+EARLIER_REASONING = "the chat template leaves out the reasoning of earlier turns"  # a note
 DEFAULT, TOOL_USE = "default", "tool_use"
 
 
@@ -198,11 +199,13 @@ def _holds_reasoning(message: dict) -> bool:
 def _without_reasoning(rendered: RenderedConversation, before: int) -> RenderedConversation:
     """Return a rendering that may lack the reasoning of the messages before message `before`.
 
-    Inference does not see the reasoning of earlier turns either.
+    Inference does not see the reasoning of earlier turns either, so a note is enough.
     """
     expected = {reasoning_name(i) for i in range(before)}
     dropped = tuple(name for name in rendered.dropped if name not in expected)
-    return replace(rendered, dropped=dropped)
+    if dropped == rendered.dropped:
+        return rendered
+    return replace(rendered, dropped=dropped, notes=(*rendered.notes, EARLIER_REASONING))
 
 
 def _block_spans(

@@ -20,6 +20,7 @@ from minitune.data.samples import EMPTY_ANSWER, Conversation
 
 SYSTEM_KEYS = ("system", "system_prompt")
 SYSTEM_ROLES = ("system", "developer")
+SCHEMA_KEYS = frozenset({"name", "description", "type", "required", "$schema"})
 # Variables of a template that the record's messages and the trainer decide.
 RESERVED = (
     "messages",
@@ -185,7 +186,24 @@ def _tools(record: Fields, messages: list[Message]) -> list | None:
     kept = drop_nulls(tools)
     if kept != tools:
         record.reading.note("null keys of tools are left out")
+    for i, tool in enumerate(kept, 1):
+        record.reading.expected += _schema_texts(tool, f"of tool {i}")
     return kept
+
+
+def _schema_texts(value: Any, tool: str, key: str = "") -> list[tuple[str, str]]:
+    """Return (name, text) of the texts in a tool that the chat template does not account for.
+
+    It accounts for names and descriptions. A type and the names of required parameters are known
+    from the rest of the schema.
+    """
+    if isinstance(value, Mapping):
+        items = value.items()
+        return [found for name, item in items for found in _schema_texts(item, tool, name)]
+    if isinstance(value, list):
+        return [found for item in value for found in _schema_texts(item, tool, key)]
+    is_text = isinstance(value, str) and key not in SCHEMA_KEYS
+    return [(f"the {key} {tool}", value)] if is_text else []
 
 
 def _template_kwargs(record: Fields) -> dict[str, Any]:

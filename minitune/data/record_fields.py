@@ -5,12 +5,12 @@ is left over and holds a value is an error, unless it is in HARMLESS or the user
 same holds inside messages, turns and tool calls, so no text of a record is lost unseen.
 """
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitune.config.cli import suggestion
 from minitune.data.jsonl import kind_of, parse_json
 
 MAX_DEPTH = 100  # of lists and objects inside a record
@@ -201,8 +201,10 @@ class Fields:
                 self.reading.note(f'"{key}" is left out, because {reason}')
             self._left.pop(key, None)
 
-    def done(self) -> None:
+    def done(self, elsewhere: Sequence[str] = ()) -> None:
         """Check that every key has been taken, is harmless or is empty.
+
+        elsewhere: keys of other shapes, one of which may be meant by a misspelled key.
 
         Raises: ValueError that names the keys that nothing reads, and the remedy.
         """
@@ -210,9 +212,9 @@ class Fields:
             key for key, item in self._left.items() if key not in HARMLESS and not is_empty(item)
         ]
         if left:
-            raise ValueError(self._refusal(left))
+            raise ValueError(self._refusal(left, elsewhere))
 
-    def _refusal(self, left: list) -> str:
+    def _refusal(self, left: list, elsewhere: Sequence[str]) -> str:
         names = ", ".join(f'"{key}"' for key in left)
         where = f" of {self.place}" if self.place else ""
         ignore = " ".join(map(self._path_of, left))
@@ -225,6 +227,6 @@ class Fields:
             )
         if MEDIA.intersection(left):
             return f"{names}{where}: only text is trained on; leave the record out, or r{remedy}"
-        hint = suggestion(str(left[0]), self._known)
-        end = " Otherwise r" if hint.endswith("?") else ". R"
-        return f"nothing reads {names}{where}; {hint}{end}{remedy}"
+        close = difflib.get_close_matches(str(left[0]), {*self._known, *elsewhere}, 2)
+        hint = f"did you mean {' or '.join(close)}? Otherwise r" if close else "r"
+        return f"nothing reads {names}{where}; {hint}{remedy}"

@@ -62,7 +62,7 @@ def render_record(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) 
     Raises: ValueError if the record has an unknown shape, a wrong value or a key that nothing
         reads, or lacks the data that an option needs.
     """
-    reading = Reading(options.ignore_fields, tokenizer.chat_template or "")
+    reading = Reading(options.ignore_fields, _template_text(tokenizer))
     fields = Fields(record, reading)
     shape = _shape_of(fields, options)
     if shape == "input_ids":
@@ -75,13 +75,19 @@ def render_record(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) 
         parts = [_headings(fields, tokenizer, options)]
     else:
         read = _read_conversation(fields, shape)
-        fields.done()
+        fields.done(MAIN_KEYS)
         if shape == "prompt/completion":
             parts = _pair_parts(read, reading, tokenizer.template, options)
         else:
             parts = _conversation_parts(read, reading, tokenizer.template, options)
-    fields.done()
+    fields.done(MAIN_KEYS)
     return RenderedRecord(shape, parts, tuple(reading.notes))
+
+
+def _template_text(tokenizer: Tokenizer) -> str:
+    """Return the Jinja text of the tokenizer's chat templates, "" if there is none."""
+    source = tokenizer.chat_template or ""
+    return source if isinstance(source, str) else "\n".join(source.values())
 
 
 def _shape_of(record: Fields, options: LabelOptions) -> str:
@@ -219,7 +225,6 @@ def _conversation_parts(
                 "split_turns=True makes a sample of each answer, but assistant_only_loss=False "
                 "trains on everything; leave one of them out"
             )
-        conversation = replace(conversation, trained=(False,) * len(conversation.messages))
     split = options.split_turns
     if split is None:
         split = any(conversation.trained) and template.drops_history(conversation)
@@ -227,6 +232,8 @@ def _conversation_parts(
             reading.note("the chat template rewrites earlier turns, so each answer is a sample")
     if split and any(conversation.trained):
         rendered = template.split_turns(conversation)
+        if not conversation.trained[-1]:
+            reading.note("messages after the last answer are left out")
     else:
         rendered = [template.render_with_answers(conversation)]
     _check_dropped(rendered, reading, options)
@@ -289,7 +296,7 @@ def _check_dropped(
     """Note or refuse the texts that the chat template leaves out."""
     dropped = dict.fromkeys([name for part in rendered for name in part.dropped])
     for name, text in reading.expected:
-        forms = (text.strip(), json.dumps(text, ensure_ascii=False)[1:-1])
+        forms = (text.strip(), json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1])
         if not any(form in part.text for part in rendered for form in forms):
             dropped[name] = None
     dropped |= dict.fromkeys(reading.unread)
