@@ -21,7 +21,7 @@ from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.commands.plan import plan
 from minitune.config.cli import Settings, parse, run_command
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
-from minitune.data.jsonl import load_dataset
+from minitune.data.sources import load_dataset
 from minitune.gguf.export import gguf_file_name
 from minitune.training import run_folder
 from minitune.training.trainer import SFTTrainer

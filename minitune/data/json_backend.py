@@ -12,10 +12,12 @@ Three things differ from the plain library:
   from U+00A1 to U+0143 for bytes.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
@@ -112,6 +114,10 @@ class JsonBackend:
         with library_errors(self._path, "encode this text"):
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def definition(self) -> dict[str, Any]:
+        """Return the content of tokenizer.json, as it is used."""
+        return json.loads(self._tokenizer.to_str())
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""

@@ -1,12 +1,14 @@
-"""Read the records of a dataset: the lines of a JSONL file, or dicts that are in memory already.
+"""Read JSON: the lines of a JSONL file, the elements of a JSON array, and one text.
 
-Every error is a ValueError that begins with the file and the line number.
+An array is read element by element, so a file may be larger than the memory.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from minitune.data.text_files import numbered_lines, open_text
 
 # Error messages list the shapes of records that record_formats.py knows.
 KNOWN_SHAPES = (
@@ -14,49 +16,104 @@ KNOWN_SHAPES = (
     '{"instruction": ..., "input": ..., "output": ...}, {"conversations": [...]}, '
     '{"text": ...} or {"input_ids": [...], "labels": [...]}'
 )
+BLOCK = 1 << 20  # characters of an array that are read at once
+WHITE_SPACE = " \t\r\n"
 
 
-def load_dataset(source: str | Path | Sequence[Mapping]) -> list[tuple[str, Mapping]]:
-    """Return (origin, record) of each line of a JSONL file, or of each element of a sequence.
+def read_json_file(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) of each line that is not blank, or of each element of an array.
 
-    Raises: ValueError if the file is missing, empty or not UTF-8, or a line is not a JSON object.
+    Lines count from 1 and elements from 0. The value of a line that is not JSON is a ValueError.
+
+    Raises: ValueError that names the place if an array is not JSON.
     """
-    if isinstance(source, str | Path):
-        name, records = str(source), _read_lines(Path(source))
-    else:
-        name, records = "dataset", [(f"dataset[{i}]", record) for i, record in enumerate(source)]
-    for origin, record in records:
-        if not isinstance(record, Mapping):
-            raise ValueError(
-                f"{origin}: holds {kind_of(record)}, not an object; known are {KNOWN_SHAPES}"
-            )
-    if not records:
-        raise ValueError(f"{name}: holds no record")
-    return records
+    return _read_array(path) if is_json_array(path) else _read_lines(path)
 
 
-def _read_lines(path: Path) -> list[tuple[str, Any]]:
-    """Return (origin, value) of each line that is not blank."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a dataset is a JSONL file, one JSON object a line")
-    records = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            origin = f"{path}:{number}"
-            encoding = "utf-8-sig" if number == 1 else "utf-8"  # a byte-order mark may come first
+def is_json_array(path: Path) -> bool:
+    """Return True if the first character of a file, except white space, is a bracket."""
+    with open_text(path, errors="replace") as file:
+        while block := file.read(BLOCK):
+            if text := block.lstrip(WHITE_SPACE):
+                return text[0] == "["
+    return False
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in numbered_lines(path):
+        if isinstance(line, ValueError):
+            yield number, line
+        elif line.strip():
             try:
-                text = line.decode(encoding).strip()
-                if text:
-                    records.append((origin, parse_json(text)))
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{origin}: not UTF-8: {error.reason} at byte {error.start}"
-                ) from None
+                yield number, parse_json(line.strip())
             except ValueError as error:
-                raise ValueError(
-                    f"{origin}: {error}; known are, one a line, {KNOWN_SHAPES}"
-                ) from None
-    return records
+                yield number, ValueError(f"{error}; known are, one a line, {KNOWN_SHAPES}")
+
+
+def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
+    with open_text(path) as file:
+        reader = _ArrayReader(file)
+        reader.expect("[")
+        index, separator = 0, ""
+        if reader.next_character() == "]":
+            separator = reader.expect("]")
+        while separator != "]":
+            try:
+                value = reader.value()
+                separator = reader.expect(",", "]")
+            except ValueError as error:
+                raise ValueError(f"{path}[{index}]: {error}") from None
+            yield index, value
+            index += 1
+        if rest := reader.next_character():
+            raise ValueError(f"{path}: {rest!r} follows the array; expected the end of the file")
+
+
+class _ArrayReader:
+    """Reads the values and separators of a JSON array from a text file, block by block."""
+
+    def __init__(self, file):
+        self._file, self._decoder = file, json.JSONDecoder()
+        self._text, self._at = "", 0  # characters that are in memory, and the next one to read
+
+    def _read_more(self) -> bool:
+        """Read as much as is still unread, so that a long value is parsed few times."""
+        unread = self._text[self._at :]
+        block = self._file.read(max(BLOCK, len(unread)))
+        self._text, self._at = unread + block, 0
+        return bool(block)
+
+    def next_character(self) -> str:
+        """Return the next character that is no white space, without reading it; "" at the end."""
+        while True:
+            while self._at < len(self._text):
+                if self._text[self._at] not in WHITE_SPACE:
+                    return self._text[self._at]
+                self._at += 1
+            if not self._read_more():
+                return ""
+
+    def expect(self, *characters: str) -> str:
+        """Read one of the characters and return it."""
+        found = self.next_character()
+        if found not in characters:
+            expected = " or ".join(map(repr, characters))
+            place = repr(found) if found else "the end"
+            raise ValueError(f"not a JSON array: {expected} is missing before {place}")
+        self._at += 1
+        return found
+
+    def value(self) -> Any:
+        """Read a value."""
+        self.next_character()
+        while True:
+            try:
+                value, self._at = self._decoder.raw_decode(self._text, self._at)
+                return value
+            except (ValueError, RecursionError) as error:
+                incomplete = isinstance(error, json.JSONDecodeError)
+                if not (incomplete and self._read_more()):
+                    raise ValueError(_json_error(error, self._at)) from None
 
 
 def parse_json(text: str) -> Any:
@@ -66,12 +123,18 @@ def parse_json(text: str) -> Any:
     """
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply to be read") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"JSON that cannot be read: {str(error).partition(';')[0]}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_json_error(error)) from None
+
+
+def _json_error(error: Exception, begin: int = 0) -> str:
+    """Return the reason for which a JSON text that starts at character `begin` cannot be read."""
+    if isinstance(error, json.JSONDecodeError):
+        column = error.colno if begin == 0 else error.pos - begin + 1
+        return f"not JSON: {error.msg} at column {column}"
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deeply to be read"
+    return f"JSON that cannot be read: {str(error).partition(';')[0]}"  # thousands of digits
 
 
 def kind_of(value: Any) -> str:

@@ -6,21 +6,24 @@ give the characters of each token. A token across the border of an answer theref
 answer, and no token string is ever searched for.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minitune.data.dataset_report import DatasetReport
-from minitune.data.flat_samples import FlatSamples, OriginFormat, SampleBuilder
-from minitune.data.jsonl import load_dataset
+from minitune.data.flat_samples import FlatSamples, SampleBuilder
+from minitune.data.long_texts import PIECE, encode_to_length
 from minitune.data.record_formats import render_record
 from minitune.data.samples import LabelOptions, RenderedText, Sample, Span
+from minitune.data.sources import Dataset, Source, open_sources
 from minitune.data.tokenizer import Encoding, Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
-CHUNK = 1000  # records encoded together: enough to occupy the tokenizer's threads
+# Limits of the texts that are encoded together. They occupy the tokenizer's threads, and bound the
+# memory: encoding takes about 285 bytes a character.
+CHUNK = 1000  # texts
+CHUNK_CHARACTERS = 1 << 19  # characters that are encoded at once
+HELD_CHARACTERS = 1 << 23  # characters in memory
 
 
 @dataclass(frozen=True)
@@ -46,85 +49,135 @@ class TokenizedDataset:
 
 
 def tokenize_dataset(
-    source: str | Path | Sequence[Mapping],
+    source: Dataset,
     tokenizer: Tokenizer,
     max_length: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+    skip_bad: bool = False,
     **labels: Any,
 ) -> TokenizedDataset:
     """Tokenize and label every record of a dataset.
 
-    source: a JSONL file, or a sequence of records.
+    source: a file, several files, or records in memory (sources.py).
     max_length: tokens of a sample; longer samples lose their end.
-    progress: called as progress(done, total) with numbers of records.
+    progress: called as progress(done, total) with numbers of records; the total may be unknown.
+    skip_bad: leave out records that cannot be read or rendered; the report names them.
     labels: the fields of LabelOptions, as in SFTConfig.
 
-    Raises: ValueError that begins with file and line if a record cannot be read or rendered, and
-        ValueError if no sample has a label.
+    Raises: ValueError if records cannot be read or rendered, which lists the first 20 by file and
+        line, or if no sample has a token to train on.
     """
     if max_length < 2:
         raise ValueError(
             f"max_length is {max_length}; expected at least 2: a token is predicted from another"
         )
     options = LabelOptions(**labels)
-    records = load_dataset(source)
-    is_file = isinstance(source, str | Path)
-    origins = OriginFormat(str(source) if is_file else "dataset", is_file)
-    builder, report = SampleBuilder([origins]), DatasetReport(records=len(records))
-    for start in range(0, len(records), CHUNK):
-        for origin, sample in _encode(records[start : start + CHUNK], tokenizer, options, report):
-            if len(sample.input_ids) > max_length:
-                report.truncated.add(origin)
-                sample = Sample(sample.input_ids[:max_length], sample.labels[:max_length])
-            if targets := sample.targets:
-                number = int(re.search(r"(\d+)\]?$", origin)[1])
-                builder.add(sample, targets, 0, number)
-            else:
-                report.skipped.add(origin)
+    sources = open_sources(source, options.dataset_text_field or "text")
+    total = sources[0].size
+    builder, report = SampleBuilder([item.format for item in sources]), DatasetReport()
+    rendering = _rendered_parts(sources, tokenizer, options, report)
+    while chunk := _next_chunk(rendering):
+        if report.bad.count and not skip_bad:
+            continue  # the other records are only checked
+        for part, sample in zip(chunk, _encode(chunk, tokenizer, max_length), strict=True):
+            _add_sample(builder, report, part, sample, max_length)
         if progress is not None:
-            progress(min(start + CHUNK, len(records)), len(records))
-    if not len(builder):
-        message = f"{origins.name}: none of its {len(records)} samples has a token to train on."
-        if truncated := report.truncated.count:
-            message += f" {truncated} of them were cut to max_length {max_length}: raise it."
-        raise ValueError(message)
+            progress(report.records, total)
+    _check(builder, report, ", ".join(item.format.name for item in sources), max_length, skip_bad)
     return TokenizedDataset(builder.build(), report)
 
 
-def _encode(
-    records: list[tuple[str, Mapping]],
+def _check(
+    builder: SampleBuilder, report: DatasetReport, name: str, max_length: int, skip_bad: bool
+) -> None:
+    """Raise ValueError if there are bad records that are not skipped, or no sample."""
+    if report.bad.count and not skip_bad:
+        raise ValueError(report.bad_records_message(name))
+    if len(builder):
+        return
+    if report.bad.count == report.records:
+        raise ValueError(
+            f"{name}: each of its {report.records:,} records is bad; the first is "
+            f"{report.bad.origins[0]}"
+        )
+    message = f"{name}: none of its {report.skipped.count} samples has a token to train on."
+    if truncated := report.truncated.count:
+        message += f" {truncated} of them were cut to max_length {max_length}: raise it."
+    raise ValueError(message)
+
+
+class _Part(NamedTuple):
+    """A rendered text or sample, the entry of its source, its record's number and its place."""
+
+    item: RenderedText | Sample
+    source: int
+    number: int
+    origin: str
+
+
+def _rendered_parts(
+    sources: Sequence[Source],
     tokenizer: Tokenizer,
     options: LabelOptions,
     report: DatasetReport,
-) -> list[tuple[str, Sample]]:
-    """Return (origin, sample) of some records at full length; their texts are encoded together."""
-    rendered = [
-        (origin, part)
-        for origin, record in records
-        for part in _render(origin, record, tokenizer, options, report)
-    ]
-    texts = [item.text for _, item in rendered if isinstance(item, RenderedText)]
-    encodings = iter(tokenizer.encode_batch_with_offsets(texts))
-    return [(origin, _sample(item, encodings, tokenizer)) for origin, item in rendered]
+) -> Iterator[_Part]:
+    """Yield the parts of all records, and count records, shapes, notes and bad records."""
+    for i, source in enumerate(sources):
+        for number, record in source.records():
+            origin = source.format.origin(number)
+            report.records += 1
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                rendered = render_record(record, tokenizer, options)
+                for item in rendered.parts:
+                    if isinstance(item, RenderedText):
+                        item.text.encode()  # JSON may hold half a surrogate pair: that is no text
+            except ValueError as error:
+                report.bad.add(f"{origin}: {error}")
+                continue
+            report.shapes[rendered.shape] += 1
+            report.add_notes(rendered.notes, origin)
+            for item in rendered.parts:
+                yield _Part(item, i, number, origin)
 
 
-def _render(
-    origin: str,
-    record: Mapping,
-    tokenizer: Tokenizer,
-    options: LabelOptions,
-    report: DatasetReport,
-) -> list[RenderedText | Sample]:
-    try:
-        rendered = render_record(record, tokenizer, options)
-        for part in rendered.parts:
-            if isinstance(part, RenderedText):
-                part.text.encode()  # JSON may hold half a surrogate pair, which is not text
-        report.shapes[rendered.shape] += 1
-        report.add_notes(rendered.notes, origin)
-        return rendered.parts
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None
+def _next_chunk(parts: Iterator[_Part]) -> list[_Part]:
+    """Return the next parts that are encoded together, or an empty list at the end."""
+    chunk: list[_Part] = []
+    encoded = held = 0  # characters that are encoded at once, and characters in memory
+    for part in parts:
+        chunk.append(part)
+        if isinstance(part.item, RenderedText):
+            encoded += min(len(part.item.text), PIECE)
+            held += len(part.item.text)
+        if len(chunk) >= CHUNK or encoded >= CHUNK_CHARACTERS or held >= HELD_CHARACTERS:
+            break
+    return chunk
+
+
+def _encode(chunk: list[_Part], tokenizer: Tokenizer, max_length: int) -> list[Sample]:
+    """Return the samples of some parts; their texts are encoded together.
+
+    A sample may be longer than `max_length`, but not all of its tokens are there.
+    """
+    texts = [part.item.text for part in chunk if isinstance(part.item, RenderedText)]
+    # One token more than fits: it shows that a sample is cut.
+    encodings = iter(encode_to_length(tokenizer, texts, max_length + 1))
+    return [_sample(part.item, encodings, tokenizer) for part in chunk]
+
+
+def _add_sample(
+    builder: SampleBuilder, report: DatasetReport, part: _Part, sample: Sample, max_length: int
+) -> None:
+    """Add a sample, cut to `max_length`, or count that no token of it is trained on."""
+    if len(sample.input_ids) > max_length:
+        report.truncated.add(part.origin)
+        sample = Sample(sample.input_ids[:max_length], sample.labels[:max_length])
+    if targets := sample.targets:
+        builder.add(sample, targets, part.source, part.number)
+    else:
+        report.skipped.add(part.origin)
 
 
 def _sample(

@@ -270,6 +270,10 @@ class Tokenizer:
         """Return `encode_with_offsets` of many texts, on all cores if the library can."""
         return self._backend.encode_batch(texts)
 
+    def definition(self) -> dict[str, Any] | None:
+        """Return the content of tokenizer.json, as it is used; None for tokenizer.model."""
+        return self._backend.definition() if isinstance(self._backend, JsonBackend) else None
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""
         return self._backend.decode(list(ids), skip_special_tokens)

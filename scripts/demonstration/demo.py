@@ -16,7 +16,7 @@ from pathlib import Path
 
 from demonstration import smollm2
 from minitune.config.cli import Settings
-from minitune.data.jsonl import load_dataset
+from minitune.data.sources import load_dataset
 from minitune.data.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.training.run_folder import write_models
