@@ -93,16 +93,29 @@ def _check(q, k, cos, sin, positions) -> None:
     check_rows(q, (q.dtype,), q=q)
     check_rows(k, (q.dtype,), k=k)
     (N, _, K), G = q.shape, k.shape[1]
-    if k.shape != (N, G, K) or positions.shape != (N,):
+    if k.shape != (N, G, K):
+        raise ValueError(f"k is {tuple(k.shape)}; q {tuple(q.shape)} needs ({N}, heads, {K})")
+    check_tables(q, cos, sin, positions)
+
+
+def check_tables(x, cos, sin, positions) -> None:
+    """Check the tables and positions of heads x (N, heads, K).
+
+    Raises: ValueError if a shape does not fit, or one of them is not contiguous.
+    """
+    if x.dim() != 3 or positions.shape != x.shape[:1]:
         raise ValueError(
-            f"k is {tuple(k.shape)} and positions {tuple(positions.shape)}; "
-            f"q {tuple(q.shape)} needs ({N}, heads, {K}) and ({N},)"
+            f"x is {tuple(x.shape)} and positions {tuple(positions.shape)}; "
+            "expected (rows, heads, head width) and (rows,)"
         )
+    K = x.shape[2]
     if cos.shape != sin.shape or cos.shape[1:] != (K // 2,) or K % 2:
         raise ValueError(
             f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}; "
             f"a head width of {K} needs (positions, {K // 2})"
         )
+    if not (cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()):
+        raise ValueError("cos, sin and positions must be contiguous; call .contiguous() first")
 
 
 def rope_(
@@ -127,8 +140,6 @@ def rope_(
         rope_reference_(q, k, cos, sin, positions, inverse)
         return
     N, H, K = q.shape
-    if not (cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()):
-        raise ValueError("cos, sin and positions must be contiguous; call .contiguous() first")
     if not N:
         return
     pairs = power_of_two(H) * power_of_two(K // 2)

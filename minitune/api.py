@@ -22,8 +22,6 @@ from minitune.gguf.export import export_gguf
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
 from minitune.model.causal_lm import CausalLM
 
-DEFAULT_MAX_SEQ_LENGTH = 2048
-
 
 class LanguageModel(CausalLM):
     """A model with the methods that load and save it."""
@@ -117,12 +115,11 @@ class FastLanguageModel:
         _check_loading(config, max_seq_length, attention, offload_embedding)
         tokenizer = Tokenizer.from_folder(folder)
         check_vocabulary(tokenizer, config.vocab_size)
-        default_length = min(DEFAULT_MAX_SEQ_LENGTH, config.max_position_embeddings)
         model = LanguageModel(
             config,
             dtype=dtype,
             device=device,
-            max_seq_length=max_seq_length or default_length,
+            max_seq_length=max_seq_length or config.default_seq_length,
             planner=Planner(),
             attention=attention,
         )
@@ -183,11 +180,8 @@ def _check_loading(
     """Raise ValueError if an argument of `from_pretrained` is invalid for this model."""
     if attention not in ("auto", "triton"):
         raise ValueError(f"attention is {attention!r}; choose 'auto' or 'triton'")
-    positions = config.max_position_embeddings
-    if max_seq_length is not None and not 0 < max_seq_length <= positions:
-        raise ValueError(
-            f"max_seq_length {max_seq_length} is not within the model's {positions} positions"
-        )
+    if max_seq_length is not None:
+        config.check_seq_length(max_seq_length)
     if offload_embedding and config.tie_word_embeddings:
         raise ValueError(
             "offload_embedding is not available: the head of this model is the embedding, "

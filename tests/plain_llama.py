@@ -52,6 +52,8 @@ class PlainLlama:
         H, G, K, T = self.c.num_attention_heads, self.c.num_key_value_heads, self.c.head_dim, len(x)
         h = self.norm(f"{p}.input_layernorm", x)
         q, k, v = (self.linear(f"{p}.self_attn.{n}_proj", h).view(T, -1, K) for n in "qkv")
+        if self.c.qk_norm:
+            q, k = self.norm(f"{p}.self_attn.q_norm", q), self.norm(f"{p}.self_attn.k_norm", k)
         q, k, v = self.rotate(q), *(t.repeat_interleave(H // G, 1) for t in (self.rotate(k), v))
         scores = torch.einsum("thk,shk->hts", q, k) * K**-0.5
         causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()

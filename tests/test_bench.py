@@ -142,7 +142,7 @@ def test_every_part_of_a_step_shows_up_in_its_profile(tmp_path):
         (["--all", "DIR", "--rows", "2,99"], "there is no row 99; the rows are 1 to 17"),
         (["--all", "DIR", "--rows", "two"], "expected numbers with commas between them"),
         (["--kernels", "--steps", "3"], "--steps does not go with --kernels"),
-        (["--make", "3b", "DIR"], "--make 3b: no such shape; choose from 8b, 1b, 135m"),
+        (["--make", "3b", "DIR"], "--make 3b: no such shape; choose from 8b, 1b, 135m, qwen3-8b"),
         (["--make", "135m", "MODEL"], "holds a model already"),
     ],
 )

@@ -25,6 +25,7 @@ from minitune.kernels import (
     embedding,
     global_norm,
     lora_linear,
+    qk_norm_rope,
     rms_norm,
     rope,
     swiglu,
@@ -53,6 +54,7 @@ KERNELS = {
     "_cross_entropy",
     "_dequantize",
     "_embed",
+    "_qk_norm_rope",
     "_rms_norm_bwd",
     "_rms_norm_fwd",
     "_root_of_sum",
@@ -126,6 +128,9 @@ def run_layer(t: MetaTensors) -> None:
 
     q, k, table = t.new(t.N, t.H, t.K), t.new(t.N, t.G, t.K), t.float32(2048, t.K // 2)
     rope.rope_(q, k, table, table, positions)
+    heads, norms = t.new(t.N, t.H + t.G, t.K), (t.new(t.K), t.new(t.K))
+    rest = t.H, *norms, 1e-6, table, table, positions
+    qk_norm_rope.qk_norm_rope_backward_(qk_norm_rope.qk_norm_rope(heads, *rest), heads, *rest)
     for max_seqlen in (1000, 4096):
         rest = index, index, t.K**-0.5
         out, lse = attention.attention(q, k, k, *rest, max_seqlen=max_seqlen)

@@ -143,7 +143,8 @@ def test_linear_rope_scaling_and_the_plain_case_have_their_keys(tmp_path):
     assert metadata["llama.rope.scaling.factor"] == 4.0
     assert metadata["tokenizer.ggml.pre"] == "smollm"
     assert metadata["tokenizer.ggml.add_bos_token"] is False
-    assert "general.quantization_version" not in metadata
+    assert metadata["general.quantization_version"] == 2
+    assert "llama.attention.key_length" not in metadata  # head_dim is hidden_size over heads
     assert "general.base_model.count" not in metadata
 
 

@@ -19,7 +19,7 @@ from kernel_checks import (
     with_gradients,
 )
 
-from minitune.kernels import embedding, rms_norm, rope, swiglu
+from minitune.kernels import embedding, qk_norm_rope, rms_norm, rope, swiglu
 
 # ---- RMSNorm
 
@@ -141,6 +141,54 @@ def test_rope_rotates_q_and_k_of_a_fused_projection_in_place_and_back(N, H, G, K
         exact = with_gradients(lambda x: plain_rope(x, *wide_table), [x.double()], [dy.double()])
         plain = with_gradients(lambda x: plain_rope(x, *table), [x], [dy])
         assert_as_good_as_plain([grad], plain[1:], exact[1:])
+
+
+# ---- RMSNorm of each head, then RoPE
+
+
+def plain_qk_norm_rope(x, H, weights, cos, sin):
+    """Return the heads of x (N, H + G, K) normalised and rotated as in Hugging Face's Qwen3."""
+    heads = [plain_norm(x[:, :H], weights[0]), plain_norm(x[:, H:], weights[1])]
+    return plain_rope(torch.cat(heads, dim=1), cos, sin)
+
+
+@kernel
+@in_each_dtype
+@pytest.mark.parametrize(("N", "H", "G", "K"), [(7, 9, 3, 64), (1, 2, 1, 128), (13, 3, 3, 24)])
+def test_norm_and_rope_of_heads_err_at_most_twice_as_much_as_pytorch(N, H, G, K, dtype, device):
+    fused = normal(N, (H + 2 * G) * K, dtype=dtype, device=device)
+    x = fused[:, : (H + G) * K].view(N, H + G, K)  # a view between the columns of v
+    before, dv = fused.clone(), normal(N, G * K, dtype=dtype, device=device, seed=3)
+    weights = [normal(K, dtype=dtype, device=device, seed=i) * 10.0 ** (2 - i) for i in (1, 2)]
+    weights[0][::5] = 0  # y alone could not give these elements of x back
+    cos, sin = angles(40, K, device)
+    positions = torch.arange(N, device=device) * 7 % 40
+    tables = (cos, sin, positions)
+    y = qk_norm_rope.qk_norm_rope(x, H, *weights, EPS, *tables)
+    assert y.is_contiguous() and torch.equal(fused, before)
+
+    dy = normal(N, H + G, K, dtype=dtype, device=device, seed=5)
+    dfused = torch.cat([dy.flatten(1), dv], dim=1)
+    dx = dfused[:, : (H + G) * K].view(N, H + G, K)
+    qk_norm_rope.qk_norm_rope_backward_(dx, x, H, *weights, EPS, *tables)
+    assert torch.equal(dfused[:, (H + G) * K :], dv)
+
+    def formula(x):
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = to(wide, [cos[positions], sin[positions]])
+        return plain_qk_norm_rope(x, H, to(x.dtype, weights), *rows)
+
+    judge([y, dx], formula, [x], [dy])
+
+
+def test_the_backward_of_the_norm_and_rope_reference_passes_gradcheck():
+    weights, (cos, sin) = double(2, 8), angles(9, 8, "cpu")
+    arguments = (3, *weights, EPS, cos.double(), sin.double(), torch.tensor([4, 0, 8]))
+    function = as_function(
+        lambda x: (qk_norm_rope.qk_norm_rope_reference(x, *arguments), ()),
+        lambda dy, x: qk_norm_rope.qk_norm_rope_backward_reference(dy, x, *arguments),
+    )
+    assert torch.autograd.gradcheck(function, double(3, 5, 8))
 
 
 # ---- SwiGLU

@@ -155,8 +155,9 @@ def meta_layer(config: ModelConfig, lora: LoraConfig) -> DecoderLayer:
             module.weight = empty(module.out_features, module.in_features)
             if name.rpartition(".")[2] in lora.target_modules:
                 module.add_lora(lora, META, generator)
-    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-        norm.weight = empty(config.hidden_size)
+    for module in layer.modules():
+        if isinstance(module, RMSNorm):
+            module.weight = empty(*module.shape)
     return layer
 
 
@@ -197,7 +198,7 @@ def replay(
     return Replay(forward, backward, nbytes)
 
 
-@pytest.mark.parametrize("shape", ["8b", "135m"])
+@pytest.mark.parametrize("shape", ["8b", "135m", "qwen3-8b"])
 @pytest.mark.parametrize("adapters", ADAPTERS)
 def test_the_planned_bytes_and_launches_are_those_of_the_layer(recorder, shape, adapters):
     config, lora = ModelConfig.from_dict(SHAPES[shape]), ADAPTERS[adapters]

@@ -71,14 +71,22 @@ def test_lora_targets_are_the_last_parts_of_the_linears_names():
 def test_a_family_fixes_its_biases_or_takes_them_from_the_config(model_type):
     raw = CONFIG | {"model_type": model_type, "attention_bias": True, "mlp_bias": True}
     config, family = ModelConfig.from_dict(raw), ARCHITECTURES[model_type]
-    fixed = [family.attention_bias, family.mlp_bias]
-    found = [config.attention_bias, config.mlp_bias]
+    fixed = [family.qkv_bias, family.o_bias, family.mlp_bias]
+    found = [config.qkv_bias, config.o_bias, config.mlp_bias]
     assert found == [True if value is None else value for value in fixed]
-    for key, _ in family.refused:
-        with pytest.raises(ValueError, match=f"{key} 7 is not supported"):
-            ModelConfig.from_dict(raw | {key: 7})
     with pytest.raises(ValueError, match="hidden_act 'gelu' is not supported"):
         ModelConfig.from_dict(raw | {"hidden_act": "gelu"})
+
+
+def test_a_window_limits_the_samples_if_the_config_switches_it_on():
+    mistral = ModelConfig.from_dict(CONFIG | {"model_type": "mistral", "sliding_window": 64})
+    assert (mistral.sliding_window, mistral.default_seq_length) == (64, 64)
+    mistral.check_seq_length(64)
+    with pytest.raises(ValueError, match="max_seq_length 65 is more than the model's sliding_win"):
+        mistral.check_seq_length(65)
+    qwen = CONFIG | {"model_type": "qwen2", "sliding_window": 64}
+    assert ModelConfig.from_dict(qwen).sliding_window is None
+    assert ModelConfig.from_dict(qwen | {"use_sliding_window": True}).sliding_window == 64
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, ["llama"]])

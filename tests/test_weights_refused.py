@@ -241,7 +241,7 @@ CONFIGS = {
     "factor is missing": {"rope_scaling": {"rope_type": "linear", "factor": None}},
     "4 is not a multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
     "quantization_config is \\['nf4'\\]; expected an object": {"quantization_config": ["nf4"]},
-    "sliding_window 4096 is not supported": {"sliding_window": 4096},
+    "sliding_window is 'all'; expected a whole number": {"sliding_window": "all"},
 }
 
 

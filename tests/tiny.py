@@ -115,13 +115,13 @@ def make_tiny_model(
     K = head_dim or hidden // heads
     shapes = tiny_shapes(hidden, layers, heads, kv_heads, K, ffn, vocab, tie, attention_bias)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: _draw(name, shape, generator).to(dtype) for name, shape in shapes.items()}
+    tensors = {name: draw(name, shape, generator).to(dtype) for name, shape in shapes.items()}
     _write_tensors(folder, tensors, shards)
     write_tokenizer(folder, tokenizer)
     return folder
 
 
-def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Return random values of the tensor `name`, in float32."""
     values = torch.randn(shape, generator=generator)
     if name.endswith(("layernorm.weight", "norm.weight")):

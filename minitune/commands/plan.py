@@ -52,7 +52,8 @@ def plan(settings: Settings, program: str) -> str:
     budget = parse_bytes(sft.memory_budget) if sft.memory_budget else torch.cuda.mem_get_info()[0]
     host_memory = parse_bytes(sft.host_memory) if sft.host_memory else default_host_budget()
     config = ModelConfig.from_folder(resolve_model(run.model))
-    max_seqlen = sft.max_length or run.max_seq_length or min(2048, config.max_position_embeddings)
+    max_seqlen = sft.max_length or run.max_seq_length or config.default_seq_length
+    config.check_seq_length(max_seqlen)
     checkpointing = GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing]
     storage = Storage(run.load_in_4bit, run.offload_embedding, sft.optim == "adamw_8bit")
 

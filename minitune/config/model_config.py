@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 from minitune.atomic_files import read_json
 from minitune.config.architectures import (
     ARCHITECTURES,
+    HEAD_NORMS,
     LAYER_LINEARS,
     LAYER_NORMS,
     Architecture,
 )
 
 EXPECTED = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}
+DEFAULT_MAX_SEQ_LENGTH = 2048
 ROPE_SCALING_KEYS = {
     "linear": ("factor",),
     "llama3": (
@@ -42,7 +44,11 @@ class LinearShape(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model. `raw` is config.json as it was read; a merge writes it again."""
+    """The shape of a model.
+
+    sliding_window: tokens that attention looks back at, or None for all.
+    raw: config.json as it was read; a merge writes it again.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -56,8 +62,12 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: dict | None  # None, {"rope_type": "linear", ...} or {"rope_type": "llama3", ...}
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    architecture: Architecture
     raw: dict
 
     def __post_init__(self):
@@ -70,6 +80,25 @@ class ModelConfig:
             raise ValueError(
                 f"head_dim {self.head_dim} is not supported; "
                 "attention takes multiples of 8 up to 256"
+            )
+
+    @property
+    def default_seq_length(self) -> int:
+        """Return the default of max_seq_length."""
+        positions = self.max_position_embeddings
+        return min(DEFAULT_MAX_SEQ_LENGTH, positions, self.sliding_window or positions)
+
+    def check_seq_length(self, max_seq_length: int) -> None:
+        """Raise ValueError if the model cannot take samples of `max_seq_length` tokens."""
+        positions, window = self.max_position_embeddings, self.sliding_window
+        if not 0 < max_seq_length <= positions:
+            raise ValueError(
+                f"max_seq_length {max_seq_length} is not within the model's {positions} positions"
+            )
+        if window is not None and max_seq_length > window:
+            raise ValueError(
+                f"max_seq_length {max_seq_length} is more than the model's sliding_window; "
+                f"attention here sees whole samples, so choose at most {window}"
             )
 
     @property
@@ -115,6 +144,9 @@ class ModelConfig:
                 layer[f"{linear.name}.bias"] = (linear.out_features,)
         for norm in LAYER_NORMS:
             layer[f"{norm}.weight"] = (self.hidden_size,)
+        if self.qk_norm:
+            for norm in HEAD_NORMS:
+                layer[f"{norm}.weight"] = (self.head_dim,)
 
         shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
         for i in range(self.num_hidden_layers):
@@ -165,8 +197,12 @@ class ModelConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=_value(raw, "tie_word_embeddings", bool, False),
-            attention_bias=_fixed_or_read(family.attention_bias, raw, "attention_bias"),
+            qkv_bias=_fixed_or_read(family.qkv_bias, raw, "attention_bias"),
+            o_bias=_fixed_or_read(family.o_bias, raw, "attention_bias"),
             mlp_bias=_fixed_or_read(family.mlp_bias, raw, "mlp_bias"),
+            qk_norm=family.qk_norm,
+            sliding_window=_sliding_window(family, raw),
+            architecture=family,
             raw=raw,
         )
 
@@ -184,10 +220,14 @@ def _architecture(raw: dict) -> Architecture:
             f"hidden_act {activation!r} is not supported; "
             f"models of type {model_type} use {family.activation!r}"
         )
-    for key, reason in family.refused:
-        if (value := raw.get(key)) is not None:
-            raise ValueError(f"{key} {value} is not supported: {reason}")
     return family
+
+
+def _sliding_window(family: Architecture, raw: dict) -> int | None:
+    """Return the window of attention in tokens, or None if every layer sees the whole sample."""
+    if family.window_switch is not None and not _value(raw, family.window_switch, bool, False):
+        return None
+    return _value(raw, "sliding_window", int, 0) or None
 
 
 def _fixed_or_read(fixed: bool | None, raw: dict, name: str) -> bool:

@@ -4,8 +4,8 @@ writer.py has the bytes, tokenizer_metadata.py the tokenizer's keys. The values 
 merged 16-bit model, and tensors go from the merge to the file one by one. Two things differ from
 Hugging Face's layout, and a file without them loads and generates nonsense:
 
-- llama.cpp's rotary embedding pairs the neighbouring rows 2i and 2i + 1 of a q or k head, not i
-  and i + K/2: the rows are interleaved;
+- For some families llama.cpp's rotary embedding pairs the neighbouring rows 2i and 2i + 1 of a q
+  or k head, not i and i + K/2: the rows are interleaved (Architecture.gguf_llama_layout);
 - llama3's RoPE scaling becomes a tensor, rope_freqs.weight, that divides each frequency.
 
 Norms and biases are always float32. If a tensor's width is not a multiple of the block of a
@@ -49,6 +49,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -141,7 +143,7 @@ def organization_and_name(name: str, folder: Path) -> tuple[str, str]:
 
 
 def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
-    """Return the `llama.*` keys."""
+    """Return the keys of the architecture, such as `llama.*`."""
     metadata = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -149,17 +151,19 @@ def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": config.head_dim,
         "rope.freq_base": float(config.rope_theta),
-        "vocab_size": config.vocab_size,
     }
+    if config.raw.get("head_dim") is not None:  # otherwise llama.cpp divides
+        metadata["attention.key_length"] = config.head_dim
+        metadata["attention.value_length"] = config.head_dim
+    if config.architecture.gguf_llama_layout:
+        metadata["rope.dimension_count"] = config.head_dim
+        metadata["vocab_size"] = config.vocab_size
     if _rope_type(config) == "linear":
         metadata["rope.scaling.type"] = "linear"
         metadata["rope.scaling.factor"] = float(config.rope_scaling["factor"])
-    return {f"llama.{key}": value for key, value in metadata.items()}
+    return {f"{config.architecture.gguf}.{key}": value for key, value in metadata.items()}
 
 
 def sampling_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
@@ -220,18 +224,18 @@ def _write_model(
     metadata: the keys that name the model.
     tensors: (Hugging Face's name, tensor) in the order of `config.tensor_shapes()`.
     """
+    _check_expressible(config)
     kind = GGMLType[method.upper()]
     shapes = config.tensor_shapes()
     parameters = sum(math.prod(shape) for shape in shapes.values())
     metadata = {
-        "general.architecture": "llama",
+        "general.architecture": config.architecture.gguf,
         "general.type": "model",
         **metadata,
         "general.size_label": size_label(parameters),
         "general.file_type": int(FILE_TYPES[method]),
+        "general.quantization_version": QUANTIZATION_VERSION,
     }
-    if kind == GGMLType.Q8_0:
-        metadata["general.quantization_version"] = QUANTIZATION_VERSION
     metadata |= sampling_metadata(tokenizer)
     metadata |= model_metadata(config)
     metadata |= tokenizer_metadata(tokenizer, config.vocab_size)
@@ -245,11 +249,23 @@ def _write_model(
     write_gguf(target, metadata, infos, _gguf_tensors(config, tensors))
 
 
+def _check_expressible(config: ModelConfig) -> None:
+    """Raise ValueError if llama.cpp would refuse or misread the model."""
+    family = config.architecture
+    if (config.qkv_bias or config.o_bias) and not family.gguf_biases:
+        raise ValueError(
+            f"llama.cpp's {family.gguf} has no biases in attention, but this model has; "
+            "save the merged folder instead"
+        )
+
+
 def _gguf_tensors(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Tensor]:
     """Yield the tensors in the order and layout of the file."""
     if _rope_type(config) == "llama3":
         yield rope_divisors(config)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads = {}  # linear -> heads, of the linears whose rows are interleaved
+    if config.architecture.gguf_llama_layout:
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     shapes = config.tensor_shapes()
     for (name, shape), (found, tensor) in zip(shapes.items(), tensors, strict=True):
         assert (found, tuple(tensor.shape)) == (name, shape), (

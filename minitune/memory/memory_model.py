@@ -56,6 +56,8 @@ def static_parts(
     if not shape.tied and not storage.offload_embedding:
         weights += shape.embedding_bytes
     weights += (2 * shape.layers + 1) * shape.D * shape.itemsize  # norms
+    if shape.qk_norm:
+        weights += 2 * shape.layers * shape.HK // shape.H * shape.itemsize  # norms of the heads
     return (
         ("weights", weights),
         ("dequantisation buffer", shape.weight_buffer_bytes),
@@ -131,8 +133,8 @@ class MemoryModel:
 
         # x; x A^T of every fused linear; q, k, v
         until_qkv = N * (D + shape.lora_columns + shape.QKV)
-        until_attention = until_qkv + N * attn
-        until_y = until_attention
+        until_y = until_qkv + N * attn
+        until_attention = until_y + N * shape.rotated_width  # q and k after norms of the heads
         until_qkv += n * h
         if cudnn:
             until_attention += int(self._cudnn_part() * N * shape.HK)  # its output, to be copied
@@ -174,7 +176,8 @@ class MemoryModel:
         with_m = (until_dqkv + n * (tile_width + m)) * itemsize
         with_dh_mid = (until_dqkv + n * (tile_width + D)) * itemsize
         # From dattn to dqkv, all rows at once.
-        with_dqkv = (until_dqkv + N * dqkv) * itemsize + self._attention_backward_bytes(cudnn)
+        with_dqkv = until_dqkv + N * (dqkv + shape.rotated_width)
+        with_dqkv = with_dqkv * itemsize + self._attention_backward_bytes(cudnn)
         # From dqkv to dx, in tiles: dh and h.
         with_dh = (throughout + N * dqkv + n * (D + h)) * itemsize
 

@@ -54,6 +54,7 @@ class ModelShape:
     V: vocabulary.
     itemsize: bytes of an element in the compute dtype.
     tied: True if the head is the embedding.
+    qk_norm: True if each query and key head is normalised before RoPE.
     qkv, o, gate_up, down: the fused linears of a layer.
     """
 
@@ -67,6 +68,7 @@ class ModelShape:
     V: int
     itemsize: int
     tied: bool
+    qk_norm: bool
     qkv: FusedShape
     o: FusedShape
     gate_up: FusedShape
@@ -88,6 +90,7 @@ class ModelShape:
             V=config.vocab_size,
             itemsize=itemsize,
             tied=config.tie_word_embeddings,
+            qk_norm=config.qk_norm,
             **{
                 group: _fused_shape(linears, lora, device_type)
                 for group, linears in config.linear_groups().items()
@@ -98,6 +101,11 @@ class ModelShape:
     def QKV(self) -> int:
         """Return the width of q, k and v side by side."""
         return self.HK + 2 * self.GK
+
+    @property
+    def rotated_width(self) -> int:
+        """Return the width of the tensor that norms of the heads write; 0 without these norms."""
+        return self.HK + self.GK if self.qk_norm else 0
 
     @property
     def fused(self) -> tuple[FusedShape, ...]:

@@ -28,7 +28,7 @@ FORWARD_D = (
     + 3  # down adds to s: s read and written, instead of D written once
 )
 FORWARD_F = 3  # swiglu: gate and up read, m written
-FORWARD_QKV = 2  # RoPE: q and k read and written
+FORWARD_QKV = 2  # RoPE: q and k read and written; with norms of the heads the same
 BACKWARD_D = (
     3  # second norm once more: x and o read, h_mid written
     + 5  # its backward: dh_mid, x, o and dx read, dx written
@@ -37,6 +37,9 @@ BACKWARD_D = (
 )
 BACKWARD_F = 6  # swiglu's backward: dm, gate and up read, their gradients and m written
 BACKWARD_QKV = 2  # RoPE's backward: dq and dk read and written
+# With norms of the heads, backward reads q and k, writes them normalised and rotated, and reads
+# them once more beside dq and dk.
+BACKWARD_ROTATED = 3
 
 # Operations of attention, for each element of HK and pair of rows: q k^T and p v, half of the pairs
 # because it is causal. Backward takes three times as long: it has 2.5 times the products, and
@@ -123,6 +126,7 @@ class TimeModel:
         """
         shape = self.memory.shape
         moved = BACKWARD_D * shape.D + BACKWARD_F * shape.F + BACKWARD_QKV * shape.QKV
+        moved += BACKWARD_ROTATED * shape.rotated_width
         # dA reads the input; dy B and dB read the gradient of the output.
         lora_read = sum(
             linear.in_features + 2 * linear.out_features
@@ -165,10 +169,11 @@ class TimeModel:
         # dA of a fused linear, dB of a linear
         tile_launches += LORA_GRADIENT_LAUNCHES * (fused + adapters)
         layer_launches += self.memory.attention_splits > 1  # adds up dk and dv of the splits
+        layer_launches += shape.qk_norm  # q and k for attention's backward
         if level < SaveLevel.ATTENTION:
-            layer_launches += 1  # attention
+            layer_launches += 1 + shape.qk_norm  # attention; q and k for it
         if level < SaveLevel.QKV:
-            layer_launches += 1  # RoPE
+            layer_launches += not shape.qk_norm  # RoPE
             tile_launches += 1 + 2  # input norm; matmuls of qkv and o
             tile_launches += (shape.qkv.adapters > 0) + (shape.o.adapters > 0)  # saved x A^T
         if level < SaveLevel.ALL:

@@ -8,7 +8,7 @@ The bytes are per token and layer of an 8B Llama in bf16 (D 4096, G*K 1024, F 14
     NOTHING    nothing                            0     x from the layers below, and the next line
     INPUT      x, the layer's input               8 K   q, k, v, attention, o, gate, up
     ATTENTION  attention's output and logsumexp  16 K   q, k, v, o, gate, up
-    QKV        o; q, k, v after RoPE             36 K   gate, up
+    QKV        o; q, k, v                        36 K   gate, up
     ALL        gate, up                          92 K   only elementwise operations
 
 Backward never recomputes down_proj, because nothing needs its output. INPUT also saves the LoRA
@@ -62,7 +62,7 @@ class Activations:
     attn: (N, H K + R), attention's output.
     lse: float32, attention's logsumexp of each row and head.
     o: (N, D), the attention block's part of the residual stream.
-    qkv: (N, (H + 2 G) K), with q and k after RoPE.
+    qkv: (N, (H + 2 G) K), from DecoderLayer.compute_qkv.
     gate_up: (N, 2 F + R).
     """
 

@@ -1,7 +1,7 @@
 """The decoder layer, with its forward and backward written out over the kernels.
 
     h = norm(x)                       q, k, v = W_qkv h
-    q, k = rope(q), rope(k)           attn = attention(q, k, v)
+    q, k = rope(q), rope(k)           attn = attention(q, k, v)      (Qwen3: rope(norm(q)), ...)
     o = W_o attn                      h_mid = norm(x + o)
     gate, up = W_gate_up h_mid        m = silu(gate) * up
     y = x + o + W_down m
@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from minitune.config.model_config import ModelConfig
 from minitune.kernels.attention import attention, attention_backward
 from minitune.kernels.backend import accumulator
-from minitune.kernels.rope import rope_
 from minitune.kernels.swiglu import swiglu, swiglu_backward
 from minitune.model.activations import Activations, SaveLevel, row_tiles
 from minitune.model.autograd import DecoderLayerNode
@@ -133,7 +132,9 @@ class DecoderLayer(nn.Module):
         saved_lora: Tensor | None = None,
         save_lora_to: Tensor | None = None,
     ) -> Tensor:
-        """Return q, k and v of x (N, D) side by side, with q and k after RoPE: (N, (H + 2 G) K).
+        """Return q, k and v of x (N, D) side by side: (N, (H + 2 G) K).
+
+        q and k are rotated, except with norms of the heads, which come before RoPE.
 
         saved_lora, save_lora_to: LoRA activation (N, R) of W_qkv, as in FusedLinear.forward_.
         """
@@ -148,8 +149,7 @@ class DecoderLayer(nn.Module):
                 saved_lora=None if saved_lora is None else saved_lora[rows],
                 save_lora_to=None if save_lora_to is None else save_lora_to[rows],
             )
-        q, k, _ = self.self_attn.split_heads(qkv)
-        rope_(q, k, p.context.rope.cos, p.context.rope.sin, p.packed.positions)
+        self.self_attn.rotate_(qkv, p.context.rope, p.packed.positions)
         return qkv
 
     def compute_attention(self, qkv: Tensor, p: LayerPass) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ class DecoderLayer(nn.Module):
         heads, start, end = self.self_attn, p.packed.start, p.packed.end
         lengths = p.context.attention_kwargs(p.packed)
         attn = self.o.new_input(qkv)
-        q, k, v = heads.split_heads(qkv)  # (N, H, K), (N, G, K), (N, G, K)
+        q, k, v = heads.heads_of(qkv, p.context.rope, p.packed.positions)
         out = heads.query_heads(attn)  # (N, H, K)
         _, lse = attention(q, k, v, start, end, heads.scale, out=out, **lengths)
         return attn, lse
@@ -307,18 +307,17 @@ class DecoderLayer(nn.Module):
         return o, h_mid, rstd, gate_up
 
     def _backward_of_attention(self, dattn: Tensor, a: Activations, p: LayerPass) -> Tensor:
-        """Return the gradient (N, (H + 2 G) K + R) of q, k, v before RoPE, from dattn (N, H K)."""
+        """Return the gradient (N, (H + 2 G) K + R) of W_qkv's output, from dattn (N, H K)."""
         heads, start, end = self.self_attn, p.packed.start, p.packed.end
         lengths = p.context.attention_kwargs(p.packed)
         dqkv = self.qkv.new_output(dattn)
         dq, dk, dv = heads.split_heads(dqkv)  # (N, H, K), (N, G, K), (N, G, K)
-        q, k, v = heads.split_heads(a.qkv)
+        q, k, v = heads.heads_of(a.qkv, p.context.rope, p.packed.positions)
         out, dout = heads.query_heads(a.attn), heads.query_heads(dattn)  # (N, H, K)
         attention_backward(
             dout, q, k, v, out, a.lse, start, end, heads.scale, dq=dq, dk=dk, dv=dv, **lengths
         )
-        # RoPE rotates q and k, so its transpose rotates their gradients by the negative angle.
-        rope_(dq, dk, p.context.rope.cos, p.context.rope.sin, p.packed.positions, inverse=True)
+        heads.heads_backward_(dqkv, a.qkv, p.context.rope, p.packed.positions)
         return dqkv
 
     def _backward_to_input_(

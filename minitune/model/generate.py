@@ -192,7 +192,8 @@ class _KVCache:
         for index, layer in enumerate(model.model.layers):
             with context.layer_pass(layer.fused_linears, packed) as p:
                 a = Activations(s.to(model.dtype, copy=True))
-                q, k, v = layer.self_attn.split_heads(layer.compute_qkv(a.x, p))
+                qkv = layer.compute_qkv(a.x, p)
+                q, k, v = layer.self_attn.heads_of(qkv, context.rope, packed.positions)
                 a.attn = layer.o.new_input(a.x)  # (N, H K + R)
                 layer.self_attn.query_heads(a.attn).copy_(attend(layer, index, q, k, v))
                 layer.finish_rows_(s, a, p)

@@ -15,7 +15,9 @@ from minitune.device import pin
 from minitune.kernels.attention_common import seqlen_bound
 from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 from minitune.kernels.embedding import embed
+from minitune.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward_
 from minitune.kernels.rms_norm import add_rms_norm_, rms_norm, rms_norm_backward
+from minitune.kernels.rope import rope_
 from minitune.model.linear import DequantizedLayer, FusedLinear, WeightBuffers
 from minitune.model.packed_sequences import PackedSequences
 from minitune.model.rope import RopeTables
@@ -84,12 +86,63 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The shape of the attention heads. DecoderLayer adds q_proj, k_proj, v_proj and o_proj."""
+    """The attention heads. DecoderLayer adds q_proj, k_proj, v_proj and o_proj.
+
+    q and k are rotated by RoPE in place, in the projection's output qkv. With `qk_norm` (Qwen3)
+    each head is normalised before. Backward then needs the heads before the norm, so qkv keeps
+    them, and `heads_of` normalises and rotates them into a new tensor each time.
+    """
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.H, self.G, self.K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.scale = self.K**-0.5
+        self.qk_norm = c.qk_norm
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+
+    def rotate_(self, qkv: Tensor, rope: RopeTables, positions: Tensor) -> None:
+        """Rotate q and k of qkv (N, (H + 2 G) K) in place, unless `heads_of` does."""
+        if not self.qk_norm:
+            q, k, _ = self.split_heads(qkv)
+            rope_(q, k, rope.cos, rope.sin, positions)
+
+    def heads_of(
+        self, qkv: Tensor, rope: RopeTables, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q (N, H, K), k and v (N, G, K) as attention reads them, from a rotated qkv."""
+        q, k, v = self.split_heads(qkv)
+        if self.qk_norm:
+            q, k = qk_norm_rope(
+                self._queries_and_keys(qkv), *self._norm_arguments(rope, positions)
+            ).split([self.H, self.G], dim=1)
+        return q, k, v
+
+    def heads_backward_(
+        self, dqkv: Tensor, qkv: Tensor, rope: RopeTables, positions: Tensor
+    ) -> None:
+        """Turn the gradients of `heads_of` in dqkv into those of the projection, in place."""
+        if self.qk_norm:
+            qk_norm_rope_backward_(
+                self._queries_and_keys(dqkv),
+                self._queries_and_keys(qkv),
+                *self._norm_arguments(rope, positions),
+            )
+        else:
+            dq, dk, _ = self.split_heads(dqkv)
+            # The transpose of a rotation is the rotation by the opposite angle.
+            rope_(dq, dk, rope.cos, rope.sin, positions, inverse=True)
+
+    def _queries_and_keys(self, qkv: Tensor) -> Tensor:
+        """Return a view (N, H + G, K) of the query and key heads."""
+        heads = self.H + self.G
+        return qkv[:, : heads * self.K].unflatten(1, (heads, self.K))
+
+    def _norm_arguments(self, rope: RopeTables, positions: Tensor) -> tuple:
+        """Return the arguments that norm and backward share."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        return self.H, q_norm.weight, k_norm.weight, q_norm.eps, rope.cos, rope.sin, positions
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return views q (N, H, K), k and v (N, G, K) of qkv (N, (H + 2 G) K or more)."""

@@ -1,4 +1,4 @@
-"""Llama checkpoints with random weights: the shapes of Llama 3.1 8B, Llama 3.2 1B, SmolLM2 135M.
+"""Checkpoints with random weights: Llama 3.1 8B, Llama 3.2 1B, SmolLM2 135M and Qwen3 8B.
 
 Time and memory of a step depend on shapes alone, so the benchmark needs no real weights. A folder
 holds the files that any library reads: config.json, bf16 safetensors in shards with their index,
@@ -111,6 +111,18 @@ SHAPES = {
         positions=8192,
         tie=True,
     ),
+    "qwen3-8b": llama_config(
+        hidden=4096,
+        ffn=12288,
+        layers=36,
+        heads=32,
+        kv_heads=8,
+        vocab=151936,
+        theta=1000000.0,
+        positions=40960,
+        tie=False,
+    )
+    | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rms_norm_eps": 1e-6},
 }
 
 

@@ -1,0 +1,91 @@
+"""Each model family against transformers + PEFT and a plain autograd model."""
+
+import pytest
+import torch
+import transformers
+from plain_llama import PlainLlama
+from referees.llama_cpp import LlamaCpp
+from tiny_families import FAMILIES, make_tiny_family
+from transformers_twin import (
+    batch,
+    compare_with_transformers,
+    hf_twin,
+    load,
+    loss_and_gradient,
+    relative,
+)
+
+from minitune import FastLanguageModel
+from minitune.checkpoints.merge import merge_to_folder
+from minitune.gguf.export import convert_folder
+
+every_family = pytest.mark.parametrize("case", FAMILIES)
+
+
+@every_family
+def test_loss_logits_and_every_gradient_equal_transformers_and_peft(tmp_path, case):
+    folder = make_tiny_family(tmp_path / "m", case)
+    model, _ = load(folder)
+    compare_with_transformers(model, folder, *batch(model), bound=2e-5)
+
+
+@every_family
+def test_every_gradient_equals_that_of_a_plain_autograd_model_in_float64(tmp_path, case):
+    model, _ = load(make_tiny_family(tmp_path / "m", case))
+    ids, labels = batch(model)
+    loss, gradient = loss_and_gradient(model, input_ids=ids, labels=labels)
+    plain = PlainLlama(model, torch.float64)
+    exact = plain.loss(list(zip(ids, labels, strict=True)))
+    exact.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert relative(gradient, torch.cat([p.grad.flatten() for p in plain.adapter.values()])) < 1e-5
+
+
+@every_family
+def test_greedy_answers_equal_those_of_transformers(tmp_path, case):
+    folder = make_tiny_family(tmp_path / "m", case)
+    model, _ = load(folder, load_in_4bit=False)
+    prompt = batch(model, rows=1, length=11)[0]
+    expected = hf_twin(model, folder).generate(
+        input_ids=prompt, max_new_tokens=64, do_sample=False, eos_token_id=-1
+    )
+    assert model.generate(prompt, max_new_tokens=64, eos_token_ids=[]) == [
+        expected[0, prompt.shape[1] :].tolist()
+    ]
+
+
+@every_family
+def test_the_merged_folder_and_its_gguf_file_give_the_same_logits_everywhere(tmp_path, case):
+    model, tokenizer = load(make_tiny_family(tmp_path / "m", case), load_in_4bit=False)
+    merged = tmp_path / "merged"
+    merge_to_folder(model, merged, tokenizer)
+    again, _ = load(merged, load_in_4bit=False, with_adapter=False)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    ids = batch(model, rows=1, length=90)[0]
+    with torch.no_grad():
+        expected = hf(ids).logits
+        assert relative(again(input_ids=ids).logits, expected) < 1e-5
+        # A merge rounds the weights to bfloat16.
+        assert relative(model(input_ids=ids).logits, expected) < 0.02
+    expected = expected[0].log_softmax(-1)
+    if case == "qwen3 with biases":
+        with pytest.raises(ValueError, match="qwen3 has no biases in attention"):
+            convert_folder(merged, tmp_path / "m.gguf", "f16")
+        return
+    llama_cpp = LlamaCpp(convert_folder(merged, tmp_path / "m.gguf", "f16"))
+    for length in (1, 17, 90):
+        found = llama_cpp.next_log_probabilities(ids[0, :length].tolist(), 512)
+        assert (found - expected[length - 1]).abs().max() < 0.05, length
+
+
+@every_family
+def test_the_adapter_is_saved_and_loaded(tmp_path, case):
+    folder = make_tiny_family(tmp_path / "m", case)
+    model, _ = load(folder)
+    ids, _ = batch(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=256, dtype=torch.float32, device="cpu"
+    )
+    again.load_adapter(tmp_path / "adapter")
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -1,0 +1,58 @@
+"""Tiny random models of each family, written by transformers with tiny.py's weights and tokenizer.
+
+transformers decides the names and shapes of the tensors and the keys of config.json.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from tiny import GENERATION_CONFIG, draw, write_tokenizer
+
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# name of the case -> (model_type, values of config.json)
+FAMILIES = {
+    "qwen2": ("qwen2", {"rope_theta": 1e6}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {"head_dim": 24, "rope_theta": 1e6}),
+    "qwen3 tied": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3 with biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
+}
+
+
+def make_tiny_family(folder: Path, case: str, seed: int = 0, **changes) -> Path:
+    """Write a random model of FAMILIES[case] in float32, and return its folder.
+
+    changes: values of config.json.
+    """
+    model_type, values = FAMILIES[case]
+    config = transformers.AutoConfig.for_model(model_type, **(COMMON | values | changes))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    state = {
+        name: draw(name, tuple(tensor.shape), generator)
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    model.to_empty(device="cpu")
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG))
+    write_tokenizer(folder, "llama3" if model_type.startswith("qwen") else "spm")
+    return folder
