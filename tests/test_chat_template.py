@@ -70,7 +70,7 @@ def test_a_rendered_conversation_has_exactly_one_bos(tmp_path):
 def test_the_template_file_wins_over_the_config_and_default_wins_among_named_ones(tmp_path):
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     folder = write_json_tokenizer(tmp_path, named)
-    assert Tokenizer.from_folder(folder).default_chat_template == "yes"
+    assert Tokenizer.from_folder(folder).chat_template["default"] == "yes"
     (folder / "chat_template.jinja").write_text("file", encoding="utf-8")
     assert Tokenizer.from_folder(folder).chat_template == "file"
 

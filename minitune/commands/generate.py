@@ -112,6 +112,7 @@ def answer(model: CausalLM, tokenizer: Tokenizer, text: str, arguments: argparse
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
+        eos_token_ids=tokenizer.eos_token_ids,
         seed=arguments.seed,
         on_token=show,
     )

@@ -1,4 +1,4 @@
-"""The chat templates of a model folder, by name, and the choice between them.
+"""The chat templates of a model folder, by name: reading, checking and writing them.
 
 The places, in the order of transformers 5:
 
@@ -6,7 +6,7 @@ The places, in the order of transformers 5:
 - chat_template in tokenizer_config.json: a text, or a list of {"name", "template"}; read only if
   the folder has no file of the first kind.
 
-A conversation with tools is rendered by "tool_use" if there is one, any other by "default".
+ChatTemplate renders a conversation with tools by "tool_use", and any other by "default".
 """
 
 import re
@@ -14,57 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitune.data.chat_template import ChatTemplate
-from minitune.data.samples import Conversation, RenderedConversation
+from minitune.data.chat_template import DEFAULT
 
-DEFAULT, TOOL_USE = "default", "tool_use"
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 
 Templates = str | dict[str, str] | None  # a template, or several by name
-
-
-class NamedTemplates:
-    """Several compiled templates with the methods of ChatTemplate.
-
-    The tools of a conversation choose the template.
-    """
-
-    def __init__(self, templates: Mapping[str, ChatTemplate]):
-        self._default = templates[DEFAULT]
-        self._with_tools = templates.get(TOOL_USE, self._default)
-
-    def choose(self, tools: list | None) -> ChatTemplate:
-        """Return the template for a conversation with these tools."""
-        return self._default if tools is None else self._with_tools
-
-    def render(
-        self,
-        messages: list[dict],
-        add_generation_prompt: bool = False,
-        tools: list | None = None,
-        **template_kwargs: Any,
-    ) -> str:
-        """Return a conversation as one text, as ChatTemplate.render."""
-        template = self.choose(tools)
-        return template.render(messages, add_generation_prompt, tools, **template_kwargs)
-
-    def render_with_answers(self, conversation: Conversation) -> RenderedConversation:
-        """Return ChatTemplate.render_with_answers of the chosen template."""
-        return self.choose(conversation.tools).render_with_answers(conversation)
-
-    def render_with_completion(
-        self, conversation: Conversation, first: int
-    ) -> RenderedConversation:
-        """Return ChatTemplate.render_with_completion of the chosen template."""
-        return self.choose(conversation.tools).render_with_completion(conversation, first)
-
-    def split_turns(self, conversation: Conversation) -> list[RenderedConversation]:
-        """Return ChatTemplate.split_turns of the chosen template."""
-        return self.choose(conversation.tools).split_turns(conversation)
-
-    def drops_history(self, conversation: Conversation) -> bool:
-        """Return ChatTemplate.drops_history of the chosen template."""
-        return self.choose(conversation.tools).drops_history(conversation)
 
 
 def read_templates(folder: Path, config: Mapping[str, Any]) -> Templates:

@@ -75,7 +75,12 @@ class JsonBackend:
         decoder = {part.get("type") for part in _parts(content.get("decoder"))}
         self._spellings: dict[int, str] = {}  # of added tokens, as the byte-level decoder reads
         if "ByteLevel" in decoder:
-            self._spellings = {i: _byte_level(token.content) for i, token in self.added.items()}
+            # A single letter shares the id of the byte that it stands for.
+            self._spellings = {
+                index: _byte_level(token.content)
+                for index, token in self.added.items()
+                if token.content not in BYTE_LETTERS
+            }
         self._has_byte_pieces = "ByteFallback" in decoder
 
     def _check_own_ids(self, content: dict) -> None:
@@ -96,7 +101,10 @@ class JsonBackend:
             if bare:
                 break
         full = self._tokenizer.encode(text).ids
-        begin = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        begins = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+        if not begins:
+            raise ValueError(f"it turns {text!r} from {bare} to {full}, without the text's tokens")
+        begin = begins[0]
         return full[:begin], full[begin + len(bare) :]
 
     def _check_around(self, ids: set[int]) -> None:

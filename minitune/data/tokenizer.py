@@ -25,10 +25,8 @@ from minitune.atomic_files import read_json, write_json
 from minitune.data.added_tokens import SPECIAL_NAMES, DeclaredTokens, read_declared_tokens
 from minitune.data.chat_template import ChatTemplate
 from minitune.data.folder_templates import (
-    DEFAULT,
     TEMPLATE_FILE,
     TEMPLATE_FOLDER,
-    NamedTemplates,
     Templates,
     checked_templates,
     read_templates,
@@ -182,7 +180,11 @@ class Tokenizer:
             return None
         before, _, tail = text.rpartition(PROBE_ANSWER)
         tail = tail.lstrip()
-        ends = [i for i, token in self.added_tokens.items() if tail.startswith(token.content)]
+        ends = [
+            i
+            for i, token in self.added_tokens.items()
+            if tail.startswith(token.content) and i != self.bos_token_id
+        ]
         if not before or not ends:
             return None
         return max(ends, key=lambda i: len(self.added_tokens[i].content))
@@ -206,14 +208,8 @@ class Tokenizer:
         for name in ("template", "eos_token_ids", "_template_end"):
             self.__dict__.pop(name, None)  # they are computed from the template
 
-    @property
-    def default_chat_template(self) -> str | None:
-        """Return the template for conversations without tools."""
-        template = self.chat_template
-        return template[DEFAULT] if isinstance(template, dict) else template
-
     @cached_property
-    def template(self) -> ChatTemplate | NamedTemplates:
+    def template(self) -> ChatTemplate:
         """Compile the chat template.
 
         Raises: ValueError if the model folder has none.
@@ -227,20 +223,14 @@ class Tokenizer:
         stops = tuple(map(self._backend.id_to_token, self.eos_token_ids))
         return self._compiled(self.chat_template, stops)
 
-    def _compiled(
-        self, templates: str | dict[str, str], stops: tuple[str, ...]
-    ) -> ChatTemplate | NamedTemplates:
+    def _compiled(self, templates: str | dict[str, str], stops: tuple[str, ...]) -> ChatTemplate:
         named = {key: str(token) for key, token in self._declared.named.items() if token}
         standard = {
             f"{name}_token": self._backend.id_to_token(index)
             for name, index in self.special.items()
         }
-        variables = named | standard
-        if isinstance(templates, str):
-            return ChatTemplate(templates, variables, stops)
-        return NamedTemplates(
-            {name: ChatTemplate(text, variables, stops) for name, text in templates.items()}
-        )
+        special = tuple(str(token) for token in self.added_tokens.values() if token.special)
+        return ChatTemplate(templates, named | standard, stops, special)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text.

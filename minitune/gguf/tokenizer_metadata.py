@@ -19,7 +19,8 @@ import sentencepiece
 from tokenizers import AddedToken
 
 from minitune.atomic_files import read_json
-from minitune.data.folder_templates import DEFAULT, Templates
+from minitune.data.chat_template import DEFAULT
+from minitune.data.folder_templates import Templates
 from minitune.data.tokenizer import Tokenizer, check_vocabulary
 from minitune.gguf.writer import MetadataValue
 

@@ -95,6 +95,7 @@ class SFTTrainer:
                 "the model has no adapter to train; call FastLanguageModel.get_peft_model first"
             )
         self.processing_class = processing_class or Tokenizer.from_folder(model.folder)
+        model.eos_token_ids = self.processing_class.eos_token_ids  # of the template trained on
         self.data = read_datasets(
             train_dataset, eval_dataset, self.processing_class, self.args, model.max_seq_length
         )
@@ -318,6 +319,7 @@ class SFTTrainer:
             self.planner, model, args, self.data.max_seqlen, recorded
         )
         self.micro_step_tokens = inputs.micro_step_tokens
+        warnings += self.processing_class.notes
         for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
             print(f"warning: {text}", file=sys.stderr)
         self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
