@@ -1,6 +1,6 @@
-"""Run `minitune data` from a checkout: count a dataset's tokens and show the trained-on ones.
+"""Run `minitune data` from a checkout: show the trained-on tokens of a dataset and its numbers.
 
-    python scripts/data.py --model DIR --data FILE [--show 3]
+    python scripts/data.py show --model DIR --data FILE [--n 5] [--html FILE]
 
 The package is found in the checkout and needs no installation.
 """

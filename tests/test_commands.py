@@ -1,4 +1,4 @@
-"""`minitune COMMAND ...`: the choice of the command, and the commands data and plan."""
+"""`minitune COMMAND ...`: the choice of the command, and the command plan."""
 
 import json
 
@@ -56,31 +56,6 @@ def test_every_command_has_help_and_names_its_error(name, capsys):
 def test_the_installed_train_command_has_no_demonstration(capsys):
     assert main(["train", "--demo"]) == 2
     assert "unknown argument --demo" in capsys.readouterr().err
-
-
-def test_data_counts_samples_and_marks_the_trained_on_text(inputs, tmp_path, capsys):
-    records = [
-        {"prompt": "two and", "completion": " two"},
-        {"prompt": "no answer", "completion": "!", "labels": None},
-        {"messages": [{"role": "user", "content": "never answered"}]},
-        {"text": "word " * 100},
-    ]
-    path = tmp_path / "mixed.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    command = ["data", "--model", str(inputs / "model"), "--data", str(path)]
-    assert main([*command, "--max-length", "20", "--show", "1"]) == 0
-    counts, shown = capsys.readouterr().out.split("\n\n")
-    numbers = {line[:11].strip(): int(line[11:]) for line in counts.splitlines()}
-    assert (numbers["samples"], numbers["skipped"], numbers["truncated"]) == (3, 1, 1)
-    assert 0 < numbers["trained on"] < numbers["tokens"]
-    assert shown.startswith("--- sample 1\n") and "two and[[ two" in shown
-    assert shown.rstrip().endswith("]]")
-
-
-def test_data_names_a_broken_line(inputs, capsys):
-    path = str(inputs / "broken.jsonl")
-    assert main(["data", "--model", str(inputs / "model"), "--data", path]) == 2
-    assert "broken.jsonl:2: not JSON" in capsys.readouterr().err
 
 
 def test_a_plan_needs_neither_weights_nor_a_gpu(config_of_8b, capsys):

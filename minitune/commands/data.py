@@ -1,87 +1,122 @@
-"""Count the tokens of a dataset and show which of them are trained on.
+"""Show which tokens of a dataset are trained on, and the numbers to check before training.
 
-    minitune data --model DIR --data FILE [--max-length 2048] [--show 3]
+    minitune data show --model DIR --data FILE [--n 5]    samples, then the summary
+    minitune data show --config run.toml --html FILE      the same as one offline page
+    minitune data --model DIR --data FILE                 the summary alone
 
-The model folder needs config.json and the tokenizer only. Prints the numbers of samples, skipped
-and truncated records, tokens and trained-on tokens. `--show N` prints the text of the first N
-samples with [[ and ]] around the trained-on tokens.
+The model folder needs config.json and the tokenizer only. In a terminal, trained-on tokens are
+green (NO_COLOR turns colours off); elsewhere they stand between [[ and ]]. Bad lines are listed,
+and the exit code is then 2. The flags on records are those of `minitune train`.
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
-from itertools import groupby
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TextIO
 
+from minitune.atomic_files import atomic_write_text
 from minitune.checkpoints.safetensors_folder import resolve_model
-from minitune.config.cli import CommandParser, run_command
+from minitune.config.cli import (
+    Settings,
+    parse_flags,
+    run_command,
+    settings_from_flags,
+    settings_parser,
+)
 from minitune.config.model_config import ModelConfig
-from minitune.data.samples import Sample
-from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
+from minitune.data.dataset_summary import summarize
+from minitune.data.html_page import html_page
+from minitune.data.samples import LabelOptions
+from minitune.data.summary_text import summary_text
+from minitune.data.token_display import ShownSample, first_samples, sample_text
 from minitune.data.tokenizer import Tokenizer
-from minitune.kernels.cross_entropy import IGNORE_INDEX
+from minitune.training.run_data import read_datasets
 
-BEGIN_TRAINED, END_TRAINED = "[[", "]]"
+DESCRIPTION = "Show which tokens of a dataset are trained on, and the numbers to check."
+SHOWN_SAMPLES = 5
+# The settings of a run that decide about its samples.
+DATA_SETTINGS = (
+    "model",
+    "data",
+    "max_seq_length",
+    "max_length",
+    *(item.name for item in fields(LabelOptions)),
+)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "minitune data") -> int:
     """Run the command and return its exit code."""
-    return run_command(program, _run, argv, program)
+    return run_command(program, _run, sys.argv[1:] if argv is None else argv, program)
 
 
-def _run(argv: Sequence[str] | None, program: str) -> None:
-    arguments = _parser(program).parse_args(argv)
-    folder = resolve_model(arguments.model)
-    max_length = arguments.max_length
-    if max_length is None:
-        max_length = min(2048, ModelConfig.from_folder(folder).max_position_embeddings)
-    tokenizer = Tokenizer.from_folder(folder)
-    dataset = tokenize_dataset(arguments.data, tokenizer, max_length)
-    print(counts(dataset))
-    for number, sample in enumerate(dataset.samples[: arguments.show], 1):
-        print(f"\n--- sample {number}\n{marked_text(sample, tokenizer)}")
+def _run(argv: Sequence[str], program: str) -> int | None:
+    shows_samples = list(argv[:1]) == ["show"]
+    if "--show" in argv:
+        raise ValueError(f"unknown argument --show; `{program} show --n 3` shows three samples")
+    flags = parse_flags(_parser(program), argv[1:] if shows_samples else argv)
+    count = flags.pop("n", SHOWN_SAMPLES if shows_samples else 0)
+    borders, page = flags.pop("tokens", False), flags.pop("html", None)
+    if count < 0:
+        raise ValueError(f"--n is {count}; expected the number of samples to show")
+    if page is not None and Path(page).suffix not in (".html", ".htm"):
+        raise ValueError(f"--html is {page}; expected a file name that ends in .html")
+    settings = settings_from_flags(flags)
+    for name in ("model", "data"):
+        if getattr(settings.run, name) is None:
+            raise ValueError(f"--{name} is missing: {program} show --model DIR --data FILE")
+    return _show(settings, count, borders, page)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog=program, description="Count the tokens of a dataset and show which are trained on."
-    )
+    parser = settings_parser(f"{program} [show]", DESCRIPTION, names=DATA_SETTINGS)
     parser.add_argument(
-        "--model", required=True, help="model folder, or org/name in the local Hugging Face cache"
-    )
-    parser.add_argument("--data", required=True, help="a JSONL file")
-    parser.add_argument(
-        "--max-length",
+        "--n",
         type=int,
-        help="longer samples are cut to this many tokens; "
-        "default: 2048, or the model's limit if less",
+        metavar="N",
+        help=f"show the first N samples (default: {SHOWN_SAMPLES}, without `show` 0)",
     )
     parser.add_argument(
-        "--show", type=int, default=0, metavar="N", help="show the first N samples (default: 0)"
+        "--tokens", action="store_true", help="without colours, put a line between two tokens"
     )
+    parser.add_argument("--html", metavar="FILE", help="write samples and summary as a page too")
     return parser
 
 
-def counts(dataset: TokenizedDataset) -> str:
-    """Return the numbers of a dataset, one labelled line each."""
-    rows = (
-        ("samples", len(dataset.samples)),
-        ("skipped", dataset.skipped),
-        ("truncated", dataset.truncated),
-        ("tokens", dataset.samples.lengths.sum()),
-        ("trained on", dataset.samples.targets.sum()),
-    )
-    return "\n".join(f"{label:<11}{number:>12,}" for label, number in rows)
+def _show(settings: Settings, count: int, borders: bool, page: str | None) -> int | None:
+    run, folder = settings.run, resolve_model(settings.run.model)
+    tokenizer = Tokenizer.from_folder(folder)
+    limit = run.max_seq_length or min(2048, ModelConfig.from_folder(folder).max_position_embeddings)
+    sft = replace(settings.sft, eval_strategy="no")
+    data = read_datasets(run.data, None, tokenizer, sft, max(limit, sft.max_length or 0))
+    summary = summarize(data.train, tokenizer, data.max_length)
+    samples = first_samples(data.train.samples, tokenizer, count)
+    print_samples(samples, sys.stdout, borders)
+    write_text(summary_text(summary, wants_colour(sys.stdout)), sys.stdout)
+    if page is not None:
+        subtitle = f"as {run.model} reads it, at most {data.max_length:,} tokens a sample"
+        atomic_write_text(Path(page), html_page(run.data, subtitle, summary, samples))
+        print(f"saved {page}", file=sys.stderr)
+    return None
 
 
-def marked_text(sample: Sample, tokenizer: Tokenizer) -> str:
-    """Return the text of a sample with marks around the tokens that are trained on."""
-    trained = [label != IGNORE_INDEX for label in sample.labels]
-    trained[0] = False  # no token precedes the first one, so nothing predicts it
-    text, end, shown = "", 0, 0
-    for is_trained, run in groupby(trained):
-        end += len(list(run))
-        # The beginning is decoded again: a tokenizer may drop the space in front of a lone piece.
-        decoded = tokenizer.decode(sample.input_ids[:end], skip_special_tokens=False)
-        part = decoded[shown:]
-        text += f"{BEGIN_TRAINED}{part}{END_TRAINED}" if is_trained else part
-        shown = len(decoded)
-    return text
+def print_samples(samples: Sequence[ShownSample], stream: TextIO, borders: bool = False) -> None:
+    """Print samples with their trained-on tokens, an empty line behind each.
+
+    borders: put a line between two tokens if the stream has no colours.
+    """
+    for sample in samples:
+        write_text(sample_text(sample, wants_colour(stream), borders) + "\n", stream)
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Return True if a stream is a terminal and the user has not turned colours off."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def write_text(text: str, stream: TextIO) -> None:
+    """Print a text, with escapes for the characters that the stream's encoding lacks."""
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)

@@ -18,10 +18,12 @@ import torch
 
 from minitune.api import FastLanguageModel
 from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.commands.data import print_samples
 from minitune.commands.plan import plan
 from minitune.config.cli import Settings, parse, run_command
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
 from minitune.data.sources import load_dataset
+from minitune.data.token_display import first_samples
 from minitune.gguf.export import gguf_file_name
 from minitune.training import run_folder
 from minitune.training.trainer import SFTTrainer
@@ -77,6 +79,8 @@ def train(settings: Settings) -> None:
 def prepare(settings: Settings) -> SFTTrainer:
     """Check the settings, load the base model, attach a new adapter, and tokenize the data.
 
+    Prints the first samples if the settings ask for them.
+
     Raises: ValueError if settings, model or data are wrong.
     """
     _check(settings)
@@ -99,7 +103,9 @@ def prepare(settings: Settings) -> SFTTrainer:
         random_state=sft.seed if run.random_state is None else run.random_state,
         use_rslora=lora.use_rslora,
     )
-    return SFTTrainer(model, sft, run.data, run.eval_data, tokenizer, run_config=run)
+    trainer = SFTTrainer(model, sft, run.data, run.eval_data, tokenizer, run_config=run)
+    print_samples(first_samples(trainer.data.train.samples, tokenizer, run.show), sys.stderr)
+    return trainer
 
 
 def _check(settings: Settings) -> None:

@@ -43,7 +43,7 @@ SWITCHES = {
     "demo": "fetch a small model, train it on a shipped task, and show the result",
     "plan": "print the memory and time of a step, from config.json alone, and exit",
 }
-NOT_WRITTEN = ("overwrite", "resume")  # they describe one start of a run, not the run
+NOT_WRITTEN = ("overwrite", "resume", "show")  # they describe one start of a run, not the run
 EXPECTED_ERROR, INTERRUPTED = 2, 130  # exit codes
 
 
@@ -80,6 +80,10 @@ class RunConfig:
     )
     gguf: tuple[str, ...] = setting(
         (), "write GGUF files at the end, of these types", choices=GGUF_METHODS
+    )
+
+    show: int = setting(
+        0, "before training, print this many samples with their trained-on tokens", minimum=0
     )
 
     def __post_init__(self):
@@ -200,17 +204,39 @@ def parse(
 
     Raises: ValueError, a single line, if the command line or the TOML file is wrong.
     """
-    parser = _settings_parser(program, description, switches)
+    flags = parse_flags(settings_parser(program, description, switches), argv)
+    return settings_from_flags(flags, demo_defaults)
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return the values of the flags that a command line gives, by their names.
+
+    Raises: ValueError, a single line, if the command line is wrong.
+    """
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(_unknown_argument(unknown[0], parser))
     flags = vars(given)
-    demo, plan = flags.pop("demo", False), flags.pop("plan", False)
-    config = flags.pop("config", None)
     for name, value in flags.items():
         if isinstance(value, list):  # `--gguf q8_0 f16` and `--gguf q8_0,f16` are the same
             flags[name] = tuple(part for text in value for part in text.split(",") if part)
+    return flags
 
+
+def settings_from_flags(
+    flags: dict[str, Any], demo_defaults: dict[str, Any] | None = None
+) -> Settings:
+    """Return the settings that flags, TOML file and defaults give together.
+
+    flags: the values of `parse_flags`.
+    demo_defaults: defaults if the switch --demo is given.
+
+    Raises: ValueError if the TOML file or a value is wrong.
+    """
+    demo, plan = flags.pop("demo", False), flags.pop("plan", False)
+    config = flags.pop("config", None)
     values = dict(demo_defaults or {}) if demo else dict(COMMAND_DEFAULTS)
     if config:
         values |= read_toml(config)
@@ -229,9 +255,16 @@ def parse(
     return Settings(**configs, demo=demo, plan=plan)
 
 
-def _settings_parser(
-    program: str, description: str, switches: Iterable[str]
+def settings_parser(
+    program: str,
+    description: str,
+    switches: Iterable[str] = (),
+    names: Iterable[str] | None = None,
 ) -> argparse.ArgumentParser:
+    """Return a parser of flags without defaults: --config, the switches and the settings.
+
+    names: the settings that the command has as flags; default: all of them.
+    """
     parser = CommandParser(
         prog=program,
         description=description,
@@ -243,8 +276,9 @@ def _settings_parser(
     parser.add_argument(
         "--config", metavar="FILE", help="a TOML file with the settings below; flags win over it"
     )
-    for name, known in _known_settings().items():
-        parser.add_argument("--" + name.replace("_", "-"), **_flag_options(known))
+    known = _known_settings()
+    for name in known if names is None else names:
+        parser.add_argument("--" + name.replace("_", "-"), **_flag_options(known[name]))
     return parser
 
 

@@ -1,0 +1,223 @@
+"""The numbers of a tokenized dataset that a person checks before training.
+
+One pass over the tokens in blocks, in numpy. Beside the block, memory holds 8 bytes a sample for
+each of lengths and hashes.
+
+A stretch is a run of trained-on tokens: an answer, or a whole plain text.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minitune.data.batching import pack_rows
+from minitune.data.dataset_report import MAX_ORIGINS, DatasetReport, Occurrences
+from minitune.data.flat_samples import FlatSamples
+from minitune.data.tokenize_dataset import TokenizedDataset
+from minitune.data.tokenizer import Tokenizer
+from minitune.kernels.cross_entropy import IGNORE_INDEX
+
+BLOCK_TOKENS = 1 << 20
+MAX_BARS = 12  # of the histogram
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The number of samples whose length is in [first, last]."""
+
+    first: int
+    last: int
+    count: int
+
+
+@dataclass
+class DatasetSummary:
+    """The numbers of a dataset. Lengths are in tokens.
+
+    report: the facts about the records.
+    max_length: limit of a sample, and the length of a row with packing.
+    tokens, trained: all tokens, and those that the loss counts.
+    duplicates: samples with the tokens of an earlier one. An origin reads "a.jsonl:9 = a.jsonl:2".
+    stretches: number of trained-on stretches.
+    stops: the stop tokens that end stretches, with the number of times. White space may follow.
+    endless: stretches without a stop token at their end.
+    doubled_bos: samples that begin with two BOS tokens.
+    rows: number of rows that packing fills.
+    """
+
+    report: DatasetReport
+    max_length: int
+    samples: int
+    tokens: int
+    trained: int
+    shortest: int
+    median: float
+    longest: int
+    bars: list[Bar]
+    rows: int
+    stretches: int = 0
+    stops: Counter[str] = field(default_factory=Counter)
+    endless: Occurrences = field(default_factory=Occurrences)
+    doubled_bos: Occurrences = field(default_factory=Occurrences)
+    duplicates: Occurrences = field(default_factory=Occurrences)
+
+    @property
+    def row_share(self) -> float:
+        """Return the share of the rows' places that hold a token."""
+        return self.tokens / (self.rows * self.max_length)
+
+
+def summarize(dataset: TokenizedDataset, tokenizer: Tokenizer, max_length: int) -> DatasetSummary:
+    """Return the numbers of a dataset.
+
+    max_length: tokens of a sample at most.
+    """
+    samples = dataset.samples
+    lengths = samples.lengths
+    summary = DatasetSummary(
+        report=dataset.report,
+        max_length=max_length,
+        samples=len(samples),
+        tokens=int(lengths.sum()),
+        trained=int(samples.targets.sum()),
+        shortest=int(lengths.min()),
+        median=float(np.median(lengths)),
+        longest=int(lengths.max()),
+        bars=histogram(lengths),
+        rows=len(pack_rows(lengths, max_length)),
+    )
+    stop_ids = np.array(tokenizer.eos_token_ids, np.int64)
+    hashes = np.empty(len(samples), np.int64)
+    for block in _blocks(samples):
+        block.hash_into_(hashes)
+        _count_stretches_(summary, samples, block, stop_ids, tokenizer)
+        if tokenizer.bos_token_id is not None:
+            doubled = block.begins_with(tokenizer.bos_token_id, tokenizer.bos_token_id)
+            _add_(summary.doubled_bos, samples, doubled)
+    _count_duplicates_(summary.duplicates, samples, hashes)
+    return summary
+
+
+def histogram(lengths: np.ndarray) -> list[Bar]:
+    """Return the number of samples of each range of lengths.
+
+    The bounds are 1, 2, 3, 4, 6, 8, 12, 16, 24 ...; the powers of two if these are too many.
+    """
+    powers = 2 ** np.arange(0, 2 + int(lengths.max()).bit_length())
+    for bounds in (np.sort([*powers, *(3 * powers)]), powers):
+        first = np.searchsorted(bounds, lengths.min(), side="right") - 1
+        last = np.searchsorted(bounds, lengths.max(), side="right")
+        bounds = bounds[first : last + 1]
+        if len(bounds) - 1 <= MAX_BARS:
+            break
+    counts, _ = np.histogram(lengths, bounds)
+    firsts = np.maximum(bounds[:-1], lengths.min())
+    lasts = np.minimum(bounds[1:] - 1, lengths.max())
+    return [Bar(*map(int, values)) for values in zip(firsts, lasts, counts, strict=True)]
+
+
+# ---- blocks of samples
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Samples side by side.
+
+    first: number of the first sample.
+    ids: tokens, (N,).
+    trained: True for the tokens that the loss counts, (N,).
+    begins: position of each sample's first token, (samples,).
+    """
+
+    first: int
+    ids: np.ndarray
+    trained: np.ndarray
+    begins: np.ndarray
+
+    def hash_into_(self, hashes: np.ndarray) -> None:
+        """Write a hash of each sample's tokens to its place in `hashes`."""
+        ends = [*self.begins[1:], len(self.ids)]
+        for i, (begin, end) in enumerate(zip(self.begins, ends, strict=True), self.first):
+            hashes[i] = hash(self.ids[begin:end].tobytes())
+
+    def begins_with(self, *tokens: int) -> np.ndarray:
+        """Return the numbers of the samples that begin with `tokens`."""
+        ends = np.append(self.begins[1:], len(self.ids))
+        found = ends - self.begins >= len(tokens)
+        for i, token in enumerate(tokens):
+            positions = np.minimum(self.begins + i, len(self.ids) - 1)
+            found &= self.ids[positions] == token
+        return self.first + np.flatnonzero(found)
+
+    def samples_of(self, positions: np.ndarray) -> np.ndarray:
+        """Return the numbers of the samples that hold the tokens at `positions`."""
+        return self.first + np.searchsorted(self.begins, positions, side="right") - 1
+
+
+def _blocks(samples: FlatSamples) -> Iterator[_Block]:
+    ends = np.cumsum(samples.lengths)
+    first = 0
+    while first < len(samples):
+        done = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, done + BLOCK_TOKENS, side="right")))
+        lengths = samples.lengths[first:last]
+        begins = np.cumsum(lengths) - lengths
+        places = np.repeat(samples.begins[first:last] - begins, lengths) + np.arange(lengths.sum())
+        trained = samples.labels[places] != IGNORE_INDEX
+        trained[begins] = False  # no token precedes the first one, so nothing predicts it
+        yield _Block(first, samples.input_ids[places], trained, begins)
+        first = last
+
+
+# ---- the facts
+
+
+def _add_(occurrences: Occurrences, samples: FlatSamples, numbers: np.ndarray) -> None:
+    """Count the samples with these numbers."""
+    occurrences.count += len(numbers)
+    room = MAX_ORIGINS - len(occurrences.origins)
+    occurrences.origins += [samples.origin(int(i)) for i in numbers[:room]]
+
+
+def _count_stretches_(
+    summary: DatasetSummary,
+    samples: FlatSamples,
+    block: _Block,
+    stop_ids: np.ndarray,
+    tokenizer: Tokenizer,
+) -> None:
+    """Count the block's stretches by the stop token at their end."""
+    trained = block.trained
+    firsts = np.flatnonzero(trained & ~np.append(False, trained[:-1]))
+    lasts = np.flatnonzero(trained & ~np.append(trained[1:], False))
+    is_stop = np.isin(block.ids, stop_ids)
+    stops = np.maximum.accumulate(np.where(is_stop, np.arange(len(trained)), -1))[lasts]
+    ended = stops >= firsts
+    is_blank: dict[bytes, bool] = {}  # by the tokens behind a stop token
+    for i in np.flatnonzero(ended & (stops < lasts)):
+        tail = block.ids[stops[i] + 1 : lasts[i] + 1]
+        key = tail.tobytes()
+        if key not in is_blank:
+            is_blank[key] = not tokenizer.decode(tail.tolist(), skip_special_tokens=False).strip()
+        ended[i] = is_blank[key]
+    values, counts = np.unique(block.ids[stops[ended]], return_counts=True)
+    for token, count in zip(values.tolist(), counts.tolist(), strict=True):
+        summary.stops[tokenizer.decode([token], skip_special_tokens=False)] += count
+    summary.stretches += len(lasts)
+    _add_(summary.endless, samples, block.samples_of(lasts[~ended]))
+
+
+def _count_duplicates_(duplicates: Occurrences, samples: FlatSamples, hashes: np.ndarray) -> None:
+    """Count the samples with the tokens of an earlier sample.
+
+    A sample that is listed several times, because its file has a weight, is no duplicate.
+    """
+    _, firsts, groups = np.unique(hashes, return_index=True, return_inverse=True)
+    originals = firsts[groups]
+    is_copy = samples.begins != samples.begins[originals]
+    for i in np.flatnonzero(is_copy):
+        original = int(originals[i])
+        if np.array_equal(samples[i].input_ids, samples[original].input_ids):
+            duplicates.add(f"{samples.origin(i)} = {samples.origin(original)}")
