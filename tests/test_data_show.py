@@ -12,7 +12,7 @@ from minitune.commands import data
 from minitune.commands.__main__ import main
 from minitune.data.dataset_report import DatasetReport
 from minitune.data.dataset_summary import Bar, DatasetSummary
-from minitune.data.html_page import MAX_PAGE_PIECES, html_page
+from minitune.data.html_page import MAX_SAMPLE_BYTES, html_page
 from minitune.data.token_display import Piece, ShownSample
 
 HOSTILE = "</mark><script>alert('x')</script>\x1b]0;owned\x07\u202e & <img src=https://evil/x>"
@@ -227,21 +227,21 @@ def test_hostile_texts_stay_texts_on_the_page(show, tmp_path):
 
 
 def test_a_page_of_a_hundred_long_samples_stays_below_2_mb_and_says_its_cuts():
-    pieces = [Piece(" 日本<&>", (5,), i % 7 == 0, i % 9 == 0) for i in range(3000)]
+    pieces = [Piece(5 * "日本<&>", (5,), i % 7 == 0, i % 9 == 0) for i in range(600)]
     samples = [ShownSample(i + 1, f"a.jsonl:{i}", pieces) for i in range(99)]
     samples.append(ShownSample(100, "a.jsonl:99", pieces[:50]))
     sizes = {"samples": 100, "tokens": 9, "trained": 1, "shortest": 1, "median": 1, "longest": 1}
     bars = [Bar(1, 1, 100)]
-    summary = DatasetSummary(DatasetReport(), max_length=3000, **sizes, bars=bars, rows=1)
+    summary = DatasetSummary(DatasetReport(), max_length=600, **sizes, bars=bars, rows=1)
     source = html_page("a.jsonl", "", summary, samples)
     assert len(source.encode()) < 2 * 10**6
     text = "".join(Page(source).texts)
     left_out = re.findall(r"([\d,]+) tokens are left out of this page, ([\d,]+) of", text)
     assert len(left_out) == 99
-    hidden = sum(int(tokens.replace(",", "")) for tokens, _ in left_out)
-    assert MAX_PAGE_PIECES - 200 < 99 * 3000 + 50 - hidden <= MAX_PAGE_PIECES
-    trained = sum(piece.trained for piece in pieces[605:-605])
-    assert int(left_out[0][1].replace(",", "")) == trained
+    assert len(source.encode()) > MAX_SAMPLE_BYTES - 100_000  # and no more than needed is cut
+    hidden = 600 - source.partition("</pre>")[0].count("日本") // 5
+    assert {int(tokens.replace(",", "")) for tokens, _ in left_out} == {hidden}
+    assert all(0.12 < int(trained.replace(",", "")) / hidden < 0.16 for _, trained in left_out)
 
 
 # ---- train --show

@@ -6,8 +6,9 @@ is a <mark>, a special token is a <u>, and every second token is an <i>, which h
 """
 
 import html
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate
 
 from minitune.data.dataset_summary import DatasetSummary
 from minitune.data.summary_text import (
@@ -21,7 +22,7 @@ from minitune.data.summary_text import (
 )
 from minitune.data.token_display import Piece, ShownSample, on_one_line
 
-MAX_PAGE_PIECES = 120_000  # about 1.5 MB of text and markup
+MAX_SAMPLE_BYTES = 1_900_000  # of all samples together, markup included
 
 STYLE = """
 :root {
@@ -125,7 +126,7 @@ def html_page(
     title, subtitle: the names of the data and of the model.
     samples: the samples to show. Long ones lose their middle if the page would pass 2 MB.
     """
-    limit = _piece_limit([len(sample.pieces) for sample in samples])
+    limit = _fair_limit([sum(_markup_sizes(sample.pieces)) for sample in samples])
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -191,7 +192,7 @@ def _bad_lines(summary: DatasetSummary) -> Iterator[str]:
 def _sample(sample: ShownSample, limit: int) -> Iterator[str]:
     """Yield a sample as a card.
 
-    limit: pieces to show; a longer sample loses its middle.
+    limit: bytes of its markup; a longer sample loses its middle.
     """
     share = f"{100 * sample.trained / sample.tokens:.1f}%"
     yield f'<div class="card sample"><header><b>Sample {sample.number:,}</b>'
@@ -199,41 +200,47 @@ def _sample(sample: ShownSample, limit: int) -> Iterator[str]:
     yield f'<span class="quiet">{sample.size}</span></header>'
     yield f'<div class="share" style="width:{share}"></div>'
     pieces = sample.pieces
-    if len(pieces) <= limit:
+    sizes = _markup_sizes(pieces)
+    if sum(sizes) <= limit:
         yield f"<pre>{_tokens(pieces)}</pre></div>"
         return
-    head, tail = pieces[: limit // 2], pieces[-(limit // 2) :]
-    hidden = pieces[len(head) : -len(tail)]
+    begin = bisect_right(list(accumulate(sizes)), limit // 2)
+    end = len(pieces) - bisect_right(list(accumulate(reversed(sizes))), limit // 2)
+    hidden = pieces[begin:end]
     trained = sum(len(piece.ids) for piece in hidden if piece.trained)
     tokens = sum(len(piece.ids) for piece in hidden)
     gap = f"<em>{tokens:,} tokens are left out of this page, {trained:,} of them trained on</em>"
-    yield f"<pre>{_tokens(head)}{gap}{_tokens(tail)}</pre></div>"
+    yield f"<pre>{_tokens(pieces[:begin])}{gap}{_tokens(pieces[end:])}</pre></div>"
 
 
-def _tokens(pieces: Sequence[Piece]) -> str:
-    """Return pieces as markup: <mark> for trained-on stretches, <i> for every second token."""
-    parts = []
-    number = 0
-    for trained, run in groupby(pieces, key=lambda piece: piece.trained):
-        parts.append("<mark>" * trained)
-        for piece in run:
-            text = html.escape(piece.shown, quote=False)
-            text = f"<u>{text}</u>" if piece.special else text
-            parts.append(f"<i>{text}</i>" if number % 2 else text)
-            number += 1
-        parts.append("</mark>" * trained)
-    return "".join(parts)
+def _fair_limit(sizes: Sequence[int]) -> int:
+    """Return the largest number of bytes that a sample may take. Short ones leave room to others.
 
-
-def _piece_limit(sizes: Sequence[int]) -> int:
-    """Return the number of pieces to show of each sample, so that the page stays small.
-
-    Short samples leave their share to the longer ones.
+    sizes: bytes of each sample's markup.
     """
-    room, limit = MAX_PAGE_PIECES, 0
+    room, limit = MAX_SAMPLE_BYTES, 0
     for i, size in enumerate(sorted(sizes)):
         limit = room // (len(sizes) - i)
         if size > limit:
             return limit
         room -= size
     return max(sizes, default=limit)
+
+
+def _markup_sizes(pieces: Sequence[Piece]) -> list[int]:
+    return [len(part.encode()) for part in _markup(pieces)]
+
+
+def _tokens(pieces: Sequence[Piece]) -> str:
+    return "".join(_markup(pieces))
+
+
+def _markup(pieces: Sequence[Piece]) -> Iterator[str]:
+    """Yield each piece as markup: <mark> around trained-on stretches, <i> for every second one."""
+    for i, piece in enumerate(pieces):
+        text = html.escape(piece.shown, quote=False)
+        text = f"<u>{text}</u>" if piece.special else text
+        text = f"<i>{text}</i>" if i % 2 else text
+        begins = piece.trained and (i == 0 or not pieces[i - 1].trained)
+        ends = piece.trained and (i == len(pieces) - 1 or not pieces[i + 1].trained)
+        yield "<mark>" * begins + text + "</mark>" * ends
