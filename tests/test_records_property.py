@@ -2,7 +2,8 @@
 
 import pytest
 from random_records import RecordMaker
-from tokenizer_files import CHATML, HEAD, TAGGED, write_chat_tokenizer
+from record_templates import FORGETS_REASONING, WHOLE
+from tokenizer_files import CHATML, TAGGED, write_chat_tokenizer
 
 from minitune.data.chat_template import EARLIER_REASONING
 from minitune.data.messages import REASONING_KEYS
@@ -11,18 +12,6 @@ from minitune.data.record_formats import render_record
 from minitune.data.samples import LabelOptions
 from minitune.data.tokenizer import Tokenizer
 
-CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
-FOOT = "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-REASONING = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-WHOLE = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}{{ persona }}"
-    + HEAD
-    + REASONING
-    + "{{ m.content }}{{ m.mood }}"
-    + CALLS
-    + FOOT
-)
-FORGETS_REASONING = WHOLE.replace("m.reasoning_content %}", "m.reasoning_content and loop.last %}")
 TEMPLATES = (WHOLE, WHOLE, FORGETS_REASONING, CHATML, TAGGED, None)
 
 

@@ -118,7 +118,7 @@ class ChatTemplate:
         if answers.text[end:].strip():  # the template writes more behind the stop token
             end = len(answers.text)
         rendered = self._stopped(answers, conversation, [(begin, end)], {token})
-        return _without_reasoning(rendered, before=first)
+        return without_reasoning(rendered, before=first)
 
     def split_turns(self, conversation: Conversation) -> list[RenderedConversation]:
         """Return a rendering for each trained message, as inference sees it.
@@ -134,7 +134,7 @@ class ChatTemplate:
                 messages = conversation.messages[: i + 1]
                 trained = (*(False for _ in range(i)), True)
                 turn = replace(conversation, messages=messages, trained=trained)
-                rendered.append(_without_reasoning(self.render_with_answers(turn), before=i))
+                rendered.append(without_reasoning(self.render_with_answers(turn), before=i))
         return rendered
 
     def drops_history(self, conversation: Conversation) -> bool:
@@ -196,7 +196,7 @@ def _holds_reasoning(message: dict) -> bool:
     return REASONING_KEYS[0] in message or isinstance(content, list)
 
 
-def _without_reasoning(rendered: RenderedConversation, before: int) -> RenderedConversation:
+def without_reasoning(rendered: RenderedConversation, before: int) -> RenderedConversation:
     """Return a rendering that may lack the reasoning of the messages before message `before`.
 
     Inference does not see the reasoning of earlier turns either, so a note is enough.

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from minitune.data.chat_template import ChatTemplate, dropped_text_notes
+from minitune.data.chat_template import ChatTemplate, dropped_text_notes, without_reasoning
 from minitune.data.conversations import (
     SYSTEM_KEYS,
     ReadConversation,
@@ -32,6 +32,7 @@ from minitune.data.jsonl import KNOWN_SHAPES
 from minitune.data.record_fields import MEDIA, PREFERENCE, Fields, Reading
 from minitune.data.samples import (
     EMPTY_ANSWER,
+    Conversation,
     LabelOptions,
     RenderedConversation,
     RenderedRecord,
@@ -225,22 +226,32 @@ def _conversation_parts(
                 "split_turns=True makes a sample of each answer, but assistant_only_loss=False "
                 "trains on everything; leave one of them out"
             )
-    split = options.split_turns
-    if split is None:
-        split = any(conversation.trained) and template.drops_history(conversation)
-        if split:
-            reading.note("the chat template rewrites earlier turns, so each answer is a sample")
-    if split and any(conversation.trained):
+    if not everything and _splits(conversation, reading, template, options):
         rendered = template.split_turns(conversation)
         if not conversation.trained[-1]:
             reading.note("messages after the last answer are left out")
     else:
-        rendered = [template.render_with_answers(conversation)]
+        whole = template.render_with_answers(conversation)
+        if options.split_turns is False and template.drops_history(conversation):
+            whole = without_reasoning(whole, before=len(conversation.messages) - 1)
+        rendered = [whole]
     _check_dropped(rendered, reading, options)
     return [
         RenderedText(part.text, None if everything else part.spans, add_special_tokens=False)
         for part in rendered
     ]
+
+
+def _splits(
+    conversation: Conversation, reading: Reading, template: ChatTemplate, options: LabelOptions
+) -> bool:
+    """Return True if each answer becomes a sample of its own."""
+    if options.split_turns is not None or not any(conversation.trained):
+        return bool(options.split_turns) and any(conversation.trained)
+    if not template.drops_history(conversation):
+        return False
+    reading.note("the chat template rewrites earlier turns, so each answer is a sample")
+    return True
 
 
 def _pair_parts(
