@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minitune.data import flat_samples
 from minitune.data.flat_samples import OriginFormat, SampleBuilder
 from minitune.data.samples import Sample
-from minitune.training import resume
 
 tokens = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=1, max_size=9)
 FORMATS = (OriginFormat("a.jsonl", by_line=True), OriginFormat("dataset", by_line=False))
@@ -52,10 +52,10 @@ def test_a_sample_may_be_taken_twice_and_keeps_its_place_of_origin():
 
 @pytest.mark.parametrize("at_once", [1, 3, 1024])
 def test_the_fingerprint_hashes_length_ids_and_labels_in_int64(at_once, monkeypatch):
-    monkeypatch.setattr(resume, "SAMPLES_PER_HASH", at_once)
+    monkeypatch.setattr(flat_samples, "SAMPLES_PER_HASH", at_once)
     samples = [Sample(list(range(n)), [-100, *range(1, n)][:n]) for n in (4, 1, 7, 2, 300)]
     digest = hashlib.sha256()
     for sample in samples:
         for values in ([len(sample.input_ids)], sample.input_ids, sample.labels):
             digest.update(array.array("q", values).tobytes())
-    assert resume.fingerprint(flat(samples)) == digest.hexdigest()[:16]
+    assert flat(samples).fingerprint() == digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ from training_runs import (
 )
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
-from minitune.config.cli import RunConfig
+from minitune.config.training_config import RunConfig
 from minitune.training.checkpoint import STATE
 from minitune.training.run_folder import (
     CONFIG,

@@ -106,3 +106,34 @@ def test_a_command_turns_expected_errors_and_ctrl_c_into_exit_codes(capsys):
     assert capsys.readouterr() == ("", "tool: error: two lines\ntool: error: gone\n")
     with pytest.raises(TypeError):  # an unexpected error keeps its traceback
         run_command("tool", command, TypeError())
+
+
+def test_paths_may_hold_commas_and_a_single_path_in_toml_is_a_list_of_one(tmp_path):
+    settings = parse(["--data", "a,b.jsonl", "c.parquet", "--data-weights", "2", "0.5"])
+    assert settings.run.data == ("a,b.jsonl", "c.parquet")
+    assert settings.sft.data_weights == (2.0, 0.5)
+    (tmp_path / "run.toml").write_text('data = "a,b.jsonl"\ndata_weights = [1]\n')
+    settings = parse(["--config", str(tmp_path / "run.toml")])
+    assert (settings.run.data, settings.sft.data_weights) == (("a,b.jsonl",), (1,))
+    (tmp_path / "again.toml").write_text(toml_text(as_dict(settings.run, settings.sft)))
+    assert parse(["--config", str(tmp_path / "again.toml")]).run == settings.run
+    with pytest.raises(ValueError, match=r"data_weights is 0.0; expected more than 0"):
+        parse(["--data-weights", "1", "0"])
+    with pytest.raises(ValueError, match=r"data_weights is 2; expected a list of numbers"):
+        parse(["--config", str(_toml(tmp_path, "data_weights = 2"))])
+
+
+def _toml(folder, text):
+    path = folder / "wrong.toml"
+    path.write_text(text + "\n")
+    return path
+
+
+def test_evaluation_data_on_the_command_line_is_used_unless_the_flag_says_no(tmp_path):
+    config = ["--config", str(_toml(tmp_path, 'eval_strategy = "no"'))]
+    assert parse(config).sft.eval_strategy == "no"
+    assert parse([*config, "--eval-data", "a.jsonl"]).sft.eval_strategy == "epoch"
+    never = ["--eval-data", "a.jsonl", "--eval-strategy", "no"]
+    assert parse([*config, *never]).sft.eval_strategy == "no"
+    steps = ["--config", str(_toml(tmp_path, 'eval_strategy = "steps"'))]
+    assert parse([*steps, "--eval-data", "a.jsonl"]).sft.eval_strategy == "steps"

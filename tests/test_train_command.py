@@ -137,6 +137,17 @@ def test_a_run_is_refused_resumed_and_repeated_from_its_own_config(inputs, tmp_p
     assert (again / ADAPTER).read_bytes() == adapter
 
 
+def test_eval_data_of_a_finished_run_evaluates(inputs, tmp_path, capsys):
+    output, data = tmp_path / "run", str(inputs / "data.jsonl")
+    assert train(train_arguments(inputs, output, "--r", "2")) == 0
+    capsys.readouterr()
+    config = str(output / "config.toml")
+    assert train(["--config", config, "--resume", "--eval-data", data]) == 0
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics if "eval_loss" in record] == [2]
+    assert "eval_loss" in capsys.readouterr().err
+
+
 def test_a_run_started_from_python_is_repeated_from_its_own_config(inputs, tmp_path):
     first, again, other = tmp_path / "first", tmp_path / "again", tmp_path / "other"
     model, tokenizer = FastLanguageModel.from_pretrained(

@@ -43,6 +43,8 @@ DATA_SETTINGS = (
     "data",
     "max_seq_length",
     "max_length",
+    "skip_bad",
+    "data_weights",
     *(item.name for item in fields(LabelOptions)),
 )
 
@@ -65,7 +67,7 @@ def _run(argv: Sequence[str], program: str) -> int | None:
         raise ValueError(f"--html is {page}; expected a file name that ends in .html")
     settings = settings_from_flags(flags)
     for name in ("model", "data"):
-        if getattr(settings.run, name) is None:
+        if not getattr(settings.run, name):
             raise ValueError(f"--{name} is missing: {program} show --model DIR --data FILE")
     return _show(settings, count, borders, page)
 
@@ -97,7 +99,7 @@ def _show(settings: Settings, count: int, borders: bool, page: str | None) -> in
     write_text(summary_text(summary, wants_colour(sys.stdout)), sys.stdout)
     if page is not None:
         subtitle = f"as {run.model} reads it, at most {data.max_length:,} tokens a sample"
-        atomic_write_text(Path(page), html_page(run.data, subtitle, summary, samples))
+        atomic_write_text(Path(page), html_page(", ".join(run.data), subtitle, summary, samples))
         print(f"saved {page}", file=sys.stderr)
     return None
 

@@ -22,7 +22,7 @@ from minitune.commands.data import print_samples
 from minitune.commands.plan import plan
 from minitune.config.cli import Settings, parse, run_command
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
-from minitune.data.sources import load_dataset
+from minitune.data.sources import check_first_records
 from minitune.data.token_display import first_samples
 from minitune.gguf.export import gguf_file_name
 from minitune.training import run_folder
@@ -60,7 +60,7 @@ def _run(argv: Sequence[str] | None, program: str, demonstration: Demonstration 
         if demonstration is not None:
             usage += ", or --demo"
         for name in ("model", "data"):
-            if getattr(settings.run, name) is None:
+            if not getattr(settings.run, name):
                 raise ValueError(f"--{name} is missing: {usage}")
         train(settings)
 
@@ -103,7 +103,7 @@ def prepare(settings: Settings) -> SFTTrainer:
         random_state=sft.seed if run.random_state is None else run.random_state,
         use_rslora=lora.use_rslora,
     )
-    trainer = SFTTrainer(model, sft, run.data, run.eval_data, tokenizer, run_config=run)
+    trainer = SFTTrainer(model, sft, run.data, run.eval_data or None, tokenizer, run_config=run)
     print_samples(first_samples(trainer.data.train.samples, tokenizer, run.show), sys.stderr)
     return trainer
 
@@ -112,11 +112,11 @@ def _check(settings: Settings) -> None:
     """Raise ValueError for everything that can be found wrong before the model is loaded."""
     run, sft = settings.run, settings.sft
     folder = resolve_model(run.model)
-    data = [path for path in (run.data, run.eval_data) if path is not None]
+    data = [*run.data, *run.eval_data]
     if sft.output_dir is not None:
         names = [gguf_file_name(run.model, folder, method) for method in run.gguf]
         if run.merge:
             names.append(run_folder.MERGED)
         run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, [folder, *data], names)
     for path in data:
-        load_dataset(path)
+        check_first_records(path)

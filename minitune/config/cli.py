@@ -8,26 +8,23 @@ own name. `config.toml` in a run folder is such a file: `--config runs/1/config.
 import argparse
 import difflib
 import json
-import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from minitune.config.architectures import LORA_TARGETS
-from minitune.config.fields import check_settings, setting
+from minitune.config.fields import ListedErrors
 from minitune.config.training_config import (
-    GGUF_METHODS,
-    GRADIENT_CHECKPOINTING,
-    MERGE_BASES,
+    PATHS,
     LoraConfig,
+    RunConfig,
     SFTConfig,
 )
 
-DTYPES = ("float32", "bfloat16", "float16")
 ALL_LINEAR = "all-linear"
 # SFTConfig has TRL's learning rate, which suits the training of all weights. The commands train
 # adapters only, and these need about ten times that rate.
@@ -47,53 +44,6 @@ NOT_WRITTEN = ("overwrite", "resume", "show")  # they describe one start of a ru
 EXPECTED_ERROR, INTERRUPTED = 2, 130  # exit codes
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """The settings of a command beside SFTConfig and LoraConfig: model, data, and final outputs."""
-
-    model: str | None = setting(
-        None, "model folder, or an org/name id in the local Hugging Face cache"
-    )
-    data: str | None = setting(None, "training data, a JSONL file")
-    eval_data: str | None = setting(None, "evaluation data, a JSONL file")
-    max_seq_length: int | None = setting(
-        None, "tokens of the longest sample; default: 2048, or the model's limit if less", minimum=2
-    )
-    load_in_4bit: bool = setting(True, "hold the frozen linears in NF4 (QLoRA), not in 16 bit")
-    dtype: str | None = setting(None, "compute dtype; default by device", choices=DTYPES)
-    offload_embedding: bool = setting(
-        False, "hold the embedding in host memory; a GPU reads its rows from there"
-    )
-    use_gradient_checkpointing: str = setting(
-        "unsloth", "what backward recomputes", choices=tuple(GRADIENT_CHECKPOINTING)
-    )
-    random_state: int | None = setting(
-        None,
-        "seed of the adapter's initial values; default: seed",
-        minimum=-(2**63),
-        maximum=2**64 - 1,
-    )
-    device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-    merge: bool = setting(False, "write the merged 16-bit model to OUTPUT_DIR/merged at the end")
-    merge_base: str = setting(
-        "auto", "weights that the adapter is merged into", choices=MERGE_BASES
-    )
-    gguf: tuple[str, ...] = setting(
-        (), "write GGUF files at the end, of these types", choices=GGUF_METHODS
-    )
-
-    show: int = setting(
-        0, "before training, print this many samples with their trained-on tokens", minimum=0
-    )
-
-    def __post_init__(self):
-        check_settings(self)
-        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(
-                f"device is {self.device!r}; expected cpu, cuda, or a numbered GPU such as cuda:1"
-            )
-
-
 class Settings(NamedTuple):
     """All settings of a command line, and the switches that were given."""
 
@@ -108,11 +58,16 @@ GROUPS = {"run": RunConfig, "lora": LoraConfig, "sft": SFTConfig}
 
 
 class KnownSetting(NamedTuple):
-    """A field of one of GROUPS. `types` are the types of its value; (tuple,) is a list of names."""
+    """A field of one of GROUPS.
+
+    types: the types of its value. (tuple,) is a list.
+    item: the type of a list's items.
+    """
 
     group: str
     field: Field
     types: tuple[type, ...]
+    item: type = str
 
 
 def _known_settings() -> dict[str, KnownSetting]:
@@ -121,11 +76,11 @@ def _known_settings() -> dict[str, KnownSetting]:
         hints = get_type_hints(cls)
         for item in fields(cls):
             hint = hints[item.name]
+            types = tuple(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
             if get_origin(hint) is tuple:
-                types: tuple[type, ...] = (tuple,)
+                known[item.name] = KnownSetting(group, item, (tuple,), types[0])
             else:
-                types = tuple(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
-            known[item.name] = KnownSetting(group, item, types)
+                known[item.name] = KnownSetting(group, item, types)
     return known
 
 
@@ -220,8 +175,8 @@ def parse_flags(
         raise ValueError(_unknown_argument(unknown[0], parser))
     flags = vars(given)
     for name, value in flags.items():
-        if isinstance(value, list):  # `--gguf q8_0 f16` and `--gguf q8_0,f16` are the same
-            flags[name] = tuple(part for text in value for part in text.split(",") if part)
+        if isinstance(value, list):
+            flags[name] = tuple(_list_items(name, value))
     return flags
 
 
@@ -241,8 +196,10 @@ def settings_from_flags(
     if config:
         values |= read_toml(config)
     values |= flags
-    if values.get("eval_data") and "eval_strategy" not in values:
-        values["eval_strategy"] = "epoch"
+    # Evaluation data on the command line is used, whatever the file says.
+    no_strategy = "no" if flags.get("eval_data") else None
+    if values.get("eval_data") and values.get("eval_strategy") in (None, no_strategy):
+        values["eval_strategy"] = flags.get("eval_strategy", "epoch")
     # A TOML file may hold the word as a string, a flag always gives a list.
     if values.get("target_modules") in (ALL_LINEAR, (ALL_LINEAR,)):
         values["target_modules"] = LORA_TARGETS
@@ -253,6 +210,13 @@ def settings_from_flags(
         groups[known[name].group][name] = value
     configs = {group: cls(**groups[group]) for group, cls in GROUPS.items()}
     return Settings(**configs, demo=demo, plan=plan)
+
+
+def _list_items(name: str, values: list) -> list:
+    """Return the items of a list; `--gguf q8_0 f16` and `--gguf q8_0,f16` are the same."""
+    if name in PATHS or not isinstance(values[0], str):
+        return values
+    return [part for text in values for part in text.split(",") if part]
 
 
 def settings_parser(
@@ -294,7 +258,7 @@ def _flag_options(known: KnownSetting) -> dict[str, Any]:
     if known.types == (bool,):
         options["action"] = argparse.BooleanOptionalAction
     elif known.types == (tuple,):
-        options["nargs"] = "+"
+        options |= {"nargs": "+", "type": known.item}
     else:
         options["type"] = known.types[0]
         options["metavar"] = known.types[0].__name__.upper()
@@ -329,13 +293,16 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
 
     program: the command as the user types it; error lines begin with it.
 
-    An expected error (ValueError or OSError) becomes one line on stderr and exit code 2. Ctrl-C
-    gives 130; the command itself has said by then how to continue.
+    An expected error (ValueError or OSError) becomes one line on stderr and exit code 2;
+    ListedErrors keep their lines. Ctrl-C gives 130; the command itself has said by then how to
+    continue.
     """
     try:
         return command(*arguments) or 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        lines = str(error).splitlines() if isinstance(error, ListedErrors) else [str(error)]
+        text = "\n".join(" ".join(line.split()) for line in lines)
+        print(f"{program}: error: {text}", file=sys.stderr)
         return EXPECTED_ERROR

@@ -15,12 +15,17 @@ TYPE_NAMES = {
     str: "a string",
     NoneType: "none",
 }
+LIST_NAMES = {str: "names", float: "numbers"}
 LIMITS = {
     "minimum": (lambda value, limit: value >= limit, "at least"),
     "greater_than": (lambda value, limit: value > limit, "more than"),
     "less_than": (lambda value, limit: value < limit, "less than"),
     "maximum": (lambda value, limit: value <= limit, "at most"),
 }
+
+
+class ListedErrors(ValueError):
+    """An error whose text has several lines, such as one for each bad record."""
 
 
 def setting(default: Any, help: str, *, choices=None, **limits) -> Any:
@@ -45,14 +50,20 @@ def check_settings(settings: Any) -> None:
         value, hint = getattr(settings, item.name), hints[item.name]
         types = get_args(hint) or (hint,)
         if get_origin(hint) is tuple:
-            _check_names(item, value)
+            _check_list(item, value, types[0])
         elif value is not None or NoneType not in types:
             _check_value(item, value, types)
 
 
-def _check_names(item: Field, value: Any) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{item.name} is {value!r}; expected a list of names")
+def _check_list(item: Field, value: Any, kind: type) -> None:
+    if not isinstance(value, tuple):
+        raise ValueError(f"{item.name} is {value!r}; expected a list of {LIST_NAMES[kind]}")
+    if kind is float:
+        for number in value:
+            _check_value(item, number, (float,))
+        return
+    if not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{item.name} is {value!r}; expected a list of {LIST_NAMES[kind]}")
     choices = item.metadata.get("choices")
     wrong = [name for name in value if choices and name not in choices]
     if wrong:

@@ -10,6 +10,8 @@ from minitune.config.fields import check_settings, setting
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
 INTERVALS = ("no", "steps", "epoch")
+DTYPES = ("float32", "bfloat16", "float16")
+PATHS = ("data", "eval_data")  # lists of paths, which may hold a comma
 GGUF_METHODS = ("q8_0", "f16", "bf16", "f32")
 DROPPED_TEXT = ("error", "warn")
 MERGE_BASES = ("auto", "original", "nf4")
@@ -135,6 +137,12 @@ class SFTConfig:
     ignore_fields: tuple[str, ...] = setting(
         (), "keys of records to leave out on purpose, such as title or messages.mood"
     )
+    skip_bad: bool = setting(False, "leave out records that cannot be read or used, and count them")
+    data_weights: tuple[float, ...] = setting(
+        (),
+        "a number for each file of the training data: 2 takes its samples twice, 0.5 takes half",
+        greater_than=0,
+    )
     logging_steps: int = setting(10, "optimizer steps a metrics line", minimum=1)
     logging_first_step: bool = setting(False, "write a metrics line for the first step too")
     save_strategy: str = setting("steps", "when to write checkpoint-N", choices=INTERVALS)
@@ -178,6 +186,8 @@ class SFTConfig:
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         if isinstance(self.ignore_fields, list):
             object.__setattr__(self, "ignore_fields", tuple(self.ignore_fields))
+        if isinstance(self.data_weights, list):
+            object.__setattr__(self, "data_weights", tuple(self.data_weights))
         check_settings(self)
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
@@ -198,4 +208,56 @@ class SFTConfig:
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
             raise ValueError(
                 "lr_scheduler_type 'constant' has no warm-up; choose 'constant_with_warmup'"
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of a command beside SFTConfig and LoraConfig: model, data, and final outputs."""
+
+    model: str | None = setting(
+        None, "model folder, or an org/name id in the local Hugging Face cache"
+    )
+    data: tuple[str, ...] = setting(
+        (), "training data: JSONL, JSON, CSV, text or Parquet files, or a folder of `datasets`"
+    )
+    eval_data: tuple[str, ...] = setting((), "evaluation data, in the same formats")
+    max_seq_length: int | None = setting(
+        None, "tokens of the longest sample; default: 2048, or the model's limit if less", minimum=2
+    )
+    load_in_4bit: bool = setting(True, "hold the frozen linears in NF4 (QLoRA), not in 16 bit")
+    dtype: str | None = setting(None, "compute dtype; default by device", choices=DTYPES)
+    offload_embedding: bool = setting(
+        False, "hold the embedding in host memory; a GPU reads its rows from there"
+    )
+    use_gradient_checkpointing: str = setting(
+        "unsloth", "what backward recomputes", choices=tuple(GRADIENT_CHECKPOINTING)
+    )
+    random_state: int | None = setting(
+        None,
+        "seed of the adapter's initial values; default: seed",
+        minimum=-(2**63),
+        maximum=2**64 - 1,
+    )
+    device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    merge: bool = setting(False, "write the merged 16-bit model to OUTPUT_DIR/merged at the end")
+    merge_base: str = setting(
+        "auto", "weights that the adapter is merged into", choices=MERGE_BASES
+    )
+    gguf: tuple[str, ...] = setting(
+        (), "write GGUF files at the end, of these types", choices=GGUF_METHODS
+    )
+
+    show: int = setting(
+        0, "before training, print this many samples with their trained-on tokens", minimum=0
+    )
+
+    def __post_init__(self):
+        for name in PATHS:  # a TOML file may name a single path as a string
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        check_settings(self)
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(
+                f"device is {self.device!r}; expected cpu, cuda, or a numbered GPU such as cuda:1"
             )

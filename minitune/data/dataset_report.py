@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from minitune.config.fields import ListedErrors
 from minitune.data.samples import EMPTY_ANSWER
 
 MAX_ORIGINS = 20
@@ -74,13 +75,13 @@ class DatasetReport:
             notes={note: Occurrences(**found) for note, found in values["notes"].items()},
         )
 
-    def bad_records_message(self, name: str) -> str:
-        """Return the error text for the bad records of dataset `name`.
+    def bad_records_error(self, name: str) -> ValueError:
+        """Return the error for the bad records of dataset `name`.
 
-        A single bad record gives one line that begins with its place.
+        The text for a single bad record is one line that begins with its place.
         """
         if self.bad.count == 1:
-            return self.bad.origins[0]
+            return ValueError(self.bad.origins[0])
         lines = [
             f"{name}: {self.bad.count:,} of {self.records:,} records cannot be used "
             "(skip_bad leaves them out):",
@@ -88,4 +89,4 @@ class DatasetReport:
         ]
         if self.bad.count > len(self.bad.origins):
             lines.append(f"... and {self.bad.count - len(self.bad.origins):,} more")
-        return "\n".join(lines)
+        return ListedErrors("\n".join(lines))

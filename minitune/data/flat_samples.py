@@ -7,6 +7,7 @@ A Sample is made when it is asked for. Its arrays are views. A sample may be lis
 the lists repeat, the tokens do not.
 """
 
+import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import numpy as np
 
 from minitune.data.samples import Sample
 
+SAMPLES_PER_HASH = 1024  # samples that are copied together for their hash
 SAMPLE_COLUMNS = ("begins", "lengths", "targets", "sources", "numbers")
 
 
@@ -73,6 +75,30 @@ class FlatSamples(Sequence[Sample]):
     def origin(self, index: int) -> str:
         """Return the place of a sample's record, such as "data.jsonl:12" or "dataset[3]"."""
         return self.formats[self.sources[index]].origin(self.numbers[index])
+
+    def fingerprint(self) -> str:
+        """Return a hash of every token and label, to recognise the data of a resumed run.
+
+        The hash is that of (length, ids, labels) of one sample after the other, in int64.
+        """
+        digest = hashlib.sha256()
+        for first in range(0, len(self), SAMPLES_PER_HASH):
+            digest.update(self[first : first + SAMPLES_PER_HASH]._hashed_values())
+        return digest.hexdigest()[:16]
+
+    def _hashed_values(self) -> np.ndarray:
+        """Return (length, ids, labels) of each sample, one after the other, in int64."""
+        lengths = self.lengths
+        inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        source = np.repeat(self.begins, lengths) + inside
+        sizes = 1 + 2 * lengths
+        starts = np.cumsum(sizes) - sizes
+        first_id = np.repeat(starts + 1, lengths) + inside
+        values = np.empty(sizes.sum(), np.int64)
+        values[starts] = lengths
+        values[first_id] = self.input_ids[source]
+        values[first_id + np.repeat(lengths, lengths)] = self.labels[source]
+        return values
 
 
 class SampleBuilder:

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from minitune.data.jsonl import KNOWN_SHAPES, is_json_array, kind_of, read_json_
 from minitune.data.text_files import read_csv, read_text_lines
 
 Dataset = str | Path | Sequence[str | Path] | Iterable[Mapping]
+CHECKED_RECORDS = 100  # of a file, before the model is loaded
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -82,6 +84,13 @@ def open_sources(dataset: Dataset, text_field: str = "text") -> list[Source]:
     return [_memory_source(dataset)]
 
 
+def file_names(dataset: Dataset | None) -> tuple[str, ...]:
+    """Return the paths of a dataset; none for records in memory."""
+    if isinstance(dataset, str | Path):
+        return (str(dataset),)
+    return tuple(map(str, dataset)) if is_several_files(dataset) else ()
+
+
 def is_several_files(dataset: Any) -> bool:
     """Return True for a list or tuple of paths."""
     is_list = isinstance(dataset, list | tuple)
@@ -101,6 +110,17 @@ def load_dataset(dataset: Dataset) -> list[tuple[str, Mapping]]:
                 raise ValueError(f"{origin}: {record}")
             records.append((origin, record))
     return records
+
+
+def check_first_records(path: str) -> None:
+    """Raise ValueError if a file is missing or not one of its first records can be read."""
+    (source,) = open_sources(path)
+    error = None
+    for number, record in islice(source.records(), CHECKED_RECORDS):
+        if not isinstance(record, ValueError):
+            return
+        error = error or ValueError(f"{source.format.origin(number)}: {record}")
+    raise error
 
 
 # ---- files

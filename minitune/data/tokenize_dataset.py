@@ -92,7 +92,7 @@ def _check(
 ) -> None:
     """Raise ValueError if there are bad records that are not skipped, or no sample."""
     if report.bad.count and not skip_bad:
-        raise ValueError(report.bad_records_message(name))
+        raise report.bad_records_error(name)
     if len(builder):
         return
     if report.bad.count == report.records:
@@ -134,7 +134,7 @@ def _rendered_parts(
                     if isinstance(item, RenderedText):
                         item.text.encode()  # JSON may hold half a surrogate pair: that is no text
             except ValueError as error:
-                report.bad.add(f"{origin}: {error}")
+                report.bad.add(" ".join(f"{origin}: {error}".splitlines()))
                 continue
             report.shapes[rendered.shape] += 1
             report.add_notes(rendered.notes, origin)

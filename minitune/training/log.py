@@ -45,6 +45,7 @@ SAVED_ACTIVATIONS = {
 # GPU memory of a trainable parameter: value 4, gradient 4, two moments 8 or 2.03 bytes.
 BYTES_PER_PARAMETER = {"adamw_8bit": "10.03"}
 DEFAULT_BYTES_PER_PARAMETER = "16"
+MAX_NOTES = 5  # lines of notes on a dataset
 STDERR = 2  # file descriptor
 
 
@@ -155,9 +156,13 @@ class RunSummary:
     source: Path | None = None
 
 
-def banner(model: CausalLM, data: TokenizedDataset, run: RunSummary) -> str:
-    """Return lines that describe model, adapter, data and run."""
-    rows = [*_model_rows(model), ("data", _data_text(data)), *_run_rows(run)]
+def banner(model: CausalLM, datasets: dict[str, TokenizedDataset], run: RunSummary) -> str:
+    """Return lines that describe model, adapter, data and run.
+
+    datasets: each dataset of the run by its label.
+    """
+    data_rows = [row for label, data in datasets.items() for row in _data_rows(label, data)]
+    rows = [*_model_rows(model), *data_rows, *_run_rows(run)]
     if dropout := model.lora_dropout:  # of an adapter that was loaded
         text = f"the adapter was trained with lora_dropout {dropout}, which is not applied here"
         rows.append(("warning", text))
@@ -204,12 +209,26 @@ def storage_bytes(model: CausalLM) -> int:
     return sum(p.nbytes for p in base) + sum(linear.nf4.nbytes for linear in quantized)
 
 
-def _data_text(data: TokenizedDataset) -> str:
+def _data_rows(label: str, data: TokenizedDataset) -> list[tuple[str, str]]:
+    """Return the lines on a dataset and the notes on its records, as (label, text)."""
     tokens, targets = data.samples.lengths.sum(), data.samples.targets.sum()
-    return (
+    report = data.report
+    text = (
         f"{len(data.samples):,} samples, {data.skipped:,} skipped (no token to train on), "
         f"{data.truncated:,} truncated; {tokens:,} tokens, {targets:,} trained on"
     )
+    if report.bad.count:
+        text += f"; {report.bad.count:,} bad records left out"
+    notes = [
+        f"{note} ({found.count:,} of {report.records:,} records, first {found.origins[0]})"
+        for note, found in report.notes.items()
+    ]
+    if report.bad.count:
+        notes.insert(0, f"left out: {report.bad.origins[0]}")
+    if len(notes) > MAX_NOTES:
+        hidden = len(notes) - MAX_NOTES + 1
+        notes[MAX_NOTES - 1 :] = [f"{hidden} more notes: `minitune data show` lists them"]
+    return [(label, text), *(("note", note) for note in notes)]
 
 
 def _run_rows(run: RunSummary) -> list[tuple[str, str]]:

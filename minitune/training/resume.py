@@ -16,18 +16,15 @@ and a resumed run plans with the same ones. A resumed run then gives the same bi
 uninterrupted run, in its losses and in its adapter.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from minitune.config.cli import RunConfig, as_dict
-from minitune.config.training_config import SFTConfig
-from minitune.data.flat_samples import FlatSamples
+from minitune.config.cli import as_dict
+from minitune.config.training_config import RunConfig, SFTConfig
 from minitune.device import free_memory, gib_text
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.planner import Planner, checkpointing_word
@@ -75,19 +72,21 @@ MEMORY_RESERVE = {"cuda": 0.01, "cpu": 0.25}
 # A resumed run keeps its recorded host budget if that is at most this share of the free host
 # memory. A new run takes half of the free host memory.
 MAX_HOST_SHARE = 0.75
-SAMPLES_PER_HASH = 1024  # samples that are copied together for their hash
 
 
 # ---- the settings in config.toml
 
 
 def resolve_run_config(
-    model: CausalLM, data: str | None, eval_data: str | None, given: RunConfig | None = None
+    model: CausalLM,
+    data: tuple[str, ...],
+    eval_data: tuple[str, ...],
+    given: RunConfig | None = None,
 ) -> RunConfig:
     """Return the settings that repeat a run: those of the model, replaced by those given.
 
-    data, eval_data: paths of the datasets, or None for data in memory.
-    given: the settings of a command; a value of None means not set.
+    data, eval_data: paths of the datasets; none for data in memory.
+    given: the settings of a command; None, or no path, means not set.
     """
     of_model = RunConfig(
         model=model.name,
@@ -102,7 +101,7 @@ def resolve_run_config(
     )
     if given is None:
         return of_model
-    settings = {name: value for name, value in as_dict(given).items() if value is not None}
+    settings = {name: value for name, value in as_dict(given).items() if value not in (None, ())}
     return replace(of_model, **settings)
 
 
@@ -119,7 +118,7 @@ def run_identity(model: CausalLM, args: SFTConfig, size: RunSize, data: RunData)
         "samples_per_step": size.units_per_step,
         "max_length": data.max_length,
         "total_steps": size.total_steps,
-        "data": fingerprint(data.train.samples),
+        "data": data.train.samples.fingerprint(),
         "model": model.name,
         "load_in_4bit": any(linear.is_quantized for _, linear in model.linears()),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -127,33 +126,6 @@ def run_identity(model: CausalLM, args: SFTConfig, size: RunSize, data: RunData)
         "attention": model.layer_context.attention,
         "device": torch.cuda.get_device_name(model.device) if is_gpu else "cpu",
     }
-
-
-def fingerprint(samples: FlatSamples) -> str:
-    """Return a hash of every token and label, to recognise the data of a resumed run.
-
-    The hash is that of (length, ids, labels) of one sample after the other, in int64.
-    """
-    digest = hashlib.sha256()
-    for first in range(0, len(samples), SAMPLES_PER_HASH):
-        part = samples[first : first + SAMPLES_PER_HASH]
-        digest.update(_hashed_values(part))
-    return digest.hexdigest()[:16]
-
-
-def _hashed_values(samples: FlatSamples) -> np.ndarray:
-    """Return (length, ids, labels) of some samples, one after the other, in int64."""
-    lengths = samples.lengths
-    inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    source = np.repeat(samples.begins, lengths) + inside
-    sizes = 1 + 2 * lengths
-    starts = np.cumsum(sizes) - sizes
-    first_id = np.repeat(starts + 1, lengths) + inside
-    values = np.empty(sizes.sum(), np.int64)
-    values[starts] = lengths
-    values[first_id] = samples.input_ids[source]
-    values[first_id + np.repeat(lengths, lengths)] = samples.labels[source]
-    return values
 
 
 def _changes(names: Sequence[str], before: dict[str, Any], now: dict[str, Any]) -> list[str]:

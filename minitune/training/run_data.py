@@ -7,9 +7,8 @@ and the epoch alone, so the number of a step is enough to find its samples.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
@@ -17,12 +16,11 @@ from minitune.config.training_config import SFTConfig
 from minitune.data.batching import pack_rows
 from minitune.data.flat_samples import FlatSamples
 from minitune.data.samples import LabelOptions, Sample
+from minitune.data.sources import Dataset, file_names
 from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 from minitune.training.checkpoint import RunSize
 from minitune.training.log import progress_bar
-
-Dataset = str | Path | Sequence[dict]
 
 
 @lru_cache(maxsize=2)
@@ -72,25 +70,31 @@ class RunData:
     """The tokenized datasets of a run.
 
     max_length: tokens of the longest sample, or with packing of a row.
-    train_file, eval_file: paths of the datasets; None for records in memory.
+    train_files, eval_files: paths of the datasets; none for records in memory.
     """
 
     train: TokenizedDataset
     evaluation: TokenizedDataset | None
     max_length: int
-    train_file: str | None
-    eval_file: str | None
+    train_files: tuple[str, ...]
+    eval_files: tuple[str, ...]
 
     @property
-    def files(self) -> list[str]:
+    def files(self) -> tuple[str, ...]:
         """The paths of the datasets that are files."""
-        return [file for file in (self.train_file, self.eval_file) if file is not None]
+        return self.train_files + self.eval_files
+
+    @property
+    def by_label(self) -> dict[str, TokenizedDataset]:
+        """The datasets by their labels in the banner."""
+        if self.evaluation is None:
+            return {"data": self.train}
+        return {"data": self.train, "eval data": self.evaluation}
 
     @property
     def is_in_files(self) -> bool:
         """True if config.toml can name all data."""
-        has_eval_file = self.evaluation is None or self.eval_file is not None
-        return self.train_file is not None and has_eval_file
+        return bool(self.train_files) and (self.evaluation is None or bool(self.eval_files))
 
     @property
     def max_seqlen(self) -> int:
@@ -112,7 +116,7 @@ def read_datasets(
     Raises: ValueError if settings and data do not fit together, or a record cannot be read.
     """
     if train_dataset is None:
-        raise ValueError("train_dataset is missing; give a JSONL path or a sequence of dicts")
+        raise ValueError("train_dataset is missing; give a path or a sequence of dicts")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ValueError(
             f"eval_strategy is {args.eval_strategy!r}, but there is no eval_dataset; pass one, "
@@ -126,9 +130,11 @@ def read_datasets(
         )
     evaluation = None
     train = _tokenize(train_dataset, tokenizer, args, max_length)
+    if args.data_weights:
+        train = replace(train, samples=weighted(train.samples, args.data_weights, args.seed))
     if eval_dataset is not None:
         evaluation = _tokenize(eval_dataset, tokenizer, args, max_length)
-    files = [_file_name(source) for source in (train_dataset, eval_dataset)]
+    files = [file_names(source) for source in (train_dataset, eval_dataset)]
     return RunData(train, evaluation, max_length, *files)
 
 
@@ -141,9 +147,34 @@ def _tokenize(
             tokenizer,
             max_length,
             progress=progress,
+            skip_bad=args.skip_bad,
             **vars(LabelOptions.of(args)),
         )
 
 
-def _file_name(source: Dataset | None) -> str | None:
-    return str(source) if isinstance(source, str | Path) else None
+def weighted(samples: FlatSamples, weights: Sequence[float], seed: int) -> FlatSamples:
+    """Return the samples with those of each source repeated by its weight.
+
+    The whole part of a weight repeats all samples of the source. The fraction takes a share of them
+    once more, drawn by the seed.
+
+    weights: one number for each source.
+
+    Raises: ValueError if the numbers of weights and sources differ, or no sample remains.
+    """
+    names = [item.name for item in samples.formats]
+    if len(weights) != len(names):
+        raise ValueError(
+            f"data_weights has {len(weights)} numbers, but the training data has {len(names)} "
+            f"sources ({', '.join(names)}); give one number for each"
+        )
+    taken = []
+    for source, weight in enumerate(weights):
+        own = np.flatnonzero(samples.sources == source)
+        whole = int(weight)
+        drawn = np.random.default_rng((seed, source)).permutation(own)
+        share = np.sort(drawn[: round((weight - whole) * len(own))])
+        taken += [*[own] * whole, share]
+    if not sum(map(len, taken)):
+        raise ValueError(f"data_weights {tuple(weights)} leave no sample; raise one of them")
+    return samples.take(np.concatenate(taken))

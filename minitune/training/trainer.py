@@ -21,20 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minitune.config.cli import RunConfig, as_dict
-from minitune.config.training_config import SFTConfig
+from minitune.config.cli import as_dict
+from minitune.config.training_config import RunConfig, SFTConfig
 from minitune.data.batching import collate, micro_steps
 from minitune.data.samples import Sample
+from minitune.data.sources import Dataset
 from minitune.data.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import Progress
-from minitune.training.log import (
-    RunSummary,
-    TrainingLog,
-    banner,
-    deferred_sigint,
-    interruption,
-)
+from minitune.training.log import RunSummary, TrainingLog, banner, deferred_sigint, interruption
 from minitune.training.metrics import PendingLosses, RunClock, evaluation_loss, training_record
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW, learning_rate_factor, warmup_count
@@ -53,7 +48,7 @@ from minitune.training.resume import (
     resume_run,
     run_identity,
 )
-from minitune.training.run_data import Dataset, SampleOrder, read_datasets
+from minitune.training.run_data import SampleOrder, read_datasets
 from minitune.training.run_folder import CONFIG, METRICS, RunFolder, open_run_folder
 
 
@@ -82,8 +77,8 @@ class SFTTrainer:
 
         model: a model with an adapter.
         args: the settings of the run; default: SFTConfig().
-        train_dataset, eval_dataset: the path of a JSONL file or a sequence of records
-            (data/record_formats.py).
+        train_dataset, eval_dataset: a path, several paths, or records in memory
+            (data/sources.py, data/record_formats.py).
         processing_class: the tokenizer; default: that of the model's folder.
         run_config: settings to write to config.toml; default: the model's settings.
 
@@ -102,7 +97,7 @@ class SFTTrainer:
         self.order = SampleOrder(self.data.train.samples, self.args, self.data.max_length)
         self.size = self.order.size
         self.run_config = resolve_run_config(
-            model, self.data.train_file, self.data.eval_file, run_config
+            model, self.data.train_files, self.data.eval_files, run_config
         )
         self.planner = run_planner(model, self.args, self.run_config.use_gradient_checkpointing)
         self.micro_step = MicroStep(model, self.planner, self.args.cuda_graphs)
@@ -179,7 +174,7 @@ class SFTTrainer:
             self._resident_weights(),
             contextlib.closing(self.micro_step),
         ):
-            log.print_line(banner(self.model, self.data.train, self._summary(source)))
+            log.print_line(banner(self.model, self.data.by_label, self._summary(source)))
             self._loop(log, caught)
             if caught and p.step < total_steps:
                 raise KeyboardInterrupt
@@ -197,6 +192,8 @@ class SFTTrainer:
         """Run optimizer steps to the last one, or until Ctrl-C fills `caught`."""
         p, args = self.progress, self.args
         clock, first = RunClock(p.seconds, p.tokens), p.step + 1
+        if first > self.size.total_steps and args.eval_strategy != "no":
+            self._log_evaluation(log)  # a finished run is only evaluated
         while p.step < self.size.total_steps and not caught:
             self._optimizer_step()
             if p.step == first:
@@ -212,8 +209,7 @@ class SFTTrainer:
                 self._write(log, training_record(p, self.size.steps_per_epoch, rate, speed))
             with clock.paused():
                 if self._is_time_to(args.eval_strategy, args.eval_steps or args.logging_steps):
-                    record = {"step": p.step, "epoch": self._epoch(), **self.evaluate()}
-                    self._write(log, record)
+                    self._log_evaluation(log)
                 if self._is_time_to(args.save_strategy, args.save_steps) or caught:
                     p.seconds = clock.seconds()
                     self._save()
@@ -280,6 +276,9 @@ class SFTTrainer:
                 f"{error} and training stopped; last checkpoint: {self._last_checkpoint()}. Lower "
                 f"learning_rate ({self.args.learning_rate:g}), or look at the samples of that step"
             ) from None
+
+    def _log_evaluation(self, log: TrainingLog) -> None:
+        self._write(log, {"step": self.progress.step, "epoch": self._epoch(), **self.evaluate()})
 
     def _write(self, log: TrainingLog, record: dict[str, Any]) -> None:
         """Log a record; if it cannot be written, save a checkpoint and stop."""
