@@ -72,9 +72,10 @@ def variable_names(template: str) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=8)
-def read_names(template: str) -> frozenset[str]:
-    """Return the names in quotes or behind a dot: those under which a template finds keys."""
-    return quoted_names(template) | frozenset(re.findall(r"\.\s*([A-Za-z_]\w*)", template))
+def further_names(template: str) -> frozenset[str]:
+    """Return the names under which a template may find further keys of a message."""
+    behind_dots = frozenset(re.findall(r"\.\s*([A-Za-z_]\w*)", template))
+    return (quoted_names(template) | behind_dots) - CORE_KEYS - HARMLESS
 
 
 def read_messages(value: Any, key: str, record: Fields) -> list[Message]:
@@ -245,10 +246,9 @@ def _counts(fields: Fields, role: str) -> bool | None:
 
 def _further_keys(fields: Fields) -> dict:
     """Return the keys that only this chat template knows; their texts have to be rendered."""
-    known = read_names(fields.reading.template) - CORE_KEYS - HARMLESS
     found = {}
     for key in fields.left():
-        if key in known and fields.holds(key):
+        if key in further_names(fields.reading.template) and fields.holds(key):
             found[key] = fields.json(key)
             for text in _texts(found[key]):
                 fields.reading.expected.append((fields.name_of(key), text))

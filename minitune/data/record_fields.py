@@ -121,13 +121,17 @@ class Fields:
 
     def __init__(self, value: Mapping, reading: Reading, place: str = "", path: str = ""):
         self.reading, self.place, self.path = reading, place, path
-        self._left: dict[Any, Any] = {}
+        self._left: dict[Any, Any] = dict(value)
         self._known: list[str] = []
-        for key, item in value.items():
-            if self._path_of(key) not in reading.ignored:
-                self._left[key] = item
-            elif not is_empty(item):
-                reading.note(f'"{self._path_of(key)}" is left out, because ignore_fields names it')
+        if reading.ignored:
+            self._ignore()
+
+    def _ignore(self) -> None:
+        """Leave out the keys that the user ignores."""
+        for key in list(self._left):
+            path = self._path_of(key)
+            if path in self.reading.ignored and not is_empty(self._left.pop(key)):
+                self.reading.note(f'"{path}" is left out, because ignore_fields names it')
 
     def _path_of(self, key: Any) -> str:
         return f"{self.path}.{key}" if self.path else str(key)
@@ -156,11 +160,16 @@ class Fields:
         """Return the value of a key as it is, or None if the key is missing or null."""
         self._known.append(key)
         value = self._left.pop(key, None)
+        if value is None or type(value) is str:  # the usual values, and this is the hot path
+            return value
         return None if is_missing(value) else value
 
     def json(self, key: str) -> Any:
         """Return the value of a key in values of JSON, or None if it is missing or null."""
-        return plain(self.take(key), self.name_of(key))
+        value = self.take(key)
+        if value is None or type(value) is str:
+            return value
+        return plain(value, self.name_of(key))
 
     def decoded(self, key: str) -> Any:
         """Return the value of a key, which may be written as a JSON text; "" is null."""
