@@ -27,6 +27,7 @@ LINES = [
     ),
     ("{}", rf"unknown shape with the fields \(none\); {KNOWN}"),
     ('{"prompt": "a"}', "unknown shape with the fields prompt"),
+    ('{"text": "a", "text": "b"}', 'JSON that cannot be read: the key "text" stands twice'),
     ('{"text": 3}', '"text" is a number, expected a text'),
     ('{"text": null}', '"text" is null, expected a text'),
     ('{"messages": "a"}', '"messages" is a text, expected a list of at least one'),

@@ -139,6 +139,7 @@ REFUSED = [
     # calls and tools
     (with_call(function={"name": "add", "arguments": "[1]"}), "a list, expected an object"),
     (with_call(function={"name": "add", "arguments": "x = 1"}), "are not JSON: .* at column 1"),
+    (with_call(function={"name": "add", "arguments": '{"x": 1, "x": 2}'}), '"x" stands twice'),
     (with_call(function={"name": "add", "arguments": "[" * 5000}), "nested too deeply"),
     (
         with_call(function={"name": "add", "arguments": {"a": DEEP}}),

@@ -20,6 +20,19 @@ BLOCK = 1 << 20  # characters of an array that are read at once
 WHITE_SPACE = " \t\r\n"
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. A key that stands twice is an error: one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'the key "{twice}" stands twice in an object')
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def read_json_file(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (number, value) of each line that is not blank, or of each element of an array.
 
@@ -73,7 +86,7 @@ class _ArrayReader:
     """Reads the values and separators of a JSON array from a text file, block by block."""
 
     def __init__(self, file):
-        self._file, self._decoder = file, json.JSONDecoder()
+        self._file = file
         self._text, self._at = "", 0  # characters that are in memory, and the next one to read
 
     def _read_more(self) -> bool:
@@ -108,7 +121,7 @@ class _ArrayReader:
         self.next_character()
         while True:
             try:
-                value, self._at = self._decoder.raw_decode(self._text, self._at)
+                value, self._at = DECODER.raw_decode(self._text, self._at)
                 return value
             except (ValueError, RecursionError) as error:
                 incomplete = isinstance(error, json.JSONDecodeError)
@@ -122,7 +135,7 @@ def parse_json(text: str) -> Any:
     Raises: ValueError if the text is not JSON, or Python cannot read it.
     """
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(_json_error(error)) from None
 
