@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from minitune.checkpoints.adapter import load_adapter, save_adapter
-from minitune.checkpoints.load_weights import load_weights
+from minitune.checkpoints.load_weights import load_weights, open_model_folder
 from minitune.checkpoints.merge import merge_to_folder
-from minitune.checkpoints.safetensors_folder import SafetensorsFolder, resolve_model
+from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
@@ -109,7 +109,7 @@ class FastLanguageModel:
         Raises: ValueError that names the argument, file or tensor at fault.
         """
         folder = resolve_model(model_name)
-        config = ModelConfig.from_folder(folder)
+        config, stored = open_model_folder(folder)
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         _check_loading(config, max_seq_length, attention, offload_embedding)
@@ -126,7 +126,7 @@ class FastLanguageModel:
         model.name = str(model_name)
         model.folder = folder
         model.eos_token_ids = tokenizer.eos_token_ids
-        load_weights(model, SafetensorsFolder(folder), device, load_in_4bit, progress)
+        load_weights(model, stored, device, load_in_4bit, progress)
         if offload_embedding and device.type == "cuda":
             try:
                 model.model.embed_tokens.to_host()

@@ -1,13 +1,18 @@
 """Loading: bitsandbytes' weights come in bit for bit, shards like one file, ids from the cache."""
 
+import json
+
 import pytest
 import torch
+from gguf_files import tensors_of
 from safetensors.torch import load_file
 from tiny import make_tiny_model
-from weight_folders import SKIPPED, load, write_bitsandbytes
+from weight_folders import SKIPPED, edit_tensors, load, write_bitsandbytes
 
-from minitune import FastLanguageModel
+from minitune import FastLanguageModel, Tokenizer
+from minitune.checkpoints.merge import merge_to_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.gguf.export import convert_folder
 
 
 def replace_linears(hf, model):
@@ -63,6 +68,18 @@ def test_a_folder_written_by_bitsandbytes_loads_bit_for_bit_and_trains(tmp_path,
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nf4_codes_stored_in_another_dtype_are_the_same_bytes(tmp_path, dtype):
+    source = make_tiny_model(tmp_path / "base", tie=False)
+    write_bitsandbytes(source, tmp_path / "bytes")
+    write_bitsandbytes(source, tmp_path / "other", bnb_4bit_quant_storage=dtype)
+    packed = load_file(tmp_path / "other" / "model.safetensors")
+    assert packed["model.layers.0.self_attn.q_proj.weight"].dtype == dtype
+    found, expected = load(tmp_path / "other"), load(tmp_path / "bytes")
+    for (name, linear), (_, other) in zip(found.linears(), expected.linears(), strict=True):
+        assert torch.equal(linear.weight_as(torch.float32), other.weight_as(torch.float32)), name
+
+
 def test_sixteen_bit_weights_stay_as_stored_on_request(tmp_path):
     model = load(make_tiny_model(tmp_path / "m"), load_in_4bit=False)
     stored = load_file(tmp_path / "m" / "model.safetensors")
@@ -75,6 +92,46 @@ def test_shards_load_like_one_file(tmp_path):
     three = load(make_tiny_model(tmp_path / "three", tie=False, shards=3))
     ids = torch.arange(3, 20)[None]
     assert torch.equal(one(input_ids=ids).logits, three(input_ids=ids).logits)
+
+
+def test_a_head_that_differs_from_the_embedding_counts_although_the_config_ties_them(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", tie=True)
+    ids = torch.arange(3, 20)[None]
+    tied = load(folder, load_in_4bit=False)(input_ids=ids).logits
+    head = "lm_head.weight"
+    edit_tensors(folder, lambda t: t.update({head: t["model.embed_tokens.weight"].clone()}))
+    same = load(folder, load_in_4bit=False)
+    assert same.config.tie_word_embeddings
+    assert torch.equal(same(input_ids=ids).logits, tied)
+
+    edit_tensors(folder, lambda t: t.update({head: t[head].flip(0)}))
+    model = load(folder, load_in_4bit=False)
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = hf(ids).logits.detach()
+    assert (model(input_ids=ids).logits - expected).norm() / expected.norm() < 1e-5
+    tokenizer = Tokenizer.from_folder(folder)
+    merged = merge_to_folder(model, tmp_path / "merged", tokenizer)
+    again = load(merged, load_in_4bit=False)
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    direct = model.save_pretrained_gguf(tmp_path / "x.gguf", tokenizer, "f16")
+    converted = convert_folder(folder, tmp_path / "y.gguf", "f16")
+    assert "output.weight" in tensors_of(direct) and "output.weight" in tensors_of(converted)
+
+
+def test_an_index_may_list_tensors_that_no_model_needs(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", tie=True, shards=3)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = "model-00001-of-00003.safetensors"
+    index["weight_map"] |= {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": shard,
+        "lm_head.weight": shard,
+    }
+    path.write_text(json.dumps(index))
+    ids = torch.arange(3, 20)[None]
+    expected = load(make_tiny_model(tmp_path / "one", tie=True))(input_ids=ids).logits
+    assert torch.equal(load(folder)(input_ids=ids).logits, expected)
 
 
 CACHES = {  # environment variable -> the cache below it

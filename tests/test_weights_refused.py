@@ -50,6 +50,35 @@ def test_a_broken_state_of_a_quantised_linear_is_named(tmp_path, change):
         load(tmp_path / "bnb")
 
 
+def test_a_folder_of_other_formats_is_refused_by_the_file_it_holds(tmp_path):
+    folder = make_tiny_model(tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no \*\.safetensors, but pytorch_model\.bin; .*may run"):
+        load(folder)
+    weights.write_text("version https://git-lfs.example/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=r"model\.safetensors: a pointer of Git LFS, .*lfs pull"):
+        load(folder)
+
+
+def test_a_whole_file_beside_the_index_of_other_shards_is_refused(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", shards=3)
+    other = make_tiny_model(tmp_path / "other", seed=1) / "model.safetensors"
+    (folder / "model.safetensors").write_bytes(other.read_bytes())
+    message = r"holds model\.safetensors, and model\.safetensors\.index\.json, which lists other"
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_a_pickled_adapter_is_refused_by_its_file(tmp_path):
+    model = load(make_tiny_model(tmp_path / "m"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"0")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: a pickled file, which may run code"):
+        model.load_adapter(tmp_path / "adapter")
+
+
 # Each function below damages a folder and returns the error that loading must give.
 
 

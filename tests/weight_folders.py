@@ -18,8 +18,11 @@ def load(folder, **kwargs):
     )[0]
 
 
-def write_bitsandbytes(source, folder, double_quant=True, skip=None, quant_type="nf4"):
-    """Quantise and write `source` with transformers and bitsandbytes; return their model."""
+def write_bitsandbytes(source, folder, double_quant=True, skip=None, quant_type="nf4", **options):
+    """Quantise and write `source` with transformers and bitsandbytes; return their model.
+
+    options: further arguments of BitsAndBytesConfig.
+    """
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
     config = transformers.BitsAndBytesConfig(
@@ -28,6 +31,7 @@ def write_bitsandbytes(source, folder, double_quant=True, skip=None, quant_type=
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=skip,
+        **options,
     )
     hf = transformers.AutoModelForCausalLM.from_pretrained(
         source,

@@ -2,7 +2,8 @@
 
 For a linear P, a folder holds
 
-    P.weight                                   packed 4-bit codes, uint8 (in * out / 2, 1)
+    P.weight                                   packed 4-bit codes, uint8 (in * out / 2, 1), or
+                                               the same bytes in another dtype (quant_storage)
     P.weight.absmax                            scale of each block, float32, or uint8 if nested
     P.weight.quant_map                         the 16 NF4 values, float32
     P.weight.nested_absmax                     if nested: scale of each block of scales, float32
@@ -87,11 +88,17 @@ def read_nf4(
             raise ValueError(f"{stored.folder}: {name} is {found}; bitsandbytes writes {dtype}")
         return stored.load(name, size).to(device)
 
+    def fetch_packed(nbytes: int) -> Tensor:
+        name = f"{linear}.weight"
+        names.add(name)
+        dtype = stored.dtype(name)
+        return stored.load(name, (nbytes // dtype.itemsize, 1)).view(torch.uint8).to(device)
+
     elements = shape[0] * shape[1]
     blocks = -(-elements // state["blocksize"])
     scale_dtype = torch.uint8 if nested else torch.float32
     weight = NF4(
-        packed=fetch("", torch.uint8, elements // 2, 1).view(-1),
+        packed=fetch_packed(elements // 2).view(-1),
         absmax=fetch(".absmax", scale_dtype, blocks),
         code=_shared_if_equal(fetch(".quant_map", torch.float32, 16), nf4_code(device)),
         shape=shape,

@@ -9,20 +9,37 @@ Linears that bitsandbytes quantised are taken as they are stored.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from minitune.checkpoints.bitsandbytes_nf4 import check_quantization, quantized_linears, read_nf4
-from minitune.checkpoints.safetensors_folder import SafetensorsFolder
+from minitune.checkpoints.safetensors_folder import NOT_WEIGHTS, TIED_HEAD, SafetensorsFolder
+from minitune.config.model_config import ModelConfig
 from minitune.model.causal_lm import CausalLM
 from minitune.model.linear import Linear
 from minitune.model.nf4 import BLOCKSIZE, NF4
 
-# Endings of constants that old writers saved beside the weights; not loaded.
-NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
-TIED_HEAD = "lm_head.weight"  # some folders hold it although the embedding is used instead
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def open_model_folder(folder: Path) -> tuple[ModelConfig, SafetensorsFolder]:
+    """Return the shape of the model in a folder, from config.json and the weights, and the weights.
+
+    A folder may say that the head is the embedding, and hold a head with other values: a merge of
+    an adapter that trained the head leaves such a folder. The head counts then, as in transformers
+    and llama.cpp's converter.
+
+    Raises: ValueError that names the field or the tensor at fault.
+    """
+    config, stored = ModelConfig.from_folder(folder), SafetensorsFolder(folder)
+    if config.tie_word_embeddings and TIED_HEAD in stored and EMBEDDING in stored:
+        shape = (config.vocab_size, config.hidden_size)
+        if not torch.equal(stored.load(TIED_HEAD, shape), stored.load(EMBEDDING, shape)):
+            config = ModelConfig.from_dict(config.raw | {"tie_word_embeddings": False})
+    return config, stored
 
 
 def load_weights(

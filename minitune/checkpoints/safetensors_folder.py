@@ -15,7 +15,13 @@ from torch import Tensor
 
 from minitune.atomic_files import read_json
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Endings of constants that old writers saved or listed beside the weights; not loaded.
+NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
+TIED_HEAD = "lm_head.weight"  # some indexes list it although the embedding is used instead
+# Weight files of other formats, which a folder may hold instead of safetensors.
+FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz")
+LFS_POINTER = b"version https://git-lfs"  # beginning of the small text that stands for a file
 # In bitsandbytes' names, between a linear and its quantisation type, "nf4" or "fp4".
 QUANT_STATE = ".weight.quant_state.bitsandbytes__"
 TORCH_DTYPES = {
@@ -69,6 +75,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
+        pickled = path.with_suffix(".bin")
+        if not path.exists() and pickled.exists():
+            raise ValueError(
+                f"{pickled}: a pickled file, which may run code and is not read; "
+                "save the adapter as safetensors"
+            ) from None
         raise ValueError(
             f"{path}: not found, truncated, or not a safetensors file ({error})"
         ) from None
@@ -91,6 +103,11 @@ class SafetensorsFolder:
                 self._open(path)
             return
         listed = _read_index(index)
+        if (self.folder / WHOLE).is_file() and WHOLE not in listed.values():
+            raise ValueError(
+                f"{self.folder}: holds {WHOLE}, and {INDEX}, which lists other files; "
+                "remove the one that is out of date"
+            )
         for file in sorted(set(listed.values())):
             if not (self.folder / file).is_file():
                 raise ValueError(f"{index}: names the shard {file}, which is not in the folder")
@@ -98,11 +115,16 @@ class SafetensorsFolder:
         self._check_index(index, listed)
 
     def _files_without_index(self) -> list[Path]:
-        whole = self.folder / "model.safetensors"
+        whole = self.folder / WHOLE
         files = [whole] if whole.is_file() else sorted(self.folder.glob("*.safetensors"))
         if not files:
+            foreign = sorted(
+                path.name for pattern in FOREIGN_WEIGHTS for path in self.folder.glob(pattern)
+            )
+            found = f", but {foreign[0]}" if foreign else ""
             raise ValueError(
-                f"{self.folder}: holds no *.safetensors; other weight formats are not read"
+                f"{self.folder}: holds no *.safetensors{found}; other weight formats are not "
+                "read, and pickled files may run code: save the model as safetensors"
             )
         return files
 
@@ -111,6 +133,10 @@ class SafetensorsFolder:
         try:
             file = self._files[path] = safe_open(path, "pt")
         except SafetensorError as error:
+            if _is_lfs_pointer(path):
+                raise ValueError(
+                    f"{path}: a pointer of Git LFS, not the file; fetch it with `git lfs pull`"
+                ) from None
             raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
         for name in file.keys():  # noqa: SIM118 (not a dictionary)
             if name in self._file_of:
@@ -119,11 +145,14 @@ class SafetensorsFolder:
             self._file_of[name] = path
 
     def _check_index(self, index: Path, listed: dict[str, str]) -> None:
-        """Raise ValueError if the index and the shards disagree on a tensor."""
+        """Raise ValueError if the index and the shards disagree on a weight."""
         for name, file in listed.items():
-            if self._file_of.get(name) != self.folder / file:
+            is_needed = not name.endswith(NOT_WEIGHTS) and name != TIED_HEAD
+            found = self._file_of.get(name)
+            if found != self.folder / file and (is_needed or found is not None):
                 raise ValueError(f"{index}: says that {file} holds {name}, but it does not")
-        if extra := sorted(self._file_of.keys() - listed.keys()):
+        unlisted = self._file_of.keys() - listed.keys()
+        if extra := sorted(name for name in unlisted if not name.endswith(NOT_WEIGHTS)):
             path = self._file_of[extra[0]]
             raise ValueError(f"{path}: holds {extra[0]}, which is missing from {index.name}")
 
@@ -180,6 +209,11 @@ class SafetensorsFolder:
     def prequantized(self) -> bool:
         """Return True if any linear is stored as NF4."""
         return any(f"{QUANT_STATE}nf4" in name for name in self._file_of)
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -21,9 +21,9 @@ from gguf import GGML_QUANT_SIZES, LlamaFileType
 from torch import Tensor
 
 from minitune.atomic_files import read_json
-from minitune.checkpoints.load_weights import TIED_HEAD, check_all_known
+from minitune.checkpoints.load_weights import check_all_known, open_model_folder
 from minitune.checkpoints.merge import merged_tensors
-from minitune.checkpoints.safetensors_folder import SafetensorsFolder
+from minitune.checkpoints.safetensors_folder import TIED_HEAD
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS
 from minitune.data.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def convert_folder(folder: str | Path, path: str | Path, quantization_method: st
     Raises: ValueError as `export_gguf`, and if the folder holds 4-bit or unknown weights.
     """
     folder = Path(folder)
-    config, stored = ModelConfig.from_folder(folder), SafetensorsFolder(folder)
+    config, stored = open_model_folder(folder)
     if stored.prequantized:
         raise ValueError(f"{folder}: holds 4-bit weights; load it as a model and export that")
     target = _target(path, folder.resolve().name, quantization_method)
