@@ -19,6 +19,7 @@ Templates that put {% generation %} blocks around answers name the spans themsel
 """
 
 import re
+from functools import cached_property
 
 from minitune.data.jinja_template import NO_BLOCKS, JinjaTemplate
 from minitune.data.samples import Conversation, Span
@@ -31,6 +32,7 @@ from minitune.data.text_marks import (
 )
 
 # A tag that is cut: two different tags may begin with the same letters.
+TAG_BEGIN = re.compile(r"[<\[]")
 CUT_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
@@ -137,14 +139,18 @@ class AnswerSpans:
         limit = self._first_mark(i)
         before = self._before(i)
         if before is None:
-            return self._begin_after_header(i, limit)
+            return self._begin_without_prefix(i, limit)
+        last, number = before.marks[-1] if before.marks else (0, SPAN_BEGIN)
+        prompt = before.text[last:]
+        follows_answer = i > 0 and self._conversation.messages[i - 1]["role"] == "assistant"
+        if follows_answer and not prompt.strip():  # the prompt is written between two answers only
+            return self._begin_without_prefix(i, limit)
         if self.text.startswith(before.text):
             return len(before.text)
-        last, number = before.marks[-1] if before.marks else (0, SPAN_BEGIN)
         places = [at for at, mark in self._marks if mark == number and at <= limit]
         if not places:
-            return self._begin_after_header(i, limit)
-        return places[-1] + _common_length(before.text[last:], self.text[places[-1] : limit])
+            return self._begin_without_prefix(i, limit)
+        return places[-1] + _prompt_end(prompt, self.text[places[-1] : limit])
 
     def _before(self, i: int) -> Rendering | None:
         """Return the messages before message `i` with the generation prompt, None if refused."""
@@ -160,39 +166,40 @@ class AnswerSpans:
                 return self._marks[self._of_message[message][0]][0]
         return len(self.text)
 
-    def _begin_after_header(self, i: int, limit: int) -> int:
-        """Return the end of the generation prompt that other messages show.
+    def _begin_without_prefix(self, i: int, limit: int) -> int:
+        """Return the end of the generation prompt that the template writes elsewhere.
 
-        The template does not render the messages before message `i` alone, as before an answer
-        that opens the conversation.
+        The messages before message `i` do not show the prompt, as before the first message.
         """
         texts = self._marked.texts
         earlier = [at for at, number in self._marks if texts[number].message < i and at <= limit]
         start = max(earlier, default=0)
-        region = self.text[start:limit]
-        prompt = self._generation_prompt()
-        for length in range(len(prompt), 0, -1):
-            at = region.rfind(prompt[:length])
-            if at >= 0:
-                begin = start + at + _common_length(prompt, region[at:])
-                if self.text[start + at : begin].strip():
-                    return begin
-        raise ValueError(
-            f"the chat template shows no generation prompt before message {i + 1}, so the answer "
-            "cannot be located; put {% generation %} ... {% endgeneration %} around the "
-            "assistant's text in chat_template.jinja, or train on every token with "
-            "assistant_only_loss=False"
-        )
+        prompt = self._generation_prompt
+        if prompt == "":
+            return limit
+        length = _find_prompt(prompt or "", self.text[start:limit])
+        if not length:
+            raise ValueError(
+                f"the chat template shows no generation prompt before message {i + 1}, so the "
+                "answer cannot be located; put {% generation %} ... {% endgeneration %} around the "
+                "assistant's text in chat_template.jinja, or train on every token with "
+                "assistant_only_loss=False"
+            )
+        return start + length
 
-    def _generation_prompt(self) -> str:
-        """Return the generation prompt after the first message that is not an answer."""
+    @cached_property
+    def _generation_prompt(self) -> str | None:
+        """Return the generation prompt after a message that is not an answer, None if unknown."""
         for i, message in enumerate(self._conversation.messages, 1):
             if message["role"] != "assistant":
                 with_prompt = self._before(i)
-                without = self._marked.parse(self._render(self._marked.conversation, i))
-                if with_prompt is not None and with_prompt.text.startswith(without.text):
-                    return with_prompt.text[len(without.text) :]
-        return ""
+                try:
+                    without = self._render(self._conversation, i)
+                except ValueError:
+                    continue
+                if with_prompt is not None and with_prompt.text.startswith(without):
+                    return with_prompt.text[len(without) :]
+        return None
 
     def end(self, i: int, begin: int) -> tuple[int, str]:
         """Return the end of the answer of message `i`, and its stop token or "" if it has none."""
@@ -202,10 +209,13 @@ class AnswerSpans:
         else:
             start, following = begin, [mark for mark in self._marks if mark[0] > begin]
         limit = following[0][0] if following else len(self.text)
-        for tokens in (self._stops, self._ends):
-            found = tokens and tokens.search(self.text, start, limit)
-            if found:
-                return found.end(), found[0]
+        found = self._stops and self._stops.search(self.text, start, limit)
+        if not found and self._ends:
+            opening = self._generation_prompt or ""
+            others = self._ends.finditer(self.text, start, limit)
+            found = next((other for other in others if other[0] not in opening), None)
+        if found:
+            return found.end(), found[0]
         return self._end_without_stop(i, start), ""
 
     def _end_without_stop(self, i: int, last: int) -> int:
@@ -225,8 +235,27 @@ def _any_of(tokens: tuple[str, ...]) -> re.Pattern | None:
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
-def _common_length(prompt: str, text: str) -> int:
-    """Return the length of the common beginning, without a tag that is cut."""
+def _find_prompt(prompt: str, text: str) -> int:
+    """Return the end of the longest beginning of the generation prompt in `text`, 0 if none."""
+    for length in range(len(prompt), 0, -1):
+        at = text.rfind(prompt[:length])
+        if at >= 0:
+            found = CUT_TAG.sub("", prompt[:length])
+            return at + len(found) if found else 0
+    return 0
+
+
+def _prompt_end(prompt: str, text: str) -> int:
+    """Return the length of the part of `text` that is the generation prompt, or a part of it.
+
+    text: the text between the message before the answer and the answer's own text.
+    """
     pairs = zip(prompt, text, strict=False)
-    length = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(text)))
-    return length if length == len(prompt) else len(CUT_TAG.sub("", text[:length]))
+    common = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(text)))
+    if common == len(prompt):
+        return common
+    for tag in TAG_BEGIN.finditer(prompt):  # the end of the prompt, after another beginning
+        at = text.find(prompt[tag.start() :])
+        if at >= 0:
+            return at + len(prompt) - tag.start()
+    return len(CUT_TAG.sub("", text[:common]))

@@ -14,7 +14,7 @@ from typing import Any
 
 from minitune.data.answer_spans import AnswerSpans
 from minitune.data.jinja_template import JinjaTemplate
-from minitune.data.messages import REASONING_KEYS, normal_message
+from minitune.data.messages import REASONING_KEYS, normal_message, with_reasoning_key
 from minitune.data.samples import Conversation, RenderedConversation, Span
 from minitune.data.text_marks import REASONING_ENDS, reasoning_name
 
@@ -73,12 +73,28 @@ class ChatTemplate:
         Raises: ValueError if a message has a wrong form, or the template refuses the conversation.
         """
         normal = [normal_message(message, i) for i, message in enumerate(messages, 1)]
-        conversation = Conversation(normal, tools, template_kwargs)
+        conversation = self._readable(Conversation(normal, tools, template_kwargs))
         template = self._template(conversation)
         return template.render(conversation, len(normal), add_generation_prompt, self._special)
 
+    def marks_answers(self, tools: list | None = None) -> bool:
+        """Return True if the template puts {% generation %} blocks around answers."""
+        return self._template(Conversation([], tools)).marks_answers
+
+    def reads_thinking(self, tools: list | None = None) -> bool:
+        """Return True if the template reads parts of type "thinking" in a content."""
+        return self._template(Conversation([], tools)).reads_thinking
+
+    def _readable(self, conversation: Conversation) -> Conversation:
+        """Return a conversation with its reasoning in a form that the template reads."""
+        if self._template(conversation).reads_thinking:
+            return conversation
+        messages = [with_reasoning_key(message) for message in conversation.messages]
+        return replace(conversation, messages=messages)
+
     def _answers(self, conversation: Conversation) -> AnswerSpans:
         template = self._template(conversation)
+        conversation = self._readable(conversation)
         return AnswerSpans(template, conversation, self._special, self._stops, self._ends)
 
     def render_with_answers(self, conversation: Conversation) -> RenderedConversation:
@@ -94,15 +110,16 @@ class ChatTemplate:
         if trained and self._template(conversation).marks_answers:
             spans, notes = _block_spans(answers, conversation, self._stops + self._ends)
             return RenderedConversation(answers.text, spans, answers.lost_names(), notes)
-        spans, tokens, notes = [], set(), ()
+        spans, tokens = [], []
         for i in trained:
             if answers.is_lost(i):
-                begin = end = spans[-1][1] if spans else 0
+                begin = spans[-1][1] if spans else 0
+                end, token = begin, self._stops[0] if self._stops else ""
             else:
                 begin = answers.begin(i)
                 end, token = answers.end(i, begin)
-                tokens.add(token)
             spans.append((begin, end))
+            tokens.append(token)
         return self._stopped(answers, conversation, spans, tokens)
 
     def render_with_completion(
@@ -117,7 +134,7 @@ class ChatTemplate:
         end, token = answers.end(len(conversation.messages) - 1, begin)
         if answers.text[end:].strip():  # the template writes more behind the stop token
             end = len(answers.text)
-        rendered = self._stopped(answers, conversation, [(begin, end)], {token})
+        rendered = self._stopped(answers, conversation, [(begin, end)], [token])
         return without_reasoning(rendered, before=first)
 
     def split_turns(self, conversation: Conversation) -> list[RenderedConversation]:
@@ -153,24 +170,25 @@ class ChatTemplate:
         answers: AnswerSpans,
         conversation: Conversation,
         spans: list[Span],
-        tokens: set[str],
+        tokens: list[str],
     ) -> RenderedConversation:
         """Return a rendering whose last answer has a stop token, and notes on the stop tokens.
 
-        tokens: the stop tokens of the answers; "" stands for a missing one.
+        tokens: for each span the stop token at its end; "" stands for a missing one.
         """
         text, notes = answers.text, []
-        ends_with_answer = spans and spans[-1][1] == len(text) and spans[-1][0] < len(text)
-        if "" in tokens:
-            notes.append("the chat template writes no stop token behind an answer")
-            stop = self._missing_stop(text, conversation) if ends_with_answer else ""
+        if tokens and not tokens[-1] and spans[-1][0] < spans[-1][1] == len(text):
+            stop = self._missing_stop(text, conversation)
             if stop:
                 spans = [*spans[:-1], (spans[-1][0], len(text) + len(stop))]
                 text += stop
-                notes = [f"the chat template writes no stop token at the end: {stop.strip()} added"]
-        strange = tokens - {"", *self._stops}
-        if strange and not tokens & set(self._stops):
-            notes.append(f"answers end in {strange.pop()}, at which generation does not stop")
+                tokens = [*tokens[:-1], stop.strip()]
+                notes.append(f"the chat template ends without a stop token; {tokens[-1]} is added")
+        if not all(tokens):
+            notes.append("the chat template writes no stop token behind an answer")
+        others = set(filter(None, tokens)).difference(self._stops)
+        if others and others.issuperset(filter(None, tokens)):
+            notes.append(f"answers end in {others.pop()}, at which generation does not stop")
         return RenderedConversation(text, spans, answers.lost_names(), tuple(notes))
 
     def _missing_stop(self, text: str, conversation: Conversation) -> str:

@@ -84,6 +84,7 @@ class JinjaTemplate:
 
     tags: the strings with brackets, braces, bars or slashes that the text compares or prints.
     marks_answers: True if it has {% generation %} blocks.
+    reads_thinking: True if it looks for parts of type "thinking" in a content.
     """
 
     def __init__(self, source: str, today: date | None):
@@ -98,6 +99,8 @@ class JinjaTemplate:
         except (RecursionError, SyntaxError) as error:  # from the Python that Jinja compiles
             raise ValueError(f"the chat template is nested too deeply: {error}") from None
         self.marks_answers = any(node.name == "_span_begin" for node in tree.find_all(nodes.Name))
+        operands = (node.expr for node in tree.find_all(nodes.Operand))
+        self.reads_thinking = any(nodes.Const("thinking") == operand for operand in operands)
         strings = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
         self.tags = tuple(dict.fromkeys(filter(TAG.search, map(str.strip, strings))))
 

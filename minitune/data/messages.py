@@ -3,8 +3,8 @@
 - A key that is null is a key that is missing: tables and OpenAI's format write null for "nothing".
 - The reasoning of a message has three names; a template finds it under each of them.
 - Arguments of a call that are JSON text become an object: templates write them as JSON themselves.
-- Content in parts of text becomes one text. Parts of type "thinking" stay, and become the
-  reasoning for a template that does not read such parts.
+- Content in parts of text becomes one text. Parts of type "thinking" stay for a template that
+  reads them; for another one they become the reasoning.
 """
 
 import json
@@ -48,18 +48,31 @@ def normal_message(message: Mapping, number: int) -> dict:
 
 def _content_of_parts(parts: list, number: int) -> str | list:
     """Return the parts of a content: one text, or the parts if one of them is reasoning."""
-    kinds = set()
+    normal = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in ("text", "thinking") or kind not in part:
+        text = part.get(kind) if kind in ("text", "thinking") else None
+        if isinstance(text, list):  # Mistral's reasoning in parts of its own
+            text = _content_of_parts(text, number)
+        if not isinstance(text, str):
             raise ValueError(
-                f"the content of message {number} has a part {kind or part!r:.60}; "
-                'parts are {"type": "text", "text": "..."}'
+                f"the content of message {number} has a part {part if kind is None else kind!r:.60}"
+                '; parts are {"type": "text", "text": "..."}'
             )
-        if kind == "text" and not isinstance(part["text"], str):
-            raise ValueError(f"a part of message {number} holds no text: {part!r:.60}")
-        kinds.add(kind)
-    return parts if "thinking" in kinds else "".join(part["text"] for part in parts)
+        normal.append({**part, kind: text})
+    if any(part["type"] == "thinking" for part in normal):
+        return normal
+    return "".join(part["text"] for part in normal)
+
+
+def with_reasoning_key(message: dict) -> dict:
+    """Return a message whose parts of type "thinking" are its reasoning, and its text one text."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    reasoning = "".join(part["thinking"] for part in parts if part["type"] == "thinking")
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    return {**message, "content": text, "thinking": reasoning, "reasoning_content": reasoning}
 
 
 def _normal_call(call: Any, number: int) -> Any:
