@@ -112,7 +112,7 @@ def forms(stop: str) -> dict[str, Form]:
         "reasoning": Form(with_reasoning("reasoning")),
         "thinking": Form(with_reasoning("thinking")),
         "tools": Form(calls(objects), TOOLS),
-        "content null": Form(calls(objects, content=None), TOOLS),
+        "content null": Form(calls(objects, content=None), TOOLS, calls(objects)),
         "null keys": Form([{**message, **NULLS} for message in TURNS], None),
         "arguments as text": Form(calls(text), TOOLS, calls(objects)),
         "parts": Form([parts(message) for message in TURNS], None, TURNS),

@@ -1,5 +1,6 @@
 """The settings of an adapter and of a training run, and the words that settings choose from."""
 
+import datetime
 import os
 import re
 from dataclasses import dataclass
@@ -35,6 +36,14 @@ def parse_bytes(size: str) -> int:
     if not found:
         raise ValueError(f"{size!r} is not a size; write it as 24GiB or 800MB")
     return int(float(found[1]) * SIZE_UNITS[found[2]])
+
+
+def check_date(date: str) -> None:
+    """Raise ValueError if a text is no date such as 2026-11-25."""
+    try:
+        datetime.date.fromisoformat(date)
+    except ValueError:
+        raise ValueError(f"template_date is {date!r}; write it as 2026-11-25") from None
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,9 @@ class SFTConfig:
         "if the chat template leaves a text of a record out, refuse the record or warn",
         choices=DROPPED_TEXT,
     )
+    template_date: str | None = setting(
+        None, "the day that a chat template writes, such as 2026-11-25; default: the run's first"
+    )
     ignore_fields: tuple[str, ...] = setting(
         (), "keys of records to leave out on purpose, such as title or messages.mood"
     )
@@ -193,6 +205,8 @@ class SFTConfig:
             raise ValueError(
                 f"max_steps is {self.max_steps}; expected at least 1, or -1 for num_train_epochs"
             )
+        if self.template_date is not None:
+            check_date(self.template_date)
         for size in (self.memory_budget, self.host_memory):
             if size is not None:
                 parse_bytes(size)

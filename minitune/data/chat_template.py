@@ -6,10 +6,11 @@ The stop token behind an answer is trained with it. A text that ends without one
 that the template writes before a further message, otherwise the EOS token; a note says so.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import date
+from datetime import datetime
 from typing import Any
 
 from minitune.data.answer_spans import AnswerSpans
@@ -29,7 +30,6 @@ class ChatTemplate:
     special: the variables of special tokens, such as bos_token.
     stops: the tokens at which generation stops, the EOS token first.
     special_tokens: the texts of all special tokens.
-    today: the day that strftime_now tells; None is the clock's.
 
     Raises: ValueError if a text is not valid Jinja, or none is named "default".
     """
@@ -40,23 +40,36 @@ class ChatTemplate:
         special: dict[str, str],
         stops: tuple[str, ...] = (),
         special_tokens: tuple[str, ...] = (),
-        today: date | None = None,
     ):
         named = {DEFAULT: source} if isinstance(source, str) else source
         if DEFAULT not in named:
             names = ", ".join(map(repr, named)) or "none"
             raise ValueError(f"no chat template is named {DEFAULT!r}; the names are {names}")
         self._templates = {
-            name: JinjaTemplate(named[name], today) for name in (DEFAULT, TOOL_USE) if name in named
+            name: JinjaTemplate(named[name]) for name in (DEFAULT, TOOL_USE) if name in named
         }
-        self._special = special
+        self._variables = special
         self._stops = tuple(dict.fromkeys(filter(None, stops)))
         bos = special.get("bos_token")
         self._ends = tuple(text for text in (*special.values(), *special_tokens) if text != bos)
 
+    def on(self, day: str | None) -> "ChatTemplate":
+        """Return this template with a fixed day for strftime_now.
+
+        day: an ISO date such as 2026-11-25; None is the clock's.
+
+        Raises: ValueError if `day` is no ISO date.
+        """
+        if day is None:
+            return self
+        moment = datetime.fromisoformat(day)
+        fixed = copy.copy(self)
+        fixed._variables = {**self._variables, "strftime_now": moment.strftime}
+        return fixed
+
     def _template(self, conversation: Conversation) -> JinjaTemplate:
         """Return the template for a conversation: the one for tools if there are tools."""
-        name = TOOL_USE if conversation.tools else DEFAULT
+        name = DEFAULT if conversation.tools is None else TOOL_USE
         return self._templates.get(name, self._templates[DEFAULT])
 
     def render(
@@ -75,7 +88,7 @@ class ChatTemplate:
         normal = [normal_message(message, i) for i, message in enumerate(messages, 1)]
         conversation = self._readable(Conversation(normal, tools, template_kwargs))
         template = self._template(conversation)
-        return template.render(conversation, len(normal), add_generation_prompt, self._special)
+        return template.render(conversation, len(normal), add_generation_prompt, self._variables)
 
     def marks_answers(self, tools: list | None = None) -> bool:
         """Return True if the template puts {% generation %} blocks around answers."""
@@ -95,7 +108,7 @@ class ChatTemplate:
     def _answers(self, conversation: Conversation) -> AnswerSpans:
         template = self._template(conversation)
         conversation = self._readable(conversation)
-        return AnswerSpans(template, conversation, self._special, self._stops, self._ends)
+        return AnswerSpans(template, conversation, self._variables, self._stops, self._ends)
 
     def render_with_answers(self, conversation: Conversation) -> RenderedConversation:
         """Return a conversation as one text, and the spans of its trained messages.
@@ -196,7 +209,7 @@ class ChatTemplate:
         messages = [*conversation.messages, {"role": "user", "content": "?"}]
         longer = replace(conversation, messages=messages)
         try:
-            whole = self._template(longer).render(longer, len(messages), False, self._special)
+            whole = self._template(longer).render(longer, len(messages), False, self._variables)
         except ValueError:
             whole = ""
         following = whole[len(text) :] if whole.startswith(text) else ""

@@ -7,7 +7,7 @@ controls, `{% generation %}` blocks. Each of its errors is a ValueError.
 
 import json
 import re
-from datetime import date, datetime, time
+from datetime import datetime
 from typing import Any
 
 import jinja2
@@ -63,19 +63,13 @@ def _tojson(
     )
 
 
-def _environment(today: date | None) -> ImmutableSandboxedEnvironment:
-    """Return the world of a template. today: the day of `strftime_now`; None is the clock."""
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-
-    def strftime_now(layout: str) -> str:
-        now = datetime.now() if today is None else datetime.combine(today, time())
-        return now.strftime(layout)
-
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = strftime_now
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return environment
 
 
@@ -87,8 +81,8 @@ class JinjaTemplate:
     reads_thinking: True if it looks for parts of type "thinking" in a content.
     """
 
-    def __init__(self, source: str, today: date | None):
-        environment = _environment(today)
+    def __init__(self, source: str):
+        environment = _environment()
         try:
             tree = environment.parse(source)
             self._template = environment.from_string(source)
@@ -109,17 +103,17 @@ class JinjaTemplate:
         conversation: Conversation,
         length: int,
         add_generation_prompt: bool,
-        special: dict[str, str],
+        variables: dict[str, Any],
         blocks: tuple[str, str] = NO_BLOCKS,
     ) -> str:
         """Return the first `length` messages as text.
 
-        special: the variables of special tokens, such as bos_token.
+        variables: further names for the template, such as bos_token.
         blocks: texts to write before and after each {% generation %} block.
 
         Raises: ValueError if the template refuses the messages.
         """
-        variables = {
+        own = {
             "messages": conversation.messages[:length],
             "add_generation_prompt": add_generation_prompt,
             "tools": conversation.tools,
@@ -127,10 +121,10 @@ class JinjaTemplate:
             "_span_end": blocks[1],
         }
         for name in conversation.template_kwargs:
-            if name in variables:
-                raise ValueError(f"{name!r} cannot be a variable of the chat template's arguments")
-        variables = {"documents": None, **special, **conversation.template_kwargs, **variables}
+            if name in own:
+                raise ValueError(f"chat_template_kwargs cannot set {name!r}; leave it out")
+        context = {"documents": None, **variables, **conversation.template_kwargs, **own}
         try:
-            return self._template.render(variables)
+            return self._template.render(context)
         except TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None

@@ -3,6 +3,8 @@
 - A key that is null is a key that is missing: tables and OpenAI's format write null for "nothing".
 - The reasoning of a message has three names; a template finds it under each of them.
 - Arguments of a call that are JSON text become an object: templates write them as JSON themselves.
+- A message of calls or reasoning has the content "" if it has none: some templates need one, and
+  all others render it as a missing one.
 - Content in parts of text becomes one text. Parts of type "thinking" stay for a template that
   reads them; for another one they become the reasoning.
 """
@@ -43,6 +45,8 @@ def normal_message(message: Mapping, number: int) -> dict:
         message = {"thinking": found[0], **message, "reasoning_content": found[0]}
     if isinstance(message.get("tool_calls"), list):
         message["tool_calls"] = [_normal_call(call, number) for call in message["tool_calls"]]
+    if "content" not in message and (found or "tool_calls" in message):
+        message["content"] = ""
     return message
 
 

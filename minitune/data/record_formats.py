@@ -77,10 +77,11 @@ def render_record(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) 
     else:
         read = _read_conversation(fields, shape)
         fields.done(MAIN_KEYS)
+        template = tokenizer.template.on(options.template_date)
         if shape == "prompt/completion":
-            parts = _pair_parts(read, reading, tokenizer.template, options)
+            parts = _pair_parts(read, reading, template, options)
         else:
-            parts = _conversation_parts(read, reading, tokenizer.template, options)
+            parts = _conversation_parts(read, reading, template, options)
     fields.done(MAIN_KEYS)
     return RenderedRecord(shape, parts, tuple(reading.notes))
 

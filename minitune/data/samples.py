@@ -114,6 +114,7 @@ class LabelOptions:
     split_turns: True makes one sample of each trained turn. None does so if the template leaves
         earlier reasoning out.
     dropped_text: "error" refuses a record if the template leaves a text out, "warn" makes a note.
+    template_date: ISO date that the template's strftime_now tells; None is the clock's.
     ignore_fields: keys of records that are left out on purpose, such as "title" or
         "messages.mood".
     """
@@ -123,6 +124,7 @@ class LabelOptions:
     dataset_text_field: str | None = None
     split_turns: bool | None = None
     dropped_text: str = "error"
+    template_date: str | None = None
     ignore_fields: tuple[str, ...] = ()
 
     @classmethod

@@ -5,6 +5,7 @@ A unit is one sample, or with packing one row of whole samples. An optimizer ste
 and the epoch alone, so the number of a step is enough to find its samples.
 """
 
+import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from minitune.config.cli import read_toml
 from minitune.config.training_config import SFTConfig
 from minitune.data.batching import pack_rows
 from minitune.data.flat_samples import FlatSamples
@@ -21,6 +23,7 @@ from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 from minitune.training.checkpoint import RunSize
 from minitune.training.log import progress_bar
+from minitune.training.run_folder import CONFIG
 
 
 @lru_cache(maxsize=2)
@@ -63,6 +66,22 @@ def _run_size(args: SFTConfig, units: int) -> RunSize:
 
 
 # ---- reading
+
+
+def with_template_date(args: SFTConfig) -> SFTConfig:
+    """Return the settings with the day that the chat template writes.
+
+    A run that continues another one, even after midnight, takes its day from that run's
+    config.toml. A new run takes today.
+    """
+    if args.template_date is not None:
+        return args
+    today = datetime.date.today().isoformat()
+    if args.output_dir is None or args.overwrite:
+        return replace(args, template_date=today)
+    config = Path(args.output_dir) / CONFIG
+    before = read_toml(config) if config.is_file() else {}
+    return replace(args, template_date=before.get("template_date", today))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from minitune.training.resume import (
     resume_run,
     run_identity,
 )
-from minitune.training.run_data import SampleOrder, read_datasets
+from minitune.training.run_data import SampleOrder, read_datasets, with_template_date
 from minitune.training.run_folder import CONFIG, METRICS, RunFolder, open_run_folder
 
 
@@ -84,7 +84,7 @@ class SFTTrainer:
 
         Raises: ValueError if model, settings and data do not fit together.
         """
-        self.model, self.args = model, args or SFTConfig()
+        self.model, self.args = model, with_template_date(args or SFTConfig())
         if model.lora is None:
             raise ValueError(
                 "the model has no adapter to train; call FastLanguageModel.get_peft_model first"
