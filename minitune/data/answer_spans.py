@@ -182,8 +182,7 @@ class AnswerSpans:
             raise ValueError(
                 f"the chat template shows no generation prompt before message {i + 1}, so the "
                 "answer cannot be located; put {% generation %} ... {% endgeneration %} around the "
-                "assistant's text in chat_template.jinja, or train on every token with "
-                "assistant_only_loss=False"
+                "assistant's text in chat_template.jinja"
             )
         return start + length
 
