@@ -226,6 +226,15 @@ def test_ignored_fields_are_left_out_with_a_note(make):
     assert sample_of(record, tokenizer, ignore_fields=names) == expected
 
 
+def test_a_column_that_repeats_a_message_is_no_loss(make):
+    tokenizer = make()
+    record = {"prompt": "How many?", "prompt_id": "x", "messages": PAIR}
+    assert sample_of(record, tokenizer) == sample_of({"messages": PAIR}, tokenizer)
+    assert notes_of(record, tokenizer) == ('"prompt" repeats a message',)
+    with pytest.raises(ValueError, match='nothing reads "prompt"'):
+        render_record({**record, "prompt": "How many"}, tokenizer, LabelOptions())
+
+
 def test_the_users_text_field_decides_between_two_shapes(make):
     tokenizer = make()
     both = {"text": "Four", "messages": PAIR, "system": "x"}

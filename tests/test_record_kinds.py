@@ -276,3 +276,19 @@ def test_the_rows_of_a_table_equal_the_records_that_it_was_made_from(tokenizers)
     table = pyarrow.Table.from_pylist(records)
     for rows in (table.to_pylist(), table.to_pandas().to_dict("records")):
         assert list(tokenize_dataset(rows, tokenizer, 500).samples) == list(expected)
+
+
+@pytest.mark.slow
+def test_messages_and_pairs_become_the_texts_that_trl_makes_of_them(tokenizers):
+    utilities = pytest.importorskip("trl.data_utils")
+    tokenizer, referee = tokenizers
+    beside = {"chat_template_kwargs": {"persona": "é!"}}
+    for tools in (None, TOOLS):
+        example = {"messages": CALLED, **beside}
+        expected = utilities.apply_chat_template(example, referee, tools)["text"]
+        assert text_of(sample_of({**example, "tools": tools}, tokenizer), tokenizer) == expected
+        example = {"prompt": [SYSTEM, USER], "completion": [THOUGHT], **beside}
+        expected = utilities.apply_chat_template(example, referee, tools)
+        sample = sample_of({**example, "tools": tools}, tokenizer)
+        assert text_of(sample, tokenizer) == expected["prompt"] + expected["completion"]
+        assert trained(sample, tokenizer) == [expected["completion"].rstrip("\n")]

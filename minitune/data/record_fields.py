@@ -210,6 +210,13 @@ class Fields:
                 self.reading.note(f'"{key}" is left out, because {reason}')
             self._left.pop(key, None)
 
+    def leave_out_repeats(self, texts: Sequence[Any]) -> None:
+        """Drop the keys that hold one of the texts that are rendered anyway, with a note."""
+        for key, value in list(self._left.items()):
+            if isinstance(value, str) and value.strip() and value in texts:
+                self.reading.note(f'"{key}" repeats a message')
+                del self._left[key]
+
     def done(self, elsewhere: Sequence[str] = ()) -> None:
         """Check that every key has been taken, is harmless or is empty.
 

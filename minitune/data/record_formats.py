@@ -76,6 +76,7 @@ def render_record(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) 
         parts = [_headings(fields, tokenizer, options)]
     else:
         read = _read_conversation(fields, shape)
+        fields.leave_out_repeats([m.get("content") for m in read.conversation.messages])
         fields.done(MAIN_KEYS)
         template = tokenizer.template.on(options.template_date)
         if shape == "prompt/completion":
