@@ -76,7 +76,7 @@ samples by length in tokens
 truncated               1  cut to 40 tokens: mixed.jsonl:4
 skipped                 1  no token to train on: mixed.jsonl:2
 empty answers           0
-bad lines               0
+bad records             0
 duplicates              1  the same tokens as an earlier sample: mixed.jsonl:3 = 1
 no stop token           1  of 3 trained-on stretches (2 end in <|im_end|>): mixed.jsonl:4
 doubled BOS             0
@@ -129,6 +129,36 @@ def test_control_characters_of_the_data_never_reach_the_terminal(show):
     shown = show([turns(HOSTILE, HOSTILE)])
     assert "\x1b" not in shown and "\x07" not in shown and "\u202e" not in shown
     assert "<U+001B>]0;owned<U+0007><U+202E>" in shown
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_control_characters_of_a_bad_record_never_reach_the_terminal(
+    lines, inputs, tmp_path, capsys
+):
+    path = tmp_path / "hostile.jsonl"
+    path.write_text(lines * '{"\\u001b[2J\\u009b1m": "v", "text": "x"}\n' + '{"text": "y"}\n')
+    assert main(["data", "--model", str(inputs / "model"), "--data", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "hostile.jsonl:1: " in error and "<U+001B>[2J<U+009B>1m" in error
+    assert "\x1b" not in error and "\x9b" not in error
+    arguments = train_arguments(inputs, tmp_path / "run", "--data", str(path), "--skip-bad")
+    assert train(arguments) == 0
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_bad_records_are_listed_with_exit_code_2_or_left_out_on_demand(inputs, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "x"}\n' + 22 * "{not JSON\n")
+    command = ["data", "show", "--model", str(inputs / "model"), "--data", str(path)]
+    assert main(command) == 2
+    output = capsys.readouterr()
+    assert not output.out
+    assert [f"bad.jsonl:{line}: not JSON" in output.err for line in (2, 21, 22)] == [1, 1, 0]
+    assert main([*command, "--skip-bad"]) == 0
+    output = capsys.readouterr().out
+    assert "\nrecords                23  text 1\n" in output
+    assert "\nbad records            22  left out, listed below\n" in output
+    assert "bad.jsonl:21: not JSON" in output and output.endswith("\n  and 2 more\n")
 
 
 def test_show_takes_the_settings_of_a_run_from_its_config(inputs, show, tmp_path):

@@ -148,7 +148,7 @@ samples by length in tokens
 truncated               1  cut to 10 tokens: dataset[7]
 skipped                 1  no token to train on: dataset[4]
 empty answers           0
-bad lines               0
+bad records             0
 duplicates              1  the same tokens as an earlier sample: dataset[2] = dataset[0]
 no stop token           3  of 9 trained-on stretches (6 end in <|end|>): dataset[3], dataset[6],
                            dataset[7]
@@ -156,13 +156,13 @@ doubled BOS             1  dataset[1]
 note                    1  the chat template leaves out the tools: dataset[3]"""
 
 
-def test_bad_lines_are_listed_with_their_reasons(tokenizer):
+def test_bad_records_are_listed_with_their_reasons(tokenizer):
     summary = summary_of(RECORDS, tokenizer)
     for line in range(25):
         summary.report.bad.add(f"a.jsonl:{line}: not\x1b JSON")
     text = summary_text(summary)
-    assert "\nbad lines              25  left out, listed below\n" in text
-    assert "\n\nbad lines, left out\n  a.jsonl:0: not<U+001B> JSON\n" in text
+    assert "\nbad records            25  left out, listed below\n" in text
+    assert "\n\nbad records, left out\n  a.jsonl:0: not<U+001B> JSON\n" in text
     assert text.endswith("\n  and 5 more")
 
 

@@ -7,16 +7,15 @@ from hypothesis import strategies as st
 from tiny import TEXTS, write_tokenizer
 from tokenizer_files import sentencepiece_bytes, write_chat_tokenizer, write_json_tokenizer
 
+from minitune.config.visible_text import on_one_line, visible
 from minitune.data.samples import Sample
 from minitune.data.token_display import (
     Piece,
     ShownSample,
     coloured_text,
     marked_text,
-    on_one_line,
     sample_text,
     token_pieces,
-    visible,
 )
 from minitune.data.tokenizer import Tokenizer
 

@@ -24,6 +24,7 @@ from minitune.config.training_config import (
     RunConfig,
     SFTConfig,
 )
+from minitune.config.visible_text import on_one_line
 
 ALL_LINEAR = "all-linear"
 # SFTConfig has TRL's learning rate, which suits the training of all weights. The commands train
@@ -303,6 +304,6 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
         return INTERRUPTED
     except (ValueError, OSError) as error:
         lines = str(error).splitlines() if isinstance(error, ListedErrors) else [str(error)]
-        text = "\n".join(" ".join(line.split()) for line in lines)
+        text = "\n".join(on_one_line(" ".join(line.split())) for line in lines)
         print(f"{program}: error: {text}", file=sys.stderr)
         return EXPECTED_ERROR

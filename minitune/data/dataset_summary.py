@@ -9,6 +9,7 @@ A stretch is a run of trained-on tokens: an answer, or a whole plain text.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -138,9 +139,10 @@ class _Block:
 
     def hash_into_(self, hashes: np.ndarray) -> None:
         """Write a hash of each sample's tokens to its place in `hashes`."""
-        ends = [*self.begins[1:], len(self.ids)]
-        for i, (begin, end) in enumerate(zip(self.begins, ends, strict=True), self.first):
-            hashes[i] = hash(self.ids[begin:end].tobytes())
+        tokens, size = self.ids.tobytes(), self.ids.itemsize
+        bounds = [*(self.begins * size).tolist(), len(tokens)]
+        for i, (begin, end) in enumerate(pairwise(bounds), self.first):
+            hashes[i] = hash(tokens[begin:end])
 
     def begins_with(self, *tokens: int) -> np.ndarray:
         """Return the numbers of the samples that begin with `tokens`."""
@@ -164,7 +166,11 @@ def _blocks(samples: FlatSamples) -> Iterator[_Block]:
         last = max(first + 1, int(np.searchsorted(ends, done + BLOCK_TOKENS, side="right")))
         lengths = samples.lengths[first:last]
         begins = np.cumsum(lengths) - lengths
-        places = np.repeat(samples.begins[first:last] - begins, lengths) + np.arange(lengths.sum())
+        shifts = samples.begins[first:last] - begins
+        if (shifts == shifts[0]).all():  # the samples lie side by side
+            places = slice(shifts[0], shifts[0] + lengths.sum())
+        else:
+            places = np.repeat(shifts, lengths) + np.arange(lengths.sum())
         trained = samples.labels[places] != IGNORE_INDEX
         trained[begins] = False  # no token precedes the first one, so nothing predicts it
         yield _Block(first, samples.input_ids[places], trained, begins)
@@ -192,8 +198,8 @@ def _count_stretches_(
     trained = block.trained
     firsts = np.flatnonzero(trained & ~np.append(False, trained[:-1]))
     lasts = np.flatnonzero(trained & ~np.append(trained[1:], False))
-    is_stop = np.isin(block.ids, stop_ids)
-    stops = np.maximum.accumulate(np.where(is_stop, np.arange(len(trained)), -1))[lasts]
+    places = np.append(-1, np.flatnonzero(np.isin(block.ids, stop_ids)))
+    stops = places[np.searchsorted(places, lasts, side="right") - 1]  # the last one up to the end
     ended = stops >= firsts
     is_blank: dict[bytes, bool] = {}  # by the tokens behind a stop token
     for i in np.flatnonzero(ended & (stops < lasts)):

@@ -10,17 +10,18 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
+from minitune.config.visible_text import on_one_line
 from minitune.data.dataset_summary import DatasetSummary
 from minitune.data.summary_text import (
     BAD_TITLE,
     HISTOGRAM_TITLE,
     Row,
-    bad_lines,
+    bad_records,
     bar_label,
     fault_rows,
     total_rows,
 )
-from minitune.data.token_display import Piece, ShownSample, on_one_line
+from minitune.data.token_display import Piece, ShownSample
 
 MAX_SAMPLE_BYTES = 1_900_000  # of all samples together, markup included
 
@@ -138,7 +139,7 @@ def html_page(
         *_histogram(summary),
         "<h2>Checks</h2>",
         *_table(fault_rows(summary)),
-        *_bad_lines(summary),
+        *_bad_records(summary),
     ]
     if samples:
         parts += [f"<h2>The first {len(samples):,} samples</h2>", LEGEND]
@@ -179,9 +180,9 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
     yield "</table></div>"
 
 
-def _bad_lines(summary: DatasetSummary) -> Iterator[str]:
+def _bad_records(summary: DatasetSummary) -> Iterator[str]:
     if summary.report.bad.count:
-        lines = html.escape("\n".join(bad_lines(summary.report.bad)))
+        lines = html.escape("\n".join(bad_records(summary.report.bad)))
         yield f"<h2>{BAD_TITLE.capitalize()}</h2>"
         yield f'<div class="card bad mono">{lines}</div>'
 

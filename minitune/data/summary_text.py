@@ -3,10 +3,11 @@
 import textwrap
 from dataclasses import dataclass
 
+from minitune.config.visible_text import on_one_line
 from minitune.data.dataset_report import Occurrences
 from minitune.data.dataset_summary import DatasetSummary
 from minitune.data.samples import EMPTY_ANSWER
-from minitune.data.token_display import on_one_line, styled
+from minitune.data.token_display import styled
 
 LABEL_WIDTH = 14
 NUMBER_WIDTH = 11
@@ -15,7 +16,7 @@ BAR_WIDTH = 40
 FAULT_STYLE = "33"  # yellow
 EQUALS = "\u00a0=\u00a0"  # no line is broken at these spaces
 HISTOGRAM_TITLE = "samples by length in tokens"
-BAD_TITLE = "bad lines, left out"
+BAD_TITLE = "bad records, left out"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def fault_rows(summary: DatasetSummary) -> list[Row]:
         _fault("truncated", f"cut to {summary.max_length:,} tokens", report.truncated),
         _fault("skipped", "no token to train on", report.skipped),
         _fault("empty answers", "", report.empty_answers),
-        Row("bad lines", report.bad.count, "left out, listed below", True)
+        Row("bad records", report.bad.count, "left out, listed below", True)
         if report.bad.count
-        else Row("bad lines", 0),
+        else Row("bad records", 0),
         _fault("duplicates", "the same tokens as an earlier sample", summary.duplicates),
         _fault("no stop token", on_one_line(stops), summary.endless, always=True),
         _fault("doubled BOS", "", summary.doubled_bos),
@@ -96,19 +97,19 @@ def places(found: Occurrences) -> str:
 
 
 def summary_text(summary: DatasetSummary, colour: bool = False) -> str:
-    """Return the summary as lines: totals, histogram, faults, bad lines."""
+    """Return the summary as lines: totals, histogram, faults, bad records."""
     parts = [
         "\n".join(_line(row, colour) for row in total_rows(summary)),
         _histogram(summary),
         "\n".join(_line(row, colour) for row in fault_rows(summary)),
     ]
     if summary.report.bad.count:
-        parts.append("\n  ".join([BAD_TITLE, *bad_lines(summary.report.bad)]))
+        parts.append("\n  ".join([BAD_TITLE, *bad_records(summary.report.bad)]))
     return "\n\n".join(parts)
 
 
-def bad_lines(bad: Occurrences) -> list[str]:
-    """Return the first bad lines with their reasons, and the number of the others."""
+def bad_records(bad: Occurrences) -> list[str]:
+    """Return the first bad records with their reasons, and the number of the others."""
     lines = [on_one_line(line) for line in bad.origins]
     more = bad.count - len(lines)
     return [*lines, f"and {more:,} more"] if more else lines

@@ -3,31 +3,26 @@
 Piece by piece the text of a sample equals the tokenizer's decoding of the whole sample. A character
 whose bytes lie in several tokens makes one piece of these tokens.
 
-The texts come from a stranger's file. Control characters, escape sequences and characters that
-reorder a line are therefore replaced by visible signs before they are printed.
+The texts come from a stranger's file, so they are printed as config/visible_text.py shows them.
 
     colours    trained tokens on green in two shades, others plain and underlined by turns
     marks      [[trained text]], and with borders to│ken│s
 """
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from minitune.config.visible_text import on_one_line, visible
 from minitune.data.flat_samples import FlatSamples
 from minitune.data.samples import Sample
 from minitune.data.tokenizer import Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
-LINE_BREAK = "⏎\n"
 BORDER = "│"
 UNFINISHED = "\ufffd"  # the decoding of a part of a character's bytes
 MAX_CHARACTER_BYTES = 4  # in UTF-8
-# Categories of characters that are invisible or act on the characters around them.
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-JOINERS = "\u200c\u200d"  # parts of emoji and of Persian words
 
 # ANSI styles of two tokens side by side, so that their border is visible.
 TRAINED_STYLES = ("30;48;5;114", "30;48;5;157")
@@ -152,35 +147,6 @@ def _groups(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
         known = decode(before, begin)
     if begin < len(ids):
         yield len(ids), whole[shown:]
-
-
-# ---- text that is safe to print
-
-
-class _Signs(dict):
-    """A table for str.translate that finds the sign of a character when it first occurs."""
-
-    def __missing__(self, code: int) -> str:
-        character = chr(code)
-        is_hidden = unicodedata.category(character) in HIDDEN and character not in JOINERS
-        self[code] = f"<U+{code:04X}>" if is_hidden else character
-        return self[code]
-
-
-_SIGNS = _Signs({ord("\n"): LINE_BREAK, ord("\t"): "⇥\t"})
-
-
-def visible(text: str) -> str:
-    """Return a text with signs for control characters and other invisible ones.
-
-    A line break keeps its effect behind its sign, and so does a tab.
-    """
-    return text.translate(_SIGNS)
-
-
-def on_one_line(text: str) -> str:
-    """Return `visible` text without line breaks and tabs, for names and messages."""
-    return visible(text).replace("\n", "").replace("\t", "")
 
 
 # ---- terminal

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from minitune.atomic_files import atomic_write_text, os_errors_as_value_error
 from minitune.config.training_config import SFTConfig
+from minitune.config.visible_text import on_one_line
 from minitune.data.tokenize_dataset import TokenizedDataset
 from minitune.model.activations import SaveLevel
 from minitune.model.causal_lm import CausalLM
@@ -228,7 +229,7 @@ def _data_rows(label: str, data: TokenizedDataset) -> list[tuple[str, str]]:
     if len(notes) > MAX_NOTES:
         hidden = len(notes) - MAX_NOTES + 1
         notes[MAX_NOTES - 1 :] = [f"{hidden} more notes: `minitune data show` lists them"]
-    return [(label, text), *(("note", note) for note in notes)]
+    return [(label, text), *(("note", on_one_line(note)) for note in notes)]
 
 
 def _run_rows(run: RunSummary) -> list[tuple[str, str]]:
