@@ -80,6 +80,7 @@ class DeclaredTokens:
         Raises: ValueError that names the file and the token.
         """
         ids = {token.content: index for index, token in added.items()}
+        numbered = {text for _, text, index in self.claims if index is not None}
         for file, text, index in self.claims:
             path = self.folder / file
             if text not in ids:
@@ -87,7 +88,7 @@ class DeclaredTokens:
                     f"{path}: names the token {text!r}, but no other file of the folder has it and "
                     f"transformers ignores it there; add it to tokenizer.json, or remove it"
                 )
-            if index is None and ids[text] >= size:
+            if text not in numbered and ids[text] >= size:
                 note = f"{path}: names {text!r}, which the vocabulary lacks; it has the new id "
                 self.notes.append(note + str(ids[text]))
             if index is not None and index != ids[text]:

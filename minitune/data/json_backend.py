@@ -22,7 +22,6 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from minitune.atomic_files import read_json
 from minitune.data.added_tokens import DeclaredTokens
 from minitune.data.samples import Span
 
@@ -61,10 +60,13 @@ class JsonBackend:
             size = self._tokenizer.get_vocab_size(with_added_tokens=True)
             self._tokenizer.add_tokens(declared.to_add(own))
         self.added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()
-        content = read_json(path)
-        self._check_own_ids(content)
         declared.check(self.added, size)
-        self.adds_prefix_space = adds_prefix_space(content)
+        declared.notes += self._renumbered()
+        library = self._tokenizer
+        self.adds_prefix_space = any(
+            _prefixes(part)
+            for part in (*_parts(library.normalizer), *_parts(library.pre_tokenizer))
+        )
         self.named: dict[str, int] = {}  # tokenizer.json does not name its special tokens
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -72,7 +74,7 @@ class JsonBackend:
             self.prefix, self.suffix = self._special_tokens_around(vocabulary)
             self._tokenizer.post_processor = None
         self._check_around(set(vocabulary.values()))
-        decoder = {part.get("type") for part in _parts(content.get("decoder"))}
+        decoder = {part.get("type") for part in _parts(library.decoder)}
         self._spellings: dict[int, str] = {}  # of added tokens, as the byte-level decoder reads
         if "ByteLevel" in decoder:
             # A single letter shares the id of the byte that it stands for.
@@ -83,16 +85,22 @@ class JsonBackend:
             }
         self._has_byte_pieces = "ByteFallback" in decoder
 
-    def _check_own_ids(self, content: dict) -> None:
-        """Raise ValueError if the library numbers an added token otherwise than the file."""
-        for entry in content.get("added_tokens", []):
-            token = self.added.get(entry["id"])
-            if token is None or token.content != entry["content"]:
-                raise ValueError(
-                    f"{self._path}: its added token {entry['content']!r} has the id {entry['id']}, "
-                    f"but reading the file gives it {self.token_to_id(entry['content'])}: ids must "
-                    "follow the vocabulary without a gap; correct added_tokens in the file"
-                )
+    def _renumbered(self) -> list[str]:
+        """Return a note if the library numbers added tokens otherwise than the file.
+
+        The library continues the vocabulary without a gap, and so does transformers.
+        """
+        changed = [
+            f"{entry['content']!r} has the id {entry['id']} there and the id {index} here"
+            for entry in _added_tokens_of_file(self._path)
+            if (index := self.token_to_id(entry["content"])) != entry["id"]
+        ]
+        if not changed:
+            return []
+        return [
+            f"{self._path}: added tokens follow the vocabulary without a gap, as in transformers, "
+            f"so {len(changed)} change their ids: {changed[0]}"
+        ]
 
     def _special_tokens_around(self, vocabulary: dict[str, int]) -> tuple[list[int], list[int]]:
         """Return the ids that the post-processor adds before and after a text."""
@@ -204,13 +212,11 @@ def _valid_run(run: list[str]) -> Iterator[str]:
             begin = len(run)
 
 
-def adds_prefix_space(content: dict) -> bool:
-    """Return True if a tokenizer.json puts a space before a text."""
-    return any(
-        _prefixes(part)
-        for key in ("normalizer", "pre_tokenizer")
-        for part in _parts(content.get(key))
-    )
+def _added_tokens_of_file(path: Path) -> list[dict]:
+    """Return added_tokens of a tokenizer.json; parsing all of it would take as long as reading."""
+    text = path.read_text(encoding="utf-8")
+    match = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    return json.JSONDecoder().raw_decode(text, match.end())[0] if match else []
 
 
 def _prefixes(part: dict) -> bool:
@@ -222,11 +228,11 @@ def _prefixes(part: dict) -> bool:
     return kind == "Prepend" or (kind in ("Metaspace", "ByteLevel") and flag)
 
 
-def _parts(part: dict | None) -> Iterator[dict]:
-    """Yield a decoder, normalizer or pre-tokenizer and all its parts."""
-    if not part:
-        return
-    yield part
-    for key in ("decoders", "normalizers", "pretokenizers"):
-        for inner in part.get(key) or []:
-            yield from _parts(inner)
+def _parts(library_object: Any) -> Iterator[dict]:
+    """Yield the JSON of a decoder, normalizer or pre-tokenizer and of all its parts."""
+    waiting = [] if library_object is None else [json.loads(library_object.__getstate__())]
+    while waiting:
+        part = waiting.pop()
+        yield part
+        for key in ("decoders", "normalizers", "pretokenizers"):
+            waiting += part.get(key) or []

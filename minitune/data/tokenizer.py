@@ -74,7 +74,9 @@ class Tokenizer:
         self.vocab_size: int = backend.vocab_size  # highest id + 1, added tokens included
         self.added_tokens: dict[int, AddedToken] = backend.added
         self.adds_prefix_space: bool = backend.adds_prefix_space
-        self.notes: tuple[str, ...] = tuple(declared.notes)  # facts that the user should know
+        self.notes: tuple[str, ...] = tuple(
+            dict.fromkeys(declared.notes)
+        )  # facts that the user should know
         self.special: dict[str, int] = {}  # "bos" -> id; names without a token are missing
         for name in SPECIAL_NAMES:
             index = self._special_id(name)
