@@ -3,7 +3,10 @@
 import html.parser
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from command_inputs import train, train_arguments, write_inputs
@@ -123,6 +126,19 @@ def test_a_stream_that_lacks_a_character_gets_its_escape():
     data.write_text("é⏎", stream)
     stream.flush()
     assert stream.buffer.getvalue() == b"\\xe9\\u23ce\n"
+
+
+def test_a_reader_that_stops_early_is_no_error(inputs):
+    data_file = str(inputs / "data.jsonl")
+    command = ["data", "show", "--model", str(inputs / "model"), "--data", data_file]
+    code = "import sys; from minitune.commands.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_control_characters_of_the_data_never_reach_the_terminal(show):

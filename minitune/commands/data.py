@@ -95,8 +95,12 @@ def _show(settings: Settings, count: int, borders: bool, page: str | None) -> in
     data = read_datasets(run.data, None, tokenizer, sft, max(limit, sft.max_length or 0))
     summary = summarize(data.train, tokenizer, data.max_length)
     samples = first_samples(data.train.samples, tokenizer, count)
-    print_samples(samples, sys.stdout, borders)
-    write_text(summary_text(summary, wants_colour(sys.stdout)), sys.stdout)
+    try:
+        print_samples(samples, sys.stdout, borders)
+        write_text(summary_text(summary, wants_colour(sys.stdout)), sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if page is not None:
         subtitle = f"as {run.model} reads it, at most {data.max_length:,} tokens a sample"
         atomic_write_text(Path(page), html_page(", ".join(run.data), subtitle, summary, samples))
