@@ -1,6 +1,6 @@
 """Random records of every shape whose texts are sentinels: words that occur nowhere else.
 
-    maker = RecordMaker(seed)
+    maker = RecordMaker(seed, faulty=True)
     record, sentinels = maker.record()
 
 A sentinel knows the keys that lead to it, and if a trained span has to hold it.
@@ -10,7 +10,15 @@ import json
 import random
 from dataclasses import dataclass
 
-SHAPES = ("messages", "conversations", "prompt/completion", "texts", "instruction", "text")
+SHAPES = (
+    "messages",
+    "conversations",
+    "prompt/completion",
+    "texts",
+    "instruction",
+    "text",
+    "input_ids",
+)
 UNKNOWN_KEYS = ("mesages", "sytem", "comment", "expected", "notes", "inputs", "chosen", "images")
 HARMLESS_KEYS = ("id", "source", "category", "metadata", "model", "url")
 SPEAKERS = {"user": "human", "assistant": "gpt", "tool": "observation", "system": "system"}
@@ -30,16 +38,24 @@ class Sentinel:
 
 
 class RecordMaker:
-    """A source of random records."""
+    """A source of random records.
 
-    def __init__(self, seed: int):
+    faulty: True if some records hold a key that nothing reads, two shapes, or one fact twice.
+    """
+
+    def __init__(self, seed: int, faulty: bool):
         self.random = random.Random(seed)
+        self.faulty = faulty
         self.sentinels: list[Sentinel] = []
         self.count = 0
 
     def chance(self, probability: float) -> bool:
         """Return True with a probability."""
         return self.random.random() < probability
+
+    def fault(self, probability: float) -> bool:
+        """Return True with a probability, if records may be faulty."""
+        return self.faulty and self.chance(probability)
 
     def word(self, *path: str, trained: bool | None = None) -> str:
         """Return a new sentinel at a path."""
@@ -52,11 +68,11 @@ class RecordMaker:
         self.sentinels = []
         shape = self.random.choice(SHAPES)
         record = getattr(self, "_" + shape.replace("/", "_"))()
-        for keys, probability in ((UNKNOWN_KEYS, 0.08), (HARMLESS_KEYS, 0.3)):
-            if self.chance(probability):
+        for keys, is_added in ((UNKNOWN_KEYS, self.fault(0.08)), (HARMLESS_KEYS, self.chance(0.3))):
+            if is_added:
                 key = self.random.choice(keys)
                 record[key] = self._value(key)
-        if self.chance(0.05):
+        if self.fault(0.05):
             second = self.random.choice(("text", "messages", "output", "label"))
             if second not in record:
                 record[second] = self._value(second)
@@ -81,7 +97,7 @@ class RecordMaker:
 
     def _beside(self, record: dict) -> dict:
         """Return a record with some of the columns that belong to conversations."""
-        if self.chance(0.15):
+        if self.fault(0.15):
             record["system"] = self.word("system", trained=False)
         if self.chance(0.25):
             key = self.random.choice(("tools", "tools", "functions"))
@@ -129,7 +145,7 @@ class RecordMaker:
         message = {"role": role, "content": self.word(key, "content", trained=trained)}
         if self.chance(0.15) and role != "tool":
             message["content"] = [{"type": "text", "text": message["content"], "image": None}]
-            if self.chance(0.2):
+            if self.fault(0.2):
                 message["content"][0]["note"] = self.word(key, "content", "note")
         if excluded:
             message[self.random.choice(("weight", "train"))] = 0
@@ -140,7 +156,7 @@ class RecordMaker:
             self._add_call(message, key, trained)
         if self.chance(0.3):
             message |= dict.fromkeys(("tool_calls", "name", "refusal"), None) | message
-        if self.chance(0.03):
+        if self.fault(0.03):
             name = self.random.choice(("name", "comment", "mood", "audio", "text"))
             message[name] = self.word(key, name)
         if self.chance(0.05):
@@ -156,7 +172,7 @@ class RecordMaker:
         call = {"name": name, "arguments": arguments}
         if self.chance(0.5):
             call["arguments"] = json.dumps(arguments)
-        if self.chance(0.05):
+        if self.fault(0.05):
             call["why"] = self.word(*path, "why")
         if self.chance(0.2):
             message["function_call"] = call
@@ -203,7 +219,7 @@ class RecordMaker:
             self.word("completion", trained=True),
         )
         record = {"prompt": prompt + " ", "completion": completion}
-        return self._beside(record) if self.chance(0.1) else record
+        return self._beside(record) if self.fault(0.1) else record
 
     def _instruction(self) -> dict:
         record = {
@@ -224,4 +240,7 @@ class RecordMaker:
 
     def _text(self) -> dict:
         record = {"text": self.word("text", trained=True)}
-        return self._beside(record) if self.chance(0.05) else record
+        return self._beside(record) if self.fault(0.05) else record
+
+    def _input_ids(self) -> dict:
+        return {"input_ids": [5, 6, 7], "labels": self.random.choice((None, [-100, 6, 7]))}
