@@ -60,7 +60,9 @@ class DatasetReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return asdict(self)
+        counts = {name: asdict(getattr(self, name)) for name in ("skipped", "truncated", "bad")}
+        notes = {note: asdict(found) for note, found in self.notes.items()}
+        return {"records": self.records, "shapes": dict(self.shapes), **counts, "notes": notes}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "DatasetReport":

@@ -101,12 +101,42 @@ class FlatSamples(Sequence[Sample]):
         return values
 
 
-class SampleBuilder:
-    """Flat arrays that grow by one sample at a time."""
+class TokenColumn:
+    """int32 values that grow in memory."""
 
-    def __init__(self, formats: Sequence[OriginFormat]):
+    def __init__(self):
+        self._values = array("i")
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def extend(self, values: Sequence[int] | np.ndarray) -> None:
+        """Append values."""
+        if isinstance(values, np.ndarray):
+            self._values.frombytes(values.astype(np.int32, copy=False).tobytes())
+        else:
+            self._values.extend(values)
+
+    def array(self) -> np.ndarray:
+        """Return all values; the column cannot grow further."""
+        return np.frombuffer(self._values, np.int32)
+
+
+class SampleBuilder:
+    """Flat arrays that grow by one sample at a time.
+
+    input_ids, labels: the columns that take the tokens; default: in memory.
+    """
+
+    def __init__(
+        self,
+        formats: Sequence[OriginFormat],
+        input_ids: TokenColumn | None = None,
+        labels: TokenColumn | None = None,
+    ):
         self._formats = tuple(formats)
-        self._input_ids, self._labels = array("i"), array("i")
+        self._input_ids = TokenColumn() if input_ids is None else input_ids
+        self._labels = TokenColumn() if labels is None else labels
         self._columns = {name: array("q") for name in SAMPLE_COLUMNS}
 
     def __len__(self) -> int:
@@ -121,11 +151,15 @@ class SampleBuilder:
         row = (len(self._input_ids), len(sample.input_ids), targets, source, number)
         for name, value in zip(SAMPLE_COLUMNS, row, strict=True):
             self._columns[name].append(value)
-        self._input_ids.frombytes(np.asarray(sample.input_ids, np.int32).tobytes())
-        self._labels.frombytes(np.asarray(sample.labels, np.int32).tobytes())
+        self._input_ids.extend(sample.input_ids)
+        self._labels.extend(sample.labels)
+
+    def index(self) -> np.ndarray:
+        """Return SAMPLE_COLUMNS as rows, int64, (5, samples)."""
+        return np.array([np.frombuffer(values, np.int64) for values in self._columns.values()])
 
     def build(self) -> FlatSamples:
-        """Return the samples; the builder must not be used again."""
+        """Return the samples in memory; the builder must not be used again."""
         columns = {name: np.frombuffer(values, np.int64) for name, values in self._columns.items()}
-        tokens = (np.frombuffer(values, np.int32) for values in (self._input_ids, self._labels))
+        tokens = (self._input_ids.array(), self._labels.array())
         return FlatSamples(*tokens, **columns, formats=self._formats)

@@ -8,14 +8,16 @@ answer, and no token string is ever searched for.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitune.data.dataset_report import DatasetReport
 from minitune.data.flat_samples import FlatSamples, SampleBuilder
 from minitune.data.long_texts import PIECE, encode_to_length
-from minitune.data.record_formats import render_record
+from minitune.data.record_formats import TEXT_FIELD, render_record
 from minitune.data.samples import LabelOptions, RenderedText, Sample, Span
 from minitune.data.sources import Dataset, Source, open_sources
+from minitune.data.token_cache import dataset_key, new_entry, read_entry
 from minitune.data.tokenizer import Encoding, Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
@@ -32,10 +34,14 @@ class TokenizedDataset:
 
     samples: the samples that have a token to train on, in the order of the records.
     report: counts of everything that happened to the records.
+    key: the name of its entry in the cache, or None.
+    is_cached: True if the samples were read from the cache.
     """
 
     samples: FlatSamples
     report: DatasetReport
+    key: str | None = None
+    is_cached: bool = False
 
     @property
     def skipped(self) -> int:
@@ -54,6 +60,7 @@ def tokenize_dataset(
     max_length: int,
     progress: Callable[[int, int | None], None] | None = None,
     skip_bad: bool = False,
+    cache: Path | None = None,
     **labels: Any,
 ) -> TokenizedDataset:
     """Tokenize and label every record of a dataset.
@@ -62,6 +69,7 @@ def tokenize_dataset(
     max_length: tokens of a sample; longer samples lose their end.
     progress: called as progress(done, total) with numbers of records; the total may be unknown.
     skip_bad: leave out records that cannot be read or rendered; the report names them.
+    cache: folder of tokenized datasets (token_cache.py); None keeps the samples in memory.
     labels: the fields of LabelOptions, as in SFTConfig.
 
     Raises: ValueError if records cannot be read or rendered, which lists the first 20 by file and
@@ -72,19 +80,53 @@ def tokenize_dataset(
             f"max_length is {max_length}; expected at least 2: a token is predicted from another"
         )
     options = LabelOptions(**labels)
-    sources = open_sources(source, options.dataset_text_field or "text")
-    total = sources[0].size
-    builder, report = SampleBuilder([item.format for item in sources]), DatasetReport()
-    rendering = _rendered_parts(sources, tokenizer, options, report)
-    while chunk := _next_chunk(rendering):
-        if report.bad.count and not skip_bad:
-            continue  # the other records are only checked
-        for part, sample in zip(chunk, _encode(chunk, tokenizer, max_length), strict=True):
-            _add_sample(builder, report, part, sample, max_length)
-        if progress is not None:
-            progress(report.records, total)
-    _check(builder, report, ", ".join(item.format.name for item in sources), max_length, skip_bad)
-    return TokenizedDataset(builder.build(), report)
+    sources = open_sources(source, options.dataset_text_field or TEXT_FIELD)
+    formats = [item.format for item in sources]
+    run = _Tokenization(tokenizer, max_length, options, skip_bad, progress)
+    key = None
+    if cache is not None:
+        settings = {"max_length": max_length, "skip_bad": skip_bad, **vars(options)}
+        key = dataset_key(sources, tokenizer, settings)
+    if cache is None or key is None:
+        builder = SampleBuilder(formats)
+        report = run.fill_(builder, sources)
+        return TokenizedDataset(builder.build(), report)
+    entry = read_entry(cache / key, key, tokenizer.vocab_size)
+    if entry is not None:
+        return TokenizedDataset(*entry, key, is_cached=True)
+    with new_entry(cache, key, formats) as writer:
+        writer.finish(run.fill_(writer.builder, sources))
+    entry = read_entry(cache / key, key, tokenizer.vocab_size)
+    if entry is None:
+        raise ValueError(f"{cache / key}: was written, but cannot be read; check the disk")
+    return TokenizedDataset(*entry, key)
+
+
+@dataclass(frozen=True)
+class _Tokenization:
+    """The arguments of `tokenize_dataset` beside the dataset and the cache."""
+
+    tokenizer: Tokenizer
+    max_length: int
+    options: LabelOptions
+    skip_bad: bool
+    progress: Callable[[int, int | None], None] | None
+
+    def fill_(self, builder: SampleBuilder, sources: Sequence[Source]) -> DatasetReport:
+        """Add the samples of all records to `builder` and return the report."""
+        total, report = sources[0].size, DatasetReport()
+        rendering = _rendered_parts(sources, self.tokenizer, self.options, report)
+        while chunk := _next_chunk(rendering):
+            if report.bad.count and not self.skip_bad:
+                continue  # the other records are only checked
+            samples = _encode(chunk, self.tokenizer, self.max_length)
+            for part, sample in zip(chunk, samples, strict=True):
+                _add_sample(builder, report, part, sample, self.max_length)
+            if self.progress is not None:
+                self.progress(report.records, total)
+        name = ", ".join(item.format.name for item in sources)
+        _check(builder, report, name, self.max_length, self.skip_bad)
+        return report
 
 
 def _check(

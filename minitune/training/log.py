@@ -218,6 +218,8 @@ def _data_rows(label: str, data: TokenizedDataset) -> list[tuple[str, str]]:
         f"{len(data.samples):,} samples, {data.skipped:,} skipped (no token to train on), "
         f"{data.truncated:,} truncated; {tokens:,} tokens, {targets:,} trained on"
     )
+    if data.is_cached:
+        text += "; read from the cache"
     if report.bad.count:
         text += f"; {report.bad.count:,} bad records left out"
     notes = [

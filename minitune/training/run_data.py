@@ -20,6 +20,7 @@ from minitune.data.batching import pack_rows
 from minitune.data.flat_samples import FlatSamples
 from minitune.data.samples import LabelOptions, Sample
 from minitune.data.sources import Dataset, file_names
+from minitune.data.token_cache import FOLDER
 from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 from minitune.training.checkpoint import RunSize
@@ -112,6 +113,11 @@ class RunData:
         return {"data": self.train, "eval data": self.evaluation}
 
     @property
+    def cache_keys(self) -> list[str]:
+        """The names of the datasets' entries in the cache."""
+        return [data.key for data in self.by_label.values() if data.key is not None]
+
+    @property
     def is_in_files(self) -> bool:
         """True if config.toml can name all data."""
         return bool(self.train_files) and (self.evaluation is None or bool(self.eval_files))
@@ -131,6 +137,8 @@ def read_datasets(
 ) -> RunData:
     """Tokenize the datasets of a run.
 
+    Large files are tokenized into output_dir/tokenized, and read from there by the next run.
+
     max_seq_length: tokens of the longest sample that the model takes.
 
     Raises: ValueError if settings and data do not fit together, or a record cannot be read.
@@ -149,17 +157,18 @@ def read_datasets(
             "model was loaded for; load it with a larger max_seq_length"
         )
     evaluation = None
-    train = _tokenize(train_dataset, tokenizer, args, max_length)
+    cache = None if args.output_dir is None else Path(args.output_dir) / FOLDER
+    train = _tokenize(train_dataset, tokenizer, args, max_length, cache)
     if args.data_weights:
         train = replace(train, samples=weighted(train.samples, args.data_weights, args.seed))
     if eval_dataset is not None:
-        evaluation = _tokenize(eval_dataset, tokenizer, args, max_length)
+        evaluation = _tokenize(eval_dataset, tokenizer, args, max_length, cache)
     files = [file_names(source) for source in (train_dataset, eval_dataset)]
     return RunData(train, evaluation, max_length, *files)
 
 
 def _tokenize(
-    source: Dataset, tokenizer: Tokenizer, args: SFTConfig, max_length: int
+    source: Dataset, tokenizer: Tokenizer, args: SFTConfig, max_length: int, cache: Path | None
 ) -> TokenizedDataset:
     with progress_bar("tokenizing") as progress:
         return tokenize_dataset(
@@ -168,6 +177,7 @@ def _tokenize(
             max_length,
             progress=progress,
             skip_bad=args.skip_bad,
+            cache=cache,
             **vars(LabelOptions.of(args)),
         )
 

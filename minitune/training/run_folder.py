@@ -7,9 +7,11 @@
     OUTPUT/merged/          with --merge, base and adapter as one 16-bit model
     OUTPUT/NAME-TYPE.gguf   with --gguf, the same as one file
     OUTPUT/outputs.json     the names of all of these that the run wrote, except checkpoints
+    OUTPUT/tokenized/       large datasets as tokens, named by their content (data/token_cache.py)
 
 A run replaces outputs of an earlier run only if asked to. It deletes nothing except the names in
-outputs.json and checkpoints, which are folders named checkpoint-N with a state.json.
+outputs.json and checkpoints, which are folders named checkpoint-N with a state.json. The tokens
+belong to no run: each run uses the entries that fit its data, and replaces the others.
 """
 
 import json

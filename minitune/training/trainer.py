@@ -26,6 +26,7 @@ from minitune.config.training_config import RunConfig, SFTConfig
 from minitune.data.batching import collate, micro_steps
 from minitune.data.samples import Sample
 from minitune.data.sources import Dataset
+from minitune.data.token_cache import FOLDER, remove_other_entries
 from minitune.data.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import Progress
@@ -73,7 +74,7 @@ class SFTTrainer:
         *,
         run_config: RunConfig | None = None,
     ):
-        """Check the arguments and tokenize the datasets. Nothing is written.
+        """Check the arguments and tokenize the datasets. Only output_dir/tokenized is written.
 
         model: a model with an adapter.
         args: the settings of the run; default: SFTConfig().
@@ -321,6 +322,7 @@ class SFTTrainer:
         warnings += self.processing_class.notes
         for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
             print(f"warning: {text}", file=sys.stderr)
+        remove_other_entries(self.output / FOLDER, self.data.cache_keys)
         self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
         resolved = replace(args, output_dir=str(self.output), max_length=self.data.max_length)
         self._run.write_config(as_dict(self.run_config, model.lora, resolved))
