@@ -104,7 +104,8 @@ def summary_text(summary: DatasetSummary, colour: bool = False) -> str:
         "\n".join(_line(row, colour) for row in fault_rows(summary)),
     ]
     if summary.report.bad.count:
-        parts.append("\n  ".join([BAD_TITLE, *bad_records(summary.report.bad)]))
+        listed = (_wrapped(line, "  ", "    ") for line in bad_records(summary.report.bad))
+        parts.append("\n".join([BAD_TITLE, *listed]))
     return "\n\n".join(parts)
 
 
@@ -116,15 +117,27 @@ def bad_records(bad: Occurrences) -> list[str]:
 
 
 def _line(row: Row, colour: bool) -> str:
-    detail_width = LINE_WIDTH - LABEL_WIDTH - NUMBER_WIDTH - 2
     head = f"{row.label:<{LABEL_WIDTH}}{row.number:>{NUMBER_WIDTH},}"
-    lines = textwrap.wrap(row.detail, detail_width, break_long_words=False, break_on_hyphens=False)
+    detail = _wrapped(row.detail, "", " " * (len(head) + 2), first_column=len(head) + 2)
     if row.is_fault and colour:
         head = styled(head, FAULT_STYLE)
-    indent = " " * (LABEL_WIDTH + NUMBER_WIDTH + 2)
-    return "\n".join(
-        [f"{head}  {lines[0]}" if lines else head, *(indent + x for x in lines[1:])]
-    ).replace(EQUALS, " = ")
+    return f"{head}  {detail}" if detail else head
+
+
+def _wrapped(text: str, first_indent: str, indent: str, first_column: int = 0) -> str:
+    """Return a text in lines of LINE_WIDTH columns. Long words stay whole.
+
+    first_indent, indent: the beginnings of the first line and of the others.
+    first_column: columns in front of the first line.
+    """
+    lines = textwrap.wrap(
+        " " * first_column + first_indent + text,
+        LINE_WIDTH,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines).replace(EQUALS, " = ").removeprefix(" " * first_column)
 
 
 def _histogram(summary: DatasetSummary) -> str:
