@@ -123,6 +123,14 @@ REQUESTS = {  # the error -> (file or folder below tmp_path, further arguments o
 }
 
 
+@pytest.mark.parametrize("key", ["beta_fast", "beta_slow", "attention_factor", "mscale"])
+def test_a_value_of_yarn_that_llama_cpp_ignores_is_refused(tmp_path, key):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, key: 2.0}
+    folder = make_tiny_model(tmp_path / "m", rope_scaling=yarn)
+    with pytest.raises(ValueError, match=f"does not read YaRN's {key} for llama"):
+        convert_folder(folder, tmp_path / "x.gguf", "f16")
+
+
 def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
     (tmp_path / "old.gguf").write_bytes(b"mine")

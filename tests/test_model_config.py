@@ -4,11 +4,14 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minitune.config.architectures import ARCHITECTURES, LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.model.causal_lm import CausalLM
 from minitune.model.linear import Linear
+from minitune.model.rope import RopeTables
 
 CONFIG = {
     "model_type": "llama",
@@ -95,8 +98,40 @@ def test_an_unknown_family_is_refused(model_type):
         ModelConfig.from_dict(CONFIG | {"model_type": model_type})
 
 
-@pytest.mark.parametrize("rope_type", ["yarn", ["linear"]])
+@pytest.mark.parametrize("rope_type", ["dynamic", ["linear"]])
 def test_an_unknown_rope_scaling_is_refused(rope_type):
-    message = "is not supported; supported are default, linear, llama3"
+    message = "is not supported; supported are default, linear, llama3, yarn"
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_dict(CONFIG | {"rope_scaling": {"rope_type": rope_type, "factor": 2.0}})
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"beta_fast": 16.0, "beta_slow": 3.0},
+        {"attention_factor": 0.8},
+        {"mscale": 0.7, "mscale_all_dim": 1.2},
+        {"factor": 0.5},
+    ],
+    ids=str,
+)
+def test_the_tables_of_yarn_are_those_of_transformers(change):
+    raw = CONFIG | {"rope_scaling": YARN | change, "rope_theta": 50000.0}
+    config = ModelConfig.from_dict(raw)
+    theirs = LlamaRotaryEmbedding(AutoConfig.for_model(**raw))
+    positions = torch.arange(200)[None]
+    cos, sin = theirs(torch.zeros(1), positions)
+    tables = RopeTables.build(config, 200, torch.device("cpu"))
+    half = config.head_dim // 2
+    assert torch.allclose(tables.cos, cos[0, :, :half], atol=1e-5)
+    assert torch.allclose(tables.sin, sin[0, :, :half], atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"truncate": False}, {"partial_rotary_factor": 0.5}], ids=str)
+def test_values_of_yarn_that_would_be_ignored_are_refused(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} .*is not supported"):
+        ModelConfig.from_dict(CONFIG | {"rope_scaling": YARN | change})

@@ -132,8 +132,8 @@ def other_family(folder):
 
 
 def other_rope(folder):
-    edit_json(folder / "config.json", rope_scaling={"rope_type": "yarn", "factor": 4})
-    return r"rope scaling 'yarn' is not supported"
+    edit_json(folder / "config.json", rope_scaling={"rope_type": "dynamic", "factor": 4})
+    return r"rope scaling 'dynamic' is not supported"
 
 
 def bias_missing(folder):

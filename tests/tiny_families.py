@@ -22,6 +22,12 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 # name of the case -> (model_type, values of config.json)
 FAMILIES = {
     "qwen2": ("qwen2", {"rope_theta": 1e6}),
@@ -29,6 +35,11 @@ FAMILIES = {
     "qwen3": ("qwen3", {"head_dim": 24, "rope_theta": 1e6}),
     "qwen3 tied": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3 with biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen2 with YaRN": ("qwen2", {"rope_scaling": YARN}),
+    "qwen3 with YaRN": (
+        "qwen3",
+        {"head_dim": 32, "rope_scaling": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}},
+    ),
     "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
 }
 

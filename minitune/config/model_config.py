@@ -24,6 +24,11 @@ ROPE_SCALING_KEYS = {
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+# Further keys of a scaling that may be missing; 0 stands for a missing one.
+OPTIONAL_ROPE_KEYS = {
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 }
 
 
@@ -60,7 +65,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict | None  # None, {"rope_type": "linear", ...} or {"rope_type": "llama3", ...}
+    rope_scaling: dict | None  # None or {"rope_type": "linear", "llama3" or "yarn", ...}
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
@@ -274,4 +279,10 @@ def _rope(raw: dict) -> tuple[float, dict | None]:
             f"supported are default, {', '.join(ROPE_SCALING_KEYS)}"
         )
     values = {key: float(_value(parameters, key, float)) for key in ROPE_SCALING_KEYS[kind]}
+    for key in OPTIONAL_ROPE_KEYS.get(kind, ()):
+        values[key] = float(_value(parameters, key, float, 0.0))
+    if not _value(parameters, "truncate", bool, True):
+        raise ValueError("truncate false of rope scaling is not supported; only true is")
+    if _value(parameters, "partial_rotary_factor", float, 1.0) != 1:
+        raise ValueError("partial_rotary_factor is not supported; whole heads are rotated")
     return theta, {"rope_type": kind, **values}

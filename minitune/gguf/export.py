@@ -30,7 +30,7 @@ from minitune.data.tokenizer import Tokenizer
 from minitune.gguf.tokenizer_metadata import tokenizer_metadata
 from minitune.gguf.writer import GGMLType, MetadataValue, TensorInfo, write_gguf
 from minitune.model.causal_lm import CausalLM
-from minitune.model.rope import rope_divisors
+from minitune.model.rope import YARN_BETA_FAST, YARN_BETA_SLOW, rope_divisors
 
 FILE_TYPES = {
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
@@ -55,6 +55,15 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+# Key of YaRN -> the value that llama.cpp computes with, whatever the file says; None if the key's
+# effect is built in.
+LLAMA_CPP_YARN = {
+    "beta_fast": YARN_BETA_FAST,
+    "beta_slow": YARN_BETA_SLOW,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
 }
 # Key of generation_config.json -> (key below general.sampling, type)
 SAMPLING_KEYS = {
@@ -160,10 +169,22 @@ def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
     if config.architecture.gguf_llama_layout:
         metadata["rope.dimension_count"] = config.head_dim
         metadata["vocab_size"] = config.vocab_size
-    if _rope_type(config) == "linear":
-        metadata["rope.scaling.type"] = "linear"
-        metadata["rope.scaling.factor"] = float(config.rope_scaling["factor"])
+    metadata |= _rope_scaling_metadata(config)
     return {f"{config.architecture.gguf}.{key}": value for key, value in metadata.items()}
+
+
+def _rope_scaling_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
+    """Return the keys of linear and YaRN scaling; llama3's is a tensor."""
+    kind, scaling = _rope_type(config), config.rope_scaling
+    if kind not in ("linear", "yarn"):
+        return {}
+    metadata = {"type": kind, "factor": float(scaling["factor"])}
+    if kind == "yarn":
+        metadata["original_context_length"] = int(scaling["original_max_position_embeddings"])
+        for key in ("beta_fast", "beta_slow"):
+            if scaling[key]:
+                metadata[f"yarn_{key}"] = float(scaling[key])
+    return {f"rope.scaling.{key}": value for key, value in metadata.items()}
 
 
 def sampling_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
@@ -257,6 +278,13 @@ def _check_expressible(config: ModelConfig) -> None:
             f"llama.cpp's {family.gguf} has no biases in attention, but this model has; "
             "save the merged folder instead"
         )
+    scaling = config.rope_scaling or {}
+    for key, built_in in LLAMA_CPP_YARN.items():
+        if scaling.get(key) and scaling[key] != built_in:
+            raise ValueError(
+                f"llama.cpp does not read YaRN's {key} for {family.gguf}, and this model sets "
+                f"{scaling[key]}; save the merged folder instead"
+            )
 
 
 def _gguf_tensors(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Tensor]:
