@@ -32,7 +32,7 @@ def twice_the_same_token(folder):
     (folder / "tokenizer.json").unlink()
     added = {"\u2581lamp": 401, "\u2581lamps": 402, "<s>": 403}
     (folder / "added_tokens.json").write_text(json.dumps(added))
-    return "tokens 1 and 403 are both '<s>'"
+    return "gives the token '\u2581lamp' the id 401, but the vocabulary gives it the id 400"
 
 
 def larger_than_the_embedding(folder):

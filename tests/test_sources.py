@@ -319,5 +319,5 @@ def test_parquet_without_pyarrow_names_the_package_to_install(tmp_path, monkeypa
 
 @pytest.mark.parametrize("value", [3, None, b"bytes"])
 def test_an_object_that_is_no_dataset_is_refused(value):
-    with pytest.raises(ValueError, match="the dataset is .*; expected a path, several paths"):
+    with pytest.raises(ValueError, match=r"the dataset is .*; expected a path, several paths"):
         open_sources(value)
