@@ -120,13 +120,14 @@ class _ArrayReader:
         """Read a value."""
         self.next_character()
         while True:
+            begin = self._at
             try:
-                value, self._at = DECODER.raw_decode(self._text, self._at)
+                value, self._at = DECODER.raw_decode(self._text, begin)
                 return value
             except (ValueError, RecursionError) as error:
                 incomplete = isinstance(error, json.JSONDecodeError)
                 if not (incomplete and self._read_more()):
-                    raise ValueError(_json_error(error, self._at)) from None
+                    raise ValueError(_json_error(error, begin)) from None
 
 
 def parse_json(text: str) -> Any:
@@ -143,8 +144,7 @@ def parse_json(text: str) -> Any:
 def _json_error(error: Exception, begin: int = 0) -> str:
     """Return the reason for which a JSON text that starts at character `begin` cannot be read."""
     if isinstance(error, json.JSONDecodeError):
-        column = error.colno if begin == 0 else error.pos - begin + 1
-        return f"not JSON: {error.msg} at column {column}"
+        return f"not JSON: {error.msg} at column {error.pos - begin + 1}"
     if isinstance(error, RecursionError):
         return "JSON that is nested too deeply to be read"
     return f"JSON that cannot be read: {str(error).partition(';')[0]}"  # thousands of digits
