@@ -12,6 +12,7 @@ from tokenizer_files import CHATML, write_chat_tokenizer
 from minitune.data.chat_template import EARLIER_REASONING
 from minitune.data.record_formats import render_record
 from minitune.data.samples import EMPTY_ANSWER, LabelOptions
+from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 
 USER, ANSWER = PAIR
@@ -224,6 +225,10 @@ def test_ignored_fields_are_left_out_with_a_note(make):
     )
     expected = sample_of(messages(USER, CALL, ANSWER), tokenizer)
     assert sample_of(record, tokenizer, ignore_fields=names) == expected
+    found = tokenize_dataset([record], tokenizer, 500, ignore_fields=names).report.notes
+    assert set(found) - set(notes) == {
+        'ignore_fields names "absent", but no record holds a value there'
+    }
 
 
 def test_a_column_that_repeats_a_message_is_no_loss(make):

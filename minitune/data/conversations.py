@@ -13,13 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitune.data.jsonl import kind_of, parse_json
-from minitune.data.message_reader import ASSISTANT, Message, read_messages, variable_names
+from minitune.data.message_reader import (
+    ASSISTANT,
+    SYSTEM_ROLES,
+    Message,
+    read_messages,
+    variable_names,
+)
 from minitune.data.messages import drop_nulls, normal_message
 from minitune.data.record_fields import Fields
 from minitune.data.samples import EMPTY_ANSWER, Conversation
 
 SYSTEM_KEYS = ("system", "system_prompt")
-SYSTEM_ROLES = ("system", "developer")
 SCHEMA_KEYS = frozenset({"name", "description", "type", "required", "$schema"})
 # Variables of a template that the record's messages and the trainer decide.
 RESERVED = (

@@ -19,6 +19,7 @@ from minitune.data.record_fields import HARMLESS, Fields, in_order
 from minitune.data.tool_calls import calls_of_text, read_calls
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
+SYSTEM_ROLES = ("system", "developer")
 CALL, ASSISTANT = "function_call", "assistant"
 SHAREGPT_ROLES = {
     "human": "user",
@@ -35,13 +36,8 @@ SHAREGPT_ROLES = {
 }
 VALUE_PARTS = ("reasoning", "text", "tool_call")  # LLaMA-Factory's parts {"type", "value"}
 CORE_KEYS = frozenset({"role", "content", "from", "value", "tools"})
-LOSS_KEYS = (
-    "weight",
-    "loss_weight",
-    "train",
-    "training",
-    "loss",
-)  # 0 or false: no labels on this message
+# 0 or false under one of them: no labels on this message
+LOSS_KEYS = ("weight", "loss_weight", "train", "training", "loss")
 
 
 class Message(NamedTuple):
@@ -115,7 +111,7 @@ def _read_message(item: Any, key: str, index: int, record: Fields) -> Message:
         if twice := message.keys() & found.keys():
             raise ValueError(f"{place} holds {', '.join(twice)} twice; keep one of them")
         message |= found
-    tools = fields.decoded("tools") if message["role"] == "system" else None
+    tools = fields.decoded("tools") if message["role"] in SYSTEM_ROLES else None
     counts = _counts(fields, message["role"])
     message |= _further_keys(fields)
     fields.done()

@@ -7,7 +7,7 @@ same holds inside messages, turns and tool calls, so no text of a record is lost
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,17 @@ _MEDIA = "image images image_url image_path video videos audio audios input_audi
 HARMLESS = frozenset(_ABOUT.split())
 PREFERENCE = frozenset(_PREFERENCE.split())
 MEDIA = frozenset(_MEDIA.split())
+
+
+def ignored_note(path: str) -> str:
+    """Return the note on a key that the user ignores."""
+    return f'"{path}" is left out, because ignore_fields names it'
+
+
+def unused_notes(ignored: Sequence[str], notes: Container[str]) -> list[str]:
+    """Return a note for each name of ignore_fields that no record has, by the notes on all."""
+    unused = [name for name in ignored if ignored_note(name) not in notes]
+    return [f'ignore_fields names "{name}", but no record holds a value there' for name in unused]
 
 
 def is_missing(value: Any) -> bool:
@@ -131,7 +142,7 @@ class Fields:
         for key in list(self._left):
             path = self._path_of(key)
             if path in self.reading.ignored and not is_empty(self._left.pop(key)):
-                self.reading.note(f'"{path}" is left out, because ignore_fields names it')
+                self.reading.note(ignored_note(path))
 
     def _path_of(self, key: Any) -> str:
         return f"{self.path}.{key}" if self.path else str(key)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from minitune.data.dataset_report import DatasetReport
 from minitune.data.flat_samples import FlatSamples, SampleBuilder
 from minitune.data.long_texts import PIECE, encode_to_length
+from minitune.data.record_fields import unused_notes
 from minitune.data.record_formats import TEXT_FIELD, render_record
 from minitune.data.samples import LabelOptions, RenderedText, Sample, Span
 from minitune.data.sources import Dataset, Source, open_sources
@@ -125,6 +126,7 @@ class _Tokenization:
             if self.progress is not None:
                 self.progress(report.records, total)
         name = ", ".join(item.format.name for item in sources)
+        report.add_notes(unused_notes(self.options.ignore_fields, report.notes), name)
         _check(builder, report, name, self.max_length, self.skip_bad)
         return report
 
