@@ -58,7 +58,7 @@ RECORDS = [
     {"text": "word " * 30},
 ]
 SHOWN = """\
---- sample 1  mixed.jsonl:1  29 tokens, 6 trained on
+--- sample 1  mixed.jsonl:1  messages, 29 tokens, 6 trained on
 <|im_start|>user⏎
 Where?<|im_end|>⏎
 <|im_start|>assistant⏎
@@ -98,6 +98,7 @@ def test_without_show_the_summary_stands_alone(show):
 
 def test_five_samples_are_shown_by_default_and_borders_on_demand(show):
     assert show([turns(str(i), "x") for i in range(9)]).count("--- sample ") == 5
+    assert "--- sample 3  mixed.jsonl:4  text, " in show(RECORDS)
     assert "[[I│n│⏎\n│Lisbon│.│<|im_end|>]]" in show(RECORDS, "--tokens")
 
 
@@ -245,7 +246,7 @@ def test_the_page_holds_the_samples_and_the_summary(show, tmp_path):
     page = Page(source)
     text = "".join(page.texts)
     assert "In⏎\nLisbon.<|im_end|>⏎\n" in text
-    assert "mixed.jsonl:1" in text and "29 tokens, 6 trained on" in text
+    assert "mixed.jsonl:1" in text and "messages, 29 tokens, 6 trained on" in text
     for words in ("duplicates", "doubled BOS", "52.0% of the tokens", "29 - 31"):
         assert words in text
     marked = "".join(re.findall(r"<mark>(.*?)</mark>", source, re.DOTALL))
@@ -274,8 +275,8 @@ def test_hostile_texts_stay_texts_on_the_page(show, tmp_path):
 
 def test_a_page_of_a_hundred_long_samples_stays_below_2_mb_and_says_its_cuts():
     pieces = [Piece(5 * "日本<&>", (5,), i % 7 == 0, i % 9 == 0) for i in range(600)]
-    samples = [ShownSample(i + 1, f"a.jsonl:{i}", pieces) for i in range(99)]
-    samples.append(ShownSample(100, "a.jsonl:99", pieces[:50]))
+    samples = [ShownSample(i + 1, f"a.jsonl:{i}", "text", pieces) for i in range(99)]
+    samples.append(ShownSample(100, "a.jsonl:99", "text", pieces[:50]))
     sizes = {"samples": 100, "tokens": 9, "trained": 1, "shortest": 1, "median": 1, "longest": 1}
     bars = [Bar(1, 1, 100)]
     summary = DatasetSummary(DatasetReport(), max_length=600, **sizes, bars=bars, rows=1)

@@ -20,7 +20,7 @@ def flat(samples):
     """Return the samples in flat arrays, each with its position as its record's number."""
     builder = SampleBuilder(FORMATS)
     for number, sample in enumerate(samples):
-        builder.add(sample, sample.targets, number % 2, number)
+        builder.add(sample, sample.targets, number % 2, number, ("text", "messages")[number % 2])
     return builder.build()
 
 
@@ -47,6 +47,7 @@ def test_a_sample_may_be_taken_twice_and_keeps_its_place_of_origin():
     assert [sample.input_ids.tolist() for sample in taken] == [[8, 9, 10], [5, 6], [8, 9, 10]]
     assert [taken.origin(i) for i in range(3)] == ["a.jsonl:2", "a.jsonl:0", "a.jsonl:2"]
     assert stored.origin(1) == "dataset[1]"
+    assert [stored.shape(i) for i in range(3)] == ["text", "messages", "text"]
     assert taken.input_ids is stored.input_ids
 
 

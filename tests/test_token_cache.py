@@ -122,6 +122,7 @@ def _set(position, value):
         ("samples.npy", _set((0, 1), 10**9)),
         ("samples.npy", _set((1, 1), -1)),
         ("samples.npy", _set((3, 1), 4)),
+        ("samples.npy", _set((5, 1), 99)),
     ],
 )
 def test_a_damaged_or_foreign_entry_is_rebuilt(tokenizer, path, tmp_path, name, damage):

@@ -146,8 +146,8 @@ def test_colours_show_trained_tokens_special_tokens_and_borders():
 
 
 def test_the_heading_names_the_place_and_the_size_of_a_sample():
-    sample = ShownSample(3, "da\x1bta.jsonl:12", PIECES)
-    text = "--- sample 3  da<U+001B>ta.jsonl:12  7 tokens, 3 trained on\n"
+    sample = ShownSample(3, "da\x1bta.jsonl:12", "text", PIECES)
+    text = "--- sample 3  da<U+001B>ta.jsonl:12  text, 7 tokens, 3 trained on\n"
     assert sample_text(sample, colour=False).startswith(text)
     assert sample_text(sample, colour=True).startswith("\x1b[1msample 3  da<U+001B>ta")
 

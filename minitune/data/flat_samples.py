@@ -1,4 +1,4 @@
-"""Samples in flat int32 arrays: 8 bytes a token and 36 bytes a sample, in memory or in a file.
+"""Samples in flat int32 arrays: 8 bytes a token and 48 bytes a sample, in memory or in a file.
 
     input_ids  [t0 t1 t2 | t3 t4 | ...]      labels  the same length
     begins     [0, 3, ...]    lengths  [3, 2, ...]
@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from minitune.data.record_formats import SHAPES
 from minitune.data.samples import Sample
 
 SAMPLES_PER_HASH = 1024  # samples that are copied together for their hash
-SAMPLE_COLUMNS = ("begins", "lengths", "targets", "sources", "numbers")
+SAMPLE_COLUMNS = ("begins", "lengths", "targets", "sources", "numbers", "shapes")
+SHAPE_NAMES = tuple(SHAPES)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class FlatSamples(Sequence[Sample]):
     targets: trained-on tokens of a sample, int64, (samples,).
     sources: the entry of a sample's source in `formats`, int64, (samples,).
     numbers: the number of a sample's record in its source, int64, (samples,).
+    shapes: the entry of its record's shape in SHAPE_NAMES, int64, (samples,).
     formats: the names of the sources.
     """
 
@@ -56,6 +59,7 @@ class FlatSamples(Sequence[Sample]):
     targets: np.ndarray
     sources: np.ndarray
     numbers: np.ndarray
+    shapes: np.ndarray
     formats: tuple[OriginFormat, ...]
 
     def __len__(self) -> int:
@@ -75,6 +79,10 @@ class FlatSamples(Sequence[Sample]):
     def origin(self, index: int) -> str:
         """Return the place of a sample's record, such as "data.jsonl:12" or "dataset[3]"."""
         return self.formats[self.sources[index]].origin(self.numbers[index])
+
+    def shape(self, index: int) -> str:
+        """Return the name of the shape of a sample's record, such as "messages"."""
+        return SHAPE_NAMES[self.shapes[index]]
 
     def fingerprint(self) -> str:
         """Return a hash of every token and label, to recognise the data of a resumed run.
@@ -142,20 +150,22 @@ class SampleBuilder:
     def __len__(self) -> int:
         return len(self._columns["begins"])
 
-    def add(self, sample: Sample, targets: int, source: int, number: int) -> None:
+    def add(self, sample: Sample, targets: int, source: int, number: int, shape: str) -> None:
         """Append a sample.
 
         targets: its trained-on tokens.
         source, number: the entry of its source in `formats`, and its record's number there.
+        shape: the shape of its record.
         """
-        row = (len(self._input_ids), len(sample.input_ids), targets, source, number)
+        size, entry = len(sample.input_ids), SHAPE_NAMES.index(shape)
+        row = (len(self._input_ids), size, targets, source, number, entry)
         for name, value in zip(SAMPLE_COLUMNS, row, strict=True):
             self._columns[name].append(value)
         self._input_ids.extend(sample.input_ids)
         self._labels.extend(sample.labels)
 
     def index(self) -> np.ndarray:
-        """Return SAMPLE_COLUMNS as rows, int64, (5, samples)."""
+        """Return SAMPLE_COLUMNS as rows, int64, (columns, samples)."""
         return np.array([np.frombuffer(values, np.int64) for values in self._columns.values()])
 
     def build(self) -> FlatSamples:

@@ -198,7 +198,7 @@ def _sample(sample: ShownSample, limit: int) -> Iterator[str]:
     share = f"{100 * sample.trained / sample.tokens:.1f}%"
     yield f'<div class="card sample"><header><b>Sample {sample.number:,}</b>'
     yield f'<span class="mono">{_escape(sample.origin)}</span>'
-    yield f'<span class="quiet">{sample.size}</span></header>'
+    yield f'<span class="quiet">{sample.facts}</span></header>'
     yield f'<div class="share" style="width:{share}"></div>'
     pieces = sample.pieces
     sizes = _markup_sizes(pieces)

@@ -1,7 +1,7 @@
 """Tokenized datasets on disk, so that a second run of the same data starts at the disk's speed.
 
     OUTPUT/tokenized/KEY/input_ids.npy, labels.npy    int32, (tokens,)
-    OUTPUT/tokenized/KEY/samples.npy                  int64, (5, samples): SAMPLE_COLUMNS
+    OUTPUT/tokenized/KEY/samples.npy                  int64, (columns, samples): SAMPLE_COLUMNS
     OUTPUT/tokenized/KEY/dataset.json                 format, key, checksums, origins, report
 
 KEY is a hash of everything that decides about the tokens: the content and the names of the data
@@ -28,6 +28,7 @@ from minitune.atomic_files import atomic_folder, read_json, write_json
 from minitune.data.dataset_report import DatasetReport
 from minitune.data.flat_samples import (
     SAMPLE_COLUMNS,
+    SHAPE_NAMES,
     FlatSamples,
     OriginFormat,
     SampleBuilder,
@@ -203,6 +204,7 @@ def _is_valid(samples: FlatSamples, vocab_size: int) -> bool:
         (ends, 0, tokens + 1),
         (samples.targets, 1, tokens + 1),
         (samples.sources, 0, len(samples.formats)),
+        (samples.shapes, 0, len(SHAPE_NAMES)),
         (samples.input_ids, 0, vocab_size),
         (samples.labels, IGNORE_INDEX, vocab_size),
     )

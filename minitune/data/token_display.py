@@ -60,11 +60,12 @@ class ShownSample:
     """A sample with everything that a person sees of it.
 
     number: its place among the samples, from 1.
-    origin: the place of its record, such as "data.jsonl:12".
+    origin, shape: the place and the shape of its record, such as "data.jsonl:12" and "messages".
     """
 
     number: int
     origin: str
+    shape: str
     pieces: list[Piece]
 
     @property
@@ -78,15 +79,15 @@ class ShownSample:
         return sum(len(piece.ids) for piece in self.pieces if piece.trained)
 
     @property
-    def size(self) -> str:
-        """Return both numbers as a text."""
-        return f"{self.tokens:,} tokens, {self.trained:,} trained on"
+    def facts(self) -> str:
+        """Return the shape and both numbers as a text."""
+        return f"{self.shape}, {self.tokens:,} tokens, {self.trained:,} trained on"
 
 
 def first_samples(samples: FlatSamples, tokenizer: Tokenizer, count: int) -> list[ShownSample]:
     """Return the first `count` samples for display."""
     return [
-        ShownSample(i + 1, samples.origin(i), token_pieces(samples[i], tokenizer))
+        ShownSample(i + 1, samples.origin(i), samples.shape(i), token_pieces(samples[i], tokenizer))
         for i in range(min(count, len(samples)))
     ]
 
@@ -197,7 +198,7 @@ def sample_text(sample: ShownSample, colour: bool, borders: bool = False) -> str
     colour: tell trained tokens by ANSI colours, otherwise by brackets.
     borders: put a line between two tokens. Colours show the borders anyway.
     """
-    heading = f"sample {sample.number:,}  {on_one_line(sample.origin)}  {sample.size}"
+    heading = f"sample {sample.number:,}  {on_one_line(sample.origin)}  {sample.facts}"
     if colour:
         text = f"{styled(heading, HEADING_STYLE)}\n{coloured_text(sample.pieces)}"
     else:

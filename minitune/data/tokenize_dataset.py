@@ -151,12 +151,17 @@ def _check(
 
 
 class _Part(NamedTuple):
-    """A rendered text or sample, the entry of its source, its record's number and its place."""
+    """A rendered text or sample of a record.
+
+    source, number: the entry of its source, and the record's number there.
+    origin, shape: the place and the shape of the record.
+    """
 
     item: RenderedText | Sample
     source: int
     number: int
     origin: str
+    shape: str
 
 
 def _rendered_parts(
@@ -183,7 +188,7 @@ def _rendered_parts(
             report.shapes[rendered.shape] += 1
             report.add_notes(rendered.notes, origin)
             for item in rendered.parts:
-                yield _Part(item, i, number, origin)
+                yield _Part(item, i, number, origin, rendered.shape)
 
 
 def _next_chunk(parts: Iterator[_Part]) -> list[_Part]:
@@ -219,7 +224,7 @@ def _add_sample(
         report.truncated.add(part.origin)
         sample = Sample(sample.input_ids[:max_length], sample.labels[:max_length])
     if targets := sample.targets:
-        builder.add(sample, targets, part.source, part.number)
+        builder.add(sample, targets, part.source, part.number, part.shape)
     else:
         report.skipped.add(part.origin)
 
