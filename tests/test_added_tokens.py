@@ -101,6 +101,18 @@ def test_the_map_counts_without_a_decoder_and_a_difference_is_noted_with_one(fol
     assert "eos_token '<|end|>' and counts" in tokenizer.notes[0]
 
 
+def test_keys_that_transformers_ignores_beside_tokenizer_json_are_noted(folder):
+    transformers = pytest.importorskip("transformers")
+    edit_json(folder / CONFIG, add_bos_token=False, add_eos_token=True, legacy=False)
+    prepend = {"type": "Prepend", "prepend": "a"}
+    edit_json(folder / "tokenizer.json", normalizer=prepend)
+    tokenizer = Tokenizer.from_folder(folder)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert tokenizer.encode("b") == theirs("b")["input_ids"] == [1, 68, 69]
+    said = ["add_bos_token false", "add_eos_token true", "legacy false"]
+    assert [note.split("says ")[-1] for note in tokenizer.notes] == said
+
+
 def test_an_added_token_that_the_library_renumbers_is_noted(folder):
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     last = {**content["added_tokens"][0], "id": 335, "content": "<x>"}

@@ -10,6 +10,7 @@ from tiny import TEXTS, make_tiny_model, sentencepiece_model
 
 from minitune.data.tokenizer import Tokenizer
 from minitune.gguf.export import convert_folder
+from minitune.gguf.tokenizer_metadata import tokenizer_metadata
 
 
 @pytest.mark.parametrize("kind", ["bpe", "llama3", "spm"])
@@ -102,3 +103,45 @@ def test_added_tokens_keep_their_ids_and_kinds(tmp_path):
     assert tokens[400:403] == ["<tool>", "<|end|>", "[PAD402]"] and types[400:403] == [4, 3, 5]
     text = "order <tool>lamp<|end|> now"
     assert LlamaCpp(path).tokenize(text) == Tokenizer.from_folder(folder).encode(text)
+
+
+def edit_config(folder, **changes):
+    """Change keys of tokenizer_config.json."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_tokens_that_only_the_config_names_reach_llama_cpp(tmp_path):
+    folder = make_tiny_model(tmp_path / "base")
+    named = {"400": {"content": "Mölln", "normalized": False}}
+    edit_config(folder, added_tokens_decoder=named, extra_special_tokens=["<|tool|>"])
+    path = convert_folder(folder, tmp_path / "x.gguf")
+    metadata = metadata_of(path)
+    assert metadata["tokenizer.ggml.tokens"][400:402] == ["Mölln", "<|tool|>"]
+    assert metadata["tokenizer.ggml.token_type"][400:402] == [4, 3]
+    tokenizer, text = Tokenizer.from_folder(folder), "from Mölln<|tool|> now"
+    ids = tokenizer.encode(text)
+    assert {400, 401} < set(ids)
+    assert LlamaCpp(path).tokenize(text) == ids
+
+
+def test_a_renamed_control_piece_reaches_llama_cpp(tmp_path):
+    folder = make_tiny_model(tmp_path / "base", tokenizer="spm")
+    named = {"2": {"content": "<|im_end|>", "special": True}}
+    edit_config(folder, added_tokens_decoder=named, eos_token="<|im_end|>", pad_token=None)
+    tokenizer, text = Tokenizer.from_folder(folder), "now<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert ids[-1] == 2
+    assert LlamaCpp(convert_folder(folder, tmp_path / "x.gguf")).tokenize(text) == ids
+
+
+def test_assigned_and_named_chat_templates_are_exported(tmp_path):
+    folder = make_tiny_model(tmp_path / "base")
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.chat_template = "{{ messages }}"
+    assert tokenizer_metadata(tokenizer, 512)["tokenizer.chat_template"] == "{{ messages }}"
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    metadata = tokenizer_metadata(tokenizer, 512)
+    assert metadata["tokenizer.chat_template"] == "a"
+    assert metadata["tokenizer.chat_templates"] == ["tool_use"]
+    assert metadata["tokenizer.chat_template.tool_use"] == "b"

@@ -63,9 +63,10 @@ class JsonBackend:
         declared.check(self.added, size)
         declared.notes += self._renumbered()
         library = self._tokenizer
-        self.adds_prefix_space = any(
-            _prefixes(part)
-            for part in (*_parts(library.normalizer), *_parts(library.pre_tokenizer))
+        parts = (*_parts(library.normalizer), *_parts(library.pre_tokenizer))
+        self.adds_prefix_space = any(map(_prefixes, parts))
+        self.prefixes_each_stretch = any(
+            part["type"] == "Prepend" or part.get("prepend_scheme") == "always" for part in parts
         )
         self.named: dict[str, int] = {}  # tokenizer.json does not name its special tokens
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)

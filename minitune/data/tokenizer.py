@@ -34,7 +34,7 @@ from minitune.data.folder_templates import (
 )
 from minitune.data.json_backend import Encoding, JsonBackend
 from minitune.data.sentencepiece_backend import SentencePieceBackend
-from minitune.data.tokenizer_config import check_config, check_prefix_space
+from minitune.data.tokenizer_config import check_config, check_prefix_space, ignored_keys
 
 CONFIG = "tokenizer_config.json"
 FILES = (
@@ -99,6 +99,7 @@ class Tokenizer:
         if path.is_file():
             backend = JsonBackend(path, declared)
             check_prefix_space(path, backend.adds_prefix_space, config)
+            declared.notes += ignored_keys(path, config, backend)
             return cls(folder, backend, files, declared)
         path = folder / "tokenizer.model"
         if path.is_file():

@@ -1,7 +1,13 @@
-"""Checks of the keys of tokenizer_config.json that would change tokens and are not obeyed."""
+"""The keys of tokenizer_config.json that speak of tokens and are not obeyed.
+
+Those that would change all tokens are refused. Those that transformers 5 ignores too, if there is a
+tokenizer.json, are noted if that file says otherwise.
+"""
 
 import json
 from pathlib import Path
+
+from minitune.data.json_backend import JsonBackend
 
 
 def check_config(path: Path, config: dict) -> None:
@@ -31,3 +37,26 @@ def check_prefix_space(path: Path, adds_prefix_space: bool, config: dict) -> Non
             f"{path}: {puts} before a text, but tokenizer_config.json says add_prefix_space "
             f"{json.dumps(says)}; correct one, or use the tokenizer.json that belongs to the model"
         )
+
+
+def ignored_keys(path: Path, config: dict, backend: JsonBackend) -> list[str]:
+    """Return a note for each key that tokenizer.json contradicts.
+
+    path: the tokenizer.json.
+    """
+    notes = []
+    for key, added in (("add_bos_token", backend.prefix), ("add_eos_token", backend.suffix)):
+        says = config.get(key)
+        if isinstance(says, bool) and says != bool(added):
+            texts = [backend.id_to_token(index) for index in added]
+            puts = f"puts {texts}" if added else "puts no token"
+            notes.append(
+                f"{path}: {puts} around a plain text and counts, as in transformers; "
+                f"tokenizer_config.json says {key} {json.dumps(says)}"
+            )
+    if config.get("legacy") is False and backend.prefixes_each_stretch:
+        notes.append(
+            f"{path}: puts a space behind special tokens too and counts, as in llama.cpp; "
+            "tokenizer_config.json says legacy false"
+        )
+    return notes
