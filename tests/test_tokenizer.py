@@ -117,9 +117,15 @@ BROKEN_FILES = [
         {CONFIG: '{"bos_token": ["a"]}'},
         r"tokenizer_config.json: bos_token is \['a'\], expected",
     ),
+    ({CONFIG: '{"add_bos_token": "yes"}'}, "add_bos_token is 'yes', expected true or false"),
+    ({CONFIG: '{"eos_token": "\\ud800"}'}, r"eos_token is '\\ud800', expected a token's text"),
+    (
+        {"vocab.json": "{}", "merges.txt": ""},
+        "convert vocab.json and merges.txt to",
+    ),
     ({CONFIG: "[" * 100_000}, "tokenizer_config.json: not JSON that can be read"),
     ({CONFIG: '{"chat_template": 3}'}, "chat_template is a int, not a text"),
-    ({CONFIG: '{"chat_template": [{"name": "rag"}]}'}, r"named 'default' among \['rag'\]"),
+    ({CONFIG: '{"chat_template": [{"name": "rag"}]}'}, "entry of chat_template is {'name': 'rag'}"),
 ]
 
 

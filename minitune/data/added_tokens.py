@@ -181,17 +181,15 @@ def _read_decoder(declared: DeclaredTokens, decoder: Any) -> None:
 
 
 def _read_added(declared: DeclaredTokens, added: Mapping[str, Any]) -> None:
+    path = declared.folder / ADDED
     special = {token.content for token in declared.extra}
     special |= {token.content for token in declared.named.values() if token is not None}
     for text, index in added.items():
         if type(index) is not int or index < 0:
-            path = declared.folder / ADDED
             raise ValueError(f"{path}: {text!r} has the id {index!r}, expected a number")
         declared.claims.append((ADDED, text, index))
         if not declared.has_decoder:
-            is_special = text in special
-            token = AddedToken(text, special=is_special, normalized=not is_special)
-            declared.by_id[index] = token
+            declared.by_id[index] = _token(path, f"token {index}", text, special=text in special)
 
 
 def _token(path: Path, key: str, value: Any, special: bool) -> AddedToken:
@@ -199,11 +197,13 @@ def _token(path: Path, key: str, value: Any, special: bool) -> AddedToken:
 
     special: the flag if the entry does not give it.
     """
-    if isinstance(value, str) and value:
-        return AddedToken(value, special=special)
-    content = value.get("content") if isinstance(value, dict) else None
-    if not isinstance(content, str) or not content:
+    content = value.get("content") if isinstance(value, dict) else value
+    # JSON may hold half a surrogate pair, which is not text.
+    is_text = isinstance(content, str) and content.encode(errors="ignore").decode() == content
+    if not is_text or not content:
         raise ValueError(f"{path}: {key} is {value!r:.100}, expected a token's text")
+    if value is content:
+        return AddedToken(content, special=special)
     flags = {name: flag for name, flag in value.items() if name not in ("content", "__type", "id")}
     for name, flag in flags.items():
         if name not in FLAGS or not isinstance(flag, bool):

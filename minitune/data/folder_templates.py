@@ -36,8 +36,13 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> Templates:
         return checked_templates(_single(named), str(folder / TEMPLATE_FOLDER))
     template = config.get("chat_template")
     if isinstance(template, list):
-        entries = [entry for entry in template if isinstance(entry, dict)]
-        template = {entry.get("name"): entry.get("template") for entry in entries} or None
+        for entry in template:
+            if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
+                raise ValueError(
+                    f"{folder / 'tokenizer_config.json'}: an entry of chat_template is "
+                    f'{entry!r:.60}, expected {{"name": ..., "template": ...}}'
+                )
+        template = {entry["name"]: entry["template"] for entry in template} or None
     return checked_templates(_single(template), f"{folder / 'tokenizer_config.json'}")
 
 

@@ -93,8 +93,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         files = {name: read_json(folder / name, default={}) for name in JSON_FILES}
-        config, declared = files[CONFIG], read_declared_tokens(folder, files)
+        config = files[CONFIG]
         check_config(folder / CONFIG, config)
+        declared = read_declared_tokens(folder, files)
         path = folder / "tokenizer.json"
         if path.is_file():
             backend = JsonBackend(path, declared)
@@ -105,10 +106,10 @@ class Tokenizer:
         if path.is_file():
             return cls(folder, SentencePieceBackend(path, config, declared), files, declared)
         others = [name for name in OTHER_VOCABULARIES if (folder / name).is_file()]
-        found = f"; {', '.join(others)} alone is not read" if others else ""
+        remedy = f"; convert {' and '.join(others)} to tokenizer.json first" if others else ""
         raise ValueError(
             f"{folder}: no tokenizer.json and no tokenizer.model; a model folder holds one of them"
-            f"{found}"
+            f"{remedy}"
         )
 
     def _special_id(self, name: str) -> int | None:

@@ -9,9 +9,20 @@ from pathlib import Path
 
 from minitune.data.json_backend import JsonBackend
 
+SWITCHES = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "legacy",
+    "split_special_tokens",
+)
+
 
 def check_config(path: Path, config: dict) -> None:
     """Raise ValueError for keys of tokenizer_config.json that would change the tokens."""
+    for key in SWITCHES:
+        if not isinstance(config.get(key), bool | None):
+            raise ValueError(f"{path}: {key} is {config[key]!r:.60}, expected true or false")
     if config.get("split_special_tokens"):
         raise ValueError(
             f"{path}: split_special_tokens cuts the special tokens of a chat template into pieces; "
