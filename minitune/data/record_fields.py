@@ -24,7 +24,7 @@ _ABOUT = """
     config url urls link license copyright author annotator annotator_id created created_at
     created_date updated_at timestamp date time version model model_name model_id generator
     generation_model metadata meta meta_data
-    category categories topic topics task task_type task_name task_category tag tags domain
+    category categories subcategory topic topics task task_type task_name task_category tag tags domain
     type lang language languages difficulty quality level
     score scores quality_score rating ratings reward rewards rank likes upvotes votes
     similarity_score toxicity toxic redacted moderation openai_moderation detoxify
