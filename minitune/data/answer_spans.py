@@ -19,6 +19,7 @@ Templates that put {% generation %} blocks around answers name the spans themsel
 """
 
 import re
+from collections import Counter
 from functools import cached_property
 
 from minitune.data.jinja_template import NO_BLOCKS, JinjaTemplate
@@ -34,6 +35,10 @@ from minitune.data.text_marks import (
 # A tag that is cut: two different tags may begin with the same letters.
 TAG_BEGIN = re.compile(r"[<\[]")
 CUT_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
+
+# A prompt that so many answers showed, after messages of the same kind, is not rendered again.
+# Rendering the beginning of a conversation for each answer takes time in the square of its length.
+ENOUGH_PROMPTS = 4
 
 
 class AnswerSpans:
@@ -61,6 +66,8 @@ class AnswerSpans:
         self._marked, self._rendering = self._mark()
         self._marks = [mark for mark in self._rendering.marks if mark[1] > SPAN_END]
         self._of_message: dict[int, list[int]] = {}  # index of a message -> indices of its marks
+        self._prompts: dict[tuple, set[tuple[str, int]]] = {}  # generation prompts, begins
+        self._prompt_counts: Counter[tuple] = Counter()
         for k, (_, number) in enumerate(self._marks):
             message = self._marked.texts[number].message
             self._of_message.setdefault(message, []).append(k)
@@ -136,21 +143,48 @@ class AnswerSpans:
 
         Raises: ValueError if the text shows no generation prompt before the message.
         """
-        limit = self._first_mark(i)
+        limit, place = self._first_mark(i), self._last_mark(i - 1)
+        kind = self._kind(i - 1)
+        shown = self._prompts.setdefault(kind, set())
+        if place is not None and self._prompt_counts[kind] >= ENOUGH_PROMPTS and len(shown) == 1:
+            prompt, length = next(iter(shown))
+            if _prompt_end(prompt, self.text[place:limit]) == length:
+                return place + length
+        begin, prompt = self._begin_by_rendering(i, limit)
+        if place is not None and prompt is not None:
+            shown.add((prompt, begin - place))
+            self._prompt_counts[kind] += 1
+        return begin
+
+    def _begin_by_rendering(self, i: int, limit: int) -> tuple[int, str | None]:
+        """Return the begin of message `i`, and the generation prompt before it if it is known."""
         before = self._before(i)
         if before is None:
-            return self._begin_without_prefix(i, limit)
+            return self._begin_without_prefix(i, limit), None
         last, number = before.marks[-1] if before.marks else (0, SPAN_BEGIN)
         prompt = before.text[last:]
         follows_answer = i > 0 and self._conversation.messages[i - 1]["role"] == "assistant"
         if follows_answer and not prompt.strip():  # the prompt is written between two answers only
-            return self._begin_without_prefix(i, limit)
+            return self._begin_without_prefix(i, limit), None
         if self.text.startswith(before.text):
-            return len(before.text)
+            return len(before.text), prompt
         places = [at for at, mark in self._marks if mark == number and at <= limit]
         if not places:
-            return self._begin_without_prefix(i, limit)
-        return places[-1] + _prompt_end(prompt, self.text[places[-1] : limit])
+            return self._begin_without_prefix(i, limit), None
+        return places[-1] + _prompt_end(prompt, self.text[places[-1] : limit]), prompt
+
+    def _kind(self, i: int) -> tuple:
+        """Return all that a template can tell about message `i` besides its place."""
+        if i < 0:
+            return ()
+        message = self._conversation.messages[i]
+        content = str(message.get("content"))
+        tags = tuple(tag for tag in self._template.tags if tag in content)
+        return (message["role"], tuple(message), tags)
+
+    def _last_mark(self, i: int) -> int | None:
+        """Return the place of the last mark of message `i`, None if it has none."""
+        return self._marks[self._of_message[i][-1]][0] if i in self._of_message and i >= 0 else None
 
     def _before(self, i: int) -> Rendering | None:
         """Return the messages before message `i` with the generation prompt, None if refused."""
