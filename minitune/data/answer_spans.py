@@ -21,6 +21,7 @@ Templates that put {% generation %} blocks around answers name the spans themsel
 import re
 from collections import Counter
 from functools import cached_property
+from typing import Any
 
 from minitune.data.jinja_template import NO_BLOCKS, JinjaTemplate
 from minitune.data.samples import Conversation, Span
@@ -44,9 +45,9 @@ ENOUGH_PROMPTS = 4
 class AnswerSpans:
     """A rendered conversation, which knows the places of its answers and the texts that it lacks.
 
-    special: the template's variables of special tokens.
-    stops: the tokens at which generation stops.
-    ends: all special tokens that may end an answer.
+    variables: further names for the template, such as bos_token.
+    stops: finds the tokens at which generation stops.
+    ends: finds all special tokens that may end an answer.
 
     Raises: ValueError if the template refuses the conversation, or its texts cannot be marked.
     """
@@ -55,12 +56,12 @@ class AnswerSpans:
         self,
         template: JinjaTemplate,
         conversation: Conversation,
-        special: dict[str, str],
-        stops: tuple[str, ...],
-        ends: tuple[str, ...],
+        variables: dict[str, Any],
+        stops: re.Pattern | None,
+        ends: re.Pattern | None,
     ):
-        self._template, self._conversation, self._special = template, conversation, special
-        self._stops, self._ends = _any_of(stops), _any_of(ends)
+        self._template, self._conversation, self._variables = template, conversation, variables
+        self._stops, self._ends = stops, ends
         self._length = len(conversation.messages)
         self.text = self._render(conversation, self._length)
         self._marked, self._rendering = self._mark()
@@ -80,7 +81,7 @@ class AnswerSpans:
         blocks: tuple[str, str] = NO_BLOCKS,
     ) -> str:
         return self._template.render(
-            conversation, length, add_generation_prompt, self._special, blocks
+            conversation, length, add_generation_prompt, self._variables, blocks
         )
 
     def _mark(self) -> tuple[MarkedConversation, Rendering]:
@@ -262,7 +263,7 @@ class AnswerSpans:
         return max(last, len(after)) if self.text.startswith(after) else last
 
 
-def _any_of(tokens: tuple[str, ...]) -> re.Pattern | None:
+def any_of(tokens: tuple[str, ...]) -> re.Pattern | None:
     """Return a pattern that finds the first of some tokens, the longest of those that match."""
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None

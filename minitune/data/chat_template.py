@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from minitune.data.answer_spans import AnswerSpans
+from minitune.data.answer_spans import AnswerSpans, any_of
 from minitune.data.jinja_template import JinjaTemplate
 from minitune.data.messages import REASONING_KEYS, normal_message, with_reasoning_key
 from minitune.data.samples import Conversation, RenderedConversation, Span
@@ -52,6 +52,7 @@ class ChatTemplate:
         self._stops = tuple(dict.fromkeys(filter(None, stops)))
         bos = special.get("bos_token")
         self._ends = tuple(text for text in (*special.values(), *special_tokens) if text != bos)
+        self._find_stop, self._find_end = any_of(self._stops), any_of(self._ends)
 
     def on(self, day: str | None) -> "ChatTemplate":
         """Return this template with a fixed day for strftime_now.
@@ -108,7 +109,7 @@ class ChatTemplate:
     def _answers(self, conversation: Conversation) -> AnswerSpans:
         template = self._template(conversation)
         conversation = self._readable(conversation)
-        return AnswerSpans(template, conversation, self._variables, self._stops, self._ends)
+        return AnswerSpans(template, conversation, self._variables, self._find_stop, self._find_end)
 
     def render_with_answers(self, conversation: Conversation) -> RenderedConversation:
         """Return a conversation as one text, and the spans of its trained messages.

@@ -86,6 +86,8 @@ class JinjaTemplate:
         try:
             tree = environment.parse(source)
             self._template = environment.from_string(source)
+            # Jinja copies the globals for each rendering; its ChainMap takes a fifth of the time.
+            self._template.globals = dict(self._template.globals)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
                 f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"

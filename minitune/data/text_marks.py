@@ -1,30 +1,29 @@
 """Private marks around the texts of a conversation: they show what a chat template does with each.
 
-A mark is two characters: a noncharacter of Unicode that the conversation does not hold, and a
-character that numbers the text. The template renders the marked conversation. The marks give the
-place of each text, and a text whose marks are missing was left out.
+A mark is an opening that occurs nowhere in the conversation, and the number of its text. The
+template renders the marked conversation. The marks give the place of each text, and a text whose
+marks are missing was left out.
 
-    "  <think>\\nSix sevens.\\n</think>\\n\\nIt is 42."         a text
-    "  <think>\\n#1Six sevens.#1\\n</think>\\n\\n#2It is 42.#2"  the text with marks #1 and #2
+    "  <think>\nSix sevens.\n</think>\n\nIt is 42."               a text, and its marks 1 and 2
+    "  <think>\n~^~1~Six sevens.~^~1~\n</think>\n\n~^~2~It is 42.~^~2~"
 
 A template can look only for the strings that it holds itself, such as `</think>`: its tags. Marks
 stand inside white space and between tags, so the template takes the same decisions. The caller
-checks this: without its marks the rendering must be the plain one.
+checks this: without its marks the rendering must be the plain one. The marks are printable ASCII,
+which JSON, Python's repr and changes of case leave as they are.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from minitune.data.messages import REASONING_KEYS
 from minitune.data.samples import Conversation
 
-# Unicode reserves them for use inside a program: exchanged text hardly ever holds one.
-NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
-FIRST_NUMBER = 0x100000  # the character of number 0
-MAX_TEXTS = 0xFFFE  # characters of the private plane that begins there
 REASONING_ENDS = ("</think>", "[/THINK]", "<channel|>", "</seed:think>", "</mm:think>")
 TOOLS = -1  # stands for the index of a message
 SPAN_BEGIN, SPAN_END = 0, 1  # numbers of the marks of {% generation %} blocks
@@ -43,12 +42,23 @@ class MarkedText:
     message: index of its message, or TOOLS.
     is_reasoning: True for the reasoning of a message.
     marks: number of its marks in the conversation.
+    searched: the text itself if it has no marks, because the template compares names.
     """
 
     name: str | None
     message: int
     is_reasoning: bool = False
     marks: int = 0
+    searched: str = ""
+
+    def is_lost(self, seen: int, rendered: str) -> bool:
+        """Return True if a rendering with `seen` of the marks lacks the text, or cuts it."""
+        if self.name is None:
+            return False
+        if self.searched:
+            forms = (self.searched, json.dumps(self.searched, ensure_ascii=False)[1:-1])
+            return not any(form in rendered for form in forms)
+        return seen < self.marks
 
 
 @dataclass(frozen=True)
@@ -65,33 +75,27 @@ class MarkedConversation:
     tags: the strings that the template may look for.
     only_contents: True to mark contents and reasoning, but no names, arguments and tools. A
         template that compares names refuses them with marks.
-
-    Raises: ValueError if no noncharacter is free, or the conversation holds too many texts.
     """
 
     def __init__(
         self, conversation: Conversation, tags: Iterable[str], only_contents: bool = False
     ):
-        everything = ascii((conversation.messages, conversation.tools))
-        free = (char for char in NONCHARACTERS if ascii(char)[1:-1] not in everything)
-        self._first = next(free, None)
-        if self._first is None:
-            raise ValueError("the conversation holds all noncharacters U+FDD0 to U+FDEF")
-        self._pattern = re.compile(f"{self._first}(.)", re.DOTALL)
+        everything = repr((conversation.messages, conversation.tools))
+        openings = (f"~{'^' * length}~" for length in count(1))
+        self._opening = next(opening for opening in openings if opening not in everything)
+        self._pattern = re.compile(re.escape(self._opening) + "([0-9]+)~")
         self._tags = tuple(tags)
         self._only_contents = only_contents
         self.texts = [MarkedText(None, TOOLS), MarkedText(None, TOOLS)]  # SPAN_BEGIN and SPAN_END
         tools = conversation.tools
-        if tools is not None and not only_contents:
+        if tools is not None:
             tools = [self._tool(tool, number) for number, tool in enumerate(tools, 1)]
         messages = [self._message(message, i) for i, message in enumerate(conversation.messages)]
         self.conversation = replace(conversation, messages=messages, tools=tools)
-        if len(self.texts) > MAX_TEXTS:
-            raise ValueError(f"the conversation holds {len(self.texts)} texts, above {MAX_TEXTS}")
 
     def mark(self, number: int) -> str:
         """Return the mark of a text."""
-        return self._first + chr(FIRST_NUMBER + number)
+        return f"{self._opening}{number}~"
 
     def parse(self, marked: str) -> Rendering:
         """Return a rendering of the marked conversation as its text and its marks."""
@@ -99,14 +103,17 @@ class MarkedConversation:
         marks, position = [], 0
         for text, number in zip(pieces[::2], pieces[1::2], strict=False):
             position += len(text)
-            marks.append((position, ord(number) - FIRST_NUMBER))
+            marks.append((position, int(number)))
         return Rendering("".join(pieces[::2]), marks)
 
     def missing(self, rendering: Rendering) -> list[MarkedText]:
         """Return the texts that a rendering lacks or cuts."""
         seen = Counter(number for _, number in rendering.marks)
-        judged = [item for item in enumerate(self.texts) if item[1].name is not None]
-        return [text for number, text in judged if seen[number] < text.marks]
+        return [
+            text
+            for number, text in enumerate(self.texts)
+            if text.is_lost(seen[number], rendering.text)
+        ]
 
     # ---- marks of one text
 
@@ -124,10 +131,18 @@ class MarkedConversation:
         self.texts[number].marks += 2
         return text[:begin] + mark + inner + mark + text[end:]
 
-    def _before(self, word: str, number: int) -> str:
-        """Return a word after a mark: a name whose end templates may compare or sort by."""
+    def _after(self, word: str, number: int) -> str:
+        """Return a word with a mark behind it: templates may sort by its beginning."""
         self.texts[number].marks += 1
-        return self.mark(number) + word
+        return word + self.mark(number)
+
+    def _name(self, word: str, name: str, message: int) -> str:
+        """Return a word that is a name, with a mark; as it is if only contents are marked."""
+        number = self._number(MarkedText(name, message))
+        if self._only_contents:
+            self.texts[number].searched = word.strip()
+            return word
+        return self._after(word, number)
 
     def _content(self, text: str, message: int, role: str) -> str:
         """Return a content with marks around each stretch between tags.
@@ -175,7 +190,7 @@ class MarkedConversation:
             number = self._number(MarkedText(reasoning_name(i), i, True))
             with_marks = self._around(reasoning, number)
             marked |= {key: with_marks for key in REASONING_KEYS if key in message}
-        if isinstance(message.get("tool_calls"), list) and not self._only_contents:
+        if isinstance(message.get("tool_calls"), list):
             name = f"the tool calls of message {i + 1}"
             marked["tool_calls"] = [self._call(call, name, i) for call in message["tool_calls"]]
         return marked
@@ -200,7 +215,7 @@ class MarkedConversation:
         if isinstance(call.get("function"), Mapping):
             marked["function"] = self._call(call["function"], name, i)
         if isinstance(call.get("name"), str):
-            marked["name"] = self._before(call["name"], self._number(MarkedText(name, i)))
+            marked["name"] = self._name(call["name"], name, i)
         if "arguments" in call:
             marked["arguments"] = self._value(call["arguments"], name, i)
         return marked
@@ -208,14 +223,12 @@ class MarkedConversation:
     def _value(self, value: Any, name: str, i: int) -> Any:
         """Return a value of JSON with a mark at each key and around each text."""
         if isinstance(value, str):
+            if self._only_contents:
+                return self._name(value, name, i)
             return self._around(value, self._number(MarkedText(name, i)))
         if isinstance(value, Mapping):
-            return {
-                self._before(key, self._number(MarkedText(name, i)))
-                if isinstance(key, str)
-                else key: self._value(item, name, i)
-                for key, item in value.items()
-            }
+            items = value.items()
+            return {self._name(str(key), name, i): self._value(v, name, i) for key, v in items}
         if isinstance(value, list):
             return [self._value(item, name, i) for item in value]
         return value
@@ -229,8 +242,7 @@ class MarkedConversation:
             marked["function"] = self._tool(tool["function"], number)
         for key in ("name", "description"):
             if isinstance(tool.get(key), str):
-                index = self._number(MarkedText(f"the {key} of tool {number}", TOOLS))
-                marked[key] = self._before(tool[key], index)
+                marked[key] = self._name(tool[key], f"the {key} of tool {number}", TOOLS)
         if isinstance(tool.get("parameters"), Mapping):
             marked["parameters"] = self._schema(tool["parameters"], number)
         return marked
@@ -240,16 +252,15 @@ class MarkedConversation:
         marked = dict(schema)
         if isinstance(schema.get("description"), str):
             name = f"the descriptions of the parameters of tool {number}"
-            index = self._number(MarkedText(name, TOOLS))
-            marked["description"] = self._before(schema["description"], index)
+            marked["description"] = self._name(schema["description"], name, TOOLS)
         if isinstance(schema.get("properties"), Mapping):
             name = f"the parameters of tool {number}"
             renamed, properties = {}, {}
             for key, item in schema["properties"].items():
-                renamed[key] = self._before(key, self._number(MarkedText(name, TOOLS)))
+                renamed[key] = self._name(str(key), name, TOOLS)
                 is_schema = isinstance(item, Mapping)
                 properties[renamed[key]] = self._schema(item, number) if is_schema else item
             marked["properties"] = properties
             if isinstance(schema.get("required"), list):  # templates look for properties in it
-                marked["required"] = [renamed.get(key, key) for key in schema["required"]]
+                marked["required"] = [renamed.get(str(key), key) for key in schema["required"]]
         return marked
