@@ -61,7 +61,8 @@ def random_json_folder(rng: Random, folder: Path) -> tuple[Path, list[str]]:
     write_json(folder / "tokenizer.json", content)
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     config["eos_token"] = "<|end|>"
-    ids = {}
+    named_again = [entry for entry in content["added_tokens"][4:] if rng.random() < 0.5]
+    ids = {entry["content"]: entry["id"] for entry in named_again}
     for text in beside:
         ids[text] = content["model"]["vocab"].get(text, size)
         size += ids[text] == size

@@ -4,8 +4,10 @@ import json
 import os
 
 import pytest
+from tiny import make_tiny_model
 from tokenizer_files import CHATML, write_json, write_json_tokenizer
 
+from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.data.tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -91,3 +93,23 @@ def test_generation_stops_at_the_token_in_which_the_answers_of_the_template_end(
     assert tokenizer.eos_token_ids == (0,)
     write_json(folder / "generation_config.json", {"eos_token_id": 3})
     assert Tokenizer.from_folder(folder).eos_token_ids == (0, 3, 2)
+
+
+def test_training_on_an_assigned_template_labels_and_stops_at_its_end_and_prints_notes(
+    tmp_path, capsys
+):
+    folder = make_tiny_model(tmp_path / "base", layers=1)
+    config = json.loads((folder / CONFIG).read_text())
+    write_json(folder / CONFIG, config | {"extra_special_tokens": ["<|stop|>"]})
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, device="cpu")
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|stop|>{% endfor %}"
+    args = SFTConfig(output_dir=str(tmp_path / "run"), max_steps=1)
+    trainer = SFTTrainer(model, args, [{"messages": TURNS}], processing_class=tokenizer)
+    stop = tokenizer.encode("<|stop|>", add_special_tokens=False)
+    assert trainer.data.train.samples[0].labels[-1:] == stop == [model.eos_token_ids[-1]]
+    trainer.train()
+    note = f"warning: {folder / CONFIG}: names '<|stop|>', which the vocabulary lacks"
+    assert note in capsys.readouterr().err
+    model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    assert Tokenizer.from_folder(tmp_path / "merged").chat_template == tokenizer.chat_template

@@ -60,6 +60,8 @@ class JsonBackend:
             size = self._tokenizer.get_vocab_size(with_added_tokens=True)
             self._tokenizer.add_tokens(declared.to_add(own))
         self.added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()
+        # The library keeps a token special that a file beside it calls ordinary.
+        self._skipped = {i for added in (own, self.added) for i, t in added.items() if t.special}
         declared.check(self.added, size)
         declared.notes += self._renumbered()
         library = self._tokenizer
@@ -140,8 +142,7 @@ class JsonBackend:
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         tokens = []
         for index in ids:
-            added = self.added.get(index)
-            if added is not None and added.special and skip_special_tokens:
+            if skip_special_tokens and index in self._skipped:
                 continue
             token = self._spellings.get(index) or self.id_to_token(index)
             if token is not None:
