@@ -24,13 +24,15 @@ _ABOUT = """
     config url urls link license copyright author annotator annotator_id created created_at
     created_date updated_at timestamp date time version model model_name model_id generator
     generation_model metadata meta meta_data
-    category categories subcategory topic topics task task_type task_name task_category tag tags domain
-    type lang language languages difficulty quality level
+    category categories subcategory topic topics task task_type task_name task_category tag tags
+    domain type lang language languages difficulty quality level
     score scores quality_score rating ratings reward rewards rank likes upvotes votes
     similarity_score toxicity toxic redacted moderation openai_moderation detoxify
     num_turns n_turns num_tokens n_tokens token_count length word_count char_count
 """
-_PREFERENCE = "chosen rejected chosen_response rejected_response chosen_messages kto_tag"
+_PREFERENCE = """
+    chosen rejected chosen_response rejected_response chosen_messages rejected_messages kto_tag
+"""
 _MEDIA = "image images image_url image_path video videos audio audios input_audio pixel_values"
 HARMLESS = frozenset(_ABOUT.split())
 PREFERENCE = frozenset(_PREFERENCE.split())
