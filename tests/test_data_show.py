@@ -83,6 +83,7 @@ bad records             0
 duplicates              1  the same tokens as an earlier sample: mixed.jsonl:3 = 1
 no stop token           1  of 3 trained-on stretches (2 end in <|im_end|>): mixed.jsonl:4
 doubled BOS             0
+other labels            0
 note                    1  no answer to train on: mixed.jsonl:2
 """
 
@@ -184,6 +185,13 @@ def test_show_takes_the_settings_of_a_run_from_its_config(inputs, show, tmp_path
         'assistant_only_loss = false\neval_strategy = "epoch"\neval_data = "e.jsonl"\n'
     )
     assert "29 tokens, 28 trained on" in show(RECORDS[:1], "--config", str(config))
+
+
+def test_show_writes_nothing_beside_the_run(show, tmp_path, monkeypatch):
+    monkeypatch.setattr("minitune.data.token_cache.MIN_BYTES", 0)
+    (tmp_path / "run.toml").write_text('output_dir = "run"\n')
+    show(RECORDS, "--config", "run.toml")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

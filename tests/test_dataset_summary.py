@@ -67,6 +67,13 @@ def test_the_numbers_are_those_counted_by_hand(tokenizer, monkeypatch, block):
     assert summary.rows == 5 and summary.row_share == 42 / 50
 
 
+def test_labels_that_are_shifted_are_named(tokenizer):
+    shifted = {"input_ids": [BOS, 40, 41, END], "labels": [40, 41, END, IGNORED]}
+    summary = summary_of([record([BOS, 40, 41, END]), shifted], tokenizer)
+    assert summary.other_labels == Occurrences(1, ["dataset[1]"])
+    assert "other labels            1  labels differ from the tokens" in summary_text(summary)
+
+
 def test_a_tokenizer_without_special_tokens_gives_no_stop_and_no_doubled_bos(tokenizer):
     special, tokenizer.special = tokenizer.special, {}
     ends = tokenizer.eos_token_ids
@@ -153,6 +160,7 @@ duplicates              1  the same tokens as an earlier sample: dataset[2] = da
 no stop token           3  of 9 trained-on stretches (6 end in <|end|>): dataset[3], dataset[6],
                            dataset[7]
 doubled BOS             1  dataset[1]
+other labels            0
 note                    1  the chat template leaves out the tools: dataset[3]"""
 
 

@@ -45,6 +45,7 @@ class DatasetSummary:
     stops: the stop tokens that end stretches, with the number of times. White space may follow.
     endless: stretches without a stop token at their end.
     doubled_bos: samples that begin with two BOS tokens.
+    other_labels: samples with a label that is neither -100 nor the token at its place.
     rows: number of rows that packing fills.
     """
 
@@ -62,6 +63,7 @@ class DatasetSummary:
     stops: Counter[str] = field(default_factory=Counter)
     endless: Occurrences = field(default_factory=Occurrences)
     doubled_bos: Occurrences = field(default_factory=Occurrences)
+    other_labels: Occurrences = field(default_factory=Occurrences)
     duplicates: Occurrences = field(default_factory=Occurrences)
 
     @property
@@ -93,6 +95,7 @@ def summarize(dataset: TokenizedDataset, tokenizer: Tokenizer, max_length: int) 
     hashes = np.empty(len(samples), np.int64)
     for block in _blocks(samples):
         block.hash_into_(hashes)
+        _add_(summary.other_labels, samples, np.unique(block.samples_of(block.other_labels)))
         _count_stretches_(summary, samples, block, stop_ids, tokenizer)
         if tokenizer.bos_token_id is not None:
             doubled = block.begins_with(tokenizer.bos_token_id, tokenizer.bos_token_id)
@@ -129,12 +132,14 @@ class _Block:
     first: number of the first sample.
     ids: tokens, (N,).
     trained: True for the tokens that the loss counts, (N,).
+    other_labels: positions of the trained-on tokens whose label is another token.
     begins: position of each sample's first token, (samples,).
     """
 
     first: int
     ids: np.ndarray
     trained: np.ndarray
+    other_labels: np.ndarray
     begins: np.ndarray
 
     def hash_into_(self, hashes: np.ndarray) -> None:
@@ -154,7 +159,7 @@ class _Block:
         return self.first + np.flatnonzero(found)
 
     def samples_of(self, positions: np.ndarray) -> np.ndarray:
-        """Return the numbers of the samples that hold the tokens at `positions`."""
+        """Return the number of the sample of each of the tokens at `positions`."""
         return self.first + np.searchsorted(self.begins, positions, side="right") - 1
 
 
@@ -171,9 +176,10 @@ def _blocks(samples: FlatSamples) -> Iterator[_Block]:
             places = slice(shifts[0], shifts[0] + lengths.sum())
         else:
             places = np.repeat(shifts, lengths) + np.arange(lengths.sum())
-        trained = samples.labels[places] != IGNORE_INDEX
+        ids, labels = samples.input_ids[places], samples.labels[places]
+        trained = labels != IGNORE_INDEX
         trained[begins] = False  # no token precedes the first one, so nothing predicts it
-        yield _Block(first, samples.input_ids[places], trained, begins)
+        yield _Block(first, ids, trained, np.flatnonzero(trained & (labels != ids)), begins)
         first = last
 
 

@@ -63,6 +63,11 @@ def fault_rows(summary: DatasetSummary) -> list[Row]:
         _fault("duplicates", "the same tokens as an earlier sample", summary.duplicates),
         _fault("no stop token", on_one_line(stops), summary.endless, always=True),
         _fault("doubled BOS", "", summary.doubled_bos),
+        _fault(
+            "other labels",
+            "labels differ from the tokens at their places; they must not be shifted",
+            summary.other_labels,
+        ),
         *(_fault("note", on_one_line(note), found) for note, found in notes.items()),
     ]
 
