@@ -61,7 +61,9 @@ dd span { color: var(--quiet); font-size: .85rem; overflow-wrap: anywhere; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: .45rem 1rem; text-align: left; vertical-align: top; font-weight: 400; }
 tr + tr { border-top: 1px solid var(--line); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number {
+  color: var(--quiet); text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap;
+}
 td.detail { color: var(--quiet); overflow-wrap: anywhere; width: 100%; }
 th { white-space: nowrap; }
 tr.fault th, tr.fault td.number { color: var(--fault); font-weight: 600; }
@@ -76,7 +78,9 @@ tr.fault td.detail { color: var(--text); }
   display: inline-block; height: .8rem; margin-right: .5rem; border-radius: 0 .2rem .2rem 0;
   background: var(--accent); vertical-align: -.1rem;
 }
-.bad { margin: 0; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.bad { font-size: .875rem; overflow-wrap: anywhere; }
+.bad p { margin: 0; padding: .6rem 1rem; }
+.bad p + p { border-top: 1px solid var(--line); }
 .legend {
   display: flex; flex-wrap: wrap; gap: .3rem 1.25rem; margin: 0 0 .75rem; font-size: .85rem;
 }
@@ -103,6 +107,7 @@ em { display: block; margin: .5rem 0; color: var(--fault); font-style: normal; }
   body { padding: 1.5rem .75rem 3rem; }
   .totals { grid-template-columns: 1fr 1fr; gap: .5rem; }
   .totals .card { padding: .6rem .75rem; }
+  .bad p { padding: .5rem .75rem; }
   .sample header { padding: .5rem .75rem; }
   pre { padding: .6rem .75rem .8rem; }
   th, td { padding: .45rem .6rem; }
@@ -182,9 +187,10 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
 
 def _bad_records(summary: DatasetSummary) -> Iterator[str]:
     if summary.report.bad.count:
-        lines = html.escape("\n".join(bad_records(summary.report.bad)))
-        yield f"<h2>{BAD_TITLE.capitalize()}</h2>"
-        yield f'<div class="card bad mono">{lines}</div>'
+        yield f'<h2>{BAD_TITLE.capitalize()}</h2><div class="card bad">'
+        for line in bad_records(summary.report.bad):
+            yield f"<p>{html.escape(line)}</p>"
+        yield "</div>"
 
 
 # ---- samples
