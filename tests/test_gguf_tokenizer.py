@@ -145,3 +145,17 @@ def test_assigned_and_named_chat_templates_are_exported(tmp_path):
     assert metadata["tokenizer.chat_template"] == "a"
     assert metadata["tokenizer.chat_templates"] == ["tool_use"]
     assert metadata["tokenizer.chat_template.tool_use"] == "b"
+
+
+def test_a_sentencepiece_model_that_differs_from_tokenizer_json_is_not_exported(tmp_path):
+    folder = make_tiny_model(tmp_path / "base", tokenizer="spm")
+    model = (folder / "tokenizer.model").read_bytes()
+    write_byte_fallback_json(folder)
+    (folder / "tokenizer.model").write_bytes(model)
+    convert_folder(folder, tmp_path / "same.gguf")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["<0x41>"], vocab["<0x42>"] = vocab["<0x42>"], vocab["<0x41>"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"is '<0x41>', but tokenizer.json, .* says '<0x42>'"):
+        convert_folder(folder, tmp_path / "x.gguf")

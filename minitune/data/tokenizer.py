@@ -221,8 +221,9 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(
                 f"{self.folder}: this tokenizer has no chat template; use the instruction-tuned "
-                f"model of the same family, put a {TEMPLATE_FILE} there, or train on plain "
-                "text or prompt and completion"
+                f"model of the same family, put a {TEMPLATE_FILE} there (the template of a "
+                "chat_template.json is a processor's), or train on plain text or prompt and "
+                "completion"
             )
         stops = tuple(map(self._backend.id_to_token, self.eos_token_ids))
         return self._compiled(self.chat_template, stops)

@@ -158,6 +158,12 @@ def _sentencepiece(path: Path, tokenizer: Tokenizer, rows: int) -> dict[str, Met
     vocabulary = Vocabulary(rows)
     for id in range(size):
         vocabulary.set(id, model.id_to_piece(id), _piece_type(model, id), model.get_score(id))
+        trained = tokenizer.id_to_token(id)
+        if trained != vocabulary.tokens[id] and id not in tokenizer.added_tokens:
+            raise ValueError(
+                f"{path}: the id {id} is {vocabulary.tokens[id]!r}, but tokenizer.json, which "
+                f"training reads, says {trained!r}; remove the file that is wrong"
+            )
     vocabulary.add(tokenizer.added_tokens)
     for id in tokenizer.added_tokens:
         if id >= size or vocabulary.types[id] == USER_DEFINED:
