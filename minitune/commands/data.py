@@ -45,6 +45,7 @@ DATA_SETTINGS = (
     "max_length",
     "skip_bad",
     "data_weights",
+    "seed",
     *(item.name for item in fields(LabelOptions)),
 )
 
