@@ -86,8 +86,9 @@ class AnswerSpans:
 
     def _mark(self) -> tuple[MarkedConversation, Rendering]:
         """Return the marked conversation and its rendering, whose text is the plain one."""
-        for only_contents in (False, True):
-            marked = MarkedConversation(self._conversation, self._template.tags, only_contents)
+        tags = self._template.tags
+        for beside_tags, only_contents in ((True, False), (False, False), (False, True)):
+            marked = MarkedConversation(self._conversation, tags, beside_tags, only_contents)
             blocks = (marked.mark(SPAN_BEGIN), marked.mark(SPAN_END))
             try:
                 text = self._render(marked.conversation, self._length, blocks=blocks)

@@ -191,7 +191,7 @@ class ChatTemplate:
         tokens: for each span the stop token at its end; "" stands for a missing one.
         """
         text, notes = answers.text, []
-        if tokens and not tokens[-1] and spans[-1][0] < spans[-1][1] == len(text):
+        if tokens and not tokens[-1] and spans[-1][1] == len(text):
             stop = self._missing_stop(text, conversation)
             if stop:
                 spans = [*spans[:-1], (spans[-1][0], len(text) + len(stop))]

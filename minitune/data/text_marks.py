@@ -73,19 +73,25 @@ class MarkedConversation:
     """A conversation with marks around its texts.
 
     tags: the strings that the template may look for.
+    beside_tags: True to mark the end of an answer that ends with a tag, too, and a text that is
+        nothing but tags. Few templates take another decision then.
     only_contents: True to mark contents and reasoning, but no names, arguments and tools. A
         template that compares names refuses them with marks.
     """
 
     def __init__(
-        self, conversation: Conversation, tags: Iterable[str], only_contents: bool = False
+        self,
+        conversation: Conversation,
+        tags: Iterable[str],
+        beside_tags: bool = True,
+        only_contents: bool = False,
     ):
         everything = repr((conversation.messages, conversation.tools))
         openings = (f"~{'^' * length}~" for length in count(1))
         self._opening = next(opening for opening in openings if opening not in everything)
         self._pattern = re.compile(re.escape(self._opening) + "([0-9]+)~")
         self._tags = tuple(tags)
-        self._only_contents = only_contents
+        self._beside_tags, self._only_contents = beside_tags, only_contents
         self.texts = [MarkedText(None, TOOLS), MarkedText(None, TOOLS)]  # SPAN_BEGIN and SPAN_END
         tools = conversation.tools
         if tools is not None:
@@ -147,7 +153,7 @@ class MarkedConversation:
     def _content(self, text: str, message: int, role: str) -> str:
         """Return a content with marks around each stretch between tags.
 
-        An answer gets marks around the whole too, which are not judged. Its end is searched after
+        An answer gets a mark at its end too, which is not judged. Its stop token is searched after
         its last mark, and an answer may end with a tag.
         """
         is_answer = role == "assistant"
@@ -161,9 +167,11 @@ class MarkedConversation:
                 title = reasoning_name(message) if is_reasoning else name
                 piece = self._around(piece, self._number(MarkedText(title, message, is_reasoning)))
             marked.append(piece)
-        if is_answer and len(marked) > 1:
-            return self._around("".join(marked), self._number(MarkedText(None, message)))
-        return "".join(marked)
+        whole = "".join(marked)
+        if is_answer and len(marked) > 1 and self._beside_tags:
+            end = len(whole.rstrip())
+            return whole[:end] + self.mark(self._number(MarkedText(None, message))) + whole[end:]
+        return whole
 
     def _between_tags(self, text: str) -> list[tuple[str, bool]]:
         """Return the pieces of a text, and for each False if it is one of the template's tags."""
@@ -171,7 +179,7 @@ class MarkedConversation:
         if not found:
             return [(text, True)]
         pieces = re.split(f"({'|'.join(map(re.escape, found))})", text)
-        if not any(piece.strip() for piece in pieces[::2]):
+        if self._beside_tags and not any(piece.strip() for piece in pieces[::2]):
             return [(text, True)]  # nothing but tags
         return [(piece, i % 2 == 0) for i, piece in enumerate(pieces) if piece]
 

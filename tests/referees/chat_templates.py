@@ -11,10 +11,12 @@ is a template, a column a form of tests/chat_forms.py:
     r  refused by the template, in transformers too
     R  refused here only;  X  wrong
 
---random also compares the spans of random hostile conversations with the prefix rule's.
+--random compares the spans of random hostile conversations with the prefix rule's instead
+(tests/prefix_rule.py).
 """
 
 import argparse
+import random
 import re
 import sys
 import time
@@ -33,6 +35,7 @@ from chat_forms import (
     forms,
     in_transformers,
 )
+from prefix_rule import differing_spans, random_conversation
 
 from minitune.data.chat_template import ChatTemplate
 
@@ -121,28 +124,74 @@ def verdict(template: ChatTemplate, source: str, form: Form, ends: tuple[str, ..
     return "d" if rendered.dropped else "="
 
 
+def template_of(path: Path) -> tuple[ChatTemplate, str, tuple[str, ...], tuple[str, ...]]:
+    """Return the template of a file, its text, its stop tokens, and all tokens that end answers."""
+    source = path.read_text(encoding="utf-8")
+    stops = stops_of(path.stem)
+    control = tuple(dict.fromkeys(CONTROL.findall(source)))
+    return ChatTemplate(source, SPECIAL, stops, control), source, stops, (*stops, *control, "</s>")
+
+
+def published(folder: Path) -> list[Path]:
+    """Return the files of the published templates, without one that needs further variables."""
+    return [path for path in sorted(folder.glob("*.jinja")) if path.stem != NEEDS_OWN_VARIABLES]
+
+
 def table(folder: Path) -> dict[str, dict[str, str]]:
     """Return the verdict of each template and form."""
     verdicts = {}
-    for path in sorted(folder.glob("*.jinja")):
-        if path.stem == NEEDS_OWN_VARIABLES:
-            continue
-        source = path.read_text(encoding="utf-8")
-        stops = stops_of(path.stem)
-        control = tuple(dict.fromkeys(CONTROL.findall(source)))
-        template = ChatTemplate(source, SPECIAL, stops, control)
-        ends = (*stops, *control, "</s>")
+    for path in published(folder):
+        template, source, stops, ends = template_of(path)
         verdicts[path.stem] = {
             name: verdict(template, source, form, ends) for name, form in forms(stops[0]).items()
         }
     return verdicts
 
 
+def compare_with_prefix_rule(folder: Path, conversations: int, seed: int) -> None:
+    """Print the spans of random hostile conversations that differ from the prefix rule's.
+
+    conversations: number of conversations, each rendered with a template drawn at random.
+    """
+    rng = random.Random(seed)
+    # The block of a marked answer is the template's own word, and Phi's text ends in two stop
+    # tokens, of which only the first is ever generated.
+    loaded = [template_of(path) for path in published(folder) if "Phi" not in path.stem]
+    loaded = [item for item in loaded if not item[0].marks_answers()]
+    counts = Counter()
+    for _ in range(conversations):
+        template, _, stops, _ = rng.choice(loaded)
+        conversation = random_conversation(rng, stops)
+        try:
+            template.render(conversation.messages)
+        except ValueError:
+            counts["conversations refused by the template"] += 1
+            continue
+        try:
+            rendered = template.render_with_answers(conversation)
+        except ValueError as error:
+            counts["conversations refused here"] += 1
+            print(f"refused: {error}: {conversation.messages}")
+            continue
+        shared, differing = differing_spans(template, conversation, rendered, stops)
+        counts["spans"] += len(rendered.spans)
+        counts["spans that the prefix rule gives, too"] += shared
+        counts["spans that differ"] += len(differing)
+        for text in differing:
+            print(f"{text}: {conversation.messages}")
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--random", type=int, help="compare so many conversations, no table")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.random:
+        compare_with_prefix_rule(options.folder, options.random, options.seed)
+        return
     start = time.perf_counter()
     verdicts = table(options.folder)
     names = list(forms(""))
