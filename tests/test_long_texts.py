@@ -47,6 +47,8 @@ def test_pieces_have_the_tokens_and_spans_of_the_whole_text(tokenizers, kind, mo
     for length in (7, 100, 10**6):
         expected = [(ids[:length], spans[:length]) for ids, spans in whole]
         assert encode_to_length(tokenizer, texts, length) == expected
+        bare = [(ids, []) for ids, _ in expected]
+        assert encode_to_length(tokenizer, texts, length, with_spans=False) == bare
 
 
 def test_random_tokenizers_that_allow_cuts_encode_pieces_like_the_whole_text(tmp_path, monkeypatch):

@@ -145,10 +145,10 @@ class SampleBuilder:
         self._formats = tuple(formats)
         self._input_ids = TokenColumn() if input_ids is None else input_ids
         self._labels = TokenColumn() if labels is None else labels
-        self._columns = {name: array("q") for name in SAMPLE_COLUMNS}
+        self._rows = array("q")  # SAMPLE_COLUMNS of one sample after the other
 
     def __len__(self) -> int:
-        return len(self._columns["begins"])
+        return len(self._rows) // len(SAMPLE_COLUMNS)
 
     def add(self, sample: Sample, targets: int, source: int, number: int, shape: str) -> None:
         """Append a sample.
@@ -158,18 +158,17 @@ class SampleBuilder:
         shape: the shape of its record.
         """
         size, entry = len(sample.input_ids), SHAPE_NAMES.index(shape)
-        row = (len(self._input_ids), size, targets, source, number, entry)
-        for name, value in zip(SAMPLE_COLUMNS, row, strict=True):
-            self._columns[name].append(value)
+        self._rows.extend((len(self._input_ids), size, targets, source, number, entry))
         self._input_ids.extend(sample.input_ids)
         self._labels.extend(sample.labels)
 
     def index(self) -> np.ndarray:
         """Return SAMPLE_COLUMNS as rows, int64, (columns, samples)."""
-        return np.array([np.frombuffer(values, np.int64) for values in self._columns.values()])
+        rows = np.frombuffer(self._rows, np.int64).reshape(-1, len(SAMPLE_COLUMNS))
+        return np.ascontiguousarray(rows.T)
 
     def build(self) -> FlatSamples:
         """Return the samples in memory; the builder must not be used again."""
-        columns = {name: np.frombuffer(values, np.int64) for name, values in self._columns.items()}
+        columns = dict(zip(SAMPLE_COLUMNS, self.index(), strict=True))
         tokens = (self._input_ids.array(), self._labels.array())
         return FlatSamples(*tokens, **columns, formats=self._formats)

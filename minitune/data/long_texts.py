@@ -34,24 +34,40 @@ PROBE = ("Four words, one line.\nOr two|", "\nThree!\n|", "Then four| more")
 SPACE_MARK = "\u2581"  # stands for a space in the vocabularies that come from sentencepiece
 
 
-def encode_to_length(tokenizer: Tokenizer, texts: list[str], max_tokens: int) -> list[Encoding]:
-    """Return the first `max_tokens` ids and spans of each text, without special tokens."""
-    ids: list[list[int]] = [[] for _ in texts]
-    spans: list[list[tuple[int, int]]] = [[] for _ in texts]
+def encode_to_length(
+    tokenizer: Tokenizer, texts: list[str], max_tokens: int, with_spans: bool = True
+) -> list[Encoding]:
+    """Return the first `max_tokens` ids and spans of each text, without special tokens.
+
+    with_spans: False leaves the spans empty, which takes half of the time.
+    """
+    results: list[Encoding] = [([], [])] * len(texts)
     pending = [(i, 0) for i in range(len(texts))]  # texts, and the character to go on from
     while pending:
         ends = [_end_of_piece(tokenizer, texts[i], begin) for i, begin in pending]
         pieces = [texts[i][begin:end] for (i, begin), end in zip(pending, ends, strict=True)]
-        encodings = tokenizer.encode_batch_with_offsets(pieces)
+        if with_spans:
+            encodings = tokenizer.encode_batch_with_offsets(pieces)
+        else:
+            encodings = [(ids, []) for ids in tokenizer.encode_batch(pieces)]
         following = []
         for (i, begin), end, encoding in zip(pending, ends, encodings, strict=True):
-            ids[i] += encoding[0][: max_tokens - len(ids[i])]
-            for first, last in encoding[1][: max_tokens - len(spans[i])]:
-                spans[i].append((begin + first, begin + last))
-            if end < len(texts[i]) and len(ids[i]) < max_tokens:
+            if begin:
+                encoding = _extended_(results[i], encoding, begin)
+            if len(encoding[0]) > max_tokens:
+                encoding = (encoding[0][:max_tokens], encoding[1][:max_tokens])
+            elif end < len(texts[i]) and len(encoding[0]) < max_tokens:
                 following.append((i, end))
+            results[i] = encoding
         pending = following
-    return list(zip(ids, spans, strict=True))
+    return results
+
+
+def _extended_(before: Encoding, piece: Encoding, begin: int) -> Encoding:
+    """Append the encoding of the piece that starts at character `begin`, and return the whole."""
+    before[0].extend(piece[0])
+    before[1].extend((begin + first, begin + last) for first, last in piece[1])
+    return before
 
 
 def _end_of_piece(tokenizer: Tokenizer, text: str, begin: int) -> int:

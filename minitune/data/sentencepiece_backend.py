@@ -147,6 +147,10 @@ class SentencePieceBackend:
             splits = self._splitter.encode_batch(texts)
         return [self._encode(text, split) for text, split in zip(texts, splits, strict=True)]
 
+    def encode_batch_ids(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of `encode_batch`."""
+        return [ids for ids, _ in self.encode_batch(texts)]
+
     def _encode(self, text: str, split: tokenizers.Encoding) -> Encoding:
         ids: list[int] = []
         spans: list[tuple[int, int]] = []

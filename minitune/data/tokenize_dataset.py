@@ -210,10 +210,22 @@ def _encode(chunk: list[_Part], tokenizer: Tokenizer, max_length: int) -> list[S
 
     A sample may be longer than `max_length`, but not all of its tokens are there.
     """
-    texts = [part.item.text for part in chunk if isinstance(part.item, RenderedText)]
-    # One token more than fits: it shows that a sample is cut.
-    encodings = iter(encode_to_length(tokenizer, texts, max_length + 1))
-    return [_sample(part.item, encodings, tokenizer) for part in chunk]
+    items = [part.item for part in chunk]
+    encodings: dict[bool, Iterator[Encoding]] = {}
+    for has_spans in (False, True):
+        texts = [
+            item.text
+            for item in items
+            if isinstance(item, RenderedText) and (item.spans is not None) == has_spans
+        ]
+        # One token more than fits: it shows that a sample is cut.
+        encodings[has_spans] = iter(encode_to_length(tokenizer, texts, max_length + 1, has_spans))
+    return [
+        item
+        if isinstance(item, Sample)
+        else _sample(item, next(encodings[item.spans is not None]), tokenizer)
+        for item in items
+    ]
 
 
 def _add_sample(
@@ -229,19 +241,16 @@ def _add_sample(
         report.skipped.add(part.origin)
 
 
-def _sample(
-    item: RenderedText | Sample, encodings: Iterator[Encoding], tokenizer: Tokenizer
-) -> Sample:
-    """Return the sample of a rendered record; a text takes the next one of `encodings`."""
-    if isinstance(item, Sample):
-        return item
-    ids, offsets = next(encodings)
-    labels = list(ids) if item.spans is None else _labels(ids, offsets, item.spans)
+def _sample(item: RenderedText, encoding: Encoding, tokenizer: Tokenizer) -> Sample:
+    """Return the sample of a rendered text."""
+    ids, spans = encoding
+    labels = ids if item.spans is None else _labels(ids, spans, item.spans)
     if item.add_special_tokens:
         prefix, suffix = tokenizer.special_tokens_around(ids)
-        ids = [*prefix, *ids, *suffix]
-        ignored = [IGNORE_INDEX] * len(prefix)
-        labels = [*(prefix if item.spans is None else ignored), *labels, *suffix]
+        if prefix or suffix:
+            ids = [*prefix, *ids, *suffix]
+            ignored = [IGNORE_INDEX] * len(prefix)
+            labels = [*(prefix if item.spans is None else ignored), *labels, *suffix]
     return Sample(ids, labels)
 
 

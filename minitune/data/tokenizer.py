@@ -265,6 +265,10 @@ class Tokenizer:
         """Return `encode_with_offsets` of many texts, on all cores if the library can."""
         return self._backend.encode_batch(texts)
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of many texts, without special tokens, on all cores if possible."""
+        return self._backend.encode_batch_ids(texts)
+
     def definition(self) -> dict[str, Any] | None:
         """Return the content of tokenizer.json, as it is used; None for tokenizer.model."""
         return self._backend.definition() if isinstance(self._backend, JsonBackend) else None
