@@ -65,6 +65,16 @@ def test_special_tokens_come_from_the_tokenizer_files_then_from_config_json(tmp_
     assert Tokenizer.from_folder(folder).eos_token_id == 3
 
 
+def test_a_token_of_the_template_that_only_config_json_names_is_noted(tmp_path):
+    folder = write_json_tokenizer(tmp_path)
+    write_json(folder / "config.json", {"bos_token_id": 3, "pad_token_id": 0})
+    assert Tokenizer.from_folder(folder).notes == ()
+    write_json(folder / "tokenizer_config.json", {"chat_template": "{{ bos_token }}"})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.apply_chat_template([], tokenize=False) == "<|start|>"
+    assert ["names the bos_token that" in note for note in tokenizer.notes] == [True]
+
+
 def test_generation_ends_at_every_eos_of_the_configs(tmp_path):
     folder = write_json_tokenizer(tmp_path)
     write_json(folder / "generation_config.json", {"eos_token_id": [3, 2]})

@@ -61,6 +61,11 @@ class SentencePieceBackend:
         self.named = {name: index for name, index in ids.items() if index >= 0}
         bos, eos = (self._named_id(name, declared) for name in ("bos", "eos"))
         self.prefix = [bos] if config.get("add_bos_token", True) and bos is not None else []
+        if self.prefix and "add_bos_token" not in config:
+            declared.notes.append(
+                f"{path}: a plain text begins with {self._pieces[bos]!r}, as in the model's own "
+                f"code; transformers 5 adds it only if {CONFIG} says add_bos_token true"
+            )
         self.suffix = [eos] if config.get("add_eos_token", False) and eos is not None else []
 
     def _choose_dummy_space(self, config: dict[str, Any]) -> None:

@@ -69,21 +69,22 @@ class Tokenizer:
         declared: DeclaredTokens,
     ):
         self.folder, self._backend, self._declared = folder, backend, declared
-        self._config = files[CONFIG]
-        self._model_config, self._generation = files["config.json"], files["generation_config.json"]
+        self._files = files
         self.vocab_size: int = backend.vocab_size  # highest id + 1, added tokens included
         self.added_tokens: dict[int, AddedToken] = backend.added
         self.adds_prefix_space: bool = backend.adds_prefix_space
         self.notes: tuple[str, ...] = tuple(
             dict.fromkeys(declared.notes)
         )  # facts that the user should know
+        self._chat_template = read_templates(folder, files[CONFIG])
+        self._template_was_assigned = False
         self.special: dict[str, int] = {}  # "bos" -> id; names without a token are missing
         for name in SPECIAL_NAMES:
             index = self._special_id(name)
             if index is not None:
                 self.special[name] = index
-        self._chat_template = read_templates(folder, self._config)
-        self._template_was_assigned = False
+        # Facts about the files that the user should know.
+        self.notes: tuple[str, ...] = tuple(dict.fromkeys(declared.notes))
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -125,9 +126,14 @@ class Tokenizer:
             return None if token is None else self._backend.token_to_id(token.content)
         if name in self._backend.named:
             return self._backend.named[name]
-        for content in (self._model_config, self._generation):
-            ids = _id_list(content.get(f"{key}_id"), self.vocab_size)
+        for file in ("config.json", "generation_config.json"):
+            ids = _id_list(self._files[file].get(f"{key}_id"), self.vocab_size)
             if ids:
+                if key in str(self._chat_template):
+                    self._declared.notes.append(
+                        f"{self.folder}: no tokenizer file names the {key} that the chat template "
+                        f"writes; the {key}_id {ids[0]} of {file} counts, as in llama.cpp"
+                    )
                 return ids[0]
         return None
 
@@ -164,8 +170,8 @@ class Tokenizer:
         of the chat template end.
         """
         ids = [] if self.eos_token_id is None else [self.eos_token_id]
-        for content in (self._generation, self._model_config):
-            ids += _id_list(content.get("eos_token_id"), self.vocab_size)
+        for file in ("generation_config.json", "config.json"):
+            ids += _id_list(self._files[file].get("eos_token_id"), self.vocab_size)
         if self._template_end is not None:
             ids.append(self._template_end)
         return tuple(dict.fromkeys(ids))
@@ -309,8 +315,9 @@ class Tokenizer:
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(path, target)
             return
-        if "chat_template" in self._config:
-            rest = {key: value for key, value in self._config.items() if key != "chat_template"}
+        config = self._files[CONFIG]
+        if "chat_template" in config:
+            rest = {key: value for key, value in config.items() if key != "chat_template"}
             write_json(folder / CONFIG, rest)
         write_templates(folder, self.chat_template)
 
