@@ -6,6 +6,7 @@ Usage: from minitune import FastLanguageModel, SFTTrainer, SFTConfig
 from minitune.api import FastLanguageModel, LanguageModel
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig, SFTConfig
+from minitune.data.builtin_templates import get_chat_template
 from minitune.data.tokenizer import Tokenizer
 from minitune.training.trainer import SFTTrainer
 
@@ -17,4 +18,5 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "Tokenizer",
+    "get_chat_template",
 ]
