@@ -224,6 +224,8 @@ def test_named_templates_serve_conversations_with_and_without_tools():
 def test_variables_of_a_record_reach_the_template_but_replace_none_of_the_trainers():
     template = ChatTemplate("{{ enable_thinking }}{{ messages[0].content }}", {})
     assert template.render([user(1)], enable_thinking=False).startswith("FalseAsk1")
+    with pytest.raises(TypeError, match="the chat template reads no variable 'enable_thinkin'"):
+        template.render([user(1)], enable_thinkin=False)
     conversation = Conversation([user(1)], None, {"messages": []}, (False,))
     with pytest.raises(ValueError, match="chat_template_kwargs cannot set 'messages'"):
         template.render_with_answers(conversation)
@@ -240,6 +242,14 @@ def test_a_template_that_renders_differently_each_time_is_refused():
     template = ChatTemplate(changing, {}, ("</s>",))
     with pytest.raises(ValueError, match="depends on the length of its texts"):
         template.render_with_answers(Conversation([user(1), answer(1)], None, {}, (False, True)))
+
+
+def test_a_message_that_is_nested_too_deeply_is_a_value_error():
+    deep = "bottom"
+    for _ in range(5000):
+        deep = {"a": deep}
+    with pytest.raises(ValueError, match="message 1 is nested too deeply"):
+        template_of("keeps everything").render([{**user(1), "extra": deep}])
 
 
 def test_reasoning_in_parts_reaches_templates_of_both_forms():

@@ -84,11 +84,15 @@ class ChatTemplate:
 
         template_kwargs: further variables for the template, such as enable_thinking.
 
-        Raises: ValueError if a message has a wrong form, or the template refuses the conversation.
+        Raises: ValueError if a message has a wrong form, or the template refuses the conversation;
+            TypeError if the template reads no variable of that name.
         """
         normal = [normal_message(message, i) for i, message in enumerate(messages, 1)]
         conversation = self._readable(Conversation(normal, tools, template_kwargs))
         template = self._template(conversation)
+        for name in template_kwargs:
+            if name not in template.variables:
+                raise TypeError(f"the chat template reads no variable {name!r}")
         return template.render(conversation, len(normal), add_generation_prompt, self._variables)
 
     def marks_answers(self, tools: list | None = None) -> bool:
@@ -208,7 +212,7 @@ class ChatTemplate:
     def _missing_stop(self, text: str, conversation: Conversation) -> str:
         """Return the stop token that a text lacks: the one before a further message, or the EOS."""
         messages = [*conversation.messages, {"role": "user", "content": "?"}]
-        longer = replace(conversation, messages=messages)
+        longer = self._readable(replace(conversation, messages=messages))
         try:
             whole = self._template(longer).render(longer, len(messages), False, self._variables)
         except ValueError:

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -77,6 +77,7 @@ class JinjaTemplate:
     """One compiled Jinja text.
 
     tags: the strings with brackets, braces, bars or slashes that the text compares or prints.
+    variables: the names that the text reads and does not set.
     marks_answers: True if it has {% generation %} blocks.
     reads_thinking: True if it looks for parts of type "thinking" in a content.
     """
@@ -95,6 +96,7 @@ class JinjaTemplate:
         except (RecursionError, SyntaxError) as error:  # from the Python that Jinja compiles
             raise ValueError(f"the chat template is nested too deeply: {error}") from None
         self.marks_answers = any(node.name == "_span_begin" for node in tree.find_all(nodes.Name))
+        self.variables = meta.find_undeclared_variables(tree)
         operands = (node.expr for node in tree.find_all(nodes.Operand))
         self.reads_thinking = any(nodes.Const("thinking") == operand for operand in operands)
         strings = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))

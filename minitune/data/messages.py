@@ -32,7 +32,10 @@ def normal_message(message: Mapping, number: int) -> dict:
 
     Raises: ValueError that names the message if a part, its reasoning or a call has a wrong form.
     """
-    message = drop_nulls(message)
+    try:
+        message = drop_nulls(message)
+    except RecursionError:
+        raise ValueError(f"message {number} is nested too deeply") from None
     if isinstance(message.get("content"), list):
         message["content"] = _content_of_parts(message["content"], number)
     found = [message[key] for key in REASONING_KEYS if key in message]

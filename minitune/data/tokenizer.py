@@ -293,9 +293,13 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tokenize: bool = True,
         tools: list | None = None,
+        **template_kwargs: Any,
     ) -> list[int] | str:
-        """Return a conversation as the model sees it: its ids, or its text if not `tokenize`."""
-        text = self.template.render(messages, add_generation_prompt, tools)
+        """Return a conversation as the model sees it: its ids, or its text if not `tokenize`.
+
+        template_kwargs: further variables for the template, such as enable_thinking=False.
+        """
+        text = self.template.render(messages, add_generation_prompt, tools, **template_kwargs)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def save_pretrained(self, folder: str | Path) -> None:
