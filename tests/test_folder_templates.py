@@ -8,6 +8,7 @@ from tiny import make_tiny_model
 from tokenizer_files import CHATML, write_json, write_json_tokenizer
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
+from minitune.data.adapter_template import load_template
 from minitune.data.tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -111,5 +112,8 @@ def test_training_on_an_assigned_template_labels_and_stops_at_its_end_and_prints
     trainer.train()
     note = f"warning: {folder / CONFIG}: names '<|stop|>', which the vocabulary lacks"
     assert note in capsys.readouterr().err
+    new = Tokenizer.from_folder(folder)
+    load_template(new, tmp_path / "run" / "adapter")
+    assert new.chat_template == tokenizer.chat_template
     model.save_pretrained_merged(tmp_path / "merged", tokenizer)
     assert Tokenizer.from_folder(tmp_path / "merged").chat_template == tokenizer.chat_template

@@ -17,6 +17,7 @@ from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS, MERGE_BASES
+from minitune.data.adapter_template import load_template
 from minitune.gguf.export import convert_folder, export_gguf
 
 
@@ -83,6 +84,7 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     )
     if arguments.adapter is not None:
         model.load_adapter(arguments.adapter)
+        load_template(tokenizer, arguments.adapter)
     paths = []
     if merged is not None:
         paths.append(merge_to_folder(model, merged, tokenizer, merge_base))

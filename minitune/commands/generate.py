@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from minitune.api import FastLanguageModel
 from minitune.config.cli import CommandParser, run_command
+from minitune.data.adapter_template import load_template
 from minitune.data.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 
@@ -30,6 +31,7 @@ def _run(argv: Sequence[str] | None, program: str) -> None:
     )
     if arguments.adapter:
         model.load_adapter(arguments.adapter)
+        load_template(tokenizer, arguments.adapter)
     prompts = typed_lines() if arguments.prompt is None else [arguments.prompt]
     for text in prompts:
         answer(model, tokenizer, text, arguments)

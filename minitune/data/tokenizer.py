@@ -77,7 +77,7 @@ class Tokenizer:
             dict.fromkeys(declared.notes)
         )  # facts that the user should know
         self._chat_template = read_templates(folder, files[CONFIG])
-        self._template_was_assigned = False
+        self.template_was_assigned = False
         self.special: dict[str, int] = {}  # "bos" -> id; names without a token are missing
         for name in SPECIAL_NAMES:
             index = self._special_id(name)
@@ -214,7 +214,7 @@ class Tokenizer:
         value = checked_templates(value, "tokenizer")
         if value is not None:
             self._compiled(value, ())
-        self._chat_template, self._template_was_assigned = value, True
+        self._chat_template, self.template_was_assigned = value, True
         for name in ("template", "eos_token_ids", "_template_end"):
             self.__dict__.pop(name, None)  # they are computed from the template
 
@@ -312,7 +312,7 @@ class Tokenizer:
         for name in FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
-        if not self._template_was_assigned:
+        if not self.template_was_assigned:
             for path in (self.folder / TEMPLATE_FILE, *self.folder.glob(f"{TEMPLATE_FOLDER}/*")):
                 if path.is_file():
                     target = folder / path.relative_to(self.folder)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minitune.config.cli import as_dict
 from minitune.config.training_config import RunConfig, SFTConfig
+from minitune.data.adapter_template import save_template
 from minitune.data.batching import collate, micro_steps
 from minitune.data.samples import Sample
 from minitune.data.sources import Dataset
@@ -179,7 +180,9 @@ class SFTTrainer:
             self._loop(log, caught)
             if caught and p.step < total_steps:
                 raise KeyboardInterrupt
-            log.print_line(f"{'saved':<11}{self._run.finish(self.model, p.step)}")
+            adapter = self._run.finish(self.model, p.step)
+            save_template(self.processing_class, adapter)
+            log.print_line(f"{'saved':<11}{adapter}")
         mean = p.loss_sum / max(1, p.step)
         metrics = {
             "train_loss": mean,

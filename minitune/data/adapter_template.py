@@ -1,0 +1,34 @@
+"""The chat template that an adapter was trained with, kept beside the adapter.
+
+A template that was assigned to the tokenizer stands in no file of the base model. Prompts that are
+rendered with another template than the trained one get worse answers, without an error.
+"""
+
+from pathlib import Path
+
+from minitune.atomic_files import os_errors_as_value_error
+from minitune.data.folder_templates import TEMPLATE_FILE, read_templates, write_templates
+from minitune.data.tokenizer import Tokenizer
+
+
+def save_template(tokenizer: Tokenizer, adapter: Path) -> None:
+    """Write an assigned chat template into an adapter's folder.
+
+    Without one the base model's template counts, and the file of an earlier run is removed.
+
+    Raises: ValueError if the folder cannot be written.
+    """
+    with os_errors_as_value_error(adapter):
+        (adapter / TEMPLATE_FILE).unlink(missing_ok=True)
+        if tokenizer.template_was_assigned:
+            write_templates(adapter, tokenizer.chat_template)
+
+
+def load_template(tokenizer: Tokenizer, adapter: str | Path) -> None:
+    """Assign the chat template of an adapter's folder, if the folder holds one.
+
+    Raises: ValueError if the file is no template.
+    """
+    templates = read_templates(Path(adapter), {})
+    if templates is not None:
+        tokenizer.chat_template = templates
