@@ -159,3 +159,11 @@ def test_a_sentencepiece_model_that_differs_from_tokenizer_json_is_not_exported(
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"is '<0x41>', but tokenizer.json, .* says '<0x42>'"):
         convert_folder(folder, tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_an_added_token_with_a_flag_that_llama_cpp_lacks_is_not_exported(tmp_path, flag):
+    folder = make_tiny_model(tmp_path / "base")
+    edit_config(folder, added_tokens_decoder={"400": {"content": "<tool>", flag: True}})
+    with pytest.raises(ValueError, match=f"'<tool>' has {flag}, which llama.cpp does not apply"):
+        convert_folder(folder, tmp_path / "x.gguf")

@@ -75,6 +75,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, MetadataVal
         token, or is of a kind that llama.cpp lacks.
     """
     check_vocabulary(tokenizer, rows)
+    _check_flags(tokenizer)
     path = tokenizer.folder / "tokenizer.json"
     sentencepiece_path = tokenizer.folder / "tokenizer.model"
     content = read_json(path, default={})
@@ -89,6 +90,18 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, MetadataVal
         metadata = _byte_fallback(content, tokenizer, rows)
     _check_unique(metadata["tokenizer.ggml.tokens"], tokenizer.folder)
     return metadata | _special_tokens(tokenizer)
+
+
+def _check_flags(tokenizer: Tokenizer) -> None:
+    """Raise ValueError if an added token has a flag that changes ids and that GGUF lacks."""
+    for token in tokenizer.added_tokens.values():
+        flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(token, name)]
+        if flags:
+            raise ValueError(
+                f"{tokenizer.folder}: the added token {token.content!r} has {' and '.join(flags)}, "
+                "which llama.cpp does not apply, so it would cut other tokens; set it to false in "
+                "the tokenizer's files before training"
+            )
 
 
 def pre_tokenizer_name(path: Path, content: dict) -> str:
