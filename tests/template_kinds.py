@@ -97,6 +97,16 @@ TEMPLATES = {
     + CALLS
     + "{{ eos_token }}{% endif %}"
     + END_LOOP,
+    "writes results inside the calling turn": LOOP
+    + "{% if m.role == 'assistant' %}"
+    + "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<turn>model\n{% endif %}"
+    + CALLS
+    + "{% if m.tool_calls %}<result>{{ m.tool_calls[0].function.name }}: "
+    + "{{ messages[loop.index0 + 1].content }}</result>{% endif %}"
+    + "{{ m.content | trim }}{% if not m.tool_calls or m.content %}<end>\n{% endif %}"
+    + "{% elif m.role != 'tool' %}<turn>{{ m.role }}\n{{ m.content | trim }}<end>\n{% endif %}"
+    + END_LOOP
+    + "{% if add_generation_prompt and messages[-1].role != 'tool' %}<turn>model\n{% endif %}",
     "marks answers": LOOP
     + ROLE
     + "{% if m.role == 'assistant' %}"
@@ -112,6 +122,7 @@ STOPS = {
     "has the next role as its stop token": ("<|eos|>", "<|user|>", "<|tool|>"),
     "puts an empty channel into the prompt": ("<end_of_turn>",),
     "writes tools before the last question": ("</s>",),
+    "writes results inside the calling turn": ("<end>", "<result>"),
 }
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 

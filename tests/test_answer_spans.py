@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-from chat_forms import TOOLS, answer, conversation_of, forms, in_transformers, reason, user
+from chat_forms import TOOLS, answer, calls, conversation_of, forms, in_transformers, reason, user
 from prefix_rule import differing_spans, random_conversation
 from referees.chat_templates import compare_with_prefix_rule, table, verdict
-from template_kinds import NAMES, TEMPLATES, stops_of
+from template_kinds import CALLS, NAMES, TEMPLATES, stops_of
 
 from minitune.data.chat_template import ChatTemplate, dropped_text_notes
 from minitune.data.jinja_template import JinjaTemplate
@@ -190,6 +190,38 @@ def test_random_hostile_conversations_have_the_spans_of_the_prefix_rule():
         assert not differing, f"{kind}, {conversation.messages}"
         compared += shared
     assert compared > 300
+
+
+def test_a_result_inside_of_the_turn_that_calls_is_not_trained_on():
+    turns = calls({"town": "Town2"})
+    turns[1]["content"] = "Reply2 comes late"
+    rendered, spans = rendered_spans("writes results inside the calling turn", *turns, tools=TOOLS)
+    assert spans[0] == '<call>get_weather{"town": "Town2"}</call><result>'
+    assert "the chat template writes an answer on behind a result; not trained there" in (
+        rendered.notes
+    )
+    turns[1]["content"] = ""
+    rendered, spans = rendered_spans("writes results inside the calling turn", *turns, tools=TOOLS)
+    assert spans == [
+        '<call>get_weather{"town": "Town2"}</call><result>',
+        "Reply2, seven of them.<end>",
+        "Reply3, seven of them.<end>",
+    ]
+
+
+def test_a_name_of_a_call_that_is_repeated_before_its_result_does_not_move_the_answer():
+    repeats = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        "{% if m.role == 'tool' %}{{ messages[loop.index0 - 1].tool_calls[0].function.name }}="
+        "{% endif %}{{ m.content }}" + CALLS + "<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    template = ChatTemplate(repeats, {}, ("<|end|>",))
+    conversation = conversation_of(forms("")["tools"])
+    rendered = template.render_with_answers(conversation)
+    begin, end = rendered.spans[0]
+    assert rendered.text[begin:end].startswith("<call>get_weather{")
+    assert rendered.text[begin:end].endswith("}</call><|end|>")
 
 
 def test_a_long_chat_is_rendered_a_few_times_only(monkeypatch):

@@ -65,8 +65,9 @@ class AnswerSpans:
         self._length = len(conversation.messages)
         self.text = self._render(conversation, self._length)
         self._marked, self._rendering = self._mark()
-        self._marks = [mark for mark in self._rendering.marks if mark[1] > SPAN_END]
+        self._marks = self._marked.places(self._rendering)
         self._of_message: dict[int, list[int]] = {}  # index of a message -> indices of its marks
+        self.is_interrupted = False
         self._prompts: dict[tuple, set[tuple[str, int]]] = {}  # generation prompts, begins
         self._prompt_counts: Counter[tuple] = Counter()
         for k, (_, number) in enumerate(self._marks):
@@ -163,17 +164,18 @@ class AnswerSpans:
         before = self._before(i)
         if before is None:
             return self._begin_without_prefix(i, limit), None
-        last, number = before.marks[-1] if before.marks else (0, SPAN_BEGIN)
+        marks = self._marked.places(before)
+        last, number = marks[-1] if marks else (0, SPAN_BEGIN)
         prompt = before.text[last:]
         follows_answer = i > 0 and self._conversation.messages[i - 1]["role"] == "assistant"
         if follows_answer and not prompt.strip():  # the prompt is written between two answers only
             return self._begin_without_prefix(i, limit), None
         if self.text.startswith(before.text):
             return len(before.text), prompt
-        places = [at for at, mark in self._marks if mark == number and at <= limit]
-        if not places:
+        same = [at for at, mark in self._marks if mark == number and at <= limit]
+        if not same:
             return self._begin_without_prefix(i, limit), None
-        return places[-1] + _prompt_end(prompt, self.text[places[-1] : limit]), prompt
+        return same[-1] + _prompt_end(prompt, self.text[same[-1] : limit]), prompt
 
     def _kind(self, i: int) -> tuple:
         """Return all that a template can tell about message `i` besides its place."""
@@ -237,10 +239,16 @@ class AnswerSpans:
         return None
 
     def end(self, i: int, begin: int) -> tuple[int, str]:
-        """Return the end of the answer of message `i`, and its stop token or "" if it has none."""
-        if i in self._of_message:
-            last = self._of_message[i][-1]
-            start, following = max(begin, self._marks[last][0]), self._marks[last + 1 : last + 2]
+        """Return the end of the answer of message `i`, and its stop token or "" if it has none.
+
+        A template may write the result of a call before the end of the message that calls. The
+        answer then ends before the result, and `is_interrupted` becomes True.
+        """
+        own = self._of_message.get(i, [])
+        run = [k for offset, k in enumerate(own) if k == own[0] + offset]
+        self.is_interrupted |= len(run) < len(own)
+        if run:
+            start, following = max(begin, self._marks[run[-1]][0]), self._marks[run[-1] + 1 :][:1]
         else:
             start, following = begin, [mark for mark in self._marks if mark[0] > begin]
         limit = following[0][0] if following else len(self.text)

@@ -204,6 +204,8 @@ class ChatTemplate:
                 notes.append(f"the chat template ends without a stop token; {tokens[-1]} is added")
         if not all(tokens):
             notes.append("the chat template writes no stop token behind an answer")
+        if answers.is_interrupted:
+            notes.append("the chat template writes an answer on behind a result; not trained there")
         others = set(filter(None, tokens)).difference(self._stops)
         if others and others.issuperset(filter(None, tokens)):
             notes.append(f"answers end in {others.pop()}, at which generation does not stop")

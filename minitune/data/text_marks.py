@@ -41,6 +41,7 @@ class MarkedText:
     name: its name for the user, such as "the content of message 2"; None if it is not judged.
     message: index of its message, or TOOLS.
     is_reasoning: True for the reasoning of a message.
+    is_name: True for a name. Some templates write the name of a call before its result, too.
     marks: number of its marks in the conversation.
     searched: the text itself if it has no marks, because the template compares names.
     """
@@ -48,6 +49,7 @@ class MarkedText:
     name: str | None
     message: int
     is_reasoning: bool = False
+    is_name: bool = False
     marks: int = 0
     searched: str = ""
 
@@ -121,6 +123,21 @@ class MarkedConversation:
             if text.is_lost(seen[number], rendering.text)
         ]
 
+    def places(self, rendering: Rendering) -> list[tuple[int, int]]:
+        """Return the marks of a rendering that show the places of messages.
+
+        A text counts where it stands first. A name counts if its message holds nothing else.
+        """
+        with_texts = {text.message for text in self.texts if text.marks and not text.is_name}
+        seen: Counter[int] = Counter()
+        found = []
+        for position, number in rendering.marks:
+            text = self.texts[number]
+            seen[number] += 1
+            if seen[number] <= text.marks and not (text.is_name and text.message in with_texts):
+                found.append((position, number))
+        return found
+
     # ---- marks of one text
 
     def _number(self, text: MarkedText) -> int:
@@ -144,7 +161,7 @@ class MarkedConversation:
 
     def _name(self, word: str, name: str, message: int) -> str:
         """Return a word that is a name, with a mark; as it is if only contents are marked."""
-        number = self._number(MarkedText(name, message))
+        number = self._number(MarkedText(name, message, is_name=True))
         if self._only_contents:
             self.texts[number].searched = word.strip()
             return word
@@ -170,7 +187,7 @@ class MarkedConversation:
         whole = "".join(marked)
         if is_answer and len(marked) > 1 and self._beside_tags:
             end = len(whole.rstrip())
-            return whole[:end] + self.mark(self._number(MarkedText(None, message))) + whole[end:]
+            return self._after(whole[:end], self._number(MarkedText(None, message))) + whole[end:]
         return whole
 
     def _between_tags(self, text: str) -> list[tuple[str, bool]]:

@@ -72,7 +72,7 @@ STOPS = {
     "tencent": "<｜hy_eos:opensource｜>",
     "unsloth-Apriel": "<|end|>",
     "unsloth-mistral": "</s>",
-    "upstage": "<|end|>",
+    "upstage": "<|end|> <|calls|>",
     "": "<|im_end|> <|endoftext|>",
 }
 NEEDS_OWN_VARIABLES = "fireworks-ai-llama-3-firefunction-v2"
