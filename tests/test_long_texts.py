@@ -9,7 +9,7 @@ from random_tokenizers import SPACES, WORDS, random_json_folder
 from tiny import TEXTS, write_tokenizer
 
 from minitune.data import long_texts
-from minitune.data.long_texts import can_cut, encode_to_length
+from minitune.data.long_texts import cut_pattern, encode_to_length
 from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.data.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ def test_pieces_have_the_tokens_and_spans_of_the_whole_text(tokenizers, kind, mo
     texts = [long_text(rng) for _ in range(12)]
     whole = tokenizer.encode_batch_with_offsets(texts)
     short_pieces(monkeypatch)
-    assert can_cut(tokenizer) == (kind != "spm")
+    assert (cut_pattern(tokenizer) is None) == (kind == "spm")
     for length in (7, 100, 10**6):
         expected = [(ids[:length], spans[:length]) for ids, spans in whole]
         assert encode_to_length(tokenizer, texts, length) == expected
@@ -62,7 +62,7 @@ def test_random_tokenizers_that_allow_cuts_encode_pieces_like_the_whole_text(tmp
         with monkeypatch.context() as patch:
             short_pieces(patch)
             assert encode_to_length(tokenizer, texts, 10**6) == whole, seed
-            allowed += can_cut(tokenizer)
+            allowed += cut_pattern(tokenizer) is not None
     assert 10 < allowed < 50
 
 
@@ -115,12 +115,12 @@ def test_a_tokenizer_that_sees_across_a_cut_gets_whole_texts(tmp_path, change):
     write_tokenizer(tmp_path, "bpe")
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text())
-    assert can_cut(Tokenizer.from_folder(tmp_path))
+    assert cut_pattern(Tokenizer.from_folder(tmp_path))
     change(content)
     if content["normalizer"] == {"type": "Strip"}:
         content["normalizer"] |= {"strip_left": True, "strip_right": True}
     path.write_text(json.dumps(content))
-    assert not can_cut(Tokenizer.from_folder(tmp_path))
+    assert not cut_pattern(Tokenizer.from_folder(tmp_path))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,7 +141,7 @@ def test_long_records_are_cut_labelled_and_counted_like_whole_ones(tokenizers, k
 
 
 def test_a_text_without_a_place_to_cut_is_encoded_whole(tokenizers, monkeypatch):
-    text = "日本語" * 300
+    text = "日本語12_" * 200
     whole = tokenizers["bpe"].encode_batch_with_offsets([text])
     short_pieces(monkeypatch)
     assert encode_to_length(tokenizers["bpe"], [text], 10**6) == whole
@@ -154,3 +154,22 @@ def test_only_the_beginning_of_a_long_text_is_encoded(tokenizers):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert dataset.truncated == 1 and peak < 4 * len(text)
+
+
+def test_marks_are_places_to_cut_unless_a_token_may_hold_a_letter_before_one(tmp_path):
+    write_tokenizer(tmp_path, "bpe")
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    # A token of this vocabulary is the last byte of the euro sign and a full stop.
+    assert cut_pattern(Tokenizer.from_folder(tmp_path)) is long_texts.AT_SPACE
+    model = content["model"]
+    model["merges"] = [pair for pair in model["merges"] if "." not in "".join(pair)[1:]]
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if "." not in token[1:]}
+    path.write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert cut_pattern(tokenizer) is long_texts.AT_SPACE_OR_MARK
+    text = long_text(Random(3)) + "明日の朝、駅で会いましょう。" * 40
+    whole = tokenizer.encode_batch_with_offsets([text])
+    with pytest.MonkeyPatch.context() as patch:
+        short_pieces(patch)
+        assert encode_to_length(tokenizer, [text], 10**6) == whole

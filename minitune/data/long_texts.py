@@ -5,9 +5,10 @@ and pieces are encoded until there are enough tokens. The ids equal those of the
 because a cut lies at a place that no token crosses:
 
     ... of twelve| blue lamps ...      between a letter and a white space that a letter follows
+    ... the invoice|. The next ...     between a letter and a mark of punctuation
     ... the invoice.\\n|The next ...    between a line break and a letter
 
-`can_cut` allows these cuts if
+`cut_pattern` allows these cuts, or only those at white space, if
 
 - the model is BPE, and no token of the vocabulary crosses such a place. The merges on the two
   sides are then independent;
@@ -25,12 +26,16 @@ from minitune.data.tokenizer import Encoding, Tokenizer
 
 PIECE = 1 << 14  # characters that are encoded at once
 SEARCHED = 1 << 10  # characters at the end of a piece in which the last cut is looked for
-LETTER = r"[^\W\d_]"
-# A cut lies before group 1 or group 2. A text holds no letter U+FFFD unless bytes are missing.
-CUT = re.compile(rf"{LETTER}([ \n]){LETTER}|\S\n({LETTER})")
-CROSSES_CUT = re.compile(rf"(?:{LETTER}|\ufffd)[ \n]|\n(?:{LETTER}|\ufffd)")
+LETTER = r"[^\W\d_\u00b2\u00b3\u00b9\u2070-\u209c]"  # no superscript numbers
+MARK = "[,.;:!?。，、；：！？]"
+# A cut lies before the group that matches.
+AT_SPACE = re.compile(rf"{LETTER}([ \n]){LETTER}|\S\n({LETTER})")
+AT_SPACE_OR_MARK = re.compile(rf"{AT_SPACE.pattern}|{LETTER}({MARK})")
+# A part of a letter in a token of bytes is U+FFFD.
+CROSSES_SPACE = re.compile(rf"(?:{LETTER}|\ufffd)[ \n]|\n(?:{LETTER}|\ufffd)")
+CROSSES_MARK = re.compile(rf"(?:{LETTER}|\ufffd){MARK}")
 LOOKS_BEHIND = re.compile(r"\(\?<[=!]|(?<![\[\\])\^|\\[AbBGzZ]|(?<!\\)\$")
-PROBE = ("Four words, one line.\nOr two|", "\nThree!\n|", "Then four| more")
+PROBE = ("Four words|, one line.\nOr two|", "\nThree!\n|", "Then four| more")
 SPACE_MARK = "\u2581"  # stands for a space in the vocabularies that come from sentencepiece
 
 
@@ -73,12 +78,13 @@ def _extended_(before: Encoding, piece: Encoding, begin: int) -> Encoding:
 def _end_of_piece(tokenizer: Tokenizer, text: str, begin: int) -> int:
     """Return the place of a cut, about PIECE characters after `begin`, or the end of the text."""
     limit = begin + PIECE
-    if limit >= len(text) or not can_cut(tokenizer):
+    cut = cut_pattern(tokenizer) if limit < len(text) else None
+    if cut is None:
         return len(text)
-    before = [_place(match) for match in CUT.finditer(text, limit - SEARCHED, limit)]
+    before = [_place(match) for match in cut.finditer(text, limit - SEARCHED, limit)]
     if before:
         return before[-1]
-    after = CUT.search(text, limit)
+    after = cut.search(text, limit)
     return _place(after) if after else len(text)
 
 
@@ -87,29 +93,37 @@ def _place(match: re.Match) -> int:
 
 
 @lru_cache(maxsize=8)
-def can_cut(tokenizer: Tokenizer) -> bool:
-    """Return True if a text may be cut at CUT without a change of its tokens."""
+def cut_pattern(tokenizer: Tokenizer) -> re.Pattern | None:
+    """Return the pattern of the places to cut a text without a change of its tokens, or None."""
     definition = tokenizer.definition()
-    if definition is None:
-        return False
+    if definition is None or not _sees_pieces_like_texts(definition):
+        return None
+    tokens = list(_token_texts(definition))
+    if any(map(CROSSES_SPACE.search, tokens)) or not _probe_agrees(tokenizer):
+        return None
+    return AT_SPACE if any(map(CROSSES_MARK.search, tokens)) else AT_SPACE_OR_MARK
+
+
+def _sees_pieces_like_texts(definition: dict) -> bool:
+    """Return True if every part of a tokenizer.json does the same to a text and to its pieces."""
     model = definition["model"]
     plain_bpe = model["type"] == "BPE" and not (
         model.get("dropout")
         or model.get("continuing_subword_prefix")
         or model.get("end_of_word_suffix")
     )
-    if not plain_bpe:
-        return False
     parts = [*_parts(definition["normalizer"]), *_parts(definition["pre_tokenizer"])]
-    if not all(map(_is_local, parts)):
-        return False
-    byte_level = any(part["type"] == "ByteLevel" for part in parts)
-    vocabulary = _byte_level_texts(model["vocab"]) if byte_level else model["vocab"]
-    added = definition["added_tokens"]
-    tokens = [*vocabulary, *(token["content"] for token in added)]
-    if any(CROSSES_CUT.search(token.replace(SPACE_MARK, " ")) for token in tokens):
-        return False
-    return not any(map(_strips_at_a_letter, added)) and _probe_agrees(tokenizer)
+    strips = any(map(_strips_at_a_letter, definition["added_tokens"]))
+    return plain_bpe and all(map(_is_local, parts)) and not strips
+
+
+def _token_texts(definition: dict) -> Iterator[str]:
+    """Yield the texts of all tokens."""
+    vocabulary = definition["model"]["vocab"]
+    if any(part["type"] == "ByteLevel" for part in _parts(definition["pre_tokenizer"])):
+        vocabulary = _byte_level_texts(vocabulary)
+    for token in (*vocabulary, *(token["content"] for token in definition["added_tokens"])):
+        yield token.replace(SPACE_MARK, " ")
 
 
 def _parts(component: dict | None) -> Iterator[dict]:
