@@ -60,6 +60,14 @@ def test_a_new_run_takes_today_and_a_given_day_wins(tmp_path, monkeypatch):
         assert run_data.with_template_date(config).template_date == expected
 
 
+@pytest.mark.parametrize("content", ["template_date = 3\n", 'template_date = "x"\n', "= broken"])
+def test_a_folder_without_a_day_does_not_decide_it(tmp_path, monkeypatch, content):
+    set_today(monkeypatch, 2025, 1, 2)
+    (tmp_path / "config.toml").write_text(content, encoding="utf-8")
+    config = SFTConfig(output_dir=tmp_path)
+    assert run_data.with_template_date(config).template_date == "2025-01-02"
+
+
 def test_a_template_date_that_is_no_date_is_refused():
     with pytest.raises(ValueError, match="template_date is 'today'; write it as 2026-11-25"):
         SFTConfig(template_date="today")

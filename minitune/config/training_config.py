@@ -42,7 +42,7 @@ def check_date(date: str) -> None:
     """Raise ValueError if a text is no date such as 2026-11-25."""
     try:
         datetime.date.fromisoformat(date)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(f"template_date is {date!r}; write it as 2026-11-25") from None
 
 

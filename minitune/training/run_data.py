@@ -7,6 +7,7 @@ and the epoch alone, so the number of a step is enough to find its samples.
 
 import datetime
 import math
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minitune.config.cli import read_toml
-from minitune.config.training_config import SFTConfig
+from minitune.config.training_config import SFTConfig, check_date
 from minitune.data.batching import pack_rows
 from minitune.data.flat_samples import FlatSamples
 from minitune.data.samples import LabelOptions, Sample
@@ -81,9 +81,13 @@ def with_template_date(args: SFTConfig) -> SFTConfig:
     today = datetime.date.today().isoformat()
     if args.output_dir is None or args.overwrite:
         return replace(args, template_date=today)
-    config = Path(args.output_dir) / CONFIG
-    before = read_toml(config) if config.is_file() else {}
-    return replace(args, template_date=before.get("template_date", today))
+    try:
+        text = (Path(args.output_dir) / CONFIG).read_text(encoding="utf-8")
+        before = tomllib.loads(text).get("template_date")
+        check_date(before or today)
+    except (OSError, ValueError):  # there is no such run; run_folder.py judges the folder
+        before = None
+    return replace(args, template_date=before or today)
 
 
 @dataclass(frozen=True)
