@@ -71,6 +71,15 @@ def test_every_change_of_data_tokenizer_or_options_makes_another_entry(tokenizer
     keys.append(tokenize_dataset(path, other, 60, cache=cache).key)
     other.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
     keys.append(tokenize_dataset(path, other, 60, cache=cache).key)
+    dated = [
+        tokenize_dataset(path, other, 60, cache=cache, template_date=f"2026-01-0{day}").key
+        for day in (1, 2)
+    ]
+    assert dated == keys[-1:] * 2  # this template does not write the day
+    other.chat_template = "{{ strftime_now('%d') }}" + other.chat_template
+    for day in (1, 2):
+        options = {"cache": cache, "template_date": f"2026-01-0{day}"}
+        keys.append(tokenize_dataset(path, other, 60, **options).key)
     copy = tmp_path / "copy.jsonl"  # its name is part of the places that messages name
     shutil.copy(path, copy)
     keys.append(tokenize_dataset(copy, tokenizer, 60, cache=cache).key)

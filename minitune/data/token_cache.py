@@ -65,13 +65,15 @@ def dataset_key(
     code = sorted(Path(__file__).parent.glob("*.py"))
     beside = [tokenizer.folder / name for name in dict.fromkeys((*FILES, *JSON_FILES))]
     templates = tokenizer.chat_template
+    template_date = settings.get("template_date") or str(date.today())
+    if "strftime_now" not in json.dumps(templates):  # no text depends on the day
+        template_date = None
     values = {
         "format": FORMAT,
         "libraries": [version(name) for name in LIBRARIES],
         "templates": templates,
-        "date": str(date.today()) if "strftime_now" in json.dumps(templates) else None,
         "names": [source.format.name for source in sources],
-        "settings": settings,
+        "settings": {**settings, "template_date": template_date},
     }
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path in (*code, *beside, *files):
