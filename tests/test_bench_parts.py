@@ -106,7 +106,12 @@ def test_the_shapes_have_as_many_parameters_as_the_models_they_are_named_after()
         name: sum(map(math.prod, ModelConfig.from_dict(config).tensor_shapes().values()))
         for name, config in SHAPES.items()
     }
-    assert counts == {"8b": 8_030_261_248, "1b": 1_235_814_400, "135m": 134_515_008}
+    assert counts == {
+        "8b": 8_030_261_248,
+        "1b": 1_235_814_400,
+        "135m": 134_515_008,
+        "qwen3-8b": 8_190_735_360,
+    }
 
 
 def test_a_random_checkpoint_loads_here_and_in_transformers_with_one_token_a_letter(tmp_path):
