@@ -4,6 +4,7 @@ Each text holds a word of its own, such as Reply2, so its place in a rendering i
 """
 
 import json
+import random
 import re
 from dataclasses import dataclass, field
 
@@ -128,6 +129,27 @@ def forms(stop: str) -> dict[str, Form]:
             [{**message, "content": f"{message['content']} {hostile}"} for message in TURNS]
         ),
     }
+
+
+def random_calls(rng: random.Random) -> Form:
+    """Return a conversation of one to three questions with calls, results and reasoning.
+
+    The ids of calls come again in later turns, as in made-up data.
+    """
+    messages, n = [], 0
+    for _ in range(rng.randint(1, 3)):
+        messages.append(user(n := n + 1))
+        while rng.random() < 0.5 and n < 6:
+            call = calls({"town": f"Town{(n := n + 1)}"})[1]
+            call["content"] = rng.choice(("", f"Reply{n}, wait."))
+            if rng.random() < 0.4:
+                call["reasoning_content"] = reason(n)
+            result = {"role": "tool", "content": f"Result{n}: rain", "name": "get_weather"}
+            messages += [call, {**result, "tool_call_id": "abcdef123"}]
+        n += 1
+        reasoning = {"reasoning_content": reason(n)} if rng.random() < 0.4 else {}
+        messages.append(rng.choice((answer(n, **reasoning), thinking(n, THINK))))
+    return Form(messages, TOOLS)
 
 
 def in_transformers(source: str, messages: list[dict], tools, prompt: bool, **special) -> str:

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-from chat_forms import TOOLS, answer, calls, conversation_of, forms, in_transformers, reason, user
+from chat_forms import (
+    TOOLS,
+    answer,
+    calls,
+    conversation_of,
+    forms,
+    in_transformers,
+    random_calls,
+    reason,
+    user,
+)
 from prefix_rule import differing_spans, random_conversation
 from referees.chat_templates import compare_with_prefix_rule, table, verdict
 from template_kinds import CALLS, NAMES, TEMPLATES, stops_of
@@ -190,6 +200,16 @@ def test_random_hostile_conversations_have_the_spans_of_the_prefix_rule():
         assert not differing, f"{kind}, {conversation.messages}"
         compared += shared
     assert compared > 300
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_random_calls_and_reasoning_are_located_and_what_is_lost_is_named(kind):
+    rng = random.Random(3)
+    template, stops = template_of(kind), stops_of(kind)
+    for _ in range(25):
+        form = random_calls(rng)
+        letter = verdict(template, TEMPLATES[kind], form, (*stops, "<|end|>", "</s>"))
+        assert letter in ("=", "d", "s"), f"{letter}: {form.messages}"
 
 
 def test_a_result_inside_of_the_turn_that_calls_is_not_trained_on():

@@ -12,7 +12,7 @@ is a template, a column a form of tests/chat_forms.py:
     R  refused here only;  X  wrong
 
 --random compares the spans of random hostile conversations with the prefix rule's instead
-(tests/prefix_rule.py).
+(tests/prefix_rule.py), and judges a tenth as many random conversations with calls.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from chat_forms import (
     fault_of_spans,
     forms,
     in_transformers,
+    random_calls,
 )
 from prefix_rule import differing_spans, random_conversation
 
@@ -179,6 +180,13 @@ def compare_with_prefix_rule(folder: Path, conversations: int, seed: int) -> Non
         counts["spans that differ"] += len(differing)
         for text in differing:
             print(f"{text}: {conversation.messages}")
+    for _ in range(conversations // 10):
+        template, source, stops, ends = rng.choice(loaded)
+        form = random_calls(rng)
+        letter = verdict(template, source, form, ends)
+        counts[f"conversations with calls: {letter[0]}"] += 1
+        if letter[0] in "XR":
+            print(f"{letter}: {form.messages}")
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
