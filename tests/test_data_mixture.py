@@ -5,6 +5,7 @@ import tomllib
 
 import numpy as np
 import pytest
+from command_inputs import train
 from training_runs import RECORDS, make_smallest_model, new_trainer
 
 from minitune.data.flat_samples import OriginFormat, SampleBuilder
@@ -59,3 +60,19 @@ def test_weights_are_written_and_a_run_resumes_only_with_the_same_ones(tmp_path)
     assert new_trainer(folder, output, data_weights=[2, 0.5], **again).train().global_step == 3
     with pytest.raises(ValueError, match="another data changes which samples follow"):
         new_trainer(folder, output, data_weights=[1, 1], **again).train()
+
+
+def test_the_command_takes_files_of_several_formats_and_leaves_bad_records_out(tmp_path, capsys):
+    rows, table = tmp_path / "rows, old.jsonl", tmp_path / "table.csv"
+    rows.write_text("".join(json.dumps(record) + "\n" for record in [*RECORDS, {"text": 3}]))
+    table.write_text("prompt,completion\nHow many?,Four\nHow many now?,\nAnd then?,Five\n")
+    model = make_smallest_model(tmp_path / "model")
+    command = ["--model", str(model), "--device", "cpu", "--output-dir", str(tmp_path / "run")]
+    command += ["--data", str(rows), str(table), "--max-steps", "1"]
+    assert train(command) == 2
+    first, *listed = capsys.readouterr().err.splitlines()
+    assert first.endswith("2 of 28 records cannot be used (skip_bad leaves them out):")
+    assert [line.split(": ")[0] for line in listed] == [f"{rows}:25", f"{table}:3"]
+    assert train([*command, "--skip-bad", "--data-weights", "1", "2"]) == 0
+    error = capsys.readouterr().err
+    assert "28 samples" in error and "2 bad records left out" in error

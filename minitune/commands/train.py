@@ -1,6 +1,7 @@
-"""Train a LoRA adapter on a JSONL file.
+"""Train a LoRA adapter on records of one or several files.
 
     minitune train --model DIR --data FILE --output-dir DIR [--max-steps 100 ...]
+    minitune train --data a.jsonl b.parquet --data-weights 2 0.5 ...    several files
     minitune train --config run.toml --r 32             a TOML file; flags win over it
     minitune train --config DIR/config.toml --resume    continue an interrupted run
     minitune train --plan --model DIR --memory-budget 24GiB    the same as `minitune plan`

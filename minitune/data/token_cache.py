@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,14 @@ def _is_valid(samples: FlatSamples, vocab_size: int) -> bool:
         len(samples.labels) == tokens
         and len(samples) > 0
         and all(low <= values.min() and values.max() < high for values, low, high in ranges)
-        and not np.any((samples.labels < 0) & (samples.labels != IGNORE_INDEX))
+        and not any(map(_holds_unknown_label, range(0, tokens, FLUSHED), repeat(samples.labels)))
     )
+
+
+def _holds_unknown_label(first: int, labels: np.ndarray) -> bool:
+    """Return True if one of the FLUSHED labels from `first` on is negative and not -100."""
+    part = labels[first : first + FLUSHED]
+    return bool(np.any((part < 0) & (part != IGNORE_INDEX)))
 
 
 def remove_other_entries(cache: Path, kept: Sequence[str]) -> None:
