@@ -163,6 +163,8 @@ def test_a_repeated_run_reads_the_tokens_and_a_run_on_other_data_replaces_them(
     assert len(entries) == 1 and "the cache" not in capsys.readouterr().err
     other = output / "tokenized" / "own notes"
     other.mkdir()
+    left_over = output / "tokenized" / f".{'0' * 32}.partial"
+    left_over.mkdir()
     new_trainer(folder, output, records=path, max_steps=2, overwrite=True).train()
     assert "read from the cache" in capsys.readouterr().err
     assert (output / "metrics.jsonl").read_text().split('"loss": ')[1].split(",")[0] == losses
@@ -172,4 +174,5 @@ def test_a_repeated_run_reads_the_tokens_and_a_run_on_other_data_replaces_them(
         "own notes",
         entries[0].name,
     } == {"own notes"}
+    assert not left_over.exists()
     assert "tokenized" not in json.loads((output / "outputs.json").read_text())["names"]

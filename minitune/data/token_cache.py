@@ -44,6 +44,7 @@ FOLDER = "tokenized"  # in the run folder
 DESCRIPTION, SAMPLES = "dataset.json", "samples.npy"
 TOKEN_FILES = ("input_ids.npy", "labels.npy")
 KEY = re.compile("[0-9a-f]{32}")
+PARTIAL = re.compile(r"\.[0-9a-f]{32}\.(partial|old)")  # of atomic_folder
 MIN_BYTES = 1 << 20  # smaller data is tokenized each time, in less than a second
 FLUSHED = 1 << 20  # values that are written together
 LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
@@ -226,8 +227,12 @@ def _holds_unknown_label(first: int, labels: np.ndarray) -> bool:
 
 
 def remove_other_entries(cache: Path, kept: Sequence[str]) -> None:
-    """Delete the entries of earlier data or settings. Nothing else in the folder is touched."""
+    """Delete the entries of earlier data or settings, and those that a killed process left.
+
+    Nothing else in the folder is touched.
+    """
     for folder in cache.glob("*"):
         is_entry = KEY.fullmatch(folder.name) and (folder / DESCRIPTION).is_file()
-        if is_entry and folder.name not in kept:
+        is_partial = PARTIAL.fullmatch(folder.name)
+        if (is_entry and folder.name not in kept) or is_partial:
             shutil.rmtree(folder, ignore_errors=True)
