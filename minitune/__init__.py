@@ -6,8 +6,8 @@ Usage: from minitune import FastLanguageModel, SFTTrainer, SFTConfig
 from minitune.api import FastLanguageModel, LanguageModel
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig, SFTConfig
-from minitune.data.builtin_templates import get_chat_template
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.templates.builtin_templates import get_chat_template
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.training.trainer import SFTTrainer
 
 __all__ = [

@@ -16,7 +16,7 @@ from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
-from minitune.data.tokenizer import Tokenizer, check_vocabulary
+from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 from minitune.device import choose_device, choose_dtype
 from minitune.gguf.export import export_gguf
 from minitune.memory.planner import Planner, parse_gradient_checkpointing

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from transformers.utils import chat_template_utils
 
-from minitune.data.chat_template import ChatTemplate
-from minitune.data.messages import normal_message
 from minitune.data.samples import Conversation, RenderedConversation
+from minitune.data.templates.chat_template import ChatTemplate
+from minitune.data.templates.messages import normal_message
 
 WORD = re.compile(r"(?:Ask|Reply|Reason|Rule|Result|Town)\d")
 TOOLS = [

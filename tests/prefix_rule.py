@@ -6,8 +6,8 @@ The rule answers only if the whole rendering begins with both.
 
 import random
 
-from minitune.data.chat_template import ChatTemplate
 from minitune.data.samples import Conversation, RenderedConversation
+from minitune.data.templates.chat_template import ChatTemplate
 
 WORDS = ("seven", "chairs", "é", "漢字", "😀", "None", "0", "\u2028", "\ufdd0", "\x00")
 SPACES = ("", " ", "\n", "\n\n", "\t", "\u00a0")

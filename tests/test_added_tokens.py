@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizer_files import sentencepiece_bytes, write_json, write_json_tokenizer
 from tokenizers import decoders, normalizers
 
-from minitune.data.tokenizer import Tokenizer, check_vocabulary
+from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 
 CONFIG, ADDED, TOKENS_MAP = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 

@@ -23,10 +23,10 @@ from prefix_rule import differing_spans, random_conversation
 from referees.chat_templates import compare_with_prefix_rule, table, verdict
 from template_kinds import CALLS, NAMES, TEMPLATES, stops_of
 
-from minitune.data.chat_template import ChatTemplate, dropped_text_notes
-from minitune.data.jinja_template import JinjaTemplate
-from minitune.data.messages import normal_message
 from minitune.data.samples import Conversation
+from minitune.data.templates.chat_template import ChatTemplate, dropped_text_notes
+from minitune.data.templates.jinja_template import JinjaTemplate
+from minitune.data.templates.messages import normal_message
 
 PUBLISHED = os.environ.get("CHAT_TEMPLATES")  # the folder models/templates of llama.cpp's source
 

@@ -8,8 +8,8 @@ from training_runs import RECORDS, make_smallest_model, new_trainer
 
 from minitune.config.cli import run_command
 from minitune.config.fields import ListedErrors
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 
 
 @pytest.fixture

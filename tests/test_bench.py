@@ -17,8 +17,8 @@ from benchmark import records, table
 from benchmark.random_checkpoints import SHAPES, write_random_checkpoint
 from benchmark.step_profile import GROUPS
 
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

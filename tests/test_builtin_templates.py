@@ -8,9 +8,13 @@ from chat_forms import in_transformers
 from tokenizer_files import write_chat_tokenizer, write_json
 
 import minitune
-from minitune.data.builtin_templates import ALPACA_SYSTEM, BUILTIN_TEMPLATES, get_chat_template
-from minitune.data.chat_template import ChatTemplate
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.templates.builtin_templates import (
+    ALPACA_SYSTEM,
+    BUILTIN_TEMPLATES,
+    get_chat_template,
+)
+from minitune.data.templates.chat_template import ChatTemplate
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -3,7 +3,7 @@
 import pytest
 from tokenizer_files import CHATML, write_json_tokenizer
 
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief. <b>&</b>"},

@@ -6,9 +6,9 @@ import pytest
 from labelled_records import PAIR
 from tokenizer_files import write_chat_tokenizer
 
-from minitune.data.sources import load_dataset
+from minitune.data.sources.sources import load_dataset
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 
 
 @pytest.fixture

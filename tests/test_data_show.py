@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from minitune.commands import data
 from minitune.commands.__main__ import main
 from minitune.data.dataset_report import DatasetReport
-from minitune.data.dataset_summary import Bar, DatasetSummary
-from minitune.data.html_page import MAX_SAMPLE_BYTES, html_page
-from minitune.data.token_display import Piece, ShownSample
+from minitune.data.inspector.dataset_summary import Bar, DatasetSummary
+from minitune.data.inspector.html_page import MAX_SAMPLE_BYTES, html_page
+from minitune.data.inspector.token_display import Piece, ShownSample
 
 HOSTILE = "</mark><script>alert('x')</script>\x1b]0;owned\x07\u202e & <img src=https://evil/x>"
 

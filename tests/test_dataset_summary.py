@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from tokenizer_files import write_chat_tokenizer
 
-from minitune.data import dataset_summary
 from minitune.data.dataset_report import Occurrences
-from minitune.data.dataset_summary import Bar, histogram, summarize
-from minitune.data.summary_text import fault_rows, places, summary_text, total_rows
+from minitune.data.inspector import dataset_summary
+from minitune.data.inspector.dataset_summary import Bar, histogram, summarize
+from minitune.data.inspector.summary_text import fault_rows, places, summary_text, total_rows
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 
 BOS, END = 0, 1
 NEWLINE = 201  # byte-level BPE's token of a line break in this vocabulary

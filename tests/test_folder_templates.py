@@ -8,8 +8,8 @@ from tiny import make_tiny_model
 from tokenizer_files import CHATML, write_json, write_json_tokenizer
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
-from minitune.data.adapter_template import load_template
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.templates.adapter_template import load_template
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 CONFIG = "tokenizer_config.json"

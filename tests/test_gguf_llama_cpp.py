@@ -12,7 +12,7 @@ from tiny import make_tiny_model
 from minitune import FastLanguageModel
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.data.batching import collate
-from minitune.data.sources import load_dataset
+from minitune.data.sources.sources import load_dataset
 from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.gguf.export import export_gguf
 

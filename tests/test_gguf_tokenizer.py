@@ -8,7 +8,7 @@ from gguf_files import metadata_of
 from referees.llama_cpp import LlamaCpp
 from tiny import TEXTS, make_tiny_model, sentencepiece_model
 
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.export import convert_folder
 from minitune.gguf.tokenizer_metadata import tokenizer_metadata
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from labelled_records import PAIR, TURNS, sample_of, text_of, trained
 from tokenizer_files import CHATML, FOOT, HEAD, TAGGED, write_chat_tokenizer
 
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 
 FORGETFUL = (
     HEAD + "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}<|end|>\n" + FOOT

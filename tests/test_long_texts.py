@@ -10,8 +10,8 @@ from tiny import TEXTS, write_tokenizer
 
 from minitune.data import long_texts
 from minitune.data.long_texts import cut_pattern, encode_to_length
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 
 KINDS = ("bpe", "llama3", "spm")
 

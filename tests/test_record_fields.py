@@ -9,11 +9,11 @@ from labelled_records import PAIR, sample_of, text_of, trained
 from record_templates import FORGETS_REASONING, WHOLE
 from tokenizer_files import CHATML, write_chat_tokenizer
 
-from minitune.data.chat_template import EARLIER_REASONING
-from minitune.data.record_formats import render_record
+from minitune.data.records.record_formats import render_record
 from minitune.data.samples import EMPTY_ANSWER, LabelOptions
+from minitune.data.templates.chat_template import EARLIER_REASONING
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 
 USER, ANSWER = PAIR
 CALLS = [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"x": 1}}}]

@@ -8,7 +8,7 @@ from labelled_records import ANSWER, PAIR, TURNS, sample_of, text_of, trained
 from tokenizer_files import CHATML, TAGGED, write_chat_tokenizer
 
 from minitune.data.samples import Sample
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 SHAREGPT = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Four é."}]
 

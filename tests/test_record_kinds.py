@@ -7,8 +7,8 @@ from labelled_records import sample_of, text_of, trained
 from record_templates import WHOLE
 from tokenizer_files import write_chat_tokenizer
 
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "How many?"}
 ANSWER = {"role": "assistant", "content": "Four é."}

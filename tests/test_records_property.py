@@ -5,12 +5,12 @@ from random_records import RecordMaker
 from record_templates import FORGETS_REASONING, WHOLE
 from tokenizer_files import CHATML, TAGGED, write_chat_tokenizer
 
-from minitune.data.chat_template import EARLIER_REASONING
-from minitune.data.messages import REASONING_KEYS
-from minitune.data.record_fields import HARMLESS
-from minitune.data.record_formats import render_record
+from minitune.data.records.record_fields import HARMLESS
+from minitune.data.records.record_formats import render_record
 from minitune.data.samples import LabelOptions, RenderedText
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.templates.chat_template import EARLIER_REASONING
+from minitune.data.templates.messages import REASONING_KEYS
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 TEMPLATES = (WHOLE, WHOLE, FORGETS_REASONING, CHATML, TAGGED, None)
 

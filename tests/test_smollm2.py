@@ -13,7 +13,7 @@ from tiny import TEXTS, make_tiny_model
 
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.config.model_config import ModelConfig
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.export import convert_folder
 
 

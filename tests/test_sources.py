@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_files import write_chat_tokenizer
 
-from minitune.data import jsonl
-from minitune.data.sources import load_dataset, open_sources
+from minitune.data.sources import jsonl
+from minitune.data.sources.sources import load_dataset, open_sources
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 
 datasets = pytest.importorskip("datasets")
 pandas = pytest.importorskip("pandas")

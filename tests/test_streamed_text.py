@@ -7,7 +7,7 @@ import pytest
 from random_tokenizers import random_json_folder, random_model_folder
 
 from minitune.commands.generate import answer
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 SETTINGS = argparse.Namespace(
     raw=True, system=None, max_new_tokens=9, temperature=0.0, top_p=1.0, top_k=0, seed=0

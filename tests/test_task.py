@@ -8,7 +8,7 @@ import pytest
 from demonstration import make_task
 from demonstration.task_tables import VALUES
 
-from minitune.data.sources import load_dataset
+from minitune.data.sources.sources import load_dataset
 
 DEMONSTRATION = Path(__file__).parent.parent / "scripts" / "demonstration"
 FILES = ("train.jsonl", "heldout.jsonl")

@@ -9,8 +9,8 @@ from tokenizer_files import write_chat_tokenizer
 from training_runs import RECORDS, make_smallest_model, new_trainer
 
 from minitune.data import token_cache
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)

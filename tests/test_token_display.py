@@ -8,8 +8,7 @@ from tiny import TEXTS, write_tokenizer
 from tokenizer_files import sentencepiece_bytes, write_chat_tokenizer, write_json_tokenizer
 
 from minitune.config.visible_text import on_one_line, visible
-from minitune.data.samples import Sample
-from minitune.data.token_display import (
+from minitune.data.inspector.token_display import (
     Piece,
     ShownSample,
     coloured_text,
@@ -17,7 +16,8 @@ from minitune.data.token_display import (
     sample_text,
     token_pieces,
 )
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.samples import Sample
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 KINDS = ("bpe", "llama3", "spm", "spm of other lines", "json with a BOS")
 BEYOND_ASCII = "🦙👩‍🚀 日本語 \ufffd\ufffd é e\u0301 ﷽  two spaces"

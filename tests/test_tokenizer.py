@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizer_files import LINES, sentencepiece_bytes, write_json, write_json_tokenizer
 from tokenizers import Tokenizer as Library
 
-from minitune.data.tokenizer import Tokenizer, check_vocabulary
+from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 from random_tokenizers import random_json_folder, random_model_folder, random_text
 
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")

@@ -23,7 +23,7 @@ from minitune.atomic_files import atomic_folder, require_space, write_json
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.checkpoints.safetensors_writer import tensor_bytes, total_bytes, write_model_files
 from minitune.config.training_config import MERGE_BASES
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.model.linear import Linear
 

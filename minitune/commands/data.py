@@ -27,12 +27,12 @@ from minitune.config.cli import (
     settings_parser,
 )
 from minitune.config.model_config import ModelConfig
-from minitune.data.dataset_summary import summarize
-from minitune.data.html_page import html_page
+from minitune.data.inspector.dataset_summary import summarize
+from minitune.data.inspector.html_page import html_page
+from minitune.data.inspector.summary_text import summary_text
+from minitune.data.inspector.token_display import ShownSample, first_samples, sample_text
 from minitune.data.samples import LabelOptions
-from minitune.data.summary_text import summary_text
-from minitune.data.token_display import ShownSample, first_samples, sample_text
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.training.run_data import read_datasets
 
 DESCRIPTION = "Show which tokens of a dataset are trained on, and the numbers to check."

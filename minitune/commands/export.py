@@ -17,7 +17,7 @@ from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS, MERGE_BASES
-from minitune.data.adapter_template import load_template
+from minitune.data.templates.adapter_template import load_template
 from minitune.gguf.export import convert_folder, export_gguf
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from minitune.api import FastLanguageModel
 from minitune.config.cli import CommandParser, run_command
-from minitune.data.adapter_template import load_template
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.templates.adapter_template import load_template
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 
 

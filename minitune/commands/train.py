@@ -23,8 +23,8 @@ from minitune.commands.data import print_samples
 from minitune.commands.plan import plan
 from minitune.config.cli import Settings, parse, run_command
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
-from minitune.data.sources import check_first_records
-from minitune.data.token_display import first_samples
+from minitune.data.inspector.token_display import first_samples
+from minitune.data.sources.sources import check_first_records
 from minitune.gguf.export import gguf_file_name
 from minitune.training import run_folder
 from minitune.training.trainer import SFTTrainer

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minitune.data.record_formats import SHAPES
+from minitune.data.records.record_formats import SHAPES
 from minitune.data.samples import Sample
 
 SAMPLES_PER_HASH = 1024  # samples that are copied together for their hash

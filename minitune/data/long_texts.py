@@ -21,8 +21,8 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
-from minitune.data.json_backend import BYTE_LETTERS
-from minitune.data.tokenizer import Encoding, Tokenizer
+from minitune.data.tokenization.json_backend import BYTE_LETTERS
+from minitune.data.tokenization.tokenizer import Encoding, Tokenizer
 
 PIECE = 1 << 14  # characters that are encoded at once
 SEARCHED = 1 << 10  # characters at the end of a piece in which the last cut is looked for

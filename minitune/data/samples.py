@@ -1,6 +1,6 @@
 """The values that pass between the parts of the data path: conversations, texts, samples, options.
 
-record -> Conversation -> RenderedText -> Sample          record_formats.py, chat_template.py
+record -> Conversation -> RenderedText -> Sample          records/, templates/
        -> RenderedText -> Sample                          plain text, prompt and completion
        -> Sample                                          tokens
 """

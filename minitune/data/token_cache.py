@@ -35,8 +35,8 @@ from minitune.data.flat_samples import (
     SampleBuilder,
     TokenColumn,
 )
-from minitune.data.sources import Source
-from minitune.data.tokenizer import FILES, JSON_FILES, Tokenizer
+from minitune.data.sources.sources import Source
+from minitune.data.tokenization.tokenizer import FILES, JSON_FILES, Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
 FORMAT = 1
@@ -64,7 +64,7 @@ def dataset_key(
         return None
     if sum(path.stat().st_size for path in files) < MIN_BYTES:
         return None
-    code = sorted(Path(__file__).parent.glob("*.py"))
+    code = sorted(Path(__file__).parent.rglob("*.py"))
     beside = [tokenizer.folder / name for name in dict.fromkeys((*FILES, *JSON_FILES))]
     templates = tokenizer.chat_template
     template_date = settings.get("template_date") or str(date.today())

@@ -1,9 +1,9 @@
 """From a dataset to samples: records are rendered, encoded, labelled and cut to length.
 
 A token is trained on if it overlaps a span of characters that the record's structure marks
-(record_formats.py, chat_template.py). The whole text is encoded once, and the tokenizer's offsets
-give the characters of each token. A token across the border of an answer therefore belongs to the
-answer, and no token string is ever searched for.
+(records/record_formats.py, templates/chat_template.py). The whole text is encoded once, and the
+tokenizer's offsets give the characters of each token. A token across the border of an answer
+therefore belongs to the answer, and no token string is ever searched for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from minitune.data.dataset_report import DatasetReport
 from minitune.data.flat_samples import FlatSamples, SampleBuilder
 from minitune.data.long_texts import PIECE, encode_to_length
-from minitune.data.record_fields import unused_notes
-from minitune.data.record_formats import TEXT_FIELD, render_record
+from minitune.data.records.record_fields import unused_notes
+from minitune.data.records.record_formats import TEXT_FIELD, render_record
 from minitune.data.samples import LabelOptions, RenderedText, Sample, Span
-from minitune.data.sources import Dataset, Source, open_sources
+from minitune.data.sources.sources import Dataset, Source, open_sources
 from minitune.data.token_cache import dataset_key, new_entry, read_entry
-from minitune.data.tokenizer import Encoding, Tokenizer
+from minitune.data.tokenization.tokenizer import Encoding, Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
 # Limits of the texts that are encoded together. They occupy the tokenizer's threads, and bound the
@@ -66,7 +66,7 @@ def tokenize_dataset(
 ) -> TokenizedDataset:
     """Tokenize and label every record of a dataset.
 
-    source: a file, several files, or records in memory (sources.py).
+    source: a file, several files, or records in memory (sources/sources.py).
     max_length: tokens of a sample; longer samples lose their end.
     progress: called as progress(done, total) with numbers of records; the total may be unknown.
     skip_bad: leave out records that cannot be read or rendered; the report names them.

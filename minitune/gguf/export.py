@@ -26,7 +26,7 @@ from minitune.checkpoints.merge import merged_tensors
 from minitune.checkpoints.safetensors_folder import TIED_HEAD
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.tokenizer_metadata import tokenizer_metadata
 from minitune.gguf.writer import GGMLType, MetadataValue, TensorInfo, write_gguf
 from minitune.model.causal_lm import CausalLM

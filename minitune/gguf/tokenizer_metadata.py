@@ -19,9 +19,9 @@ import sentencepiece
 from tokenizers import AddedToken
 
 from minitune.atomic_files import read_json
-from minitune.data.chat_template import DEFAULT
-from minitune.data.folder_templates import Templates
-from minitune.data.tokenizer import Tokenizer, check_vocabulary
+from minitune.data.templates.chat_template import DEFAULT
+from minitune.data.templates.folder_templates import Templates
+from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 from minitune.gguf.writer import MetadataValue
 
 # Token types. Control tokens are never shown; user-defined tokens are matched in any text.

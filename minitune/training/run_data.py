@@ -19,10 +19,10 @@ from minitune.config.training_config import SFTConfig, check_date
 from minitune.data.batching import pack_rows
 from minitune.data.flat_samples import FlatSamples
 from minitune.data.samples import LabelOptions, Sample
-from minitune.data.sources import Dataset, file_names
+from minitune.data.sources.sources import Dataset, file_names
 from minitune.data.token_cache import FOLDER
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
-from minitune.data.tokenizer import Tokenizer
 from minitune.training.checkpoint import RunSize
 from minitune.training.log import progress_bar
 from minitune.training.run_folder import CONFIG

@@ -31,7 +31,7 @@ from minitune.checkpoints.adapter import save_adapter
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.config.cli import toml_text
 from minitune.config.training_config import SFTConfig
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.export import export_gguf
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import STATE, save_checkpoint

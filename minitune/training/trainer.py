@@ -23,12 +23,12 @@ from torch import Tensor
 
 from minitune.config.cli import as_dict
 from minitune.config.training_config import RunConfig, SFTConfig
-from minitune.data.adapter_template import save_template
 from minitune.data.batching import collate, micro_steps
 from minitune.data.samples import Sample
-from minitune.data.sources import Dataset
+from minitune.data.sources.sources import Dataset
+from minitune.data.templates.adapter_template import save_template
 from minitune.data.token_cache import FOLDER, remove_other_entries
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import Progress
 from minitune.training.log import RunSummary, TrainingLog, banner, deferred_sigint, interruption
@@ -80,7 +80,7 @@ class SFTTrainer:
         model: a model with an adapter.
         args: the settings of the run; default: SFTConfig().
         train_dataset, eval_dataset: a path, several paths, or records in memory
-            (data/sources.py, data/record_formats.py).
+            (data/sources/sources.py, data/records/record_formats.py).
         processing_class: the tokenizer; default: that of the model's folder.
         run_config: settings to write to config.toml; default: the model's settings.
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from demonstration import smollm2
 from minitune.config.cli import Settings
-from minitune.data.sources import load_dataset
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.sources.sources import load_dataset
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.training.run_folder import write_models
 from minitune.training.trainer import SFTTrainer

@@ -38,7 +38,7 @@ from chat_forms import (
 )
 from prefix_rule import differing_spans, random_conversation
 
-from minitune.data.chat_template import ChatTemplate
+from minitune.data.templates.chat_template import ChatTemplate
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 # The tokens at which the published models stop, by the beginning of the file's name.

@@ -18,7 +18,7 @@ from demonstration import demo
 from demonstration.smollm2 import DEFAULT
 
 from minitune import FastLanguageModel
-from minitune.data.sources import load_dataset
+from minitune.data.sources.sources import load_dataset
 from referees.llama_cpp import LlamaCpp
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 from referees.reporting import (
     as_text,
     machine_and_versions,

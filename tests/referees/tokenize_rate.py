@@ -41,8 +41,8 @@ import tokenizers  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: E402
 
+from minitune.data.tokenization.tokenizer import Tokenizer  # noqa: E402
 from minitune.data.tokenize_dataset import tokenize_dataset  # noqa: E402
-from minitune.data.tokenizer import Tokenizer  # noqa: E402
 from referees.reporting import markdown_table  # noqa: E402
 
 VOCABULARY = 49_152

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from minitune.atomic_files import read_json
-from minitune.data.jsonl import parse_json
+from minitune.data.sources.jsonl import parse_json
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 BATCH_BYTES = 4 << 20  # of rows that are decoded together

@@ -20,10 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minitune.data.arrow_files import dataset_files, read_dataset_folder, read_parquet
 from minitune.data.flat_samples import OriginFormat
-from minitune.data.jsonl import KNOWN_SHAPES, is_json_array, kind_of, read_json_file
-from minitune.data.text_files import read_csv, read_text_lines
+from minitune.data.sources.arrow_files import dataset_files, read_dataset_folder, read_parquet
+from minitune.data.sources.jsonl import KNOWN_SHAPES, is_json_array, kind_of, read_json_file
+from minitune.data.sources.text_files import read_csv, read_text_lines
 
 Dataset = str | Path | Sequence[str | Path] | Iterable[Mapping]
 CHECKED_RECORDS = 100  # of a file, before the model is loaded

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minitune.data.text_files import numbered_lines, open_text
+from minitune.data.sources.text_files import numbered_lines, open_text
 
 # Error messages list the shapes of records that record_formats.py knows.
 KNOWN_SHAPES = (

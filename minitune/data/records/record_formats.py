@@ -20,16 +20,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from minitune.data.chat_template import ChatTemplate, dropped_text_notes, without_reasoning
-from minitune.data.conversations import (
+from minitune.data.records.conversations import (
     SYSTEM_KEYS,
     ReadConversation,
     conversation_of_alpaca,
     conversation_of_messages,
     conversation_of_pair,
 )
-from minitune.data.jsonl import KNOWN_SHAPES
-from minitune.data.record_fields import MEDIA, PREFERENCE, Fields, Reading
+from minitune.data.records.record_fields import MEDIA, PREFERENCE, Fields, Reading
+from minitune.data.records.token_records import refuse_option, token_sample
 from minitune.data.samples import (
     EMPTY_ANSWER,
     Conversation,
@@ -39,8 +38,13 @@ from minitune.data.samples import (
     RenderedText,
     Span,
 )
-from minitune.data.token_records import refuse_option, token_sample
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.sources.jsonl import KNOWN_SHAPES
+from minitune.data.templates.chat_template import (
+    ChatTemplate,
+    dropped_text_notes,
+    without_reasoning,
+)
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 TEXT_FIELD = "text"
 SHAPES = {  # name -> the keys that every record of the shape has

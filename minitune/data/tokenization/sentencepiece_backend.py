@@ -18,8 +18,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, models
 
-from minitune.data.added_tokens import CONFIG, DeclaredTokens
-from minitune.data.json_backend import Encoding, library_errors
+from minitune.data.tokenization.added_tokens import CONFIG, DeclaredTokens
+from minitune.data.tokenization.json_backend import Encoding, library_errors
 
 # In a protobuf message the last value of a field counts. These four bytes, appended to a model
 # file, set add_dummy_prefix (field 3) of normalizer_spec (field 3) to false.

@@ -12,17 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minitune.data.jsonl import kind_of, parse_json
-from minitune.data.message_reader import (
+from minitune.data.records.message_reader import (
     ASSISTANT,
     SYSTEM_ROLES,
     Message,
     read_messages,
     variable_names,
 )
-from minitune.data.messages import drop_nulls, normal_message
-from minitune.data.record_fields import Fields
+from minitune.data.records.record_fields import Fields
 from minitune.data.samples import EMPTY_ANSWER, Conversation
+from minitune.data.sources.jsonl import kind_of, parse_json
+from minitune.data.templates.messages import drop_nulls, normal_message
 
 SYSTEM_KEYS = ("system", "system_prompt")
 SCHEMA_KEYS = frozenset({"name", "description", "type", "required", "$schema"})

@@ -22,9 +22,8 @@ from typing import Any
 from tokenizers import AddedToken
 
 from minitune.atomic_files import read_json, write_json
-from minitune.data.added_tokens import SPECIAL_NAMES, DeclaredTokens, read_declared_tokens
-from minitune.data.chat_template import ChatTemplate
-from minitune.data.folder_templates import (
+from minitune.data.templates.chat_template import ChatTemplate
+from minitune.data.templates.folder_templates import (
     TEMPLATE_FILE,
     TEMPLATE_FOLDER,
     Templates,
@@ -32,9 +31,18 @@ from minitune.data.folder_templates import (
     read_templates,
     write_templates,
 )
-from minitune.data.json_backend import Encoding, JsonBackend
-from minitune.data.sentencepiece_backend import SentencePieceBackend
-from minitune.data.tokenizer_config import check_config, check_prefix_space, ignored_keys
+from minitune.data.tokenization.added_tokens import (
+    SPECIAL_NAMES,
+    DeclaredTokens,
+    read_declared_tokens,
+)
+from minitune.data.tokenization.json_backend import Encoding, JsonBackend
+from minitune.data.tokenization.sentencepiece_backend import SentencePieceBackend
+from minitune.data.tokenization.tokenizer_config import (
+    check_config,
+    check_prefix_space,
+    ignored_keys,
+)
 
 CONFIG = "tokenizer_config.json"
 FILES = (

@@ -10,9 +10,9 @@ attention_mask all ones, token_type_ids all zeros, position_ids counting from 0.
 
 from typing import Any
 
-from minitune.data.record_fields import Fields
+from minitune.data.records.record_fields import Fields
 from minitune.data.samples import LabelOptions, Sample
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
 

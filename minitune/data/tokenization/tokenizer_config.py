@@ -7,7 +7,7 @@ tokenizer.json, are noted if that file says otherwise.
 import json
 from pathlib import Path
 
-from minitune.data.json_backend import JsonBackend
+from minitune.data.tokenization.json_backend import JsonBackend
 
 SWITCHES = (
     "add_bos_token",

@@ -23,9 +23,9 @@ from collections import Counter
 from functools import cached_property
 from typing import Any
 
-from minitune.data.jinja_template import NO_BLOCKS, JinjaTemplate
 from minitune.data.samples import Conversation, Span
-from minitune.data.text_marks import (
+from minitune.data.templates.jinja_template import NO_BLOCKS, JinjaTemplate
+from minitune.data.templates.text_marks import (
     SPAN_BEGIN,
     SPAN_END,
     MarkedConversation,

@@ -16,8 +16,8 @@ import numpy as np
 from minitune.data.batching import pack_rows
 from minitune.data.dataset_report import MAX_ORIGINS, DatasetReport, Occurrences
 from minitune.data.flat_samples import FlatSamples
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import TokenizedDataset
-from minitune.data.tokenizer import Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
 BLOCK_TOKENS = 1 << 20

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from minitune.data.messages import REASONING_KEYS
 from minitune.data.samples import Conversation
+from minitune.data.templates.messages import REASONING_KEYS
 
 REASONING_ENDS = ("</think>", "[/THINK]", "<channel|>", "</seed:think>", "</mm:think>")
 TOOLS = -1  # stands for the index of a message

@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitune.data.jsonl import kind_of, parse_json
+from minitune.data.sources.jsonl import kind_of, parse_json
 
 MAX_DEPTH = 100  # of lists and objects inside a record
 

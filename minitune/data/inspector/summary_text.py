@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from minitune.config.visible_text import on_one_line
 from minitune.data.dataset_report import Occurrences
-from minitune.data.dataset_summary import DatasetSummary
+from minitune.data.inspector.dataset_summary import DatasetSummary
+from minitune.data.inspector.token_display import styled
 from minitune.data.samples import EMPTY_ANSWER
-from minitune.data.token_display import styled
 
 LABEL_WIDTH = 14
 NUMBER_WIDTH = 11

@@ -17,7 +17,7 @@ from itertools import groupby
 from minitune.config.visible_text import on_one_line, visible
 from minitune.data.flat_samples import FlatSamples
 from minitune.data.samples import Sample
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
 BORDER = "│"

@@ -10,8 +10,8 @@ The arguments are an object, or its JSON text.
 from collections.abc import Mapping
 from typing import Any
 
-from minitune.data.jsonl import kind_of, parse_json
-from minitune.data.record_fields import Fields, in_order
+from minitune.data.records.record_fields import Fields, in_order
+from minitune.data.sources.jsonl import kind_of, parse_json
 
 OLD_KEY = "function_call"
 

@@ -22,8 +22,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from minitune.data.added_tokens import DeclaredTokens
 from minitune.data.samples import Span
+from minitune.data.tokenization.added_tokens import DeclaredTokens
 
 Encoding = tuple[list[int], list[Span]]  # token ids, and the characters that each stands for
 

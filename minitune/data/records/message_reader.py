@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from minitune.data.jsonl import kind_of
-from minitune.data.messages import REASONING_KEYS
-from minitune.data.record_fields import HARMLESS, Fields, in_order
-from minitune.data.tool_calls import calls_of_text, read_calls
+from minitune.data.records.record_fields import HARMLESS, Fields, in_order
+from minitune.data.records.tool_calls import calls_of_text, read_calls
+from minitune.data.sources.jsonl import kind_of
+from minitune.data.templates.messages import REASONING_KEYS
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 SYSTEM_ROLES = ("system", "developer")

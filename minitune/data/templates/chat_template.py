@@ -13,11 +13,11 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from minitune.data.answer_spans import AnswerSpans, any_of
-from minitune.data.jinja_template import JinjaTemplate
-from minitune.data.messages import REASONING_KEYS, normal_message, with_reasoning_key
 from minitune.data.samples import Conversation, RenderedConversation, Span
-from minitune.data.text_marks import REASONING_ENDS, reasoning_name
+from minitune.data.templates.answer_spans import AnswerSpans, any_of
+from minitune.data.templates.jinja_template import JinjaTemplate
+from minitune.data.templates.messages import REASONING_KEYS, normal_message, with_reasoning_key
+from minitune.data.templates.text_marks import REASONING_ENDS, reasoning_name
 
 EARLIER_REASONING = "the chat template leaves out the reasoning of earlier turns"  # a note
 DEFAULT, TOOL_USE = "default", "tool_use"

@@ -7,8 +7,8 @@ rendered with another template than the trained one get worse answers, without a
 from pathlib import Path
 
 from minitune.atomic_files import os_errors_as_value_error
-from minitune.data.folder_templates import TEMPLATE_FILE, read_templates, write_templates
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.templates.folder_templates import TEMPLATE_FILE, read_templates, write_templates
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 
 def save_template(tokenizer: Tokenizer, adapter: Path) -> None:

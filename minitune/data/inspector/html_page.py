@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from minitune.config.visible_text import on_one_line
-from minitune.data.dataset_summary import DatasetSummary
-from minitune.data.summary_text import (
+from minitune.data.inspector.dataset_summary import DatasetSummary
+from minitune.data.inspector.summary_text import (
     BAD_TITLE,
     HISTOGRAM_TITLE,
     Row,
@@ -21,7 +21,7 @@ from minitune.data.summary_text import (
     fault_rows,
     total_rows,
 )
-from minitune.data.token_display import Piece, ShownSample
+from minitune.data.inspector.token_display import Piece, ShownSample
 
 MAX_SAMPLE_BYTES = 1_900_000  # of all samples together, markup included
 

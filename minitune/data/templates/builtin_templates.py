@@ -8,7 +8,7 @@ must be in the vocabulary: split into pieces, an end of turn would not stop gene
 
 from dataclasses import dataclass
 
-from minitune.data.tokenizer import Tokenizer
+from minitune.data.tokenization.tokenizer import Tokenizer
 
 ALPACA_SYSTEM = (
     "Below is an instruction that describes a task. "

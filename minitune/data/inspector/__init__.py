@@ -1,0 +1,1 @@
+"""The samples and the numbers of a dataset, for people: text and HTML."""

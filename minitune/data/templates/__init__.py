@@ -1,0 +1,1 @@
+"""Chat templates: rendering, and the spans that the assistant wrote."""
