@@ -4,6 +4,7 @@ import pytest
 import torch
 from plain_llama import PlainLlama
 from tiny import draw_adapter, make_tiny_model
+from tiny_families import make_tiny_family
 
 from minitune import FastLanguageModel
 
@@ -18,6 +19,16 @@ SHAPE = {
     "ffn": 704,
     "vocab": 2048,
     "tie": False,
+}
+
+FAMILY_SHAPE = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 704,
+    "vocab_size": 2048,
 }
 
 
@@ -49,8 +60,13 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_a_step_in_bf16_errs_at_most_twice_as_much_as_plain_pytorch_in_bf16(tmp_path):
-    model = load(make_tiny_model(tmp_path / "m", **SHAPE), torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_step_in_bf16_errs_at_most_twice_as_much_as_plain_pytorch_in_bf16(tmp_path, family):
+    if family == "llama":
+        folder = make_tiny_model(tmp_path / "m", **SHAPE)
+    else:
+        folder = make_tiny_family(tmp_path / "m", family, **FAMILY_SHAPE)
+    model = load(folder, torch.bfloat16)
     samples, inputs = packed_batch(SHAPE["vocab"])
     loss = model(**inputs).loss
     loss.backward()
