@@ -33,11 +33,22 @@ def test_the_first_20_bad_records_are_listed_with_their_lines_and_all_are_counte
     with pytest.raises(ListedErrors) as error:
         tokenize_dataset(path, tokenizer, 100)
     first, *listed, last = str(error.value).splitlines()
-    assert first.startswith(f"{path}: 600 of 1,200 records cannot be used (skip_bad")
+    assert first.startswith(f"{path}: 600 of 1,200 records cannot be used (--skip-bad")
     assert [line.split(": ")[0] for line in listed] == [f"{path}:{2 * i + 2}" for i in range(20)]
     assert "holds a list, not an object" in listed[0] and "not JSON" in listed[2]
     assert '"text" is a number' in listed[1]
     assert last == "... and 580 more"
+
+
+def test_the_remedy_of_bad_records_is_told_once(tokenizer):
+    records = [{"question": "a"}, {"question": "a"}, {"text": 3}, {"answer": "b"}]
+    with pytest.raises(ListedErrors) as error:
+        tokenize_dataset(records, tokenizer, 100)
+    _, first, second, third, last = str(error.value).splitlines()
+    assert first.startswith("dataset[0]: unknown shape with the fields question; known are")
+    assert second == "dataset[1]: unknown shape with the fields question"
+    assert third == 'dataset[2]: "text" is a number, expected a text'
+    assert last.startswith("dataset[3]: unknown shape with the fields answer; known are")
 
 
 def test_a_single_bad_record_is_one_line_that_begins_with_its_place(tokenizer, tmp_path):

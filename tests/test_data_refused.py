@@ -19,19 +19,34 @@ def tokenizer(tmp_path):
 
 KNOWN = r'known are .*{"messages": \[...\]}.*{"input_ids": \[...\], "labels": \[...\]}'
 LINES = [
-    ('{"text": "a"', r"not JSON: Expecting ',' delimiter at column 13; known are"),
+    (
+        '{"text": "a"',
+        r"not JSON: Expecting ',' delimiter at column 13: the text ends inside a value; each line",
+    ),
+    ('{"text": "a",}', "at column 14: remove the comma before the }; each line"),
+    ('{"text": ["a",]}', "at column 15: remove the comma before the ]; each line"),
+    ('{"text": "a"},', "at column 14: remove the comma behind the value; each line"),
+    ('{"text": "a"} {"text": "b"}', "at column 15: a second value follows the first; each"),
+    ("{'text': 'a'}", "at column 2: write double quotes around keys and texts; each line"),
+    ('{"text": None}', "at column 10: write null, true and false, not Python's words; each"),
+    ('{"text": "a\tb"}', r"at column 12: write a line break as \\n"),
+    ("{", "at column 2: the text ends inside a value; each line is one whole record, or the"),
     ('["text"]', f"holds a list, not an object; {KNOWN}"),
     (
         '{"question": "a", "answer": "b"}',
         f"unknown shape with the fields question, answer; {KNOWN}",
     ),
     ("{}", rf"unknown shape with the fields \(none\); {KNOWN}"),
-    ('{"prompt": "a"}', "unknown shape with the fields prompt"),
+    ('{"prompt": "a"}', f'unknown shape with the fields prompt; {KNOWN}; "completion" is missing'),
+    (
+        '{"Instruction": "a", "Output": "b"}',
+        r'did you mean "instruction" by "Instruction", "output" by "Output"\?',
+    ),
     ('{"text": "a", "text": "b"}', 'JSON that cannot be read: the key "text" stands twice'),
     ('{"text": 3}', '"text" is a number, expected a text'),
     ('{"text": null}', '"text" is null, expected a text'),
     ('{"messages": "a"}', '"messages" is a text, expected a list of at least one'),
-    ('{"messages": []}', '"messages" is a list, expected a list of at least one'),
+    ('{"messages": []}', '"messages" is an empty list, expected a list of at least one'),
     ('{"messages": [{"content": "a"}]}', r'"messages"\[0\] is not a message'),
     ('{"messages": [{"role": "user"}]}', r'"messages"\[0\] has no content'),
     (
@@ -40,12 +55,12 @@ LINES = [
     ),
     (
         '{"conversations": [{"from": "narrator", "value": "a"}]}',
-        "a turn is from 'narrator'; known are human",
+        r'"conversations"\[0\] is from .narrator.; known are human',
     ),
     ('{"conversations": [{"from": "gpt"}]}', r'"conversations"\[0\] has no content'),
     ('{"prompt": "a", "completion": ["b"]}', '"completion" is a list, expected a text'),
     ('{"prompt": ["a"], "completion": "b"}', r'"prompt"\[0\] is not a message'),
-    ('{"instruction": "a", "output": {}}', '"output" is a dict, expected a text'),
+    ('{"instruction": "a", "output": {}}', '"output" is an object, expected a text'),
     ('{"text": "a\\ud800"}', "surrogates not allowed"),
     (
         '{"messages": [{"role": "user", "content": "a"}], "tools": 3}',
@@ -80,10 +95,10 @@ LINES = [
         '{"messages": [{"role": "user", "content": ["a"]}]}',
         "the content of message 1 has a part 'a'; parts are",
     ),
-    (f'{{"text": {"[" * 100_000}', "JSON that is nested too deeply to be read; known are"),
+    (f'{{"text": {"[" * 100_000}', "JSON that is nested too deeply to be read; each line is"),
     (
         f'{{"text": 1{"0" * 5000}}}',
-        r"JSON that cannot be read: Exceeds the limit \(4300 digits\).*; known are",
+        r"JSON that cannot be read: Exceeds the limit \(4300 digits\).*; each line is",
     ),
     (
         '{"messages": [{"role": "user", "content": "a"}], "tools": "["}',
@@ -131,7 +146,12 @@ RECORDS = [
         {"assistant_only_loss": True},
         "needs records with assistant_masks or labels",
     ),
-    ({"messages": PAIR[:1]}, {}, r"dataset: none of its 1 samples has a token to train on\.$"),
+    (
+        {"messages": PAIR[:1]},
+        {},
+        r"dataset: none of its 1 samples has a token to train on\. "
+        r"No answer to train on: 1, first dataset\[0\]\.$",
+    ),
     (
         {"text": "a"},
         {"dataset_text_field": "body"},

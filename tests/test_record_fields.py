@@ -123,8 +123,8 @@ REFUSED = [
         "'Assistant' of .* write \"assistant\"",
     ),
     (messages(USER, {"role": "model", "content": "a"}), "'model' of .* write \"assistant\""),
-    ({"conversations": [{"from": ["gpt"], "value": "a"}]}, r"a turn is from \['gpt'\]; known are"),
-    ({"conversations": [{"from": {"a": 1}, "value": "a"}]}, "a turn is from {'a': 1}; known are"),
+    ({"conversations": [{"from": ["gpt"], "value": "a"}]}, r"\[0\] is from \['gpt'\]; known are"),
+    ({"conversations": [{"from": {"a": 1}, "value": "a"}]}, r"\[0\] is from {'a': 1}; known are"),
     ({"prompt": [USER], "completion": [USER]}, '"completion" holds no message of the role "assist'),
     # labels
     (
@@ -153,7 +153,7 @@ REFUSED = [
         {"conversations": [{"from": "function_call", "value": "add()"}]},
         "a function_call that is not JSON",
     ),
-    ({"messages": PAIR, "tools": {"name": "add"}}, '"tools" is a dict, expected a list'),
+    ({"messages": PAIR, "tools": {"name": "add"}}, '"tools" is an object, expected a list'),
     ({"messages": PAIR, "tools": ["add"]}, "not JSON"),
     ({"messages": PAIR, "tools": [3]}, r'"tools"\[0\] is a number, expected an object'),
     ({"messages": PAIR, "tools": [{"name": "a", "run": object}]}, "holds a type, expected values"),

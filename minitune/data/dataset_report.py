@@ -86,9 +86,19 @@ class DatasetReport:
             return ValueError(self.bad.origins[0])
         lines = [
             f"{name}: {self.bad.count:,} of {self.records:,} records cannot be used "
-            "(skip_bad leaves them out):",
-            *self.bad.origins,
+            "(--skip-bad, or skip_bad=True, leaves them out):",
+            *_remedies_once(self.bad.origins),
         ]
         if self.bad.count > len(self.bad.origins):
             lines.append(f"... and {self.bad.count - len(self.bad.origins):,} more")
         return ListedErrors("\n".join(lines))
+
+
+def _remedies_once(lines: Iterable[str]) -> list[str]:
+    """Return lines "place: fault; remedy" without a remedy that stands in the line above."""
+    shortened, above = [], ""
+    for line in lines:
+        fault, _, remedy = line.partition("; ")
+        shortened.append(fault if remedy and remedy == above else line)
+        above = remedy
+    return shortened

@@ -147,6 +147,8 @@ def _check(
     message = f"{name}: none of its {report.skipped.count} samples has a token to train on."
     if truncated := report.truncated.count:
         message += f" {truncated} of them were cut to max_length {max_length}: raise it."
+    for note, found in report.notes.items():
+        message += f" {note[0].upper()}{note[1:]}: {found.count:,}, first {found.origins[0]}."
     raise ValueError(message)
 
 

@@ -82,8 +82,9 @@ def read_messages(value: Any, key: str, record: Fields) -> list[Message]:
     if hasattr(value, "tolist"):  # a column of a table
         value = value.tolist()
     if not isinstance(value, list | tuple) or not value:
+        kind = "an empty list" if isinstance(value, list | tuple) else kind_of(value)
         raise ValueError(
-            f'"{key}" is {kind_of(value)}, expected a list of at least one {{"role", "content"}}'
+            f'"{key}" is {kind}, expected a list of at least one {{"role", "content"}}'
         )
     return [_read_message(item, key, i, record) for i, item in enumerate(value)]
 
@@ -101,7 +102,7 @@ def _read_message(item: Any, key: str, index: int, record: Fields) -> Message:
             raise _no_message(place)
         message["role"], content_key = _known_role(role, fields), "content"
     else:
-        message["role"], content_key = _sharegpt_role(speaker), "value"
+        message["role"], content_key = _sharegpt_role(speaker, place), "value"
     content = fields.json(content_key)
     if message["role"] == CALL:
         message |= {"role": ASSISTANT, "tool_calls": calls_of_text(content, fields)}
@@ -138,9 +139,9 @@ def _known_role(role: str, fields: Fields) -> str:
     )
 
 
-def _sharegpt_role(speaker: Any) -> str:
+def _sharegpt_role(speaker: Any, place: str) -> str:
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        raise ValueError(f"a turn is from {speaker!r:.60}; known are {', '.join(SHAREGPT_ROLES)}")
+        raise ValueError(f"{place} is from {speaker!r:.60}; known are {', '.join(SHAREGPT_ROLES)}")
     return SHAREGPT_ROLES[speaker]
 
 

@@ -132,9 +132,17 @@ def _unknown_shape(record: Fields) -> str:
         message += f"; {' and '.join(sorted(found))} make a preference record: keep one answer"
     if found := MEDIA.intersection(keys):
         message += f"; {' and '.join(sorted(found))} hold no text"
+    meant = {}
     for key in keys:
         if key not in MAIN_KEYS and (close := difflib.get_close_matches(key, MAIN_KEYS, 1, 0.75)):
-            message += f'; did you mean "{close[0]}" by "{key}"?'
+            meant[key] = close[0]
+    if meant:
+        pairs = ", ".join(f'"{name}" by "{key}"' for key, name in meant.items())
+        return f"{message}; did you mean {pairs}?"
+    for needed in SHAPES.values():
+        missing = [key for key in needed if key not in keys]
+        if 0 < len(missing) < len(needed):
+            message += f'; "{missing[0]}" is missing'
     return message
 
 

@@ -4,7 +4,7 @@ An array is read element by element, so a file may be larger than the memory.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, parse_json(line.strip())
             except ValueError as error:
-                yield number, ValueError(f"{error}; known are, one a line, {KNOWN_SHAPES}")
+                advice = "each line is one whole record, or the file is one list"
+                yield number, ValueError(f"{error}; {advice}")
 
 
 def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
@@ -144,16 +145,39 @@ def parse_json(text: str) -> Any:
 def _json_error(error: Exception, begin: int = 0) -> str:
     """Return the reason for which a JSON text that starts at character `begin` cannot be read."""
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.pos - begin + 1}"
+        reason = f"not JSON: {error.msg} at column {error.pos - begin + 1}"
+        return f"{reason}: {mistake}" if (mistake := _usual_mistake(error)) else reason
     if isinstance(error, RecursionError):
         return "JSON that is nested too deeply to be read"
     return f"JSON that cannot be read: {str(error).partition(';')[0]}"  # thousands of digits
+
+
+def _usual_mistake(error: json.JSONDecodeError) -> str:
+    """Return the usual mistake that explains an error, or "" if it is none of them."""
+    before, rest = error.doc[: error.pos].rstrip(WHITE_SPACE), error.doc[error.pos :].lstrip()
+    if not rest or error.msg.startswith("Unterminated string"):
+        return "the text ends inside a value"
+    if error.msg.startswith("Invalid control character"):
+        return r"write a line break as \n, and a tab as \t"
+    if rest[0] in "]}" and before.endswith(","):
+        return f"remove the comma before the {rest[0]}"
+    if rest[0] == "'":
+        return "write double quotes around keys and texts"
+    if rest.startswith(("None", "True", "False")):
+        return "write null, true and false, not Python's words"
+    if error.msg == "Extra data" and rest[0] == ",":
+        return "remove the comma behind the value"
+    if error.msg == "Extra data" and rest[0] in "[{":
+        return "a second value follows the first"
+    return ""
 
 
 def kind_of(value: Any) -> str:
     """Return the kind of a JSON value in words, for error messages."""
     if isinstance(value, list | tuple):
         return "a list"
+    if isinstance(value, Mapping):
+        return "an object"
     words = {
         type(None): "null",
         str: "a text",

@@ -61,7 +61,7 @@ class Source:
                     )
                 yield number, value
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: not UTF-8: {error.reason}") from None
+            raise ValueError(f"{name}: not UTF-8: {error.reason}; save the file as UTF-8") from None
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{name}: could not be read ({reason})") from None

@@ -1,5 +1,6 @@
 """Read text files line by line: plain text and CSV, perhaps compressed by gzip (.gz)."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -24,14 +25,21 @@ def open_text(path: Path, errors: str = "strict") -> TextIO:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
-    """Yield (number, line) from 1 on, with the line's end, or ValueError if it is not UTF-8."""
+    """Yield (number, line) from 1 on, with the line's end, or ValueError if it is not UTF-8.
+
+    Raises: ValueError that names the file if its byte-order mark is UTF-16's.
+    """
     with open_binary(path) as file:
         for number, line in enumerate(file, 1):
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ValueError(f"{path}: the file is UTF-16; save it as UTF-8")
             encoding = "utf-8-sig" if number == 1 else "utf-8"  # a byte-order mark may come first
             try:
                 text: str | ValueError = line.decode(encoding)
             except UnicodeDecodeError as error:
-                text = ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
+                text = ValueError(
+                    f"not UTF-8: {error.reason} at byte {error.start}; save the file as UTF-8"
+                )
             yield number, text
 
 
@@ -83,6 +91,11 @@ def _decoded_lines(path: Path) -> Iterator[str]:
 
 
 def _check_header(origin: str, header: list[str]) -> None:
+    if len(header) == 1 and any(mark in header[0] for mark in "\t,;|"):
+        raise ValueError(
+            f"{origin}: the header is the one cell {header[0]!r:.60}; cells are separated by "
+            "commas in a .csv file, and by tabs in a .tsv file"
+        )
     for name in header:
         if not name.strip():
             raise ValueError(f"{origin}: a column has no name; the first row names the columns")
