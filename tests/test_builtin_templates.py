@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import trl
 from chat_forms import in_transformers
 from tokenizer_files import write_chat_tokenizer, write_json
 
@@ -16,6 +15,7 @@ from minitune.data.templates.builtin_templates import (
 from minitune.data.templates.chat_template import ChatTemplate
 from minitune.data.tokenization.tokenizer import Tokenizer
 
+trl = pytest.importorskip("trl")
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [

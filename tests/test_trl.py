@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import PeftModel
 from tiny import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig as TRLConfig
-from trl import SFTTrainer as TRLTrainer
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
 from minitune.training.run_data import epoch_order
+
+datasets, peft, transformers, trl = map(
+    pytest.importorskip, ("datasets", "peft", "transformers", "trl")
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -96,11 +95,11 @@ def minitune_metrics(folder: Path, records: list[dict], output: Path) -> tuple[l
 
 def trl_metrics(folder: Path, adapter: Path, records: list[dict], output: Path, **options) -> list:
     """Train with TRL from the same adapter, and return (loss, gradient norm) of each step."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = MARKED
-    args = TRLConfig(
+    args = trl.SFTConfig(
         output_dir=str(output),
         use_cpu=True,
         bf16=False,
@@ -112,8 +111,8 @@ def trl_metrics(folder: Path, adapter: Path, records: list[dict], output: Path, 
         **SETTINGS,
         **options,
     )
-    trainer = TRLTrainer(
-        model, args, train_dataset=Dataset.from_list(records), processing_class=tokenizer
+    trainer = trl.SFTTrainer(
+        model, args, train_dataset=datasets.Dataset.from_list(records), processing_class=tokenizer
     )
     trainer.train()
     return [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
