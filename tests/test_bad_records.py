@@ -8,6 +8,7 @@ from training_runs import RECORDS, make_smallest_model, new_trainer
 
 from minitune.config.cli import run_command
 from minitune.config.fields import ListedErrors
+from minitune.data.sources.sources import check_first_records
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
 
@@ -71,6 +72,13 @@ def test_skip_bad_leaves_exactly_the_bad_records_out_and_reports_them(tokenizer)
 def test_a_dataset_of_bad_records_alone_is_refused_also_with_skip_bad(tokenizer):
     with pytest.raises(ValueError, match=r"each of its 2 records is bad; the first is dataset\[0"):
         tokenize_dataset([{"text": 1}, {"text": 2}], tokenizer, 100, skip_bad=True)
+
+
+def test_a_file_without_a_record_that_can_be_read_is_refused_at_once(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", ["{", "}", "{"])
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*; none of the first 3 records can be"):
+        check_first_records(path)
+    check_first_records(write_lines(path, ["{", '{"text": "a"}']))
 
 
 def test_a_command_prints_listed_errors_line_by_line_and_others_in_one_line(capsys):

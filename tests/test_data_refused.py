@@ -30,7 +30,10 @@ LINES = [
     ("{'text': 'a'}", "at column 2: write double quotes around keys and texts; each line"),
     ('{"text": None}', "at column 10: write null, true and false, not Python's words; each"),
     ('{"text": "a\tb"}', r"at column 12: write a line break as \\n"),
-    ("{", "at column 2: the text ends inside a value; each line is one whole record, or the"),
+    (
+        "{",
+        "at column 2: the text ends inside a value; each line holds one JSON object, or the file",
+    ),
     ('["text"]', f"holds a list, not an object; {KNOWN}"),
     (
         '{"question": "a", "answer": "b"}',
@@ -95,10 +98,10 @@ LINES = [
         '{"messages": [{"role": "user", "content": ["a"]}]}',
         "the content of message 1 has a part 'a'; parts are",
     ),
-    (f'{{"text": {"[" * 100_000}', "JSON that is nested too deeply to be read; each line is"),
+    (f'{{"text": {"[" * 100_000}', "JSON that is nested too deeply to be read; each line holds"),
     (
         f'{{"text": 1{"0" * 5000}}}',
-        r"JSON that cannot be read: Exceeds the limit \(4300 digits\).*; each line is",
+        r"JSON that cannot be read: Exceeds the limit \(4300 digits\).*; each line holds",
     ),
     (
         '{"messages": [{"role": "user", "content": "a"}], "tools": "["}',
@@ -155,7 +158,7 @@ RECORDS = [
     (
         {"text": "a"},
         {"dataset_text_field": "body"},
-        r"dataset\[0\]: unknown shape with the fields text",
+        r'dataset\[0\]: .* fields text; .*; dataset_text_field is "body", which the record lacks',
     ),
 ]
 

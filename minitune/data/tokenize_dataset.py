@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitune.data.dataset_report import DatasetReport
+from minitune.data.dataset_report import DatasetReport, Occurrences
 from minitune.data.flat_samples import FlatSamples, SampleBuilder
 from minitune.data.long_texts import PIECE, encode_to_length
 from minitune.data.records.record_fields import unused_notes
@@ -126,7 +126,8 @@ class _Tokenization:
             if self.progress is not None:
                 self.progress(report.records, total)
         name = ", ".join(item.format.name for item in sources)
-        report.add_notes(unused_notes(self.options.ignore_fields, report.notes), name)
+        for note in unused_notes(self.options.ignore_fields, report.notes):
+            report.notes[note] = Occurrences(report.records, [name])
         _check(builder, report, name, self.max_length, self.skip_bad)
         return report
 

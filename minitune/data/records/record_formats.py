@@ -121,10 +121,14 @@ def _shape_of(record: Fields, options: LabelOptions) -> str:
         )
     if present:
         return (filled or present)[0]
-    raise ValueError(_unknown_shape(record))
+    raise ValueError(_unknown_shape(record, chosen))
 
 
-def _unknown_shape(record: Fields) -> str:
+def _unknown_shape(record: Fields, text_field: str | None) -> str:
+    """Return the error for a record without a shape.
+
+    text_field: the user's dataset_text_field, or None.
+    """
     keys = list(map(str, record.left()))
     message = f"unknown shape with the fields {', '.join(keys) or '(none)'}; known are "
     message += KNOWN_SHAPES
@@ -132,6 +136,8 @@ def _unknown_shape(record: Fields) -> str:
         message += f"; {' and '.join(sorted(found))} make a preference record: keep one answer"
     if found := MEDIA.intersection(keys):
         message += f"; {' and '.join(sorted(found))} hold no text"
+    if text_field is not None and text_field not in record:
+        message += f'; dataset_text_field is "{text_field}", which the record lacks'
     meant = {}
     for key in keys:
         if key not in MAIN_KEYS and (close := difflib.get_close_matches(key, MAIN_KEYS, 1, 0.75)):

@@ -60,7 +60,10 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, parse_json(line.strip())
             except ValueError as error:
-                advice = "each line is one whole record, or the file is one list"
+                advice = (
+                    "each line holds one JSON object, or the file holds one JSON list; "
+                    "a file of plain text needs a name in .txt"
+                )
                 yield number, ValueError(f"{error}; {advice}")
 
 

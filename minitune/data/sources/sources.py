@@ -115,12 +115,13 @@ def load_dataset(dataset: Dataset) -> list[tuple[str, Mapping]]:
 def check_first_records(path: str) -> None:
     """Raise ValueError if a file is missing or not one of its first records can be read."""
     (source,) = open_sources(path)
-    error = None
+    bad = []
     for number, record in islice(source.records(), CHECKED_RECORDS):
         if not isinstance(record, ValueError):
             return
-        error = error or ValueError(f"{source.format.origin(number)}: {record}")
-    raise error
+        bad.append(f"{source.format.origin(number)}: {record}")
+    others = f"; none of the first {len(bad)} records can be read" if len(bad) > 1 else ""
+    raise ValueError(bad[0] + others)
 
 
 # ---- files
