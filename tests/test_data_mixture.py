@@ -43,7 +43,7 @@ def test_wrong_weights_are_refused():
         weighted(two_sources(1, 1), (0.1, 0.1), seed=0)
 
 
-def test_weights_are_written_and_a_run_resumes_only_with_the_same_ones(tmp_path):
+def test_weights_are_written_and_a_run_resumes_only_with_the_same_ones(tmp_path, capsys):
     files = []
     for name, part in (("a.jsonl", RECORDS[:10]), ("b.jsonl", RECORDS[10:])):
         files.append(tmp_path / name)
@@ -53,6 +53,8 @@ def test_weights_are_written_and_a_run_resumes_only_with_the_same_ones(tmp_path)
     trainer = new_trainer(folder, output, data_weights=[2, 0.5], **settings)
     assert len(trainer.data.train.samples) == 2 * 10 + 7
     trainer.train()
+    banner = capsys.readouterr().err
+    assert "data       27 samples by data_weights, of 24 records: 0 skipped" in banner
     config = tomllib.loads((output / "config.toml").read_text())
     assert config["data"] == [str(path) for path in files]
     assert config["data_weights"] == [2, 0.5]

@@ -37,12 +37,14 @@ class TokenizedDataset:
     report: counts of everything that happened to the records.
     key: the name of its entry in the cache, or None.
     is_cached: True if the samples were read from the cache.
+    is_weighted: True if `samples` repeat or leave out samples of the report by data_weights.
     """
 
     samples: FlatSamples
     report: DatasetReport
     key: str | None = None
     is_cached: bool = False
+    is_weighted: bool = False
 
     @property
     def skipped(self) -> int:

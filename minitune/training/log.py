@@ -214,9 +214,11 @@ def _data_rows(label: str, data: TokenizedDataset) -> list[tuple[str, str]]:
     """Return the lines on a dataset and the notes on its records, as (label, text)."""
     tokens, targets = data.samples.lengths.sum(), data.samples.targets.sum()
     report = data.report
-    text = (
-        f"{len(data.samples):,} samples, {data.skipped:,} skipped (no token to train on), "
-        f"{data.truncated:,} truncated; {tokens:,} tokens, {targets:,} trained on"
+    text = f"{len(data.samples):,} samples"
+    text += f" by data_weights, of {report.records:,} records:" if data.is_weighted else ","
+    text += (
+        f" {data.skipped:,} skipped (no token to train on), {data.truncated:,} truncated; "
+        f"{tokens:,} tokens, {targets:,} trained on"
     )
     if data.is_cached:
         text += "; read from the cache"

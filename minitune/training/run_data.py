@@ -164,7 +164,8 @@ def read_datasets(
     cache = None if args.output_dir is None else Path(args.output_dir) / FOLDER
     train = _tokenize(train_dataset, tokenizer, args, max_length, cache)
     if args.data_weights:
-        train = replace(train, samples=weighted(train.samples, args.data_weights, args.seed))
+        samples = weighted(train.samples, args.data_weights, args.seed)
+        train = replace(train, samples=samples, is_weighted=True)
     if eval_dataset is not None:
         evaluation = _tokenize(eval_dataset, tokenizer, args, max_length, cache)
     files = [file_names(source) for source in (train_dataset, eval_dataset)]
