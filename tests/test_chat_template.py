@@ -75,6 +75,16 @@ def test_the_template_file_wins_over_the_config_and_default_wins_among_named_one
     assert Tokenizer.from_folder(folder).chat_template == "file"
 
 
+def test_a_template_that_reads_wrapped_tools_names_the_form_of_bare_ones(tmp_path):
+    folder = write_json_tokenizer(tmp_path, "{% for t in tools %}{{ t.function.name }}{% endfor %}")
+    tokenizer, bare = Tokenizer.from_folder(folder), {"name": "add"}
+    wrapped = {"type": "function", "function": bare}
+    text = tokenizer.apply_chat_template(CONVERSATION, tokenize=False, tools=[wrapped])
+    assert text == "add"
+    with pytest.raises(ValueError, match=r"no attribute 'function'; write each tool as"):
+        tokenizer.apply_chat_template(CONVERSATION, tokenize=False, tools=[bare])
+
+
 REFUSED = [
     (None, "this tokenizer has no chat template"),
     ("{% if %}", "the chat template is not valid Jinja: line 1"),

@@ -131,4 +131,11 @@ class JinjaTemplate:
         try:
             return self._template.render(context)
         except TEMPLATE_ERRORS as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from None
+            reason = f"the chat template refuses the conversation: {error}"
+            tools = [tool for tool in conversation.tools or [] if isinstance(tool, dict)]
+            if (
+                any("function" not in tool for tool in tools)
+                and "no attribute 'function'" in reason
+            ):
+                reason += '; write each tool as {"type": "function", "function": {...}}'
+            raise ValueError(reason) from None
