@@ -133,9 +133,7 @@ class JinjaTemplate:
         except TEMPLATE_ERRORS as error:
             reason = f"the chat template refuses the conversation: {error}"
             tools = [tool for tool in conversation.tools or [] if isinstance(tool, dict)]
-            if (
-                any("function" not in tool for tool in tools)
-                and "no attribute 'function'" in reason
-            ):
+            is_bare = any("function" not in tool for tool in tools)
+            if is_bare and "no attribute 'function'" in reason:
                 reason += '; write each tool as {"type": "function", "function": {...}}'
             raise ValueError(reason) from None
