@@ -90,7 +90,7 @@ def tokenize_dataset(
     if cache is not None:
         settings = {"max_length": max_length, "skip_bad": skip_bad, **vars(options)}
         key = dataset_key(sources, tokenizer, settings)
-    if cache is None or key is None:
+    if key is None:
         builder = SampleBuilder(formats)
         report = run.fill_(builder, sources)
         return TokenizedDataset(builder.build(), report)

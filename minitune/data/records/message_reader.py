@@ -116,7 +116,8 @@ def _read_message(item: Any, key: str, index: int, record: Fields) -> Message:
     counts = _counts(fields, message["role"])
     message |= _further_keys(fields)
     fields.done()
-    return Message(in_order(_with_content(message, place), item), counts, tools, place)
+    _check_content(message, place)
+    return Message(in_order(message, item), counts, tools, place)
 
 
 def _no_message(place: str) -> ValueError:
@@ -145,19 +146,14 @@ def _sharegpt_role(speaker: Any, place: str) -> str:
     return SHAREGPT_ROLES[speaker]
 
 
-def _with_content(message: dict, place: str) -> dict:
-    """Return a message whose content is a text or parts.
-
-    A call or reasoning without a content gets the content "". Every template that renders such a
-    message without content renders the same with "", and some render it with "" alone.
-    """
+def _check_content(message: dict, place: str) -> None:
+    """Raise ValueError if a message's content is no text and no parts, or nothing is in it."""
     content = message.get("content")
-    if not isinstance(content, str | list | None):
+    if content is None:
+        if not any(name in message for name in ("tool_calls", *REASONING_KEYS)):
+            raise ValueError(f"{place} has no content")
+    elif not isinstance(content, str | list):
         raise ValueError(f"the content of {place} is {kind_of(content)}, expected a text")
-    others = ("tool_calls", *REASONING_KEYS)
-    if content is None and not any(name in message for name in others):
-        raise ValueError(f"{place} has no content")
-    return message if content is not None else {**message, "content": ""}
 
 
 # ---- keys of a message
@@ -209,14 +205,12 @@ def _content_of_values(parts: list, fields: Fields) -> dict:
 
 
 def _reasoning(fields: Fields) -> dict:
-    found = {name: fields.text(name) for name in REASONING_KEYS}
-    return {name: text for name, text in found.items() if text is not None}
+    return {name: text for name in REASONING_KEYS if (text := fields.text(name)) is not None}
 
 
 def _names(fields: Fields) -> dict:
     """Return the name of a message's author and the id of the call that it answers."""
-    found = {name: fields.text(name) for name in ("name", "tool_call_id")}
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name in ("name", "tool_call_id") if (text := fields.text(name))}
 
 
 def _counts(fields: Fields, role: str) -> bool | None:

@@ -102,7 +102,7 @@ def in_order(found: dict, original: Mapping) -> dict:
     return {**first, **found}
 
 
-@dataclass
+@dataclass(slots=True)
 class Reading:
     """The facts that readers share while they read one record.
 
@@ -132,6 +132,8 @@ class Fields:
     path: its name in ignore_fields, such as "messages"; "" is the record.
     """
 
+    __slots__ = ("_known", "_left", "path", "place", "reading")
+
     def __init__(self, value: Mapping, reading: Reading, place: str = "", path: str = ""):
         self.reading, self.place, self.path = reading, place, path
         self._left: dict[Any, Any] = dict(value)
@@ -156,10 +158,6 @@ class Fields:
     def name_of(self, key: str) -> str:
         """Return the name of a key in error texts."""
         return f'"{key}" of {self.place}' if self.place else f'"{key}"'
-
-    def __contains__(self, key: str) -> bool:
-        """Return True if a key is there and not taken yet, be its value null."""
-        return key in self._left
 
     def left(self) -> list:
         """Return the keys that are not taken yet."""
@@ -187,7 +185,7 @@ class Fields:
     def decoded(self, key: str) -> Any:
         """Return the value of a key, which may be written as a JSON text; "" is null."""
         value = self.json(key)
-        if not isinstance(value, str):
+        if value is None or not isinstance(value, str):
             return value
         if not value.strip():
             return None
@@ -201,7 +199,10 @@ class Fields:
 
         Raises: ValueError if the value is not a text.
         """
-        value = self.json(key)
+        value = self.take(key)
+        if value is None or type(value) is str:
+            return value
+        value = plain(value, self.name_of(key))
         if not isinstance(value, str | None):
             raise ValueError(f"{self.name_of(key)} is {kind_of(value)}, expected a text")
         return value

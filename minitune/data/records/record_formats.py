@@ -110,8 +110,11 @@ def _shape_of(record: Fields, options: LabelOptions) -> str:
         others = [key for key in (*MAIN_KEYS, *COMPANIONS) if key != chosen]
         record.leave_out(others, f'dataset_text_field is "{chosen}"')
         return "text"
-    shapes = {**SHAPES, "text": (chosen or TEXT_FIELD,)}
-    present = [name for name, keys in shapes.items() if all(key in record for key in keys)]
+    shapes = SHAPES if chosen is None else {**SHAPES, "text": (chosen,)}
+    held = set(record.left())
+    present = [name for name, keys in shapes.items() if held.issuperset(keys)]
+    if len(present) == 1:
+        return present[0]
     filled = [name for name in present if any(map(record.holds, shapes[name]))]
     if len(filled) > 1:
         names = " and ".join(f'"{"/".join(shapes[name])}"' for name in filled)

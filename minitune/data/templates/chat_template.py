@@ -105,7 +105,8 @@ class ChatTemplate:
 
     def _readable(self, conversation: Conversation) -> Conversation:
         """Return a conversation with its reasoning in a form that the template reads."""
-        if self._template(conversation).reads_thinking:
+        in_parts = any(isinstance(item.get("content"), list) for item in conversation.messages)
+        if not in_parts or self._template(conversation).reads_thinking:
             return conversation
         messages = [with_reasoning_key(message) for message in conversation.messages]
         return replace(conversation, messages=messages)

@@ -81,15 +81,11 @@ class Tokenizer:
         self.vocab_size: int = backend.vocab_size  # highest id + 1, added tokens included
         self.added_tokens: dict[int, AddedToken] = backend.added
         self.adds_prefix_space: bool = backend.adds_prefix_space
-        self.notes: tuple[str, ...] = tuple(
-            dict.fromkeys(declared.notes)
-        )  # facts that the user should know
         self._chat_template = read_templates(folder, files[CONFIG])
         self.template_was_assigned = False
         self.special: dict[str, int] = {}  # "bos" -> id; names without a token are missing
         for name in SPECIAL_NAMES:
-            index = self._special_id(name)
-            if index is not None:
+            if (index := self._special_id(name)) is not None:
                 self.special[name] = index
         # Facts about the files that the user should know.
         self.notes: tuple[str, ...] = tuple(dict.fromkeys(declared.notes))
