@@ -305,7 +305,7 @@ def test_an_arrow_file_that_is_broken_or_missing_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     refused(tmp_path / "folder", "not an Arrow file that can be read|could not be read")
     file.unlink()
-    refused(tmp_path / "folder", "could not be read")
+    refused(tmp_path / "folder", "no such file, but state.json names it")
 
 
 def test_parquet_without_pyarrow_names_the_package_to_install(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ Span = tuple[int, int]  # characters [begin, end)
 EMPTY_ANSWER = "an answer is empty"  # a note of RenderedRecord
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Sample:
     """The token ids of a sample, and the label of each: the id itself, or -100 to ignore it.
 
@@ -76,7 +76,7 @@ class RenderedConversation:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RenderedText:
     """A text that is ready to be encoded.
 
@@ -90,7 +90,7 @@ class RenderedText:
     add_special_tokens: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RenderedRecord:
     """A record as texts or tokens.
 

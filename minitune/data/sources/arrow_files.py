@@ -43,7 +43,8 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 def dataset_files(folder: Path) -> list[Path]:
     """Return the Arrow files of a `datasets` folder, in order.
 
-    Raises: ValueError if the folder holds splits, no dataset, or a selection of rows.
+    Raises: ValueError if the folder holds splits, no dataset or a selection of rows, or lacks a
+        file.
     """
     if (folder / SPLITS).is_file():
         splits = read_json(folder / SPLITS).get("splits")
@@ -69,6 +70,9 @@ def dataset_files(folder: Path) -> list[Path]:
             f"{folder / STATE}: _data_files is {files!r}, expected a list of "
             '{"filename": name of a file in this folder}'
         )
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: no such file, but {STATE} names it; copy it there")
     return [folder / name for name in names]
 
 

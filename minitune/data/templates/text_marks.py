@@ -34,7 +34,7 @@ def reasoning_name(message: int) -> str:
     return f"the reasoning of message {message + 1}"
 
 
-@dataclass
+@dataclass(slots=True)
 class MarkedText:
     """A text that must reach the rendering.
 
