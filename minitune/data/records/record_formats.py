@@ -139,7 +139,7 @@ def _unknown_shape(record: Fields, text_field: str | None) -> str:
         message += f"; {' and '.join(sorted(found))} make a preference record: keep one answer"
     if found := MEDIA.intersection(keys):
         message += f"; {' and '.join(sorted(found))} hold no text"
-    if text_field is not None and text_field not in record:
+    if text_field is not None and text_field not in keys:
         message += f'; dataset_text_field is "{text_field}", which the record lacks'
     meant = {}
     for key in keys:
