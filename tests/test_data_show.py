@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 
 import pytest
 from command_inputs import train, train_arguments, write_inputs
@@ -184,6 +185,17 @@ def test_show_takes_the_settings_of_a_run_from_its_config(inputs, show, tmp_path
         'assistant_only_loss = false\neval_strategy = "epoch"\neval_data = "e.jsonl"\n'
     )
     assert "29 tokens, 28 trained on" in show(RECORDS[:1], "--config", str(config))
+
+
+def test_samples_are_cut_where_training_would_cut_them(inputs, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    window = {"model_type": "mistral", "sliding_window": 16}
+    (model / "config.json").write_text(json.dumps(config | window))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "word " * 30}) + "\n")
+    assert main(["data", "--model", str(model), "--data", str(tmp_path / "long.jsonl")]) == 0
+    assert "cut to 16 tokens" in capsys.readouterr().out
 
 
 def test_show_writes_nothing_beside_the_run(show, tmp_path, monkeypatch):

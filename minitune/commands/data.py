@@ -91,7 +91,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
 def _show(settings: Settings, count: int, borders: bool, page: str | None) -> int | None:
     run, folder = settings.run, resolve_model(settings.run.model)
     tokenizer = Tokenizer.from_folder(folder)
-    limit = run.max_seq_length or min(2048, ModelConfig.from_folder(folder).max_position_embeddings)
+    limit = run.max_seq_length or ModelConfig.from_folder(folder).default_seq_length
     sft = replace(settings.sft, eval_strategy="no", output_dir=None)  # nothing is written there
     data = read_datasets(run.data, None, tokenizer, sft, max(limit, sft.max_length or 0))
     summary = summarize(data.train, tokenizer, data.max_length)
