@@ -21,7 +21,7 @@ import torch
 
 from . import backend
 from .backend import accumulator, cdiv, check_rows, copy_into, power_of_two, tl, triton
-from .rope import check_tables
+from .rope import check_tables, rotate_reference
 
 PROFILE_GROUP = "elementwise"
 PAIRS = 1024  # elements i and i + K/2 of a program, 16 pairs a thread
@@ -35,20 +35,17 @@ def _head_weights(x, H, q_weight, k_weight):
 
 def qk_norm_rope_reference(x, H, q_weight, k_weight, eps, cos, sin, positions):
     """Return y (N, H + G, K) in PyTorch."""
-    cos, sin = cos[positions][:, None], sin[positions][:, None]  # (N, 1, K/2)
     x_acc = x.to(accumulator(x.dtype))
     rstd = torch.rsqrt(x_acc.square().mean(dim=-1, keepdim=True) + eps)
-    n1, n2 = (x_acc * rstd * _head_weights(x, H, q_weight, k_weight)).chunk(2, dim=-1)
-    return torch.cat([n1 * cos - n2 * sin, n2 * cos + n1 * sin], dim=-1).to(x.dtype)
+    n = x_acc * rstd * _head_weights(x, H, q_weight, k_weight)
+    return rotate_reference(n, cos, sin, positions).to(x.dtype)
 
 
 def qk_norm_rope_backward_reference(dy, x, H, q_weight, k_weight, eps, cos, sin, positions):
     """Return dx (N, H + G, K) in PyTorch."""
-    cos, sin = cos[positions][:, None], sin[positions][:, None]  # (N, 1, K/2)
     x_acc = x.to(accumulator(x.dtype))
     rstd = torch.rsqrt(x_acc.square().mean(dim=-1, keepdim=True) + eps)
-    dy1, dy2 = dy.to(accumulator(dy.dtype)).chunk(2, dim=-1)
-    dn = torch.cat([dy1 * cos + dy2 * sin, dy2 * cos - dy1 * sin], dim=-1)
+    dn = rotate_reference(dy, cos, sin, positions, inverse=True)
     g = dn * _head_weights(x, H, q_weight, k_weight)
     xhat = x_acc * rstd
     return (rstd * (g - xhat * (g * xhat).mean(dim=-1, keepdim=True))).to(dy.dtype)

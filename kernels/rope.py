@@ -21,14 +21,19 @@ from .backend import accumulator, check_rows, power_of_two, tl, triton
 PROFILE_GROUP = "elementwise"
 
 
-def rope_reference_(q, k, cos, sin, positions, inverse=False):
-    """Rotate q and k in place in PyTorch."""
+def rotate_reference(x, cos, sin, positions, inverse=False):
+    """Return the heads x (N, heads, K) rotated in PyTorch, in the accumulator's dtype."""
     cos, sin = cos[positions][:, None], sin[positions][:, None]  # (N, 1, K/2)
     if inverse:
         sin = -sin
+    x1, x2 = x.to(accumulator(x.dtype)).chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def rope_reference_(q, k, cos, sin, positions, inverse=False):
+    """Rotate q and k in place in PyTorch."""
     for x in (q, k):
-        x1, x2 = x.to(accumulator(x.dtype)).chunk(2, dim=-1)
-        x.copy_(torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1))
+        x.copy_(rotate_reference(x, cos, sin, positions, inverse))
 
 
 @triton.jit
