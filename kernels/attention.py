@@ -1,7 +1,7 @@
 """Causal attention within packed sequences, grouped-query, in one pass over the keys.
 
-Row i sees the keys start[i] <= j <= i of its sequence. Query head h reads key/value head
-h // (H / G):
+Row i sees the keys start[i] <= j <= i: those of its sequence, or a sliding window of them
+(attention_common.py). Query head h reads key/value head h // (H / G):
 
     out = softmax(scale q k^T) v
     lse = logsumexp(scale q k^T)
@@ -17,12 +17,12 @@ each row it updates a running maximum m, a sum l and a weighted sum acc of value
     acc' = acc 2^(m - m') + 2^(s - m') v
 
 The maximum is kept in units of q k^T. log2(e) scale enters with the exponent, because the hardware
-has 2^x and a fused multiply-add. Key blocks that no row sees are never visited. Only blocks at a
-sequence's border or on the diagonal are masked (attention_common.py).
+has 2^x and a fused multiply-add. Key blocks that no row sees are never visited. Only blocks at the
+border of the seen keys or on the diagonal are masked (attention_common.py).
 
-A sequence of T rows costs 2 K T^2 FLOPs a head. It reads k and v T / BLOCK_M times, mostly from L2.
-If the caller passes the one length of all sequences as uniform_seqlen, attention_cudnn.py may take
-over.
+A sequence of T rows costs 2 K T^2 FLOPs a head, or 4 K T W with a window of W keys. It reads k and
+v T / BLOCK_M times, mostly from L2. If the caller passes the one length of all sequences as
+uniform_seqlen, attention_cudnn.py may take over.
 """
 
 import math
@@ -36,6 +36,7 @@ from .attention_common import (
     check_packed,
     choose_block_sizes,
     head_strides,
+    hidden_keys,
     load_rows,
     query_block,
     sequence_bounds,
@@ -75,9 +76,8 @@ def attention_reference(q, k, v, start, end, scale):
         # (G, H/G * T, K): the query heads of a group one below the other, with the keys they share
         qs = q[a:b].to(acc_dtype).transpose(0, 1).reshape(G, H // G * T, K)
         ks, vs = (x[a:b].to(acc_dtype).transpose(0, 1) for x in (k, v))
-        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         scores = (qs @ ks.mT).mul_(scale)
-        scores.view(G, H // G, T, T).masked_fill_(future, -math.inf)
+        scores.view(G, H // G, T, T).masked_fill_(hidden_keys(start, a, b), -math.inf)
         sums = torch.logsumexp(scores, dim=-1, keepdim=True)
         out[a:b] = (scores.sub_(sums).exp_() @ vs).view(H, T, K).transpose(0, 1).to(q.dtype)
         lse[:, a:b] = sums.view(H, T)
@@ -178,14 +178,15 @@ def attention(
 
     q: (N, H, K); K a multiple of 8 up to 256.
     k, v: (N, G, K); H a multiple of G.
-    start, end: (N,) int32, bounds of each row's sequence. Their values are not checked, because
-        that would wait for the GPU.
+    start, end: (N,) int32. Row i sees the keys start[i] <= j <= i, and key j is seen by the rows
+        j <= i < end[j]. Neither falls from one row to the next. Their values are not checked,
+        because that would wait for the GPU.
     scale: factor of the scores, above 0.
     out: destination (N, H, K), rows and heads may be strided; by default a new tensor.
     max_seqlen: rows of the longest sequence, or a bound on them; by default N. It only chooses the
         block sizes.
-    uniform_seqlen: rows of every sequence, if all are equally long. It allows cuDNN; by default
-        this file's kernel runs.
+    uniform_seqlen: rows of every sequence, if all are equally long and have no window. It allows
+        cuDNN, which then ignores start and end; by default this file's kernel runs.
 
     Raises: ValueError if a shape, stride, dtype or device does not fit.
     """

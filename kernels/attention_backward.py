@@ -13,7 +13,8 @@ over their keys, and stores lse and delta of its rows for the other kernel. The 
 attention_dkdv.py computes dk and dv of a block of keys.
 
 The scores are thus computed twice. In return no sum depends on the order of programs: there are no
-atomics, and results repeat bit for bit. A sequence of T rows costs 7 K T^2 FLOPs a head.
+atomics, and results repeat bit for bit. A sequence of T rows costs 7 K T^2 FLOPs a head, or
+14 K T W with a window of W keys.
 """
 
 import math
@@ -28,6 +29,7 @@ from .attention_common import (
     check_packed,
     choose_block_sizes,
     head_strides,
+    hidden_keys,
     load_rows,
     pack_floats,
     query_block,
@@ -62,9 +64,8 @@ def attention_backward_reference(dout, q, k, v, out, lse, start, end, scale):
             x[a:b].to(acc_dtype).transpose(0, 1).reshape(stacked) for x in (q, dout, out)
         )
         ks, vs = (x[a:b].to(acc_dtype).transpose(0, 1) for x in (k, v))
-        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         p = (qs @ ks.mT).mul_(scale).sub_(lse[:, a:b].reshape(stacked)).exp_()
-        p.view(G, H // G, T, T).masked_fill_(future, 0.0)
+        p.view(G, H // G, T, T).masked_fill_(hidden_keys(start, a, b), 0.0)
         delta = (douts * outs).sum(-1, keepdim=True)
         ds = (douts @ vs.mT).sub_(delta).mul_(p).mul_(scale)
         dq[a:b] = (ds @ ks).view(H, T, K).transpose(0, 1)

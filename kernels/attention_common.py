@@ -1,8 +1,10 @@
 """Parts shared by the attention kernels: blocks of packed sequences, block sizes, argument checks.
 
-Packed sequences lie one after the other in N rows. start[i] is the first row of row i's sequence,
-and end[i] is one past its last row. Row i sees the keys start[i] <= j <= i, so key j is seen by the
-rows j <= i < end[j].
+Packed sequences lie one after the other in N rows. Row i sees the keys start[i] <= j <= i, and key
+j is seen by the rows j <= i < end[j]. Neither bound ever falls from one row to the next:
+
+- plain sequences: start[i] is the first row of row i's sequence, end[i] is one past its last row;
+- a sliding window of W keys: start[i] is at least i - W + 1, and end[j] at most j + W.
 
 A program keeps a block of rows [first, last] and walks over the keys from start[first] to last. Or
 it keeps a block of keys [first, last] and walks over the rows that see them:
@@ -153,9 +155,23 @@ def head_strides(*tensors: torch.Tensor) -> list[int]:
 
 
 def sequence_bounds(start: torch.Tensor) -> list[tuple[int, int]]:
-    """Return (first row, one past the last row) of each sequence; wait for the GPU."""
-    firsts = sorted(set(start.tolist()))
-    return list(zip(firsts, [*firsts[1:], start.numel()], strict=False))
+    """Return (first row, one past the last row) of each sequence; wait for the GPU.
+
+    A sequence begins at a row that sees only itself, because start never falls after that row.
+    """
+    index = torch.arange(len(start), dtype=start.dtype, device=start.device)
+    firsts = (start == index).nonzero()[:, 0].tolist()
+    return list(zip(firsts, [*firsts[1:], len(start)], strict=False))
+
+
+def hidden_keys(start: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Return the mask (T, T) of the keys that each of T rows does not see.
+
+    start: (N,), the first key that each row sees.
+    first, last: first row of the sequence, and one past its last row.
+    """
+    row = torch.arange(first, last, dtype=start.dtype, device=start.device)
+    return (row > row[:, None]) | (row < start[first:last, None])
 
 
 def check_packed(

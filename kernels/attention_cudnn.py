@@ -1,5 +1,7 @@
 """Attention through cuDNN for packed sequences of one length L, seen as (N / L, heads, L, K).
 
+Every row sees all keys of its sequence up to itself: sliding windows need attention.py.
+
 Results are those of attention.py: out, and lse (H, N) in the natural logarithm. So the forward of
 one file and the backward of the other can be mixed.
 

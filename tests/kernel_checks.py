@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import GPU
 
-from minitune.kernels import lora_linear
+from minitune.kernels import backend, lora_linear
 from minitune.kernels.dequantize import QuantizedWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
@@ -93,6 +93,17 @@ def as_function(forward, backward):
 def double(*shape, seed=0):
     """Return float64 random numbers that require gradients."""
     return normal(*shape, dtype=torch.float64, seed=seed).requires_grad_()
+
+
+# ---- formulas
+
+
+def plain_attention(q, k, v, seen, scale):
+    """Return (out, lse) by the textbook formula, with the softmax in at least float32."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (k, v))
+    scores = (q.transpose(0, 1) * scale) @ k.mT
+    scores = scores.to(backend.accumulator(q.dtype)).masked_fill(~seen, -math.inf)
+    return (scores.softmax(-1).to(q.dtype) @ v).transpose(0, 1), scores.logsumexp(-1)
 
 
 # ---- inputs

@@ -5,20 +5,22 @@ import math
 
 import pytest
 import torch
-from kernel_checks import as_function, bounds, double, in_each_dtype, judge, kernel, normal, strided
+from kernel_checks import (
+    as_function,
+    bounds,
+    double,
+    in_each_dtype,
+    judge,
+    kernel,
+    normal,
+    plain_attention,
+    strided,
+)
 
 from minitune.kernels import attention as attention_fwd
 from minitune.kernels import attention_backward as attention_bwd
 from minitune.kernels import attention_cudnn, attention_dkdv, backend
 from minitune.kernels.attention import attention, attention_backward
-
-
-def plain_attention(q, k, v, seen, scale):
-    """Return (out, lse) by the textbook formula, with the softmax in at least float32."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (k, v))
-    scores = (q.transpose(0, 1) * scale) @ k.mT
-    scores = scores.to(backend.accumulator(q.dtype)).masked_fill(~seen, -math.inf)
-    return (scores.softmax(-1).to(q.dtype) @ v).transpose(0, 1), scores.logsumexp(-1)
 
 
 def visible(start):
