@@ -9,6 +9,7 @@ Linears that bitsandbytes quantised are taken as they are stored.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,12 +35,22 @@ def open_model_folder(folder: Path) -> tuple[ModelConfig, SafetensorsFolder]:
 
     Raises: ValueError that names the field or the tensor at fault.
     """
-    config, stored = ModelConfig.from_folder(folder), SafetensorsFolder(folder)
+    config = ModelConfig.from_folder(folder)
+    stored = open_weights(folder, config)
     if config.tie_word_embeddings and TIED_HEAD in stored and EMBEDDING in stored:
         shape = (config.vocab_size, config.hidden_size)
         if not torch.equal(stored.load(TIED_HEAD, shape), stored.load(EMBEDDING, shape)):
-            config = ModelConfig.from_dict(config.raw | {"tie_word_embeddings": False})
+            raw = config.raw | {"tie_word_embeddings": False}
+            config = replace(config, tie_word_embeddings=False, raw=raw)
     return config, stored
+
+
+def open_weights(folder: Path, config: ModelConfig) -> SafetensorsFolder:
+    """Return the weights of a model folder, under the names of `ModelConfig.tensor_shapes`.
+
+    Raises: ValueError that names the file at fault.
+    """
+    return SafetensorsFolder(folder, is_wrapper=bool(config.wrapper))
 
 
 def load_weights(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minitune.atomic_files import atomic_folder, require_space, write_json
+from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.checkpoints.safetensors_writer import tensor_bytes, total_bytes, write_model_files
 from minitune.config.training_config import MERGE_BASES
@@ -40,7 +41,7 @@ def merged_tensors(model: CausalLM, merge_base: str = "auto") -> Iterator[tuple[
     Raises: ValueError, before the first tensor, if `merge_base` is not available or if this adapter
         is already merged into the base; later, if a merged value is not finite in the dtype.
     """
-    stored = SafetensorsFolder(model.folder)
+    stored = open_weights(model.folder, model.config)
     use_original = _use_original(model, stored, merge_base)
     if adapter_digest(model) in _merged_adapters(stored):
         raise ValueError(
@@ -76,7 +77,7 @@ def merge_to_folder(
     shapes, dtype = model.config.tensor_shapes(), _merged_dtype(model)
     tensors = merged_tensors(model, merge_base)
     require_space(folder, total_bytes(shapes, dtype))
-    digests = _merged_adapters(SafetensorsFolder(model.folder))
+    digests = _merged_adapters(open_weights(model.folder, model.config))
     if digest := adapter_digest(model):
         digests.append(digest)
     metadata = {"format": "pt"}

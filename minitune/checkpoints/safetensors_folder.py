@@ -3,6 +3,9 @@
 A folder holds one model.safetensors, or the shards that model.safetensors.index.json lists, or
 other *.safetensors files without an index. The files are memory-mapped and opened once, so host
 memory holds only the tensors that are in use.
+
+In a multimodal wrapper's folder the text model's tensors have a prefix. They go by the names that
+they have in a plain folder, and the wrapper's other tensors are left out.
 """
 
 import os
@@ -22,6 +25,18 @@ TIED_HEAD = "lm_head.weight"  # some indexes list it although the embedding is u
 # Weight files of other formats, which a folder may hold instead of safetensors.
 FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz")
 LFS_POINTER = b"version https://git-lfs"  # beginning of the small text that stands for a file
+# Prefixes of a text model's tensors in a wrapper's folder -> prefix in a plain folder
+TEXT_PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "model.text_model.": "model.",
+    "lm_head.": "lm_head.",
+    # Qwen2-VL's first layout
+    "model.embed_tokens.": "model.embed_tokens.",
+    "model.layers.": "model.layers.",
+    "model.norm.": "model.norm.",
+}
 # In bitsandbytes' names, between a linear and its quantisation type, "nf4" or "fp4".
 QUANT_STATE = ".weight.quant_state.bitsandbytes__"
 TORCH_DTYPES = {
@@ -89,14 +104,22 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 class SafetensorsFolder:
     """The tensors of a model folder by name, read lazily.
 
+    is_wrapper: True if the folder holds a multimodal model, whose text model is read.
+
     Raises: ValueError that names the file if the index is broken, or if a shard is missing,
-        truncated or no safetensors file.
+        truncated or no safetensors file; or if a wrapper holds no text model.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, is_wrapper: bool = False):
         self.folder = Path(folder)
-        self._file_of: dict[str, Path] = {}  # by tensor name
+        self._file_of: dict[str, Path] = {}  # by the tensor's name in the files
         self._files = {}  # open files by path
+        self._open_files()
+        # name -> name in the files
+        self._stored_name = self._text_names() if is_wrapper else {n: n for n in self._file_of}
+
+    def _open_files(self) -> None:
+        """Open the files of the folder, and check them against the index if there is one."""
         index = self.folder / INDEX
         if not index.is_file():
             for path in self._files_without_index():
@@ -144,10 +167,31 @@ class SafetensorsFolder:
                 raise ValueError(f"{self.folder}: {name} is in both {other} and {path.name}")
             self._file_of[name] = path
 
+    def _text_names(self) -> dict[str, str]:
+        """Return the name of each tensor of a wrapper's text model -> its name in the files."""
+        names: dict[str, str] = {}
+        for stored in self._file_of:
+            prefix = next(filter(stored.startswith, TEXT_PREFIXES), None)
+            if prefix is None:
+                continue
+            name = TEXT_PREFIXES[prefix] + stored.removeprefix(prefix)
+            if name in names:
+                raise ValueError(
+                    f"{self.folder}: holds {names[name]} and {stored}, which are the same tensor "
+                    "of the text model; remove the one that is out of date"
+                )
+            names[name] = stored
+        if not names:
+            raise ValueError(
+                f"{self.folder}: holds no text model; its tensors would begin with "
+                f"{', '.join(TEXT_PREFIXES)}"
+            )
+        return names
+
     def _check_index(self, index: Path, listed: dict[str, str]) -> None:
         """Raise ValueError if the index and the shards disagree on a weight."""
         for name, file in listed.items():
-            is_needed = not name.endswith(NOT_WEIGHTS) and name != TIED_HEAD
+            is_needed = not name.endswith(NOT_WEIGHTS) and not name.endswith(TIED_HEAD)
             found = self._file_of.get(name)
             if found != self.folder / file and (is_needed or found is not None):
                 raise ValueError(f"{index}: says that {file} holds {name}, but it does not")
@@ -157,11 +201,11 @@ class SafetensorsFolder:
             raise ValueError(f"{path}: holds {extra[0]}, which is missing from {index.name}")
 
     def names(self) -> list[str]:
-        """Return the names of all tensors."""
-        return list(self._file_of)
+        """Return the names of all tensors of the model."""
+        return list(self._stored_name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._stored_name
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata of the first file's header."""
@@ -180,7 +224,8 @@ class SafetensorsFolder:
         dtype = self._slice(name).get_dtype()
         if dtype not in TORCH_DTYPES:
             raise ValueError(
-                f"{self._file_of[name]}: {name} is {dtype}; weights are F32, F16 or BF16"
+                f"{self._path(name)}: {self._stored_name[name]} is {dtype}; "
+                "weights are F32, F16 or BF16"
             )
         return TORCH_DTYPES[dtype]
 
@@ -193,22 +238,26 @@ class SafetensorsFolder:
         """
         found = self.shape(name)
         self.dtype(name)
-        path = self._file_of[name]
+        path, stored_name = self._path(name), self._stored_name[name]
         if shape is not None and found != tuple(shape):
             raise ValueError(
-                f"{path}: {name} has shape {found}, config.json asks for {tuple(shape)}"
+                f"{path}: {stored_name} has shape {found}, config.json asks for {tuple(shape)}"
             )
-        return self._files[path].get_tensor(name)
+        return self._files[path].get_tensor(stored_name)
+
+    def _path(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self._file_of[self._stored_name[name]]
 
     def _slice(self, name: str):
-        if name not in self._file_of:
+        if name not in self._stored_name:
             raise ValueError(f"{self.folder}: holds no tensor {name}")
-        return self._files[self._file_of[name]].get_slice(name)
+        return self._files[self._path(name)].get_slice(self._stored_name[name])
 
     @property
     def prequantized(self) -> bool:
         """Return True if any linear is stored as NF4."""
-        return any(f"{QUANT_STATE}nf4" in name for name in self._file_of)
+        return any(f"{QUANT_STATE}nf4" in name for name in self._stored_name)
 
 
 def _is_lfs_pointer(path: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from minitune.api import FastLanguageModel
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
-from minitune.config.cli import CommandParser, run_command
+from minitune.config.cli import CommandParser, print_notes, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS, MERGE_BASES
 from minitune.data.templates.adapter_template import load_template
@@ -68,7 +68,9 @@ def export(arguments: argparse.Namespace) -> list[Path]:
             "nothing to write: give --output for a GGUF file, --merged for a folder, or both"
         )
     folder = resolve_model(arguments.model)
-    quantized = "quantization_config" in ModelConfig.from_folder(folder).raw
+    config = ModelConfig.from_folder(folder)
+    print_notes(config.notes)
+    quantized = "quantization_config" in config.raw
     use_nf4 = merge_base == "nf4"
     if arguments.adapter is None and merged is None and not quantized and not use_nf4:
         # Tensor by tensor, without a model in memory.

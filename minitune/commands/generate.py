@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from minitune.api import FastLanguageModel
-from minitune.config.cli import CommandParser, run_command
+from minitune.config.cli import CommandParser, print_notes, run_command
 from minitune.data.templates.adapter_template import load_template
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
@@ -29,6 +29,7 @@ def _run(argv: Sequence[str] | None, program: str) -> None:
         device=arguments.device,
         progress=True,
     )
+    print_notes(model.config.notes)
     if arguments.adapter:
         model.load_adapter(arguments.adapter)
         load_template(tokenizer, arguments.adapter)

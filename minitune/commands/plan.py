@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from minitune.checkpoints.safetensors_folder import resolve_model
-from minitune.config.cli import Settings, parse, run_command
+from minitune.config.cli import Settings, parse, print_notes, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
 from minitune.device import gib_text
@@ -52,6 +52,7 @@ def plan(settings: Settings, program: str) -> str:
     budget = parse_bytes(sft.memory_budget) if sft.memory_budget else torch.cuda.mem_get_info()[0]
     host_memory = parse_bytes(sft.host_memory) if sft.host_memory else default_host_budget()
     config = ModelConfig.from_folder(resolve_model(run.model))
+    print_notes(config.notes)
     max_seqlen = sft.max_length or run.max_seq_length or config.default_seq_length
     config.check_seq_length(max_seqlen)
     checkpointing = GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing]

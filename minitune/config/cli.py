@@ -307,3 +307,9 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
         text = "\n".join(on_one_line(" ".join(line.split())) for line in lines)
         print(f"{program}: error: {text}", file=sys.stderr)
         return EXPECTED_ERROR
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print facts that the user should know, one a line, on stderr."""
+    for note in notes:
+        print(f"note: {on_one_line(note)}", file=sys.stderr)

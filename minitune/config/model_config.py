@@ -1,7 +1,7 @@
 """The shape of a model: config.json, checked and without the differences of its versions."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from minitune.config.architectures import (
     LAYER_NORMS,
     Architecture,
 )
+from minitune.config.text_config import is_wrapper, text_config
 
 EXPECTED = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}
 DEFAULT_MAX_SEQ_LENGTH = 2048
@@ -52,7 +53,8 @@ class ModelConfig:
     """The shape of a model.
 
     sliding_window: tokens that attention looks back at, or None for all.
-    raw: config.json as it was read; a merge writes it again.
+    raw: config.json as it was read, of a wrapper its text model's; a merge writes it again.
+    wrapper: model_type of the multimodal model around this text model, or "".
     """
 
     vocab_size: int
@@ -74,6 +76,7 @@ class ModelConfig:
     sliding_window: int | None
     architecture: Architecture
     raw: dict
+    wrapper: str = ""
 
     def __post_init__(self):
         H, G = self.num_attention_heads, self.num_key_value_heads
@@ -86,6 +89,17 @@ class ModelConfig:
                 f"head_dim {self.head_dim} is not supported; "
                 "attention takes multiples of 8 up to 256"
             )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return facts about the folder that the user should know."""
+        if not self.wrapper:
+            return ()
+        family = self.architecture.model_type
+        return (
+            f"the folder holds a {self.wrapper} model; its text model, of type {family}, is used "
+            "and its other parts are left out",
+        )
 
     @property
     def default_seq_length(self) -> int:
@@ -163,7 +177,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
-        """Read FOLDER/config.json.
+        """Read FOLDER/config.json. Of a multimodal wrapper, the text model counts.
 
         Raises: ValueError that names the field if the model is not one that this code runs.
         """
@@ -176,6 +190,9 @@ class ModelConfig:
         hint = "a model folder holds config.json, *.safetensors and a tokenizer"
         raw = read_json(path, hint=hint)
         try:
+            if is_wrapper(raw):
+                text = cls.from_dict(text_config(raw))
+                return replace(text, wrapper=str(raw.get("model_type")))
             return cls.from_dict(raw)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None

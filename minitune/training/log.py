@@ -163,7 +163,8 @@ def banner(model: CausalLM, datasets: dict[str, TokenizedDataset], run: RunSumma
     datasets: each dataset of the run by its label.
     """
     data_rows = [row for label, data in datasets.items() for row in _data_rows(label, data)]
-    rows = [*_model_rows(model), *data_rows, *_run_rows(run)]
+    notes = [("note", note) for note in model.config.notes]
+    rows = [*_model_rows(model), *notes, *data_rows, *_run_rows(run)]
     if dropout := model.lora_dropout:  # of an adapter that was loaded
         text = f"the adapter was trained with lora_dropout {dropout}, which is not applied here"
         rows.append(("warning", text))
