@@ -122,6 +122,25 @@ def add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.
 
 
 @triton.jit
+def tanh_and_slope(x):
+    """Return tanh(x) and its derivative 1 - tanh(x)^2, both accurate to float32.
+
+    With e = exp(-2 |x|), |tanh(x)| is (1 - e) / (1 + e) and the derivative 4 e / (1 + e)^2. The
+    difference 1 - e loses digits below 1/4, so a Taylor polynomial takes over there.
+    """
+    TWO_LOG2_E: tl.constexpr = 2.8853900817779268
+    e = tl.exp2(tl.abs(x) * -TWO_LOG2_E)
+    inverse = 1.0 / (1.0 + e)
+    large = (1.0 - e) * inverse
+    x2 = x * x
+    # -1/3, 2/15, -17/315 and 62/2835; the next term is below 1e-8 of x.
+    series = -0.33333333333 + x2 * (0.13333333333 + x2 * (-0.053968253968 + x2 * 0.021869488536))
+    small = x + x * x2 * series
+    tanh = tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
+    return tanh, 4 * e * inverse * inverse
+
+
+@triton.jit
 def load_row(x_ptr, row, x_row_stride, columns, mask):
     """Return the given columns of one row in float32, zero if masked."""
     return tl.load(x_ptr + row * x_row_stride + columns, mask=mask, other=0.0).to(tl.float32)

@@ -1,8 +1,8 @@
 """The LM head and the cross-entropy loss together: the logits of all rows never exist at once.
 
-    logits  = hidden W^T                                (N, V), rounded to the dtype of hidden
+    logits  = multiplier hidden W^T                     (N, V), rounded to the dtype of hidden
     loss    = sum over rows of (logsumexp(logits) - logits[target]) / denominator
-    dhidden = (softmax(logits) - onehot(target)) / denominator W
+    dhidden = (softmax(logits) - onehot(target)) multiplier / denominator W
 
 hidden (N, D), W (V, D) frozen, targets (N,). A row with the target -100 has no loss and a zero
 gradient. Forward computes the gradient, so nothing is saved. With the row's maximum m:
@@ -19,10 +19,15 @@ for the largest logits. -others / total keeps its digits as p[target] approaches
 Rows are processed in tiles of at most 256 MiB of logits, 1046 rows at V = 128256 in bf16. The
 logits of 4096 rows would take 1.05 GB, and a plain softmax three times as much. For each tile:
 
-- torch.mm writes the logits;
-- one program a row reads them for the logsumexp, reads them again and writes softmax - onehot over
-  them;
+- torch.addmm writes the logits, with a factor of 0 for the buffer's old contents;
+- one program a row reads them for the logsumexp, reads them again and overwrites them with their
+  gradient;
 - torch.mm with W returns dhidden in float32, which is divided by the denominator and rounded once.
+
+A soft cap bounds the logits before the softmax, in float32 (Gemma 2):
+
+    capped  = softcap tanh(logits / softcap)
+    dlogits = (softmax(capped) - onehot(target)) (1 - tanh(logits / softcap)^2)
 
 The division comes last, because in float16 quotients by a few thousand tokens would underflow to 0.
 The kernel reads the logits twice and writes them once. Without `need_grad` it reads them once.
@@ -31,7 +36,14 @@ The kernel reads the logits twice and writes them once. Without `need_grad` it r
 import torch
 
 from . import backend
-from .backend import accumulator, matmul_accumulated, power_of_two, tl, triton
+from .backend import (
+    accumulator,
+    matmul_accumulated,
+    power_of_two,
+    tanh_and_slope,
+    tl,
+    triton,
+)
 
 PROFILE_GROUP = "loss"
 
@@ -44,9 +56,12 @@ def logits_tile_rows(V: int, itemsize: int) -> int:
     return max(LOGITS_TILE_BYTES // (V * itemsize), 1)
 
 
-def cross_entropy_reference_(logits, targets, need_grad):
-    """Return the loss of each row, and overwrite logits with softmax - onehot if need_grad."""
+def cross_entropy_reference_(logits, targets, need_grad, softcap=0.0):
+    """Return the loss of each row, and overwrite logits with their gradient if need_grad."""
     logits_acc = logits.to(accumulator(logits.dtype))
+    if softcap:
+        tanh = torch.tanh(logits_acc / softcap)
+        logits_acc = softcap * tanh
     labelled = targets != IGNORE_INDEX
     target = torch.where(labelled, targets, 0).long()[:, None]
     row_max = logits_acc.amax(dim=-1, keepdim=True)
@@ -59,8 +74,21 @@ def cross_entropy_reference_(logits, targets, need_grad):
         target_p = target_exp / total
         target_gradient = torch.where(target_p < 0.5, target_p - 1.0, -others / total)
         gradient = exps.div_(total).scatter_(1, target, target_gradient)
+        if softcap:
+            gradient *= 1 - tanh.square()
         logits.copy_(gradient.masked_fill_(~labelled[:, None], 0.0))
     return torch.where(labelled, losses[:, 0], 0.0)
+
+
+@triton.jit
+def _load_logits(logits_ptr, mask, SOFTCAP: tl.constexpr):
+    """Return logits in float32, capped if SOFTCAP, and the slope of the cap; -inf if masked."""
+    x = tl.load(logits_ptr, mask=mask, other=float("-inf")).to(tl.float32)
+    slope = 1.0
+    if SOFTCAP:
+        tanh, slope = tanh_and_slope(x * (1.0 / SOFTCAP))
+        x = tl.where(mask, SOFTCAP * tanh, float("-inf"))
+    return x, slope
 
 
 @triton.jit
@@ -72,6 +100,7 @@ def _cross_entropy(
     V,
     IGNORE_INDEX: tl.constexpr,
     NEED_GRAD: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Compute the loss of one row per program, and overwrite its logits with their gradient."""
@@ -89,13 +118,13 @@ def _cross_entropy(
     else:
         # A target outside the vocabulary has a probability of 0, so its loss is infinite.
         valid = (target >= 0) & (target < V)
-        target_logit = tl.load(row_ptr + target, mask=valid, other=float("-inf")).to(tl.float32)
+        target_logit, target_slope = _load_logits(row_ptr + target, valid, SOFTCAP)
         # Each lane keeps its own maximum and sum. They are combined once, at the end of the row.
         lane_max = tl.full((BLOCK_V,), float("-inf"), dtype=tl.float32)
         sums = tl.zeros((BLOCK_V,), dtype=tl.float32)
         for first in range(0, V, BLOCK_V):
             mask = first + columns < V
-            x = tl.load(row_ptr + first + columns, mask=mask, other=float("-inf")).to(tl.float32)
+            x, _ = _load_logits(row_ptr + first + columns, mask, SOFTCAP)
             x = tl.where(first + columns == target, float("-inf"), x)
             new = tl.maximum(lane_max, x)
             base = tl.where(new == float("-inf"), 0.0, new)
@@ -110,18 +139,18 @@ def _cross_entropy(
             inverse = tl.div_rn(1.0, total)
             for first in range(0, V, BLOCK_V):
                 at_ptr, mask = row_ptr + first + columns, first + columns < V
-                x = tl.load(at_ptr, mask=mask, other=float("-inf")).to(tl.float32)
-                tl.store(at_ptr, (tl.exp(x - row_max) * inverse).to(dtype), mask=mask)
+                x, slope = _load_logits(at_ptr, mask, SOFTCAP)
+                tl.store(at_ptr, (tl.exp(x - row_max) * inverse * slope).to(dtype), mask=mask)
             target_p = target_exp * inverse
             gradient = tl.where(target_p < 0.5, target_p - 1.0, -others * inverse)
             tl.debug_barrier()  # all lanes have stored, so the target's element is overwritten last
-            tl.store(row_ptr + target, gradient.to(dtype), mask=valid)
+            tl.store(row_ptr + target, (gradient * target_slope).to(dtype), mask=valid)
 
 
-def _cross_entropy_(logits, targets, losses, need_grad) -> None:
-    """Fill the losses; overwrite the logits with softmax - onehot if need_grad."""
+def _cross_entropy_(logits, targets, losses, need_grad, softcap) -> None:
+    """Fill the losses; overwrite the logits with their gradient if need_grad."""
     if not backend.use_triton(logits):
-        losses.copy_(cross_entropy_reference_(logits, targets, need_grad))
+        losses.copy_(cross_entropy_reference_(logits, targets, need_grad, softcap))
     elif logits.numel():
         V = logits.shape[1]
         # 4096 logits an iteration, 16 a thread: wide loads, and running values stay in registers.
@@ -134,13 +163,16 @@ def _cross_entropy_(logits, targets, losses, need_grad) -> None:
             V,
             IGNORE_INDEX=IGNORE_INDEX,
             NEED_GRAD=need_grad,
+            SOFTCAP=float(softcap),
             BLOCK_V=BLOCK_V,
             num_warps=min(max(BLOCK_V // 512, 1), 8),
         )
 
 
-def _check(hidden, weight, targets) -> None:
-    """Raise ValueError if a shape, a dtype or a target on the CPU does not fit."""
+def _check(hidden, weight, targets, softcap) -> None:
+    """Raise ValueError if a shape, a dtype, the cap or a target on the CPU does not fit."""
+    if not softcap >= 0:
+        raise ValueError(f"softcap {softcap}; expected above 0, or 0 for none")
     fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
     if not fits or hidden.dtype != weight.dtype:
         raise ValueError(
@@ -177,6 +209,8 @@ def linear_cross_entropy(
     tile_rows: int | None = None,
     need_grad: bool = True,
     logits_buffer: torch.Tensor | None = None,
+    multiplier: float = 1.0,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return (loss, dhidden): the 0-dim float32 loss, its gradient (N, D) in hidden's dtype.
 
@@ -187,13 +221,15 @@ def linear_cross_entropy(
     tile_rows: rows of logits that exist at once; by default at most 256 MiB of them.
     need_grad: if False, dhidden is None and the second pass over the logits is left out.
     logits_buffer: memory for a tile of logits (rows, V) in hidden's dtype; it replaces tile_rows.
+    multiplier: factor of the logits, applied by the matmul before the logits are rounded.
+    softcap: bound on the logits; 0 for none.
 
     Targets on a GPU are not checked, because the check would synchronise with the GPU.
 
     Raises: ValueError if a shape or dtype does not fit, or if a target on the CPU is outside the
         vocabulary.
     """
-    _check(hidden, weight, targets)
+    _check(hidden, weight, targets, softcap)
     (N, D), V, acc_dtype = hidden.shape, len(weight), accumulator(hidden.dtype)
     if logits_buffer is None:
         rows = min(tile_rows or logits_tile_rows(V, hidden.element_size()), N)
@@ -202,6 +238,7 @@ def linear_cross_entropy(
     if not isinstance(denominator, torch.Tensor):
         denominator = torch.full((), float(denominator), dtype=acc_dtype, device=hidden.device)
     inverse = denominator.to(acc_dtype).reciprocal()
+    gradient_scale = inverse if multiplier == 1.0 else inverse * multiplier
     targets = targets.contiguous()
 
     losses = torch.empty(N, dtype=acc_dtype, device=hidden.device)
@@ -209,8 +246,10 @@ def linear_cross_entropy(
     step = max(len(logits_buffer), 1)
     for first in range(0, N, step):
         rows = slice(first, first + step)
-        logits = torch.mm(hidden[rows], weight.t(), out=logits_buffer[: min(step, N - first)])
-        _cross_entropy_(logits, targets[rows], losses[rows], need_grad)
+        logits = logits_buffer[: min(step, N - first)]
+        # With a beta of 0 this is torch.mm, which takes no multiplier.
+        torch.addmm(logits, hidden[rows], weight.t(), beta=0, alpha=multiplier, out=logits)
+        _cross_entropy_(logits, targets[rows], losses[rows], need_grad, softcap)
         if need_grad:
-            torch.mul(matmul_accumulated(logits, weight), inverse, out=dhidden[rows])
+            torch.mul(matmul_accumulated(logits, weight), gradient_scale, out=dhidden[rows])
     return losses.sum() * inverse, dhidden

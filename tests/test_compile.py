@@ -119,7 +119,8 @@ def run_layer(t: MetaTensors) -> None:
     x, weight = t.new(t.N, t.D), t.new(t.D)
     index = t.new(t.N, dtype=torch.int32)
     positions = targets = t.new(t.N, dtype=torch.int64)
-    embedding.embed(index, t.new(t.V, t.D), t.dtype)
+    for multiplier in (1.0, 12.0):
+        embedding.embed(index, t.new(t.V, t.D), t.dtype, multiplier)
 
     residual = t.float32(t.N, t.D)
     rms_norm.rms_norm(residual, weight, 1e-5, out=x)
@@ -139,7 +140,8 @@ def run_layer(t: MetaTensors) -> None:
     gate, up = t.new(t.N, t.F), t.new(t.N, t.F)
     swiglu.swiglu_backward(gate, gate, up)
     swiglu.swiglu_backward(gate, gate, up, out=swiglu.swiglu(gate, up))
-    cross_entropy.linear_cross_entropy(x, t.new(t.V, t.D), targets, t.N)
+    for softcap in (0.0, 30.0):
+        cross_entropy.linear_cross_entropy(x, t.new(t.V, t.D), targets, t.N, softcap=softcap)
 
 
 def run_optimizer(t: MetaTensors) -> None:

@@ -240,5 +240,8 @@ def test_the_embedding_returns_rows_of_the_table(D, dtype, device):
     ids = torch.tensor([3, 49, 0, 3, 17], dtype=torch.int32, device=device)
     assert torch.equal(embedding.embed(ids, table, dtype), table[ids.long()].to(dtype))
     assert embedding.embed(ids[:0], table, dtype).shape == (0, D)
+    narrow, multiplier = table.to(dtype), D**0.5
+    expected = (narrow[ids.long()].float() * multiplier).to(dtype)
+    assert torch.equal(embedding.embed(ids, narrow, dtype, multiplier), expected)
     with pytest.raises(ValueError, match="expected contiguous rows"):
         embedding.embed(ids, table[:, ::2], dtype)
