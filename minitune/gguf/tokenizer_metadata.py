@@ -34,6 +34,13 @@ _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
 )
+_DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|"
+    "\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
 # (rules before the byte level, True if a word that is a token skips the merges) -> llama.cpp's name
 PRE_TOKENIZERS = {
     ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
@@ -42,6 +49,7 @@ PRE_TOKENIZERS = {
     ((_CASED + r"\p{N}" + _REST.replace(r"[\r\n]*", r"[\r\n/]*"),), True): "tekken",
     (("digits", "gpt-2"), False): "smollm",
     (("gpt-2",), False): "gpt-2",
+    (_DEEPSEEK, False): "deepseek-v3",
 }
 
 
@@ -114,15 +122,17 @@ def pre_tokenizer_name(path: Path, content: dict) -> str:
     pre = content.get("pre_tokenizer") or {}
     rules = [rule for part in pre.get("pretokenizers", [pre]) for rule in _word_rules(part)]
     # llama.cpp does not normalise. NFC is accepted, because nearly all text already has that form.
-    normalizer = (content.get("normalizer") or {}).get("type", "NFC")
+    normalizer = content.get("normalizer") or {}
+    normalizers = [part.get("type", "NFC") for part in normalizer.get("normalizers", [normalizer])]
     ignore_merges = bool(content["model"].get("ignore_merges"))
     name = PRE_TOKENIZERS.get((tuple(rules), ignore_merges))
-    if name is None or normalizer != "NFC":
+    if name is None or set(normalizers) - {"NFC"}:
         known = ", ".join(PRE_TOKENIZERS.values())
         raise ValueError(
             f"{path}: llama.cpp has no name for this pre-tokenizer, and a wrong one would change "
             f"tokens silently; known are those of {known}. "
-            f"It is: {json.dumps(pre)[:300]}, normalizer {normalizer}"
+            f"It is: {json.dumps(pre)[:300]}, "
+            f"normalizer {', '.join(normalizers)}"
         )
     return name
 
