@@ -85,7 +85,7 @@ def _load_logits(logits_ptr, mask, SOFTCAP: tl.constexpr):
     """Return logits in float32, capped if SOFTCAP, and the slope of the cap; -inf if masked."""
     x = tl.load(logits_ptr, mask=mask, other=float("-inf")).to(tl.float32)
     slope = 1.0
-    if SOFTCAP:
+    if SOFTCAP > 0.0:
         tanh, slope = tanh_and_slope(x * (1.0 / SOFTCAP))
         x = tl.where(mask, SOFTCAP * tanh, float("-inf"))
     return x, slope
