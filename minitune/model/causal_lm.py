@@ -179,12 +179,8 @@ class CausalLM(nn.Module):
                 "differ in shape; each token has one label"
             )
         ids, positions, mask = self._pack(input_ids.cpu(), attention_mask, position_ids)
-        packed = PackedSequences.from_positions(positions).to(self.device)
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
-            s = new_residual(self._embed(ids))  # (N, D)
-            levels, packed, tile_rows = self._plan(packed)
-            for layer, level in zip(self.model.layers, levels, strict=True):
-                s = layer(s, packed, self.layer_context, level, tile_rows)
+            s = self.residual_stream(ids, positions)
             if labels is None:
                 return Output(logits=self._logits(s, mask))
             loss_rows = LossRows.from_labels(
@@ -195,13 +191,33 @@ class CausalLM(nn.Module):
                 denominator = max(1, len(loss_rows))
             return Output(loss=LossNode.apply(s, self, loss_rows.to(self.device), denominator))
 
+    def residual_stream(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return the residual stream (N, D) after the last layer.
+
+        ids, positions: packed, (N,) each, on the host.
+        """
+        s = new_residual(self._embed(ids))
+        levels, packed, tile_rows = self._plan(
+            PackedSequences.from_positions(positions).to(self.device)
+        )
+        for layer, level in zip(self.model.layers, levels, strict=True):
+            s = layer(s, packed, self.layer_context, level, tile_rows)
+        return s
+
+    def residual_logits(self, s: Tensor, head: Tensor) -> Tensor:
+        """Return the logits (n, V) of rows (n, D) of the residual stream, in the head's dtype.
+
+        head: the head's weight (V, D).
+        """
+        return LogitsNode.apply(s, self.model.norm, head)
+
     def _embed(self, ids: Tensor) -> Tensor:
         """Return the embedding (N, D) of ids (N,) on the host, in the compute dtype."""
         return self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
 
     def _logits(self, s: Tensor, mask: Tensor) -> Tensor:
         """Return the logits of s (N, D), shaped like the mask with V at the end, 0 for padding."""
-        logits = LogitsNode.apply(s, self.model.norm, self.lm_head.weight_as(self.dtype))  # (N, V)
+        logits = self.residual_logits(s, self.lm_head.weight_as(self.dtype))  # (N, V)
         if not mask.all():
             rows = mask.view(-1).nonzero()[:, 0].to(self.device)
             padded = logits.new_zeros(mask.numel(), logits.shape[-1])
