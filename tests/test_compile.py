@@ -23,12 +23,12 @@ from minitune.kernels import (
     cross_entropy,
     dequantize,
     embedding,
+    gated_activation,
     global_norm,
     lora_linear,
     qk_norm_rope,
     rms_norm,
     rope,
-    swiglu,
 )
 
 pytest.importorskip("triton")
@@ -54,14 +54,14 @@ KERNELS = {
     "_cross_entropy",
     "_dequantize",
     "_embed",
+    "_gated_activation_bwd",
+    "_gated_activation_fwd",
     "_qk_norm_rope",
     "_rms_norm_bwd",
     "_rms_norm_fwd",
     "_root_of_sum",
     "_rope",
     "_square_sums",
-    "_swiglu_bwd",
-    "_swiglu_fwd",
     "_write_adapters",
 }
 # (model, dtype, rows) for every GPU, and further ones for some GPUs
@@ -138,8 +138,10 @@ def run_layer(t: MetaTensors) -> None:
         attention.attention_backward(out, q, k, k, out, lse, *rest, max_seqlen=max_seqlen)
 
     gate, up = t.new(t.N, t.F), t.new(t.N, t.F)
-    swiglu.swiglu_backward(gate, gate, up)
-    swiglu.swiglu_backward(gate, gate, up, out=swiglu.swiglu(gate, up))
+    for activation in gated_activation.ACTIVATIONS:
+        m = gated_activation.gated_activation(gate, up, activation=activation)
+        for out in (m, None):
+            gated_activation.gated_activation_backward(m, gate, up, out=out, activation=activation)
     for softcap in (0.0, 30.0):
         cross_entropy.linear_cross_entropy(x, t.new(t.V, t.D), targets, t.N, softcap=softcap)
 

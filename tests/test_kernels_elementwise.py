@@ -1,5 +1,6 @@
-"""RMSNorm, RoPE, SwiGLU and embedding against PyTorch, within kernel_checks.py's bound."""
+"""RMSNorm, RoPE, gated activation and embedding against PyTorch, by kernel_checks.py's bound."""
 
+import functools
 import math
 
 import pytest
@@ -19,7 +20,14 @@ from kernel_checks import (
     with_gradients,
 )
 
-from minitune.kernels import embedding, qk_norm_rope, rms_norm, rope, swiglu
+from minitune.kernels import embedding, qk_norm_rope, rms_norm, rope
+from minitune.kernels.gated_activation import (
+    ACTIVATIONS,
+    gated_activation,
+    gated_activation_backward,
+    gated_activation_backward_reference,
+    gated_activation_reference,
+)
 
 # ---- RMSNorm
 
@@ -191,42 +199,60 @@ def test_the_backward_of_the_norm_and_rope_reference_passes_gradcheck():
     assert torch.autograd.gradcheck(function, double(3, 5, 8))
 
 
-# ---- SwiGLU
+# ---- gated activation
+
+
+each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
 @kernel
 @in_each_dtype
+@each_activation
 @pytest.mark.parametrize("shape", [(3, 423), (1, 1024), (2, 1536), (213, 3)])
-def test_swiglu_and_its_backward_err_at_most_twice_as_much_as_pytorch(shape, dtype, device):
+def test_a_gated_activation_and_its_backward_err_at_most_twice_as_much_as_pytorch(
+    shape, activation, dtype, device
+):
     gate, up, dout = (
         strided(3 * normal(*shape, dtype=dtype, device=device, seed=s)) for s in range(3)
     )
-    out = swiglu.swiglu(gate, up)
-    dgate, dup = swiglu.swiglu_backward(dout, gate, up)
-    judge([out, dgate, dup], swiglu.swiglu_reference, [gate, up], [dout])
+    out = gated_activation(gate, up, activation=activation)
+    dgate, dup = gated_activation_backward(dout, gate, up, activation=activation)
+    formula = functools.partial(gated_activation_reference, activation=activation)
+    judge([out, dgate, dup], formula, [gate, up], [dout])
     wide = strided(torch.zeros_like(out))
-    assert torch.equal(swiglu.swiglu(gate, up, out=wide), out)
-    swiglu.swiglu_backward(dout, gate, up, gate, up, out=dout)  # overwrites its inputs
+    assert torch.equal(gated_activation(gate, up, out=wide, activation=activation), out)
+    destinations = {"dgate": gate, "dup": up, "out": dout}  # overwrites its inputs
+    gated_activation_backward(dout, gate, up, **destinations, activation=activation)
     for mine, expected in ((gate, dgate), (up, dup), (dout, out)):
         assert torch.equal(mine, expected)
 
 
 @kernel
-def test_swiglu_is_finite_if_exp_overflows_and_nan_if_an_input_is(device):
+@each_activation
+def test_a_gated_activation_is_finite_if_exp_overflows_and_nan_if_an_input_is(activation, device):
     gate = torch.tensor([[-1e4, 1e4, 0.0, math.nan]], device=device)
     one = torch.ones_like(gate)
-    expected = torch.tensor([[-0.0, 1e4, 0.0]], device=device)
-    assert torch.equal(swiglu.swiglu(gate, one)[:, :3], expected)
-    for x in (swiglu.swiglu(gate, one), *swiglu.swiglu_backward(one, gate, one)):
+    out = gated_activation(gate, one, activation=activation)
+    assert torch.equal(out[:, :3], torch.tensor([[-0.0, 1e4, 0.0]], device=device))
+    for x in (out, *gated_activation_backward(one, gate, one, activation=activation)):
         assert x.isnan().tolist() == [[False, False, False, True]]
 
 
-def test_the_backward_of_the_swiglu_reference_passes_gradcheck():
+@each_activation
+def test_the_backward_of_the_gated_activation_reference_passes_gradcheck(activation):
     pair = as_function(
-        lambda gate, up: (swiglu.swiglu_reference(gate, up), []),
-        lambda dout, gate, up: swiglu.swiglu_backward_reference(dout, gate, up)[:2],
+        lambda gate, up: (gated_activation_reference(gate, up, activation), []),
+        lambda *inputs: gated_activation_backward_reference(*inputs, activation)[:2],
     )
     assert torch.autograd.gradcheck(pair, (double(3, 5), double(3, 5, seed=1)))
+
+
+def test_an_unknown_activation_is_refused_by_name():
+    x = normal(3, 8)
+    with pytest.raises(ValueError, match="activation 'gelu'; expected silu or gelu_tanh"):
+        gated_activation(x, x, activation="gelu")
+    with pytest.raises(ValueError, match="activation 'gelu'; expected silu or gelu_tanh"):
+        gated_activation_backward(x, x, x, activation="gelu")
 
 
 # ---- embedding

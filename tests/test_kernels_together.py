@@ -14,10 +14,11 @@ from kernel_checks import (
 )
 from torch.nn import functional
 
-from minitune.kernels import backend, lora_linear, rms_norm, rope, swiglu
+from minitune.kernels import backend, lora_linear, rms_norm, rope
 from minitune.kernels.attention import attention, attention_backward
 from minitune.kernels.cross_entropy import linear_cross_entropy
 from minitune.kernels.dequantize import dequantize_nf4
+from minitune.kernels.gated_activation import gated_activation, gated_activation_backward
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -28,7 +29,7 @@ def test_no_rows_give_empty_results_and_a_loss_of_zero(triton, device, monkeypat
     y, rstd = rms_norm.rms_norm(x, weight[0], EPS)
     assert (y.shape, rstd.shape) == ((0, 16), (0,))
     assert rms_norm.rms_norm_backward(x, x, weight[0], rstd).shape == (0, 16)
-    assert swiglu.swiglu_backward(x, x, x)[0].shape == (0, 16)
+    assert gated_activation_backward(x, x, x)[0].shape == (0, 16)
     q = torch.empty(0, 2, 8, device=device)
     bound = torch.empty(0, dtype=torch.int32, device=device)
     rope.rope_(q, q, *angles(4, 8, device), bound)
@@ -51,12 +52,12 @@ REFUSED = {  # name -> (call on x (3, 16), part of the message)
         "weight is (5,) with stride (1,); rows of x hold 16",
     ),
     "rows": (
-        lambda x: swiglu.swiglu(x.T, x.T),
+        lambda x: gated_activation(x.T, x.T),
         "gate is (16, 3) torch.float32 on cpu with strides (1, 16); "
         "expected (16, 3) torch.float32 on cpu with contiguous rows",
     ),
     "pair": (
-        lambda x: swiglu.swiglu(x, x.half()),
+        lambda x: gated_activation(x, x.half()),
         "up is (3, 16) torch.float16 on cpu with strides (16, 1); expected (3, 16) torch.float32",
     ),
     "device": (
@@ -136,9 +137,10 @@ class TestBeyondTwoToThe31:
             rms_norm.rms_norm_backward(tail, tail, weight, rstd[-3:].clone(), tail),
         )
         del y
-        assert torch.equal(swiglu.swiglu(x, x)[-3:], swiglu.swiglu(tail, tail))
+        assert torch.equal(gated_activation(x, x)[-3:], gated_activation(tail, tail))
         assert torch.equal(
-            swiglu.swiglu_backward(x, x, x)[0][-3:], swiglu.swiglu_backward(tail, tail, tail)[0]
+            gated_activation_backward(x, x, x)[0][-3:],
+            gated_activation_backward(tail, tail, tail)[0],
         )
         positions = torch.arange(N, device="cuda") % 64
         table = angles(64, 128, "cuda")
@@ -217,7 +219,7 @@ def test_no_kernel_waits_for_the_gpu():
         rope.rope_(q, q[:, :1].contiguous(), cos, sin, positions)
         out, lse = attention(q, q, q, start, end, 1.0)
         attention_backward(out, q, q, q, out, lse, start, end, 1.0)
-        swiglu.swiglu_backward(x, x, swiglu.swiglu(x, x))
+        gated_activation_backward(x, x, gated_activation(x, x))
         linear_cross_entropy(x, weight, targets, 64)
         lora_linear.lora_linear_backward_(wide, whole, 64, 1.0)
         lora_linear.lora_gradients(wide, wide, [(64, 8)])

@@ -27,7 +27,7 @@ FORWARD_D = (
     + 7  # second norm: x and o read, h_mid written, s read and written
     + 3  # down adds to s: s read and written, instead of D written once
 )
-FORWARD_F = 3  # swiglu: gate and up read, m written
+FORWARD_F = 3  # gated activation: gate and up read, m written
 FORWARD_QKV = 2  # RoPE: q and k read and written; with norms of the heads the same
 BACKWARD_D = (
     3  # second norm once more: x and o read, h_mid written
@@ -35,7 +35,7 @@ BACKWARD_D = (
     + 2  # input norm once more: x read, h written
     + 4  # its backward: dh, x and dx read, dx written
 )
-BACKWARD_F = 6  # swiglu's backward: dm, gate and up read, their gradients and m written
+BACKWARD_F = 6  # activation's backward: dm, gate and up read, their gradients and m written
 BACKWARD_QKV = 2  # RoPE's backward: dq and dk read and written
 # With norms of the heads, backward reads q and k, writes them normalised and rotated, and reads
 # them once more beside dq and dk.
@@ -65,8 +65,8 @@ BACKWARD_LAUNCHES = (
     + 1  # gradients added to .grad
 )
 # Launches for each tile of rows.
-FORWARD_TILE_LAUNCHES = 2 + 1 + 4  # norms, swiglu, matmuls
-BACKWARD_TILE_LAUNCHES = 2 + 1 + 2 + 4  # norms once more, swiglu, norms, matmuls
+FORWARD_TILE_LAUNCHES = 2 + 1 + 4  # norms, gated activation, matmuls
+BACKWARD_TILE_LAUNCHES = 2 + 1 + 2 + 4  # norms once more, gated activation, norms, matmuls
 # cuBLAS splits the sum over rows of dA and dB, and adds the parts up in a kernel of its own.
 LORA_GRADIENT_LAUNCHES = 2
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from minitune.config.model_config import ModelConfig
 from minitune.kernels.attention import attention, attention_backward
 from minitune.kernels.backend import accumulator
-from minitune.kernels.swiglu import swiglu, swiglu_backward
+from minitune.kernels.gated_activation import gated_activation, gated_activation_backward
 from minitune.model.activations import Activations, SaveLevel, row_tiles
 from minitune.model.autograd import DecoderLayerNode
 from minitune.model.layers import Attention, LayerContext, LayerPass, RMSNorm
@@ -169,7 +169,7 @@ class DecoderLayer(nn.Module):
         """
         gate_up = self.compute_gate_up_(s, a, p)  # (n, 2 F + R)
         m = self.down.new_input(a.x)  # (n, F + R)
-        swiglu(*self.split_gate_up(gate_up), out=m[:, : self.F])
+        gated_activation(*self.split_gate_up(gate_up), out=m[:, : self.F])
         self.down.forward_(m, p.weights[self.down], add_to=s, save_lora_to=a.down_lora)
 
     def compute_gate_up_(self, s: Tensor, a: Activations, p: LayerPass) -> Tensor:
@@ -258,7 +258,7 @@ class DecoderLayer(nn.Module):
         # A recomputed gate_up is not needed again, so its gradient overwrites it.
         dgate_up = gate_up if a.gate_up is None else torch.empty_like(gate_up)  # (n, 2 F + R)
         m_out = m[:, :F] if self.down.lora_columns else None  # only dA of W_down reads m
-        swiglu_backward(
+        gated_activation_backward(
             m[:, :F], *self.split_gate_up(gate_up), *self.split_gate_up(dgate_up), m_out
         )
         self.down.fill_lora_columns_(m, p.weights[self.down], a.down_lora)

@@ -12,6 +12,12 @@ from torch import Tensor
 from benchmark.kernel_cases import BF16, KernelCase, KernelSizes, beside, direct, normal, widened
 from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_
 from minitune.kernels.dequantize import dequantize_nf4
+from minitune.kernels.gated_activation import (
+    gated_activation,
+    gated_activation_backward,
+    gated_activation_backward_reference,
+    gated_activation_reference,
+)
 from minitune.kernels.global_norm import global_norm
 from minitune.kernels.lora_linear import padded_rank
 from minitune.kernels.rms_norm import (
@@ -23,12 +29,6 @@ from minitune.kernels.rms_norm import (
     rms_norm_reference,
 )
 from minitune.kernels.rope import rope_, rope_reference_
-from minitune.kernels.swiglu import (
-    swiglu,
-    swiglu_backward,
-    swiglu_backward_reference,
-    swiglu_reference,
-)
 from minitune.model.nf4 import BLOCKSIZE as NF4_BLOCKSIZE
 from minitune.model.nf4 import NESTED_BLOCKSIZE, NF4, dynamic_map, nf4_code
 from minitune.training.optimizer import moment_tables
@@ -184,12 +184,12 @@ def swiglu_cases(s: KernelSizes, device: str) -> Iterator[KernelCase]:
 
     def backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         out = torch.empty_like(dout)
-        return *swiglu_backward(dout, gate, up, out=out), out
+        return *gated_activation_backward(dout, gate, up, out=out), out
 
     # Read: gate and up, in backward also dout. Written: out, in backward also dgate and dup.
     for kernel, inputs, tensors, ours, reference in (
-        ("swiglu", 2, 3, swiglu, swiglu_reference),
-        ("swiglu_backward", 3, 6, backward, swiglu_backward_reference),
+        ("swiglu", 2, 3, gated_activation, gated_activation_reference),
+        ("swiglu_backward", 3, 6, backward, gated_activation_backward_reference),
     ):
         yield KernelCase(
             kernel=kernel,
