@@ -16,11 +16,13 @@ from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
+from minitune.data.samples import Sample
 from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 from minitune.device import choose_device, choose_dtype
 from minitune.gguf.export import export_gguf
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
 from minitune.model.causal_lm import CausalLM
+from minitune.training.check_base import BaseCheck, check_base
 
 
 class LanguageModel(CausalLM):
@@ -32,6 +34,13 @@ class LanguageModel(CausalLM):
         Raises: ValueError if the adapter does not fit the model or is not supported.
         """
         load_adapter(self, folder)
+
+    def check_base(self, samples: Sequence[Sample]) -> BaseCheck:
+        """Return the difference that NF4 makes to the base, on samples of `trainer.data.train`.
+
+        Raises: ValueError if the model or its folder lacks the NF4 or the 16-bit weights.
+        """
+        return check_base(self, samples)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's format: adapter_config.json and adapter_model.safetensors.

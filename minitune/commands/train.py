@@ -27,6 +27,7 @@ from minitune.data.inspector.token_display import first_samples
 from minitune.data.sources.sources import check_first_records
 from minitune.gguf.export import gguf_file_name
 from minitune.training import run_folder
+from minitune.training.check_base import check_base, checked_samples
 from minitune.training.trainer import SFTTrainer
 
 
@@ -80,7 +81,7 @@ def train(settings: Settings) -> None:
 def prepare(settings: Settings) -> SFTTrainer:
     """Check the settings, load the base model, attach a new adapter, and tokenize the data.
 
-    Prints the first samples if the settings ask for them.
+    Prints the first samples and the check of the base if the settings ask for them.
 
     Raises: ValueError if settings, model or data are wrong.
     """
@@ -106,7 +107,20 @@ def prepare(settings: Settings) -> SFTTrainer:
     )
     trainer = SFTTrainer(model, sft, run.data, run.eval_data or None, tokenizer, run_config=run)
     print_samples(first_samples(trainer.data.train.samples, tokenizer, run.show), sys.stderr)
+    if run.check_base:
+        _print_check(trainer)
     return trainer
+
+
+def _print_check(trainer: SFTTrainer) -> None:
+    """Print the difference that NF4 makes to the base, or the reason why there is none."""
+    if any(linear.is_quantized for _, linear in trainer.model.linears()):
+        check = check_base(trainer.model, checked_samples(trainer.data.train.samples))
+        rows = [("check", str(check)), ("advice", check.advice)]
+    else:
+        rows = [("check", "the base is in 16 bit, not in NF4, so there is nothing to check")]
+    for label, text in rows:
+        print(f"{label:<11}{text}", file=sys.stderr)
 
 
 def _check(settings: Settings) -> None:

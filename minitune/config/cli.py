@@ -41,7 +41,8 @@ SWITCHES = {
     "demo": "fetch a small model, train it on a shipped task, and show the result",
     "plan": "print the memory and time of a step, from config.json alone, and exit",
 }
-NOT_WRITTEN = ("overwrite", "resume", "show")  # they describe one start of a run, not the run
+# They describe one start of a run, not the run.
+NOT_WRITTEN = ("overwrite", "resume", "show", "check_base")
 EXPECTED_ERROR, INTERRUPTED = 2, 130  # exit codes
 
 

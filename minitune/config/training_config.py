@@ -265,6 +265,9 @@ class RunConfig:
     show: int = setting(
         0, "before training, print this many samples with their trained-on tokens", minimum=0
     )
+    check_base: bool = setting(
+        False, "before training, measure on a few samples the difference that NF4 makes to the base"
+    )
 
     def __post_init__(self):
         for name in PATHS:  # a TOML file may name a single path as a string
