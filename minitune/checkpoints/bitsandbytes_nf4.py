@@ -20,23 +20,11 @@ import torch
 from torch import Tensor
 
 from minitune.checkpoints.safetensors_folder import QUANT_STATE, SafetensorsFolder
-from minitune.config.model_config import ModelConfig
 from minitune.model.nf4 import NESTED_BLOCKSIZE, NF4, dynamic_map, nf4_code
 
 
-def check_quantization(config: ModelConfig) -> None:
-    """Raise ValueError if config.json declares any quantisation except bitsandbytes' NF4."""
-    quantization = config.raw.get("quantization_config")
-    if not quantization:
-        return
-    if not isinstance(quantization, dict):
-        raise ValueError(f"quantization_config is {quantization!r}; expected an object")
-    method = quantization.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise ValueError(
-            f"the model is quantised with {method}; "
-            "only bitsandbytes' NF4 and 16-bit weights are read"
-        )
+def check_bitsandbytes(quantization: dict[str, Any]) -> None:
+    """Raise ValueError if a bitsandbytes model's quantization_config declares another type."""
     if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
         raise ValueError(
             "the model is quantised with bitsandbytes' 8-bit (LLM.int8()); only its NF4 is read"

@@ -5,18 +5,20 @@ Names in the model equal the checkpoint's keys, so loading is a walk over the na
 the next tensor is read. The 16-bit model never exists as a whole, and host memory holds one tensor
 at a time.
 
-Linears that bitsandbytes quantised are taken as they are stored.
+Linears that bitsandbytes quantised are taken as they are stored. FP8 weights are dequantised first.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from minitune.checkpoints.bitsandbytes_nf4 import check_quantization, quantized_linears, read_nf4
+from minitune.checkpoints.bitsandbytes_nf4 import check_bitsandbytes, quantized_linears, read_nf4
+from minitune.checkpoints.fp8 import FP8_METHODS, REMEDY, Block, Fp8Folder, block_of
 from minitune.checkpoints.safetensors_folder import NOT_WEIGHTS, TIED_HEAD, SafetensorsFolder
 from minitune.config.model_config import ModelConfig
 from minitune.model.causal_lm import CausalLM
@@ -48,9 +50,38 @@ def open_model_folder(folder: Path) -> tuple[ModelConfig, SafetensorsFolder]:
 def open_weights(folder: Path, config: ModelConfig) -> SafetensorsFolder:
     """Return the weights of a model folder, under the names of `ModelConfig.tensor_shapes`.
 
-    Raises: ValueError that names the file at fault.
+    Raises: ValueError that names the file at fault, or a quantisation that is not read.
     """
-    return SafetensorsFolder(folder, is_wrapper=bool(config.wrapper))
+    try:
+        block = _fp8_block(config.raw.get("quantization_config") or {})
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    is_wrapper = bool(config.wrapper)
+    if block is None:
+        return SafetensorsFolder(folder, is_wrapper)
+    return Fp8Folder(folder, is_wrapper, block)
+
+
+def _fp8_block(quantization: Any) -> Block | None:
+    """Return the block of FP8 weights that share a scale, or None if the weights are not FP8.
+
+    quantization: quantization_config of config.json, {} if there is none.
+
+    Raises: ValueError if the weights are in a format that is not read.
+    """
+    if not isinstance(quantization, dict):
+        raise ValueError(f"quantization_config is {quantization!r}; expected an object")
+    method = quantization.get("quant_method", "bitsandbytes")
+    if method in FP8_METHODS:
+        return block_of(quantization)
+    if method != "bitsandbytes":
+        raise ValueError(
+            f"the model is quantised with {method}; bitsandbytes' NF4, FP8 and 16-bit weights are "
+            f"read: {REMEDY}"
+        )
+    if quantization:
+        check_bitsandbytes(quantization)
+    return None
 
 
 def load_weights(
@@ -62,14 +93,14 @@ def load_weights(
 ) -> None:
     """Fill the modules of a model that has no weights yet.
 
-    load_in_4bit: quantise every linear except the head to NF4. A folder that holds NF4 weights is
-        read as it is either way, because bitsandbytes chose the linears to skip.
+    load_in_4bit: quantise every linear except the head to NF4. False keeps linears as stored, and
+        rounds FP8 weights to the compute dtype. A folder that holds NF4 weights is read as it is
+        either way, because bitsandbytes chose the linears to skip.
     progress: show a progress bar on a terminal.
 
     Raises: ValueError that names the tensor if a tensor is missing, has a wrong shape, or has no
         place in the model.
     """
-    check_quantization(model.config)
     quantize = load_in_4bit and not stored.prequantized
     quantized = quantized_linears(stored)
     read: set[str] = set()
@@ -83,12 +114,14 @@ def load_weights(
             module.nf4, names = read_nf4(stored, module_name, state, shape, device)
             read |= names
             continue
-        parameter = _load_parameter(stored, name, shape, device)
+        weight = _load_weight(stored, name, shape, device)
         read.add(name)
         if is_weight and quantize and module is not model.lm_head:
-            module.nf4 = _quantize(name, parameter)
-        else:
-            setattr(module, kind, parameter)
+            module.nf4 = _quantize(name, weight)
+            continue
+        if stored.is_dequantized(name):
+            weight = weight.to(model.dtype)
+        setattr(module, kind, nn.Parameter(weight, requires_grad=False))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
         read.add(TIED_HEAD)
@@ -112,17 +145,17 @@ def _progress_bar(tensors: Iterable, progress: bool) -> Iterable:
     return tqdm(tensors, desc="loading", unit="tensor", leave=False, disable=disable)
 
 
-def _load_parameter(
+def _load_weight(
     stored: SafetensorsFolder, name: str, shape: tuple[int, ...], device: torch.device
-) -> nn.Parameter:
-    """Return a stored tensor as a frozen parameter on the device."""
-    tensor = stored.load(name, shape)
-    if not tensor.dtype.is_floating_point:
-        raise ValueError(f"{stored.folder}: {name} is {tensor.dtype}, not a floating-point weight")
-    return nn.Parameter(tensor.to(device), requires_grad=False)
+) -> Tensor:
+    """Return a tensor on the device, in its dtype or, if it is dequantised, in float32."""
+    weight = stored.load(name, shape, device)
+    if not weight.dtype.is_floating_point:
+        raise ValueError(f"{stored.folder}: {name} is {weight.dtype}, not a floating-point weight")
+    return weight
 
 
-def _quantize(name: str, weight: nn.Parameter) -> NF4:
+def _quantize(name: str, weight: Tensor) -> NF4:
     """Return the NF4 form of a linear's weight.
 
     Raises: ValueError if the weight does not divide into blocks.
@@ -132,4 +165,4 @@ def _quantize(name: str, weight: nn.Parameter) -> NF4:
             f"{name} has shape {tuple(weight.shape)}, "
             f"which NF4 cannot divide into blocks of {BLOCKSIZE}"
         )
-    return NF4.quantize(weight.data)
+    return NF4.quantize(weight)

@@ -2,7 +2,7 @@
 
 `merge_base` chooses W:
 
-    "original"  the 16-bit weights of the base folder
+    "original"  the 16-bit weights of the base folder; FP8 weights are dequantised to float32
     "nf4"       the dequantised NF4 weights, on which the adapter was trained, in the compute dtype
     "auto"      "original" if the base folder holds 16-bit weights, otherwise "nf4"
 
@@ -165,10 +165,11 @@ def _merged_weight(
     model: CausalLM, linear: Linear, original: SafetensorsFolder | None, name: str
 ) -> Tensor:
     """Return W + s B A of one linear, in float32 if the linear has an adapter."""
-    if not linear.is_quantized:
+    rounded = linear.is_quantized or (original is not None and original.is_dequantized(name))
+    if not rounded:
         base = linear.weight.detach()
     elif original is not None:
-        base = original.load(name, (linear.out_features, linear.in_features)).to(model.device)
+        base = original.load(name, (linear.out_features, linear.in_features), model.device)
     else:
         base = linear.weight_as(model.dtype)
     if linear.lora_A is None:

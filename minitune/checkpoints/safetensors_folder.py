@@ -223,27 +223,43 @@ class SafetensorsFolder:
         """
         dtype = self._slice(name).get_dtype()
         if dtype not in TORCH_DTYPES:
-            raise ValueError(
-                f"{self._path(name)}: {self._stored_name[name]} is {dtype}; "
-                "weights are F32, F16 or BF16"
-            )
+            hint = ", and FP8 with a quantization_config" if dtype.startswith("F8") else ""
+            raise self._error(name, f"is {dtype}; weights are F32, F16 or BF16{hint}")
         return TORCH_DTYPES[dtype]
 
-    def load(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Return a tensor on the CPU.
+    def load(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Return a tensor on the device.
 
         shape: shape that the tensor must have; None accepts any.
 
         Raises: ValueError if the tensor is missing, or has another shape or no weight's dtype.
         """
-        found = self.shape(name)
+        self._check_shape(name, shape)
         self.dtype(name)
-        path, stored_name = self._path(name), self._stored_name[name]
+        return self._read(name).to(device)
+
+    def is_dequantized(self, name: str) -> bool:
+        """Return True if `load` computes the tensor from a quantised one; here, False."""
+        return False
+
+    def _check_shape(self, name: str, shape: tuple[int, ...] | None) -> None:
+        """Raise ValueError if a tensor is missing or has another shape than `shape`."""
+        found = self.shape(name)
         if shape is not None and found != tuple(shape):
-            raise ValueError(
-                f"{path}: {stored_name} has shape {found}, config.json asks for {tuple(shape)}"
-            )
-        return self._files[path].get_tensor(stored_name)
+            raise self._error(name, f"has shape {found}, config.json asks for {tuple(shape)}")
+
+    def _read(self, name: str) -> Tensor:
+        """Return a tensor on the CPU, as it is stored."""
+        return self._files[self._path(name)].get_tensor(self._stored_name[name])
+
+    def _error(self, name: str, text: str) -> ValueError:
+        """Return an error about a tensor that begins with its file and its name there."""
+        return ValueError(f"{self._path(name)}: {self._stored_name[name]} {text}")
 
     def _path(self, name: str) -> Path:
         """Return the file that holds a tensor."""

@@ -11,7 +11,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from minitune.api import FastLanguageModel
+from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.cli import CommandParser, print_notes, run_command
@@ -70,17 +73,19 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     folder = resolve_model(arguments.model)
     config = ModelConfig.from_folder(folder)
     print_notes(config.notes)
-    quantized = "quantization_config" in config.raw
+    prequantized = open_weights(folder, config).prequantized
     use_nf4 = merge_base == "nf4"
-    if arguments.adapter is None and merged is None and not quantized and not use_nf4:
+    if arguments.adapter is None and merged is None and not prequantized and not use_nf4:
         # Tensor by tensor, without a model in memory.
         return [convert_folder(folder, output, method)]
 
     # 16-bit weights stay in their files until they are merged one at a time, so the CPU suffices.
-    # NF4 weights are quantised first, which a GPU does faster.
+    # NF4 weights are quantised first, which a GPU does faster. FP8 weights would take twice the
+    # memory in float32, and a merge reads them again.
     model, tokenizer = FastLanguageModel.from_pretrained(
         arguments.model,
         max_seq_length=None,
+        dtype=None if use_nf4 or prequantized else torch.bfloat16,
         load_in_4bit=use_nf4,
         device=None if use_nf4 else "cpu",
     )

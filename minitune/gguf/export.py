@@ -109,7 +109,9 @@ def export_gguf(
 
 
 def convert_folder(folder: str | Path, path: str | Path, quantization_method: str = "q8_0") -> Path:
-    """Write the 16- or 32-bit weights of a model folder as a GGUF file and return its path.
+    """Write the weights of a model folder as a GGUF file and return its path.
+
+    The weights have 16 or 32 bits, or are FP8 and dequantised.
 
     path, quantization_method: as in `export_gguf`.
 
