@@ -102,23 +102,37 @@ def copy_into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor
     return result if buffer is None else buffer.copy_(result)
 
 
-def matmul_accumulated(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a @ b in the accumulator's dtype, without rounding it to the dtype of a and b."""
+def matmul(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None, multiplier: float
+) -> torch.Tensor:
+    """Return multiplier * a @ b, written into `out` if given; the matmul applies the factor.
+
+    torch.mm is this call with a factor of 1.
+    """
+    if out is None:
+        out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+    return torch.addmm(out, a, b, beta=0, alpha=multiplier, out=out)
+
+
+def matmul_accumulated(a: torch.Tensor, b: torch.Tensor, multiplier: float = 1.0) -> torch.Tensor:
+    """Return multiplier * a @ b in the accumulator's dtype, not rounded to the dtype of a and b."""
     acc_dtype = accumulator(a.dtype)
-    if a.dtype == acc_dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=acc_dtype)
-    return a.to(acc_dtype) @ b.to(acc_dtype)
+    if a.dtype == acc_dtype or not a.is_cuda:
+        return matmul(a.to(acc_dtype), b.to(acc_dtype), None, multiplier)
+    product = torch.mm(a, b, out_dtype=acc_dtype)
+    return product if multiplier == 1 else product.mul_(multiplier)
 
 
-def add_matmul_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add a @ b in place to `total`, in the accumulator's dtype, without rounding the product."""
-    if a.dtype == total.dtype:
-        return total.addmm_(a, b)
-    if a.is_cuda:
-        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    return total.addmm_(a.to(total.dtype), b.to(total.dtype))
+def add_matmul_(
+    total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, multiplier: float = 1.0
+) -> torch.Tensor:
+    """Add multiplier * a @ b in place to `total`, in the accumulator's dtype.
+
+    The product is not rounded.
+    """
+    if a.dtype != total.dtype and a.is_cuda:
+        return torch.addmm(total, a, b, alpha=multiplier, out_dtype=total.dtype, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=multiplier)
 
 
 @triton.jit

@@ -5,9 +5,10 @@
                 dA = s (dy B)^T x
                 dB = dy^T (s x A^T)
 
-x (N, in), W (out, in) frozen, A (R, in), B (out, R), y (N, out); s is the scaling. The two products
-of y become one matmul if the operands are concatenated in an extended weight. The same holds for
-dx:
+x (N, in), W (out, in) frozen, A (R, in), B (out, R), y (N, out); s is the scaling. An output may
+have a factor (Granite's residual multiplier), which every matmul applies to its sums. The two
+products of y become one matmul if the operands are concatenated in an extended weight. The same
+holds for dx:
 
                    in   R          y  = [x | s x A^T] [W | B]^T
            out [   W    B  ]       dx = [dy | s dy B] [W ; A]
@@ -37,7 +38,7 @@ from itertools import accumulate
 import torch
 
 from . import backend
-from .backend import add_matmul_, cdiv, matmul_accumulated, power_of_two, tl, triton
+from .backend import add_matmul_, cdiv, matmul, matmul_accumulated, power_of_two, tl, triton
 
 PROFILE_GROUP = "LoRA"
 
@@ -226,14 +227,18 @@ def lora_linear_(
     out: torch.Tensor | None = None,
     add_to: torch.Tensor | None = None,
     lora_activation: torch.Tensor | None = None,
+    multiplier: float = 1.0,
 ) -> torch.Tensor:
-    """Return y (N, out_features) = x W^T + scaling (x A^T) B^T, filling the LoRA columns of x.
+    """Return y (N, out_features) = multiplier (x W^T + scaling (x A^T) B^T).
+
+    The LoRA columns of x are filled.
 
     x: (N, in + R), the input in its first columns.
     weight: extended weight (out + R, in + R).
     out: destination of y; by default a new tensor.
     add_to: tensor (N, out) in the accumulator's dtype to add y to and to return instead.
     lora_activation: scaling * x A^T (N, R) if already computed; by default computed here.
+    multiplier: factor of y.
 
     Raises: ValueError if a shape does not fit.
     """
@@ -249,8 +254,8 @@ def lora_linear_(
     elif R:
         fill_lora_columns_(x, weight[out_features:, :in_features], scaling)
     if add_to is not None:
-        return add_matmul_(add_to, x, weight[:out_features].t())
-    return torch.mm(x, weight[:out_features].t(), out=out)
+        return add_matmul_(add_to, x, weight[:out_features].t(), multiplier)
+    return matmul(x, weight[:out_features].t(), out, multiplier)
 
 
 def lora_linear_backward_(
@@ -260,13 +265,17 @@ def lora_linear_backward_(
     scaling: float,
     out: torch.Tensor | None = None,
     need_dx: bool = True,
+    multiplier: float = 1.0,
 ) -> torch.Tensor | None:
-    """Return dx (N, in_features) = dy W + scaling (dy B) A, filling the LoRA columns of dy.
+    """Return dx (N, in_features) = multiplier (dy W + scaling (dy B) A).
+
+    The LoRA columns of dy are filled with scaling * dy B.
 
     dy: (N, out + R), the gradient in its first columns.
     weight: extended weight (out + R, in + R).
     out: destination of dx; by default a new tensor.
     need_dx: if False, only fill the LoRA columns, which `lora_gradients` reads, and return None.
+    multiplier: that of the forward.
 
     Raises: ValueError if a shape does not fit.
     """
@@ -279,16 +288,20 @@ def lora_linear_backward_(
     if R:
         b = weight[: len(weight) - R, in_features:]
         fill_lora_columns_(dy, b.t(), scaling)
-    return torch.mm(dy, weight[:, :in_features], out=out) if need_dx else None
+    return matmul(dy, weight[:, :in_features], out, multiplier) if need_dx else None
 
 
 def lora_gradients(
-    dy: torch.Tensor, x: torch.Tensor, splits: list[tuple[int, int]]
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    splits: list[tuple[int, int]],
+    multiplier: float = 1.0,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return (dA (R, in), dB (out, R)) of each linear with an adapter, in the accumulator's dtype.
 
     dy, x: buffers of `lora_linear_backward_` and `lora_linear_`, their LoRA columns filled.
     splits: (out, R) of each linear that shares x; R is 0 for a linear without an adapter.
+    multiplier: that of the forward.
 
     Raises: ValueError if a shape does not fit.
     """
@@ -299,12 +312,14 @@ def lora_gradients(
         raise ValueError(
             f"dy {tuple(dy.shape)} and x {tuple(x.shape)} do not fit linears of (out, R) {splits}"
         )
-    dA = matmul_accumulated(dy[:, out_features : out_features + ranks].t(), x[:, :in_features])
+    dA = matmul_accumulated(
+        dy[:, out_features : out_features + ranks].t(), x[:, :in_features], multiplier
+    )
     gradients, row, rank = [], 0, 0
     for out, R in splits:
         if R:
             columns = slice(in_features + rank, in_features + rank + R)
-            dB = matmul_accumulated(dy[:, row : row + out].t(), x[:, columns])
+            dB = matmul_accumulated(dy[:, row : row + out].t(), x[:, columns], multiplier)
             gradients.append((dA[rank : rank + R], dB))
         row, rank = row + out, rank + R
     return gradients

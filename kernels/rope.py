@@ -6,7 +6,7 @@ Element i of a head pairs with element i + K/2, as in Hugging Face's Llama:
     x2' = x2 cos + x1 sin          cos, sin = table[position of the row], float32
 
 A rotation is orthogonal, so backward rotates the gradients by the opposite angle (`inverse=True`).
-Nothing is saved.
+Nothing is saved. q may also have a factor at each position (Ministral 3), in both directions.
 
 q (N, H, K) and k (N, G, K) may be views of one fused projection; cos, sin (P, K/2); positions (N,).
 Positions restart at 0 in each packed sequence. The kernel reads and writes q and k once, in float32
@@ -30,10 +30,13 @@ def rotate_reference(x, cos, sin, positions, inverse=False):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def rope_reference_(q, k, cos, sin, positions, inverse=False):
+def rope_reference_(q, k, cos, sin, positions, inverse=False, query_scale=None):
     """Rotate q and k in place in PyTorch."""
-    for x in (q, k):
-        x.copy_(rotate_reference(x, cos, sin, positions, inverse))
+    k.copy_(rotate_reference(k, cos, sin, positions, inverse))
+    rotated = rotate_reference(q, cos, sin, positions, inverse)
+    if query_scale is not None:
+        rotated = rotated * query_scale[positions][:, None, None]
+    q.copy_(rotated)
 
 
 @triton.jit
@@ -66,6 +69,7 @@ def _rope(
     cos_ptr,
     sin_ptr,
     positions_ptr,
+    query_scale_ptr,
     q_row_stride,
     q_head_stride,
     k_row_stride,
@@ -73,6 +77,7 @@ def _rope(
     H,
     G,
     INVERSE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -81,13 +86,18 @@ def _rope(
     """Rotate all heads of one row per program."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_HALF)
-    at = tl.load(positions_ptr + row).to(tl.int64) * HALF + i
+    position = tl.load(positions_ptr + row).to(tl.int64)
+    at = position * HALF + i
     cos = tl.load(cos_ptr + at, mask=i < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + at, mask=i < HALF, other=0.0)[None, :]
     if INVERSE:
         sin = -sin
-    _rotate(q_ptr + row * q_row_stride, cos, sin, H, q_head_stride, HALF, BLOCK_H, BLOCK_HALF)
     _rotate(k_ptr + row * k_row_stride, cos, sin, G, k_head_stride, HALF, BLOCK_G, BLOCK_HALF)
+    if HAS_SCALE:
+        scale = tl.load(query_scale_ptr + position)
+        cos *= scale
+        sin *= scale
+    _rotate(q_ptr + row * q_row_stride, cos, sin, H, q_head_stride, HALF, BLOCK_H, BLOCK_HALF)
 
 
 def _check(q, k, cos, sin, positions) -> None:
@@ -130,6 +140,7 @@ def rope_(
     sin: torch.Tensor,
     positions: torch.Tensor,
     inverse: bool = False,
+    query_scale: torch.Tensor | None = None,
 ) -> None:
     """Rotate q and k in place by the angles of their positions.
 
@@ -137,12 +148,17 @@ def rope_(
     cos, sin: tables (P, K/2) in float32, contiguous.
     positions: (N,) integers below P; not checked, because that would wait for the GPU.
     inverse: rotate back, by the opposite angles.
+    query_scale: factor of q at each position (P,) in float32, contiguous; None for no factor.
 
     Raises: ValueError if a shape, dtype, device or stride does not fit.
     """
     _check(q, k, cos, sin, positions)
+    if query_scale is not None and query_scale.shape != cos.shape[:1]:
+        raise ValueError(
+            f"query_scale is {tuple(query_scale.shape)}; expected {tuple(cos.shape[:1])}"
+        )
     if not backend.use_triton(q):
-        rope_reference_(q, k, cos, sin, positions, inverse)
+        rope_reference_(q, k, cos, sin, positions, inverse, query_scale)
         return
     N, H, K = q.shape
     if not N:
@@ -154,11 +170,13 @@ def rope_(
         cos,
         sin,
         positions,
+        query_scale,
         *q.stride()[:2],
         *k.stride()[:2],
         H,
         k.shape[1],
         INVERSE=inverse,
+        HAS_SCALE=query_scale is not None,
         HALF=K // 2,
         BLOCK_H=power_of_two(H),
         BLOCK_G=power_of_two(k.shape[1]),

@@ -17,8 +17,7 @@ class PlainLlama:
     def __init__(self, model, dtype: torch.dtype):
         self.c = model.config
         self.dtype = dtype
-        rope = model.layer_context.rope
-        self.cos, self.sin = rope.cos.to(dtype), rope.sin.to(dtype)
+        self.ropes = model.layer_context.ropes
         self.weights = {
             n: p.detach().to(dtype) for n, p in model.named_parameters() if ".lora_" not in n
         }
@@ -43,33 +42,56 @@ class PlainLlama:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.c.rms_norm_eps)
         return (x * self.weights[f"{name}.weight"]).to(self.dtype)
 
-    def rotate(self, x):
+    def rotate(self, x, rope):
+        """Return the heads x (T, heads, K) rotated by the index `rope` of their tables, or None."""
+        if rope is None:
+            return x
+        tables = self.ropes[rope]
+        x, rest = x.tensor_split([tables.rotary_dim], -1)
         a, b = x.chunk(2, -1)
-        cos, sin = self.cos[: len(x), None], self.sin[: len(x), None]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        cos, sin = (t[: len(x), None].to(self.dtype) for t in (tables.cos, tables.sin))
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
-    def layer(self, p, x):
-        H, G, K, T = self.c.num_attention_heads, self.c.num_key_value_heads, self.c.head_dim, len(x)
+    def projections(self, group, h):
+        """Return the outputs of a group of linears, which a model may hold as one."""
+        c, linears = self.c, self.c.linear_groups()[group]
+        names = [f"{self.prefix}.{linear.name}" for linear in linears]
+        sizes = [c.query_size, c.key_value_size, c.key_value_size]
+        if group == "gate_up":
+            sizes = [c.intermediate_size] * 2
+        return torch.cat([self.linear(name, h) for name in names], -1).split(sizes, -1)
+
+    def layer(self, i, x):
+        self.prefix = p = f"model.layers.{i}"
+        c = self.c
+        H, G, K, T = c.num_attention_heads, c.num_key_value_heads, c.head_dim, len(x)
+        window, rope = c.layer_kinds[i]
         h = self.norm(f"{p}.input_layernorm", x)
-        q, k, v = (self.linear(f"{p}.self_attn.{n}_proj", h).view(T, -1, K) for n in "qkv")
+        q, k, v = (y.view(T, -1, K) for y in self.projections("qkv", h))
         if self.c.qk_norm:
             q, k = self.norm(f"{p}.self_attn.q_norm", q), self.norm(f"{p}.self_attn.k_norm", k)
-        q, k, v = self.rotate(q), *(t.repeat_interleave(H // G, 1) for t in (self.rotate(k), v))
-        scores = torch.einsum("thk,shk->hts", q, k) * K**-0.5
-        causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-        attn = torch.einsum("hts,shk->thk", scores.masked_fill(~causal, -torch.inf).softmax(-1), v)
-        x = x + self.linear(f"{p}.self_attn.o_proj", attn.reshape(T, -1))
+        q, k = self.rotate(q, rope), self.rotate(k, rope)
+        if rope is not None and (growth := self.ropes[rope].query_scale) is not None:
+            q = q * growth[:T, None, None].to(self.dtype)
+        k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
+        scores = torch.einsum("thk,shk->hts", q, k) * c.attention_scale
+        distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
+        seen = (distance >= 0) & (distance < (window or T))
+        attn = torch.einsum("hts,shk->thk", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+        o = self.linear(f"{p}.self_attn.o_proj", attn.reshape(T, -1))
+        x = x + c.residual_multiplier * o
         h = self.norm(f"{p}.post_attention_layernorm", x)
-        gate, up = self.linear(f"{p}.mlp.gate_proj", h), self.linear(f"{p}.mlp.up_proj", h)
-        return x + self.linear(f"{p}.mlp.down_proj", F.silu(gate) * up)
+        gate, up = self.projections("gate_up", h)
+        down = self.linear(f"{p}.mlp.down_proj", F.silu(gate) * up)
+        return x + c.residual_multiplier * down
 
     def logits(self, ids):
         """Return the logits (T, V) of one sample's ids (T,)."""
-        x = self.weights["model.embed_tokens.weight"][ids]
+        x = self.weights["model.embed_tokens.weight"][ids] * self.c.embedding_multiplier
         for i in range(self.c.num_hidden_layers):
-            x = self.layer(f"model.layers.{i}", x)
+            x = self.layer(i, x)
         head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
-        return self.norm("model.norm", x) @ head.T
+        return self.norm("model.norm", x) @ head.T * self.c.logit_multiplier
 
     def loss(self, samples):
         """Return the mean loss over the labels that count in a list of (ids, labels)."""

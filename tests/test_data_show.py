@@ -191,8 +191,7 @@ def test_samples_are_cut_where_training_would_cut_them(inputs, tmp_path, capsys)
     model = tmp_path / "model"
     shutil.copytree(inputs / "model", model)
     config = json.loads((model / "config.json").read_text())
-    window = {"model_type": "mistral", "sliding_window": 16}
-    (model / "config.json").write_text(json.dumps(config | window))
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "word " * 30}) + "\n")
     assert main(["data", "--model", str(model), "--data", str(tmp_path / "long.jsonl")]) == 0
     assert "cut to 16 tokens" in capsys.readouterr().out

@@ -118,12 +118,12 @@ class Recorder:
         """Count launches of the running pass."""
         self.mode.launches += count
 
-    def matmul_accumulated(self, a: Tensor, b: Tensor) -> Tensor:
+    def matmul_accumulated(self, a: Tensor, b: Tensor, multiplier: float = 1.0) -> Tensor:
         """Return a float32 result, as cuBLAS does for the gradients of A and B."""
         self.launch(LORA_GRADIENT_LAUNCHES)
         return a.new_empty((len(a), b.shape[1]), dtype=torch.float32)
 
-    def add_matmul_(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def add_matmul_(self, total: Tensor, a: Tensor, b: Tensor, multiplier: float = 1.0) -> Tensor:
         """Return `total`, which cuBLAS adds to in place."""
         self.launch()
         return total
@@ -148,7 +148,7 @@ def recorder(monkeypatch) -> Recorder:
 
 def meta_layer(config: ModelConfig, lora: LoraConfig) -> DecoderLayer:
     """Return a layer of meta tensors with adapters."""
-    layer = DecoderLayer(config)
+    layer = DecoderLayer(config, config.layer_kinds[0])
     generator = torch.Generator()
     for name, module in layer.named_modules():
         if isinstance(module, Linear):
@@ -178,7 +178,7 @@ def replay(
     index = torch.empty(rows, dtype=torch.int32, device=META)
     packed = PackedSequences(index, index, index, max_seqlen=rows)
     angles = torch.empty(rows, config.head_dim // 2, device=META)
-    context = LayerContext(RopeTables(angles, angles), DTYPE, "triton")
+    context = LayerContext((RopeTables(angles, angles),), DTYPE, "triton")
     buffers = context.weight_buffers.allocate(layer.fused_linears, DTYPE, META)
     static = [index, angles, *buffers.values(), *layer.parameters()]
 

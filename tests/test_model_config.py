@@ -81,21 +81,65 @@ def test_a_family_fixes_its_biases_or_takes_them_from_the_config(model_type):
         ModelConfig.from_dict(raw | {"hidden_act": "gelu"})
 
 
-def test_a_window_limits_the_samples_if_the_config_switches_it_on():
-    mistral = ModelConfig.from_dict(CONFIG | {"model_type": "mistral", "sliding_window": 64})
-    assert (mistral.sliding_window, mistral.default_seq_length) == (64, 64)
-    mistral.check_seq_length(64)
-    with pytest.raises(ValueError, match="max_seq_length 65 is more than the model's sliding_win"):
-        mistral.check_seq_length(65)
-    qwen = CONFIG | {"model_type": "qwen2", "sliding_window": 64}
-    assert ModelConfig.from_dict(qwen).sliding_window is None
-    assert ModelConfig.from_dict(qwen | {"use_sliding_window": True}).sliding_window == 64
+@pytest.mark.parametrize(
+    ("model_type", "values"),
+    [
+        ("llama", {"sliding_window": 64}),
+        ("mistral", {}),
+        ("mistral", {"sliding_window": 64}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"sliding_window": 64, "max_window_layers": 3}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 6}),
+        ("smollm3", {}),
+        ("smollm3", {"no_rope_layer_interval": 3}),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0, 1]}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 64}),
+        ("phi3", {"sliding_window": 2047}),
+        ("ministral3", {"head_dim": 32}),
+    ],
+    ids=str,
+)
+def test_windows_and_layers_without_rope_are_those_of_transformers(model_type, values):
+    raw = CONFIG | {"model_type": model_type, "num_hidden_layers": 6} | values
+    config, theirs = ModelConfig.from_dict(raw), AutoConfig.for_model(**raw)
+    window = None if model_type == "llama" else theirs.sliding_window
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 6
+    assert [kind.window for kind in config.layer_kinds] == [
+        window if kind == "sliding_attention" else None for kind in types
+    ]
+    assert [kind.rope is not None for kind in config.layer_kinds] == [
+        bool(rotates) for rotates in getattr(theirs, "no_rope_layers", [1] * 6)
+    ]
+
+
+def test_a_window_that_no_sample_reaches_beyond_is_left_out():
+    config = ModelConfig.from_dict(CONFIG | {"model_type": "mistral", "sliding_window": 64})
+    assert {kind.window for kind in config.kinds_up_to(64)} == {None}
+    assert {kind.window for kind in config.kinds_up_to(65)} == {64}
+
+
+def test_names_of_llamas_linears_mean_the_linears_that_hold_them():
+    phi = ModelConfig.from_dict(CONFIG | {"model_type": "phi3"})
+    own = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    assert phi.adapted_linears(LORA_TARGETS) == phi.adapted_linears(own) == own
+    assert phi.adapted_linears(["v_proj", "q_proj", "k_proj"]) == ("qkv_proj",)
+    with pytest.raises(ValueError, match="'q_proj' does not exist in models of type phi3; choose"):
+        phi.adapted_linears(["q_proj", "o_proj"])
+    with pytest.raises(ValueError, match="'qkv_proj' does not exist in models of type llama"):
+        ModelConfig.from_dict(CONFIG).adapted_linears(["qkv_proj"])
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, ["llama"]])
 def test_an_unknown_family_is_refused(model_type):
     with pytest.raises(ValueError, match="is not supported; supported are llama, mistral"):
         ModelConfig.from_dict(CONFIG | {"model_type": model_type})
+
+
+def test_the_nearest_supported_family_is_named():
+    with pytest.raises(ValueError, match=r"'qwen3_moe' is not supported.*the nearest is qwen3$"):
+        ModelConfig.from_dict(CONFIG | {"model_type": "qwen3_moe"})
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", ["linear"]])
@@ -125,7 +169,7 @@ def test_the_tables_of_yarn_are_those_of_transformers(change):
     theirs = LlamaRotaryEmbedding(AutoConfig.for_model(**raw))
     positions = torch.arange(200)[None]
     cos, sin = theirs(torch.zeros(1), positions)
-    tables = RopeTables.build(config, 200, torch.device("cpu"))
+    tables = RopeTables.build(config.ropes[0], 200, torch.device("cpu"))
     half = config.head_dim // 2
     assert torch.allclose(tables.cos, cos[0, :, :half], atol=1e-5)
     assert torch.allclose(tables.sin, sin[0, :, :half], atol=1e-5)

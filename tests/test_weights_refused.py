@@ -271,6 +271,25 @@ CONFIGS = {
     "4 is not a multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
     "quantization_config is \\['nf4'\\]; expected an object": {"quantization_config": ["nf4"]},
     "sliding_window is 'all'; expected a whole number": {"sliding_window": "all"},
+    "layer_types is 1 entries; expected a list of 2 entries": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "layer_types": ["full_attention"],
+    },
+    "layer_types has 'linear_attention'; expected 'full_attention' or": {
+        "model_type": "qwen3",
+        "use_sliding_window": True,
+        "layer_types": ["full_attention", "linear_attention"],
+    },
+    "no_rope_layers has 2; expected 0 or 1": {"model_type": "smollm3", "no_rope_layers": [1, 2]},
+    "attention_multiplier is 0; expected a number above 0": {
+        "model_type": "granite",
+        "attention_multiplier": 0,
+    },
+    "long_factor is 3 entries; expected a list of 8 entries": {
+        "model_type": "phi3",
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 3},
+    },
 }
 
 

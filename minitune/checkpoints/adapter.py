@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitune.atomic_files import atomic_folder, read_json, write_json
 from minitune.checkpoints.safetensors_folder import read_safetensors
-from minitune.config.architectures import LORA_TARGETS
+from minitune.config.architectures import ALL_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.model.causal_lm import CausalLM
@@ -172,8 +172,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if wrong := [name for name in tensors if not name.endswith(FACTORS)]:
         raise ValueError(f"{path}: holds {wrong[0]}, which is not a LoRA matrix")
     targets = {_target(name) for name in tensors}
-    if unknown := sorted(targets - set(LORA_TARGETS)):
-        raise ValueError(f"{path}: adapts {unknown[0]}; supported are {', '.join(LORA_TARGETS)}")
+    if unknown := sorted(targets - set(ALL_TARGETS)):
+        raise ValueError(f"{path}: adapts {unknown[0]}; supported are {', '.join(ALL_TARGETS)}")
     if not targets:
         raise ValueError(f"{path}: holds no LoRA matrix")
     return tensors
@@ -195,7 +195,7 @@ def _lora_config(config: dict[str, Any], tensors: dict[str, Tensor], path: Path)
         return LoraConfig(
             r=config["r"],
             lora_alpha=config["lora_alpha"],
-            target_modules=tuple(name for name in LORA_TARGETS if name in targets),
+            target_modules=tuple(name for name in ALL_TARGETS if name in targets),
             use_rslora=config.get("use_rslora", False),
         )
     except KeyError as error:

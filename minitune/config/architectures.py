@@ -3,64 +3,9 @@
 Every family has Llama's decoder layer and differs from it in the values of `Architecture`.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The values of one model family.
-
-    activation: the only accepted hidden_act.
-    qkv_bias, o_bias: biases of the attention's linears; None: attention_bias of config.json.
-    mlp_bias: biases of the MLP's linears; None: mlp_bias of config.json.
-    qk_norm: True if each query and key head is normalised before RoPE.
-    window_switch: the key of config.json that must be true for sliding_window to count; None if
-        sliding_window alone decides.
-    gguf: the value of general.architecture, and the prefix of the keys in a GGUF file.
-    gguf_biases: True if llama.cpp reads biases of the attention's linears.
-    gguf_llama_layout: True if llama.cpp reads the rows of q and k interleaved, and the keys
-        vocab_size and rope.dimension_count, as for Llama.
-    """
-
-    model_type: str
-    activation: str = "silu"
-    qkv_bias: bool | None = None
-    o_bias: bool | None = None
-    mlp_bias: bool | None = None
-    qk_norm: bool = False
-    window_switch: str | None = None
-    gguf: str = "llama"
-    gguf_biases: bool = True
-    gguf_llama_layout: bool = True
-
-
-QWEN_WINDOW = "use_sliding_window"
-ARCHITECTURES = {
-    family.model_type: family
-    for family in (
-        Architecture("llama"),
-        Architecture("mistral", qkv_bias=False, o_bias=False, mlp_bias=False),
-        Architecture(
-            "qwen2",
-            qkv_bias=True,
-            o_bias=False,
-            mlp_bias=False,
-            window_switch=QWEN_WINDOW,
-            gguf="qwen2",
-            gguf_llama_layout=False,
-        ),
-        Architecture(
-            "qwen3",
-            mlp_bias=False,
-            qk_norm=True,
-            window_switch=QWEN_WINDOW,
-            gguf="qwen3",
-            gguf_biases=False,
-            gguf_llama_layout=False,
-        ),
-    )
-}
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 class LinearSpec(NamedTuple):
@@ -71,6 +16,12 @@ class LinearSpec(NamedTuple):
     in_features: str
     out_features: str
     bias: str
+    parts: tuple[str, ...] = ()  # the linears of Llama that it holds one below the other
+
+    @property
+    def target(self) -> str:
+        """Return the name that `target_modules` has for the linear: "q_proj"."""
+        return self.name.rpartition(".")[2]
 
 
 # In the order of the model.
@@ -84,6 +35,152 @@ LAYER_LINEARS = (
     LinearSpec("mlp.down_proj", "down", "intermediate_size", "hidden_size", "mlp_bias"),
 )
 # The names that `target_modules` takes: the last part of each linear's name.
-LORA_TARGETS = tuple(linear.name.rpartition(".")[2] for linear in LAYER_LINEARS)
+LORA_TARGETS = tuple(linear.target for linear in LAYER_LINEARS)
+# With one linear for q, k and v, and one for gate and up, as the matmuls have them anyway.
+MERGED_LINEARS = (
+    LinearSpec(
+        "self_attn.qkv_proj", "qkv", "hidden_size", "qkv_size", "qkv_bias", LORA_TARGETS[:3]
+    ),
+    LAYER_LINEARS[3],
+    LinearSpec(
+        "mlp.gate_up_proj", "gate_up", "hidden_size", "gate_up_size", "mlp_bias", LORA_TARGETS[4:6]
+    ),
+    LAYER_LINEARS[6],
+)
+# Every name that some family has a linear for.
+ALL_TARGETS = tuple(dict.fromkeys(x.target for x in (*LAYER_LINEARS, *MERGED_LINEARS)))
 LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # with qk_norm
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The values of one model family.
+
+    activation: the only accepted hidden_act.
+    linears: the linears of the decoder layer.
+    qkv_bias, o_bias: biases of the attention's linears; None: attention_bias of config.json.
+    mlp_bias: biases of the MLP's linears; None: mlp_bias of config.json.
+    qk_norm: True if each query and key head is normalised before RoPE.
+    window_switch: the key of config.json that must be true for sliding_window to count; None if
+        sliding_window alone decides.
+    reads_layer_types: True if layer_types says which layers slide.
+    sliding_layers: the layers that slide without layer_types: "none" (sliding_window does not
+        count), "all", "last" (from max_window_layers on), or "unrotated" (those without RoPE).
+    unrotated_period_key: the key of a period p if every p-th layer has no RoPE, unless
+        no_rope_layers lists the layers; None: all layers have it.
+    partial_rotary: True if partial_rotary_factor may be below 1.
+    rope_type_names: other names of RoPE scalings -> the names here.
+    query_growth: True if queries grow with their position (llama_4_scaling_beta).
+    multipliers: True if config.json scales the embedding, residual, scores and logits (Granite).
+    defaults: values of config.json that stand for missing ones, other than Llama's.
+    gguf: the value of general.architecture, and the prefix of the keys in a GGUF file.
+    gguf_biases: True if llama.cpp reads biases of the linears.
+    gguf_llama_layout: True if llama.cpp reads the rows of q and k interleaved, and the keys
+        vocab_size and rope.dimension_count, as for Llama.
+    gguf_head_dim: True if llama.cpp reads a head_dim that is not hidden_size / heads.
+    gguf_rope_tensors: the RoPE scalings whose tensors llama.cpp reads.
+    gguf_window: True if the converter of llama.cpp writes the sliding window.
+    """
+
+    model_type: str
+    activation: str = "silu"
+    linears: tuple[LinearSpec, ...] = LAYER_LINEARS
+    qkv_bias: bool | None = None
+    o_bias: bool | None = None
+    mlp_bias: bool | None = None
+    qk_norm: bool = False
+    window_switch: str | None = None
+    reads_layer_types: bool = False
+    sliding_layers: str = "none"
+    unrotated_period_key: str | None = None
+    partial_rotary: bool = False
+    rope_type_names: Mapping[str, str] = field(default_factory=dict)
+    query_growth: bool = False
+    multipliers: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    gguf: str = "llama"
+    gguf_biases: bool = True
+    gguf_llama_layout: bool = True
+    gguf_head_dim: bool = True
+    gguf_rope_tensors: tuple[str, ...] = ("llama3", "longrope")
+    gguf_window: bool = False
+
+
+NO_BIASES = {"qkv_bias": False, "o_bias": False, "mlp_bias": False}
+QWEN_WINDOWS = {
+    "window_switch": "use_sliding_window",
+    "reads_layer_types": True,
+    "sliding_layers": "last",
+}
+QWEN_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
+ARCHITECTURES = {
+    family.model_type: family
+    for family in (
+        Architecture("llama"),
+        Architecture(
+            "mistral", **NO_BIASES, sliding_layers="all", defaults={"sliding_window": 4096}
+        ),
+        Architecture(
+            "ministral3",
+            **NO_BIASES,
+            sliding_layers="all",
+            query_growth=True,
+            defaults={"head_dim": 128},
+            gguf="mistral3",
+        ),
+        Architecture(
+            "qwen2",
+            qkv_bias=True,
+            o_bias=False,
+            mlp_bias=False,
+            **QWEN_WINDOWS,
+            defaults=QWEN_DEFAULTS,
+            gguf="qwen2",
+            gguf_llama_layout=False,
+            gguf_head_dim=False,
+            gguf_rope_tensors=(),
+        ),
+        Architecture(
+            "qwen3",
+            mlp_bias=False,
+            qk_norm=True,
+            **QWEN_WINDOWS,
+            defaults=QWEN_DEFAULTS | {"head_dim": 128},
+            gguf="qwen3",
+            gguf_biases=False,
+            gguf_llama_layout=False,
+            gguf_rope_tensors=(),
+        ),
+        Architecture(
+            "smollm3",
+            window_switch="use_sliding_window",
+            reads_layer_types=True,
+            sliding_layers="unrotated",
+            unrotated_period_key="no_rope_layer_interval",
+            defaults={
+                "tie_word_embeddings": True,
+                "rope_theta": 2e6,
+                "no_rope_layer_interval": 4,
+            },
+            gguf="smollm3",
+            gguf_biases=False,
+            gguf_rope_tensors=(),
+        ),
+        Architecture("granite", multipliers=True, gguf="granite", gguf_head_dim=False),
+        Architecture(
+            "phi3",
+            **NO_BIASES,
+            linears=MERGED_LINEARS,
+            sliding_layers="all",
+            partial_rotary=True,
+            rope_type_names={"su": "longrope", "yarn": "longrope"},
+            defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+            gguf="phi3",
+            gguf_llama_layout=False,
+            gguf_head_dim=False,
+            gguf_rope_tensors=("longrope",),
+            gguf_window=True,
+        ),
+    )
+}

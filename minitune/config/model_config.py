@@ -1,36 +1,24 @@
 """The shape of a model: config.json, checked and without the differences of its versions."""
 
-import math
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from minitune.atomic_files import read_json
 from minitune.config.architectures import (
     ARCHITECTURES,
     HEAD_NORMS,
-    LAYER_LINEARS,
     LAYER_NORMS,
     Architecture,
 )
+from minitune.config.config_values import read_value
+from minitune.config.layer_kinds import LayerKind, read_layer_kinds
+from minitune.config.rope_config import RopeConfig, RopeReader
 from minitune.config.text_config import is_wrapper, text_config
 
-EXPECTED = {bool: "true or false", int: "a whole number above 0", float: "a number above 0"}
 DEFAULT_MAX_SEQ_LENGTH = 2048
-ROPE_SCALING_KEYS = {
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-# Further keys of a scaling that may be missing; 0 stands for a missing one.
-OPTIONAL_ROPE_KEYS = {
-    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-}
 
 
 class LinearShape(NamedTuple):
@@ -52,7 +40,12 @@ class LinearShape(NamedTuple):
 class ModelConfig:
     """The shape of a model.
 
-    sliding_window: tokens that attention looks back at, or None for all.
+    ropes: the rotations that its layers use.
+    layer_kinds: the window and the rotation of each layer.
+    attention_scale: factor of the scores.
+    embedding_multiplier: factor of the embedding, where the residual stream begins.
+    residual_multiplier: factor of all that a layer adds to the residual stream.
+    logit_multiplier: factor of the logits.
     raw: config.json as it was read, of a wrapper its text model's; a merge writes it again.
     wrapper: model_type of the multimodal model around this text model, or "".
     """
@@ -66,14 +59,17 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None  # None or {"rope_type": "linear", "llama3" or "yarn", ...}
+    ropes: tuple[RopeConfig, ...]
+    layer_kinds: tuple[LayerKind, ...]
+    attention_scale: float
+    embedding_multiplier: float
+    residual_multiplier: float
+    logit_multiplier: float
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    sliding_window: int | None
     architecture: Architecture
     raw: dict
     wrapper: str = ""
@@ -104,21 +100,24 @@ class ModelConfig:
     @property
     def default_seq_length(self) -> int:
         """Return the default of max_seq_length."""
-        positions = self.max_position_embeddings
-        return min(DEFAULT_MAX_SEQ_LENGTH, positions, self.sliding_window or positions)
+        return min(DEFAULT_MAX_SEQ_LENGTH, self.max_position_embeddings)
 
     def check_seq_length(self, max_seq_length: int) -> None:
         """Raise ValueError if the model cannot take samples of `max_seq_length` tokens."""
-        positions, window = self.max_position_embeddings, self.sliding_window
+        positions = self.max_position_embeddings
         if not 0 < max_seq_length <= positions:
             raise ValueError(
                 f"max_seq_length {max_seq_length} is not within the model's {positions} positions"
             )
-        if window is not None and max_seq_length > window:
-            raise ValueError(
-                f"max_seq_length {max_seq_length} is more than the model's sliding_window; "
-                f"attention here sees whole samples, so choose at most {window}"
-            )
+
+    def kinds_up_to(self, max_seq_length: int) -> tuple[LayerKind, ...]:
+        """Return the kind of each layer, without the windows that no sample reaches beyond."""
+        return tuple(
+            kind._replace(window=None)
+            if kind.window is not None and kind.window >= max_seq_length
+            else kind
+            for kind in self.layer_kinds
+        )
 
     @property
     def query_size(self) -> int:
@@ -130,6 +129,16 @@ class ModelConfig:
         """Return the width of all key heads together, which is also that of all value heads."""
         return self.num_key_value_heads * self.head_dim
 
+    @property
+    def qkv_size(self) -> int:
+        """Return the width of q, k and v side by side."""
+        return self.query_size + 2 * self.key_value_size
+
+    @property
+    def gate_up_size(self) -> int:
+        """Return the width of gate and up side by side."""
+        return 2 * self.intermediate_size
+
     def linears(self) -> tuple[LinearShape, ...]:
         """Return the linears of one decoder layer, in the order of the model."""
         return tuple(
@@ -140,7 +149,7 @@ class ModelConfig:
                 out_features=getattr(self, spec.out_features),
                 bias=getattr(self, spec.bias),
             )
-            for spec in LAYER_LINEARS
+            for spec in self.architecture.linears
         )
 
     def linear_groups(self) -> dict[str, tuple[LinearShape, ...]]:
@@ -149,6 +158,27 @@ class ModelConfig:
         for linear in self.linears():
             groups[linear.group] = (*groups.get(linear.group, ()), linear)
         return groups
+
+    def adapted_linears(self, target_modules: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of the model's own linears that `target_modules` means, in its order.
+
+        The names of all parts of a linear mean the linear: q_proj, k_proj and v_proj mean qkv_proj.
+
+        Raises: ValueError if the model has no such linear.
+        """
+        names, found = set(target_modules), []
+        for spec in self.architecture.linears:
+            parts = set(spec.parts)
+            if spec.target in names or (parts and parts <= names):
+                found.append(spec.target)
+                names -= {spec.target, *parts}
+        if unknown := [name for name in target_modules if name in names]:
+            own = ", ".join(spec.target for spec in self.architecture.linears)
+            raise ValueError(
+                f"target module {unknown[0]!r} does not exist in models of type "
+                f"{self.architecture.model_type}; choose from {own}"
+            )
+        return tuple(found)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of the model's tensors, in the order of the model.
@@ -204,29 +234,46 @@ class ModelConfig:
         Raises: ValueError that names the field if the model is not one that this code runs.
         """
         family = _architecture(raw)
-        hidden, heads = _value(raw, "hidden_size", int), _value(raw, "num_attention_heads", int)
-        theta, scaling = _rope(raw)
-        return cls(
-            vocab_size=_value(raw, "vocab_size", int),
-            hidden_size=hidden,
-            intermediate_size=_value(raw, "intermediate_size", int),
-            num_hidden_layers=_value(raw, "num_hidden_layers", int),
-            num_attention_heads=heads,
-            num_key_value_heads=_value(raw, "num_key_value_heads", int, heads),
-            head_dim=_value(raw, "head_dim", int, hidden // heads),
-            max_position_embeddings=_value(raw, "max_position_embeddings", int, 2048),
-            rms_norm_eps=_value(raw, "rms_norm_eps", float, 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings=_value(raw, "tie_word_embeddings", bool, False),
-            qkv_bias=_fixed_or_read(family.qkv_bias, raw, "attention_bias"),
-            o_bias=_fixed_or_read(family.o_bias, raw, "attention_bias"),
-            mlp_bias=_fixed_or_read(family.mlp_bias, raw, "mlp_bias"),
-            qk_norm=family.qk_norm,
-            sliding_window=_sliding_window(family, raw),
-            architecture=family,
-            raw=raw,
-        )
+        return _read_config(family, {**family.defaults, **raw}, raw)
+
+
+def _read_config(family: Architecture, values: dict, raw: dict) -> ModelConfig:
+    """Return the config of a model; `values` are those of `raw` with the family's defaults."""
+    hidden = read_value(values, "hidden_size", int)
+    heads = read_value(values, "num_attention_heads", int)
+    layers = read_value(values, "num_hidden_layers", int)
+    head_dim = read_value(values, "head_dim", int, hidden // heads)
+    positions = read_value(values, "max_position_embeddings", int, 2048)
+    scale, embedding, residual, logits = head_dim**-0.5, 1.0, 1.0, 1.0
+    if family.multipliers:
+        scale = float(read_value(values, "attention_multiplier", float, 1.0))
+        embedding = float(read_value(values, "embedding_multiplier", float, 1.0))
+        residual = float(read_value(values, "residual_multiplier", float, 1.0))
+        logits = 1 / read_value(values, "logits_scaling", float, 1.0)
+    return ModelConfig(
+        vocab_size=read_value(values, "vocab_size", int),
+        hidden_size=hidden,
+        intermediate_size=read_value(values, "intermediate_size", int),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=read_value(values, "num_key_value_heads", int, heads),
+        head_dim=head_dim,
+        max_position_embeddings=positions,
+        rms_norm_eps=read_value(values, "rms_norm_eps", float, 1e-6),
+        ropes=(RopeReader(family, values, head_dim, positions).read(),),
+        layer_kinds=read_layer_kinds(family, values, layers),
+        attention_scale=scale,
+        embedding_multiplier=embedding,
+        residual_multiplier=residual,
+        logit_multiplier=logits,
+        tie_word_embeddings=read_value(values, "tie_word_embeddings", bool, False),
+        qkv_bias=_fixed_or_read(family.qkv_bias, values, "attention_bias"),
+        o_bias=_fixed_or_read(family.o_bias, values, "attention_bias"),
+        mlp_bias=_fixed_or_read(family.mlp_bias, values, "mlp_bias"),
+        qk_norm=family.qk_norm,
+        architecture=family,
+        raw=raw,
+    )
 
 
 def _architecture(raw: dict) -> Architecture:
@@ -234,9 +281,10 @@ def _architecture(raw: dict) -> Architecture:
     model_type = raw.get("model_type")
     family = ARCHITECTURES.get(str(model_type))
     if family is None:
-        raise ValueError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
-        )
+        supported = f"supported are {', '.join(ARCHITECTURES)}"
+        if alike := difflib.get_close_matches(str(model_type), ARCHITECTURES, n=1):
+            supported += f"; the nearest is {alike[0]}"
+        raise ValueError(f"model_type {model_type!r} is not supported; {supported}")
     if (activation := raw.get("hidden_act", family.activation)) != family.activation:
         raise ValueError(
             f"hidden_act {activation!r} is not supported; "
@@ -245,61 +293,6 @@ def _architecture(raw: dict) -> Architecture:
     return family
 
 
-def _sliding_window(family: Architecture, raw: dict) -> int | None:
-    """Return the window of attention in tokens, or None if every layer sees the whole sample."""
-    if family.window_switch is not None and not _value(raw, family.window_switch, bool, False):
-        return None
-    return _value(raw, "sliding_window", int, 0) or None
-
-
 def _fixed_or_read(fixed: bool | None, raw: dict, name: str) -> bool:
     """Return a family's fixed value, or config.json's if the family leaves it open."""
-    return _value(raw, name, bool, False) if fixed is None else fixed
-
-
-def _value(raw: dict, name: str, kind: type, default: Any = None) -> Any:
-    """Return a field of config.json, or the default if the field is missing or null.
-
-    Raises: ValueError if the value has another type, or is a number that is not above 0 and finite.
-    """
-    if (value := raw.get(name)) is None:
-        if default is None:
-            raise ValueError(f"{name} is missing; is this the config.json of a Llama-family model?")
-        return default
-    is_bool = isinstance(value, bool)
-    if kind is bool:
-        valid = is_bool
-    else:
-        is_number = isinstance(value, int if kind is int else (int, float)) and not is_bool
-        valid = is_number and 0 < value < math.inf
-    if not valid:
-        raise ValueError(f"{name} is {value!r}; expected {EXPECTED[kind]}")
-    return value
-
-
-def _rope(raw: dict) -> tuple[float, dict | None]:
-    """Return (theta, scaling) of either layout of config.json.
-
-    The layouts are rope_theta and rope_scaling, or the rope_parameters of transformers 5.
-    """
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
-        raise ValueError(f"rope_scaling is {parameters!r}; expected an object")
-    default_theta = _value(raw, "rope_theta", float, 10000.0)
-    theta = float(_value(parameters, "rope_theta", float, default_theta))
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if str(kind) not in ROPE_SCALING_KEYS:
-        raise ValueError(
-            f"rope scaling {kind!r} is not supported; "
-            f"supported are default, {', '.join(ROPE_SCALING_KEYS)}"
-        )
-    values = {key: float(_value(parameters, key, float)) for key in ROPE_SCALING_KEYS[kind]}
-    for key in OPTIONAL_ROPE_KEYS.get(kind, ()):
-        values[key] = float(_value(parameters, key, float, 0.0))
-    if not _value(parameters, "truncate", bool, True):
-        raise ValueError("truncate false of rope scaling is not supported; only true is")
-    if _value(parameters, "partial_rotary_factor", float, 1.0) != 1:
-        raise ValueError("partial_rotary_factor is not supported; whole heads are rotated")
-    return theta, {"rope_type": kind, **values}
+    return read_value(raw, name, bool, False) if fixed is None else fixed

@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from minitune.config.architectures import LORA_TARGETS
+from minitune.config.architectures import ALL_TARGETS, LORA_TARGETS
 from minitune.config.fields import check_settings, setting
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -64,7 +64,7 @@ class LoraConfig:
         if not self.target_modules:
             raise ValueError(f"target_modules is empty; choose from {', '.join(LORA_TARGETS)}")
         for name in self.target_modules:
-            if name not in LORA_TARGETS:
+            if name not in ALL_TARGETS:
                 raise ValueError(
                     f"target module {name!r} does not exist; choose from {', '.join(LORA_TARGETS)}"
                 )

@@ -1,17 +1,18 @@
 """A model as one GGUF file: its keys, its tensors and their layout.
 
-writer.py has the bytes, tokenizer_metadata.py the tokenizer's keys. The values are those of the
-merged 16-bit model, and tensors go from the merge to the file one by one. Two things differ from
-Hugging Face's layout, and a file without them loads and generates nonsense:
+writer.py has the bytes; model_metadata.py and tokenizer_metadata.py have most keys. The values are
+those of the merged 16-bit model, and tensors go from the merge to the file one by one. Two things
+differ from Hugging Face's layout, and a file without them loads and generates nonsense:
 
 - For some families llama.cpp's rotary embedding pairs the neighbouring rows 2i and 2i + 1 of a q
   or k head, not i and i + K/2: the rows are interleaved (Architecture.gguf_llama_layout);
-- llama3's RoPE scaling becomes a tensor, rope_freqs.weight, that divides each frequency.
+- the divisors of some RoPE scalings become tensors (model_metadata.py).
 
 Norms and biases are always float32. If a tensor's width is not a multiple of the block of a
 quantised type (Q8_0: 32), that tensor is float16.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +28,15 @@ from minitune.checkpoints.safetensors_folder import TIED_HEAD
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.model_metadata import (
+    additional_tensors,
+    check_expressible,
+    gguf_name,
+    model_metadata,
+)
 from minitune.gguf.tokenizer_metadata import tokenizer_metadata
 from minitune.gguf.writer import GGMLType, MetadataValue, TensorInfo, write_gguf
 from minitune.model.causal_lm import CausalLM
-from minitune.model.rope import YARN_BETA_FAST, YARN_BETA_SLOW, rope_divisors
 
 FILE_TYPES = {
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
@@ -39,32 +45,6 @@ FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
 }
 QUANTIZATION_VERSION = 2  # of GGML's quantised types
-# Hugging Face's module names, those of a layer without its prefix -> llama.cpp's
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-# Key of YaRN -> the value that llama.cpp computes with, whatever the file says; None if the key's
-# effect is built in.
-LLAMA_CPP_YARN = {
-    "beta_fast": YARN_BETA_FAST,
-    "beta_slow": YARN_BETA_SLOW,
-    "attention_factor": None,
-    "mscale": None,
-    "mscale_all_dim": None,
-}
 # Key of generation_config.json -> (key below general.sampling, type)
 SAMPLING_KEYS = {
     "temperature": ("temp", float),
@@ -153,42 +133,6 @@ def organization_and_name(name: str, folder: Path) -> tuple[str, str]:
 # ---- metadata
 
 
-def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
-    """Return the keys of the architecture, such as `llama.*`."""
-    metadata = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.freq_base": float(config.rope_theta),
-    }
-    if config.raw.get("head_dim") is not None:  # otherwise llama.cpp divides
-        metadata["attention.key_length"] = config.head_dim
-        metadata["attention.value_length"] = config.head_dim
-    if config.architecture.gguf_llama_layout:
-        metadata["rope.dimension_count"] = config.head_dim
-        metadata["vocab_size"] = config.vocab_size
-    metadata |= _rope_scaling_metadata(config)
-    return {f"{config.architecture.gguf}.{key}": value for key, value in metadata.items()}
-
-
-def _rope_scaling_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
-    """Return the keys of linear and YaRN scaling; llama3's is a tensor."""
-    kind, scaling = _rope_type(config), config.rope_scaling
-    if kind not in ("linear", "yarn"):
-        return {}
-    metadata = {"type": kind, "factor": float(scaling["factor"])}
-    if kind == "yarn":
-        metadata["original_context_length"] = int(scaling["original_max_position_embeddings"])
-        for key in ("beta_fast", "beta_slow"):
-            if scaling[key]:
-                metadata[f"yarn_{key}"] = float(scaling[key])
-    return {f"rope.scaling.{key}": value for key, value in metadata.items()}
-
-
 def sampling_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
     """Return the sampling defaults of generation_config.json, from which llama.cpp starts.
 
@@ -220,15 +164,6 @@ def size_label(parameters: int) -> str:
 # ---- tensors
 
 
-def gguf_name(name: str) -> str:
-    """Return llama.cpp's name: model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
-    module, kind = name.rsplit(".", 1)
-    if module.startswith("model.layers."):
-        _, _, layer, part = module.split(".", 3)
-        return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
-    return f"{GGUF_NAMES[module]}.{kind}"
-
-
 def interleave_rope_rows(tensor: Tensor, heads: int) -> Tensor:
     """Return the rows of a q or k weight or bias with i and i + K/2 of each head as neighbours."""
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
@@ -247,7 +182,7 @@ def _write_model(
     metadata: the keys that name the model.
     tensors: (Hugging Face's name, tensor) in the order of `config.tensor_shapes()`.
     """
-    _check_expressible(config)
+    check_expressible(config)
     kind = GGMLType[method.upper()]
     shapes = config.tensor_shapes()
     parameters = sum(math.prod(shape) for shape in shapes.values())
@@ -262,37 +197,18 @@ def _write_model(
     metadata |= sampling_metadata(tokenizer)
     metadata |= model_metadata(config)
     metadata |= tokenizer_metadata(tokenizer, config.vocab_size)
-    infos = [
+    additional = additional_tensors(config)
+    infos = [TensorInfo(name, tuple(x.shape), GGMLType.F32) for name, x in additional.items()]
+    infos += [
         TensorInfo(gguf_name(name), shape, _storage_type(shape, kind))
         for name, shape in shapes.items()
     ]
-    if _rope_type(config) == "llama3":
-        shape = tuple(rope_divisors(config).shape)
-        infos.insert(0, TensorInfo("rope_freqs.weight", shape, GGMLType.F32))
-    write_gguf(target, metadata, infos, _gguf_tensors(config, tensors))
-
-
-def _check_expressible(config: ModelConfig) -> None:
-    """Raise ValueError if llama.cpp would refuse or misread the model."""
-    family = config.architecture
-    if (config.qkv_bias or config.o_bias) and not family.gguf_biases:
-        raise ValueError(
-            f"llama.cpp's {family.gguf} has no biases in attention, but this model has; "
-            "save the merged folder instead"
-        )
-    scaling = config.rope_scaling or {}
-    for key, built_in in LLAMA_CPP_YARN.items():
-        if scaling.get(key) and scaling[key] != built_in:
-            raise ValueError(
-                f"llama.cpp does not read YaRN's {key} for {family.gguf}, and this model sets "
-                f"{scaling[key]}; save the merged folder instead"
-            )
+    ordered = itertools.chain(additional.values(), _gguf_tensors(config, tensors))
+    write_gguf(target, metadata, infos, ordered)
 
 
 def _gguf_tensors(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Tensor]:
-    """Yield the tensors in the order and layout of the file."""
-    if _rope_type(config) == "llama3":
-        yield rope_divisors(config)
+    """Yield the model's tensors in the order and layout of the file."""
     heads = {}  # linear -> heads, of the linears whose rows are interleaved
     if config.architecture.gguf_llama_layout:
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -303,10 +219,6 @@ def _gguf_tensors(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) ->
         )
         linear = name.split(".")[-2]
         yield interleave_rope_rows(tensor, heads[linear]) if linear in heads else tensor
-
-
-def _rope_type(config: ModelConfig) -> str | None:
-    return config.rope_scaling["rope_type"] if config.rope_scaling else None
 
 
 def _storage_type(shape: tuple[int, ...], kind: GGMLType) -> GGMLType:

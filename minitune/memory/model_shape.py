@@ -3,7 +3,7 @@
 They follow from config.json and the adapter's settings, so a plan needs neither a model nor a GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minitune.config.model_config import LinearShape, ModelConfig
 from minitune.config.training_config import LoraConfig
@@ -79,6 +79,8 @@ class ModelShape:
         cls, config: ModelConfig, lora: LoraConfig | None, itemsize: int, device_type: str = "cuda"
     ) -> "ModelShape":
         """Return the shape of a model. `device_type` decides how ranks are padded."""
+        if lora is not None:
+            lora = replace(lora, target_modules=config.adapted_linears(lora.target_modules))
         return cls(
             layers=config.num_hidden_layers,
             D=config.hidden_size,

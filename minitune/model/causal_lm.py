@@ -10,7 +10,7 @@ The dimension letters are those of decoder_layer.py.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from minitune.config.layer_kinds import LayerKind
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.device import free_memory
@@ -68,10 +69,10 @@ class StepPlan(Protocol):
 class Decoder(nn.Module):
     """Embedding, decoder layers and final norm, under the names of the checkpoint's tensors."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, kinds: Sequence[LayerKind]):
         super().__init__()
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(c, kind) for kind in kinds)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -80,6 +81,7 @@ class CausalLM(nn.Module):
 
     `FastLanguageModel.from_pretrained` builds the model and fills its weights.
 
+    windows: the sliding windows that a sample of max_seq_length reaches beyond, in tokens.
     lora_seed: the seed that drew the adapter's A.
     lora_dropout: the dropout that a loaded adapter was trained with; not applied here.
     eos_token_ids: the tokens at which `generate` stops.
@@ -101,10 +103,12 @@ class CausalLM(nn.Module):
         self.device = device
         self.max_seq_length = max_seq_length
         self.planner = planner
-        self.model = Decoder(config)
+        kinds = config.kinds_up_to(max_seq_length)
+        self.windows = tuple(sorted({kind.window for kind in kinds} - {None}))
+        self.model = Decoder(config, kinds)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        rope = RopeTables.build(config, max_seq_length, device)
-        self.layer_context = LayerContext(rope, dtype, attention)
+        ropes = tuple(RopeTables.build(rope, max_seq_length, device) for rope in config.ropes)
+        self.layer_context = LayerContext(ropes, dtype, attention)
         self.lora: LoraConfig | None = None
         self.lora_seed: int | None = None
         self.lora_dropout = 0.0
@@ -136,11 +140,15 @@ class CausalLM(nn.Module):
     # ---- adapter
 
     def add_lora(self, lora: LoraConfig, seed: int = 3407) -> None:
-        """Attach LoRA branches that change nothing yet. The same seed draws the same A."""
+        """Attach LoRA branches that change nothing yet. The same seed draws the same A.
+
+        Raises: ValueError if there is an adapter already, or the model lacks a target module.
+        """
         if self.lora is not None:
             raise ValueError(
                 "the model already has an adapter; load the base again to attach another"
             )
+        lora = replace(lora, target_modules=self.config.adapted_linears(lora.target_modules))
         generator = torch.Generator().manual_seed(seed)
         for name, linear in self.linears():
             if name.rsplit(".", 1)[1] in lora.target_modules:
@@ -198,7 +206,7 @@ class CausalLM(nn.Module):
         """
         s = new_residual(self._embed(ids))
         levels, packed, tile_rows = self._plan(
-            PackedSequences.from_positions(positions).to(self.device)
+            PackedSequences.from_positions(positions, self.windows).to(self.device)
         )
         for layer, level in zip(self.model.layers, levels, strict=True):
             s = layer(s, packed, self.layer_context, level, tile_rows)

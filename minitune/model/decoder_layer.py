@@ -31,6 +31,7 @@ Dimension letters, used in all of minitune/model:
 import torch
 from torch import Tensor, nn
 
+from minitune.config.layer_kinds import LayerKind
 from minitune.config.model_config import ModelConfig
 from minitune.kernels.attention import attention, attention_backward
 from minitune.kernels.backend import accumulator
@@ -50,10 +51,10 @@ def new_residual(x: Tensor) -> Tensor:
 class DecoderLayer(nn.Module):
     """One decoder layer. The names of its modules are those of the checkpoint's tensors."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, kind: LayerKind):
         super().__init__()
         self.D, self.F = c.hidden_size, c.intermediate_size
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, kind)
         self.mlp = nn.Module()  # of gate_proj, up_proj and down_proj
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -65,9 +66,9 @@ class DecoderLayer(nn.Module):
             self.get_submodule(module).add_module(name, linear)
             groups.setdefault(shape.group, []).append(linear)
         self.qkv = FusedLinear("qkv", groups["qkv"])
-        self.o = FusedLinear("o", groups["o"])
+        self.o = FusedLinear("o", groups["o"], c.residual_multiplier)
         self.gate_up = FusedLinear("gate_up", groups["gate_up"])
-        self.down = FusedLinear("down", groups["down"])
+        self.down = FusedLinear("down", groups["down"], c.residual_multiplier)
 
     @property
     def fused_linears(self) -> tuple[FusedLinear, ...]:
@@ -149,17 +150,15 @@ class DecoderLayer(nn.Module):
                 saved_lora=None if saved_lora is None else saved_lora[rows],
                 save_lora_to=None if save_lora_to is None else save_lora_to[rows],
             )
-        self.self_attn.rotate_(qkv, p.context.rope, p.packed.positions)
+        self.self_attn.rotate_(qkv, p)
         return qkv
 
     def compute_attention(self, qkv: Tensor, p: LayerPass) -> tuple[Tensor, Tensor]:
         """Return attention's output (N, H K + R), with empty LoRA columns, and its logsumexp."""
-        heads, start, end = self.self_attn, p.packed.start, p.packed.end
-        lengths = p.context.attention_kwargs(p.packed)
-        attn = self.o.new_input(qkv)
-        q, k, v = heads.heads_of(qkv, p.context.rope, p.packed.positions)
+        heads, attn = self.self_attn, self.o.new_input(qkv)
+        q, k, v = heads.heads_of(qkv, p)
         out = heads.query_heads(attn)  # (N, H, K)
-        _, lse = attention(q, k, v, start, end, heads.scale, out=out, **lengths)
+        _, lse = attention(q, k, v, out=out, **heads.attention_arguments(p))
         return attn, lse
 
     def finish_rows_(self, s: Tensor, a: Activations, p: LayerPass) -> None:
@@ -308,16 +307,13 @@ class DecoderLayer(nn.Module):
 
     def _backward_of_attention(self, dattn: Tensor, a: Activations, p: LayerPass) -> Tensor:
         """Return the gradient (N, (H + 2 G) K + R) of W_qkv's output, from dattn (N, H K)."""
-        heads, start, end = self.self_attn, p.packed.start, p.packed.end
-        lengths = p.context.attention_kwargs(p.packed)
-        dqkv = self.qkv.new_output(dattn)
+        heads, dqkv = self.self_attn, self.qkv.new_output(dattn)
         dq, dk, dv = heads.split_heads(dqkv)  # (N, H, K), (N, G, K), (N, G, K)
-        q, k, v = heads.heads_of(a.qkv, p.context.rope, p.packed.positions)
+        q, k, v = heads.heads_of(a.qkv, p)
         out, dout = heads.query_heads(a.attn), heads.query_heads(dattn)  # (N, H, K)
-        attention_backward(
-            dout, q, k, v, out, a.lse, start, end, heads.scale, dq=dq, dk=dk, dv=dv, **lengths
-        )
-        heads.heads_backward_(dqkv, a.qkv, p.context.rope, p.packed.positions)
+        arguments = heads.attention_arguments(p)
+        attention_backward(dout, q, k, v, out, a.lse, dq=dq, dk=dk, dv=dv, **arguments)
+        heads.heads_backward_(dqkv, a.qkv, p)
         return dqkv
 
     def _backward_to_input_(

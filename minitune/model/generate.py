@@ -143,12 +143,14 @@ class _KVCache:
         lengths = torch.tensor(self.lengths)
         positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)  # (N,)
         rows = torch.repeat_interleave(torch.arange(len(prompts)), lengths).to(device)  # (N,)
-        packed = PackedSequences.from_positions(positions)
+        packed = PackedSequences.from_positions(positions, self.model.windows)
 
         def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[index, rows, positions] = k
             self.values[index, rows, positions] = v
-            return attention(q, k, v, packed.start, packed.end, layer.self_attn.scale)[0]
+            heads = layer.self_attn
+            seen = packed.seen_through(heads.window)
+            return attention(q, k, v, seen.start, seen.end, heads.scale)[0]
 
         ids = [token for prompt in prompts for token in prompt]
         s = self._forward(ids, packed, attend)  # (N, D)
@@ -163,16 +165,18 @@ class _KVCache:
         positions = torch.tensor([min(n, capacity - 1) for n in self.lengths], device=device)
         rows = torch.arange(len(tokens), device=device)
         S = int(positions.max()) + 1  # cached tokens that any row may see
-        hidden = torch.arange(S, device=device) > positions[:, None]  # (B, S)
+        distance = positions[:, None] - torch.arange(S, device=device)  # (B, S)
 
         def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[index, rows, positions] = k
             self.values[index, rows, positions] = v
+            window = layer.self_attn.window
+            seen = (distance >= 0) & (distance < (S if window is None else window))  # (B, S)
             keys = self.keys[index, :, :S].float()  # (B, S, G, K)
             values = self.values[index, :, :S].float()
             grouped = q.float().view(len(q), keys.shape[2], -1, q.shape[-1])  # (B, G, H / G, K)
             scores = torch.einsum("bghk,bsgk->bghs", grouped, keys) * layer.self_attn.scale
-            weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1)
+            weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
             return torch.einsum("bghs,bsgk->bghk", weights, values).view_as(q).to(q.dtype)
 
         # In this pass every row is a sample of a single token.
@@ -193,7 +197,7 @@ class _KVCache:
             with context.layer_pass(layer.fused_linears, packed) as p:
                 a = Activations(s.to(model.dtype, copy=True))
                 qkv = layer.compute_qkv(a.x, p)
-                q, k, v = layer.self_attn.heads_of(qkv, context.rope, packed.positions)
+                q, k, v = layer.self_attn.heads_of(qkv, p)
                 a.attn = layer.o.new_input(a.x)  # (N, H K + R)
                 layer.self_attn.query_heads(a.attn).copy_(attend(layer, index, q, k, v))
                 layer.finish_rows_(s, a, p)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from minitune.config.layer_kinds import LayerKind
 from minitune.config.model_config import ModelConfig
 from minitune.device import pin
 from minitune.kernels.attention_common import seqlen_bound
@@ -86,63 +87,71 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The attention heads. DecoderLayer adds q_proj, k_proj, v_proj and o_proj.
+    """The attention heads of a layer. DecoderLayer adds the linears of q, k, v and o.
 
     q and k are rotated by RoPE in place, in the projection's output qkv. With `qk_norm` (Qwen3)
     each head is normalised before. Backward then needs the heads before the norm, so qkv keeps
     them, and `heads_of` normalises and rotates them into a new tensor each time.
     """
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, kind: LayerKind):
         super().__init__()
         self.H, self.G, self.K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.scale = self.K**-0.5
+        self.scale = c.attention_scale
+        self.window, self.rope = kind
         self.qk_norm = c.qk_norm
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def rotate_(self, qkv: Tensor, rope: RopeTables, positions: Tensor) -> None:
+    def rotate_(self, qkv: Tensor, p: "LayerPass") -> None:
         """Rotate q and k of qkv (N, (H + 2 G) K) in place, unless `heads_of` does."""
         if not self.qk_norm:
-            q, k, _ = self.split_heads(qkv)
-            rope_(q, k, rope.cos, rope.sin, positions)
+            self._rope_(qkv, p)
 
-    def heads_of(
-        self, qkv: Tensor, rope: RopeTables, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, qkv: Tensor, p: "LayerPass") -> tuple[Tensor, Tensor, Tensor]:
         """Return q (N, H, K), k and v (N, G, K) as attention reads them, from a rotated qkv."""
         q, k, v = self.split_heads(qkv)
         if self.qk_norm:
-            q, k = qk_norm_rope(
-                self._queries_and_keys(qkv), *self._norm_arguments(rope, positions)
-            ).split([self.H, self.G], dim=1)
+            q, k = qk_norm_rope(self._queries_and_keys(qkv), *self._norm_arguments(p)).split(
+                [self.H, self.G], dim=1
+            )
         return q, k, v
 
-    def heads_backward_(
-        self, dqkv: Tensor, qkv: Tensor, rope: RopeTables, positions: Tensor
-    ) -> None:
+    def heads_backward_(self, dqkv: Tensor, qkv: Tensor, p: "LayerPass") -> None:
         """Turn the gradients of `heads_of` in dqkv into those of the projection, in place."""
         if self.qk_norm:
             qk_norm_rope_backward_(
-                self._queries_and_keys(dqkv),
-                self._queries_and_keys(qkv),
-                *self._norm_arguments(rope, positions),
+                self._queries_and_keys(dqkv), self._queries_and_keys(qkv), *self._norm_arguments(p)
             )
         else:
-            dq, dk, _ = self.split_heads(dqkv)
             # The transpose of a rotation is the rotation by the opposite angle.
-            rope_(dq, dk, rope.cos, rope.sin, positions, inverse=True)
+            self._rope_(dqkv, p, inverse=True)
+
+    def attention_arguments(self, p: "LayerPass") -> dict:
+        """Return the arguments that attention and its backward share, beside the tensors."""
+        packed = p.packed.seen_through(self.window)
+        lengths = p.context.attention_kwargs(packed)
+        return {"start": packed.start, "end": packed.end, "scale": self.scale, **lengths}
+
+    def _rope_(self, qkv: Tensor, p: "LayerPass", inverse: bool = False) -> None:
+        """Rotate the rotated columns of q and k in qkv in place, if the layer has RoPE."""
+        if self.rope is None:
+            return
+        tables = p.context.ropes[self.rope]
+        q, k, _ = (x[..., : tables.rotary_dim] for x in self.split_heads(qkv))
+        cos, sin, positions = tables.cos, tables.sin, p.packed.positions
+        rope_(q, k, cos, sin, positions, inverse, tables.query_scale)
 
     def _queries_and_keys(self, qkv: Tensor) -> Tensor:
         """Return a view (N, H + G, K) of the query and key heads."""
         heads = self.H + self.G
         return qkv[:, : heads * self.K].unflatten(1, (heads, self.K))
 
-    def _norm_arguments(self, rope: RopeTables, positions: Tensor) -> tuple:
+    def _norm_arguments(self, p: "LayerPass") -> tuple:
         """Return the arguments that norm and backward share."""
-        q_norm, k_norm = self.q_norm, self.k_norm
-        return self.H, q_norm.weight, k_norm.weight, q_norm.eps, rope.cos, rope.sin, positions
+        tables, weights = p.context.ropes[self.rope], (self.q_norm.weight, self.k_norm.weight)
+        return self.H, *weights, self.q_norm.eps, tables.cos, tables.sin, p.packed.positions
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return views q (N, H, K), k and v (N, G, K) of qkv (N, (H + 2 G) K or more)."""
@@ -157,9 +166,12 @@ class Attention(nn.Module):
 
 @dataclass
 class LayerContext:
-    """State shared by all layers: RoPE tables, compute dtype, attention backend, weight buffers."""
+    """State shared by all layers: RoPE tables, compute dtype, attention backend, weight buffers.
 
-    rope: RopeTables
+    ropes: the tables of each rotation in `ModelConfig.ropes`.
+    """
+
+    ropes: tuple[RopeTables, ...]
     dtype: torch.dtype
     attention: str = "auto"  # "auto" or "triton"
     weight_buffers: WeightBuffers = field(default_factory=WeightBuffers)
@@ -180,7 +192,7 @@ class LayerContext:
         tile_rows: int | None = None,
     ) -> Iterator["LayerPass"]:
         """Yield a pass over the layer of these linears, alone with the weight buffers."""
-        device = self.rope.cos.device
+        device = packed.positions.device
         with self.weight_buffers.lock:
             weights = DequantizedLayer(fused_linears, self.weight_buffers, self.dtype, device)
             yield LayerPass(packed, self, weights, tile_rows)

@@ -96,11 +96,14 @@ class FusedLinear:
 
     R is the padded rank: it holds the ranks of all adapters, and is 0 without adapters. Inputs and
     output gradients come in buffers with R more columns, the LoRA columns.
+
+    multiplier: factor of the output; the matmuls apply it (Granite's residual multiplier).
     """
 
-    def __init__(self, name: str, linears: Sequence[Linear]):
+    def __init__(self, name: str, linears: Sequence[Linear], multiplier: float = 1.0):
         self.name = name
         self.linears = tuple(linears)
+        self.multiplier = multiplier
         self.in_features = self.linears[0].in_features
         self.out_features = sum(linear.out_features for linear in self.linears)
         self.resident_weight: Tensor | None = None  # the extended weight while it stays dequantised
@@ -201,20 +204,23 @@ class FusedLinear:
         saved_lora: Tensor | None = None,
         save_lora_to: Tensor | None = None,
     ) -> Tensor:
-        """Return y (N, out) of x (N, in + R), and fill the LoRA columns of x in place.
+        """Return multiplier * y (N, out) of x (N, in + R), and fill the LoRA columns of x in place.
 
         out: destination of y (N, out).
         add_to: float32 (N, out) that y is added to instead.
         saved_lora: scaling * x A^T (N, R) from an earlier pass; None to compute it.
         save_lora_to: (N, R) that receives a copy of scaling * x A^T.
         """
-        y = lora_linear_(x, weight, self.out_features, self.scaling, out, add_to, saved_lora)
+        y = lora_linear_(
+            x, weight, self.out_features, self.scaling, out, add_to, saved_lora, self.multiplier
+        )
         if save_lora_to is not None:
             save_lora_to.copy_(x[:, self.in_features :])
         first = 0
         for linear in self.linears:
             if linear.bias is not None:
-                y[:, first : first + linear.out_features] += linear.bias.detach().to(y.dtype)
+                columns = y[:, first : first + linear.out_features]
+                columns.add_(linear.bias.detach().to(y.dtype), alpha=self.multiplier)
             first += linear.out_features
         return y
 
@@ -236,18 +242,20 @@ class FusedLinear:
         out: destination of dx.
         need_dx: if False, fill only the LoRA columns (for `gradients`) and return None.
         """
-        return lora_linear_backward_(dy, weight, self.in_features, self.scaling, out, need_dx)
+        return lora_linear_backward_(
+            dy, weight, self.in_features, self.scaling, out, need_dx, self.multiplier
+        )
 
     def gradients(self, dy: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return (dA, dB) of each adapted linear, in float32.
 
-            dA = (scaling * dy B)^T x     the LoRA columns of dy times x
-            dB = dy^T (scaling * x A^T)   dy times the LoRA columns of x
+            dA = multiplier * (scaling * dy B)^T x     the LoRA columns of dy times x
+            dB = multiplier * dy^T (scaling * x A^T)   dy times the LoRA columns of x
 
         dy, x: (N, out + R) and (N, in + R), with filled LoRA columns.
         """
         splits = [(linear.out_features, linear.rank) for linear in self.linears]
-        return lora_gradients(dy, x, splits)
+        return lora_gradients(dy, x, splits, self.multiplier)
 
 
 def _empty(like: Tensor, columns: int) -> Tensor:

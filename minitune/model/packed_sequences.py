@@ -1,19 +1,20 @@
 """Packed sequences: N tokens of any number of samples, one sample behind the other, no padding.
 
-Row i sees the rows start[i] <= j <= i, and row j is seen by the rows j <= i < end[j]. An example
-with samples of 3, 1 and 2 tokens:
+Row i sees the rows start[i] <= j <= i. An example with samples of 3, 1 and 2 tokens:
 
     positions   0 1 2   0   0 1
     start       0 0 0   3   4 4
     end         3 3 3   4   6 6
 
-The same samples with a sliding window of 2 tokens:
+Under a sliding window of W tokens, row i sees the rows from i - W + 1 on at most, and row j is seen
+up to row j + W - 1 at most. The same tensors say this, with W = 2:
 
     start       0 0 1   3   4 4
     end         2 3 3   4   6 6
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,11 +25,11 @@ class PackedSequences:
     """The place of each of N packed tokens in its sample.
 
     positions: int32 (N,), the position of each token in its sample.
-    start, end: int32 (N,), the first row that each row sees, and one past the last row that sees
-        it. Without a window these are the bounds of its sample.
-    uniform_seqlen: the length that all samples share; None if they differ, if it is unknown or if
-        there is a window.
+    start: int32 (N,), the first row that each row sees.
+    end: int32 (N,), one past the last row that sees each row.
+    uniform_seqlen: the length that all samples share; None if they differ or if it is unknown.
     max_seqlen: an upper bound on the length of every sample; None if no bound is known.
+    windows: the same samples under sliding windows, by the window in tokens.
     """
 
     positions: Tensor
@@ -36,12 +37,15 @@ class PackedSequences:
     end: Tensor
     uniform_seqlen: int | None = None
     max_seqlen: int | None = None
+    windows: dict[int, "PackedSequences"] = field(default_factory=dict)
 
     @classmethod
-    def from_positions(cls, positions: Tensor) -> "PackedSequences":
+    def from_positions(cls, positions: Tensor, windows: Sequence[int] = ()) -> "PackedSequences":
         """Return the samples of positions (N,) that restart at 0 in each sample.
 
         The lengths are set only if the positions are on the host, so no device is waited for.
+
+        windows: the sliding windows that the samples are needed under, in tokens.
         """
         positions = positions.to(torch.int32)
         N = len(positions)
@@ -55,23 +59,34 @@ class PackedSequences:
             count = int((positions == 0).sum())
             uniform = torch.arange(N // count, dtype=torch.int32).repeat(count)
             uniform_seqlen = N // count if torch.equal(uniform, positions) else None
-        return cls(positions, index - positions, end, uniform_seqlen, max_seqlen)
+        packed = cls(positions, index - positions, end, uniform_seqlen, max_seqlen)
+        return replace(packed, windows={w: packed.windowed(w) for w in windows})
 
     def windowed(self, window: int) -> "PackedSequences":
-        """Return the same samples if each row sees itself and at most window - 1 rows before it.
-
-        The work does not depend on the lengths of the samples, so a CUDA graph can replay it.
-
-        Raises: ValueError if the window is less than 1 token.
-        """
-        if window < 1:
-            raise ValueError(f"a window of {window} tokens; expected at least 1")
+        """Return the samples under a sliding window: a row sees `window` rows, itself included."""
         index = torch.arange(len(self.start), dtype=torch.int32, device=self.start.device)
         start = torch.maximum(self.start, index - (window - 1))
         end = torch.minimum(self.end, index + window)
-        return replace(self, start=start, end=end, uniform_seqlen=None)
+        return PackedSequences(self.positions, start, end, max_seqlen=self.max_seqlen)
+
+    def seen_through(self, window: int | None) -> "PackedSequences":
+        """Return the samples under one of the sliding windows, or as they are for None."""
+        return self if window is None else self.windows[window]
+
+    def tensors(self) -> list[Tensor]:
+        """Return positions, start, end, then start and end under each window; each int32 (N,)."""
+        windows = [t for packed in self.windows.values() for t in (packed.start, packed.end)]
+        return [self.positions, self.start, self.end, *windows]
+
+    def of_tensors(self, tensors: Sequence[Tensor]) -> "PackedSequences":
+        """Return a copy with other tensors, in the order of `tensors`."""
+        positions, start, end, *bounds = tensors
+        windows = {
+            window: replace(packed, positions=positions, start=bounds[2 * i], end=bounds[2 * i + 1])
+            for i, (window, packed) in enumerate(self.windows.items())
+        }
+        return replace(self, positions=positions, start=start, end=end, windows=windows)
 
     def to(self, device: torch.device) -> "PackedSequences":
         """Return a copy on the device."""
-        tensors = (t.to(device, non_blocking=True) for t in (self.positions, self.start, self.end))
-        return PackedSequences(*tensors, self.uniform_seqlen, self.max_seqlen)
+        return self.of_tensors([t.to(device, non_blocking=True) for t in self.tensors()])

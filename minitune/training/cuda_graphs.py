@@ -206,7 +206,7 @@ class CUDAGraphCache:
     def run(self, inputs: Tensor, packed: PackedSequences, compute_loss: LossFunction) -> Tensor:
         """Replay the graphs of this size, or run eagerly and capture them; return the loss.
 
-        inputs: ids, positions, start and end of the samples, int32 (4, N), on the device.
+        inputs: ids and `tensors()` of the samples, int32 (4 or more, N), on the device.
         """
         size = inputs.shape[1]
         key = CaptureKey(size, **self._passes.model.layer_context.attention_kwargs(packed))

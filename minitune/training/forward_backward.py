@@ -52,7 +52,7 @@ class ForwardBackward:
     ) -> Tensor:
         """Add the gradients of the samples to `.grad` and return the loss of `compute_loss`.
 
-        inputs: ids, positions, start and end of the samples, int32 (4, N), on the device.
+        inputs: ids and `tensors()` of the samples, int32 (4 or more, N), on the device.
         dresidual: buffer (N, D + R) for the gradient of the residual stream; None allocates one.
         memory_pool: makes the context that forward and backward run in; the loss runs outside.
         """

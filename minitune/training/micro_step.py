@@ -145,13 +145,13 @@ class MicroStep:
     def _pack_inputs(self, batch: Batch, size: int) -> tuple[Tensor, PackedSequences]:
         """Pad the batch to `size` tokens and copy it to the device.
 
-        Returns ids, positions, start and end, int32 (4, size), and the samples as views of them.
+        Returns ids and the tensors of the samples, int32 (4 or more, size), and the samples as
+        views of them.
         """
         ids, positions = _pad_batch(batch, size, self.model.max_seq_length)
-        host = PackedSequences.from_positions(positions)
-        rows = torch.stack([ids.int(), host.positions, host.start, host.end])
-        inputs = to_device_async(rows, self.model.device)
-        return inputs, PackedSequences(*inputs[1:], host.uniform_seqlen, host.max_seqlen)
+        host = PackedSequences.from_positions(positions, self.model.windows)
+        inputs = to_device_async(torch.stack([ids.int(), *host.tensors()]), self.model.device)
+        return inputs, host.of_tensors(inputs[1:])
 
 
 def _pad_batch(batch: Batch, size: int, max_seq_length: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,81 @@
+"""What differs between the layers of one model: the sliding window and the rotation of heads."""
+
+from typing import NamedTuple
+
+from minitune.config.architectures import Architecture
+from minitune.config.config_values import read_list, read_value
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class LayerKind(NamedTuple):
+    """The values of one decoder layer in which it may differ from the others.
+
+    window: tokens that a token sees, itself included and back from it; None for its whole sample.
+    rope: index of the rotation in `ModelConfig.ropes`; None if heads are not rotated.
+    """
+
+    window: int | None
+    rope: int | None
+
+
+def read_layer_kinds(family: Architecture, raw: dict, layers: int) -> tuple[LayerKind, ...]:
+    """Return the kind of each layer of a config.json.
+
+    Raises: ValueError that names the field.
+    """
+    rotated = _rotated_layers(family, raw, layers)
+    window, sliding = _window(family, raw), [False] * layers
+    if window is not None:
+        sliding = _sliding_layers(family, raw, rotated)
+    return tuple(
+        LayerKind(window if slides else None, 0 if rotates else None)
+        for slides, rotates in zip(sliding, rotated, strict=True)
+    )
+
+
+def _window(family: Architecture, raw: dict) -> int | None:
+    """Return the tokens that a sliding layer sees, or None if no layer slides."""
+    if family.sliding_layers == "none":
+        return None
+    if family.window_switch is not None and not read_value(raw, family.window_switch, bool, False):
+        return None
+    return read_value(raw, "sliding_window", int, 0) or None
+
+
+def _sliding_layers(family: Architecture, raw: dict, rotated: list[bool]) -> list[bool]:
+    """Return for each layer whether the sliding window counts for it."""
+    layers = len(rotated)
+    types = read_list(raw, "layer_types", layers) if family.reads_layer_types else None
+    if types is not None:
+        if wrong := [kind for kind in types if kind not in (FULL, SLIDING)]:
+            raise ValueError(f"layer_types has {wrong[0]!r}; expected {FULL!r} or {SLIDING!r}")
+        return [kind == SLIDING for kind in types]
+    if family.sliding_layers == "unrotated":
+        return [not rotates for rotates in rotated]
+    if family.sliding_layers == "last":
+        return [i >= _first_sliding_layer(raw) for i in range(layers)]
+    return [True] * layers
+
+
+def _first_sliding_layer(raw: dict) -> int:
+    first = raw.get("max_window_layers")
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ValueError(
+            f"max_window_layers is {first!r}; expected a whole number, because sliding_window "
+            "counts from that layer on"
+        )
+    return first
+
+
+def _rotated_layers(family: Architecture, raw: dict, layers: int) -> list[bool]:
+    """Return for each layer whether its heads are rotated."""
+    if family.unrotated_period_key is None:
+        return [True] * layers
+    listed = read_list(raw, "no_rope_layers", layers)
+    if listed is not None:  # despite its name, 1 stands for a layer with RoPE
+        if wrong := [value for value in listed if value not in (0, 1)]:
+            raise ValueError(f"no_rope_layers has {wrong[0]!r}; expected 0 or 1")
+        return [bool(value) for value in listed]
+    period = read_value(raw, family.unrotated_period_key, int)
+    return [(i + 1) % period != 0 for i in range(layers)]

@@ -1,0 +1,121 @@
+"""The rotary position embedding of a model, as config.json describes it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from minitune.config.architectures import Architecture
+from minitune.config.config_values import read_numbers, read_value
+
+# Kind of scaling -> the numbers that it needs, and those that may be missing; 0 stands for these.
+REQUIRED_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("original_max_position_embeddings",),
+}
+OPTIONAL_KEYS = {
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    "longrope": ("factor", "attention_factor"),
+}
+DIVISOR_LISTS = ("short_factor", "long_factor")  # of longrope
+QUERY_GROWTH = "llama_4_scaling_beta"
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """The rotation of the heads in some layers of a model.
+
+    theta: base of the periods.
+    rotary_dim: columns of a head that are rotated, from the first on; the others stay.
+    scaling: None, or {"rope_type": "linear", "llama3", "yarn" or "longrope", ...}.
+    query_growth: beta of the factor 1 + beta ln(1 + floor(position / original)) of the queries; 0
+        for none. `original` is the scaling's original_max_position_embeddings.
+    """
+
+    theta: float
+    rotary_dim: int
+    scaling: dict | None
+    query_growth: float = 0.0
+
+    @property
+    def kind(self) -> str | None:
+        """Return the kind of the scaling, or None without one."""
+        return self.scaling["rope_type"] if self.scaling else None
+
+
+class RopeReader(NamedTuple):
+    """The values of a model that its rotation depends on."""
+
+    family: Architecture
+    raw: dict
+    head_dim: int
+    max_position_embeddings: int
+
+    def read(self) -> RopeConfig:
+        """Return the rotation of either layout of config.json.
+
+        The layouts are rope_theta and rope_scaling, or the rope_parameters of transformers 5.
+
+        Raises: ValueError that names the field.
+        """
+        raw = self.raw
+        parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(parameters, dict):
+            raise ValueError(f"rope_scaling is {parameters!r}; expected an object")
+        default_theta = read_value(raw, "rope_theta", float, 10000.0)
+        theta = float(read_value(parameters, "rope_theta", float, default_theta))
+        rotary_dim = self._rotary_dim(parameters)
+        scaling = self._scaling(parameters, rotary_dim)
+        growth = 0.0
+        if self.family.query_growth:
+            growth = float(read_value(parameters, QUERY_GROWTH, float, 0.0))
+        if growth and scaling is None:
+            raise ValueError(f"{QUERY_GROWTH} is {growth}, but there is no rope scaling to go with")
+        return RopeConfig(theta, rotary_dim, scaling, growth)
+
+    def _rotary_dim(self, parameters: dict) -> int:
+        """Return the rotated columns of a head."""
+        outer = read_value(self.raw, "partial_rotary_factor", float, 1.0)
+        fraction = read_value(parameters, "partial_rotary_factor", float, outer)
+        if fraction == 1:
+            return self.head_dim
+        rotary_dim = int(self.head_dim * fraction)
+        if not self.family.partial_rotary:
+            raise ValueError(
+                f"partial_rotary_factor {fraction} is not supported for models of type "
+                f"{self.family.model_type}; their whole heads are rotated"
+            )
+        if not 0 < rotary_dim < self.head_dim or rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary_factor {fraction} rotates {rotary_dim} of {self.head_dim} columns "
+                "of a head; expected an even number of them"
+            )
+        return rotary_dim
+
+    def _scaling(self, parameters: dict, rotary_dim: int) -> dict | None:
+        """Return the kind of the scaling and its numbers, or None without one."""
+        kind = parameters.get("rope_type") or parameters.get("type") or "default"
+        kind = self.family.rope_type_names.get(str(kind), kind)
+        if kind == "default":
+            return None
+        if str(kind) not in REQUIRED_KEYS:
+            raise ValueError(
+                f"rope scaling {kind!r} is not supported; "
+                f"supported are default, {', '.join(REQUIRED_KEYS)}"
+            )
+        if not read_value(parameters, "truncate", bool, True):
+            raise ValueError("truncate false of rope scaling is not supported; only true is")
+        # Phi-3 has this field beside the scaling, not in it.
+        original = "original_max_position_embeddings"
+        outer = {original: self.raw[original]} if self.raw.get(original) else {}
+        parameters = parameters | outer
+        values: dict = {
+            key: float(read_value(parameters, key, float)) for key in REQUIRED_KEYS[kind]
+        }
+        for key in OPTIONAL_KEYS.get(kind, ()):
+            values[key] = float(read_value(parameters, key, float, 0.0))
+        if kind == "longrope":
+            for key in DIVISOR_LISTS:
+                values[key] = read_numbers(parameters, key, rotary_dim // 2)
+            values["factor"] = values["factor"] or self.max_position_embeddings / values[original]
+        return {"rope_type": kind, **values}
