@@ -270,7 +270,10 @@ CONFIGS = {
     "factor is missing": {"rope_scaling": {"rope_type": "linear", "factor": None}},
     "4 is not a multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
     "quantization_config is \\['nf4'\\]; expected an object": {"quantization_config": ["nf4"]},
-    "sliding_window is 'all'; expected a whole number": {"sliding_window": "all"},
+    "sliding_window is 'all'; expected a whole number": {
+        "model_type": "mistral",
+        "sliding_window": "all",
+    },
     "layer_types is 1 entries; expected a list of 2 entries": {
         "model_type": "qwen2",
         "use_sliding_window": True,

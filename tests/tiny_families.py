@@ -28,6 +28,20 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+MINISTRAL_YARN = YARN | {
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
 # name of the case -> (model_type, values of config.json)
 FAMILIES = {
     "qwen2": ("qwen2", {"rope_theta": 1e6}),
@@ -41,6 +55,56 @@ FAMILIES = {
         {"head_dim": 32, "rope_scaling": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}},
     ),
     "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
+    "mistral with a window": ("mistral", {"sliding_window": 13, "num_key_value_heads": 1}),
+    "qwen2 with windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3 with windows": (
+        "qwen3",
+        {
+            "head_dim": 24,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "smollm3 with YaRN": (
+        "smollm3",
+        {"head_dim": 24, "num_hidden_layers": 4, "rope_scaling": YARN},
+    ),
+    "granite": ("granite", {"num_key_value_heads": 1, **GRANITE}),
+    "granite tied": (
+        "granite",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, **GRANITE},
+    ),
+    "phi3": ("phi3", {"sliding_window": 2047}),
+    "phi3 in part rotated": (
+        "phi3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "partial_rotary_factor": 0.75},
+    ),
+    "phi3 with longrope": (
+        "phi3",
+        {
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0 + 0.1 * i for i in range(8)],
+                "long_factor": [1.5 + 0.5 * i for i in range(8)],
+            },
+        },
+    ),
+    "ministral3": ("ministral3", {"head_dim": 24, "rope_parameters": MINISTRAL_YARN}),
+    "ministral3 tied": (
+        "ministral3",
+        {
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+            "rope_parameters": MINISTRAL_YARN | {"llama_4_scaling_beta": 0.5},
+        },
+    ),
 }
 
 

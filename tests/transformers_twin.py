@@ -76,7 +76,7 @@ def hf_twin(model, folder):
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
-        target_modules=list(lora.target_modules),
+        target_modules=list(lora.target_modules),  # the model's own names
         task_type="CAUSAL_LM",
     )
     hf = peft.get_peft_model(hf, config)
