@@ -1,5 +1,7 @@
 """Each model family against transformers + PEFT and a plain autograd model."""
 
+import contextlib
+
 import pytest
 import torch
 import transformers
@@ -66,14 +68,18 @@ def test_the_merged_folder_and_its_gguf_file_give_the_same_logits_everywhere(tmp
         expected = hf(ids).logits
         assert relative(again(input_ids=ids).logits, expected) < 1e-5
         # A merge rounds the weights to bfloat16.
-        assert relative(model(input_ids=ids).logits, expected) < 0.02
+        assert relative(model(input_ids=ids).logits, expected) < 0.04
     expected = expected[0].log_softmax(-1)
     if case == "qwen3 with biases":
         with pytest.raises(ValueError, match="qwen3 has no biases in attention"):
             convert_folder(merged, tmp_path / "m.gguf", "f16")
         return
-    llama_cpp = LlamaCpp(convert_folder(merged, tmp_path / "m.gguf", "f16"))
-    for length in (1, 17, 90):
+    longest = 90
+    if window := max(kind.window or 0 for kind in model.config.layer_kinds):
+        longest = min(window, 90)  # llama.cpp ignores the window
+    with pytest.warns(match=f"at most {window} tokens") if window else contextlib.nullcontext():
+        llama_cpp = LlamaCpp(convert_folder(merged, tmp_path / "m.gguf", "f16"))
+    for length in (1, min(17, longest), longest):
         found = llama_cpp.next_log_probabilities(ids[0, :length].tolist(), 512)
         assert (found - expected[length - 1]).abs().max() < 0.05, length
 

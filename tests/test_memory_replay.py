@@ -29,7 +29,7 @@ from minitune.model.activations import SaveLevel
 from minitune.model.decoder_layer import DecoderLayer
 from minitune.model.layers import LayerContext, RMSNorm
 from minitune.model.linear import FusedLinear, Linear
-from minitune.model.loss import LossRows, new_logits_buffer, rows_loss
+from minitune.model.loss import Head, LossRows, new_logits_buffer, rows_loss
 from minitune.model.packed_sequences import PackedSequences
 from minitune.model.rope import RopeTables
 
@@ -235,6 +235,6 @@ def test_the_planned_peak_of_the_loss_is_that_of_the_code(recorder, rows):
         recorder.mode = found
         found.hold(s)
         logits_buffer = new_logits_buffer(rows, V, DTYPE, META)
-        rows_loss(s, loss_rows, norm, head, 1.0, dresidual, logits_buffer)
+        rows_loss(s, loss_rows, Head(norm, head), 1.0, dresidual, logits_buffer)
     planned = MemoryModel(sizes, Workload(rows, max_seqlen=rows)).loss_peak
     assert planned == pytest.approx(found.peak, rel=0.01)  # the last tile has fewer rows

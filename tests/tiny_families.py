@@ -19,6 +19,7 @@ COMMON = {
     "vocab_size": 512,
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
+    "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -35,6 +36,11 @@ MINISTRAL_YARN = YARN | {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
+}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.5 + 0.5 * i for i in range(8)],
 }
 GRANITE = {
     "embedding_multiplier": 12.0,
@@ -69,10 +75,15 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
-    "smollm3": ("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
     "smollm3 with YaRN": (
         "smollm3",
-        {"head_dim": 24, "num_hidden_layers": 4, "rope_scaling": YARN},
+        {
+            "head_dim": 24,
+            "num_hidden_layers": 4,
+            "tie_word_embeddings": True,
+            "rope_scaling": YARN,
+        },
     ),
     "granite": ("granite", {"num_key_value_heads": 1, **GRANITE}),
     "granite tied": (
@@ -84,16 +95,21 @@ FAMILIES = {
         "phi3",
         {"num_attention_heads": 2, "num_key_value_heads": 1, "partial_rotary_factor": 0.75},
     ),
-    "phi3 with longrope": (
+    "phi3 in a long context": (
         "phi3",
         {
             "tie_word_embeddings": True,
-            "original_max_position_embeddings": 64,
-            "rope_scaling": {
-                "type": "longrope",
-                "short_factor": [1.0 + 0.1 * i for i in range(8)],
-                "long_factor": [1.5 + 0.5 * i for i in range(8)],
-            },
+            "original_max_position_embeddings": 8,
+            "rope_scaling": LONGROPE,
+        },
+    ),
+    "phi3 in a short context": (
+        "phi3",
+        {
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 1000,
+            "max_position_embeddings": 4000,
+            "rope_scaling": LONGROPE,
         },
     ),
     "ministral3": ("ministral3", {"head_dim": 24, "rope_parameters": MINISTRAL_YARN}),

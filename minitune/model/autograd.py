@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from minitune.kernels.backend import accumulator
 from minitune.model.activations import Activations, SaveLevel
-from minitune.model.layers import LayerContext, RMSNorm
-from minitune.model.loss import LossRows
+from minitune.model.layers import LayerContext
+from minitune.model.loss import Head, LossRows
 from minitune.model.packed_sequences import PackedSequences
 
 
@@ -66,16 +66,16 @@ class LossNode(torch.autograd.Function):
 
 
 class LogitsNode(torch.autograd.Function):
-    """The logits (N, V) of the residual stream s (N, D): final norm and head."""
+    """The logits (N, V) of the residual stream s (N, D)."""
 
     @staticmethod
-    def forward(ctx, s: Tensor, norm: RMSNorm, head: Tensor):
-        h, rstd = norm.from_residual(s, head.dtype)  # (N, D), (N,)
-        ctx.norm, ctx.head = norm, head
-        ctx.save_for_backward(s, rstd)
-        return h @ head.T
+    def forward(ctx, s: Tensor, head: Head):
+        logits, rstd = head.logits(s)
+        ctx.head = head
+        ctx.save_for_backward(s, rstd, logits if head.softcap else None)
+        return logits
 
     @staticmethod
     def backward(ctx, dlogits: Tensor):
-        s, rstd = ctx.saved_tensors
-        return ctx.norm.backward(dlogits @ ctx.head, s, rstd).to(s.dtype), None, None
+        s, rstd, logits = ctx.saved_tensors
+        return ctx.head.logits_backward(dlogits, logits, s, rstd).to(s.dtype), None

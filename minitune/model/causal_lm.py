@@ -28,7 +28,7 @@ from minitune.model.decoder_layer import DecoderLayer, new_residual
 from minitune.model.generate import generate
 from minitune.model.layers import Embedding, LayerContext, RMSNorm
 from minitune.model.linear import FusedLinear, Linear
-from minitune.model.loss import LossRows, new_logits_buffer, rows_loss
+from minitune.model.loss import Head, LossRows, new_logits_buffer, rows_loss
 from minitune.model.packed_sequences import PackedSequences
 from minitune.model.resident_weights import ResidentWeights
 from minitune.model.rope import RopeTables
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: ModelConfig, kinds: Sequence[LayerKind]):
         super().__init__()
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.embedding_multiplier)
         self.layers = nn.ModuleList(DecoderLayer(c, kind) for kind in kinds)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -212,25 +212,23 @@ class CausalLM(nn.Module):
             s = layer(s, packed, self.layer_context, level, tile_rows)
         return s
 
-    def residual_logits(self, s: Tensor, head: Tensor) -> Tensor:
-        """Return the logits (n, V) of rows (n, D) of the residual stream, in the head's dtype.
-
-        head: the head's weight (V, D).
-        """
-        return LogitsNode.apply(s, self.model.norm, head)
-
     def _embed(self, ids: Tensor) -> Tensor:
         """Return the embedding (N, D) of ids (N,) on the host, in the compute dtype."""
         return self.model.embed_tokens(ids.to(self.device, non_blocking=True), self.dtype)
 
     def _logits(self, s: Tensor, mask: Tensor) -> Tensor:
         """Return the logits of s (N, D), shaped like the mask with V at the end, 0 for padding."""
-        logits = self.residual_logits(s, self.lm_head.weight_as(self.dtype))  # (N, V)
+        logits = LogitsNode.apply(s, self.head())  # (N, V)
         if not mask.all():
             rows = mask.view(-1).nonzero()[:, 0].to(self.device)
             padded = logits.new_zeros(mask.numel(), logits.shape[-1])
             logits = padded.index_put((rows,), logits)
         return logits.view(*mask.shape, -1)
+
+    def head(self) -> Head:
+        """Return the final norm and the head in the compute dtype."""
+        weight, c = self.lm_head.weight_as(self.dtype), self.config
+        return Head(self.model.norm, weight, c.logit_multiplier)
 
     def rows_loss(
         self,
@@ -240,9 +238,8 @@ class CausalLM(nn.Module):
         dresidual: Tensor | None,
         logits_buffer: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of s (N, D), as loss.rows_loss, with the model's norm and head."""
-        norm, head = self.model.norm, self.lm_head.weight_as(self.dtype)
-        return rows_loss(s, loss_rows, norm, head, denominator, dresidual, logits_buffer)
+        """Return the loss of s (N, D), as loss.rows_loss."""
+        return rows_loss(s, loss_rows, self.head(), denominator, dresidual, logits_buffer)
 
     def new_logits_buffer(self, rows: int) -> Tensor:
         """Return a buffer for the logits of a loss over at most `rows` rows, one tile of them."""

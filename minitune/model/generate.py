@@ -205,5 +205,4 @@ class _KVCache:
 
     def _logits(self, s: Tensor) -> Tensor:
         """Return the logits (B, V) of the residual stream s (B, D)."""
-        h, _ = self.model.model.norm.from_residual(s, self.model.dtype)
-        return h @ self.model.lm_head.weight_as(self.model.dtype).T
+        return self.model.head().logits(s)[0]

@@ -25,16 +25,19 @@ from minitune.model.rope import RopeTables
 
 
 class Embedding(nn.Module):
-    """The embedding table (V, D), on the model's device or in pinned host memory."""
+    """The embedding table (V, D), on the model's device or in pinned host memory.
 
-    def __init__(self, rows: int, width: int):
+    multiplier: factor of the rows that are read.
+    """
+
+    def __init__(self, rows: int, width: int, multiplier: float = 1.0):
         super().__init__()
-        self.shape = (rows, width)
+        self.shape, self.multiplier = (rows, width), multiplier
         self.register_parameter("weight", None)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the rows (N, D) of ids (N,) in dtype."""
-        return embed(ids, self.weight.detach(), dtype)
+        return embed(ids, self.weight.detach(), dtype, self.multiplier)
 
     def to_host(self) -> None:
         """Move the table into pinned host memory, from which a GPU reads single rows.

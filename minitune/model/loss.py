@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minitune.device import to_device_async
+from minitune.kernels.backend import matmul
 from minitune.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy, logits_tile_rows
 from minitune.model.layers import RMSNorm
 
@@ -67,11 +68,36 @@ def new_logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.d
     return torch.empty((tile_rows, vocab), dtype=dtype, device=device)
 
 
+@dataclass(frozen=True)
+class Head:
+    """The end of a model: logits = multiplier * norm(s) W^T, from the residual stream s (N, D).
+
+    weight: W (V, D).
+    softcap: bound c of the logits, which become c tanh(logits / c); 0 for none.
+    """
+
+    norm: RMSNorm
+    weight: Tensor
+    multiplier: float = 1.0
+    softcap: float = 0.0
+
+    def logits(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, V) of s (N, D), and rstd of the norm (N,)."""
+        h, rstd = self.norm.from_residual(s, self.weight.dtype)
+        logits = matmul(h, self.weight.t(), None, self.multiplier)
+        return (self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits), rstd
+
+    def logits_backward(self, dlogits: Tensor, logits: Tensor, s: Tensor, rstd: Tensor) -> Tensor:
+        """Return the gradient (N, D) of s, from that of the logits (N, V)."""
+        if self.softcap:
+            dlogits = dlogits * (1 - (logits / self.softcap) ** 2)
+        return self.norm.backward(matmul(dlogits, self.weight, None, self.multiplier), s, rstd)
+
+
 def rows_loss(
     s: Tensor,
     loss_rows: LossRows,
-    norm: RMSNorm,
-    head: Tensor,
+    head: Head,
     denominator: float | Tensor,
     dresidual: Tensor | None,
     logits_buffer: Tensor | None = None,
@@ -79,12 +105,11 @@ def rows_loss(
     """Return the sum of the rows' losses over `denominator`, 0-dim.
 
     s: the residual stream (N, D).
-    head: (V, D).
     dresidual: (N, D), receives the gradient of s in its own dtype; None computes no gradient.
     logits_buffer: from `new_logits_buffer`; None allocates one.
     """
     if logits_buffer is None:
-        tile_rows = logits_tile_rows(len(head), head.element_size())
+        tile_rows = logits_tile_rows(len(head.weight), head.weight.element_size())
     else:
         tile_rows = len(logits_buffer)
     losses = []
@@ -92,18 +117,20 @@ def rows_loss(
         rows = loss_rows.rows[first : first + tile_rows]  # (n,)
         targets = loss_rows.targets[first : first + tile_rows]
         x = s[rows]  # (n, D)
-        h, rstd = norm.from_residual(x, head.dtype)
+        h, rstd = head.norm.from_residual(x, head.weight.dtype)
         loss, dh = linear_cross_entropy(
             h,
-            head,
+            head.weight,
             targets,
             denominator,
             need_grad=dresidual is not None,
             logits_buffer=logits_buffer,
+            multiplier=head.multiplier,
+            softcap=head.softcap,
         )
         losses.append(loss)
         if dresidual is not None:
-            dresidual.index_copy_(0, rows, norm.backward(dh, x, rstd))
+            dresidual.index_copy_(0, rows, head.norm.backward(dh, x, rstd))
     if dresidual is not None:
         dresidual.index_fill_(0, loss_rows.ignored, 0)
     return torch.stack(losses).sum() if losses else s.new_zeros((), dtype=torch.float32)
