@@ -135,6 +135,11 @@ def add_matmul_(
     return total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=multiplier)
 
 
+def offset_weight(weight: torch.Tensor, offset: float) -> torch.Tensor:
+    """Return the weight of a norm plus the offset, which is added in the accumulator's dtype."""
+    return weight if offset == 0.0 else weight.to(accumulator(weight.dtype)) + offset
+
+
 @triton.jit
 def tanh_and_slope(x):
     """Return tanh(x) and its derivative 1 - tanh(x)^2, both accurate to float32.

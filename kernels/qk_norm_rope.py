@@ -1,10 +1,10 @@
-"""RMSNorm of each query and key head, then RoPE, in one launch (Qwen3).
+"""RMSNorm of each query and key head, then RoPE, in one launch (Qwen3, Gemma 3).
 
     rstd = 1 / sqrt(mean(x^2) + eps)          x: the K elements of a head
-    n = x * rstd * weight                     weight (K,): one of the queries, one of the keys
+    n = x * rstd * (weight + offset)          weight (K,): one of the queries, one of the keys
     y = rotate(n)                             as in rope.py
 
-    g = rotate(dy, opposite angle) * weight
+    g = rotate(dy, opposite angle) * (weight + offset)
     xhat = x * rstd
     dx = rstd * (g - xhat * mean(g * xhat))   mean over the head
 
@@ -20,43 +20,57 @@ program takes a few heads of one row.
 import torch
 
 from . import backend
-from .backend import accumulator, cdiv, check_rows, copy_into, power_of_two, tl, triton
+from .backend import (
+    accumulator,
+    cdiv,
+    check_rows,
+    copy_into,
+    offset_weight,
+    power_of_two,
+    tl,
+    triton,
+)
 from .rope import check_tables, rotate_reference
 
 PROFILE_GROUP = "elementwise"
 PAIRS = 1024  # elements i and i + K/2 of a program, 16 pairs a thread
 
 
-def _head_weights(x, H, q_weight, k_weight):
-    """Return the weight of each head (H + G, K) in the accumulator's dtype."""
+def _head_weights(x, H, q_weight, k_weight, offset):
+    """Return the weight plus offset of each head (H + G, K) in the accumulator's dtype."""
     weights = [q_weight.expand(H, -1), k_weight.expand(x.shape[1] - H, -1)]
-    return torch.cat(weights).to(accumulator(x.dtype))
+    return offset_weight(torch.cat(weights).to(accumulator(x.dtype)), offset)
 
 
-def qk_norm_rope_reference(x, H, q_weight, k_weight, eps, cos, sin, positions):
+def qk_norm_rope_reference(x, H, q_weight, k_weight, eps, cos, sin, positions, offset=0.0):
     """Return y (N, H + G, K) in PyTorch."""
     x_acc = x.to(accumulator(x.dtype))
     rstd = torch.rsqrt(x_acc.square().mean(dim=-1, keepdim=True) + eps)
-    n = x_acc * rstd * _head_weights(x, H, q_weight, k_weight)
+    n = x_acc * rstd * _head_weights(x, H, q_weight, k_weight, offset)
     return rotate_reference(n, cos, sin, positions).to(x.dtype)
 
 
-def qk_norm_rope_backward_reference(dy, x, H, q_weight, k_weight, eps, cos, sin, positions):
+def qk_norm_rope_backward_reference(
+    dy, x, H, q_weight, k_weight, eps, cos, sin, positions, offset=0.0
+):
     """Return dx (N, H + G, K) in PyTorch."""
     x_acc = x.to(accumulator(x.dtype))
     rstd = torch.rsqrt(x_acc.square().mean(dim=-1, keepdim=True) + eps)
     dn = rotate_reference(dy, cos, sin, positions, inverse=True)
-    g = dn * _head_weights(x, H, q_weight, k_weight)
+    g = dn * _head_weights(x, H, q_weight, k_weight, offset)
     xhat = x_acc * rstd
     return (rstd * (g - xhat * (g * xhat).mean(dim=-1, keepdim=True))).to(dy.dtype)
 
 
 @triton.jit
-def _weights_of_heads(q_weight_ptr, k_weight_ptr, head, H, i, mask):
-    """Load elements i of the weight of each head in float32."""
+def _weights_of_heads(q_weight_ptr, k_weight_ptr, head, H, i, mask, OFFSET: tl.constexpr):
+    """Load elements i of the weight of each head plus OFFSET in float32."""
     q_weight = tl.load(q_weight_ptr + i, mask=mask & (head < H), other=0.0).to(tl.float32)
     k_weight = tl.load(k_weight_ptr + i, mask=mask & (head >= H), other=0.0).to(tl.float32)
-    return q_weight + k_weight
+    weight = q_weight + k_weight
+    if OFFSET != 0.0:
+        weight += OFFSET
+    return weight
 
 
 @triton.jit
@@ -75,6 +89,7 @@ def _qk_norm_rope(
     H,
     heads,
     eps,
+    OFFSET: tl.constexpr,
     BACKWARD: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -88,8 +103,8 @@ def _qk_norm_rope(
     at = tl.load(positions_ptr + row).to(tl.int64) * HALF + i
     cos = tl.load(cos_ptr + at, mask=i < HALF, other=0.0)
     sin = tl.load(sin_ptr + at, mask=i < HALF, other=0.0)
-    w1 = _weights_of_heads(q_weight_ptr, k_weight_ptr, head, H, i, mask)
-    w2 = _weights_of_heads(q_weight_ptr, k_weight_ptr, head, H, i + HALF, mask)
+    w1 = _weights_of_heads(q_weight_ptr, k_weight_ptr, head, H, i, mask, OFFSET)
+    w2 = _weights_of_heads(q_weight_ptr, k_weight_ptr, head, H, i + HALF, mask, OFFSET)
 
     x1_ptr = x_ptr + row * x_row_stride + head * x_head_stride + i
     x1 = tl.load(x1_ptr, mask=mask, other=0.0).to(tl.float32)
@@ -127,7 +142,7 @@ def _check(x, H, q_weight, k_weight, cos, sin, positions, **others) -> None:
             )
 
 
-def _launch(x, out, H, weights, eps, tables, is_backward: bool) -> None:
+def _launch(x, out, H, weights, eps, tables, offset: float, is_backward: bool) -> None:
     N, heads, K = x.shape
     if not N:
         return
@@ -143,6 +158,7 @@ def _launch(x, out, H, weights, eps, tables, is_backward: bool) -> None:
         H,
         heads,
         eps,
+        OFFSET=float(offset),
         BACKWARD=is_backward,
         HALF=K // 2,
         BLOCK_HEADS=BLOCK_HEADS,
@@ -160,6 +176,7 @@ def qk_norm_rope(
     cos: torch.Tensor,
     sin: torch.Tensor,
     positions: torch.Tensor,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """Return the normalised and rotated heads (N, H + G, K), contiguous.
 
@@ -167,15 +184,16 @@ def qk_norm_rope(
     H: number of query heads.
     q_weight, k_weight: (K,), the weights of both norms.
     cos, sin, positions: as in `rope_`.
+    offset: added to both weights in float32.
 
     Raises: ValueError if a shape, dtype, device or stride does not fit.
     """
     _check(x, H, q_weight, k_weight, cos, sin, positions)
     weights, tables = (q_weight, k_weight), (cos, sin, positions)
     if not backend.use_triton(x):
-        return qk_norm_rope_reference(x, H, *weights, eps, *tables)
+        return qk_norm_rope_reference(x, H, *weights, eps, *tables, offset)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, y, H, weights, eps, tables, is_backward=False)
+    _launch(x, y, H, weights, eps, tables, offset, is_backward=False)
     return y
 
 
@@ -189,6 +207,7 @@ def qk_norm_rope_backward_(
     cos: torch.Tensor,
     sin: torch.Tensor,
     positions: torch.Tensor,
+    offset: float = 0.0,
 ) -> None:
     """Replace dy (N, H + G, K) in place by dx, the gradient of `qk_norm_rope`'s x.
 
@@ -200,6 +219,7 @@ def qk_norm_rope_backward_(
     _check(x, H, q_weight, k_weight, cos, sin, positions, dy=dy)
     weights, tables = (q_weight, k_weight), (cos, sin, positions)
     if not backend.use_triton(x):
-        copy_into(dy, qk_norm_rope_backward_reference(dy, x, H, *weights, eps, *tables))
+        inputs = dy, x, H, *weights, eps, *tables, offset
+        copy_into(dy, qk_norm_rope_backward_reference(*inputs))
         return
-    _launch(x, dy, H, weights, eps, tables, is_backward=True)
+    _launch(x, dy, H, weights, eps, tables, offset, is_backward=True)

@@ -1,14 +1,14 @@
 """RMSNorm of a row or of a sum of two rows, and its backward.
 
     forward     rstd = 1 / sqrt(mean(x^2) + eps)        one a row, float32
-                y = x * rstd * weight                   in float32, rounded once
-    backward    g = dy * weight
+                y = x * rstd * (weight + offset)        in float32, rounded once
+    backward    g = dy * (weight + offset)
                 xhat = x * rstd
                 dx = rstd * (g - xhat * mean(g * xhat)) + dresidual
 
 x, y, dy, dx, addend, residual and dresidual are (N, D), rows may be strided; weight (D,); rstd
 (N,). With an addend, x stands for x + addend, which is not rounded. Saved for backward: x, addend
-and rstd. The weight is frozen and gets no gradient.
+and rstd. The weight is frozen and gets no gradient. The offset is 1 in Gemma and otherwise 0.
 
 A program holds a whole row, so each tensor is read once and written once. `out` may be a range of
 columns of a wider tensor, which a matmul reads next. In backward it may be dresidual itself.
@@ -27,6 +27,7 @@ from .backend import (
     copy_into,
     empty_contiguous_like,
     load_row,
+    offset_weight,
     power_of_two,
     row_stride,
     store_row,
@@ -37,29 +38,38 @@ from .backend import (
 PROFILE_GROUP = "elementwise"
 
 
-def rms_norm_reference(x, weight, eps):
+def rms_norm_reference(x, weight, eps, offset=0.0):
     """Return (y, rstd) in PyTorch."""
     x_acc = x.to(accumulator(x.dtype))
     rstd = torch.rsqrt(x_acc.square().mean(dim=-1) + eps)
-    return (x_acc * rstd[:, None] * weight).to(x.dtype), rstd
+    return (x_acc * rstd[:, None] * offset_weight(weight, offset)).to(x.dtype), rstd
 
 
-def add_rms_norm_reference_(x, addend, weight, eps, residual=None):
+def add_rms_norm_reference_(x, addend, weight, eps, residual=None, offset=0.0):
     """Add the addend to the residual in place and return (y, rstd) in PyTorch."""
     if residual is not None:
         residual += addend
-    y, rstd = rms_norm_reference(x.to(accumulator(x.dtype)) + addend, weight, eps)
+    y, rstd = rms_norm_reference(x.to(accumulator(x.dtype)) + addend, weight, eps, offset)
     return y.to(x.dtype), rstd
 
 
-def rms_norm_backward_reference(dy, x, weight, rstd, dresidual=None, addend=None):
+def rms_norm_backward_reference(dy, x, weight, rstd, dresidual=None, addend=None, offset=0.0):
     """Return dx in PyTorch."""
     acc_dtype = accumulator(x.dtype)
     x = x.to(acc_dtype) if addend is None else x.to(acc_dtype) + addend
     xhat = x * rstd[:, None]
-    g = dy.to(acc_dtype) * weight
+    g = dy.to(acc_dtype) * offset_weight(weight, offset)
     dx = rstd[:, None] * (g - xhat * (g * xhat).mean(dim=-1, keepdim=True))
     return (dx if dresidual is None else dx + dresidual).to(dy.dtype)
+
+
+@triton.jit
+def _load_weight(weight_ptr, columns, mask, OFFSET: tl.constexpr):
+    """Return the weight plus OFFSET in float32."""
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if OFFSET != 0.0:
+        weight += OFFSET
+    return weight
 
 
 @triton.jit
@@ -76,6 +86,7 @@ def _rms_norm_fwd(
     y_row_stride,
     D,
     eps,
+    OFFSET: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Normalise one row per program; addend_ptr and residual_ptr may be None."""
@@ -91,7 +102,7 @@ def _rms_norm_fwd(
             store_row(residual_ptr, row, residual_row_stride, columns, residual + addend, mask)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
     tl.store(rstd_ptr + row, rstd)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    weight = _load_weight(weight_ptr, columns, mask, OFFSET)
     store_row(y_ptr, row, y_row_stride, columns, x * rstd * weight, mask)
 
 
@@ -110,6 +121,7 @@ def _rms_norm_bwd(
     dresidual_row_stride,
     dx_row_stride,
     D,
+    OFFSET: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Compute dx of one row per program; addend_ptr and dresidual_ptr may be None."""
@@ -120,7 +132,7 @@ def _rms_norm_bwd(
     x = load_row(x_ptr, row, x_row_stride, columns, mask)
     if addend_ptr is not None:
         x += load_row(addend_ptr, row, addend_row_stride, columns, mask)
-    g = dy * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    g = dy * _load_weight(weight_ptr, columns, mask, OFFSET)
     rstd = tl.load(rstd_ptr + row)
     xhat = x * rstd
     dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / D))
@@ -151,33 +163,39 @@ def _check(weight, dtype, x, narrow: dict, wide: dict) -> None:
     check_rows(x, (dtype, accumulator(dtype)), **wide)
 
 
-def _forward(x, weight, eps, out, addend=None, residual=None):
+def _forward(x, weight, eps, out, offset, addend=None, residual=None):
     N, D = x.shape
     y = empty_contiguous_like(x) if out is None else out
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     if x.numel():
         strides = map(row_stride, (x, addend, residual, y))
-        _rms_norm_fwd[(N,)](x, addend, weight, residual, y, rstd, *strides, D, eps, **_blocks(D))
+        tensors = x, addend, weight, residual, y, rstd
+        _rms_norm_fwd[(N,)](*tensors, *strides, D, eps, OFFSET=float(offset), **_blocks(D))
     return y, rstd
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (y, rstd): y (N, D) in the dtype of `out`, and rstd (N,) in float32 for backward.
 
     x: (N, D) in the dtype of `out` or its accumulator's.
     weight: (D,).
     out: destination of y (N, D); by default a new tensor in x's dtype.
+    offset: added to the weight in float32.
 
     Raises: ValueError if a shape, dtype or device does not fit, or a row is not contiguous.
     """
     dtype = x.dtype if out is None else out.dtype
     _check(weight, dtype, x, {"out": out}, {"x": x})
     if not backend.use_triton(x):
-        y, rstd = rms_norm_reference(x, weight, eps)
+        y, rstd = rms_norm_reference(x, weight, eps, offset)
         return copy_into(out, y), rstd
-    return _forward(x, weight, eps, out)
+    return _forward(x, weight, eps, out, offset)
 
 
 def add_rms_norm_(
@@ -187,6 +205,7 @@ def add_rms_norm_(
     eps: float,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (y, rstd) of x + addend, and add the addend to the residual stream in place.
 
@@ -194,14 +213,15 @@ def add_rms_norm_(
     weight: (D,).
     residual: residual stream (N, D) in that dtype or its accumulator's; None if there is none.
     out: destination of y (N, D); by default a new tensor.
+    offset: added to the weight in float32.
 
     Raises: ValueError if a shape, dtype or device does not fit, or a row is not contiguous.
     """
     _check(weight, x.dtype, x, {"x": x, "addend": addend, "out": out}, {"residual": residual})
     if not backend.use_triton(x):
-        y, rstd = add_rms_norm_reference_(x, addend, weight, eps, residual)
+        y, rstd = add_rms_norm_reference_(x, addend, weight, eps, residual, offset)
         return copy_into(out, y), rstd
-    return _forward(x, weight, eps, out, addend, residual)
+    return _forward(x, weight, eps, out, offset, addend, residual)
 
 
 def rms_norm_backward(
@@ -212,11 +232,13 @@ def rms_norm_backward(
     dresidual: torch.Tensor | None = None,
     addend: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """Return dx (N, D) in the dtype of dy, the gradient of x and of the addend.
 
     dy: gradient of y (N, D).
-    x, weight, rstd: inputs and rstd of the forward; x in the dtype of dy or its accumulator's.
+    x, weight, rstd, offset: inputs and rstd of the forward; x in the dtype of dy or its
+        accumulator's.
     dresidual: gradient (N, D) that reaches x past the norm, added to dx; None if there is none.
     addend: as in `add_rms_norm_`, None for `rms_norm`.
     out: destination of dx (N, D), possibly dresidual; by default a new tensor.
@@ -228,10 +250,12 @@ def rms_norm_backward(
     if rstd.shape != x.shape[:1] or not rstd.is_contiguous():
         raise ValueError(f"rstd is {tuple(rstd.shape)}; expected contiguous ({x.shape[0]},)")
     if not backend.use_triton(x):
-        return copy_into(out, rms_norm_backward_reference(dy, x, weight, rstd, dresidual, addend))
+        inputs = dy, x, weight, rstd, dresidual, addend, offset
+        return copy_into(out, rms_norm_backward_reference(*inputs))
     N, D = x.shape
     dx = empty_contiguous_like(dy) if out is None else out
     if x.numel():
         strides = map(row_stride, (dy, x, addend, dresidual, dx))
-        _rms_norm_bwd[(N,)](dy, x, addend, weight, rstd, dresidual, dx, *strides, D, **_blocks(D))
+        tensors = dy, x, addend, weight, rstd, dresidual, dx
+        _rms_norm_bwd[(N,)](*tensors, *strides, D, OFFSET=float(offset), **_blocks(D))
     return dx

@@ -123,15 +123,17 @@ def run_layer(t: MetaTensors) -> None:
         embedding.embed(index, t.new(t.V, t.D), t.dtype, multiplier)
 
     residual = t.float32(t.N, t.D)
-    rms_norm.rms_norm(residual, weight, 1e-5, out=x)
-    _, rstd = rms_norm.add_rms_norm_(x, x, weight, 1e-5, residual=residual)
-    rms_norm.rms_norm_backward(x, x, weight, rstd, x, addend=x)
+    for offset in (0.0, 1.0):
+        rms_norm.rms_norm(residual, weight, 1e-5, out=x, offset=offset)
+        _, rstd = rms_norm.add_rms_norm_(x, x, weight, 1e-5, residual=residual, offset=offset)
+        rms_norm.rms_norm_backward(x, x, weight, rstd, x, addend=x, offset=offset)
 
     q, k, table = t.new(t.N, t.H, t.K), t.new(t.N, t.G, t.K), t.float32(2048, t.K // 2)
     rope.rope_(q, k, table, table, positions)
     heads, norms = t.new(t.N, t.H + t.G, t.K), (t.new(t.K), t.new(t.K))
-    rest = t.H, *norms, 1e-6, table, table, positions
-    qk_norm_rope.qk_norm_rope_backward_(qk_norm_rope.qk_norm_rope(heads, *rest), heads, *rest)
+    for offset in (0.0, 1.0):
+        rest = t.H, *norms, 1e-6, table, table, positions, offset
+        qk_norm_rope.qk_norm_rope_backward_(qk_norm_rope.qk_norm_rope(heads, *rest), heads, *rest)
     for max_seqlen in (1000, 4096):
         rest = index, index, t.K**-0.5
         out, lse = attention.attention(q, k, k, *rest, max_seqlen=max_seqlen)

@@ -91,6 +91,27 @@ def test_rms_norm_takes_the_float32_residual_stream_and_returns_a_narrower_y(dty
 
 
 @kernel
+@in_each_dtype
+def test_a_norm_adds_its_offset_to_the_weight_in_float32(dtype, device):
+    """Offsets of 1 and weights near -1: in 16 bit the rounded sum would lose digits."""
+    x, addend, dy = (normal(3, 213, dtype=dtype, device=device, seed=s) for s in range(3))
+    weight = (normal(213, device=device) / 64 - 1).to(dtype)
+    y, rstd = rms_norm.rms_norm(x, weight, EPS, offset=1.0)
+    dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, offset=1.0)
+    exact = weight.float() + 1
+
+    def formula(x):
+        return plain_norm(x, exact.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
+
+    judge([y, dx], formula, [x], [dy])
+    y, rstd = rms_norm.add_rms_norm_(x, addend, weight, EPS, offset=1.0)
+    dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, addend=addend, offset=1.0)
+    same, rstd = rms_norm.add_rms_norm_(x, addend, exact, EPS)
+    assert torch.equal(y, same)
+    assert torch.equal(dx, rms_norm.rms_norm_backward(dy, x, exact, rstd, addend=addend))
+
+
+@kernel
 def test_rms_norm_keeps_a_nan_in_its_row(device):
     x = normal(3, 64, device=device)
     x[1, 5] = math.nan
@@ -99,16 +120,18 @@ def test_rms_norm_keeps_a_nan_in_its_row(device):
     assert y[1].isnan().all()
 
 
-def test_the_backward_of_the_norm_reference_passes_gradcheck():
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_backward_of_the_norm_reference_passes_gradcheck(offset):
     weight = double(7).detach()
 
     def forward(x):
-        y, rstd = rms_norm.rms_norm_reference(x, weight, EPS)
+        y, rstd = rms_norm.rms_norm_reference(x, weight, EPS, offset)
         return y, [rstd]
 
-    norm = as_function(
-        forward, lambda dy, x, rstd: rms_norm.rms_norm_backward_reference(dy, x, weight, rstd)
-    )
+    def backward(dy, x, rstd):
+        return rms_norm.rms_norm_backward_reference(dy, x, weight, rstd, offset=offset)
+
+    norm = as_function(forward, backward)
     assert torch.autograd.gradcheck(norm, double(3, 7))
 
 
@@ -189,9 +212,24 @@ def test_norm_and_rope_of_heads_err_at_most_twice_as_much_as_pytorch(N, H, G, K,
     judge([y, dx], formula, [x], [dy])
 
 
+@kernel
+@in_each_dtype
+def test_the_norms_of_heads_add_their_offset_to_both_weights(dtype, device):
+    x, dy = (normal(3, 5, 24, dtype=dtype, device=device, seed=s) for s in range(2))
+    weights = [(normal(24, device=device, seed=s) / 64 - 1).to(dtype) for s in (3, 4)]
+    rest = EPS, *angles(9, 24, device), torch.tensor([4, 0, 8], device=device)
+    exact = [weight.float() + 1 for weight in weights]
+    y = qk_norm_rope.qk_norm_rope(x, 3, *weights, *rest, offset=1.0)
+    assert torch.equal(y, qk_norm_rope.qk_norm_rope(x, 3, *exact, *rest))
+    expected = dy.clone()
+    qk_norm_rope.qk_norm_rope_backward_(dy, x, 3, *weights, *rest, offset=1.0)
+    qk_norm_rope.qk_norm_rope_backward_(expected, x, 3, *exact, *rest)
+    assert torch.equal(dy, expected)
+
+
 def test_the_backward_of_the_norm_and_rope_reference_passes_gradcheck():
     weights, (cos, sin) = double(2, 8), angles(9, 8, "cpu")
-    arguments = (3, *weights, EPS, cos.double(), sin.double(), torch.tensor([4, 0, 8]))
+    arguments = (3, *weights, EPS, cos.double(), sin.double(), torch.tensor([4, 0, 8]), 1.0)
     function = as_function(
         lambda x: (qk_norm_rope.qk_norm_rope_reference(x, *arguments), ()),
         lambda dy, x: qk_norm_rope.qk_norm_rope_backward_reference(dy, x, *arguments),
