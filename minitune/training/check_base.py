@@ -12,13 +12,14 @@ the 16-bit weights of the model folder when it begins, and its NF4 weights again
 the memory holds the 16-bit linears of one layer at most. Both passes keep their residual streams
 (N, D), and the logits exist for one tile of rows.
 
-Logits are in float32: rounded to bfloat16, they alone would make a KL of about 0.001 nats.
+Logits are in float32: rounded to bfloat16, they alone would make a KL of about 0.001 nats. The
+softmax is in float64, because the terms of a small KL nearly cancel.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -195,13 +196,16 @@ def _compare(model: CausalLM, s_16bit: Tensor, s_nf4: Tensor, targets: Tensor) -
     s_16bit, s_nf4: rows of the residual streams, (M, D).
     targets: (M,).
     """
-    head = model.lm_head.weight_as(accumulator(model.dtype))  # (V, D)
+    weight = model.lm_head.weight_as(accumulator(model.dtype))  # (V, D)
+    head = replace(model.head(), weight=weight)
     sums = torch.zeros(4, dtype=torch.float64, device=targets.device)
-    step = logits_tile_rows(len(head), 4 * head.element_size())  # a tile needs several copies
+    step = logits_tile_rows(len(weight), 32)  # float64: both log probabilities and two temporaries
     for first in range(0, len(targets), step):
         tile = slice(first, first + step)
-        log_p = model.residual_logits(s_16bit[tile], head).log_softmax(-1)  # (n, V)
-        log_q = model.residual_logits(s_nf4[tile], head).log_softmax(-1)
+        log_p, log_q = (
+            head.logits(s[tile])[0].double().log_softmax(-1)  # (n, V)
+            for s in (s_16bit, s_nf4)
+        )
         target = targets[tile, None]
         rows = (
             (log_p.exp() * (log_p - log_q)).sum(-1),
