@@ -3,8 +3,9 @@
 Row i sees the keys start[i] <= j <= i: those of its sequence, or a sliding window of them
 (attention_common.py). Query head h reads key/value head h // (H / G):
 
-    out = softmax(scale q k^T) v
-    lse = logsumexp(scale q k^T)
+    s = scale q k^T, or softcap tanh(scale q k^T / softcap) with a soft cap (Gemma 2)
+    out = softmax(s) v
+    lse = logsumexp(s)
 
 q, out (N, H, K) and k, v (N, G, K) in one dtype; lse (H, N) float32; start, end (N,) int32. Rows
 and heads may be strided, and k and v are not expanded. Saved for backward: q, k, v, out and lse.
@@ -16,9 +17,10 @@ each row it updates a running maximum m, a sum l and a weighted sum acc of value
     l'   = l 2^(m - m') + sum 2^(s - m')
     acc' = acc 2^(m - m') + 2^(s - m') v
 
-The maximum is kept in units of q k^T. log2(e) scale enters with the exponent, because the hardware
-has 2^x and a fused multiply-add. Key blocks that no row sees are never visited. Only blocks at the
-border of the seen keys or on the diagonal are masked (attention_common.py).
+The maximum is kept in units of q k^T, or of tanh with a soft cap. The scale or the cap enters with
+the exponent, times log2(e), because the hardware has 2^x and a fused multiply-add. Key blocks that
+no row sees are never visited. Only blocks at the border of the seen keys or on the diagonal are
+masked (attention_common.py).
 
 A sequence of T rows costs 2 K T^2 FLOPs a head, or 4 K T W with a window of W keys. It reads k and
 v T / BLOCK_M times, mostly from L2. If the caller passes the one length of all sequences as
@@ -33,12 +35,15 @@ from . import backend
 from .attention_backward import attention_backward
 from .attention_common import (
     BlockSizes,
+    cap_scores,
     check_packed,
+    check_scores,
     choose_block_sizes,
     head_strides,
     hidden_keys,
     load_rows,
     query_block,
+    score_factors,
     sequence_bounds,
     shape_constants,
     store_rows,
@@ -66,7 +71,7 @@ BLOCK_SIZES = {
 }
 
 
-def attention_reference(q, k, v, start, end, scale):
+def attention_reference(q, k, v, start, end, scale, softcap=0.0):
     """Return (out, lse) in PyTorch, sequence by sequence."""
     (N, H, K), G, acc_dtype = q.shape, k.shape[1], accumulator(q.dtype)
     out = empty_contiguous_like(q)
@@ -77,6 +82,8 @@ def attention_reference(q, k, v, start, end, scale):
         qs = q[a:b].to(acc_dtype).transpose(0, 1).reshape(G, H // G * T, K)
         ks, vs = (x[a:b].to(acc_dtype).transpose(0, 1) for x in (k, v))
         scores = (qs @ ks.mT).mul_(scale)
+        if softcap:
+            scores.div_(softcap).tanh_().mul_(softcap)
         scores.view(G, H // G, T, T).masked_fill_(hidden_keys(start, a, b), -math.inf)
         sums = torch.logsumexp(scores, dim=-1, keepdim=True)
         out[a:b] = (scores.sub_(sums).exp_() @ vs).view(H, T, K).transpose(0, 1).to(q.dtype)
@@ -103,6 +110,7 @@ def _attention_fwd(
     N,
     H,
     scale_log2,
+    TANH_SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -124,6 +132,7 @@ def _attention_fwd(
         k = load_rows(k_ptr, key, k_row_stride, N, K, BLOCK_N, BLOCK_K)
         v = load_rows(v_ptr, key, v_row_stride, N, K, BLOCK_N, BLOCK_K)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores, _ = cap_scores(scores, TANH_SCALE)
         if (key < first_inner_key) | (key + BLOCK_N > first + 1):
             keys = key + tl.arange(0, BLOCK_N)
             seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= start[:, None])
@@ -145,17 +154,19 @@ def _attention_fwd(
     )
 
 
-def _launch_forward(q, k, v, out, lse, start, scale: float, sizes: BlockSizes) -> None:
+def _launch_forward(q, k, v, out, lse, start, scale, softcap, sizes: BlockSizes) -> None:
     """Fill out and lse; the tensors are checked."""
     N, H, _ = q.shape
     tensors = q, k, v, out, lse, start
     strides = head_strides(q, k, v, out)
+    scale_log2, TANH_SCALE = score_factors(scale, softcap)
     _attention_fwd[(cdiv(N, sizes.outer) * H,)](
         *tensors,
         *strides,
         N,
         H,
-        scale * math.log2(math.e),
+        scale_log2,
+        TANH_SCALE=TANH_SCALE,
         **shape_constants(q, k),
         BLOCK_M=sizes.outer,
         BLOCK_N=sizes.inner,
@@ -173,6 +184,7 @@ def attention(
     out: torch.Tensor | None = None,
     max_seqlen: int | None = None,
     uniform_seqlen: int | None = None,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out, lse): out (N, H, K) in q's dtype, and lse (H, N) in float32 for backward.
 
@@ -187,16 +199,17 @@ def attention(
         block sizes.
     uniform_seqlen: rows of every sequence, if all are equally long and have no window. It allows
         cuDNN, which then ignores start and end; by default this file's kernel runs.
+    softcap: bound on the scores; 0 for none. cuDNN has no such bound.
 
-    Raises: ValueError if a shape, stride, dtype or device does not fit.
+    Raises: ValueError if a shape, stride, dtype or device does not fit, or a number is out of
+        range.
     """
     check_packed(q, k, v, start, end, out=out)
-    if not scale > 0:
-        raise ValueError(f"scale {scale}; expected above 0")
-    if uniform_seqlen is not None and cudnn_supports(q, k, v, uniform_seqlen):
+    check_scores(scale, softcap)
+    if uniform_seqlen is not None and cudnn_supports(q, k, v, uniform_seqlen) and not softcap:
         return cudnn_attention(q, k, v, uniform_seqlen, scale, out)
     if not backend.use_triton(q):
-        result, lse = attention_reference(q, k, v, start, end, scale)
+        result, lse = attention_reference(q, k, v, start, end, scale, softcap)
         return copy_into(out, result), lse
     N, H, K = q.shape
     out = empty_contiguous_like(q) if out is None else out
@@ -206,5 +219,5 @@ def attention(
         shared_memory = backend.shared_memory_limit(q.device)
         itemsize = q.element_size()
         sizes = choose_block_sizes(BLOCK_SIZES, 1, K, itemsize, max_seqlen, shared_memory)
-        _launch_forward(q, k, v, out, lse, start, scale, sizes)
+        _launch_forward(q, k, v, out, lse, start, scale, softcap, sizes)
     return out, lse

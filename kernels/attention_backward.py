@@ -1,9 +1,9 @@
 """Backward of causal attention within packed sequences. attention.py has the forward.
 
-    P = exp(scale q k^T - lse)              recomputed from q, k and the saved lse
+    P = exp(s - lse)                        s recomputed from q and k, lse saved
     dP = dout v^T
     delta = rowsum(dout * out)
-    dS = P * (dP - delta)
+    dS = P * (dP - delta)                   with a soft cap times 1 - tanh(scale q k^T / softcap)^2
     dq = scale dS k                         (N, H, K)
     dk = scale dS^T q                       (N, G, K), summed over the query heads of a group
     dv = P^T dout                           (N, G, K), summed over the query heads of a group
@@ -17,22 +17,23 @@ atomics, and results repeat bit for bit. A sequence of T rows costs 7 K T^2 FLOP
 14 K T W with a window of W keys.
 """
 
-import math
-
 import torch
 
 from . import backend
 from .attention_common import (
     MAX_BLOCK,
     BlockSizes,
+    cap_scores,
     check_heads,
     check_packed,
+    check_scores,
     choose_block_sizes,
     head_strides,
     hidden_keys,
     load_rows,
     pack_floats,
     query_block,
+    score_factors,
     sequence_bounds,
     shape_constants,
     store_rows,
@@ -53,7 +54,7 @@ BLOCK_SIZES = {
 }
 
 
-def attention_backward_reference(dout, q, k, v, out, lse, start, end, scale):
+def attention_backward_reference(dout, q, k, v, out, lse, start, end, scale, softcap=0.0):
     """Return (dq, dk, dv) in PyTorch, sequence by sequence."""
     (_, H, K), G, acc_dtype = q.shape, k.shape[1], accumulator(q.dtype)
     dq, dk, dv = (empty_contiguous_like(x) for x in (q, k, v))
@@ -64,10 +65,16 @@ def attention_backward_reference(dout, q, k, v, out, lse, start, end, scale):
             x[a:b].to(acc_dtype).transpose(0, 1).reshape(stacked) for x in (q, dout, out)
         )
         ks, vs = (x[a:b].to(acc_dtype).transpose(0, 1) for x in (k, v))
-        p = (qs @ ks.mT).mul_(scale).sub_(lse[:, a:b].reshape(stacked)).exp_()
+        p = (qs @ ks.mT).mul_(scale)
+        if softcap:
+            tanh = p.div_(softcap).tanh_()
+            p = tanh * softcap
+        p.sub_(lse[:, a:b].reshape(stacked)).exp_()
         p.view(G, H // G, T, T).masked_fill_(hidden_keys(start, a, b), 0.0)
         delta = (douts * outs).sum(-1, keepdim=True)
         ds = (douts @ vs.mT).sub_(delta).mul_(p).mul_(scale)
+        if softcap:
+            ds.mul_(1 - tanh.square())
         dq[a:b] = (ds @ ks).view(H, T, K).transpose(0, 1)
         dk[a:b] = (ds.mT @ qs).transpose(0, 1)
         dv[a:b] = (p.mT @ douts).transpose(0, 1)
@@ -102,6 +109,7 @@ def _attention_dq(
     H,
     scale,
     scale_log2,
+    TANH_SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -131,22 +139,26 @@ def _attention_dq(
         key = first_key + t * BLOCK_N
         k = load_rows(k_ptr, key, k_row_stride, N, K, BLOCK_N, BLOCK_K)
         v = load_rows(v_ptr, key, v_row_stride, N, K, BLOCK_N, BLOCK_K)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
+        scores, slope = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), TANH_SCALE)
+        p = tl.exp2(scores * scale_log2 - lse[:, None])
         if (key < first_inner_key) | (key + BLOCK_N > first + 1):
             keys = key + tl.arange(0, BLOCK_N)
             seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= start[:, None])
             p = tl.where(seen, p, 0.0)
-        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None]) * slope
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq_ptr += head * dq_head_stride
     store_rows(dq_ptr, dq * scale, first, dq_row_stride, N, K, BLOCK_M, BLOCK_K)
 
 
-def _launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale: float, sizes: BlockSizes) -> None:
+def _launch_dq(
+    dout, q, k, v, out, lse, stats, dq, start, scale: float, softcap: float, sizes: BlockSizes
+) -> None:
     """Fill dq and stats; the tensors are checked."""
     N, H, _ = q.shape
     tensors = dout, q, k, v, out, lse, stats, dq, start
     strides = head_strides(dout, q, k, v, out, dq)
+    scale_log2, TANH_SCALE = score_factors(scale, softcap)
     _attention_dq[(cdiv(N, sizes.outer) * H,)](
         *tensors,
         *strides,
@@ -154,7 +166,8 @@ def _launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale: float, sizes: B
         N,
         H,
         scale,
-        scale * math.log2(math.e),
+        scale_log2,
+        TANH_SCALE=TANH_SCALE,
         **shape_constants(q, k),
         BLOCK_M=sizes.outer,
         BLOCK_N=sizes.inner,
@@ -177,29 +190,33 @@ def attention_backward(
     dv: torch.Tensor | None = None,
     max_seqlen: int | None = None,
     uniform_seqlen: int | None = None,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (dq, dk, dv) with the shapes of q, k and v.
 
     dout: gradient of out (N, H, K).
-    q, k, v, start, end, scale, max_seqlen, uniform_seqlen: as in `attention`.
+    q, k, v, start, end, scale, max_seqlen, uniform_seqlen, softcap: as in `attention`.
     out, lse: results of `attention`, from cuDNN or not.
     dq, dk, dv: destinations, rows and heads may be strided; by default new tensors.
 
     This file's kernels repeat bit for bit. cuDNN's may not, so they are not used under
     torch.use_deterministic_algorithms.
 
-    Raises: ValueError if a shape, stride, dtype or device does not fit.
+    Raises: ValueError if a shape, stride, dtype or device does not fit, or a number is out of
+        range.
     """
     check_packed(q, k, v, start, end, dout=dout, out=out, dq=dq)
     check_heads(k, q.dtype, dk=dk, dv=dv)
+    check_scores(scale, softcap)
     N, H, K = q.shape
     if lse.shape != (H, N) or not lse.is_contiguous():
         raise ValueError(f"lse is {tuple(lse.shape)}; q {tuple(q.shape)} needs contiguous {H, N}")
-    repeatable = torch.are_deterministic_algorithms_enabled()
-    if uniform_seqlen is not None and cudnn_supports(q, k, v, uniform_seqlen) and not repeatable:
+    own = softcap or torch.are_deterministic_algorithms_enabled()
+    if uniform_seqlen is not None and cudnn_supports(q, k, v, uniform_seqlen) and not own:
         return cudnn_attention_backward(dout, q, k, v, out, lse, uniform_seqlen, scale, dq, dk, dv)
     if not backend.use_triton(q):
-        results = attention_backward_reference(dout, q, k, v, out, lse, start, end, scale)
+        inputs = dout, q, k, v, out, lse, start, end, scale, softcap
+        results = attention_backward_reference(*inputs)
         return tuple(map(copy_into, (dq, dk, dv), results))
     dq = empty_contiguous_like(q) if dq is None else dq
     dk = empty_contiguous_like(k) if dk is None else dk
@@ -209,6 +226,6 @@ def attention_backward(
         shared_memory = backend.shared_memory_limit(q.device)
         stats = torch.empty((H, cdiv(N, 16) * 16 + MAX_BLOCK), dtype=torch.int64, device=q.device)
         sizes = choose_block_sizes(BLOCK_SIZES, 2, K, q.element_size(), max_seqlen, shared_memory)
-        _launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale, sizes)
-        launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale, max_seqlen)
+        _launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale, softcap, sizes)
+        launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale, softcap, max_seqlen)
     return dq, dk, dv

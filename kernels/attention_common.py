@@ -18,11 +18,12 @@ it keeps a block of keys [first, last] and walks over the rows that see them:
 Only border blocks are masked.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from .backend import check_rows, power_of_two, tl, triton
+from .backend import check_rows, power_of_two, tanh_and_slope, tl, triton
 
 MAX_BLOCK = 128  # rows of the largest block; offsets within a block are 32 bit
 MAX_ROW_STRIDE = 2**31 // MAX_BLOCK - 1  # elements
@@ -84,6 +85,15 @@ def store_rows(
     row = tl.arange(0, ROWS)
     at = x_ptr + first.to(tl.int64) * x_row_stride + (row[:, None] * x_row_stride + i[None, :])
     tl.store(at, x.to(x_ptr.dtype.element_ty), mask=(row[:, None] < N - first) & (i[None, :] < K))
+
+
+@triton.jit
+def cap_scores(scores, TANH_SCALE: tl.constexpr):
+    """Return tanh(TANH_SCALE scores) and its slope; the scores and 1 if TANH_SCALE is 0."""
+    slope = 1.0
+    if TANH_SCALE > 0.0:
+        scores, slope = tanh_and_slope(scores * TANH_SCALE)
+    return scores, slope
 
 
 @triton.jit
@@ -149,6 +159,17 @@ def shape_constants(q: torch.Tensor, k: torch.Tensor) -> dict[str, int]:
     return {"GROUP": q.shape[1] // k.shape[1], "K": K, "BLOCK_K": max(power_of_two(K), 16)}
 
 
+def score_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """Return (scale_log2, TANH_SCALE) for the kernels.
+
+    The scores in base 2 are scale_log2 q k^T, or scale_log2 tanh(TANH_SCALE q k^T) with a soft cap.
+    TANH_SCALE is 0 without a cap.
+    """
+    if softcap:
+        return softcap * math.log2(math.e), scale / softcap
+    return scale * math.log2(math.e), 0.0
+
+
 def head_strides(*tensors: torch.Tensor) -> list[int]:
     """Return the row stride and the head stride of each tensor (..., rows, heads, K)."""
     return [stride for x in tensors for stride in x.stride()[-3:-1]]
@@ -204,6 +225,17 @@ def check_packed(
             )
     check_rows(q, (q.dtype,), MAX_ROW_STRIDE, q=q, **like_q)
     check_rows(k, (q.dtype,), MAX_ROW_STRIDE, k=k, v=v)
+
+
+def check_scores(scale: float, softcap: float) -> None:
+    """Check the scale and the soft cap of the scores.
+
+    Raises: ValueError if one is out of range.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale {scale}; expected above 0")
+    if not softcap >= 0:
+        raise ValueError(f"softcap {softcap}; expected above 0, or 0 for none")
 
 
 def check_heads(like: torch.Tensor, dtype: torch.dtype, **tensors: torch.Tensor | None) -> None:

@@ -6,15 +6,15 @@ the GPU, the heads of a group are split over several programs. These leave parti
 and a second kernel adds them.
 """
 
-import math
-
 import torch
 
 from . import backend
 from .attention_common import (
+    cap_scores,
     choose_block_sizes,
     head_strides,
     load_rows,
+    score_factors,
     shape_constants,
     store_rows,
     unpack_floats,
@@ -61,6 +61,7 @@ def _attention_dkdv(
     G,
     scale,
     scale_log2,
+    TANH_SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     K: tl.constexpr,
@@ -93,14 +94,15 @@ def _attention_dkdv(
         dout = load_rows(head_dout_ptr, row, dout_row_stride, N, K, BLOCK_M, BLOCK_K)
         row_stats_ptr = stats_ptr + head * stats_head_stride + row
         lse, delta = unpack_floats(tl.load(row_stats_ptr + tl.arange(0, BLOCK_M)))
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
+        scores, slope = cap_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), TANH_SCALE)
+        p = tl.exp2(scores * scale_log2 - lse[None, :])
         if (row < last) | (row + BLOCK_M > end_inner_row):
             rows = row + tl.arange(0, BLOCK_M)
             seen = (keys[:, None] <= rows[None, :]) & (rows[None, :] < end[:, None])
             p = tl.where(seen, p, 0.0)
             delta = tl.where(rows < N, delta, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :]) * slope
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
         # Go on to the next head by selects: a branch would keep loads from running ahead.
         through = row + BLOCK_M >= end_row
@@ -170,10 +172,12 @@ def planned_splits(N: int, H: int, G: int, K: int) -> int:
     return num_splits(cdiv(N, short[0]), G, H // G)
 
 
-def launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale: float, max_seqlen: int) -> None:
+def launch_dkdv(
+    dout, q, k, v, stats, dk, dv, end, scale: float, softcap: float, max_seqlen: int
+) -> None:
     """Fill dk and dv (N, G, K) of at least one row; the tensors are checked.
 
-    dout, q, k, v, end, scale: as in `attention_backward`.
+    dout, q, k, v, end, scale, softcap: as in `attention_backward`.
     stats: (lse in base 2, delta) of each head and row as the dq kernel stores them, (H, at least
         N + MAX_BLOCK) int64.
     max_seqlen: rows of the longest sequence, or a bound on them.
@@ -189,6 +193,7 @@ def launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale: float, max_seqlen: int
     split_stride = N * G * K
     shape = shape_constants(q, k)
     strides = head_strides(dout, q, k, v, *targets)
+    scale_log2, TANH_SCALE = score_factors(scale, softcap)
     _attention_dkdv[(blocks * G * splits,)](
         dout,
         q,
@@ -203,7 +208,8 @@ def launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale: float, max_seqlen: int
         N,
         G,
         scale,
-        scale * math.log2(math.e),
+        scale_log2,
+        TANH_SCALE=TANH_SCALE,
         **shape,
         SPLITS=splits,
         BLOCK_M=sizes.inner,

@@ -98,11 +98,13 @@ def double(*shape, seed=0):
 # ---- formulas
 
 
-def plain_attention(q, k, v, seen, scale):
+def plain_attention(q, k, v, seen, scale, softcap=0.0):
     """Return (out, lse) by the textbook formula, with the softmax in at least float32."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (k, v))
     scores = (q.transpose(0, 1) * scale) @ k.mT
-    scores = scores.to(backend.accumulator(q.dtype)).masked_fill(~seen, -math.inf)
+    scores = scores.to(backend.accumulator(q.dtype))
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    scores = scores.masked_fill(~seen, -math.inf)
     return (scores.softmax(-1).to(q.dtype) @ v).transpose(0, 1), scores.logsumexp(-1)
 
 

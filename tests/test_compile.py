@@ -134,10 +134,10 @@ def run_layer(t: MetaTensors) -> None:
     for offset in (0.0, 1.0):
         rest = t.H, *norms, 1e-6, table, table, positions, offset
         qk_norm_rope.qk_norm_rope_backward_(qk_norm_rope.qk_norm_rope(heads, *rest), heads, *rest)
-    for max_seqlen in (1000, 4096):
-        rest = index, index, t.K**-0.5
-        out, lse = attention.attention(q, k, k, *rest, max_seqlen=max_seqlen)
-        attention.attention_backward(out, q, k, k, out, lse, *rest, max_seqlen=max_seqlen)
+    for max_seqlen, softcap in ((1000, 0.0), (4096, 0.0), (1000, 50.0), (4096, 50.0)):
+        rest, options = (index, index, t.K**-0.5), {"max_seqlen": max_seqlen, "softcap": softcap}
+        out, lse = attention.attention(q, k, k, *rest, **options)
+        attention.attention_backward(out, q, k, k, out, lse, *rest, **options)
 
     gate, up = t.new(t.N, t.F), t.new(t.N, t.F)
     for activation in gated_activation.ACTIVATIONS:
