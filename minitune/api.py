@@ -13,6 +13,7 @@ from minitune.checkpoints.adapter import load_adapter, save_adapter
 from minitune.checkpoints.load_weights import load_weights, open_model_folder
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.checkpoints.save_4bit import save_4bit
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
@@ -65,6 +66,18 @@ class LanguageModel(CausalLM):
         if save_method != "merged_16bit":
             raise ValueError(f"save_method {save_method!r} is not supported; choose 'merged_16bit'")
         merge_to_folder(self, folder, tokenizer, merge_base=merge_base)
+
+    def save_4bit(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+        """Write the NF4 base in bitsandbytes' layout and return the folder.
+
+        The folder loads at the speed of the disk, here and in transformers. It holds no adapter;
+        `save_pretrained` writes that.
+
+        tokenizer: the tokenizer to write; None takes that of the model's folder.
+
+        Raises: ValueError if the model has no NF4 weights or the folder is not empty.
+        """
+        return save_4bit(self, folder, tokenizer)
 
     def save_pretrained_gguf(
         self,

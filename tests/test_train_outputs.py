@@ -56,7 +56,7 @@ def test_models_of_an_earlier_run_stay_until_new_ones_are_complete(
     def full_disk(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for writer in ("checkpoints.merge.write_model_files", "gguf.export.write_gguf"):
+    for writer in ("checkpoints.model_folder.write_model_files", "gguf.export.write_gguf"):
         with monkeypatch.context() as patch:
             patch.setattr(f"minitune.{writer}", full_disk)
             assert train([*command, "--resume"]) == 2

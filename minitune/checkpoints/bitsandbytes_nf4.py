@@ -1,4 +1,4 @@
-"""Linears that bitsandbytes quantised to NF4, read as they are stored.
+"""Linears in the layout in which bitsandbytes stores NF4, read as they are and written.
 
 For a linear P, a folder holds
 
@@ -14,6 +14,7 @@ Linears without these keys were skipped (llm_int8_skip_modules) and are stored i
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -102,6 +103,32 @@ def read_nf4(
             state["nested_offset"], dtype=torch.float32, device=device
         )
     return weight, names
+
+
+def nf4_tensors(linear: str, weight: NF4, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of a quantised linear, as `read_nf4` reads them.
+
+    dtype: the dtype to which bitsandbytes dequantises the weight.
+    """
+    state = {
+        "quant_type": "nf4",
+        "blocksize": weight.blocksize,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": weight.shape,
+    }
+    yield f"{linear}.weight", weight.packed[:, None]
+    yield f"{linear}.weight.absmax", weight.absmax
+    yield f"{linear}.weight.quant_map", weight.code
+    if weight.nested_absmax is not None:
+        yield f"{linear}.weight.nested_absmax", weight.nested_absmax
+        yield f"{linear}.weight.nested_quant_map", weight.nested_code
+        state |= {
+            "nested_blocksize": weight.nested_blocksize,
+            "nested_dtype": "float32",
+            "nested_offset": weight.nested_offset.item(),
+        }
+    content = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    yield f"{linear}{QUANT_STATE}nf4", content
 
 
 def _read_state(stored: SafetensorsFolder, name: str, nested: bool) -> dict[str, Any]:

@@ -12,17 +12,16 @@ that no adapter is merged twice.
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minitune.atomic_files import atomic_folder, require_space, write_json
 from minitune.checkpoints.load_weights import open_weights
+from minitune.checkpoints.model_folder import SHARD_BYTES, check_new_folder, write_model_folder
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
-from minitune.checkpoints.safetensors_writer import tensor_bytes, total_bytes, write_model_files
+from minitune.checkpoints.safetensors_writer import specs_of_dtype, tensor_bytes
 from minitune.config.training_config import MERGE_BASES
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
@@ -56,7 +55,7 @@ def merge_to_folder(
     folder: str | Path,
     tokenizer: Tokenizer,
     merge_base: str = "auto",
-    shard_bytes: float = 5e9,
+    shard_bytes: float = SHARD_BYTES,
 ) -> Path:
     """Write the merged model as a new folder and return the folder.
 
@@ -70,27 +69,25 @@ def merge_to_folder(
         model. See also `merged_tensors`.
     """
     folder = Path(folder)
-    if folder.resolve() == model.folder.resolve():
-        raise ValueError(f"{folder}: is the base model's own folder; choose another one")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not empty; remove it or choose another folder")
-    shapes, dtype = model.config.tensor_shapes(), _merged_dtype(model)
+    check_new_folder(model, folder)
+    dtype = _merged_dtype(model)
+    specs = specs_of_dtype(model.config.tensor_shapes(), dtype)
     tensors = merged_tensors(model, merge_base)
-    require_space(folder, total_bytes(shapes, dtype))
-    digests = _merged_adapters(open_weights(model.folder, model.config))
-    if digest := adapter_digest(model):
-        digests.append(digest)
-    metadata = {"format": "pt"}
-    if digests:
-        metadata[MERGED] = " ".join(digests)
-    with atomic_folder(folder) as partial:
-        write_model_files(partial, shapes, dtype, tensors, metadata, shard_bytes)
-        write_json(partial / "config.json", merged_config(model.config.raw, dtype))
-        tokenizer.save_pretrained(partial)
-        generation = model.folder / "generation_config.json"
-        if generation.is_file():
-            shutil.copyfile(generation, partial / generation.name)
+    config = merged_config(model.config.raw, dtype)
+    metadata = merged_metadata(model, adapter_digest(model))
+    write_model_folder(model, folder, tokenizer, config, specs, tensors, metadata, shard_bytes)
     return folder
+
+
+def merged_metadata(model: CausalLM, digest: str | None) -> dict[str, str]:
+    """Return the metadata of a safetensors file that names the adapters in its weights.
+
+    digest: hash of an adapter that is merged now, besides those in the base folder; or None.
+    """
+    digests = _merged_adapters(open_weights(model.folder, model.config))
+    if digest is not None:
+        digests.append(digest)
+    return {"format": "pt"} | ({MERGED: " ".join(digests)} if digests else {})
 
 
 def merged_config(raw: dict, dtype: torch.dtype) -> dict:

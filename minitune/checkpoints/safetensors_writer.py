@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,53 +23,69 @@ from minitune.checkpoints.safetensors_folder import INDEX, TORCH_DTYPES
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 ALIGNMENT = 8  # bytes; the data begins on a multiple of this
 
-Shapes = dict[str, tuple[int, ...]]  # by tensor name, in the order of the tensors
+
+class TensorSpec(NamedTuple):
+    """The shape and dtype of a tensor that will be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the tensor in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def total_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
+Specs = dict[str, TensorSpec]  # by tensor name, in the order of the tensors
+
+
+def specs_of_dtype(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Specs:
+    """Return the specs of tensors that share a dtype."""
+    return {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}
+
+
+def total_bytes(specs: Specs) -> int:
     """Return the size of all tensors together, in bytes."""
-    return sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
+    return sum(spec.nbytes for spec in specs.values())
 
 
 def write_model_files(
     folder: Path,
-    shapes: Shapes,
-    dtype: torch.dtype,
+    specs: Specs,
     tensors: Iterator[tuple[str, Tensor]],
     metadata: dict[str, str],
     shard_bytes: float,
 ) -> None:
     """Write the tensors into a folder: one model.safetensors, or shards and their index.
 
-    shapes: names and shapes of all tensors.
-    tensors: (name, tensor of `dtype` on the CPU) in the order of `shapes`.
+    specs: names, shapes and dtypes of all tensors.
+    tensors: (name, tensor on the CPU) in the order of `specs`.
     metadata: texts that every file's header gets.
     shard_bytes: limit of the tensors of one file, in bytes.
     """
-    files = plan_shards(shapes, dtype, shard_bytes)
+    files = plan_shards(specs, shard_bytes)
     for file, names in files.items():
-        part = {name: shapes[name] for name in names}
-        write_safetensors(folder / file, part, dtype, tensors, metadata)
+        part = {name: specs[name] for name in names}
+        write_safetensors(folder / file, part, tensors, metadata)
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
-        size = {"total_size": total_bytes(shapes, dtype)}
+        size = {"total_size": total_bytes(specs)}
         write_json(folder / INDEX, {"metadata": size, "weight_map": weight_map})
 
 
-def plan_shards(shapes: Shapes, dtype: torch.dtype, shard_bytes: float) -> dict[str, list[str]]:
+def plan_shards(specs: Specs, shard_bytes: float) -> dict[str, list[str]]:
     """Return file name -> names of its tensors.
 
     A shard holds as many tensors as fit into `shard_bytes`, and at least one.
     """
     shards: list[list[str]] = [[]]
     size = 0
-    for name, shape in shapes.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        if shards[-1] and size + nbytes > shard_bytes:
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += nbytes
+        size += spec.nbytes
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     count = len(shards)
@@ -77,21 +94,20 @@ def plan_shards(shapes: Shapes, dtype: torch.dtype, shard_bytes: float) -> dict[
 
 def write_safetensors(
     path: Path,
-    shapes: Shapes,
-    dtype: torch.dtype,
+    specs: Specs,
     tensors: Iterator[tuple[str, Tensor]],
     metadata: dict[str, str],
 ) -> None:
-    """Write one file of the tensors that `shapes` names.
+    """Write one file of the tensors that `specs` names.
 
     They are the next tensors of the iterator, which may hold more for another file.
     """
     with path.open("wb") as file:
-        file.write(_header(shapes, dtype, metadata))
-        for name, shape in shapes.items():
+        file.write(_header(specs, metadata))
+        for name, spec in specs.items():
             found, tensor = next(tensors)
-            assert (found, tuple(tensor.shape), tensor.dtype) == (name, shape, dtype), (
-                f"{found} {tuple(tensor.shape)} {tensor.dtype} instead of {name} {shape} {dtype}"
+            assert (found, tuple(tensor.shape), tensor.dtype) == (name, *spec), (
+                f"{found} {tuple(tensor.shape)} {tensor.dtype} instead of {name} {spec}"
             )
             file.write(tensor_bytes(tensor))
 
@@ -101,15 +117,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def _header(shapes: Shapes, dtype: torch.dtype, metadata: dict[str, str]) -> bytes:
+def _header(specs: Specs, metadata: dict[str, str]) -> bytes:
     """Return the header of a file, with its length before it."""
     header: dict[str, dict] = {"__metadata__": metadata}
     start = 0
-    for name, shape in shapes.items():
-        end = start + math.prod(shape) * dtype.itemsize
+    for name, spec in specs.items():
+        end = start + spec.nbytes
         header[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
             "data_offsets": [start, end],
         }
         start = end

@@ -1,10 +1,12 @@
-"""Write a trained model as GGUF for llama.cpp, as merged safetensors for other libraries, or both.
+"""Write a trained model as GGUF for llama.cpp, or as a folder of safetensors for other libraries.
 
     minitune export --model DIR --adapter runs/1/adapter --output model.gguf
     minitune export --model DIR --adapter runs/1/adapter --merged merged/
     minitune export --model merged/ --output model.gguf --quantization-method f16
+    minitune export --model DIR --save-4bit DIR-nf4     the base in NF4, which loads at disk speed
 
-Without --adapter the model itself is written.
+Without --adapter the model itself is written. --save-4bit takes no adapter, because the base of an
+adapter is not changed by it; merge first, and save the merged folder, to have both in 4 bit.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from minitune.api import FastLanguageModel
 from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.checkpoints.save_4bit import save_4bit
 from minitune.config.cli import CommandParser, print_notes, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS, MERGE_BASES
@@ -51,6 +54,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--merged", type=Path, help="folder for merged 16-bit safetensors")
     parser.add_argument(
+        "--save-4bit", type=Path, help="folder for the model in NF4, in bitsandbytes' layout"
+    )
+    parser.add_argument(
         "--merge-base",
         choices=MERGE_BASES,
         default="auto",
@@ -65,16 +71,22 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     Raises: ValueError if the command line asks for none, or the model cannot be written.
     """
     method, merge_base = arguments.quantization_method, arguments.merge_base
-    output, merged = arguments.output, arguments.merged
-    if output is None and merged is None:
+    output, merged, quantized = arguments.output, arguments.merged, arguments.save_4bit
+    if output is None and merged is None and quantized is None:
         raise ValueError(
-            "nothing to write: give --output for a GGUF file, --merged for a folder, or both"
+            "nothing to write: give --output for a GGUF file, --merged for a 16-bit folder, or "
+            "--save-4bit for one in NF4"
+        )
+    if quantized is not None and arguments.adapter is not None:
+        raise ValueError(
+            "--save-4bit writes the model without an adapter; write --merged first, and then "
+            "--save-4bit with the merged folder as --model"
         )
     folder = resolve_model(arguments.model)
     config = ModelConfig.from_folder(folder)
     print_notes(config.notes)
     prequantized = open_weights(folder, config).prequantized
-    use_nf4 = merge_base == "nf4"
+    use_nf4 = merge_base == "nf4" or quantized is not None
     if arguments.adapter is None and merged is None and not prequantized and not use_nf4:
         # Tensor by tensor, without a model in memory.
         return [convert_folder(folder, output, method)]
@@ -97,4 +109,6 @@ def export(arguments: argparse.Namespace) -> list[Path]:
         paths.append(merge_to_folder(model, merged, tokenizer, merge_base))
     if output is not None:
         paths.append(export_gguf(model, output, tokenizer, method, merge_base))
+    if quantized is not None:
+        paths.append(save_4bit(model, quantized, tokenizer))
     return paths

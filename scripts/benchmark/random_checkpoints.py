@@ -16,7 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from minitune.atomic_files import os_errors_as_value_error, require_space, write_json
-from minitune.checkpoints.safetensors_writer import total_bytes, write_model_files
+from minitune.checkpoints.safetensors_writer import (
+    specs_of_dtype,
+    total_bytes,
+    write_model_files,
+)
 from minitune.config.model_config import ModelConfig
 
 SHARD_BYTES = 4e9
@@ -138,12 +142,12 @@ def write_random_checkpoint(
     folder, shapes = Path(folder), ModelConfig.from_dict(config).tensor_shapes()
     if (folder / "config.json").exists():
         raise ValueError(f"{folder}: holds a model already; remove it or choose another folder")
-    require_space(folder, total_bytes(shapes, torch.bfloat16))
+    specs = specs_of_dtype(shapes, torch.bfloat16)
+    require_space(folder, total_bytes(specs))
     tensors = _random_tensors(shapes, config["num_hidden_layers"], seed)
     with os_errors_as_value_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "pt"}
-        write_model_files(folder, shapes, torch.bfloat16, tensors, metadata, shard_bytes)
+        write_model_files(folder, specs, tensors, {"format": "pt"}, shard_bytes)
         _write_tokenizer(folder, config["max_position_embeddings"])
         write_json(folder / "config.json", config)
     return folder
