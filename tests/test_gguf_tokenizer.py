@@ -119,7 +119,7 @@ def test_each_named_word_rule_cuts_text_alike_in_llama_cpp(tmp_path, key, name):
     folder = make_tiny_model(tmp_path / "base")
     retrain(folder / "tokenizer.json", *key)
     tokenizer = Tokenizer.from_folder(folder)
-    assert tokenizer_metadata(tokenizer, 512)["tokenizer.ggml.pre"] == name
+    assert tokenizer_metadata(tokenizer, 512, "name")["tokenizer.ggml.pre"] == name
     llama_cpp = LlamaCpp(convert_folder(folder, tmp_path / "x.gguf"))
     for text in (*TEXTS, "1234567日本語テキスト!abc\r\n\n x"):
         if name == "tekken":
@@ -180,9 +180,9 @@ def test_assigned_and_named_chat_templates_are_exported(tmp_path):
     folder = make_tiny_model(tmp_path / "base")
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.chat_template = "{{ messages }}"
-    assert tokenizer_metadata(tokenizer, 512)["tokenizer.chat_template"] == "{{ messages }}"
+    assert tokenizer_metadata(tokenizer, 512, "name")["tokenizer.chat_template"] == "{{ messages }}"
     tokenizer.chat_template = {"default": "a", "tool_use": "b"}
-    metadata = tokenizer_metadata(tokenizer, 512)
+    metadata = tokenizer_metadata(tokenizer, 512, "name")
     assert metadata["tokenizer.chat_template"] == "a"
     assert metadata["tokenizer.chat_templates"] == ["tool_use"]
     assert metadata["tokenizer.chat_template.tool_use"] == "b"
@@ -208,3 +208,24 @@ def test_an_added_token_with_a_flag_that_llama_cpp_lacks_is_not_exported(tmp_pat
     edit_config(folder, added_tokens_decoder={"400": {"content": "<tool>", flag: True}})
     with pytest.raises(ValueError, match=f"'<tool>' has {flag}, which llama.cpp does not apply"):
         convert_folder(folder, tmp_path / "x.gguf")
+
+
+def test_white_space_behind_phi_3s_tokens_is_cut_in_llama_cpp_as_here(tmp_path):
+    folder = make_tiny_model(tmp_path / "base", tokenizer="spm")
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    added = {
+        "2": {"content": "</s>", "rstrip": True},
+        "400": {"content": "<|user|>", "rstrip": True, "special": True},
+        "401": {"content": "<|endoftext|>", "special": True},
+    }
+    edit_config(folder, added_tokens_decoder=added)
+    tokenizer = Tokenizer.from_folder(folder)
+    llama_cpp = LlamaCpp(convert_folder(folder, tmp_path / "Tiny-Phi-3.gguf", "f32"))
+    for text in ("<|user|>\n a lamp", "<|endoftext|>\n a lamp", "a</s>  lamp<|user|> \n"):
+        assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
+    with pytest.raises(ValueError, match=r"'</s>' has rstrip.*if the file's name contains phi-3"):
+        convert_folder(folder, tmp_path / "x.gguf")
+    added["400"]["rstrip"] = False
+    edit_config(folder, added_tokens_decoder=added)
+    with pytest.raises(ValueError, match=r"no rstrip.* a name without phi-3"):
+        convert_folder(folder, tmp_path / "phi3.gguf")

@@ -196,7 +196,7 @@ def _write_model(
     }
     metadata |= sampling_metadata(tokenizer)
     metadata |= model_metadata(config)
-    metadata |= tokenizer_metadata(tokenizer, config.vocab_size)
+    metadata |= tokenizer_metadata(tokenizer, config.vocab_size, metadata["general.name"])
     additional = additional_tensors(config)
     infos = [TensorInfo(name, tuple(x.shape), GGMLType.F32) for name, x in additional.items()]
     infos += [

@@ -26,6 +26,8 @@ from minitune.gguf.writer import MetadataValue
 
 # Token types. Control tokens are never shown; user-defined tokens are matched in any text.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# Added tokens of Phi-3 behind which llama.cpp keeps white space.
+PHI_TOKENS_WITHOUT_RSTRIP = ("<unk>", "<s>", "<|endoftext|>")
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -76,14 +78,16 @@ class Vocabulary:
                 self.types[id] = CONTROL if control else USER_DEFINED
 
 
-def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, MetadataValue]:
+def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, MetadataValue]:
     """Return the `tokenizer.*` keys for an embedding of `rows` rows.
+
+    name: general.name, by which llama.cpp knows the white space of Phi-3's added tokens.
 
     Raises: ValueError if the tokenizer has more tokens than rows, has a token twice, has no end
         token, or is of a kind that llama.cpp lacks.
     """
     check_vocabulary(tokenizer, rows)
-    _check_flags(tokenizer)
+    _check_flags(tokenizer, name)
     path = tokenizer.folder / "tokenizer.json"
     sentencepiece_path = tokenizer.folder / "tokenizer.model"
     content = read_json(path, default={})
@@ -100,15 +104,28 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, MetadataVal
     return metadata | _special_tokens(tokenizer)
 
 
-def _check_flags(tokenizer: Tokenizer) -> None:
-    """Raise ValueError if an added token has a flag that changes ids and that GGUF lacks."""
+def _check_flags(tokenizer: Tokenizer, name: str) -> None:
+    """Raise ValueError if an added token has a flag that changes ids and that GGUF lacks.
+
+    llama.cpp knows one flag, by the name of the model: with "phi-3" in it, white space behind an
+    added token belongs to the token.
+    """
+    is_phi = any(phi in name.lower() for phi in ("phi-3", "phi3"))
     for token in tokenizer.added_tokens.values():
-        flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(token, name)]
-        if flags:
+        cuts = is_phi and token.content not in PHI_TOKENS_WITHOUT_RSTRIP
+        if cuts and not token.rstrip:
+            raise ValueError(
+                f"{tokenizer.folder}: the added token {token.content!r} has no rstrip, but "
+                f"llama.cpp gives it one in a file named {name!r}; choose a name without phi-3"
+            )
+        found = {"lstrip": token.lstrip, "rstrip": token.rstrip and not cuts}
+        found["single_word"] = token.single_word
+        if flags := [flag for flag, is_set in found.items() if is_set]:
             raise ValueError(
                 f"{tokenizer.folder}: the added token {token.content!r} has {' and '.join(flags)}, "
                 "which llama.cpp does not apply, so it would cut other tokens; set it to false in "
-                "the tokenizer's files before training"
+                "the tokenizer's files before training (rstrip of Phi-3's tokens is applied if "
+                "the file's name contains phi-3)"
             )
 
 

@@ -203,7 +203,7 @@ def expected_by_llama_cpp(ours: Tokenizer, name: str, models: Path | None) -> st
 def gguf_name(ours: Tokenizer) -> str:
     """Return llama.cpp's names for a tokenizer, or the reason why it cannot be exported."""
     try:
-        metadata = tokenizer_metadata(ours, ours.vocab_size)
+        metadata = tokenizer_metadata(ours, ours.vocab_size, "name")
     except ValueError as error:
         return f"refused: {error}"
     return f"{metadata['tokenizer.ggml.model']}, {metadata['tokenizer.ggml.pre']}"
