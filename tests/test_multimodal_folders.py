@@ -197,7 +197,7 @@ def test_values_that_a_text_config_leaves_out_are_those_of_transformers(tmp_path
     config = ModelConfig.from_folder(tmp_path)
     assert config.num_key_value_heads == theirs["num_key_value_heads"]
     assert theirs.get("head_dim") in (None, config.head_dim)
-    assert config.rope_theta == theirs["rope_theta"]
+    assert config.ropes[0].theta == theirs["rope_theta"]
 
 
 def test_values_of_the_wrapper_count_if_the_text_config_has_none(tmp_path):
