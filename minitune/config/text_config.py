@@ -13,8 +13,8 @@ class TextModel:
     """The plain model that equals a wrapper's text model.
 
     model_type, model_class: the type of the plain model, and its class in transformers.
-    defaults: values that a text_config may leave out. transformers wrote a nested config without
-        the values that equal the defaults of its class.
+    defaults: values that a text_config may leave out, beside the family's. transformers wrote a
+        nested config without the values that equal the defaults of its class.
     """
 
     model_type: str
@@ -43,8 +43,6 @@ TEXT_MODELS = {  # by model_type of the text_config
             "intermediate_size": 11008,
             "num_hidden_layers": 32,
             "num_attention_heads": 32,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
         },
     ),
     "mistral": TextModel(
@@ -58,8 +56,42 @@ TEXT_MODELS = {  # by model_type of the text_config
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-6,
-            "sliding_window": 4096,
+        },
+    ),
+    "ministral3": TextModel(
+        "ministral3",
+        "Ministral3ForCausalLM",
+        {
+            "vocab_size": 131072,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
+    "granite": TextModel(
+        "granite",
+        "GraniteForCausalLM",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
         },
     ),
     "qwen2": TextModel(
@@ -73,7 +105,6 @@ TEXT_MODELS = {  # by model_type of the text_config
             "num_attention_heads": 32,
             "num_key_value_heads": 32,
             "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
         },
     ),
     "qwen3": TextModel(
@@ -86,9 +117,7 @@ TEXT_MODELS = {  # by model_type of the text_config
             "num_hidden_layers": 32,
             "num_attention_heads": 32,
             "num_key_value_heads": 32,
-            "head_dim": 128,
             "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
         },
     ),
     "qwen2_vl_text": TextModel("qwen2", "Qwen2ForCausalLM", QWEN2_VL_DEFAULTS),
@@ -103,9 +132,7 @@ TEXT_MODELS = {  # by model_type of the text_config
             "num_hidden_layers": 32,
             "num_attention_heads": 32,
             "num_key_value_heads": 32,
-            "head_dim": 128,
             "max_position_embeddings": 128000,
-            "rms_norm_eps": 1e-6,
             "rope_theta": 500000.0,
         },
     ),
@@ -157,7 +184,8 @@ def text_config(raw: dict) -> dict:
     model = TEXT_MODELS.get(str(text["model_type"]))
     if model is None:
         return text
-    given = {*text, *(text.get("rope_parameters") or {})}
+    rope = next((text[key] for key in ROPE_KEYS if isinstance(text.get(key), dict)), {})
+    given = {*text, *rope, *(ROPE_KEYS if rope else ())}
     missing = {key: value for key, value in model.defaults.items() if key not in given}
     text |= {"model_type": model.model_type, "architectures": [model.model_class]}
     return missing | text
