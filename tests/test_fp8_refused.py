@@ -105,7 +105,7 @@ OTHER_FORMATS = {
     "4-bit float weights": compressed("group", num_bits=4),
     "asymmetric weights": compressed("channel", symmetric=False),
     "strategy 'token'": compressed("token"),
-    "sparsity_config 'sparse-24-bitmask'": compressed("channel")
+    "sparsity_config .*sparse-24-bitmask": compressed("channel")
     | {"sparsity_config": {"format": "sparse-24-bitmask"}},
     "transform_config": compressed("channel") | {"transform_config": {"config_groups": {"a": {}}}},
     "mxfp4": {"quant_method": "mxfp4"},

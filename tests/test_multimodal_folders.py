@@ -8,7 +8,7 @@ import transformers
 from fp8_folders import KINDS, write_fp8
 from gguf_files import tensors_of
 from transformers_twin import batch, load, relative
-from weight_folders import edit_tensors
+from weight_folders import edit_json, edit_tensors
 from wrapper_folders import WRAPPERS, make_wrapper
 
 from minitune.checkpoints.merge import merge_to_folder
@@ -65,21 +65,41 @@ def test_a_gguf_file_of_the_text_model_needs_no_merge_first(tmp_path):
     assert (direct["blk.1.attn_q.weight"].data == merged["blk.1.attn_q.weight"].data).all()
 
 
-def test_names_of_transformers_4_and_5_load_alike(tmp_path):
+LAYOUTS = {  # beginnings of names as transformers 4 wrote them -> those of another layout
+    "transformers 5": {
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+        "vision_tower.": "model.vision_tower.",
+    },
+    "idefics": {"language_model.model.": "model.text_model.", "language_model.lm": "lm"},
+    "a decoder": {"language_model.model.": "language_model.", "language_model.lm": "lm"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_names_of_every_layout_load_alike(tmp_path, layout):
     make_wrapper(tmp_path / "m", "llava")
     ids = torch.arange(20, 60)[None]
     expected = load(tmp_path / "m", with_adapter=False)[0](input_ids=ids).logits
 
     def rename(tensors):
         for name in list(tensors):
-            new = name.replace("language_model.model.", "model.language_model.")
-            new = new.replace("language_model.lm_head", "lm_head")
-            new = new.replace("vision_tower.", "model.vision_tower.")
+            new = name
+            for old, beginning in LAYOUTS[layout].items():
+                if name.startswith(old):
+                    new = beginning + name.removeprefix(old)
             tensors[new] = tensors.pop(name)
 
     edit_tensors(tmp_path / "m", rename)
     found = load(tmp_path / "m", with_adapter=False)[0](input_ids=ids).logits
     assert torch.equal(found, expected)
+
+
+def test_a_wrapper_without_a_type_is_a_wrapper_all_the_same(tmp_path):
+    make_wrapper(tmp_path / "m", "llava")
+    edit_json(tmp_path / "m" / "config.json", model_type=None)
+    model, _ = load(tmp_path / "m", with_adapter=False)
+    assert model.config.notes[0].startswith("the folder holds a multimodal model")
 
 
 def test_fp8_and_nf4_weights_of_a_text_model_are_found_by_their_prefix(tmp_path):

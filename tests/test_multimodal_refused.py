@@ -32,6 +32,17 @@ def text_tensor_without_place(folder):
     return r"self_attn\.q_norm\.weight has no place in the model"
 
 
+def other_tensor_under_the_prefix(folder):
+    name = "language_model.adapter.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(16)}))
+    return r"language_model\.adapter\.weight has no place in the model \(1 such"
+
+
+def quantization_is_a_list(folder):
+    edit_json(folder / "config.json", quantization_config=["fp8"])
+    return r"config\.json: quantization_config is \['fp8'\]; expected an object"
+
+
 def text_tensor_missing(folder):
     name = "language_model.model.layers.1.mlp.up_proj.weight"
     edit_tensors(folder, lambda tensors: tensors.pop(name))
@@ -70,6 +81,8 @@ DAMAGES = [
     text_config_without_type,
     other_text_model,
     text_tensor_without_place,
+    other_tensor_under_the_prefix,
+    quantization_is_a_list,
     text_tensor_missing,
     text_tensor_of_wrong_shape,
     two_heads,

@@ -56,9 +56,9 @@ def _compressed_tensors_block(quantization: dict[str, Any]) -> Block:
     kind = quantization.get("format")
     if kind not in FORMATS:
         raise _not_fp8(str(kind))
-    sparsity = quantization.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
-        raise _not_fp8(f"sparsity_config {sparsity['format']!r}")
+    sparsity = quantization.get("sparsity_config") or {"format": "dense"}
+    if not isinstance(sparsity, dict) or sparsity.get("format") != "dense":
+        raise _not_fp8(f"sparsity_config {sparsity!r}")
     if quantization.get("transform_config"):
         raise _not_fp8("transform_config")
     groups = quantization.get("config_groups")
@@ -172,7 +172,7 @@ class Fp8Folder(SafetensorsFolder):
         self._check_shape(name, shape)
         size = self.shape(name)
         if len(size) != 2:
-            raise self._error(name, f"has shape {size}; FP8 weights have two dimensions")
+            raise self.error(name, f"has shape {size}; FP8 weights have two dimensions")
         block = tuple(
             length if part is None else part for length, part in zip(size, self._block, strict=True)
         )
@@ -184,20 +184,20 @@ class Fp8Folder(SafetensorsFolder):
         scales = self._scale_names[name]
         if len(scales) != 1:
             found = f"both {' and '.join(scales)}" if scales else f"no {name}_scale_inv"
-            raise self._error(
+            raise self.error(
                 name, f"is {FP8_DTYPE}, and the folder holds {found}; expected one scale. {REMEDY}"
             )
         dtype, shape = self._slice(scales[0]).get_dtype(), self.shape(scales[0])
         if dtype not in SCALE_DTYPES:
-            raise self._error(
+            raise self.error(
                 scales[0], f"is {dtype}; scales of FP8 weights are {', '.join(SCALE_DTYPES)}"
             )
         grid = tuple(-(-length // part) for length, part in zip(size, block, strict=True))
         if shape != grid and math.prod(shape) != 1:
-            raise self._error(
+            raise self.error(
                 scales[0], f"has shape {shape}; blocks of {block} in a weight {size} need {grid}"
             )
         scale = self._read(scales[0])
         if not torch.isfinite(scale.float()).all():
-            raise self._error(scales[0], "is not finite; get the file again")
+            raise self.error(scales[0], "is not finite; get the file again")
         return scale

@@ -134,9 +134,8 @@ def check_all_known(stored: SafetensorsFolder, known: set[str]) -> None:
         name for name in stored.names() if name not in known and not name.endswith(NOT_WEIGHTS)
     )
     if unknown:
-        raise ValueError(
-            f"{stored.folder}: {unknown[0]} has no place in the model ({len(unknown)} such tensors)"
-        )
+        count = f"{len(unknown)} such tensors"
+        raise stored.error(unknown[0], f"has no place in the model ({count})")
 
 
 def _progress_bar(tensors: Iterable, progress: bool) -> Iterable:
@@ -151,7 +150,7 @@ def _load_weight(
     """Return a tensor on the device, in its dtype or, if it is dequantised, in float32."""
     weight = stored.load(name, shape, device)
     if not weight.dtype.is_floating_point:
-        raise ValueError(f"{stored.folder}: {name} is {weight.dtype}, not a floating-point weight")
+        raise stored.error(name, f"is {weight.dtype}, not a floating-point weight")
     return weight
 
 

@@ -29,6 +29,7 @@ LFS_POINTER = b"version https://git-lfs"  # beginning of the small text that sta
 TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
+    "language_model.": "model.",
     "model.language_model.": "model.",
     "model.text_model.": "model.",
     "lm_head.": "lm_head.",
@@ -224,7 +225,7 @@ class SafetensorsFolder:
         dtype = self._slice(name).get_dtype()
         if dtype not in TORCH_DTYPES:
             hint = ", and FP8 with a quantization_config" if dtype.startswith("F8") else ""
-            raise self._error(name, f"is {dtype}; weights are F32, F16 or BF16{hint}")
+            raise self.error(name, f"is {dtype}; weights are F32, F16 or BF16{hint}")
         return TORCH_DTYPES[dtype]
 
     def load(
@@ -251,13 +252,13 @@ class SafetensorsFolder:
         """Raise ValueError if a tensor is missing or has another shape than `shape`."""
         found = self.shape(name)
         if shape is not None and found != tuple(shape):
-            raise self._error(name, f"has shape {found}, config.json asks for {tuple(shape)}")
+            raise self.error(name, f"has shape {found}, config.json asks for {tuple(shape)}")
 
     def _read(self, name: str) -> Tensor:
         """Return a tensor on the CPU, as it is stored."""
         return self._files[self._path(name)].get_tensor(self._stored_name[name])
 
-    def _error(self, name: str, text: str) -> ValueError:
+    def error(self, name: str, text: str) -> ValueError:
         """Return an error about a tensor that begins with its file and its name there."""
         return ValueError(f"{self._path(name)}: {self._stored_name[name]} {text}")
 

@@ -222,7 +222,7 @@ class ModelConfig:
         try:
             if is_wrapper(raw):
                 text = cls.from_dict(text_config(raw))
-                return replace(text, wrapper=str(raw.get("model_type")))
+                return replace(text, wrapper=str(raw.get("model_type") or "multimodal"))
             return cls.from_dict(raw)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
