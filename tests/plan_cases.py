@@ -14,8 +14,8 @@ from minitune.memory.search import MemoryBudget, fastest_plan
 GIB = 2**30
 CONFIG = ModelConfig.from_dict(SHAPES["8b"])
 LORA = LoraConfig(r=16, target_modules=LORA_TARGETS)
-SHAPE = ModelShape.of(CONFIG, LORA, itemsize=2)
-STATIC = static_parts(SHAPE, max_seqlen=2048)
+SHAPE = ModelShape.of(CONFIG, LORA, itemsize=2, max_seq_length=8192)
+STATIC = static_parts(CONFIG, SHAPE, max_seqlen=2048)
 SHORT = MemoryModel(SHAPE, Workload(4096, max_seqlen=2048))
 LONG = MemoryModel(SHAPE, Workload(8192, max_seqlen=8192, cudnn=True))
 

@@ -111,6 +111,13 @@ def test_the_shapes_have_as_many_parameters_as_the_models_they_are_named_after()
         "1b": 1_235_814_400,
         "135m": 134_515_008,
         "qwen3-8b": 8_190_735_360,
+        "qwen2.5-7b": 7_615_616_512,
+        "mistral-7b": 7_241_732_096,
+        "ministral3-8b": 8_489_553_920,
+        "smollm3-3b": 3_075_098_624,
+        "granite-8b": 8_170_864_640,
+        "phi-4": 14_659_507_200,
+        "phi-4-mini": 3_836_021_760,
     }
 
 

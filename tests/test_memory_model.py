@@ -6,11 +6,12 @@ import pytest
 import torch
 from plan_cases import GIB, LONG, SHORT, STATIC
 from tiny import make_tiny_model
+from tiny_families import FAMILIES, make_tiny_family
 
 from minitune import FastLanguageModel
 from minitune.config.architectures import LORA_TARGETS
 from minitune.memory.device_rates import DeviceRates
-from minitune.memory.memory_model import MemoryModel
+from minitune.memory.memory_model import MemoryModel, Storage, static_parts
 from minitune.memory.model_shape import ModelShape
 from minitune.memory.plan import Candidate, Workload
 from minitune.memory.search import evaluate
@@ -19,6 +20,9 @@ from minitune.model.decoder_layer import new_residual
 from minitune.model.packed_sequences import PackedSequences
 
 LEVELS = (SaveLevel.INPUT, SaveLevel.ATTENTION, SaveLevel.QKV, SaveLevel.ALL)
+# The last case of each family, and the one with biases.
+LAST_CASES = {model_type: case for case, (model_type, _) in FAMILIES.items()}
+ONE_CASE_PER_FAMILY = [*LAST_CASES.values(), "qwen3 with biases"]
 
 
 def test_the_workspace_of_attention_is_free_when_the_mlp_runs():
@@ -40,13 +44,43 @@ def test_the_plan_agrees_with_measurements_on_an_h200(level, gib, ms):
     assert 1e3 * plan.seconds == pytest.approx(ms, rel=0.15)
 
 
+def bytes_of(tensors) -> int:
+    """Return the bytes of tensors or quantised weights."""
+    return sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize("case", ONE_CASE_PER_FAMILY)
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_static_bytes_are_those_of_a_loaded_model_of_each_family(tmp_path, case, load_in_4bit):
+    folder = make_tiny_family(tmp_path / "m", case)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=200, dtype=torch.float32, load_in_4bit=load_in_4bit, device="cpu"
+    )
+    frozen = [*model.parameters()]
+    quantised = [linear.nf4 for _, linear in model.linears() if linear.is_quantized]
+    ropes = [t for rope in model.layer_context.ropes for t in vars(rope).values() if t is not None]
+    FastLanguageModel.get_peft_model(model, r=8)
+    adapter = [p for _, p in model.trainable_parameters()]
+    sizes = ModelShape.of(model.config, model.lora, 4, model.max_seq_length, "cpu")
+    planned = dict(static_parts(model.config, sizes, model.max_seq_length, Storage(load_in_4bit)))
+    # small weights fill their last block of scales in part
+    exactly = {"rel": 0.01 if load_in_4bit else 0}
+    assert planned["weights"] == pytest.approx(bytes_of(frozen) + bytes_of(quantised), **exactly)
+    assert planned["adapter and its gradient"] == 2 * bytes_of(adapter)
+    assert planned["RoPE tables"] == bytes_of(ropes)
+    buffers = model.layer_context.weight_buffers.allocate(
+        model.model.layers[0].fused_linears, model.dtype, model.device
+    )
+    assert planned["dequantisation buffer"] == bytes_of(buffers.values())
+
+
 @pytest.mark.parametrize("targets", [LORA_TARGETS, LORA_TARGETS[:4], ("v_proj",)])
 def test_sizes_from_the_configuration_are_those_of_the_model(tmp_path, targets):
     shape = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 160}
     folder = make_tiny_model(tmp_path / "m", **shape)
     model, _ = FastLanguageModel.from_pretrained(folder, dtype=torch.float32)
     FastLanguageModel.get_peft_model(model, r=8, target_modules=targets)
-    sizes = ModelShape.of(model.config, model.lora, 4, model.device.type)
+    sizes = ModelShape.of(model.config, model.lora, 4, 256, model.device.type)
     layer = model.model.layers[0]
     for fused, linear in zip(sizes.fused, layer.fused_linears, strict=True):
         assert fused.lora_columns == linear.lora_columns

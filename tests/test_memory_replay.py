@@ -7,7 +7,7 @@ cuDNN's attention has no meta tensors, so its workspace is not replayed.
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minitune.config.architectures import LORA_TARGETS
+from minitune.config.layer_kinds import LayerKind
 from minitune.config.model_config import ModelConfig
+from minitune.config.rope_config import RopeConfig
 from minitune.config.training_config import LoraConfig
 from minitune.kernels import backend, cross_entropy, lora_linear
 from minitune.memory.device_rates import DeviceRates
@@ -48,6 +50,20 @@ ADAPTERS = {
     "all, r 64": LoraConfig(r=64, target_modules=LORA_TARGETS),
     "attention, r 16": LoraConfig(r=16, target_modules=LORA_TARGETS[:4]),
 }
+# Models whose layer has another kernel or another tensor than Llama's.
+FAMILIES = {
+    name: SHAPES[name]
+    for name in (
+        "qwen3-8b",
+        "qwen2.5-7b",
+        "mistral-7b",
+        "ministral3-8b",
+        "smollm3-3b",
+        "granite-8b",
+        "phi-4",
+        "phi-4-mini",
+    )
+} | {"granite-8b with biases": SHAPES["granite-8b"] | {"attention_bias": True, "mlp_bias": True}}
 # Operations that launch no kernel: they allocate, or return a view.
 VIEWS = (
     "empty",
@@ -120,7 +136,7 @@ class Recorder:
 
     def matmul_accumulated(self, a: Tensor, b: Tensor, multiplier: float = 1.0) -> Tensor:
         """Return a float32 result, as cuBLAS does for the gradients of A and B."""
-        self.launch(LORA_GRADIENT_LAUNCHES)
+        self.launch(LORA_GRADIENT_LAUNCHES + (multiplier != 1))
         return a.new_empty((len(a), b.shape[1]), dtype=torch.float32)
 
     def add_matmul_(self, total: Tensor, a: Tensor, b: Tensor, multiplier: float = 1.0) -> Tensor:
@@ -146,13 +162,14 @@ def recorder(monkeypatch) -> Recorder:
     return recorder
 
 
-def meta_layer(config: ModelConfig, lora: LoraConfig) -> DecoderLayer:
+def meta_layer(config: ModelConfig, kind: LayerKind, lora: LoraConfig) -> DecoderLayer:
     """Return a layer of meta tensors with adapters."""
-    layer = DecoderLayer(config, config.layer_kinds[0])
+    layer = DecoderLayer(config, kind)
     generator = torch.Generator()
     for name, module in layer.named_modules():
         if isinstance(module, Linear):
             module.weight = empty(module.out_features, module.in_features)
+            module.bias = empty(module.out_features) if module.has_bias else None
             if name.rpartition(".")[2] in lora.target_modules:
                 module.add_lora(lora, META, generator)
     for module in layer.modules():
@@ -166,6 +183,13 @@ def empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=DTYPE, device=META), requires_grad=False)
 
 
+def meta_tables(rope: RopeConfig, rows: int) -> RopeTables:
+    """Return the tables of a rotation for `rows` positions, without their values."""
+    angles = torch.empty(rows, rope.rotary_dim // 2, device=META)
+    query_scale = torch.empty(rows, device=META) if rope.query_growth else None
+    return RopeTables(angles, angles, query_scale)
+
+
 def replay(
     recorder: Recorder,
     layer: DecoderLayer,
@@ -177,10 +201,12 @@ def replay(
     """Run a layer forward and backward over one sample of `rows` rows."""
     index = torch.empty(rows, dtype=torch.int32, device=META)
     packed = PackedSequences(index, index, index, max_seqlen=rows)
-    angles = torch.empty(rows, config.head_dim // 2, device=META)
-    context = LayerContext((RopeTables(angles, angles),), DTYPE, "triton")
+    windows = {kind.window: packed for kind in config.layer_kinds if kind.window is not None}
+    packed = replace(packed, windows=windows)
+    ropes = tuple(meta_tables(rope, rows) for rope in config.ropes)
+    context = LayerContext(ropes, DTYPE, "triton")
     buffers = context.weight_buffers.allocate(layer.fused_linears, DTYPE, META)
-    static = [index, angles, *buffers.values(), *layer.parameters()]
+    static = [index, *buffers.values(), *layer.parameters()]
 
     s = torch.empty(rows, config.hidden_size, device=META)
     with LiveBytes(static) as forward:
@@ -198,32 +224,54 @@ def replay(
     return Replay(forward, backward, nbytes)
 
 
-@pytest.mark.parametrize("shape", ["8b", "135m", "qwen3-8b"])
-@pytest.mark.parametrize("adapters", ADAPTERS)
+def check_the_plans_of_a_layer(recorder, config, lora, cases) -> None:
+    """Compare planned bytes and launches of each kind of layer with those of its replay.
+
+    cases: (rows, tile_rows) of each micro-step.
+    """
+    sizes = ModelShape.of(config, lora, DTYPE.itemsize, config.max_position_embeddings)
+    for kind in dict.fromkeys(sizes.kinds):
+        layer = meta_layer(config, kind, lora)
+        for rows, tile_rows in cases:
+            memory = MemoryModel(sizes, Workload(rows, max_seqlen=rows))
+            time_model = TimeModel(memory, DeviceRates())
+            for level in LEVELS:
+                found = replay(recorder, layer, config, rows, tile_rows, level)
+                case = f"{kind}, {rows} rows in tiles of {tile_rows}, {level.name}"
+                planned = memory.layer_bytes(level, tile_rows, cudnn=False)
+                peaks = planned.forward_peak, planned.backward_peak
+                assert planned.saved == found.saved, case
+                assert peaks == pytest.approx(
+                    (found.forward.peak, found.backward.peak), rel=MAX_ERROR
+                ), case
+                # gradients are added to .grad after the layer's backward
+                launches = (
+                    time_model.forward_launches(kind, tile_rows),
+                    time_model.backward_launches(kind, level, tile_rows) - 1,
+                )
+                assert launches == (found.forward.launches, found.backward.launches), case
+
+
+@pytest.mark.parametrize(
+    ("shape", "adapters"), [*(("8b", name) for name in ADAPTERS), ("135m", "all, r 64")]
+)
 def test_the_planned_bytes_and_launches_are_those_of_the_layer(recorder, shape, adapters):
-    config, lora = ModelConfig.from_dict(SHAPES[shape]), ADAPTERS[adapters]
-    sizes = ModelShape.of(config, lora, DTYPE.itemsize)
-    layer = meta_layer(config, lora)
-    for rows, tile_rows in ((1000, None), (2048, 256), (4096, 1024), (8192, None), (9000, 2048)):
-        memory = MemoryModel(sizes, Workload(rows, max_seqlen=rows))
-        time_model = TimeModel(memory, DeviceRates())
-        for level in LEVELS:
-            found = replay(recorder, layer, config, rows, tile_rows, level)
-            case = f"{rows} rows in tiles of {tile_rows}, {level.name}"
-            planned = memory.layer_bytes(level, tile_rows, cudnn=False)
-            assert planned.saved == found.saved, case
-            assert planned.forward_peak == pytest.approx(found.forward.peak, rel=MAX_ERROR), case
-            assert planned.backward_peak == pytest.approx(found.backward.peak, rel=MAX_ERROR), case
-            assert time_model.forward_launches(tile_rows) == found.forward.launches, case
-            # gradients are added to .grad after the layer's backward
-            launches = time_model.backward_launches(level, tile_rows) - 1
-            assert launches == found.backward.launches, case
+    cases = ((1000, None), (2048, 256), (4096, 1024), (8192, None), (9000, 2048))
+    config = ModelConfig.from_dict(SHAPES[shape])
+    check_the_plans_of_a_layer(recorder, config, ADAPTERS[adapters], cases)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_planned_bytes_and_launches_are_those_of_each_familys_layer(recorder, family):
+    config = ModelConfig.from_dict(FAMILIES[family])
+    lora = LoraConfig(r=16, target_modules=config.adapted_linears(LORA_TARGETS))
+    check_the_plans_of_a_layer(recorder, config, lora, ((3000, 1024), (8192, None)))
 
 
 @pytest.mark.parametrize("rows", [100, 2048, 8192])
 def test_the_planned_peak_of_the_loss_is_that_of_the_code(recorder, rows):
     config = ModelConfig.from_dict(SHAPES["8b"])
-    sizes = ModelShape.of(config, ADAPTERS["all, r 16"], DTYPE.itemsize)
+    sizes = ModelShape.of(config, ADAPTERS["all, r 16"], DTYPE.itemsize, max_seq_length=rows)
     D, V = config.hidden_size, config.vocab_size
     norm, head = RMSNorm(D, config.rms_norm_eps), empty(V, D)
     norm.weight = empty(D)

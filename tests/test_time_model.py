@@ -1,10 +1,14 @@
-"""Tests of the time model: planned waits for copies to the host are those of a simulation."""
+"""Tests of the time model: waits for copies to the host, and layers of several kinds."""
+
+from dataclasses import replace
 
 import pytest
-from plan_cases import SHORT, STATIC
+from plan_cases import LONG, SHAPE, SHORT, STATIC, fastest
 
+from minitune.config.layer_kinds import LayerKind
 from minitune.memory.device_rates import DeviceRates
-from minitune.memory.plan import Candidate
+from minitune.memory.memory_model import MemoryModel
+from minitune.memory.plan import Candidate, Workload
 from minitune.memory.search import evaluate
 from minitune.memory.time_model import TimeModel
 from minitune.model.activations import LayerPlan, SaveLevel
@@ -30,3 +34,47 @@ def test_forward_waits_for_copies_as_long_as_planned(late_layers, copy):
     waited = max(now, copied) - 32
     planned = TimeModel(SHORT, rates).offload_wait(candidate, forward=1.0)
     assert planned == pytest.approx(waited, abs=0.01)
+
+
+FULL = LayerKind(window=None, rope=0)
+
+
+def with_kinds(memory: MemoryModel, *kinds: LayerKind) -> MemoryModel:
+    """Return the memory model of the same layers, which alternate between these kinds."""
+    layers = memory.shape.layers
+    shape = replace(memory.shape, kinds=kinds * (layers // len(kinds)))
+    return replace(memory, shape=shape)
+
+
+def test_attention_in_a_window_takes_the_time_of_the_rows_that_are_seen():
+    """Count the pairs of rows one by one."""
+    seqlen = 1000
+    memory = MemoryModel(SHAPE, Workload(4 * seqlen, seqlen))
+    rates = DeviceRates(matmul=1.0, attention=1.0)
+    time_model = TimeModel(memory, rates)
+    for window in (1, 100, 700, 1000, 5000):
+        pairs = 4 * sum(min(i + 1, window) for i in range(seqlen))
+        operations = 4 * pairs * SHAPE.HK
+        planned = time_model.attention_seconds(FULL._replace(window=window), cudnn=True)
+        assert planned == pytest.approx(operations, rel=0.01)
+
+
+def test_only_layers_without_a_window_may_use_cudnn():
+    windowed = FULL._replace(window=4096)
+    seconds = {
+        name: TimeModel(memory, DeviceRates()).seconds(
+            Candidate(SaveLevel.INPUT, LayerPlan(SaveLevel.INPUT), 32, None, memory.cudnn)
+        )
+        for name, memory in {
+            "full": with_kinds(LONG, FULL),
+            "mixed": with_kinds(LONG, FULL, windowed),
+            "windowed": with_kinds(LONG, windowed),
+        }.items()
+    }
+    assert seconds["mixed"] == pytest.approx((seconds["full"] + seconds["windowed"]) / 2)
+    assert with_kinds(LONG, FULL, windowed).cudnn
+    assert not with_kinds(LONG, windowed).cudnn
+    without_cudnn = with_kinds(
+        replace(LONG, workload=replace(LONG.workload, cudnn=False)), windowed
+    )
+    assert fastest(with_kinds(LONG, windowed), 11) == fastest(without_cudnn, 11)

@@ -5,13 +5,19 @@ order in which they are made and freed. tests/test_memory_replay.py runs a layer
 checks the formulas against the live bytes at the peak. Plans use the formulas, because a search
 needs up to 96 peaks, which take 1 ms by formula and 5 s by replay.
 
+All layers count alike. They differ only in the workspace of cuDNN's attention, which layers with a
+sliding window lack; the peak is that of a layer without. The bounds of the samples are not counted,
+8 bytes a row for each window.
+
 The letters are those of decoder_layer.py: N rows in all, n rows of a tile.
 """
 
+import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
+from minitune.config.model_config import ModelConfig
 from minitune.kernels.attention_cudnn import kv_heads_at_once
 from minitune.kernels.attention_dkdv import planned_splits
 from minitune.kernels.cross_entropy import logits_tile_rows
@@ -42,7 +48,7 @@ class Storage:
 
 
 def static_parts(
-    shape: ModelShape, max_seqlen: int, storage: Storage | None = None
+    config: ModelConfig, shape: ModelShape, max_seqlen: int, storage: Storage | None = None
 ) -> tuple[tuple[str, int], ...]:
     """Return (name, bytes) of everything in GPU memory that no plan changes.
 
@@ -55,17 +61,17 @@ def static_parts(
     weights += shape.embedding_bytes  # the head
     if not shape.tied and not storage.offload_embedding:
         weights += shape.embedding_bytes
-    weights += (2 * shape.layers + 1) * shape.D * shape.itemsize  # norms
-    if shape.qk_norm:
-        weights += 2 * shape.layers * shape.HK // shape.H * shape.itemsize  # norms of the heads
+    vectors = [tensor for tensor in config.tensor_shapes().values() if len(tensor) == 1]
+    weights += sum(map(math.prod, vectors)) * shape.itemsize  # norms and biases
+    # cos and sin of each pair of columns; a factor of the queries if these grow
+    rope_columns = sum(rope.rotary_dim + (rope.query_growth > 0) for rope in config.ropes)
     return (
         ("weights", weights),
         ("dequantisation buffer", shape.weight_buffer_bytes),
         ("cuBLAS", STREAMS * CUBLAS_WORKSPACE),
         ("adapter and its gradient", 2 * FLOAT32 * shape.lora_parameters),
         ("optimizer", int(moments * shape.lora_parameters)),
-        # cos and sin, K / 2 angles a position
-        ("RoPE tables", FLOAT32 * max_seqlen * shape.HK // shape.H),
+        ("RoPE tables", FLOAT32 * max_seqlen * rope_columns),
     )
 
 
@@ -83,6 +89,11 @@ class MemoryModel:
 
     shape: ModelShape
     workload: Workload
+
+    @property
+    def cudnn(self) -> bool:
+        """Return True if the attention of some layer may use cuDNN, which knows no windows."""
+        return self.workload.cudnn and any(kind.window is None for kind in self.shape.kinds)
 
     # ---- one layer
 

@@ -3,8 +3,11 @@
 They follow from config.json and the adapter's settings, so a plan needs neither a model nor a GPU.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+from minitune.config.layer_kinds import LayerKind
 from minitune.config.model_config import LinearShape, ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.kernels.lora_linear import padded_rank
@@ -19,6 +22,7 @@ class FusedShape:
     """The linears of a layer that run as one matmul: qkv, o, gate_up or down.
 
     in_features, out_features: widths of its input and output.
+    biases: number of its linears with a bias.
     adapters: number of its linears with an adapter.
     lora_columns: padded rank R beside its input and output; 0 without an adapter.
     lora_parameters: elements of A and B of its adapters.
@@ -26,6 +30,7 @@ class FusedShape:
 
     in_features: int
     out_features: int
+    biases: int
     adapters: int
     lora_columns: int
     lora_parameters: int
@@ -45,7 +50,7 @@ class FusedShape:
 class ModelShape:
     """The sizes of a model with its adapter, in elements.
 
-    layers: number of decoder layers.
+    kinds: the window and the rotation of each decoder layer.
     D: model width.
     F: ffn width.
     HK: width of all query heads together.
@@ -55,10 +60,11 @@ class ModelShape:
     itemsize: bytes of an element in the compute dtype.
     tied: True if the head is the embedding.
     qk_norm: True if each query and key head is normalised before RoPE.
+    scales_residual: True if what a layer adds to the residual stream has a factor.
     qkv, o, gate_up, down: the fused linears of a layer.
     """
 
-    layers: int
+    kinds: tuple[LayerKind, ...]
     D: int
     F: int
     HK: int
@@ -69,6 +75,7 @@ class ModelShape:
     itemsize: int
     tied: bool
     qk_norm: bool
+    scales_residual: bool
     qkv: FusedShape
     o: FusedShape
     gate_up: FusedShape
@@ -76,13 +83,22 @@ class ModelShape:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, lora: LoraConfig | None, itemsize: int, device_type: str = "cuda"
+        cls,
+        config: ModelConfig,
+        lora: LoraConfig | None,
+        itemsize: int,
+        max_seq_length: int,
+        device_type: str = "cuda",
     ) -> "ModelShape":
-        """Return the shape of a model. `device_type` decides how ranks are padded."""
+        """Return the shape of a model.
+
+        max_seq_length: rows of the longest sample that the model takes; wider windows do not count.
+        device_type: decides how ranks are padded.
+        """
         if lora is not None:
             lora = replace(lora, target_modules=config.adapted_linears(lora.target_modules))
         return cls(
-            layers=config.num_hidden_layers,
+            kinds=config.kinds_up_to(max_seq_length),
             D=config.hidden_size,
             F=config.intermediate_size,
             HK=config.query_size,
@@ -93,11 +109,22 @@ class ModelShape:
             itemsize=itemsize,
             tied=config.tie_word_embeddings,
             qk_norm=config.qk_norm,
+            scales_residual=config.residual_multiplier != 1,
             **{
                 group: _fused_shape(linears, lora, device_type)
                 for group, linears in config.linear_groups().items()
             },
         )
+
+    @property
+    def layers(self) -> int:
+        """Return the number of decoder layers."""
+        return len(self.kinds)
+
+    @cached_property
+    def kind_counts(self) -> tuple[tuple[LayerKind, int], ...]:
+        """Return (kind, number of layers of this kind)."""
+        return tuple(Counter(self.kinds).items())
 
     @property
     def QKV(self) -> int:
@@ -149,6 +176,7 @@ def _fused_shape(
     return FusedShape(
         in_features=linears[0].in_features,
         out_features=sum(linear.out_features for linear in linears),
+        biases=sum(linear.bias for linear in linears),
         adapters=len(adapted),
         lora_columns=padded_rank(rank * len(adapted), device_type),
         lora_parameters=sum(rank * (n.in_features + n.out_features) for n in adapted),

@@ -58,8 +58,9 @@ def plan_memory(
         result is the plan that needs least memory.
     rates: of the machine; by default those of one H200.
     """
-    memory = MemoryModel(ModelShape.of(config, lora, itemsize=2), workload)
-    static = static_parts(memory.shape, workload.max_seqlen, storage)
+    shape = ModelShape.of(config, lora, itemsize=2, max_seq_length=workload.max_seqlen)
+    memory = MemoryModel(shape, workload)
+    static = static_parts(config, shape, workload.max_seqlen, storage)
     if level is not None:
         return uniform_plan(memory, level, static, rates)
     return fastest_plan(memory, static, budget, rates, allow_resident_weights=True)
@@ -141,7 +142,9 @@ class Planner:
         cudnn: True if attention may use cuDNN; the other arguments are those of `plan_for`.
         """
         device = model.device
-        shape = ModelShape.of(model.config, model.lora, model.dtype.itemsize, device.type)
+        shape = ModelShape.of(
+            model.config, model.lora, model.dtype.itemsize, model.max_seq_length, device.type
+        )
         memory = MemoryModel(shape, Workload(tokens, max_seqlen or tokens, cudnn))
         allocated = 0
         if device.type == "cuda":

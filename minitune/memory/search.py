@@ -76,8 +76,7 @@ def uniform_plan(
     rates: DeviceRates | None = None,
 ) -> Plan:
     """Return the plan in which every layer uses the same save level, on the GPU, without tiles."""
-    layers, cudnn = memory.shape.layers, memory.workload.cudnn
-    candidate = Candidate(level, LayerPlan(level), layers, None, cudnn)
+    candidate = Candidate(level, LayerPlan(level), memory.shape.layers, None, memory.cudnn)
     return evaluate(memory, candidate, static, rates or DeviceRates())
 
 
@@ -124,7 +123,7 @@ def candidates(memory: MemoryModel, offload: bool) -> Iterator[Candidate]:
     workload = memory.workload
     tiles = [rows for rows in TILE_ROWS if rows is None or rows < workload.tokens]
     # cuDNN's attention is faster and needs more memory.
-    attention = (True, False) if workload.cudnn else (False,)
+    attention = (True, False) if memory.cudnn else (False,)
     places = (False, True) if offload else (False,)
     for cudnn, tile_rows, late_level in product(attention, tiles, LEVELS):
         for level, offloaded in product(LEVELS, places):

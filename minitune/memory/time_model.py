@@ -8,8 +8,10 @@ The factors count the kernels of `forward_saving_` and `backward_` (model/decode
 letters are those of that file: N rows in all, n rows of a tile.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from minitune.config.layer_kinds import LayerKind
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.memory_model import MemoryModel
 from minitune.memory.model_shape import NF4_BYTES
@@ -28,7 +30,9 @@ FORWARD_D = (
     + 3  # down adds to s: s read and written, instead of D written once
 )
 FORWARD_F = 3  # gated activation: gate and up read, m written
-FORWARD_QKV = 2  # RoPE: q and k read and written; with norms of the heads the same
+# RoPE: q and k read and written; with norms of the heads the same. Heads that are rotated in part
+# count as whole: for 96 of 128 columns that is 0.5% of a layer of Phi-4-mini.
+FORWARD_QKV = 2
 BACKWARD_D = (
     3  # second norm once more: x and o read, h_mid written
     + 5  # its backward: dh_mid, x, o and dx read, dx written
@@ -41,9 +45,9 @@ BACKWARD_QKV = 2  # RoPE's backward: dq and dk read and written
 # them once more beside dq and dk.
 BACKWARD_ROTATED = 3
 
-# Operations of attention, for each element of HK and pair of rows: q k^T and p v, half of the pairs
-# because it is causal. Backward takes three times as long: it has 2.5 times the products, and
-# recomputes scores.
+# Operations of attention, for each element of HK, row and row of its sample: q k^T and p v, of half
+# of the rows because it is causal. Backward takes three times as long: it has 2.5 times the
+# products, and recomputes scores.
 ATTENTION_OPERATIONS = 2
 ATTENTION_BACKWARD = 3
 
@@ -56,12 +60,12 @@ FORWARD_LAUNCHES = (
     1  # x
     + 1  # adapters into the extended weights
     + 4  # dequantisation, a fused linear each
-    + 2  # RoPE, attention
+    + 1  # attention
 )
 BACKWARD_LAUNCHES = (
     1  # adapters
     + 4  # dequantisation
-    + 3  # attention: dq; dk and dv; RoPE
+    + 2  # attention: dq; dk and dv
     + 1  # gradients added to .grad
 )
 # Launches for each tile of rows.
@@ -81,12 +85,12 @@ class TimeModel:
     def seconds(self, candidate: Candidate) -> float:
         """Return the time of forward, loss and backward."""
         layers = self.memory.shape.layers
-        tile_rows, early = candidate.tile_rows, candidate.early
+        options, early = (candidate.tile_rows, candidate.cudnn), candidate.early
         early_layers = layers - candidate.late_layers
         saving_layers = candidate.early_saving_layers(layers)
-        forward = self.forward_seconds(tile_rows, candidate.cudnn)
+        forward = self._layer_mean(self.forward_seconds, *options)
         backward = [
-            self.backward_seconds(max(level, SaveLevel.INPUT), tile_rows, candidate.cudnn)
+            self._layer_mean(self.backward_seconds, max(level, SaveLevel.INPUT), *options)
             for level in (early.level, candidate.late_level)
         ]
 
@@ -104,28 +108,40 @@ class TimeModel:
             seconds += prefetch if candidate.late_layers == 0 else 0.0
         return seconds + early_layers * early_backward
 
-    def forward_seconds(self, tile_rows: int | None, cudnn: bool) -> float:
+    def _layer_mean(self, seconds: Callable[..., float], *options: object) -> float:
+        """Return the mean of `seconds(kind, *options)` over the layers.
+
+        Kinds alternate from layer to layer, so early and late layers count as one mix.
+        """
+        counts = self.memory.shape.kind_counts
+        return sum(n * seconds(kind, *options) for kind, n in counts) / self.memory.shape.layers
+
+    def forward_seconds(self, kind: LayerKind, tile_rows: int | None, cudnn: bool) -> float:
         """Return the time of a layer's forward."""
         shape = self.memory.shape
-        moved = FORWARD_D * shape.D + FORWARD_F * shape.F + FORWARD_QKV * shape.QKV
+        moved = FORWARD_D * shape.D + FORWARD_F * shape.F
+        moved += FORWARD_QKV * shape.QKV if kind.rope is not None else 0
         # x A^T reads the input of each fused linear with an adapter.
         lora_read = sum(linear.in_features for linear in shape.fused if linear.adapters)
         return (
             self._matmul_seconds(shape.layer_parameters, tile_rows)
-            + self._attention_seconds(cudnn)
+            + self.attention_seconds(kind, cudnn)
             + self.dequantise_seconds
             + self._move_seconds(moved)
             + self._move_seconds(lora_read) / LORA_READ_EFFICIENCY
-            + self.forward_launches(tile_rows) * self.rates.launch
+            + self.forward_launches(kind, tile_rows) * self.rates.launch
         )
 
-    def backward_seconds(self, level: SaveLevel, tile_rows: int | None, cudnn: bool) -> float:
+    def backward_seconds(
+        self, kind: LayerKind, level: SaveLevel, tile_rows: int | None, cudnn: bool
+    ) -> float:
         """Return the time of a layer's backward, which recomputes all that `level` does not save.
 
         The elementwise kernels of recomputation are not counted: 1.5 of 8B's 316 ms.
         """
         shape = self.memory.shape
-        moved = BACKWARD_D * shape.D + BACKWARD_F * shape.F + BACKWARD_QKV * shape.QKV
+        moved = BACKWARD_D * shape.D + BACKWARD_F * shape.F
+        moved += BACKWARD_QKV * shape.QKV if kind.rope is not None else 0
         moved += BACKWARD_ROTATED * shape.rotated_width
         # dA reads the input; dy B and dB read the gradient of the output.
         lora_read = sum(
@@ -133,7 +149,7 @@ class TimeModel:
             for linear in shape.fused
             if linear.adapters
         )
-        attention = self._attention_seconds(cudnn)
+        attention = self.attention_seconds(kind, cudnn)
         parameters = shape.layer_parameters
         seconds = ATTENTION_BACKWARD * attention
         if level < SaveLevel.ATTENTION:
@@ -148,19 +164,21 @@ class TimeModel:
             + self.dequantise_seconds
             + self._move_seconds(moved)
             + self._move_seconds(lora_read) / LORA_READ_EFFICIENCY
-            + self.backward_launches(level, tile_rows) * self.rates.launch
+            + self.backward_launches(kind, level, tile_rows) * self.rates.launch
         )
 
-    def forward_launches(self, tile_rows: int | None) -> int:
+    def forward_launches(self, kind: LayerKind, tile_rows: int | None) -> int:
         """Return the kernels of a layer's forward."""
-        fused = sum(linear.adapters > 0 for linear in self.memory.shape.fused)
+        linears, rotates = self.memory.shape.fused, kind.rope is not None
+        tile_launches = FORWARD_TILE_LAUNCHES
         # x A^T into the columns beside x, and saved from there.
-        tile_launches = FORWARD_TILE_LAUNCHES + 2 * fused
-        return FORWARD_LAUNCHES + self._tiles(tile_rows) * tile_launches
+        tile_launches += 2 * sum(linear.adapters > 0 for linear in linears)
+        tile_launches += sum(linear.biases for linear in linears)
+        return FORWARD_LAUNCHES + rotates + self._tiles(tile_rows) * tile_launches
 
-    def backward_launches(self, level: SaveLevel, tile_rows: int | None) -> int:
+    def backward_launches(self, kind: LayerKind, level: SaveLevel, tile_rows: int | None) -> int:
         """Return the kernels of a layer's backward."""
-        shape, tiles = self.memory.shape, self._tiles(tile_rows)
+        shape, tiles, rotates = self.memory.shape, self._tiles(tile_rows), kind.rope is not None
         fused = sum(linear.adapters > 0 for linear in shape.fused)
         adapters = sum(linear.adapters for linear in shape.fused)
         layer_launches, tile_launches = BACKWARD_LAUNCHES, BACKWARD_TILE_LAUNCHES
@@ -168,16 +186,20 @@ class TimeModel:
         tile_launches += fused - (shape.o.adapters > 0)  # saved x A^T; o's input has it already
         # dA of a fused linear, dB of a linear
         tile_launches += LORA_GRADIENT_LAUNCHES * (fused + adapters)
+        if shape.scales_residual:  # dA and dB of o and down are multiplied by the factor
+            tile_launches += sum(1 + x.adapters for x in (shape.o, shape.down) if x.adapters)
+        layer_launches += rotates  # RoPE
         layer_launches += self.memory.attention_splits > 1  # adds up dk and dv of the splits
         layer_launches += shape.qk_norm  # q and k for attention's backward
         if level < SaveLevel.ATTENTION:
             layer_launches += 1 + shape.qk_norm  # attention; q and k for it
         if level < SaveLevel.QKV:
-            layer_launches += not shape.qk_norm  # RoPE
+            layer_launches += rotates and not shape.qk_norm  # RoPE
             tile_launches += 1 + 2  # input norm; matmuls of qkv and o
+            tile_launches += shape.qkv.biases + shape.o.biases
             tile_launches += (shape.qkv.adapters > 0) + (shape.o.adapters > 0)  # saved x A^T
         if level < SaveLevel.ALL:
-            tile_launches += 1  # matmul of gate and up
+            tile_launches += 1 + shape.gate_up.biases  # matmul of gate and up
         # From the second tile on, the gradients of a fused linear are added up.
         return layer_launches + tiles * tile_launches + (tiles - 1) * fused
 
@@ -223,6 +245,18 @@ class TimeModel:
         rest = min(lag, limit) - running_beside * copied_a_layer
         return (max(lag - limit, 0.0) + max(rest, 0.0)) / self.rates.to_host
 
+    def attention_seconds(self, kind: LayerKind, cudnn: bool) -> float:
+        """Return the time of attention's forward. cuDNN's attention has no windows."""
+        workload = self.memory.workload
+        seqlen = min(workload.max_seqlen, workload.tokens)
+        window = min(kind.window or seqlen, seqlen)
+        # Twice the mean number of rows that a row sees: seqlen without a window.
+        seen = window * (2 - window / seqlen)
+        with_cudnn = cudnn and kind.window is None
+        efficiency = self.rates.cudnn if with_cudnn else self.rates.attention
+        operations = ATTENTION_OPERATIONS * workload.tokens * seen * self.memory.shape.HK
+        return operations / (self.rates.matmul * efficiency)
+
     def _tiles(self, tile_rows: int | None) -> int:
         N = self.memory.workload.tokens
         return -(-N // min(tile_rows or N, N))
@@ -232,14 +266,6 @@ class TimeModel:
         N = self.memory.workload.tokens
         n = min(tile_rows or N, N)
         return 2 * N * parameters * (n + HALF_RATE_ROWS) / n / self.rates.matmul
-
-    def _attention_seconds(self, cudnn: bool) -> float:
-        """Return the time of attention's forward."""
-        workload = self.memory.workload
-        pairs = workload.tokens * min(workload.max_seqlen, workload.tokens)
-        efficiency = self.rates.cudnn if cudnn else self.rates.attention
-        operations = ATTENTION_OPERATIONS * pairs * self.memory.shape.HK
-        return operations / (self.rates.matmul * efficiency)
 
     def _move_seconds(self, elements: int) -> float:
         """Return the time to read or write so many elements of every row."""

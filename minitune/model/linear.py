@@ -220,7 +220,7 @@ class FusedLinear:
         for linear in self.linears:
             if linear.bias is not None:
                 columns = y[:, first : first + linear.out_features]
-                columns.add_(linear.bias.detach().to(y.dtype), alpha=self.multiplier)
+                columns.add_(linear.bias.detach(), alpha=self.multiplier)
             first += linear.out_features
         return y
 

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights: Llama 3.1 8B, Llama 3.2 1B, SmolLM2 135M and Qwen3 8B.
+"""Checkpoints with random weights, in the shapes of Llama and of models of the other families.
 
 Time and memory of a step depend on shapes alone, so the benchmark needs no real weights. A folder
 holds the files that any library reads: config.json, bf16 safetensors in shards with their index,
@@ -127,6 +127,133 @@ SHAPES = {
         tie=False,
     )
     | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rms_norm_eps": 1e-6},
+    "qwen2.5-7b": llama_config(
+        hidden=3584,
+        ffn=18944,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        vocab=152064,
+        theta=1000000.0,
+        positions=131072,
+        tie=False,
+    )
+    | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6},
+    "mistral-7b": llama_config(  # version 0.1, the one with a sliding window
+        hidden=4096,
+        ffn=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        vocab=32000,
+        theta=10000.0,
+        positions=32768,
+        tie=False,
+    )
+    | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 4096,
+    },
+    "ministral3-8b": llama_config(
+        hidden=4096,
+        ffn=14336,
+        layers=34,
+        heads=32,
+        kv_heads=8,
+        vocab=131072,
+        theta=1000000.0,
+        positions=262144,
+        tie=False,
+    )
+    | {
+        "architectures": ["Ministral3ForCausalLM"],
+        "model_type": "ministral3",
+        "rope_scaling": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "smollm3-3b": llama_config(
+        hidden=2048,
+        ffn=11008,
+        layers=36,
+        heads=16,
+        kv_heads=4,
+        vocab=128256,
+        theta=5000000.0,
+        positions=65536,
+        tie=True,
+    )
+    | {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 4,
+        "rms_norm_eps": 1e-6,
+    },
+    "granite-8b": llama_config(  # version 3.3
+        hidden=4096,
+        ffn=12800,
+        layers=40,
+        heads=32,
+        kv_heads=8,
+        vocab=49159,
+        theta=10000000.0,
+        positions=131072,
+        tie=True,
+    )
+    | {
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "attention_multiplier": 0.0078125,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 16.0,
+    },
+    "phi-4": llama_config(
+        hidden=5120,
+        ffn=17920,
+        layers=40,
+        heads=40,
+        kv_heads=10,
+        vocab=100352,
+        theta=250000.0,
+        positions=16384,
+        tie=False,
+    )
+    | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"},
+    "phi-4-mini": llama_config(
+        hidden=3072,
+        ffn=8192,
+        layers=32,
+        heads=24,
+        kv_heads=8,
+        vocab=200064,
+        theta=10000.0,
+        positions=131072,
+        tie=True,
+    )
+    | {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "original_max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 48,
+            "long_factor": [32.0]
+            * 48,  # the model's own rise from 1 to 48; no time depends on them
+        },
+        "sliding_window": 262144,
+    },
 }
 
 
@@ -156,7 +283,7 @@ def write_random_checkpoint(
 def _random_tensors(
     shapes: dict[str, tuple[int, ...]], layers: int, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, bf16 tensor on the host): norms are 1, matrices are normal.
+    """Yield (name, bf16 tensor on the host): norms are 1, biases 0, and matrices normal.
 
     o_proj and down_proj add to the residual stream 2 * layers times in all. Their deviation is
     smaller by sqrt(2 * layers), as in GPT-2, so the stream keeps its size from layer to layer.
@@ -164,7 +291,8 @@ def _random_tensors(
     generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
     for name, shape in shapes.items():
         if len(shape) == 1:
-            yield name, torch.ones(shape, dtype=torch.bfloat16)
+            value = 0.0 if name.endswith(".bias") else 1.0
+            yield name, torch.full(shape, value, dtype=torch.bfloat16)
             continue
         adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = INITIAL_STD / math.sqrt(2 * layers) if adds_to_residual else INITIAL_STD
