@@ -28,6 +28,7 @@ PROFILE_GROUP = "attention"
 # keys, K = 128, bf16), forward and backward of 8192 rows take 3.77 ms, and 4.45 ms in attention.py.
 # At 2048 rows they take the same time, and below that cuDNN is slower.
 CUDNN_MIN_LENGTH = 4096
+CUDNN_MAX_HEAD_WIDTH = 128
 # Rows times heads of a call. On the same GPU, 16384 to 65536 rows in 2 to 8 calls instead of 1 take
 # up to 2% longer in backward and up to 6% in forward. 8192 rows in 2 calls take 10% longer.
 CUDNN_ROW_HEADS_PER_CALL = 1 << 18
@@ -47,7 +48,7 @@ def cudnn_supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uniform_se
         )
     if not q.is_cuda or not len(q) or uniform_seqlen == 1:
         return False
-    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 128:
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > CUDNN_MAX_HEAD_WIDTH:
         return False
     aligned = all(x.stride(0) % 8 == x.stride(1) % 8 == x.data_ptr() % 16 == 0 for x in (q, k, v))
     if not aligned or not torch.backends.cudnn.is_available():

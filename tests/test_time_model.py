@@ -74,6 +74,8 @@ def test_only_layers_without_a_window_may_use_cudnn():
     assert seconds["mixed"] == pytest.approx((seconds["full"] + seconds["windowed"]) / 2)
     assert with_kinds(LONG, FULL, windowed).cudnn
     assert not with_kinds(LONG, windowed).cudnn
+    wide_heads = replace(LONG.shape, H=LONG.shape.H // 2)  # 256
+    assert not replace(LONG, shape=wide_heads).cudnn
     without_cudnn = with_kinds(
         replace(LONG, workload=replace(LONG.workload, cudnn=False)), windowed
     )

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from minitune.config.model_config import ModelConfig
-from minitune.kernels.attention_cudnn import kv_heads_at_once
+from minitune.kernels.attention_cudnn import CUDNN_MAX_HEAD_WIDTH, kv_heads_at_once
 from minitune.kernels.attention_dkdv import planned_splits
 from minitune.kernels.cross_entropy import logits_tile_rows
 from minitune.memory.model_shape import NF4_BYTES, ModelShape
@@ -93,7 +93,8 @@ class MemoryModel:
     @property
     def cudnn(self) -> bool:
         """Return True if the attention of some layer may use cuDNN, which knows no windows."""
-        return self.workload.cudnn and any(kind.window is None for kind in self.shape.kinds)
+        supported = self.workload.cudnn and self.shape.K <= CUDNN_MAX_HEAD_WIDTH
+        return supported and any(kind.window is None for kind in self.shape.kinds)
 
     # ---- one layer
 
@@ -228,7 +229,7 @@ class MemoryModel:
         It is 1 if the blocks of rows and the groups alone fill the GPU.
         """
         shape = self.shape
-        return planned_splits(self.workload.tokens, shape.H, shape.G, shape.HK // shape.H)
+        return planned_splits(self.workload.tokens, shape.H, shape.G, shape.K)
 
     def _cudnn_part(self) -> float:
         """Return the fraction of the heads that one call of cuDNN's attention takes."""

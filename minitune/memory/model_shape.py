@@ -127,6 +127,11 @@ class ModelShape:
         return tuple(Counter(self.kinds).items())
 
     @property
+    def K(self) -> int:
+        """Return the width of a head."""
+        return self.HK // self.H
+
+    @property
     def QKV(self) -> int:
         """Return the width of q, k and v side by side."""
         return self.HK + 2 * self.GK
