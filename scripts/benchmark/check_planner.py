@@ -1,9 +1,9 @@
 """Compare plans with measurements on a GPU.
 
 python scripts/benchmark/check_planner.py shapes [--count 20] [--json FILE]
-    Draw random Llamas, micro-steps, ranks and budgets, and print the planned and the measured peak
-    and time of each. Exit code 1 if a peak is more than 5% off or above its budget, or a time is
-    more than 15% off.
+    Draw random models of each family in turn, micro-steps, ranks and budgets, and print the planned
+    and the measured peak and time of each. Exit code 1 if a peak is more than 5% off or above its
+    budget, or a time is more than 15% off.
 python scripts/benchmark/check_planner.py gradients --model DIR --memory-budget 8GiB
     Compare loss and gradients of a micro-step within a budget with those of a micro-step that may
     use all memory.
@@ -40,9 +40,19 @@ from minitune.model.activations import SaveLevel
 from minitune.training.micro_step import MicroStep
 
 MAX_PEAK_ERROR, MAX_TIME_ERROR = 0.05, 0.15
+# Values of config.json that make a Llama a model of another family.
+FAMILIES = (
+    {},
+    {"model_type": "mistral", "sliding_window": 1024},
+    {"model_type": "qwen2"},
+    {"model_type": "qwen3"},
+    {"model_type": "smollm3"},
+    {"model_type": "granite", "residual_multiplier": 0.22},
+    {"model_type": "phi3"},
+)
 HEADER = (
     "seed",
-    "layers x D, F",
+    "family, layers x D, F",
     "step",
     "budget",
     "planned GiB",
@@ -57,6 +67,8 @@ HEADER = (
 
 def random_case(seed: int) -> tuple[dict[str, Any], list[str]]:
     """Return a random config.json, and the flags of bench.py for a run of it.
+
+    The families take turns: seed 0 is a Llama, and so on.
 
     The budget lies between the least memory and that of saving everything, or up to 10% of this
     distance above.
@@ -77,6 +89,7 @@ def random_case(seed: int) -> tuple[dict[str, Any], list[str]]:
         positions=16384,
         tie=draw.random() < 0.5,
     )
+    config |= FAMILIES[seed % len(FAMILIES)]
     tokens = draw.choice([512, 1024, 2048, 4096, 8192]) // batch * draw.choice([1, 2])
     targets, r = draw.choice(["all", "qkvo"]), draw.choice([8, 16, 64])
     host = draw.choice([0, 0, 32])
@@ -120,7 +133,7 @@ def shapes(a: argparse.Namespace) -> int:
         lines.append(
             [
                 seed,
-                f"{layers} x {hidden}, {config['intermediate_size']}",
+                f"{config['model_type']}, {layers} x {hidden}, {config['intermediate_size']}",
                 f"{run.batch} x {run.tokens}, r {run.r}, {run.targets}",
                 run.memory_budget,
                 record["planned_gb"],
