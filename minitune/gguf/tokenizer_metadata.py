@@ -13,6 +13,7 @@ llama.cpp has two tokenizers for the supported models:
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import sentencepiece
@@ -32,10 +33,10 @@ UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-)
+_REST_WITH_SLASH = _REST.replace(r"[\r\n]*", r"[\r\n/]*")
+_SMALL = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_CAPITAL = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _DEEPSEEK = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
@@ -48,11 +49,17 @@ PRE_TOKENIZERS = {
     ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
     ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
     ((_WORDS + r"\p{N}" + _REST,), False): "qwen2",
-    ((_CASED + r"\p{N}" + _REST.replace(r"[\r\n]*", r"[\r\n/]*"),), True): "tekken",
+    ((f"{_SMALL}|{_CAPITAL}|" + r"\p{N}" + _REST_WITH_SLASH,), True): "tekken",
+    (
+        (f"{_SMALL}{_ENDING}|{_CAPITAL}{_ENDING}|" + r"\p{N}{1,3}" + _REST_WITH_SLASH,),
+        False,
+    ): "gpt-4o",
     (("digits", "gpt-2"), False): "smollm",
     (("gpt-2",), False): "gpt-2",
     (_DEEPSEEK, False): "deepseek-v3",
 }
+# llama.cpp tells capitals from small letters within A-Z only here, and knows no combining marks.
+APPROXIMATED = ("tekken", "gpt-4o")
 
 
 class Vocabulary:
@@ -83,6 +90,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, 
 
     name: general.name, by which llama.cpp knows the white space of Phi-3's added tokens.
 
+    Warns if llama.cpp only approximates the pre-tokenizer.
+
     Raises: ValueError if the tokenizer has more tokens than rows, has a token twice, has no end
         token, or is of a kind that llama.cpp lacks.
     """
@@ -101,6 +110,13 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, 
     else:
         metadata = _byte_fallback(content, tokenizer, rows)
     _check_unique(metadata["tokenizer.ggml.tokens"], tokenizer.folder)
+    if (pre := metadata["tokenizer.ggml.pre"]) in APPROXIMATED:
+        warnings.warn(
+            f"{tokenizer.folder}: llama.cpp approximates the pre-tokenizer {pre}: words with "
+            "combining marks (Hindi, Thai, decomposed accents) or with letters beyond A-Z in mixed "
+            "case may become other tokens there than in training",
+            stacklevel=2,
+        )
     return metadata | _special_tokens(tokenizer)
 
 
@@ -160,13 +176,25 @@ def _word_rules(part: dict) -> list[str]:
     A part without a rule gives none, and an unknown part its JSON, which no table entry equals.
     """
     kind = part.get("type")
-    if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
+    if kind == "Split" and _keeps_each_match(part):
         return [part["pattern"].get("Regex")]
     if kind == "Digits" and part.get("individual_digits"):
         return ["digits"]
     if kind == "ByteLevel" and not part.get("add_prefix_space"):
         return ["gpt-2"] if part.get("use_regex", True) else []
     return [json.dumps(part)]
+
+
+def _keeps_each_match(split: dict) -> bool:
+    """Return True if a Split makes a word of each match of its regex and loses no character.
+
+    The inverted form removes all text between the matches. None remains if the regex matches every
+    character, as those do that end in "any other white space".
+    """
+    form = split.get("behavior"), bool(split.get("invert"))
+    regex = split["pattern"].get("Regex") or ""
+    covers_all = regex.endswith((_REST, _REST_WITH_SLASH))
+    return form == ("Isolated", False) or (form == ("Removed", True) and covers_all)
 
 
 def _byte_level(

@@ -26,6 +26,9 @@ class LlamaCpp:
         params.warmup = False
         params.verbosity = -1
         self.server = xllamacpp.Server(params)
+        # A server that is deleted before its loop has begun waits for the loop for ever. A request
+        # ends after the loop has begun.
+        self.server.handle_completions({"prompt": [FORCED_TOKEN], "max_tokens": 1})
 
     def next_log_probabilities(self, ids: list[int], vocab: int) -> Tensor:
         """Return the log probability (vocab,) of every token after the prompt `ids`."""
