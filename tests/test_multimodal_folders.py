@@ -1,12 +1,15 @@
 """The text model of a multimodal folder loads, merges and exports like a plain text model."""
 
 import json
+import warnings
 
+import peft
 import pytest
 import torch
 import transformers
 from fp8_folders import KINDS, write_fp8
 from gguf_files import tensors_of
+from safetensors.torch import load_file, save_file
 from transformers_twin import batch, load, relative
 from weight_folders import edit_json, edit_tensors
 from wrapper_folders import WRAPPERS, make_wrapper
@@ -100,6 +103,50 @@ def test_a_wrapper_without_a_type_is_a_wrapper_all_the_same(tmp_path):
     edit_json(tmp_path / "m" / "config.json", model_type=None)
     model, _ = load(tmp_path / "m", with_adapter=False)
     assert model.config.notes[0].startswith("the folder holds a multimodal model")
+
+
+@pytest.mark.parametrize("case", ["mistral3", "idefics3", "qwen3 with sections"])
+def test_peft_finds_the_adapters_modules_in_the_wrapper(tmp_path, case):
+    hf = make_wrapper(tmp_path / "m", case)
+    model, tokenizer = load(tmp_path / "m", load_in_4bit=False)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(20, 60)[None]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        adapted = peft.PeftModel.from_pretrained(hf, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert relative(adapted(input_ids=ids).logits, expected) < 1e-5
+    adapted.save_pretrained(tmp_path / "peft")
+    plain = merge_to_folder(
+        load(tmp_path / "m", load_in_4bit=False, with_adapter=False)[0], tmp_path / "t", tokenizer
+    )
+    for adapter in ("adapter", "peft"):
+        for base in (tmp_path / "m", plain):
+            again, _ = load(base, load_in_4bit=False, with_adapter=False)
+            again.load_adapter(tmp_path / adapter)
+            for (name, one), (_, two) in zip(
+                again.trainable_parameters(), model.trainable_parameters(), strict=True
+            ):
+                assert torch.equal(one, two), name
+
+
+def test_an_adapter_of_the_vision_tower_is_refused_by_name(tmp_path):
+    make_wrapper(tmp_path / "m", "llava")
+    model, _ = load(tmp_path / "m")
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    prefix = "base_model.model.model"
+    name = f"{prefix}.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    vision = f"{prefix}.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file(tensors | {vision: tensors[name].clone()}, path)
+    with pytest.raises(ValueError, match=rf"holds {vision}, which has no place in the model"):
+        model.load_adapter(tmp_path / "adapter")
+    plain = f"{prefix}.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file(tensors | {plain: tensors[name].clone()}, path)
+    with pytest.raises(ValueError, match="holds the same matrix under two names"):
+        model.load_adapter(tmp_path / "adapter")
 
 
 def test_fp8_and_nf4_weights_of_a_text_model_are_found_by_their_prefix(tmp_path):

@@ -5,8 +5,12 @@
       adapter_model.safetensors   "base_model.model." + parameter name -> float32 tensor
 
 Parameters are saved in float32, as they are trained, so a loaded adapter has the same bits.
+
+The text model of a multimodal wrapper is saved under the names that it has in the wrapper, so that
+PEFT finds its modules there. It loads onto the wrapper and onto a plain text model.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitune.atomic_files import atomic_folder, read_json, write_json
-from minitune.checkpoints.safetensors_folder import read_safetensors
+from minitune.checkpoints.safetensors_folder import read_safetensors, text_name
 from minitune.config.architectures import ALL_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
@@ -24,6 +28,9 @@ from minitune.model.causal_lm import CausalLM
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
+# Wrapper -> the name of the text model's module in it, in transformers 5
+TEXT_MODULES = {"idefics2": "text_model", "idefics3": "text_model", "smolvlm": "text_model"}
+DEFAULT_TEXT_MODULE = "language_model"
 
 # PEFT options that change the result of an adapter and are not implemented; refused if set.
 UNSUPPORTED = (
@@ -67,9 +74,11 @@ def write_adapter_files(model: CausalLM, folder: Path) -> None:
         raise ValueError(
             "the model has no adapter to save; attach one with FastLanguageModel.get_peft_model"
         )
-    write_json(folder / CONFIG, _peft_config(model.name, model.lora))
+    decoder = _decoder_name(model.config)
+    write_json(folder / CONFIG, _peft_config(model.name, model.lora, decoder))
     tensors = {
-        PREFIX + name: p.detach().cpu().contiguous() for name, p in model.trainable_parameters()
+        PREFIX + decoder + name.removeprefix("model"): p.detach().cpu().contiguous()
+        for name, p in model.trainable_parameters()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -136,8 +145,22 @@ def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int
     return shapes
 
 
-def _peft_config(base: str, lora: LoraConfig) -> dict[str, Any]:
-    """Return the content of adapter_config.json for an adapter on the model named `base`."""
+def _decoder_name(config: ModelConfig) -> str:
+    """Return the name of the decoder in the model that transformers loads from the base folder."""
+    if not config.wrapper:
+        return "model"
+    return f"model.{TEXT_MODULES.get(config.wrapper, DEFAULT_TEXT_MODULE)}"
+
+
+def _peft_config(base: str, lora: LoraConfig, decoder: str) -> dict[str, Any]:
+    """Return the content of adapter_config.json for an adapter on the model named `base`.
+
+    decoder: name of the decoder in that model. If it is inside a wrapper, target_modules is a
+        pattern, because the encoders have linears of the same names.
+    """
+    targets: list[str] | str = sorted(lora.target_modules)
+    if decoder != "model":
+        targets = rf"{re.escape(decoder)}\..*\.({'|'.join(targets)})"
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -145,7 +168,7 @@ def _peft_config(base: str, lora: LoraConfig) -> dict[str, Any]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(lora.target_modules),
+        "target_modules": targets,
         "use_rslora": lora.use_rslora,
         "use_dora": False,
         "bias": "none",
@@ -166,9 +189,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the LoRA matrices of an adapter file by parameter name."""
     stored = read_safetensors(path)
     # names out of a PEFT model in memory hold the adapter's name, "default"
-    tensors = {
-        name.removeprefix(PREFIX).replace(".default.", "."): value for name, value in stored.items()
-    }
+    names = {name: name.removeprefix(PREFIX).replace(".default.", ".") for name in stored}
+    tensors = {text_name(names[name]) or names[name]: value for name, value in stored.items()}
+    if len(tensors) < len(stored):
+        raise ValueError(f"{path}: holds the same matrix under two names; save the adapter again")
     if wrong := [name for name in tensors if not name.endswith(FACTORS)]:
         raise ValueError(f"{path}: holds {wrong[0]}, which is not a LoRA matrix")
     targets = {_target(name) for name in tensors}

@@ -102,6 +102,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
+def text_name(stored: str) -> str | None:
+    """Return the plain name of a tensor of a wrapper, or None if it is not the text model's."""
+    prefix = next(filter(stored.startswith, TEXT_PREFIXES), None)
+    return None if prefix is None else TEXT_PREFIXES[prefix] + stored.removeprefix(prefix)
+
+
 class SafetensorsFolder:
     """The tensors of a model folder by name, read lazily.
 
@@ -172,10 +178,9 @@ class SafetensorsFolder:
         """Return the name of each tensor of a wrapper's text model -> its name in the files."""
         names: dict[str, str] = {}
         for stored in self._file_of:
-            prefix = next(filter(stored.startswith, TEXT_PREFIXES), None)
-            if prefix is None:
+            name = text_name(stored)
+            if name is None:
                 continue
-            name = TEXT_PREFIXES[prefix] + stored.removeprefix(prefix)
             if name in names:
                 raise ValueError(
                     f"{self.folder}: holds {names[name]} and {stored}, which are the same tensor "

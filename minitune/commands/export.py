@@ -5,8 +5,8 @@
     minitune export --model merged/ --output model.gguf --quantization-method f16
     minitune export --model DIR --save-4bit DIR-nf4     the base in NF4, which loads at disk speed
 
-Without --adapter the model itself is written. --save-4bit takes no adapter, because the base of an
-adapter is not changed by it; merge first, and save the merged folder, to have both in 4 bit.
+Without --adapter the model itself is written. --save-4bit takes no adapter, because an adapter does
+not change its base. To have both in 4 bit, write --merged first and give that folder as --model.
 """
 
 import argparse
