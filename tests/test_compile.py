@@ -134,7 +134,7 @@ def run_layer(t: MetaTensors) -> None:
     for offset in (0.0, 1.0):
         rest = t.H, *norms, 1e-6, table, table, positions, offset
         qk_norm_rope.qk_norm_rope_backward_(qk_norm_rope.qk_norm_rope(heads, *rest), heads, *rest)
-    for max_seqlen, softcap in ((1000, 0.0), (4096, 0.0), (1000, 50.0), (4096, 50.0)):
+    for max_seqlen, softcap in ((1000, 0.0), (4096, 0.0), (4096, 50.0)):
         rest, options = (index, index, t.K**-0.5), {"max_seqlen": max_seqlen, "softcap": softcap}
         out, lse = attention.attention(q, k, k, *rest, **options)
         attention.attention_backward(out, q, k, k, out, lse, *rest, **options)
@@ -223,7 +223,7 @@ def test_every_kernel_compiles_for_one_model_and_the_least_shared_memory(tmp_pat
     check_that_all_compile(86, tmp_path, 1)
 
 
-@pytest.mark.slow  # a minute each
+@pytest.mark.slow  # two minutes each
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_every_kernel_compiles_and_fits_into_shared_memory(arch, tmp_path):
     check_that_all_compile(arch, tmp_path)

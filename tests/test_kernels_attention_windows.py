@@ -6,7 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import as_function, double, judge, kernel, normal, plain_attention, strided
+from kernel_checks import (
+    as_function,
+    double,
+    in_each_dtype,
+    judge,
+    kernel,
+    normal,
+    plain_attention,
+    strided,
+)
 
 from minitune.kernels import attention_common, attention_dkdv
 from minitune.kernels.attention import attention, attention_backward, attention_reference
@@ -133,3 +142,22 @@ def test_the_references_score_one_sample_at_a_time(window, monkeypatch):
     q = normal(16, 2, 8)
     attention(q, q, q, packed.start, packed.end, 1.0)
     assert largest == 2 * 7 * 7
+
+
+# ---- GPU only
+
+
+@pytest.mark.gpu
+@in_each_dtype
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
+@pytest.mark.parametrize("window", [3, 100, 700])
+def test_attention_with_a_window_holds_its_bound_at_real_sizes(window, softcap, dtype):
+    lengths = [750, 7, 1243]
+    dout, *inputs = attention_inputs(sum(lengths), 8, 2, 128, dtype, "cuda")
+    packed = packed_samples(lengths, "cuda").windowed(window)
+    rest = packed.start, packed.end, 0.3
+    out, lse = attention(*inputs, *rest, softcap=softcap)
+    grads = attention_backward(dout, *inputs, out, lse, *rest, softcap=softcap)
+    seen = window_mask(lengths, window, "cuda")
+    formula = functools.partial(plain_attention, seen=seen, scale=0.3, softcap=softcap)
+    judge([out, lse, *grads], formula, inputs, [dout, torch.zeros_like(lse)])
