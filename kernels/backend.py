@@ -1,7 +1,7 @@
 """Helpers shared by all kernel files: backend, argument checks, access to rows, matmuls.
 
-Triton exists for Linux only. On other systems `triton` and `tl` are stand-ins, so that the kernel
-files can be imported. Those systems have no CUDA GPU, so no stand-in is ever launched.
+Triton exists for Linux only. On other systems `triton.jit` and `tl` are stand-ins, so that the
+kernel files can be imported. Those systems have no CUDA GPU, so no stand-in is ever launched.
 """
 
 import functools
@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import torch
 
+from .compile_ahead import jit, stands_for_gpu
+
 try:
-    import triton
     import triton.language as tl
 except ModuleNotFoundError:
-    triton = SimpleNamespace(jit=lambda kernel: kernel)
     tl = SimpleNamespace(constexpr=None)
+
+triton = SimpleNamespace(jit=jit)  # kernels are decorated as in Triton's own examples
 
 INTERPRETER_SHARED_MEMORY = 99 * 1024  # bytes; the smallest limit of the supported GPUs
 
@@ -24,7 +26,7 @@ def use_triton(x: torch.Tensor) -> bool:
 
     float64 runs the PyTorch reference everywhere, because it only serves to check the other dtypes.
     """
-    return x.is_cuda and x.dtype != torch.float64
+    return (x.is_cuda or stands_for_gpu(x)) and x.dtype != torch.float64
 
 
 @functools.cache
@@ -33,9 +35,10 @@ def shared_memory_limit(device: torch.device) -> int:
 
     The limit is 163 KiB on sm_80, 227 KiB on sm_90, and 99 KiB on sm_86, sm_89 and sm_120.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return INTERPRETER_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    # The meta device has no index and stands for the current GPU.
+    return torch.cuda.get_device_properties(device.index).shared_memory_per_block_optin
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

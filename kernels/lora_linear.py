@@ -45,7 +45,7 @@ PROFILE_GROUP = "LoRA"
 # The number of LoRA columns is a multiple of this. On a GPU, rows in 16 bit then begin at 128-byte
 # lines: for an 8B step on an H200, a multiple of 16 gives 330 ms and 64 gives 322 ms. On a CPU
 # padding only adds work: with 64 a small model takes 13% longer.
-RANK_MULTIPLE = {"cuda": 64, "cpu": 16}
+RANK_MULTIPLE = {"cuda": 64, "meta": 64, "cpu": 16}
 
 # (A (R, in), B (out, R), out) of each linear in turn, or (None, None, out) without an adapter.
 Adapters = Sequence[tuple[torch.Tensor | None, torch.Tensor | None, int]]

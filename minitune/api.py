@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minitune.checkpoints.adapter import load_adapter, save_adapter
-from minitune.checkpoints.load_weights import load_weights, open_model_folder
+from minitune.checkpoints.load_weights import EMBEDDING, load_weights, open_model_folder
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.checkpoints.save_4bit import save_4bit
@@ -24,6 +24,7 @@ from minitune.gguf.export import export_gguf
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
 from minitune.model.causal_lm import CausalLM
 from minitune.training.check_base import BaseCheck, check_base
+from minitune.training.rehearsal import compile_step_ahead
 
 
 class LanguageModel(CausalLM):
@@ -148,6 +149,8 @@ class FastLanguageModel:
         model.name = str(model_name)
         model.folder = folder
         model.eos_token_ids = tokenizer.eos_token_ids
+        weight_dtype, quantized = stored.dtype(EMBEDDING), load_in_4bit or stored.prequantized
+        compile_step_ahead(model, LoraConfig(), weight_dtype, quantized)
         load_weights(model, stored, device, load_in_4bit, progress)
         if offload_embedding and device.type == "cuda":
             try:
@@ -192,6 +195,9 @@ class FastLanguageModel:
         level = parse_gradient_checkpointing(use_gradient_checkpointing)
         lora = LoraConfig(r, lora_alpha, _ordered_targets(target_modules), use_rslora)
         model.add_lora(lora, random_state)
+        if (r, lora.target_modules) != (LoraConfig.r, LoraConfig.target_modules):
+            quantized = any(linear.is_quantized for _, linear in model.linears())
+            compile_step_ahead(model, lora, model.model.embed_tokens.weight.dtype, quantized)
         model.planner = Planner(level)
         return model
 

@@ -23,6 +23,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from minitune.kernels.backend import cdiv
 from minitune.kernels.dequantize import QuantizedWeight, dequantize_nf4
 
 # fmt: off
@@ -110,6 +111,20 @@ class NF4(QuantizedWeight):
             nested_absmax=nested_absmax,
             nested_code=dynamic,
             nested_offset=offset,
+        )
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], device: torch.device) -> "NF4":
+        """Return a weight on the device with any values."""
+        blocks = cdiv(shape[0] * shape[1], BLOCKSIZE)
+        return cls(
+            packed=torch.empty(blocks * BLOCKSIZE // 2, dtype=torch.uint8, device=device),
+            absmax=torch.empty(blocks, dtype=torch.uint8, device=device),
+            code=torch.empty(len(CODE), device=device),
+            shape=shape,
+            nested_absmax=torch.empty(cdiv(blocks, NESTED_BLOCKSIZE), device=device),
+            nested_code=torch.empty(256, device=device),
+            nested_offset=torch.empty((), device=device),
         )
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minitune.data.batching import Batch
 from minitune.device import to_device_async
+from minitune.kernels.compile_ahead import finish_compiling
 from minitune.memory.planner import Planner
 from minitune.model.causal_lm import CausalLM
 from minitune.model.loss import LossRows
@@ -62,11 +63,13 @@ class MicroStep:
     def prepare(self) -> None:
         """Allocate cuBLAS's workspaces and measure the GPU; do nothing on a CPU or a second time.
 
-        A run calls this before it plans memory, because both belong to no step's memory and time.
+        Also wait for the kernels that are being compiled. A run calls this before it plans memory,
+        because all this belongs to no step's memory and time.
         """
         if self._prepared or self.model.device.type != "cuda":
             return
         self._prepared = True
+        finish_compiling()
         with self.model.as_current_device():
             torch.cuda.current_blas_handle()
             self.planner.measure_rates(self.model.device)
