@@ -8,6 +8,11 @@ import torch
 import torch.nn.functional as F
 
 
+def capped(x, bound):
+    """Return bound * tanh(x / bound), or x if there is no bound."""
+    return bound * torch.tanh(x / bound) if bound else x
+
+
 class PlainLlama:
     """A Llama with the dequantised weights and the adapter of a minitune model.
 
@@ -38,9 +43,19 @@ class PlainLlama:
         return y
 
     def norm(self, name, x):
+        """Return the norm of this name of x, or x if there is no name."""
+        if name is None:
+            return x
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.c.rms_norm_eps)
-        return (x * self.weights[f"{name}.weight"]).to(self.dtype)
+        weight = self.weights[f"{name}.weight"] + self.c.architecture.norm_offset
+        return (x * weight).to(self.dtype)
+
+    def normalised_heads(self, name, x):
+        """Return the heads x (T, heads, K) behind the norm of this name, if the family has one."""
+        if self.c.architecture.qk_norm == "projection":
+            return self.norm(name, x.flatten(1)).view_as(x)
+        return self.norm(name, x) if self.c.architecture.qk_norm == "head" else x
 
     def rotate(self, x, rope):
         """Return the heads x (T, heads, K) rotated by the index `rope` of their tables, or None."""
@@ -62,28 +77,32 @@ class PlainLlama:
         return torch.cat([self.linear(name, h) for name in names], -1).split(sizes, -1)
 
     def layer(self, i, x):
-        self.prefix = p = f"model.layers.{i}"
-        c = self.c
-        H, G, K, T = c.num_attention_heads, c.num_key_value_heads, c.head_dim, len(x)
+        c, self.prefix = self.c, f"model.layers.{i}"
+        names = [name and f"{self.prefix}.{name}" for name in c.architecture.norms]
+        attention_in, attention_out, mlp_in, mlp_out = names
+        o = self.attention(i, self.norm(attention_in, x))
+        x = x + c.residual_multiplier * self.norm(attention_out, o)
+        gate, up = self.projections("gate_up", self.norm(mlp_in, x))
+        is_gelu = c.architecture.activation == "gelu_tanh"
+        gate = F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)
+        down = self.linear(f"{self.prefix}.mlp.down_proj", gate * up)
+        return x + c.residual_multiplier * self.norm(mlp_out, down)
+
+    def attention(self, i, h):
+        p, c, T = f"{self.prefix}.self_attn", self.c, len(h)
+        H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         window, rope = c.layer_kinds[i]
-        h = self.norm(f"{p}.input_layernorm", x)
         q, k, v = (y.view(T, -1, K) for y in self.projections("qkv", h))
-        if self.c.qk_norm:
-            q, k = self.norm(f"{p}.self_attn.q_norm", q), self.norm(f"{p}.self_attn.k_norm", k)
-        q, k = self.rotate(q, rope), self.rotate(k, rope)
+        q = self.rotate(self.normalised_heads(f"{p}.q_norm", q), rope)
+        k = self.rotate(self.normalised_heads(f"{p}.k_norm", k), rope)
         if rope is not None and (growth := self.ropes[rope].query_scale) is not None:
             q = q * growth[:T, None, None].to(self.dtype)
         k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
-        scores = torch.einsum("thk,shk->hts", q, k) * c.attention_scale
-        distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
+        scores = capped(torch.einsum("thk,shk->hts", q, k) * c.attention_scale, c.score_softcap)
+        distance = torch.arange(T, device=h.device)[:, None] - torch.arange(T, device=h.device)
         seen = (distance >= 0) & (distance < (window or T))
         attn = torch.einsum("hts,shk->thk", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
-        o = self.linear(f"{p}.self_attn.o_proj", attn.reshape(T, -1))
-        x = x + c.residual_multiplier * o
-        h = self.norm(f"{p}.post_attention_layernorm", x)
-        gate, up = self.projections("gate_up", h)
-        down = self.linear(f"{p}.mlp.down_proj", F.silu(gate) * up)
-        return x + c.residual_multiplier * down
+        return self.linear(f"{p}.o_proj", attn.reshape(T, -1))
 
     def logits(self, ids):
         """Return the logits (T, V) of one sample's ids (T,)."""
@@ -91,7 +110,8 @@ class PlainLlama:
         for i in range(self.c.num_hidden_layers):
             x = self.layer(i, x)
         head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
-        return self.norm("model.norm", x) @ head.T * self.c.logit_multiplier
+        logits = self.norm("model.norm", x) @ head.T * self.c.logit_multiplier
+        return capped(logits, self.c.logit_softcap)
 
     def loss(self, samples):
         """Return the mean loss over the labels that count in a list of (ids, labels)."""

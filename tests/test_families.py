@@ -40,7 +40,7 @@ def test_every_gradient_equals_that_of_a_plain_autograd_model_in_float64(tmp_pat
     exact = plain.loss(list(zip(ids, labels, strict=True)))
     exact.backward()
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
-    assert relative(gradient, torch.cat([p.grad.flatten() for p in plain.adapter.values()])) < 1e-5
+    assert relative(gradient, torch.cat([p.grad.flatten() for p in plain.adapter.values()])) < 2e-5
 
 
 @every_family
@@ -66,7 +66,7 @@ def test_the_merged_folder_and_its_gguf_file_give_the_same_logits_everywhere(tmp
     ids = batch(model, rows=1, length=90)[0]
     with torch.no_grad():
         expected = hf(ids).logits
-        assert relative(again(input_ids=ids).logits, expected) < 1e-5
+        assert relative(again(input_ids=ids).logits, expected) < 2e-5
         # A merge rounds the weights to bfloat16.
         assert relative(model(input_ids=ids).logits, expected) < 0.04
     expected = expected[0].log_softmax(-1)

@@ -16,7 +16,7 @@ from minitune.memory.model_shape import ModelShape
 from minitune.memory.plan import Candidate, Workload
 from minitune.memory.search import evaluate
 from minitune.model.activations import LayerPlan, SaveLevel
-from minitune.model.decoder_layer import new_residual
+from minitune.model.layers import new_residual
 from minitune.model.packed_sequences import PackedSequences
 
 LEVELS = (SaveLevel.INPUT, SaveLevel.ATTENTION, SaveLevel.QKV, SaveLevel.ALL)

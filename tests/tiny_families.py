@@ -112,6 +112,46 @@ FAMILIES = {
             "rope_scaling": LONGROPE,
         },
     ),
+    "olmo2": ("olmo2", {}),
+    "olmo2 tied": ("olmo2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "full_attention": YARN | {"beta_fast": 32.0, "beta_slow": 1.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 24,
+            "num_hidden_layers": 3,
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 40,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 7,
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 32,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "gemma3 untied": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 40}),
     "ministral3": ("ministral3", {"head_dim": 24, "rope_parameters": MINISTRAL_YARN}),
     "ministral3 tied": (
         "ministral3",

@@ -49,30 +49,63 @@ MERGED_LINEARS = (
 )
 # Every name that some family has a linear for.
 ALL_TARGETS = tuple(dict.fromkeys(x.target for x in (*LAYER_LINEARS, *MERGED_LINEARS)))
-LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # with qk_norm
+
+
+class NormNames(NamedTuple):
+    """The names of a layer's norms in the checkpoint; None where the family has no norm.
+
+    attention_in, attention_out: before and behind the attention block.
+    mlp_in, mlp_out: before and behind the MLP.
+    """
+
+    attention_in: str | None
+    attention_out: str | None
+    mlp_in: str | None
+    mlp_out: str | None
+
+
+NORMS_BEFORE = NormNames("input_layernorm", None, "post_attention_layernorm", None)
+NORMS_BEHIND = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+NORMS_AROUND = NormNames(
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The values of one model family.
 
-    activation: the only accepted hidden_act.
+    activation: "silu" or "gelu_tanh".
+    activation_key: the key of config.json that names the activation.
+    norms: the norms of the decoder layer.
+    norm_offset: 1 if every norm multiplies by 1 + weight.
     linears: the linears of the decoder layer.
     qkv_bias, o_bias: biases of the attention's linears; None: attention_bias of config.json.
     mlp_bias: biases of the MLP's linears; None: mlp_bias of config.json.
-    qk_norm: True if each query and key head is normalised before RoPE.
+    qk_norm: the norm of queries and keys before RoPE: "head" normalises each head, "projection" all
+        query heads together and all key heads; None for none.
     window_switch: the key of config.json that must be true for sliding_window to count; None if
         sliding_window alone decides.
     reads_layer_types: True if layer_types says which layers slide.
     sliding_layers: the layers that slide without layer_types: "none" (sliding_window does not
-        count), "all", "last" (from max_window_layers on), or "unrotated" (those without RoPE).
+        count), "all", "last" (from max_window_layers on), "unrotated" (those without RoPE), or
+        "periodic" (all but every sliding_window_pattern-th).
     unrotated_period_key: the key of a period p if every p-th layer has no RoPE, unless
         no_rope_layers lists the layers; None: all layers have it.
+    two_ropes: True if sliding layers have a rotation of their own.
     partial_rotary: True if partial_rotary_factor may be below 1.
     rope_type_names: other names of RoPE scalings -> the names here.
     query_growth: True if queries grow with their position (llama_4_scaling_beta).
     multipliers: True if config.json scales the embedding, residual, scores and logits (Granite).
+    scales_embedding: True if the embedding is multiplied by sqrt(hidden_size).
+    query_scalar_key: the key of a number n, if the scores are divided by sqrt(n), not by
+        sqrt(head_dim).
+    soft_caps: True if config.json may bound scores and logits (Gemma).
+    refused: keys of config.json that must be missing, null or false.
     defaults: values of config.json that stand for missing ones, other than Llama's.
     gguf: the value of general.architecture, and the prefix of the keys in a GGUF file.
     gguf_biases: True if llama.cpp reads biases of the linears.
@@ -85,19 +118,27 @@ class Architecture:
 
     model_type: str
     activation: str = "silu"
+    activation_key: str = "hidden_act"
+    norms: NormNames = NORMS_BEFORE
+    norm_offset: float = 0.0
     linears: tuple[LinearSpec, ...] = LAYER_LINEARS
     qkv_bias: bool | None = None
     o_bias: bool | None = None
     mlp_bias: bool | None = None
-    qk_norm: bool = False
+    qk_norm: str | None = None
     window_switch: str | None = None
     reads_layer_types: bool = False
     sliding_layers: str = "none"
     unrotated_period_key: str | None = None
+    two_ropes: bool = False
     partial_rotary: bool = False
     rope_type_names: Mapping[str, str] = field(default_factory=dict)
     query_growth: bool = False
     multipliers: bool = False
+    scales_embedding: bool = False
+    query_scalar_key: str | None = None
+    soft_caps: bool = False
+    refused: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     gguf: str = "llama"
     gguf_biases: bool = True
@@ -112,6 +153,28 @@ QWEN_WINDOWS = {
     "window_switch": "use_sliding_window",
     "reads_layer_types": True,
     "sliding_layers": "last",
+}
+GEMMA = {
+    "activation": "gelu_tanh",
+    "activation_key": "hidden_activation",
+    "norms": NORMS_AROUND,
+    "norm_offset": 1.0,
+    "reads_layer_types": True,
+    "sliding_layers": "periodic",
+    "scales_embedding": True,
+    "query_scalar_key": "query_pre_attn_scalar",
+    "soft_caps": True,
+    "gguf_biases": False,
+    "gguf_llama_layout": False,
+    "gguf_rope_tensors": (),
+    "gguf_window": True,
+}
+GEMMA_DEFAULTS = {
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
 }
 QWEN_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
 ARCHITECTURES = {
@@ -144,7 +207,7 @@ ARCHITECTURES = {
         Architecture(
             "qwen3",
             mlp_bias=False,
-            qk_norm=True,
+            qk_norm="head",
             **QWEN_WINDOWS,
             defaults=QWEN_DEFAULTS | {"head_dim": 128},
             gguf="qwen3",
@@ -181,6 +244,66 @@ ARCHITECTURES = {
             gguf_head_dim=False,
             gguf_rope_tensors=("longrope",),
             gguf_window=True,
+        ),
+        Architecture(
+            "olmo2",
+            mlp_bias=False,
+            norms=NORMS_BEHIND,
+            qk_norm="projection",
+            gguf="olmo2",
+            gguf_biases=False,
+            gguf_llama_layout=False,
+            gguf_head_dim=False,
+            gguf_rope_tensors=(),
+        ),
+        Architecture(
+            "olmo3",
+            mlp_bias=False,
+            norms=NORMS_BEHIND,
+            qk_norm="projection",
+            reads_layer_types=True,
+            sliding_layers="periodic",
+            two_ropes=True,
+            defaults={
+                "sliding_window": 4096,
+                "sliding_window_pattern": 4,
+                "rope_theta": 5e5,
+                "max_position_embeddings": 2048,
+            },
+            gguf="olmo2",
+            gguf_biases=False,
+            gguf_llama_layout=False,
+            gguf_head_dim=False,
+            gguf_rope_tensors=(),
+            gguf_window=True,
+        ),
+        Architecture(
+            "gemma2",
+            **GEMMA,
+            mlp_bias=False,
+            defaults=GEMMA_DEFAULTS
+            | {
+                "sliding_window_pattern": 2,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+            },
+            gguf="gemma2",
+        ),
+        Architecture(
+            "gemma3_text",
+            **GEMMA,
+            mlp_bias=False,
+            qk_norm="head",
+            two_ropes=True,
+            refused=("use_bidirectional_attention",),
+            defaults=GEMMA_DEFAULTS
+            | {
+                "sliding_window_pattern": 6,
+                "max_position_embeddings": 131072,
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+            },
+            gguf="gemma3",
         ),
     )
 }

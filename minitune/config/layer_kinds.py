@@ -12,7 +12,8 @@ class LayerKind(NamedTuple):
     """The values of one decoder layer in which it may differ from the others.
 
     window: tokens that a token sees, itself included and back from it; None for its whole sample.
-    rope: index of the rotation in `ModelConfig.ropes`; None if heads are not rotated.
+    rope: index of the rotation in `ModelConfig.ropes`; None if heads are not rotated. With two
+        rotations the second is that of the sliding layers.
     """
 
     window: int | None
@@ -29,7 +30,10 @@ def read_layer_kinds(family: Architecture, raw: dict, layers: int) -> tuple[Laye
     if window is not None:
         sliding = _sliding_layers(family, raw, rotated)
     return tuple(
-        LayerKind(window if slides else None, 0 if rotates else None)
+        LayerKind(
+            window=window if slides else None,
+            rope=int(family.two_ropes and slides) if rotates else None,
+        )
         for slides, rotates in zip(sliding, rotated, strict=True)
     )
 
@@ -53,6 +57,9 @@ def _sliding_layers(family: Architecture, raw: dict, rotated: list[bool]) -> lis
         return [kind == SLIDING for kind in types]
     if family.sliding_layers == "unrotated":
         return [not rotates for rotates in rotated]
+    if family.sliding_layers == "periodic":
+        period = read_value(raw, "sliding_window_pattern", int)
+        return [(i + 1) % period != 0 for i in range(layers)]
     if family.sliding_layers == "last":
         return [i >= _first_sliding_layer(raw) for i in range(layers)]
     return [True] * layers

@@ -10,7 +10,6 @@ from minitune.atomic_files import read_json
 from minitune.config.architectures import (
     ARCHITECTURES,
     HEAD_NORMS,
-    LAYER_NORMS,
     Architecture,
 )
 from minitune.config.config_values import read_value
@@ -19,6 +18,8 @@ from minitune.config.rope_config import RopeConfig, RopeReader
 from minitune.config.text_config import is_wrapper, text_config
 
 DEFAULT_MAX_SEQ_LENGTH = 2048
+# The names that config.json has for each activation.
+ACTIVATION_NAMES = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 
 
 class LinearShape(NamedTuple):
@@ -43,6 +44,7 @@ class ModelConfig:
     ropes: the rotations that its layers use.
     layer_kinds: the window and the rotation of each layer.
     attention_scale: factor of the scores.
+    score_softcap, logit_softcap: bounds on scores and logits; 0 for none.
     embedding_multiplier: factor of the embedding, where the residual stream begins.
     residual_multiplier: factor of all that a layer adds to the residual stream.
     logit_multiplier: factor of the logits.
@@ -62,6 +64,8 @@ class ModelConfig:
     ropes: tuple[RopeConfig, ...]
     layer_kinds: tuple[LayerKind, ...]
     attention_scale: float
+    score_softcap: float
+    logit_softcap: float
     embedding_multiplier: float
     residual_multiplier: float
     logit_multiplier: float
@@ -69,7 +73,6 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
     architecture: Architecture
     raw: dict
     wrapper: str = ""
@@ -139,6 +142,12 @@ class ModelConfig:
         """Return the width of gate and up side by side."""
         return 2 * self.intermediate_size
 
+    def head_norm_sizes(self) -> tuple[int, int]:
+        """Return the widths of the norms of queries and of keys."""
+        if self.architecture.qk_norm == "projection":
+            return self.query_size, self.key_value_size
+        return self.head_dim, self.head_dim
+
     def linears(self) -> tuple[LinearShape, ...]:
         """Return the linears of one decoder layer, in the order of the model."""
         return tuple(
@@ -191,11 +200,12 @@ class ModelConfig:
             layer[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
             if linear.bias:
                 layer[f"{linear.name}.bias"] = (linear.out_features,)
-        for norm in LAYER_NORMS:
-            layer[f"{norm}.weight"] = (self.hidden_size,)
-        if self.qk_norm:
-            for norm in HEAD_NORMS:
-                layer[f"{norm}.weight"] = (self.head_dim,)
+        for norm in self.architecture.norms:
+            if norm is not None:
+                layer[f"{norm}.weight"] = (self.hidden_size,)
+        if self.architecture.qk_norm is not None:
+            for norm, width in zip(HEAD_NORMS, self.head_norm_sizes(), strict=True):
+                layer[f"{norm}.weight"] = (width,)
 
         shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
         for i in range(self.num_hidden_layers):
@@ -245,6 +255,14 @@ def _read_config(family: Architecture, values: dict, raw: dict) -> ModelConfig:
     head_dim = read_value(values, "head_dim", int, hidden // heads)
     positions = read_value(values, "max_position_embeddings", int, 2048)
     scale, embedding, residual, logits = head_dim**-0.5, 1.0, 1.0, 1.0
+    score_softcap = logit_softcap = 0.0
+    if family.query_scalar_key is not None:
+        scale = read_value(values, family.query_scalar_key, float) ** -0.5
+    if family.scales_embedding:
+        embedding = hidden**0.5
+    if family.soft_caps:
+        score_softcap = float(read_value(values, "attn_logit_softcapping", float, 0.0))
+        logit_softcap = float(read_value(values, "final_logit_softcapping", float, 0.0))
     if family.multipliers:
         scale = float(read_value(values, "attention_multiplier", float, 1.0))
         embedding = float(read_value(values, "embedding_multiplier", float, 1.0))
@@ -260,9 +278,11 @@ def _read_config(family: Architecture, values: dict, raw: dict) -> ModelConfig:
         head_dim=head_dim,
         max_position_embeddings=positions,
         rms_norm_eps=read_value(values, "rms_norm_eps", float, 1e-6),
-        ropes=(RopeReader(family, values, head_dim, positions).read(),),
+        ropes=RopeReader(family, values, head_dim, positions).read_all(),
         layer_kinds=read_layer_kinds(family, values, layers),
         attention_scale=scale,
+        score_softcap=score_softcap,
+        logit_softcap=logit_softcap,
         embedding_multiplier=embedding,
         residual_multiplier=residual,
         logit_multiplier=logits,
@@ -270,7 +290,6 @@ def _read_config(family: Architecture, values: dict, raw: dict) -> ModelConfig:
         qkv_bias=_fixed_or_read(family.qkv_bias, values, "attention_bias"),
         o_bias=_fixed_or_read(family.o_bias, values, "attention_bias"),
         mlp_bias=_fixed_or_read(family.mlp_bias, values, "mlp_bias"),
-        qk_norm=family.qk_norm,
         architecture=family,
         raw=raw,
     )
@@ -285,11 +304,15 @@ def _architecture(raw: dict) -> Architecture:
         if alike := difflib.get_close_matches(str(model_type), ARCHITECTURES, n=1):
             supported += f"; the nearest is {alike[0]}"
         raise ValueError(f"model_type {model_type!r} is not supported; {supported}")
-    if (activation := raw.get("hidden_act", family.activation)) != family.activation:
+    accepted = ACTIVATION_NAMES[family.activation]
+    if (activation := raw.get(family.activation_key, accepted[0])) not in accepted:
         raise ValueError(
-            f"hidden_act {activation!r} is not supported; "
-            f"models of type {model_type} use {family.activation!r}"
+            f"{family.activation_key} {activation!r} is not supported; "
+            f"models of type {model_type} use {accepted[0]!r}"
         )
+    for key in family.refused:
+        if raw.get(key):
+            raise ValueError(f"{key} {raw[key]!r} is not supported; expected none")
     return family
 
 

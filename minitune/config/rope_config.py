@@ -51,10 +51,11 @@ class RopeReader(NamedTuple):
     head_dim: int
     max_position_embeddings: int
 
-    def read(self) -> RopeConfig:
-        """Return the rotation of either layout of config.json.
+    def read_all(self) -> tuple[RopeConfig, ...]:
+        """Return the rotation of the layers, or those of full and of sliding layers.
 
-        The layouts are rope_theta and rope_scaling, or the rope_parameters of transformers 5.
+        The layouts of config.json are rope_theta and rope_scaling, or the rope_parameters of
+        transformers 5, which may hold an object for each type of layer.
 
         Raises: ValueError that names the field.
         """
@@ -62,6 +63,24 @@ class RopeReader(NamedTuple):
         parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(parameters, dict):
             raise ValueError(f"rope_scaling is {parameters!r}; expected an object")
+        full = parameters.get("full_attention")
+        if not self.family.two_ropes:
+            if full is not None:
+                raise ValueError(
+                    "rope_parameters has an object for each type of layer, which models of type "
+                    f"{self.family.model_type} do not have"
+                )
+            return (self._read(parameters),)
+        sliding = {"rope_theta": raw.get("rope_local_base_freq")}
+        if full is not None:
+            parameters, sliding = full, parameters.get("sliding_attention") or sliding
+        if not isinstance(parameters, dict) or not isinstance(sliding, dict):
+            raise ValueError("rope_parameters of a type of layer is not an object")
+        return self._read(parameters), self._read(sliding)
+
+    def _read(self, parameters: dict) -> RopeConfig:
+        """Return the rotation of some layers."""
+        raw = self.raw
         default_theta = read_value(raw, "rope_theta", float, 10000.0)
         theta = float(read_value(parameters, "rope_theta", float, default_theta))
         rotary_dim = self._rotary_dim(parameters)

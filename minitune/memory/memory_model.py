@@ -9,7 +9,7 @@ All layers count alike. They differ only in the workspace of cuDNN's attention, 
 sliding window lack; the peak is that of a layer without. The bounds of the samples are not counted,
 8 bytes a row for each window.
 
-The letters are those of decoder_layer.py: N rows in all, n rows of a tile.
+The letters are those of minitune/model/__init__.py: N rows in all, n rows of a tile.
 """
 
 import math

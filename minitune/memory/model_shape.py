@@ -108,7 +108,7 @@ class ModelShape:
             V=config.vocab_size,
             itemsize=itemsize,
             tied=config.tie_word_embeddings,
-            qk_norm=config.qk_norm,
+            qk_norm=config.architecture.qk_norm is not None,
             scales_residual=config.residual_multiplier != 1,
             **{
                 group: _fused_shape(linears, lora, device_type)

@@ -5,7 +5,7 @@ its launches. Copies to and from host memory run beside the layers; a layer wait
 behind.
 
 The factors count the kernels of `forward_saving_` and `backward_` (model/decoder_layer.py). The
-letters are those of that file: N rows in all, n rows of a tile.
+letters are those of minitune/model/__init__.py: N rows in all, n rows of a tile.
 """
 
 from collections.abc import Callable

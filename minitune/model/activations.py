@@ -55,13 +55,14 @@ FROM_ALL = {"saved_from": SaveLevel.ALL}
 class Activations:
     """The activations of one layer for N packed tokens; backward recomputes those that are None.
 
-    The letters are those of decoder_layer.py; R is the padded rank of the fused linear in question.
+    The letters are those of minitune/model/__init__.py; R is that of the fused linear in question.
 
     x: (N, D), the layer's input.
     qkv_lora, o_lora, gate_up_lora, down_lora: (N, R), scaling * input A^T of each fused linear.
     attn: (N, H K + R), attention's output.
     lse: float32, attention's logsumexp of each row and head.
-    o: (N, D), the attention block's part of the residual stream.
+    o: (N, D), the output of W_o.
+    d: (N, D), the output of W_down, if a norm behind it needs it.
     qkv: (N, (H + 2 G) K), from DecoderLayer.compute_qkv.
     gate_up: (N, 2 F + R).
     """
@@ -74,6 +75,7 @@ class Activations:
     attn: Tensor | None = field(default=None, metadata=FROM_ATTENTION)
     lse: Tensor | None = field(default=None, metadata=FROM_ATTENTION)
     o: Tensor | None = field(default=None, metadata=FROM_QKV)
+    d: Tensor | None = field(default=None, metadata=FROM_QKV)
     qkv: Tensor | None = field(default=None, metadata=FROM_QKV)
     gate_up: Tensor | None = field(default=None, metadata=FROM_ALL)
 

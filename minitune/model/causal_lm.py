@@ -5,7 +5,7 @@ that restart at 0 in each sample. Batches (B, T) are packed on the way in. All i
 sample bounds, labelled rows) are computed on the host and sent along, so a training step fetches
 nothing from the device.
 
-The dimension letters are those of decoder_layer.py.
+The dimension letters are those of minitune/model/__init__.py.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ from minitune.config.training_config import LoraConfig
 from minitune.device import free_memory
 from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.autograd import LogitsNode, LossNode
-from minitune.model.decoder_layer import DecoderLayer, new_residual
+from minitune.model.decoder_layer import DecoderLayer
 from minitune.model.generate import generate
-from minitune.model.layers import Embedding, LayerContext, RMSNorm
+from minitune.model.layers import Embedding, LayerContext, new_residual
 from minitune.model.linear import FusedLinear, Linear
 from minitune.model.loss import Head, LossRows, new_logits_buffer, rows_loss
+from minitune.model.norms import RMSNorm
 from minitune.model.packed_sequences import PackedSequences
 from minitune.model.resident_weights import ResidentWeights
 from minitune.model.rope import RopeTables
@@ -73,7 +74,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.embedding_multiplier)
         self.layers = nn.ModuleList(DecoderLayer(c, kind) for kind in kinds)
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.architecture.norm_offset)
 
 
 class CausalLM(nn.Module):
@@ -228,7 +229,7 @@ class CausalLM(nn.Module):
     def head(self) -> Head:
         """Return the final norm and the head in the compute dtype."""
         weight, c = self.lm_head.weight_as(self.dtype), self.config
-        return Head(self.model.norm, weight, c.logit_multiplier)
+        return Head(self.model.norm, weight, c.logit_multiplier, c.logit_softcap)
 
     def rows_loss(
         self,

@@ -1,10 +1,13 @@
 """The decoder layer, with its forward and backward written out over the kernels.
 
     h = norm(x)                       q, k, v = W_qkv h
-    q, k = rope(q), rope(k)           attn = attention(q, k, v)      (Qwen3: rope(norm(q)), ...)
+    q, k = rope(q), rope(k)           attn = attention(q, k, v)
     o = W_o attn                      h_mid = norm(x + o)
     gate, up = W_gate_up h_mid        m = silu(gate) * up
-    y = x + o + W_down m
+    d = W_down m                      y = x + o + d
+
+This is Llama's. The values of a family (config/architectures.py) may change the places of the norms
+(norms.py), the heads (Attention in layers.py) and the activation, and scale o and d.
 
 Each W is frozen and carries LoRA branches (linear.py). Neither direction depends on the autograd
 engine; autograd.py wraps both for a training loop of the user's own.
@@ -17,15 +20,7 @@ bf16 from 0.0325 to 0.0281 (README).
 Attention is the only operation that mixes rows. Everything else runs on tiles of rows, in forward
 and backward, so the wide tensors (h, gate, up, m and their gradients) exist for one tile at a time.
 
-Dimension letters, used in all of minitune/model:
-
-    N  rows: the tokens of all samples, packed without padding     n  rows of one tile
-    B  batch size                                                  T  tokens of a sample
-    D  model width                                                 F  width of the MLP
-    H  query heads        G  key/value heads                       K  width of a head
-    V  vocabulary size
-    r  LoRA rank          R  padded rank of a fused linear
-    LoRA columns: R columns after those of x or dy; they hold scaling * x A^T or scaling * dy B
+The dimension letters are those of minitune/model/__init__.py.
 """
 
 import torch
@@ -33,19 +28,13 @@ from torch import Tensor, nn
 
 from minitune.config.layer_kinds import LayerKind
 from minitune.config.model_config import ModelConfig
-from minitune.kernels.attention import attention, attention_backward
-from minitune.kernels.backend import accumulator
 from minitune.kernels.gated_activation import gated_activation, gated_activation_backward
 from minitune.model.activations import Activations, SaveLevel, row_tiles
 from minitune.model.autograd import DecoderLayerNode
-from minitune.model.layers import Attention, LayerContext, LayerPass, RMSNorm
+from minitune.model.layers import Attention, LayerContext, LayerPass
 from minitune.model.linear import FusedLinear, Linear, LoraGradients
+from minitune.model.norms import LayerNorms
 from minitune.model.packed_sequences import PackedSequences
-
-
-def new_residual(x: Tensor) -> Tensor:
-    """Return a residual stream that begins with x (N, D): a copy in the accumulator's dtype."""
-    return x.to(accumulator(x.dtype), copy=True)
 
 
 class DecoderLayer(nn.Module):
@@ -56,8 +45,8 @@ class DecoderLayer(nn.Module):
         self.D, self.F = c.hidden_size, c.intermediate_size
         self.self_attn = Attention(c, kind)
         self.mlp = nn.Module()  # of gate_proj, up_proj and down_proj
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.activation = c.architecture.activation
+        self.norms = LayerNorms.add_to(self, c)
 
         groups: dict[str, list[Linear]] = {}
         for shape in c.linears():
@@ -119,6 +108,7 @@ class DecoderLayer(nn.Module):
             a.attn, a.lse = self.compute_attention(a.qkv, p)
             if level >= SaveLevel.QKV:
                 a.o = torch.empty_like(x)
+                a.d = torch.empty_like(x) if self.norms.mlp_out.is_norm else None
             if level >= SaveLevel.ALL:
                 a.gate_up = self.gate_up.new_output(x)
             for rows in row_tiles(len(s), tile_rows):
@@ -142,7 +132,7 @@ class DecoderLayer(nn.Module):
         qkv = self.qkv.new_output_without_lora(x)  # (N, (H + 2 G) K)
         for rows in row_tiles(len(x), p.tile_rows):
             h = self.qkv.new_input(x[rows])  # (n, D + R)
-            self.input_layernorm(x[rows], out=h[:, : self.D])
+            self.norms.attention_in(x[rows], out=h[:, : self.D])
             self.qkv.forward_(
                 h,
                 p.weights[self.qkv],
@@ -155,27 +145,25 @@ class DecoderLayer(nn.Module):
 
     def compute_attention(self, qkv: Tensor, p: LayerPass) -> tuple[Tensor, Tensor]:
         """Return attention's output (N, H K + R), with empty LoRA columns, and its logsumexp."""
-        heads, attn = self.self_attn, self.o.new_input(qkv)
-        q, k, v = heads.heads_of(qkv, p)
-        out = heads.query_heads(attn)  # (N, H, K)
-        _, lse = attention(q, k, v, out=out, **heads.attention_arguments(p))
-        return attn, lse
+        attn = self.o.new_input(qkv)
+        return attn, self.self_attn.attend(qkv, p, out=self.self_attn.query_heads(attn))
 
     def finish_rows_(self, s: Tensor, a: Activations, p: LayerPass) -> None:
         """Add o and W_down m of some rows to the residual stream s (n, D) in place.
 
         a: x and attn of these rows. Every other activation of `a` that is not None is written.
         """
-        gate_up = self.compute_gate_up_(s, a, p)  # (n, 2 F + R)
-        m = self.down.new_input(a.x)  # (n, F + R)
-        gated_activation(*self.split_gate_up(gate_up), out=m[:, : self.F])
-        self.down.forward_(m, p.weights[self.down], add_to=s, save_lora_to=a.down_lora)
+        m = self.compute_m(self.compute_gate_up_(s, a, p))  # (n, F + R)
+        self.norms.mlp_out.add_output_(
+            s, self.down, m, p.weights[self.down], out=a.d, save_lora_to=a.down_lora
+        )
 
     def compute_gate_up_(self, s: Tensor, a: Activations, p: LayerPass) -> Tensor:
         """Add o of some rows to s (n, D) in place, and return their gate and up (n, 2 F + R)."""
         o = self.o.forward_(a.attn, p.weights[self.o], out=a.o, save_lora_to=a.o_lora)
         h_mid = self.gate_up.new_input(a.x)  # (n, D + R)
-        self.post_attention_layernorm.of_sum_(a.x, o, residual=s, out=h_mid[:, : self.D])
+        o = self.norms.attention_out.of_output(o)
+        self.norms.mlp_in.of_sum_(a.x, o, residual=s, out=h_mid[:, : self.D])
         gate_up = self.gate_up.new_output(a.x) if a.gate_up is None else a.gate_up
         self.gate_up.forward_(
             h_mid,
@@ -184,6 +172,13 @@ class DecoderLayer(nn.Module):
             save_lora_to=a.gate_up_lora,
         )
         return gate_up
+
+    def compute_m(self, gate_up: Tensor) -> Tensor:
+        """Return m (n, F + R), with empty LoRA columns."""
+        m = self.down.new_input(gate_up)
+        gate, up = self.split_gate_up(gate_up)
+        gated_activation(gate, up, out=m[:, : self.F], activation=self.activation)
+        return m
 
     def split_gate_up(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """Return views of gate and up, each (n, F), in a buffer (n, 2 F + R)."""
@@ -242,14 +237,16 @@ class DecoderLayer(nn.Module):
     ) -> None:
         """Turn dresidual (n, D + R) from dy into the gradient of x + o, and fill dattn (n, H K)."""
         D, F = self.D, self.F
-        o, h_mid, rstd, gate_up = self._recompute_gate_up(a, p)
+        o, o_out, h_mid, rstd, gate_up = self._recompute_gate_up(a, p)
 
-        # y = x + o + W_down m
-        #     dm = W_down^T dy
+        # d = W_down m,  y = x + o + d
+        #     dd = dy
+        #     dm = W_down^T dd
         #     d(x + o) begins as dy, because the residual stream carries x + o past the MLP.
-        dy = dresidual[:, : D + self.down.lora_columns]  # (n, D + R)
-        m = self.down.new_input(dy)  # (n, F + R); holds dm until m takes its place
-        self.down.backward_(dy, p.weights[self.down], out=m[:, :F])
+        d = self._recompute_d(gate_up, a, p)
+        dd = self.norms.mlp_out.output_gradient(dresidual, d, self.down)  # (n, D + R)
+        m = self.down.new_input(dd)  # (n, F + R); holds dm until m takes its place
+        self.down.backward_(dd, p.weights[self.down], out=m[:, :F])
 
         # m = silu(gate) * up
         #     dgate = dm * up * silu'(gate)   through silu, which up scales
@@ -257,12 +254,11 @@ class DecoderLayer(nn.Module):
         # A recomputed gate_up is not needed again, so its gradient overwrites it.
         dgate_up = gate_up if a.gate_up is None else torch.empty_like(gate_up)  # (n, 2 F + R)
         m_out = m[:, :F] if self.down.lora_columns else None  # only dA of W_down reads m
-        gated_activation_backward(
-            m[:, :F], *self.split_gate_up(gate_up), *self.split_gate_up(dgate_up), m_out
-        )
+        gate_and_gradients = *self.split_gate_up(gate_up), *self.split_gate_up(dgate_up)
+        gated_activation_backward(m[:, :F], *gate_and_gradients, m_out, self.activation)
         self.down.fill_lora_columns_(m, p.weights[self.down], a.down_lora)
-        gradients.add(self.down, dy, m)
-        del m, m_out  # frees their memory: m_out is a view
+        gradients.add(self.down, dd, m)
+        del d, dd, m, m_out  # frees their memory: m_out is a view
 
         # gate, up = W_gate_up h_mid
         #     dh_mid = W_gate_up^T (dgate, dup)   the sum over both linears, in one matmul
@@ -272,30 +268,31 @@ class DecoderLayer(nn.Module):
         # h_mid = norm(x + o)
         #     d(x + o) = dy                    the residual stream
         #              + norm'(x + o) dh_mid   the MLP
-        self.post_attention_layernorm.backward(
-            dh_mid, a.x, rstd, addend=o, dresidual=dresidual[:, :D], out=dresidual[:, :D]
+        self.norms.mlp_in.backward(
+            dh_mid, a.x, rstd, addend=o_out, dresidual=dresidual[:, :D], out=dresidual[:, :D]
         )
 
         # o = W_o attn
         #     do = d(x + o)        o enters only as a term of x + o
         #     dattn = W_o^T do
-        do = dresidual[:, : D + self.o.lora_columns]  # (n, D + R)
+        do = self.norms.attention_out.output_gradient(dresidual, o, self.o)  # (n, D + R)
         self.o.backward_(do, p.weights[self.o], out=dattn)
         gradients.add(self.o, do, a.attn)
 
     def _recompute_gate_up(
         self, a: Activations, p: LayerPass
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return o (n, D), h_mid (n, D + R), its norm's rstd (n,), and gate and up (n, 2 F + R).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return o before and behind its norm (n, D), h_mid (n, D + R), rstd (n,), and gate_up.
 
-        The LoRA columns of h_mid and of a.attn are filled. o, gate and up are recomputed only if
-        `a` lacks them.
+        rstd is that of h_mid's norm, gate_up is (n, 2 F + R). The LoRA columns of h_mid and of
+        a.attn are filled. o, gate and up are recomputed only if `a` lacks them.
         """
         o = a.o
         if o is None:
             o = self.o.forward_(a.attn, p.weights[self.o], saved_lora=a.o_lora)
         h_mid = self.gate_up.new_input(a.x)
-        _, rstd = self.post_attention_layernorm.of_sum_(a.x, o, out=h_mid[:, : self.D])
+        o_out = self.norms.attention_out.of_output(o)
+        _, rstd = self.norms.mlp_in.of_sum_(a.x, o_out, out=h_mid[:, : self.D])
         weight, gate_up = p.weights[self.gate_up], a.gate_up
         if gate_up is None:
             gate_up = self.gate_up.new_output(a.x)
@@ -303,17 +300,20 @@ class DecoderLayer(nn.Module):
             self.gate_up.forward_(h_mid, weight, out=out, saved_lora=a.gate_up_lora)
         else:
             self.gate_up.fill_lora_columns_(h_mid, weight, a.gate_up_lora)
-        return o, h_mid, rstd, gate_up
+        return o, o_out, h_mid, rstd, gate_up
+
+    def _recompute_d(self, gate_up: Tensor, a: Activations, p: LayerPass) -> Tensor | None:
+        """Return d (n, D), or None if no norm behind it needs d; recompute it if `a` lacks it."""
+        if a.d is not None or not self.norms.mlp_out.is_norm:
+            return a.d
+        m = self.compute_m(gate_up)
+        return self.down.forward_(m, p.weights[self.down], saved_lora=a.down_lora)
 
     def _backward_of_attention(self, dattn: Tensor, a: Activations, p: LayerPass) -> Tensor:
         """Return the gradient (N, (H + 2 G) K + R) of W_qkv's output, from dattn (N, H K)."""
         heads, dqkv = self.self_attn, self.qkv.new_output(dattn)
-        dq, dk, dv = heads.split_heads(dqkv)  # (N, H, K), (N, G, K), (N, G, K)
-        q, k, v = heads.heads_of(a.qkv, p)
         out, dout = heads.query_heads(a.attn), heads.query_heads(dattn)  # (N, H, K)
-        arguments = heads.attention_arguments(p)
-        attention_backward(dout, q, k, v, out, a.lse, dq=dq, dk=dk, dv=dv, **arguments)
-        heads.heads_backward_(dqkv, a.qkv, p)
+        heads.attend_backward_(dout, out, a.lse, a.qkv, p, dqkv)
         return dqkv
 
     def _backward_to_input_(
@@ -332,13 +332,13 @@ class DecoderLayer(nn.Module):
         dh = self.qkv.backward_(dqkv, p.weights[self.qkv], need_dx=need_dx)  # (n, D)
         if need_dx or self.qkv.lora_columns:
             h = self.qkv.new_input(a.x)  # (n, D + R)
-            _, rstd = self.input_layernorm(a.x, out=h[:, :D])
+            _, rstd = self.norms.attention_in(a.x, out=h[:, :D])
             self.qkv.fill_lora_columns_(h, p.weights[self.qkv], a.qkv_lora)
             gradients.add(self.qkv, dqkv, h)
         if need_dx:
             # h = norm(x)
             #     dx = d(x + o)     the residual stream
             #        + norm'(x) dh  the attention block
-            self.input_layernorm.backward(
+            self.norms.attention_in.backward(
                 dh, a.x, rstd, dresidual=dresidual[:, :D], out=dresidual[:, :D]
             )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from minitune.kernels.attention import attention
 from minitune.model.activations import Activations
-from minitune.model.decoder_layer import DecoderLayer, new_residual
+from minitune.model.decoder_layer import DecoderLayer
+from minitune.model.layers import new_residual
 from minitune.model.packed_sequences import PackedSequences
 
 
@@ -150,7 +151,8 @@ class _KVCache:
             self.values[index, rows, positions] = v
             heads = layer.self_attn
             seen = packed.seen_through(heads.window)
-            return attention(q, k, v, seen.start, seen.end, heads.scale)[0]
+            out, _ = attention(q, k, v, seen.start, seen.end, heads.scale, softcap=heads.softcap)
+            return out
 
         ids = [token for prompt in prompts for token in prompt]
         s = self._forward(ids, packed, attend)  # (N, D)
@@ -170,12 +172,14 @@ class _KVCache:
         def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[index, rows, positions] = k
             self.values[index, rows, positions] = v
-            window = layer.self_attn.window
+            heads, window = layer.self_attn, layer.self_attn.window
             seen = (distance >= 0) & (distance < (S if window is None else window))  # (B, S)
             keys = self.keys[index, :, :S].float()  # (B, S, G, K)
             values = self.values[index, :, :S].float()
             grouped = q.float().view(len(q), keys.shape[2], -1, q.shape[-1])  # (B, G, H / G, K)
-            scores = torch.einsum("bghk,bsgk->bghs", grouped, keys) * layer.self_attn.scale
+            scores = torch.einsum("bghk,bsgk->bghs", grouped, keys) * heads.scale
+            if heads.softcap:
+                scores = heads.softcap * torch.tanh(scores / heads.softcap)
             weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
             return torch.einsum("bghs,bsgk->bghk", weights, values).view_as(q).to(q.dtype)
 

@@ -1,6 +1,6 @@
 """The building blocks of a decoder layer, and the state of a pass over it.
 
-The dimension letters are those of decoder_layer.py.
+The dimension letters are those of minitune/model/__init__.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,23 @@ from torch import Tensor, nn
 from minitune.config.layer_kinds import LayerKind
 from minitune.config.model_config import ModelConfig
 from minitune.device import pin
+from minitune.kernels.attention import attention, attention_backward
 from minitune.kernels.attention_common import seqlen_bound
 from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
+from minitune.kernels.backend import accumulator
 from minitune.kernels.embedding import embed
 from minitune.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward_
-from minitune.kernels.rms_norm import add_rms_norm_, rms_norm, rms_norm_backward
 from minitune.kernels.rope import rope_
-from minitune.model.linear import DequantizedLayer, FusedLinear, WeightBuffers
+from minitune.model.linear import FusedLinear
+from minitune.model.norms import RMSNorm
 from minitune.model.packed_sequences import PackedSequences
 from minitune.model.rope import RopeTables
+from minitune.model.weight_buffers import DequantizedLayer, WeightBuffers
+
+
+def new_residual(x: Tensor) -> Tensor:
+    """Return a residual stream that begins with x (N, D): a copy in the accumulator's dtype."""
+    return x.to(accumulator(x.dtype), copy=True)
 
 
 class Embedding(nn.Module):
@@ -50,101 +58,94 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(table, requires_grad=False)
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, for each row of x (N, D)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.shape, self.eps = (width,), eps
-        self.register_parameter("weight", None)
-
-    def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the norm (N, D) of x (N, D), and rstd, the factor of each row, float32 (N,)."""
-        return rms_norm(x, self.weight, self.eps, out)
-
-    def from_residual(self, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the norm of the residual stream s (N, D) in dtype, and rstd."""
-        return self(s, out=torch.empty_like(s, dtype=dtype))
-
-    def of_sum_(
-        self, x: Tensor, addend: Tensor, residual: Tensor | None = None, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the norm of x + addend, and rstd; add addend to `residual` in place, if given."""
-        return add_rms_norm_(x, addend, self.weight, self.eps, residual, out)
-
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        rstd: Tensor,
-        dresidual: Tensor | None = None,
-        addend: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Return the gradient (N, D) of the norm's input, from dy (N, D).
-
-        x: the input, or the part x of the input x + addend.
-        dresidual: gradient that reaches the input past the norm, and is added; it may be `out`.
-        """
-        return rms_norm_backward(dy, x, self.weight, rstd, dresidual, addend, out)
-
-
 class Attention(nn.Module):
     """The attention heads of a layer. DecoderLayer adds the linears of q, k, v and o.
 
-    q and k are rotated by RoPE in place, in the projection's output qkv. With `qk_norm` (Qwen3)
-    each head is normalised before. Backward then needs the heads before the norm, so qkv keeps
-    them, and `heads_of` normalises and rotates them into a new tensor each time.
+    q and k are rotated by RoPE in place, in the projection's output qkv. With `qk_norm` each head
+    (Qwen3) or the whole projection (OLMo 2) is normalised before. Backward then needs the heads
+    before the norm, so qkv keeps them, and `heads_of` normalises and rotates them into a new tensor
+    each time.
     """
 
     def __init__(self, c: ModelConfig, kind: LayerKind):
         super().__init__()
         self.H, self.G, self.K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.scale = c.attention_scale
+        self.scale, self.softcap = c.attention_scale, c.score_softcap
         self.window, self.rope = kind
-        self.qk_norm = c.qk_norm
-        if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.qk_norm = c.architecture.qk_norm
+        if self.qk_norm is not None:
+            offset = c.architecture.norm_offset
+            q_width, k_width = c.head_norm_sizes()
+            self.q_norm = RMSNorm(q_width, c.rms_norm_eps, offset)
+            self.k_norm = RMSNorm(k_width, c.rms_norm_eps, offset)
 
     def rotate_(self, qkv: Tensor, p: "LayerPass") -> None:
         """Rotate q and k of qkv (N, (H + 2 G) K) in place, unless `heads_of` does."""
-        if not self.qk_norm:
-            self._rope_(qkv, p)
+        if self.qk_norm is None:
+            q, k, _ = self.split_heads(qkv)
+            self._rope_(q, k, p)
 
     def heads_of(self, qkv: Tensor, p: "LayerPass") -> tuple[Tensor, Tensor, Tensor]:
         """Return q (N, H, K), k and v (N, G, K) as attention reads them, from a rotated qkv."""
         q, k, v = self.split_heads(qkv)
-        if self.qk_norm:
-            q, k = qk_norm_rope(self._queries_and_keys(qkv), *self._norm_arguments(p)).split(
-                [self.H, self.G], dim=1
-            )
+        if self.qk_norm == "head":
+            heads = qk_norm_rope(self._queries_and_keys(qkv), *self._norm_arguments(p))
+            q, k = heads.split([self.H, self.G], dim=1)
+        elif self.qk_norm == "projection":
+            q, k = (norm(x.flatten(1))[0].view_as(x) for norm, x in self._norms_of(q, k))
+            self._rope_(q, k, p)
         return q, k, v
 
     def heads_backward_(self, dqkv: Tensor, qkv: Tensor, p: "LayerPass") -> None:
         """Turn the gradients of `heads_of` in dqkv into those of the projection, in place."""
-        if self.qk_norm:
+        if self.qk_norm == "head":
             qk_norm_rope_backward_(
                 self._queries_and_keys(dqkv), self._queries_and_keys(qkv), *self._norm_arguments(p)
             )
-        else:
-            # The transpose of a rotation is the rotation by the opposite angle.
-            self._rope_(dqkv, p, inverse=True)
+            return
+        # The transpose of a rotation is the rotation by the opposite angle.
+        dq, dk, _ = self.split_heads(dqkv)
+        self._rope_(dq, dk, p, inverse=True)
+        if self.qk_norm == "projection":
+            q, k, _ = self.split_heads(qkv)
+            for (norm, x), dy in zip(self._norms_of(q, k), (dq, dk), strict=True):
+                x, dy = x.flatten(1), dy.flatten(1)  # views: the heads lie side by side
+                norm.backward(dy, x, norm(x)[1], out=dy)
 
-    def attention_arguments(self, p: "LayerPass") -> dict:
+    def attend(self, qkv: Tensor, p: "LayerPass", out: Tensor) -> Tensor:
+        """Write attention's output of a rotated qkv to out (N, H, K), and return its logsumexp."""
+        q, k, v = self.heads_of(qkv, p)
+        return attention(q, k, v, out=out, **self._attention_arguments(p))[1]
+
+    def attend_backward_(
+        self, dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, p: "LayerPass", dqkv: Tensor
+    ) -> None:
+        """Fill dqkv with the gradient of the projection, from dout (N, H, K)."""
+        dq, dk, dv = self.split_heads(dqkv)  # (N, H, K), (N, G, K), (N, G, K)
+        q, k, v = self.heads_of(qkv, p)
+        arguments = self._attention_arguments(p)
+        attention_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **arguments)
+        self.heads_backward_(dqkv, qkv, p)
+
+    def _attention_arguments(self, p: "LayerPass") -> dict:
         """Return the arguments that attention and its backward share, beside the tensors."""
         packed = p.packed.seen_through(self.window)
         lengths = p.context.attention_kwargs(packed)
-        return {"start": packed.start, "end": packed.end, "scale": self.scale, **lengths}
+        scores = {"scale": self.scale, "softcap": self.softcap}
+        return {"start": packed.start, "end": packed.end, **scores, **lengths}
 
-    def _rope_(self, qkv: Tensor, p: "LayerPass", inverse: bool = False) -> None:
-        """Rotate the rotated columns of q and k in qkv in place, if the layer has RoPE."""
+    def _rope_(self, q: Tensor, k: Tensor, p: "LayerPass", inverse: bool = False) -> None:
+        """Rotate the rotated columns of q and k in place, if the layer has RoPE."""
         if self.rope is None:
             return
         tables = p.context.ropes[self.rope]
-        q, k, _ = (x[..., : tables.rotary_dim] for x in self.split_heads(qkv))
+        q, k = (x[..., : tables.rotary_dim] for x in (q, k))
         cos, sin, positions = tables.cos, tables.sin, p.packed.positions
         rope_(q, k, cos, sin, positions, inverse, tables.query_scale)
+
+    def _norms_of(self, q: Tensor, k: Tensor) -> tuple:
+        """Return q and k, each with its norm."""
+        return (self.q_norm, q), (self.k_norm, k)
 
     def _queries_and_keys(self, qkv: Tensor) -> Tensor:
         """Return a view (N, H + G, K) of the query and key heads."""
@@ -153,8 +154,9 @@ class Attention(nn.Module):
 
     def _norm_arguments(self, p: "LayerPass") -> tuple:
         """Return the arguments that norm and backward share."""
-        tables, weights = p.context.ropes[self.rope], (self.q_norm.weight, self.k_norm.weight)
-        return self.H, *weights, self.q_norm.eps, tables.cos, tables.sin, p.packed.positions
+        tables, norm = p.context.ropes[self.rope], self.q_norm
+        weights, angles = (norm.weight, self.k_norm.weight), (tables.cos, tables.sin)
+        return self.H, *weights, norm.eps, *angles, p.packed.positions, norm.offset
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return views q (N, H, K), k and v (N, G, K) of qkv (N, (H + 2 G) K or more)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from minitune.device import to_device_async
 from minitune.kernels.backend import matmul
 from minitune.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy, logits_tile_rows
-from minitune.model.layers import RMSNorm
+from minitune.model.norms import RMSNorm
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from minitune.memory.plan import Plan
 from minitune.memory.planner import Planner
 from minitune.model.activations import Activations, SaveLevel
 from minitune.model.causal_lm import CausalLM
-from minitune.model.decoder_layer import new_residual
+from minitune.model.layers import new_residual
 from minitune.model.packed_sequences import PackedSequences
 from minitune.model.resident_weights import ResidentWeights
 
