@@ -21,6 +21,13 @@ from minitune import FastLanguageModel
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.gguf.export import convert_folder
 
+NOT_IN_GGUF = {
+    "qwen3 with biases": "qwen3 has no biases in attention",
+    "olmo3 with two thetas": "olmo2 has one rope_theta for all layers",
+    "olmo2 tied": "olmo2 has a head that is not the embedding",
+    "gemma3 untied": "gemma3 has the embedding as its head",
+    "gemma3 with a scale": "gemma3 has a fixed query_pre_attn_scalar",
+}
 every_family = pytest.mark.parametrize("case", FAMILIES)
 
 
@@ -68,16 +75,18 @@ def test_the_merged_folder_and_its_gguf_file_give_the_same_logits_everywhere(tmp
         expected = hf(ids).logits
         assert relative(again(input_ids=ids).logits, expected) < 2e-5
         # A merge rounds the weights to bfloat16.
-        assert relative(model(input_ids=ids).logits, expected) < 0.04
+        assert relative(model(input_ids=ids).logits, expected) < 0.06
     expected = expected[0].log_softmax(-1)
-    if case == "qwen3 with biases":
-        with pytest.raises(ValueError, match="qwen3 has no biases in attention"):
+    if case in NOT_IN_GGUF:
+        with pytest.raises(ValueError, match=NOT_IN_GGUF[case]):
             convert_folder(merged, tmp_path / "m.gguf", "f16")
         return
     longest = 90
-    if window := max(kind.window or 0 for kind in model.config.layer_kinds):
-        longest = min(window, 90)  # llama.cpp ignores the window
-    with pytest.warns(match=f"at most {window} tokens") if window else contextlib.nullcontext():
+    window = max(kind.window or 0 for kind in model.config.layer_kinds)
+    if is_ignored := window and model.config.architecture.gguf_window != "read":
+        longest = min(window, 90)
+    warned = pytest.warns(match=f"at most {window} tokens")
+    with warned if is_ignored else contextlib.nullcontext():
         llama_cpp = LlamaCpp(convert_folder(merged, tmp_path / "m.gguf", "f16"))
     for length in (1, min(17, longest), longest):
         found = llama_cpp.next_log_probabilities(ids[0, :length].tolist(), 512)

@@ -121,6 +121,17 @@ FAMILIES = {
             "sliding_window": 12,
             "rope_parameters": {
                 "full_attention": YARN | {"beta_fast": 32.0, "beta_slow": 1.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "olmo3 with two thetas": (
+        "olmo3",
+        {
+            "sliding_window": 12,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e4},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
             },
         },
@@ -131,7 +142,7 @@ FAMILIES = {
             "head_dim": 24,
             "num_hidden_layers": 3,
             "sliding_window": 20,
-            "query_pre_attn_scalar": 40,
+            "query_pre_attn_scalar": 24,
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 3.0,
             "tie_word_embeddings": True,
@@ -152,6 +163,10 @@ FAMILIES = {
         },
     ),
     "gemma3 untied": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 40}),
+    "gemma3 with a scale": (
+        "gemma3_text",
+        {"head_dim": 16, "query_pre_attn_scalar": 40, "tie_word_embeddings": True},
+    ),
     "ministral3": ("ministral3", {"head_dim": 24, "rope_parameters": MINISTRAL_YARN}),
     "ministral3 tied": (
         "ministral3",
@@ -181,6 +196,8 @@ def make_tiny_family(folder: Path, case: str, seed: int = 0, **changes) -> Path:
         for name, tensor in model.state_dict().items()
         if name not in tied
     }
+    if model_type.startswith("gemma"):  # its norms multiply by 1 + weight
+        state |= {name: t - 1 for name, t in state.items() if name.endswith("norm.weight")}
     model.to_empty(device="cpu")
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()

@@ -113,7 +113,12 @@ class Architecture:
         vocab_size and rope.dimension_count, as for Llama.
     gguf_head_dim: True if llama.cpp reads a head_dim that is not hidden_size / heads.
     gguf_rope_tensors: the RoPE scalings whose tensors llama.cpp reads.
-    gguf_window: True if the converter of llama.cpp writes the sliding window.
+    gguf_window: "read" if llama.cpp reads the sliding window, "ignored" if it knows the key and
+        ignores it, None if it has no such key.
+    gguf_window_period: the p without a key, if all but every p-th layer slide.
+    gguf_theta: RoPE's base without a key.
+    gguf_reads_local_theta: True if sliding layers may have a rope_theta of their own.
+    gguf_head: "own" if the head must not be the embedding, "tied" if it must be; None if it may.
     """
 
     model_type: str
@@ -145,7 +150,11 @@ class Architecture:
     gguf_llama_layout: bool = True
     gguf_head_dim: bool = True
     gguf_rope_tensors: tuple[str, ...] = ("llama3", "longrope")
-    gguf_window: bool = False
+    gguf_window: str | None = None
+    gguf_window_period: int | None = None
+    gguf_theta: float | None = None
+    gguf_reads_local_theta: bool = False
+    gguf_head: str | None = None
 
 
 NO_BIASES = {"qkv_bias": False, "o_bias": False, "mlp_bias": False}
@@ -167,7 +176,8 @@ GEMMA = {
     "gguf_biases": False,
     "gguf_llama_layout": False,
     "gguf_rope_tensors": (),
-    "gguf_window": True,
+    "gguf_window": "read",
+    "gguf_head": "tied",
 }
 GEMMA_DEFAULTS = {
     "head_dim": 256,
@@ -243,7 +253,7 @@ ARCHITECTURES = {
             gguf_llama_layout=False,
             gguf_head_dim=False,
             gguf_rope_tensors=("longrope",),
-            gguf_window=True,
+            gguf_window="ignored",
         ),
         Architecture(
             "olmo2",
@@ -255,6 +265,7 @@ ARCHITECTURES = {
             gguf_llama_layout=False,
             gguf_head_dim=False,
             gguf_rope_tensors=(),
+            gguf_head="own",
         ),
         Architecture(
             "olmo3",
@@ -275,7 +286,8 @@ ARCHITECTURES = {
             gguf_llama_layout=False,
             gguf_head_dim=False,
             gguf_rope_tensors=(),
-            gguf_window=True,
+            gguf_window="read",
+            gguf_head="own",
         ),
         Architecture(
             "gemma2",
@@ -288,6 +300,8 @@ ARCHITECTURES = {
                 "final_logit_softcapping": 30.0,
             },
             gguf="gemma2",
+            gguf_window_period=2,
+            gguf_theta=1e4,
         ),
         Architecture(
             "gemma3_text",
@@ -304,6 +318,8 @@ ARCHITECTURES = {
                 "rope_local_base_freq": 1e4,
             },
             gguf="gemma3",
+            gguf_reads_local_theta=True,
+            gguf_window_period=6,
         ),
     )
 }

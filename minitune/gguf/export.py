@@ -200,7 +200,7 @@ def _write_model(
     additional = additional_tensors(config)
     infos = [TensorInfo(name, tuple(x.shape), GGMLType.F32) for name, x in additional.items()]
     infos += [
-        TensorInfo(gguf_name(name), shape, _storage_type(shape, kind))
+        TensorInfo(gguf_name(name, config.architecture), shape, _storage_type(shape, kind))
         for name, shape in shapes.items()
     ]
     ordered = itertools.chain(additional.values(), _gguf_tensors(config, tensors))
@@ -218,6 +218,8 @@ def _gguf_tensors(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) ->
             f"{found} {tuple(tensor.shape)} instead of {name} {shape}"
         )
         linear = name.split(".")[-2]
+        if name.endswith("norm.weight") and config.architecture.norm_offset:
+            tensor = tensor.float() + config.architecture.norm_offset  # llama.cpp has no offset
         yield interleave_rope_rows(tensor, heads[linear]) if linear in heads else tensor
 
 

@@ -1,10 +1,13 @@
 """The keys of a model's architecture in GGUF, its additional tensors, and what llama.cpp lacks."""
 
+import math
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from minitune.config.architectures import Architecture, NormNames
 from minitune.config.model_config import ModelConfig
 from minitune.gguf.writer import MetadataValue
 from minitune.model.rope import YARN_BETA_FAST, YARN_BETA_SLOW, rope_divisors, rope_scale
@@ -14,7 +17,6 @@ GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
-    "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -22,12 +24,12 @@ GGUF_NAMES = {
     "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GGUF_NORMS = NormNames("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 # Key of YaRN -> the value that llama.cpp computes with, whatever the file says; None if the key's
 # effect is built in.
 LLAMA_CPP_YARN = {
@@ -39,15 +41,17 @@ LLAMA_CPP_YARN = {
 }
 # The same for Ministral 3, of which llama.cpp reads the other keys.
 LLAMA_CPP_YARN_MINISTRAL = {"attention_factor": None, "mscale": 1.0}
+GEMMA_27B_LAYERS = (46, 62)  # Gemma 2 and 3
 UNROTATED_PERIOD = 4  # of SmolLM3 in llama.cpp
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, family: Architecture) -> str:
     """Return llama.cpp's name: model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
     module, kind = name.rsplit(".", 1)
     if module.startswith("model.layers."):
         _, _, layer, part = module.split(".", 3)
-        return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
+        norms = dict(zip(family.norms, GGUF_NORMS, strict=True))
+        return f"blk.{layer}.{norms.get(part) or GGUF_NAMES[part]}.{kind}"
     return f"{GGUF_NAMES[module]}.{kind}"
 
 
@@ -62,9 +66,11 @@ def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.freq_base": float(rope.theta),
     }
-    if config.raw.get("head_dim") is not None and family.gguf_head_dim:
+    if rope.theta != family.gguf_theta:
+        metadata["rope.freq_base"] = float(rope.theta)
+    has_head_dim = "head_dim" in family.defaults or config.raw.get("head_dim") is not None
+    if has_head_dim and family.gguf_head_dim:
         metadata["attention.key_length"] = config.head_dim  # otherwise llama.cpp divides
         metadata["attention.value_length"] = config.head_dim
     if family.gguf_llama_layout:
@@ -72,8 +78,7 @@ def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
     if family.gguf_llama_layout or family.partial_rotary:
         metadata["rope.dimension_count"] = rope.rotary_dim
     metadata |= _rope_scaling_metadata(config)
-    if family.gguf_window:
-        metadata["attention.sliding_window"] = max(k.window or 0 for k in config.layer_kinds)
+    metadata |= _window_metadata(config)
     if family.multipliers:
         metadata |= {
             "attention.scale": float(config.attention_scale),
@@ -81,7 +86,31 @@ def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
             "residual_scale": float(config.residual_multiplier),
             "logit_scale": 1 / config.logit_multiplier,
         }
+    if config.score_softcap:
+        metadata["attn_logit_softcapping"] = config.score_softcap
+    if config.logit_softcap:
+        metadata["final_logit_softcapping"] = config.logit_softcap
     return {f"{family.gguf}.{key}": value for key, value in metadata.items()}
+
+
+def _window_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
+    """Return the keys of the sliding window."""
+    family, windows = config.architecture, [kind.window for kind in config.layer_kinds]
+    if family.gguf_window is None:
+        return {}
+    metadata = {"attention.sliding_window": max(window or 0 for window in windows)}
+    slides = [window is not None for window in windows]
+    period = family.gguf_window_period
+    if any(slides) and (period is None or slides != periodic(len(slides), period)):
+        metadata["attention.sliding_window_pattern"] = slides
+    if any(slides) and family.two_ropes:
+        metadata["rope.freq_base_swa"] = float(config.ropes[1].theta)
+    return metadata
+
+
+def periodic(layers: int, period: int) -> list[bool]:
+    """Return False for every period-th layer, and True for the others."""
+    return [(i + 1) % period != 0 for i in range(layers)]
 
 
 def _rope_scaling_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
@@ -97,9 +126,10 @@ def _rope_scaling_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
         metadata["rope.scaling.type"] = rope.kind
         metadata["rope.scaling.factor"] = float(scaling["factor"])
     if rope.kind == "yarn":
-        for key in ("beta_fast", "beta_slow"):
+        for key in ("beta_fast", "beta_slow", "attention_factor"):
             if scaling[key]:
-                metadata[f"rope.scaling.yarn_{key}"] = float(scaling[key])
+                name = key.replace("attention", "attn")
+                metadata[f"rope.scaling.yarn_{name}"] = float(scaling[key])
     if rope.kind == "longrope":
         metadata["rope.scaling.attn_factor"] = rope_scale(rope)
     if rope.query_growth:
@@ -141,6 +171,10 @@ def check_expressible(config: ModelConfig) -> None:
     if rope.kind in ("llama3", "longrope") and rope.kind not in family.gguf_rope_tensors:
         raise _inexpressible(f"llama.cpp's {family.gguf} has no RoPE scaling {rope.kind}")
     built_in = LLAMA_CPP_YARN_MINISTRAL if family.query_growth else LLAMA_CPP_YARN
+    if rope.kind == "yarn":
+        plain = replace(rope, scaling=rope.scaling | {"attention_factor": 0.0})
+        if math.isclose(rope_scale(plain), rope_scale(rope), rel_tol=1e-4):
+            built_in = built_in | {"attention_factor": rope.scaling["attention_factor"]}
     for key, value in built_in.items() if rope.kind == "yarn" else ():
         if rope.scaling[key] and rope.scaling[key] != value:
             raise ValueError(
@@ -148,17 +182,37 @@ def check_expressible(config: ModelConfig) -> None:
                 f"{rope.scaling[key]}; save the merged folder instead"
             )
     rotated = [kind.rope is not None for kind in config.layer_kinds]
-    periodic = [(i + 1) % UNROTATED_PERIOD != 0 for i in range(len(rotated))]
-    if family.unrotated_period_key and rotated != periodic:
+    if family.unrotated_period_key and rotated != periodic(len(rotated), UNROTATED_PERIOD):
         raise _inexpressible(
             f"llama.cpp's {family.gguf} has no RoPE in every {UNROTATED_PERIOD}th layer"
         )
-    if window := max(kind.window or 0 for kind in config.layer_kinds):
+    for sliding in config.ropes[1:]:
+        if sliding.scaling is not None:
+            raise _inexpressible(f"llama.cpp's {family.gguf} scales no RoPE of sliding layers")
+        if sliding.theta != rope.theta and not family.gguf_reads_local_theta:
+            raise _inexpressible(f"llama.cpp's {family.gguf} has one rope_theta for all layers")
+    if config.tie_word_embeddings and family.gguf_head == "own":
+        raise _inexpressible(f"llama.cpp's {family.gguf} has a head that is not the embedding")
+    if not config.tie_word_embeddings and family.gguf_head == "tied":
+        raise _inexpressible(f"llama.cpp's {family.gguf} has the embedding as its head")
+    if family.query_scalar_key and not math.isclose(config.attention_scale, _gemma_scale(config)):
+        raise _inexpressible(f"llama.cpp's {family.gguf} has a fixed {family.query_scalar_key}")
+    if config.score_softcap and family.gguf != "gemma2":
+        raise _inexpressible(f"llama.cpp's {family.gguf} has no attn_logit_softcapping")
+    window = max(kind.window or 0 for kind in config.layer_kinds)
+    if window and family.gguf_window != "read":
         warnings.warn(
             f"llama.cpp ignores the sliding window of {family.gguf}: "
             f"run the file with a context of at most {window} tokens, where it changes nothing",
             stacklevel=2,
         )
+
+
+def _gemma_scale(config: ModelConfig) -> float:
+    """Return the factor of the scores that llama.cpp has for Gemma, by the number of layers."""
+    if config.num_hidden_layers in GEMMA_27B_LAYERS:
+        return (config.hidden_size // config.num_attention_heads) ** -0.5
+    return config.head_dim**-0.5
 
 
 def _inexpressible(reason: str) -> ValueError:

@@ -40,7 +40,7 @@ CHUNK_VALUES = 1 << 22  # converted at a time: 16 MiB in float32, a few times th
 CHECKED_BYTES = 64  # of each tensor, compared after writing
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16)
 
-MetadataValue = str | bool | int | float | np.int32 | list[str] | list[int] | list[float]
+MetadataValue = str | bool | int | float | np.int32 | list
 # (Python type, GGUF type, struct format). The first matching Python type is used.
 # A single int is unsigned; the ints of a list are signed.
 SCALARS = (
@@ -124,12 +124,14 @@ def _value(value: MetadataValue) -> bytes:
 
 
 def _array(values: list) -> bytes:
-    """Return the type and the bytes of an array of strings, floats or ints."""
+    """Return the type and the bytes of an array of strings, bools, floats or ints."""
     head = struct.pack("<i", GGUFValueType.ARRAY)
     count = len(values)
     if not values or isinstance(values[0], str):
         strings = b"".join(_string(value) for value in values)
         return head + struct.pack("<iQ", GGUFValueType.STRING, count) + strings
+    if isinstance(values[0], bool):
+        return head + struct.pack(f"<iQ{count}?", GGUFValueType.BOOL, count, *values)
     if isinstance(values[0], float):
         return head + struct.pack(f"<iQ{count}f", GGUFValueType.FLOAT32, count, *values)
     return head + struct.pack(f"<iQ{count}i", GGUFValueType.INT32, count, *values)
