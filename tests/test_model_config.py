@@ -77,8 +77,8 @@ def test_a_family_fixes_its_biases_or_takes_them_from_the_config(model_type):
     fixed = [family.qkv_bias, family.o_bias, family.mlp_bias]
     found = [config.qkv_bias, config.o_bias, config.mlp_bias]
     assert found == [True if value is None else value for value in fixed]
-    with pytest.raises(ValueError, match="hidden_act 'gelu' is not supported"):
-        ModelConfig.from_dict(raw | {"hidden_act": "gelu"})
+    with pytest.raises(ValueError, match=f"{family.activation_key} 'gelu' is not supported"):
+        ModelConfig.from_dict(raw | {family.activation_key: "gelu"})
 
 
 @pytest.mark.parametrize(
