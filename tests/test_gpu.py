@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from micro_step_checks import assert_same_bits, random_samples, results
 from plain_llama import PlainLlama
 from tiny import draw_adapter, make_tiny_model
 from tiny_families import make_tiny_family
 
 from minitune import FastLanguageModel
+from minitune.data.batching import collate
+from minitune.training.micro_step import MicroStep
 
 pytestmark = pytest.mark.gpu
 
@@ -23,13 +26,27 @@ SHAPE = {
 
 FAMILY_SHAPE = {
     "hidden_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 64,
     "intermediate_size": 704,
     "vocab_size": 2048,
 }
+# The cases whose lists fit any shape.
+GPU_FAMILIES = (
+    "qwen2",
+    "qwen3",
+    "mistral with a window",
+    "smollm3",
+    "granite",
+    "phi3 in part rotated",
+    "ministral3",
+    "olmo2",
+    "olmo3",
+    "gemma2",
+    "gemma3",
+)
 
 
 def load(folder, dtype, device="cuda"):
@@ -60,7 +77,7 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", *GPU_FAMILIES])
 def test_a_step_in_bf16_errs_at_most_twice_as_much_as_plain_pytorch_in_bf16(tmp_path, family):
     if family == "llama":
         folder = make_tiny_model(tmp_path / "m", **SHAPE)
@@ -118,6 +135,21 @@ def test_cached_decoding_equals_decoding_without_a_cache(tmp_path):
         for _ in range(20):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         assert answer == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", GPU_FAMILIES)
+def test_a_family_decodes_and_replays_its_micro_steps_in_graphs(tmp_path, family):
+    folder = make_tiny_family(tmp_path / "m", family, **FAMILY_SHAPE)
+    model = load(folder, torch.float32)
+    prompt = list(range(11, 51))
+    (answer,) = model.generate([prompt], max_new_tokens=20, eos_token_ids=[])
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits
+    assert answer == logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+    batch = collate(random_samples([40, 200, 9], SHAPE["vocab"]))
+    eager, replayed = (
+        results(MicroStep(model, capture=capture), [batch] * 2) for capture in (False, True)
+    )
+    assert_same_bits(replayed, eager)
 
 
 def test_ten_steps_follow_the_float32_curve_of_the_cpu(tmp_path):
