@@ -22,7 +22,8 @@ from minitune.kernels.attention_common import SHORT_SEQUENCE_ROWS
 from minitune.kernels.compile_ahead import compile_ahead
 from minitune.model.activations import SaveLevel
 from minitune.model.causal_lm import CausalLM
-from minitune.model.decoder_layer import DecoderLayer, new_residual
+from minitune.model.decoder_layer import DecoderLayer
+from minitune.model.layers import new_residual
 from minitune.model.linear import Linear
 from minitune.model.loss import LossRows
 from minitune.model.nf4 import NF4
