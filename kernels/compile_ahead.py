@@ -75,6 +75,8 @@ class CompilePool(ThreadPoolExecutor):
         """Run `rehearse` in one of the threads."""
         self._rehearsal = super().submit(copy_context().run, self._rehearse, rehearse)
         self._rehearsal.add_done_callback(_warn_of_failure)
+        # The threads end after their last kernel.
+        self._rehearsal.add_done_callback(lambda _: self.shutdown(wait=False))
 
     def finish(self) -> None:
         """Wait for the rehearsal and for its kernels."""

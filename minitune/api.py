@@ -136,6 +136,7 @@ class FastLanguageModel:
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         _check_loading(config, max_seq_length, attention, offload_embedding)
+        stored.read_ahead()
         tokenizer = Tokenizer.from_folder(folder)
         check_vocabulary(tokenizer, config.vocab_size)
         model = LanguageModel(

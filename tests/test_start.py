@@ -1,4 +1,4 @@
-"""The start of a run: imports, and kernels that compile before their first launch."""
+"""The start of a run: imports, weights read ahead, kernels compiled before their first launch."""
 
 import json
 import os
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from benchmark.random_checkpoints import SHAPES
+
+from minitune.checkpoints import safetensors_folder
 
 ROOT = Path(__file__).parents[1]
 CASES = {
@@ -110,3 +112,14 @@ def test_importing_the_package_imports_nothing_heavy_beside_torch():
     assert done.returncode == 0, done.stderr
     alone = run("-c", "import sys, torch; print(*sys.modules)")
     assert HEAVY & (set(done.stdout.split()) - set(alone.stdout.split())) == set()
+
+
+@pytest.mark.parametrize(("free", "reads"), [(1 << 40, 1), (1000, 0)])
+def test_weights_are_read_ahead_unless_they_fill_half_of_the_memory(
+    smallest, monkeypatch, free, reads
+):
+    advice = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advice.append(arguments))
+    monkeypatch.setattr(safetensors_folder, "free_memory", lambda device: free)
+    safetensors_folder.SafetensorsFolder(smallest).read_ahead()
+    assert len(advice) == reads
