@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from command_inputs import train, train_arguments, write_inputs
 from fp8_folders import KINDS, write_fp8
 from gguf_files import tensors_of
 from safetensors.torch import load_file, save_file
@@ -205,13 +206,22 @@ def test_qwen2_vls_first_layout_has_the_text_models_values_at_the_top(tmp_path):
 
 
 def test_the_commands_say_that_the_text_model_is_used(tmp_path, capsys):
+    note = "the folder holds a llava model; its text model, of type llama, is used"
+    inputs = write_inputs(tmp_path)
     make_wrapper(tmp_path / "m", "llava")
-    note = "note: the folder holds a llava model; its text model, of type llama, is used"
     arguments = ["--model", str(tmp_path / "m"), "--device", "cpu"]
+    run = tmp_path / "run"
+    assert train(train_arguments(inputs, run, "--merge", *arguments)) == 0
+    assert f"note       {note}" in capsys.readouterr().err
+    hf = transformers.AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
+    model, _ = load(run / "merged", load_in_4bit=False, with_adapter=False)
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad():
+        assert relative(model(input_ids=ids).logits, hf(ids).logits) < 1e-5
     assert generate.main([*arguments, "--prompt", "x", "--max-new-tokens", "2"]) == 0
-    assert note in capsys.readouterr().err
+    assert f"note: {note}" in capsys.readouterr().err
     assert export.main([*arguments[:2], "--output", str(tmp_path / "x.gguf")]) == 0
-    assert note in capsys.readouterr().err
+    assert f"note: {note}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model_type", TEXT_MODELS)
