@@ -48,6 +48,22 @@ WRAPPERS = {
         {"model_type": "ministral3", "head_dim": 32, "rope_parameters": GROWING},
         {"tie_word_embeddings": True},
     ),
+    "gemma3": (
+        "gemma3",
+        {
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 7,
+            "head_dim": 32,
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 40,
+            "rope_parameters": {
+                "full_attention": LINEAR | {"factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "tie_word_embeddings": True,
+        },
+        {"mm_tokens_per_image": 4, "tie_word_embeddings": True},
+    ),
     "granite in llava": (
         "llava",
         {
@@ -89,7 +105,8 @@ def make_wrapper(folder, case):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             plain = name.replace("language_model.", "").replace("text_model.", "")
-            parameter.copy_(draw(plain, tuple(parameter.shape), generator))
+            # As in bfloat16, which a merge keeps.
+            parameter.copy_(draw(plain, tuple(parameter.shape), generator).bfloat16())
     model.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG))
     write_tokenizer(folder, "llama3" if "qwen" in text["model_type"] else "spm")

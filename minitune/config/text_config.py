@@ -94,6 +94,18 @@ TEXT_MODELS = {  # by model_type of the text_config
             "num_attention_heads": 32,
         },
     ),
+    "gemma3_text": TextModel(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        {
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
+    ),
     "qwen2": TextModel(
         "qwen2",
         "Qwen2ForCausalLM",
