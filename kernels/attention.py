@@ -66,6 +66,7 @@ PROFILE_GROUP = "attention"
 # The fastest of 17 on an H200 in November 2026, bf16. TFLOP/s at 2 x 2048 and 1 x 8192 rows (32
 # heads, 8 of keys, K = 128): 422 and 493; torch's variable-length flash attention 248 and 322.
 BLOCK_SIZES = {
+    256: ((64, 64, 4, 2), (128, 64, 8, 2)),
     128: ((64, 64, 4, 3), (128, 128, 8, 3)),
     64: ((64, 64, 4, 4), (128, 64, 8, 3)),
 }

@@ -49,6 +49,7 @@ PROFILE_GROUP = "attention"
 # and 1.50 ms at 1 x 8192 (32 heads, 8 of keys, K = 128). torch's variable-length flash attention
 # takes 0.80 and 4.81 ms for dq, dk and dv.
 BLOCK_SIZES = {
+    256: ((64, 64, 4, 2), (128, 64, 8, 1)),
     128: ((128, 32, 8, 3, 128), (128, 32, 8, 3, 128)),
     64: ((64, 64, 4, 3), (64, 64, 4, 3)),
 }

@@ -9,7 +9,7 @@ from fp8_folders import KINDS, UP, deepseek, make_fp8, quantize, write_fp8
 from gguf_files import tensors_of
 from safetensors.torch import load_file
 from tiny import make_tiny_model
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
+from transformers.integrations import finegrained_fp8
 from weight_folders import edit_tensors, load
 
 from minitune import FastLanguageModel, Tokenizer
@@ -52,12 +52,16 @@ def test_dequantised_values_equal_those_of_transformers_bit_for_bit(shape):
     generator = torch.Generator().manual_seed(0)
     weight, scale = quantize(torch.randn(shape, generator=generator), (128, 128))
     found = dequantize_fp8(weight, scale, (128, 128))
-    theirs = _dequantize_fp8_weight(weight, scale, [128, 128], torch.float32)
+    if not hasattr(finegrained_fp8, "_dequantize_fp8_weight"):
+        pytest.skip("this version of transformers dequantises elsewhere")
+    theirs = finegrained_fp8._dequantize_fp8_weight(weight, scale, [128, 128], torch.float32)
     assert torch.equal(found, theirs)
     if shape[0] % 128 == shape[1] % 128 == 0:  # their loader takes whole blocks only
-        assert torch.equal(found, Fp8Dequantize(None)._dequantize_one(weight, scale))
+        assert torch.equal(
+            found, finegrained_fp8.Fp8Dequantize(None)._dequantize_one(weight, scale)
+        )
     for scalar in (torch.tensor(0.3), torch.tensor([0.3]), torch.tensor([[0.3]]).bfloat16()):
-        theirs = Fp8Dequantize(None)._dequantize_one(weight, scalar, torch.float32)
+        theirs = finegrained_fp8.Fp8Dequantize(None)._dequantize_one(weight, scalar, torch.float32)
         assert torch.equal(dequantize_fp8(weight, scalar, shape), theirs)
 
 

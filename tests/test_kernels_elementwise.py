@@ -108,7 +108,9 @@ def test_a_norm_adds_its_offset_to_the_weight_in_float32(dtype, device):
     dx = rms_norm.rms_norm_backward(dy, x, weight, rstd, addend=addend, offset=1.0)
     same, rstd = rms_norm.add_rms_norm_(x, addend, exact, EPS)
     assert torch.equal(y, same)
-    assert torch.equal(dx, rms_norm.rms_norm_backward(dy, x, exact, rstd, addend=addend))
+    # A GPU may join the sum with another operation, which rounds once less.
+    other = rms_norm.rms_norm_backward(dy, x, exact, rstd, addend=addend)
+    assert torch.allclose(dx, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @kernel

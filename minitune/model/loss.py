@@ -90,7 +90,8 @@ class Head:
     def logits_backward(self, dlogits: Tensor, logits: Tensor, s: Tensor, rstd: Tensor) -> Tensor:
         """Return the gradient (N, D) of s, from that of the logits (N, V)."""
         if self.softcap:
-            dlogits = dlogits * (1 - (logits / self.softcap) ** 2)
+            ratio = logits / self.softcap
+            dlogits = dlogits * (1 - ratio) * (1 + ratio)
         return self.norm.backward(matmul(dlogits, self.weight, None, self.multiplier), s, rstd)
 
 
