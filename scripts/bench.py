@@ -26,7 +26,8 @@ import torch
 from benchmark import elementwise_cases, matmul_cases, table
 from benchmark.cases import CASES
 from benchmark.kernel_timing import KernelSizes, time_kernels
-from benchmark.random_checkpoints import SHAPES, write_random_checkpoint
+from benchmark.model_shapes import SHAPES
+from benchmark.random_checkpoints import write_random_checkpoint
 from benchmark.step_timing import (
     CHECKPOINTING,
     OPTIMIZERS,

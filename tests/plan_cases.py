@@ -1,6 +1,6 @@
 """The model that the tests of plans use, Llama 3.1 8B with r = 16, and its micro-steps."""
 
-from benchmark.random_checkpoints import SHAPES
+from benchmark.model_shapes import SHAPES
 
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.model_config import ModelConfig

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import bench
 from benchmark import records, table
-from benchmark.random_checkpoints import SHAPES, write_random_checkpoint
+from benchmark.model_shapes import SHAPES
+from benchmark.random_checkpoints import write_random_checkpoint
 from benchmark.step_profile import GROUPS
 
 from minitune.data.tokenization.tokenizer import Tokenizer

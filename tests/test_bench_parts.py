@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import bench
 from benchmark import check_planner, plots, step_profile
-from benchmark.random_checkpoints import SHAPES, write_random_checkpoint
+from benchmark.model_shapes import SHAPES
+from benchmark.random_checkpoints import write_random_checkpoint
 
 from minitune import FastLanguageModel
 from minitune.config.model_config import ModelConfig
@@ -118,6 +119,9 @@ def test_the_shapes_have_as_many_parameters_as_the_models_they_are_named_after()
         "granite-8b": 8_170_864_640,
         "phi-4": 14_659_507_200,
         "phi-4-mini": 3_836_021_760,
+        "olmo3-7b": 7_298_011_136,
+        "gemma2-9b": 9_241_705_984,
+        "gemma3-4b": 3_880_263_168,
     }
 
 

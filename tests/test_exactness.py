@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import bench
 from benchmark import kernel_timing
 from benchmark.kernel_cases import KernelSizes, direct
-from benchmark.random_checkpoints import llama_config
+from benchmark.model_shapes import llama_config
 from referees import exactness
 
 from minitune.config.architectures import LORA_TARGETS

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from benchmark.random_checkpoints import SHAPES
+from benchmark.model_shapes import SHAPES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,9 +29,10 @@ from minitune.memory.plan import Workload
 from minitune.memory.time_model import LORA_GRADIENT_LAUNCHES, TimeModel
 from minitune.model.activations import SaveLevel
 from minitune.model.decoder_layer import DecoderLayer
-from minitune.model.layers import LayerContext, RMSNorm
+from minitune.model.layers import LayerContext
 from minitune.model.linear import FusedLinear, Linear
 from minitune.model.loss import Head, LossRows, new_logits_buffer, rows_loss
+from minitune.model.norms import RMSNorm
 from minitune.model.packed_sequences import PackedSequences
 from minitune.model.rope import RopeTables
 
@@ -62,6 +63,9 @@ FAMILIES = {
         "granite-8b",
         "phi-4",
         "phi-4-mini",
+        "olmo3-7b",
+        "gemma2-9b",
+        "gemma3-4b",
     )
 } | {"granite-8b with biases": SHAPES["granite-8b"] | {"attention_bias": True, "mlp_bias": True}}
 # Operations that launch no kernel: they allocate, or return a view.
@@ -153,7 +157,6 @@ def recorder(monkeypatch) -> Recorder:
         monkeypatch.setattr(kernel, "run", lambda *_, **__: recorder.launch())
     monkeypatch.setattr(backend, "use_triton", lambda x: True)
     monkeypatch.setattr(backend, "shared_memory_limit", lambda device: 227 << 10)
-    monkeypatch.setitem(lora_linear.RANK_MULTIPLE, "meta", lora_linear.RANK_MULTIPLE["cuda"])
     monkeypatch.setattr(lora_linear, "add_matmul_", recorder.add_matmul_)
     for module in (lora_linear, cross_entropy):
         monkeypatch.setattr(module, "matmul_accumulated", recorder.matmul_accumulated)

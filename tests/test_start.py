@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmark.random_checkpoints import SHAPES
+from benchmark.model_shapes import SHAPES
 
 from minitune.checkpoints import safetensors_folder
 

@@ -59,7 +59,7 @@ def test_attention_in_a_window_takes_the_time_of_the_rows_that_are_seen():
         assert planned == pytest.approx(operations, rel=0.01)
 
 
-def test_only_layers_without_a_window_may_use_cudnn():
+def test_only_layers_without_a_window_and_without_soft_caps_may_use_cudnn():
     windowed = FULL._replace(window=4096)
     seconds = {
         name: TimeModel(memory, DeviceRates()).seconds(
@@ -76,6 +76,7 @@ def test_only_layers_without_a_window_may_use_cudnn():
     assert not with_kinds(LONG, windowed).cudnn
     wide_heads = replace(LONG.shape, H=LONG.shape.H // 2)  # 256
     assert not replace(LONG, shape=wide_heads).cudnn
+    assert not replace(LONG, shape=replace(LONG.shape, caps_scores=True)).cudnn
     without_cudnn = with_kinds(
         replace(LONG, workload=replace(LONG.workload, cudnn=False)), windowed
     )

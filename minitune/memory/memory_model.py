@@ -92,9 +92,10 @@ class MemoryModel:
 
     @property
     def cudnn(self) -> bool:
-        """Return True if the attention of some layer may use cuDNN, which knows no windows."""
-        supported = self.workload.cudnn and self.shape.K <= CUDNN_MAX_HEAD_WIDTH
-        return supported and any(kind.window is None for kind in self.shape.kinds)
+        """Return True if attention may use cuDNN, which knows no windows and no soft caps."""
+        supported = self.shape.K <= CUDNN_MAX_HEAD_WIDTH and not self.shape.caps_scores
+        full = any(kind.window is None for kind in self.shape.kinds)
+        return self.workload.cudnn and supported and full
 
     # ---- one layer
 
@@ -124,6 +125,7 @@ class MemoryModel:
             lse = FLOAT32 * shape.H
         if level >= SaveLevel.QKV:
             elements += shape.QKV + shape.D  # q, k, v; o
+            elements += shape.D if shape.norms.mlp_out else 0  # d
         if level >= SaveLevel.ALL:
             elements += 2 * shape.F + shape.gate_up.lora_columns  # gate, up
         return self.workload.tokens * (elements * shape.itemsize + lse)
@@ -146,17 +148,21 @@ class MemoryModel:
         # x; x A^T of every fused linear; q, k, v
         until_qkv = N * (D + shape.lora_columns + shape.QKV)
         until_y = until_qkv + N * attn
-        until_attention = until_y + N * shape.rotated_width  # q and k after norms of the heads
+        until_attention = until_y + (N * shape.QK if shape.qk_norm else 0)  # q and k normalised
         until_qkv += n * h
         if cudnn:
             until_attention += int(self._cudnn_part() * N * shape.HK)  # its output, to be copied
         # gate and up: of all rows if they are saved, else of a tile
         until_y += (N if level >= SaveLevel.ALL else n) * gate_up
-        # o: of all rows if it is saved, else of a tile. A tile's o and h_mid are freed before m.
+        # o and d: of all rows if they are saved, else of a tile
+        tile_o = D
         if level >= SaveLevel.QKV:
-            until_y += N * D + n * max(h_mid, m)
-        else:
-            until_y += n * max(D + h_mid, m)
+            until_y += N * (2 * D if shape.norms.mlp_out else D)
+            tile_o = D if shape.norms.attention_out else 0  # o behind its norm
+        # A tile's gate and up, if they are not saved, are freed before d is normalised.
+        tile_d = D if shape.norms.mlp_out and level >= SaveLevel.ALL else 0
+        # A tile's o and h_mid are freed before m.
+        until_y += n * max(tile_o + h_mid, m + tile_d)
         peak = max(until_qkv, until_attention, until_y) * shape.itemsize
         return peak + FLOAT32 * N * shape.H + self.residual_bytes  # the middle term is lse
 
@@ -167,45 +173,70 @@ class MemoryModel:
         """
         shape, N, itemsize = self.shape, self.workload.tokens, self.shape.itemsize
         n = min(tile_rows or N, N)
-        D, F = shape.D, shape.F
+        D = shape.D
         # widths with LoRA columns
         h, dqkv = D + shape.qkv.lora_columns, shape.QKV + shape.qkv.lora_columns
         attn = shape.HK + shape.o.lora_columns
-        h_mid = D + shape.gate_up.lora_columns
-        gate_up = 2 * F + shape.gate_up.lora_columns
-        m = F + shape.down.lora_columns
+        gate_up = 2 * shape.F + shape.gate_up.lora_columns
 
-        # x; x A^T of every fused linear; o, gate and up if they are saved
+        # x; x A^T of every fused linear; o, d, gate and up if they are saved
         throughout = N * (D + shape.lora_columns)
-        throughout += N * D if level >= SaveLevel.QKV else 0
+        if level >= SaveLevel.QKV:
+            throughout += N * (2 * D if shape.norms.mlp_out else D)
         throughout += N * gate_up if level >= SaveLevel.ALL else 0
         # q, k, v and attn, saved or recomputed; dattn
         until_dqkv = throughout + N * (shape.QKV + attn + shape.HK)
 
-        # From dy to dattn, in tiles: o unless it is saved; h_mid; gate and up, recomputed, or their
-        # gradient beside the saved ones; m, which is freed before dh_mid is made.
-        tile_width = h_mid + gate_up + (0 if level >= SaveLevel.QKV else D)
-        with_m = (until_dqkv + n * (tile_width + m)) * itemsize
-        with_dh_mid = (until_dqkv + n * (tile_width + D)) * itemsize
-        # From dattn to dqkv, all rows at once.
-        with_dqkv = until_dqkv + N * (dqkv + shape.rotated_width)
-        with_dqkv = with_dqkv * itemsize + self._attention_backward_bytes(cudnn)
+        # From dy to dattn, in tiles.
+        with_mlp = until_dqkv * itemsize + self._mlp_backward_peak(level, n)
+        # From dattn to dqkv, all rows at once. Norms of the heads write q and k anew; those of the
+        # whole projection are computed once more, into a tensor that is freed at once.
+        with_dqkv = until_dqkv + N * (dqkv + (shape.QK if shape.qk_norm else 0))
+        workspace = self._attention_backward_bytes(cudnn)
+        if shape.qk_norm == "projection":
+            workspace = max(workspace, N * shape.HK * itemsize)
+        with_dqkv = with_dqkv * itemsize + workspace
         # From dqkv to dx, in tiles: dh and h.
         with_dh = (throughout + N * dqkv + n * (D + h)) * itemsize
 
-        # dA and dB, float32, in the order down, gate_up, o, qkv. With several tiles, one tile's
-        # gradients coexist with their sums. The first tile has also allocated the sums of the
-        # groups that follow.
-        lora = [FLOAT32 * linear.lora_parameters for linear in shape.fused]
-        qkv_lora, o_lora, gate_up_lora, down_lora = lora
-        tiled = n < N
-        before_qkv = o_lora + gate_up_lora + down_lora
-        with_m += before_qkv + down_lora if tiled else down_lora
-        with_dh_mid += before_qkv + (max(o_lora, gate_up_lora) if tiled else 0)
-        with_dqkv += before_qkv
-        with_dh += before_qkv + (2 * qkv_lora if tiled else qkv_lora)
+        # dA and dB, float32. With several tiles, one tile's gradients coexist with their sums.
+        qkv_lora, *other_lora = [FLOAT32 * linear.lora_parameters for linear in shape.fused]
+        with_dqkv += sum(other_lora)
+        with_dh += sum(other_lora) + (2 * qkv_lora if n < N else qkv_lora)
         lse = FLOAT32 * N * shape.H
-        return max(with_m, with_dh_mid, with_dqkv, with_dh) + lse
+        return max(with_mlp, with_dqkv, with_dh) + lse
+
+    def _mlp_backward_peak(self, level: SaveLevel, n: int) -> int:
+        """Return the most bytes that a tile of n rows takes from dy to dattn.
+
+        They include the gradients of the adapters, and not the activations of all rows.
+        """
+        shape, norms, D = self.shape, self.shape.norms, self.shape.D
+        recomputes_o_and_d = level < SaveLevel.QKV
+        # h_mid; gate and up, recomputed, or their gradient beside the saved ones
+        width = D + shape.gate_up.lora_columns + 2 * shape.F + shape.gate_up.lora_columns
+        width += D if recomputes_o_and_d else 0  # o
+        width += D if norms.attention_out else 0  # o behind its norm
+        with_m = width + shape.F + shape.down.lora_columns  # m is freed before dh_mid is made
+        if norms.mlp_out:
+            with_m += D + shape.down.lora_columns  # dd, elsewhere a part of dresidual
+            with_m += D if recomputes_o_and_d else 0  # d
+        width += D  # dh_mid
+        with_do = with_norm = width
+        if norms.attention_out:
+            with_do += D + shape.o.lora_columns  # elsewhere a part of dresidual
+            with_norm = with_do + D  # the norm, computed once more for its rstd
+
+        # (width, bytes of the gradients that are made then) in the order of backward. The first of
+        # several tiles has already allocated the sums of all of them.
+        _, o_lora, gate_up_lora, down_lora = [FLOAT32 * x.lora_parameters for x in shape.fused]
+        steps = ((with_m, down_lora), (width, gate_up_lora), (with_norm, 0), (with_do, o_lora))
+        tiled, peak = n < self.workload.tokens, 0
+        sums = o_lora + gate_up_lora + down_lora if tiled else 0
+        for columns, gradients in steps:
+            peak = max(peak, n * columns * shape.itemsize + sums + gradients)
+            sums += 0 if tiled else gradients
+        return peak
 
     def _attention_backward_bytes(self, cudnn: bool) -> int:
         """Return the bytes of the workspace of attention's backward."""

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from minitune.config.architectures import NormNames
 from minitune.config.layer_kinds import LayerKind
 from minitune.config.model_config import LinearShape, ModelConfig
 from minitune.config.training_config import LoraConfig
@@ -59,7 +60,9 @@ class ModelShape:
     V: vocabulary.
     itemsize: bytes of an element in the compute dtype.
     tied: True if the head is the embedding.
-    qk_norm: True if each query and key head is normalised before RoPE.
+    qk_norm: the norm of queries and keys, as in Architecture.
+    norms: the norms of a layer by name; None where there is none.
+    caps_scores: True if the scores of attention have a soft bound.
     scales_residual: True if what a layer adds to the residual stream has a factor.
     qkv, o, gate_up, down: the fused linears of a layer.
     """
@@ -74,7 +77,9 @@ class ModelShape:
     V: int
     itemsize: int
     tied: bool
-    qk_norm: bool
+    qk_norm: str | None
+    norms: NormNames
+    caps_scores: bool
     scales_residual: bool
     qkv: FusedShape
     o: FusedShape
@@ -108,7 +113,9 @@ class ModelShape:
             V=config.vocab_size,
             itemsize=itemsize,
             tied=config.tie_word_embeddings,
-            qk_norm=config.architecture.qk_norm is not None,
+            qk_norm=config.architecture.qk_norm,
+            norms=config.architecture.norms,
+            caps_scores=config.score_softcap != 0,
             scales_residual=config.residual_multiplier != 1,
             **{
                 group: _fused_shape(linears, lora, device_type)
@@ -137,9 +144,9 @@ class ModelShape:
         return self.HK + 2 * self.GK
 
     @property
-    def rotated_width(self) -> int:
-        """Return the width of the tensor that norms of the heads write; 0 without these norms."""
-        return self.HK + self.GK if self.qk_norm else 0
+    def QK(self) -> int:
+        """Return the width of q and k side by side."""
+        return self.HK + self.GK
 
     @property
     def fused(self) -> tuple[FusedShape, ...]:

@@ -22,7 +22,8 @@ HALF_RATE_ROWS = 32  # rows at which a matmul reaches half of its rate
 HEAD_EXTRA_WIDTH = 256  # a narrow head's matmul takes as long as one so much wider at full rate
 LORA_READ_EFFICIENCY = 0.71  # of the rate of a copy, at which a matmul with R columns reads
 
-# Elements that the elementwise kernels move a row. s counts twice, because it is float32.
+# Elements that the elementwise kernels move a row. s counts twice, because it is float32. Layers
+# without norms before their blocks (OLMo 2) move the same within 3 D elements.
 FORWARD_D = (
     3  # x = s rounded: s read, x written
     + 2  # input norm: x read, h written
@@ -30,9 +31,6 @@ FORWARD_D = (
     + 3  # down adds to s: s read and written, instead of D written once
 )
 FORWARD_F = 3  # gated activation: gate and up read, m written
-# RoPE: q and k read and written; with norms of the heads the same. Heads that are rotated in part
-# count as whole: for 96 of 128 columns that is 0.5% of a layer of Phi-4-mini.
-FORWARD_QKV = 2
 BACKWARD_D = (
     3  # second norm once more: x and o read, h_mid written
     + 5  # its backward: dh_mid, x, o and dx read, dx written
@@ -40,10 +38,18 @@ BACKWARD_D = (
     + 4  # its backward: dh, x and dx read, dx written
 )
 BACKWARD_F = 6  # activation's backward: dm, gate and up read, their gradients and m written
-BACKWARD_QKV = 2  # RoPE's backward: dq and dk read and written
-# With norms of the heads, backward reads q and k, writes them normalised and rotated, and reads
-# them once more beside dq and dk.
-BACKWARD_ROTATED = 3
+# The same for norms behind o and down. Forward reads o and writes it anew; d is written,
+# normalised, and added to s. Backward normalises o once more, and both once more for their rstd.
+FORWARD_OUT_NORMS = 2 + 4
+BACKWARD_OUT_NORMS = 2 + 2 * (2 + 3)
+# Elements of RoPE and of the norms of q and k, for each column of q and k: in forward, in backward.
+# None: RoPE reads and writes q and k, and their gradients.
+# "head": one kernel for both. Backward reads q and k, writes them normalised and rotated, and reads
+#   them once more beside dq and dk.
+# "projection": norm and RoPE. Backward has them twice, as the norm for its rstd, beside RoPE of dq
+#   and dk and the norm's backward.
+# Heads that are rotated in part count as whole: for 96 of 128 columns that is 0.5% of a layer.
+ROTATION = {None: (2, 2), "head": (2, 5), "projection": (4, 11)}
 
 # Operations of attention, for each element of HK, row and row of its sample: q k^T and p v, of half
 # of the rows because it is causal. Backward takes three times as long: it has 2.5 times the
@@ -119,8 +125,8 @@ class TimeModel:
     def forward_seconds(self, kind: LayerKind, tile_rows: int | None, cudnn: bool) -> float:
         """Return the time of a layer's forward."""
         shape = self.memory.shape
-        moved = FORWARD_D * shape.D + FORWARD_F * shape.F
-        moved += FORWARD_QKV * shape.QKV if kind.rope is not None else 0
+        moved = FORWARD_D * shape.D + FORWARD_F * shape.F + self._rotation(kind)[0] * shape.QK
+        moved += FORWARD_OUT_NORMS * shape.D if shape.norms.mlp_out else 0
         # x A^T reads the input of each fused linear with an adapter.
         lora_read = sum(linear.in_features for linear in shape.fused if linear.adapters)
         return (
@@ -140,9 +146,8 @@ class TimeModel:
         The elementwise kernels of recomputation are not counted: 1.5 of 8B's 316 ms.
         """
         shape = self.memory.shape
-        moved = BACKWARD_D * shape.D + BACKWARD_F * shape.F
-        moved += BACKWARD_QKV * shape.QKV if kind.rope is not None else 0
-        moved += BACKWARD_ROTATED * shape.rotated_width
+        moved = BACKWARD_D * shape.D + BACKWARD_F * shape.F + self._rotation(kind)[1] * shape.QK
+        moved += BACKWARD_OUT_NORMS * shape.D if shape.norms.mlp_out else 0
         # dA reads the input; dy B and dB read the gradient of the output.
         lora_read = sum(
             linear.in_features + 2 * linear.out_features
@@ -156,6 +161,7 @@ class TimeModel:
             seconds += attention
         if level < SaveLevel.QKV:
             parameters += shape.qkv.parameters + shape.o.parameters
+            parameters += shape.down.parameters if shape.norms.mlp_out else 0
         if level < SaveLevel.ALL:
             parameters += shape.gate_up.parameters
         return (
@@ -169,16 +175,20 @@ class TimeModel:
 
     def forward_launches(self, kind: LayerKind, tile_rows: int | None) -> int:
         """Return the kernels of a layer's forward."""
-        linears, rotates = self.memory.shape.fused, kind.rope is not None
+        linears, norms = self.memory.shape.fused, self.memory.shape.norms
         tile_launches = FORWARD_TILE_LAUNCHES
         # x A^T into the columns beside x, and saved from there.
         tile_launches += 2 * sum(linear.adapters > 0 for linear in linears)
         tile_launches += sum(linear.biases for linear in linears)
-        return FORWARD_LAUNCHES + rotates + self._tiles(tile_rows) * tile_launches
+        tile_launches += norms.mlp_in is None  # adds to s and to x in two kernels
+        tile_launches += norms.attention_out is not None
+        tile_launches += 2 * (norms.mlp_out is not None)  # the norm; its sum with s
+        layer_launches = FORWARD_LAUNCHES + self._rotation_launches(kind)
+        return layer_launches + self._tiles(tile_rows) * tile_launches
 
     def backward_launches(self, kind: LayerKind, level: SaveLevel, tile_rows: int | None) -> int:
         """Return the kernels of a layer's backward."""
-        shape, tiles, rotates = self.memory.shape, self._tiles(tile_rows), kind.rope is not None
+        shape, tiles = self.memory.shape, self._tiles(tile_rows)
         fused = sum(linear.adapters > 0 for linear in shape.fused)
         adapters = sum(linear.adapters for linear in shape.fused)
         layer_launches, tile_launches = BACKWARD_LAUNCHES, BACKWARD_TILE_LAUNCHES
@@ -188,20 +198,40 @@ class TimeModel:
         tile_launches += LORA_GRADIENT_LAUNCHES * (fused + adapters)
         if shape.scales_residual:  # dA and dB of o and down are multiplied by the factor
             tile_launches += sum(1 + x.adapters for x in (shape.o, shape.down) if x.adapters)
-        layer_launches += rotates  # RoPE
+        if shape.norms.attention_out:
+            tile_launches += 3  # o behind its norm; the norm once more; its backward
+        if shape.norms.mlp_out:
+            tile_launches += 2  # the norm once more; its backward
+        rotation = self._rotation_launches(kind)
+        layer_launches += rotation  # their backward
+        layer_launches += 2 * (shape.qk_norm == "projection")  # the norms once more
         layer_launches += self.memory.attention_splits > 1  # adds up dk and dv of the splits
-        layer_launches += shape.qk_norm  # q and k for attention's backward
+        # With norms of the heads, q and k are rotated wherever attention reads them.
+        rotated_again = rotation if shape.qk_norm else 0
+        layer_launches += rotated_again
         if level < SaveLevel.ATTENTION:
-            layer_launches += 1 + shape.qk_norm  # attention; q and k for it
+            layer_launches += 1 + rotated_again  # attention
         if level < SaveLevel.QKV:
-            layer_launches += rotates and not shape.qk_norm  # RoPE
+            layer_launches += rotation - rotated_again
             tile_launches += 1 + 2  # input norm; matmuls of qkv and o
             tile_launches += shape.qkv.biases + shape.o.biases
             tile_launches += (shape.qkv.adapters > 0) + (shape.o.adapters > 0)  # saved x A^T
+            if shape.norms.mlp_out:  # d: gated activation, saved x A^T, matmul
+                tile_launches += 1 + (shape.down.adapters > 0) + 1 + shape.down.biases
         if level < SaveLevel.ALL:
             tile_launches += 1 + shape.gate_up.biases  # matmul of gate and up
         # From the second tile on, the gradients of a fused linear are added up.
         return layer_launches + tiles * tile_launches + (tiles - 1) * fused
+
+    def _rotation(self, kind: LayerKind) -> tuple[int, int]:
+        """Return the elements that RoPE and norms move for each column of q and k, as ROTATION."""
+        qk_norm = self.memory.shape.qk_norm
+        return ROTATION[qk_norm] if kind.rope is not None or qk_norm else (0, 0)
+
+    def _rotation_launches(self, kind: LayerKind) -> int:
+        """Return the kernels that normalise and rotate q and k, once."""
+        rotates = kind.rope is not None
+        return {None: rotates, "head": 1, "projection": 2 + rotates}[self.memory.shape.qk_norm]
 
     @property
     def dequantise_seconds(self) -> float:

@@ -19,7 +19,7 @@ class Case:
     less, since the allocator reserves more than it hands out.
     """
 
-    shape: str  # a key of random_checkpoints.SHAPES
+    shape: str  # a key of model_shapes.SHAPES
     targets: str  # the linears with an adapter: "qkvo" or "all"
     batch: int  # samples a step
     tokens: int  # of a sample; of a short sample, its limit

@@ -24,7 +24,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bench
 
-from benchmark.random_checkpoints import llama_config, write_random_checkpoint
+from benchmark.model_shapes import llama_config
+from benchmark.random_checkpoints import write_random_checkpoint
 from benchmark.step_timing import GIB, TARGETS, random_batch, time_steps
 from benchmark.table import emit, text_table
 from minitune import FastLanguageModel, LanguageModel
@@ -49,6 +50,9 @@ FAMILIES = (
     {"model_type": "smollm3"},
     {"model_type": "granite", "residual_multiplier": 0.22},
     {"model_type": "phi3"},
+    {"model_type": "olmo3", "sliding_window": 1024},
+    {"model_type": "gemma2", "sliding_window": 1024},
+    {"model_type": "gemma3_text", "sliding_window": 1024},
 )
 HEADER = (
     "seed",
