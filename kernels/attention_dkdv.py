@@ -25,8 +25,8 @@ PROFILE_GROUP = "attention"
 
 # For choose_block_sizes: K -> (BLOCK_N, BLOCK_M, warps, stages) for short and for long sequences.
 # The fastest of 15 on an H200 in November 2026, bf16: 0.259 ms at 2 x 2048 rows and 1.85 ms at
-# 1 x 8192 (32 heads, 8 of keys, K = 128). Heads of 256 (8, 4 of keys): dq, dk and dv take 3.04 ms at
-# 1 x 8192, with 4 warps 4.37.
+# 1 x 8192 (32 heads, 8 of keys, K = 128). Heads of 256 (8, 4 of keys): dq, dk and dv take 3.04 ms
+# at 1 x 8192, with 4 warps 4.37.
 BLOCK_SIZES = {
     256: ((64, 64, 8, 2), (64, 64, 8, 2)),
     128: ((64, 64, 4, 2), (64, 64, 4, 2)),
