@@ -154,6 +154,13 @@ class Fp8Folder(SafetensorsFolder):
         """Return True if a tensor is stored in FP8."""
         return name in self._scale_names
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which `load` returns a tensor.
+
+        Raises: ValueError if no weight has such a dtype.
+        """
+        return torch.float32 if self.is_dequantized(name) else super().dtype(name)
+
     def load(
         self,
         name: str,
