@@ -59,6 +59,14 @@ def test_attention_in_a_window_takes_the_time_of_the_rows_that_are_seen():
         assert planned == pytest.approx(operations, rel=0.01)
 
 
+@pytest.mark.parametrize(("heads", "width", "ms"), [(32, 128, 3.35), (8, 256, 3.04)])
+def test_attentions_backward_agrees_with_measurements_on_an_h200(heads, width, ms):
+    shape = replace(SHAPE, H=heads, HK=heads * width)
+    time_model = TimeModel(MemoryModel(shape, Workload(8192, 8192)), DeviceRates())
+    planned = time_model.attention_backward_seconds(FULL, cudnn=False)
+    assert 1e3 * planned == pytest.approx(ms, rel=0.15)
+
+
 def test_only_layers_without_a_window_and_without_soft_caps_may_use_cudnn():
     windowed = FULL._replace(window=4096)
     seconds = {
