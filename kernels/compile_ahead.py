@@ -6,7 +6,7 @@ compiler run without Python's lock, so threads compile on all cores while the we
 
     compile_ahead(rehearse, device)     runs `rehearse` in a thread of its own
     a launch in that thread             hands its kernel to the other threads, and runs nothing
-    a launch in any other thread        waits if its kernel is being compiled
+    a launch in any other thread        waits for the kernels of the rehearsal
 
 `rehearse` launches kernels on tensors of the meta device, which have shapes and strides but no
 data. A meta tensor stands for a tensor on a GPU whose memory begins at a multiple of 16 bytes.
@@ -15,6 +15,7 @@ Results do not depend on this file. A kernel that no rehearsal launched compiles
 failure here is a warning.
 """
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -47,7 +48,10 @@ if triton is not None:
 
         def run(self, *args, grid, warmup, **kwargs):
             """Launch the kernel, and compile it before if that has not been done."""
-            warmup = warmup or _is_rehearsal.get()
+            if _is_rehearsal.get():
+                warmup = True
+            else:
+                finish_compiling()
             return super().run(*args, grid=grid, warmup=warmup, **kwargs)
 
 
@@ -75,13 +79,11 @@ class CompilePool(ThreadPoolExecutor):
         """Run `rehearse` in one of the threads."""
         self._rehearsal = super().submit(copy_context().run, self._rehearse, rehearse)
         self._rehearsal.add_done_callback(_warn_of_failure)
-        # The threads end after their last kernel.
         self._rehearsal.add_done_callback(lambda _: self.shutdown(wait=False))
 
     def finish(self) -> None:
         """Wait for the rehearsal and for its kernels."""
         wait([self._rehearsal])
-        self.shutdown()
 
     def submit(self, compile_kernel: Callable) -> Future:
         """Compile a kernel in an idle thread; Triton calls this at a launch of the rehearsal."""
@@ -96,9 +98,11 @@ class CompilePool(ThreadPoolExecutor):
 
     def _rehearse(self, rehearse: Callable[[], None]) -> None:
         _is_rehearsal.set(True)
-        # The mode ends with this thread's context. Leaving it would wait for all kernels.
-        triton.AsyncCompileMode(self).__enter__()
-        with torch.cuda.device(self._device):
+        # The mode's end waits for all kernels. Errors are reported by `_warn_of_failure`.
+        with (
+            triton.AsyncCompileMode(self, ignore_errors=True),
+            torch.cuda.device(self._device),
+        ):
             rehearse()
 
     def _compile_and_load(self, compile_kernel: Callable) -> object:
@@ -131,5 +135,7 @@ def finish_compiling() -> None:
 
     Loading a kernel from another thread would end the capture of a CUDA graph with an error.
     """
-    while _pools:
-        _pools.pop().finish()
+    for pool in tuple(_pools):
+        pool.finish()
+        with contextlib.suppress(ValueError):  # another thread has waited as well
+            _pools.remove(pool)

@@ -25,8 +25,8 @@ from minitune.kernels import backend, compile_ahead
 from minitune.kernels.global_norm import global_norm
 program.pretend_gpu()
 def rehearse():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        global_norm(torch.empty(64, dtype=dtype, device="meta"))
+    for length in (64, 65, 1):  # of which Triton makes different kernels
+        global_norm(torch.empty(length, device="meta"))
 """
 FAILING_REHEARSAL = """
 compile_ahead.compile_ahead(lambda: [][0], program.GPU)
@@ -41,9 +41,8 @@ compile_ahead.finish_compiling()
 backend.use_triton = lambda x: True
 rehearse()
 """
-EARLY_EXIT = """
+SLOW_COMPILER = """
 import threading
-compile_ahead.MAX_THREADS = 1
 begun = threading.Event()
 def compile_slowly(source, *args, **kwargs):
     print(source.name, flush=True)
@@ -51,8 +50,18 @@ def compile_slowly(source, *args, **kwargs):
     threading.main_thread().join(0.5)
     return program.compile_nothing(source)
 program.triton.compiler.compile = compile_slowly
+"""
+EARLY_EXIT = """
+compile_ahead.MAX_THREADS = 1
 compile_ahead.compile_ahead(rehearse, program.GPU)
 assert begun.wait(60)
+"""
+EARLY_LAUNCH = """
+compile_ahead.compile_ahead(rehearse, program.GPU)
+assert begun.wait(60)
+backend.use_triton = lambda x: True
+rehearse()
+print("launched")
 """
 
 
@@ -102,9 +111,17 @@ def test_a_kernel_that_fails_to_compile_raises_at_its_launch():
 
 
 def test_the_interpreter_exits_without_compiling_the_rest():
-    done = run("-c", SETUP + EARLY_EXIT)
+    done = run("-c", SETUP + SLOW_COMPILER + EARLY_EXIT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["_square_sums"]
+
+
+def test_a_launch_waits_for_a_kernel_that_is_being_compiled():
+    done = run("-c", SETUP + SLOW_COMPILER + EARLY_LAUNCH)
+    assert done.returncode == 0, done.stderr
+    compiled = done.stdout.split()
+    assert compiled.pop() == "launched"
+    assert compiled.count("_square_sums") == 3
 
 
 def test_importing_the_package_imports_nothing_heavy_beside_torch():
