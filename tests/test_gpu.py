@@ -145,6 +145,7 @@ def test_a_family_decodes_and_replays_its_micro_steps_in_graphs(tmp_path, family
     (answer,) = model.generate([prompt], max_new_tokens=20, eos_token_ids=[])
     logits = model(input_ids=torch.tensor([prompt + answer])).logits
     assert answer == logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+    model = load(folder, torch.bfloat16)
     batch = collate(random_samples([40, 200, 9], SHAPE["vocab"]))
     eager, replayed = (
         results(MicroStep(model, capture=capture), [batch] * 2) for capture in (False, True)

@@ -149,15 +149,15 @@ def test_the_references_score_one_sample_at_a_time(window, monkeypatch):
 
 @pytest.mark.gpu
 @in_each_dtype
-@pytest.mark.parametrize("softcap", [0.0, 50.0])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("window", [3, 100, 700])
 def test_attention_with_a_window_holds_its_bound_at_real_sizes(window, softcap, dtype):
     lengths = [750, 7, 1243]
     dout, *inputs = attention_inputs(sum(lengths), 8, 2, 128, dtype, "cuda")
     packed = packed_samples(lengths, "cuda").windowed(window)
-    rest = packed.start, packed.end, 0.3
+    rest = packed.start, packed.end, 128**-0.5
     out, lse = attention(*inputs, *rest, softcap=softcap)
     grads = attention_backward(dout, *inputs, out, lse, *rest, softcap=softcap)
     seen = window_mask(lengths, window, "cuda")
-    formula = functools.partial(plain_attention, seen=seen, scale=0.3, softcap=softcap)
+    formula = functools.partial(plain_attention, seen=seen, scale=128**-0.5, softcap=softcap)
     judge([out, lse, *grads], formula, inputs, [dout, torch.zeros_like(lse)])
