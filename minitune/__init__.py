@@ -9,7 +9,7 @@ import sys
 if "torch" not in sys.modules:
     import torch  # noqa: F401
 
-    # One collection among torch's million objects takes 0.2 s, a third of this import. The objects
+    # A collection among torch's 170,000 objects takes 0.2 s, a third of this import. The objects
     # are permanent. If the caller imported torch, the caller's own objects may not be.
     gc.freeze()
 

@@ -131,6 +131,12 @@ def test_importing_the_package_imports_nothing_heavy_beside_torch():
     assert HEAVY & (set(done.stdout.split()) - set(alone.stdout.split())) == set()
 
 
+@pytest.mark.parametrize(("first", "frozen"), [("minitune", True), ("torch", False)])
+def test_only_objects_that_the_package_imports_are_left_out_of_collections(first, frozen):
+    done = run("-c", f"import {first}, minitune, gc; print(gc.get_freeze_count() > 100_000)")
+    assert done.stdout.strip() == str(frozen), done.stderr
+
+
 @pytest.mark.parametrize(("free", "reads"), [(1 << 40, 1), (1000, 0)])
 def test_weights_are_read_ahead_unless_they_fill_half_of_the_memory(
     smallest, monkeypatch, free, reads
