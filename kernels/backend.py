@@ -122,8 +122,8 @@ def matmul_accumulated(a: torch.Tensor, b: torch.Tensor, multiplier: float = 1.0
     acc_dtype = accumulator(a.dtype)
     if a.dtype == acc_dtype or not a.is_cuda:
         return matmul(a.to(acc_dtype), b.to(acc_dtype), None, multiplier)
-    product = torch.mm(a, b, out_dtype=acc_dtype)
-    return product if multiplier == 1 else product.mul_(multiplier)
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=acc_dtype, device=a.device)
+    return torch.addmm(out, a, b, beta=0, alpha=multiplier, out_dtype=acc_dtype, out=out)
 
 
 def add_matmul_(

@@ -38,6 +38,8 @@ import torch
 from . import backend
 from .backend import (
     accumulator,
+    cdiv,
+    matmul,
     matmul_accumulated,
     power_of_two,
     tanh_and_slope,
@@ -54,6 +56,14 @@ LOGITS_TILE_BYTES = 256 << 20
 def logits_tile_rows(V: int, itemsize: int) -> int:
     """Return the rows of a tile of logits for a vocabulary of V and `itemsize` bytes a logit."""
     return max(LOGITS_TILE_BYTES // (V * itemsize), 1)
+
+
+def logits_columns(V: int) -> int:
+    """Return the columns of a buffer of logits: V, rounded up so that 16-bit rows are aligned.
+
+    cuBLAS is slow if rows do not begin at multiples of 16 bytes, as with Granite's V of 49155.
+    """
+    return cdiv(V, 8) * 8
 
 
 def cross_entropy_reference_(logits, targets, need_grad, softcap=0.0):
@@ -194,10 +204,11 @@ def _check(hidden, weight, targets, softcap) -> None:
 def _check_buffer(logits_buffer, hidden, V) -> None:
     """Raise ValueError if the buffer does not fit the logits of `hidden`."""
     shape, dtype = logits_buffer.shape, logits_buffer.dtype
-    if shape[1:] != (V,) or dtype != hidden.dtype or shape[0] < min(len(hidden), 1):
+    fits = len(shape) == 2 and shape[0] >= min(len(hidden), 1) and shape[1] >= V
+    if not fits or dtype != hidden.dtype:
         raise ValueError(
             f"logits_buffer is {tuple(shape)} {dtype}; "
-            f"expected (rows, {V}) {hidden.dtype} with at least one row"
+            f"expected (rows, {V} or more) {hidden.dtype} with at least one row"
         )
 
 
@@ -220,7 +231,8 @@ def linear_cross_entropy(
     denominator: number or 0-dim tensor; usually the number of targets of the whole optimizer step.
     tile_rows: rows of logits that exist at once; by default at most 256 MiB of them.
     need_grad: if False, dhidden is None and the second pass over the logits is left out.
-    logits_buffer: memory for a tile of logits (rows, V) in hidden's dtype; it replaces tile_rows.
+    logits_buffer: memory for a tile of logits (rows, V or more) in hidden's dtype, best with
+        `logits_columns(V)` columns; it replaces tile_rows.
     multiplier: factor of the logits, applied by the matmul before the logits are rounded.
     softcap: bound on the logits; 0 for none.
 
@@ -233,7 +245,8 @@ def linear_cross_entropy(
     (N, D), V, acc_dtype = hidden.shape, len(weight), accumulator(hidden.dtype)
     if logits_buffer is None:
         rows = min(tile_rows or logits_tile_rows(V, hidden.element_size()), N)
-        logits_buffer = torch.empty((rows, V), dtype=hidden.dtype, device=hidden.device)
+        shape = rows, logits_columns(V)
+        logits_buffer = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
     _check_buffer(logits_buffer, hidden, V)
     if not isinstance(denominator, torch.Tensor):
         denominator = torch.full((), float(denominator), dtype=acc_dtype, device=hidden.device)
@@ -246,9 +259,8 @@ def linear_cross_entropy(
     step = max(len(logits_buffer), 1)
     for first in range(0, N, step):
         rows = slice(first, first + step)
-        logits = logits_buffer[: min(step, N - first)]
-        # With a beta of 0 this is torch.mm, which takes no multiplier.
-        torch.addmm(logits, hidden[rows], weight.t(), beta=0, alpha=multiplier, out=logits)
+        logits = logits_buffer[: min(step, N - first), :V]
+        matmul(hidden[rows], weight.t(), logits, multiplier)
         _cross_entropy_(logits, targets[rows], losses[rows], need_grad, softcap)
         if need_grad:
             torch.mul(matmul_accumulated(logits, weight), gradient_scale, out=dhidden[rows])

@@ -19,7 +19,7 @@ from kernel_checks import (
 from torch.nn import functional
 
 from minitune.kernels import backend, cross_entropy, lora_linear
-from minitune.kernels.cross_entropy import linear_cross_entropy
+from minitune.kernels.cross_entropy import linear_cross_entropy, logits_columns
 
 # ---- LoRA linear
 
@@ -292,7 +292,10 @@ def test_logits_are_written_into_the_callers_buffer(device):
     found = linear_cross_entropy(hidden, weight, targets, 3, logits_buffer=logits_buffer)
     assert all(map(torch.equal, found, expected))
     assert logits_buffer[0, 49] < 0  # softmax - 1 at the target of the last row
-    message = r"logits_buffer is .*; expected \(rows, 50\) torch.float32"
+    wider = torch.full((2, logits_columns(50)), math.nan, device=device)  # 56 columns
+    found = linear_cross_entropy(hidden, weight, targets, 3, logits_buffer=wider)
+    assert all(map(torch.equal, found, expected)) and wider[:, 50:].isnan().all()
+    message = r"logits_buffer is .*; expected \(rows, 50 or more\) torch.float32"
     for wrong in (logits_buffer[:, 1:], logits_buffer.double(), logits_buffer[:0]):
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(hidden, weight, targets, 3, logits_buffer=wrong)

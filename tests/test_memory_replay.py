@@ -140,7 +140,7 @@ class Recorder:
 
     def matmul_accumulated(self, a: Tensor, b: Tensor, multiplier: float = 1.0) -> Tensor:
         """Return a float32 result, as cuBLAS does for the gradients of A and B."""
-        self.launch(LORA_GRADIENT_LAUNCHES + (multiplier != 1))
+        self.launch(LORA_GRADIENT_LAUNCHES)
         return a.new_empty((len(a), b.shape[1]), dtype=torch.float32)
 
     def add_matmul_(self, total: Tensor, a: Tensor, b: Tensor, multiplier: float = 1.0) -> Tensor:

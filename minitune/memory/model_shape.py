@@ -63,7 +63,6 @@ class ModelShape:
     qk_norm: the norm of queries and keys, as in Architecture.
     norms: the norms of a layer by name; None where there is none.
     caps_scores: True if the scores of attention have a soft bound.
-    scales_residual: True if what a layer adds to the residual stream has a factor.
     qkv, o, gate_up, down: the fused linears of a layer.
     """
 
@@ -80,7 +79,6 @@ class ModelShape:
     qk_norm: str | None
     norms: NormNames
     caps_scores: bool
-    scales_residual: bool
     qkv: FusedShape
     o: FusedShape
     gate_up: FusedShape
@@ -116,7 +114,6 @@ class ModelShape:
             qk_norm=config.architecture.qk_norm,
             norms=config.architecture.norms,
             caps_scores=config.score_softcap != 0,
-            scales_residual=config.residual_multiplier != 1,
             **{
                 group: _fused_shape(linears, lora, device_type)
                 for group, linears in config.linear_groups().items()

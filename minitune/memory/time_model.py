@@ -59,6 +59,9 @@ ATTENTION_BACKWARD = 3
 # Backward of wider heads than 128 columns takes longer by this factor: on an H200 in November 2026,
 # 8192 rows took 3.04 ms with 8 heads of 256, and 3.35 ms with 32 heads of 128.
 WIDE_HEADS_BACKWARD = 1.8
+# Attention takes longer by this factor if scores have a soft cap: on the same card 127.3 ms, not
+# 71.5, for forward and backward of 32,768 rows with 32 heads of 128.
+SOFT_CAP = 1.78
 
 # Passes over the logits (rows, V): a matmul writes them, the loss reads them twice and writes their
 # gradient, a matmul reads that.
@@ -198,8 +201,6 @@ class TimeModel:
         tile_launches += fused - (shape.o.adapters > 0)  # saved x A^T; o's input has it already
         # dA of a fused linear, dB of a linear
         tile_launches += LORA_GRADIENT_LAUNCHES * (fused + adapters)
-        if shape.scales_residual:  # dA and dB of o and down are multiplied by the factor
-            tile_launches += sum(1 + x.adapters for x in (shape.o, shape.down) if x.adapters)
         if shape.norms.attention_out:
             tile_launches += 3  # o behind its norm; the norm once more; its backward
         if shape.norms.mlp_out:
@@ -287,6 +288,8 @@ class TimeModel:
         with_cudnn = cudnn and kind.window is None
         efficiency = self.rates.cudnn if with_cudnn else self.rates.attention
         operations = ATTENTION_OPERATIONS * workload.tokens * seen * self.memory.shape.HK
+        if self.memory.shape.caps_scores:
+            operations *= SOFT_CAP
         return operations / (self.rates.matmul * efficiency)
 
     def attention_backward_seconds(self, kind: LayerKind, cudnn: bool) -> float:

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from minitune.device import to_device_async
 from minitune.kernels.backend import matmul
-from minitune.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy, logits_tile_rows
+from minitune.kernels.cross_entropy import (
+    IGNORE_INDEX,
+    linear_cross_entropy,
+    logits_columns,
+    logits_tile_rows,
+)
 from minitune.model.norms import RMSNorm
 
 
@@ -63,9 +68,9 @@ class LossRows:
 
 
 def new_logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an empty tile of logits, with `rows` rows or as many as a tile may have: (rows, V)."""
+    """Return an empty tile of logits (n, V or more), with `rows` rows or as many as a tile has."""
     tile_rows = min(rows, logits_tile_rows(vocab, dtype.itemsize))
-    return torch.empty((tile_rows, vocab), dtype=dtype, device=device)
+    return torch.empty((tile_rows, logits_columns(vocab)), dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
