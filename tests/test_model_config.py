@@ -1,14 +1,19 @@
 """The lists of linears and tensors in ModelConfig equal the modules of the model."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minitune.config.architectures import ARCHITECTURES, LORA_TARGETS
+from minitune.config.family_defaults import DEFAULTS
+from minitune.config.layer_kinds import FULL, SLIDING
 from minitune.config.model_config import ModelConfig
+from minitune.config.text_config import text_config
 from minitune.model.causal_lm import CausalLM
 from minitune.model.linear import Linear
 from minitune.model.rope import RopeTables
@@ -111,6 +116,43 @@ def test_windows_and_layers_without_rope_are_those_of_transformers(model_type, v
     ]
     assert [kind.rope is not None for kind in config.layer_kinds] == [
         bool(rotates) for rotates in getattr(theirs, "no_rope_layers", [1] * 6)
+    ]
+
+
+@pytest.mark.parametrize("model_type", DEFAULTS)
+def test_values_that_a_config_leaves_out_are_those_of_transformers(model_type):
+    raw = {"model_type": model_type}
+    if hasattr(AutoConfig.for_model(model_type), "use_sliding_window"):
+        raw["use_sliding_window"] = True
+    theirs = AutoConfig.for_model(**raw).to_dict()
+    ropes = theirs["rope_parameters"]
+    ropes = [ropes[kind] for kind in (FULL, SLIDING)] if FULL in ropes else [ropes]
+    theirs["rope_theta"] = ropes[0]["rope_theta"]
+    read_from_lists = {"sliding_window_pattern", "rope_local_base_freq"}
+    for key in DEFAULTS[model_type].keys() - read_from_lists:
+        expected = theirs[key]
+        if key == "rope_parameters":
+            expected = {k: v for k, v in expected.items() if k in DEFAULTS[model_type][key]}
+        assert DEFAULTS[model_type][key] == expected, key
+    text = text_config({"model_type": "wrapper", "text_config": raw})
+    config = ModelConfig.from_dict(text)
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]] == text["architectures"][0]
+    if model_type in ARCHITECTURES:
+        assert replace(ModelConfig.from_dict(raw), raw=text) == config
+    heads = theirs["num_attention_heads"]
+    assert config.num_key_value_heads == (theirs["num_key_value_heads"] or heads)
+    assert config.rms_norm_eps == theirs["rms_norm_eps"]
+    assert config.max_position_embeddings == theirs["max_position_embeddings"]
+    assert config.head_dim == (theirs.get("head_dim") or theirs["hidden_size"] // heads)
+    assert config.tie_word_embeddings == bool(theirs.get("tie_word_embeddings"))
+    assert config.score_softcap == (theirs.get("attn_logit_softcapping") or 0.0)
+    assert config.logit_softcap == (theirs.get("final_logit_softcapping") or 0.0)
+    assert [rope.theta for rope in config.ropes] == [rope["rope_theta"] for rope in ropes]
+    assert [rope.kind or "default" for rope in config.ropes] == [r["rope_type"] for r in ropes]
+    kinds = theirs.get("layer_types") or [SLIDING] * config.num_hidden_layers
+    window = theirs.get("sliding_window")
+    assert [kind.window for kind in config.layer_kinds] == [
+        window if kind == SLIDING else None for kind in kinds
     ]
 
 

@@ -21,7 +21,6 @@ from minitune.commands import export, generate
 from minitune.config.architectures import ARCHITECTURES
 from minitune.config.layer_kinds import FULL, SLIDING
 from minitune.config.model_config import ModelConfig
-from minitune.config.text_config import TEXT_MODELS
 from minitune.gguf.export import convert_folder
 
 every_wrapper = pytest.mark.parametrize("case", WRAPPERS)
@@ -248,32 +247,6 @@ def test_the_commands_say_that_the_text_model_is_used(tmp_path, capsys):
     assert f"note: {note}" in capsys.readouterr().err
     assert export.main([*arguments[:2], "--output", str(tmp_path / "x.gguf")]) == 0
     assert f"note: {note}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("model_type", TEXT_MODELS)
-def test_values_that_a_text_config_leaves_out_are_those_of_transformers(tmp_path, model_type):
-    plain, name, defaults = vars(TEXT_MODELS[model_type]).values()
-    theirs = transformers.AutoConfig.for_model(model_type).to_dict()
-    ropes = theirs["rope_parameters"]
-    ropes = [ropes[kind] for kind in (FULL, SLIDING)] if FULL in ropes else [ropes]
-    theirs["rope_theta"] = ropes[0]["rope_theta"]
-    for key, value in defaults.items():
-        expected = theirs[key]
-        assert value.items() <= expected.items() if key == "rope_parameters" else value == expected
-    mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    assert mapping[plain] == name
-    raw = {"model_type": "wrapper", "text_config": {"model_type": model_type}}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    config = ModelConfig.from_folder(tmp_path)
-    for key in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings"):
-        assert getattr(config, key) == theirs[key], key
-    assert theirs.get("head_dim") in (None, config.head_dim)
-    assert bool(theirs.get("tie_word_embeddings")) == config.tie_word_embeddings
-    assert [rope.theta for rope in config.ropes] == [rope["rope_theta"] for rope in ropes]
-    assert [rope.kind or "default" for rope in config.ropes] == [r["rope_type"] for r in ropes]
-    window, kinds = theirs.get("sliding_window"), theirs.get("layer_types")
-    expected = [window if kinds is None or kind == SLIDING else None for kind in kinds or [SLIDING]]
-    assert {kind.window for kind in config.layer_kinds} == set(expected)
 
 
 def test_values_of_the_wrapper_count_if_the_text_config_has_none(tmp_path):

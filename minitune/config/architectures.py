@@ -5,7 +5,7 @@ Every family has Llama's decoder layer and differs from it in the values of `Arc
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class LinearSpec(NamedTuple):
@@ -79,6 +79,7 @@ NORMS_AROUND = NormNames(
 class Architecture:
     """The values of one model family.
 
+    model_type, model_class: the type of its config.json, and its class in transformers.
     activation: "silu" or "gelu_tanh".
     activation_key: the key of config.json that names the activation.
     norms: the norms of the decoder layer.
@@ -106,7 +107,6 @@ class Architecture:
         sqrt(head_dim).
     soft_caps: True if config.json may bound scores and logits (Gemma).
     refused: keys of config.json that must be missing, null or false.
-    defaults: values of config.json that stand for missing ones, other than Llama's.
     gguf: the value of general.architecture, and the prefix of the keys in a GGUF file.
     gguf_biases: True if llama.cpp reads biases of the linears.
     gguf_llama_layout: True if llama.cpp reads the rows of q and k interleaved, and the keys
@@ -122,6 +122,7 @@ class Architecture:
     """
 
     model_type: str
+    model_class: str
     activation: str = "silu"
     activation_key: str = "hidden_act"
     norms: NormNames = NORMS_BEFORE
@@ -144,7 +145,6 @@ class Architecture:
     query_scalar_key: str | None = None
     soft_caps: bool = False
     refused: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
     gguf: str = "llama"
     gguf_biases: bool = True
     gguf_llama_layout: bool = True
@@ -173,42 +173,33 @@ GEMMA = {
     "scales_embedding": True,
     "query_scalar_key": "query_pre_attn_scalar",
     "soft_caps": True,
+    "refused": ("use_bidirectional_attention",),
     "gguf_biases": False,
     "gguf_llama_layout": False,
     "gguf_rope_tensors": (),
     "gguf_window": "read",
     "gguf_head": "tied",
 }
-GEMMA_DEFAULTS = {
-    "head_dim": 256,
-    "max_position_embeddings": 8192,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-}
-QWEN_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
 ARCHITECTURES = {
     family.model_type: family
     for family in (
-        Architecture("llama"),
-        Architecture(
-            "mistral", **NO_BIASES, sliding_layers="all", defaults={"sliding_window": 4096}
-        ),
+        Architecture("llama", "LlamaForCausalLM"),
+        Architecture("mistral", "MistralForCausalLM", **NO_BIASES, sliding_layers="all"),
         Architecture(
             "ministral3",
+            "Ministral3ForCausalLM",
             **NO_BIASES,
             sliding_layers="all",
             query_growth=True,
-            defaults={"head_dim": 128},
             gguf="mistral3",
         ),
         Architecture(
             "qwen2",
+            "Qwen2ForCausalLM",
             qkv_bias=True,
             o_bias=False,
             mlp_bias=False,
             **QWEN_WINDOWS,
-            defaults=QWEN_DEFAULTS,
             gguf="qwen2",
             gguf_llama_layout=False,
             gguf_head_dim=False,
@@ -216,10 +207,10 @@ ARCHITECTURES = {
         ),
         Architecture(
             "qwen3",
+            "Qwen3ForCausalLM",
             mlp_bias=False,
             qk_norm="head",
             **QWEN_WINDOWS,
-            defaults=QWEN_DEFAULTS | {"head_dim": 128},
             gguf="qwen3",
             gguf_biases=False,
             gguf_llama_layout=False,
@@ -227,28 +218,30 @@ ARCHITECTURES = {
         ),
         Architecture(
             "smollm3",
+            "SmolLM3ForCausalLM",
             window_switch="use_sliding_window",
             reads_layer_types=True,
             sliding_layers="unrotated",
             unrotated_period_key="no_rope_layer_interval",
-            defaults={
-                "tie_word_embeddings": True,
-                "rope_theta": 2e6,
-                "no_rope_layer_interval": 4,
-            },
             gguf="smollm3",
             gguf_biases=False,
             gguf_rope_tensors=(),
         ),
-        Architecture("granite", multipliers=True, gguf="granite", gguf_head_dim=False),
+        Architecture(
+            "granite",
+            "GraniteForCausalLM",
+            multipliers=True,
+            gguf="granite",
+            gguf_head_dim=False,
+        ),
         Architecture(
             "phi3",
+            "Phi3ForCausalLM",
             **NO_BIASES,
             linears=MERGED_LINEARS,
             sliding_layers="all",
             partial_rotary=True,
             rope_type_names={"su": "longrope", "yarn": "longrope"},
-            defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
             gguf="phi3",
             gguf_llama_layout=False,
             gguf_head_dim=False,
@@ -257,6 +250,7 @@ ARCHITECTURES = {
         ),
         Architecture(
             "olmo2",
+            "Olmo2ForCausalLM",
             mlp_bias=False,
             norms=NORMS_BEHIND,
             qk_norm="projection",
@@ -269,18 +263,13 @@ ARCHITECTURES = {
         ),
         Architecture(
             "olmo3",
+            "Olmo3ForCausalLM",
             mlp_bias=False,
             norms=NORMS_BEHIND,
             qk_norm="projection",
             reads_layer_types=True,
             sliding_layers="periodic",
             two_ropes=True,
-            defaults={
-                "sliding_window": 4096,
-                "sliding_window_pattern": 4,
-                "rope_theta": 5e5,
-                "max_position_embeddings": 2048,
-            },
             gguf="olmo2",
             gguf_biases=False,
             gguf_llama_layout=False,
@@ -291,32 +280,20 @@ ARCHITECTURES = {
         ),
         Architecture(
             "gemma2",
+            "Gemma2ForCausalLM",
             **GEMMA,
             mlp_bias=False,
-            defaults=GEMMA_DEFAULTS
-            | {
-                "sliding_window_pattern": 2,
-                "attn_logit_softcapping": 50.0,
-                "final_logit_softcapping": 30.0,
-            },
             gguf="gemma2",
             gguf_window_period=2,
             gguf_theta=1e4,
         ),
         Architecture(
             "gemma3_text",
+            "Gemma3ForCausalLM",
             **GEMMA,
             mlp_bias=False,
             qk_norm="head",
             two_ropes=True,
-            refused=("use_bidirectional_attention",),
-            defaults=GEMMA_DEFAULTS
-            | {
-                "sliding_window_pattern": 6,
-                "max_position_embeddings": 131072,
-                "rope_theta": 1e6,
-                "rope_local_base_freq": 1e4,
-            },
             gguf="gemma3",
             gguf_reads_local_theta=True,
             gguf_window_period=6,

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitune.atomic_files import read_json
-from minitune.config.architectures import (
-    ARCHITECTURES,
-    HEAD_NORMS,
-    Architecture,
-)
+from minitune.config.architectures import ARCHITECTURES, HEAD_NORMS, Architecture
 from minitune.config.config_values import read_value
+from minitune.config.family_defaults import with_defaults
 from minitune.config.layer_kinds import LayerKind, read_layer_kinds
 from minitune.config.rope_config import RopeConfig, RopeReader
 from minitune.config.text_config import is_wrapper, text_config
@@ -244,7 +241,7 @@ class ModelConfig:
         Raises: ValueError that names the field if the model is not one that this code runs.
         """
         family = _architecture(raw)
-        return _read_config(family, {**family.defaults, **raw}, raw)
+        return _read_config(family, with_defaults(raw, family.model_type), raw)
 
 
 def _read_config(family: Architecture, values: dict, raw: dict) -> ModelConfig:

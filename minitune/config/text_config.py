@@ -4,154 +4,13 @@ A wrapper's config.json holds the text model's values in `text_config`, beside t
 audio encoder. Qwen2-VL's and Qwen2.5-VL's first layout has the text model's values at the top.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from minitune.config.architectures import ARCHITECTURES
+from minitune.config.family_defaults import ROPE_KEYS, with_defaults
 
-
-@dataclass(frozen=True)
-class TextModel:
-    """The plain model that equals a wrapper's text model.
-
-    model_type, model_class: the type of the plain model, and its class in transformers.
-    defaults: values that a text_config may leave out, beside the family's. transformers wrote a
-        nested config without the values that equal the defaults of its class.
-    """
-
-    model_type: str
-    model_class: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-
-QWEN2_VL_DEFAULTS = {
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-}
-TEXT_MODELS = {  # by model_type of the text_config
-    "llama": TextModel(
-        "llama",
-        "LlamaForCausalLM",
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-        },
-    ),
-    "mistral": TextModel(
-        "mistral",
-        "MistralForCausalLM",
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-        },
-    ),
-    "ministral3": TextModel(
-        "ministral3",
-        "Ministral3ForCausalLM",
-        {
-            "vocab_size": 131072,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 34,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 262144,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e6,
-                "factor": 16.0,
-                "original_max_position_embeddings": 16384,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale_all_dim": 1.0,
-                "mscale": 1.0,
-                "llama_4_scaling_beta": 0.1,
-            },
-        },
-    ),
-    "granite": TextModel(
-        "granite",
-        "GraniteForCausalLM",
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-        },
-    ),
-    "gemma3_text": TextModel(
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        {
-            "vocab_size": 262208,
-            "hidden_size": 2304,
-            "intermediate_size": 9216,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-        },
-    ),
-    "qwen2": TextModel(
-        "qwen2",
-        "Qwen2ForCausalLM",
-        {
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 22016,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32768,
-        },
-    ),
-    "qwen3": TextModel(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        {
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 22016,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32768,
-        },
-    ),
-    "qwen2_vl_text": TextModel("qwen2", "Qwen2ForCausalLM", QWEN2_VL_DEFAULTS),
-    "qwen2_5_vl_text": TextModel("qwen2", "Qwen2ForCausalLM", QWEN2_VL_DEFAULTS),
-    "qwen3_vl_text": TextModel(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        {
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 22016,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 128000,
-            "rope_theta": 500000.0,
-        },
-    ),
-}
+# model_type of a text_config -> that of the plain model that equals the text model
+PLAIN_TYPES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 # Wrappers whose config.json may hold the text model's values at the top -> type of the text model
 FLAT_WRAPPERS = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
-ROPE_KEYS = ("rope_parameters", "rope_scaling")
 # Keys of the rotary embedding for the positions of an image. A text's three positions are equal,
 # and with these the sections of the heads rotate as a plain model's.
 MROPE_KEYS = ("mrope_section", "mrope_interleaved")
@@ -193,14 +52,12 @@ def text_config(raw: dict) -> dict:
     for key in ROPE_KEYS:
         if isinstance(text.get(key), dict):
             text[key] = _plain_rope(text[key])
-    model = TEXT_MODELS.get(str(text["model_type"]))
-    if model is None:
+    text_type = str(text["model_type"])
+    family = ARCHITECTURES.get(PLAIN_TYPES.get(text_type, text_type))
+    if family is None:
         return text
-    rope = next((text[key] for key in ROPE_KEYS if isinstance(text.get(key), dict)), {})
-    given = {*text, *rope, *(ROPE_KEYS if rope else ())}
-    missing = {key: value for key, value in model.defaults.items() if key not in given}
-    text |= {"model_type": model.model_type, "architectures": [model.model_class]}
-    return missing | text
+    plain = {"model_type": family.model_type, "architectures": [family.model_class]}
+    return with_defaults(text, text_type) | plain
 
 
 def _plain_rope(rope: dict) -> dict:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minitune.config.architectures import Architecture, NormNames
+from minitune.config.family_defaults import DEFAULTS
 from minitune.config.model_config import ModelConfig
 from minitune.gguf.writer import MetadataValue
 from minitune.model.rope import YARN_BETA_FAST, YARN_BETA_SLOW, rope_divisors, rope_scale
@@ -69,7 +70,9 @@ def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
     }
     if rope.theta != family.gguf_theta:
         metadata["rope.freq_base"] = float(rope.theta)
-    has_head_dim = "head_dim" in family.defaults or config.raw.get("head_dim") is not None
+    has_head_dim = (
+        "head_dim" in DEFAULTS[family.model_type] or config.raw.get("head_dim") is not None
+    )
     if has_head_dim and family.gguf_head_dim:
         metadata["attention.key_length"] = config.head_dim  # otherwise llama.cpp divides
         metadata["attention.value_length"] = config.head_dim
