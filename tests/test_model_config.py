@@ -1,6 +1,7 @@
 """The lists of linears and tensors in ModelConfig equal the modules of the model."""
 
 import itertools
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -189,6 +190,54 @@ def test_an_unknown_rope_scaling_is_refused(rope_type):
     message = "is not supported; supported are default, linear, llama3, yarn"
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_dict(CONFIG | {"rope_scaling": {"rope_type": rope_type, "factor": 2.0}})
+
+
+THETA = {"rope_type": "default", "rope_theta": 5e3}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 2e3},
+        {"rope_scaling": None, "rope_theta": 3e5},
+        {"rope_parameters": {FULL: THETA, SLIDING: {"rope_type": "default"}}},
+        {"rope_parameters": {FULL: None, SLIDING: THETA}},
+        {"rope_parameters": {SLIDING: THETA}},
+        {"rope_parameters": {FULL: THETA}},
+        {"rope_parameters": {FULL: THETA, SLIDING: THETA}, "rope_scaling": THETA},
+    ],
+    ids=str,
+)
+def test_both_rotations_of_every_layout_are_those_of_transformers(values):
+    raw = CONFIG | {"model_type": "gemma3_text"} | values
+    config, theirs = ModelConfig.from_dict(raw), AutoConfig.for_model(**deepcopy(raw))
+    expected = [theirs.rope_parameters[kind] for kind in (FULL, SLIDING)]
+    assert [rope.theta for rope in config.ropes] == [rope["rope_theta"] for rope in expected]
+    assert [rope.kind or "default" for rope in config.ropes] == [r["rope_type"] for r in expected]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+def test_two_layouts_of_the_rotation_that_differ_are_refused(model_type):
+    new = {FULL: THETA} if model_type == "gemma3_text" else THETA
+    both = {"rope_parameters": new, "rope_scaling": YARN}
+    with pytest.raises(ValueError, match="rope_parameters and rope_scaling differ in rope_type"):
+        ModelConfig.from_dict(CONFIG | {"model_type": model_type} | both)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "ministral3", "phi3"])
+def test_layer_types_that_contradict_the_window_of_all_layers_are_refused(model_type):
+    raw = CONFIG | {"model_type": model_type, "layer_types": [FULL, SLIDING]}
+    with pytest.raises(ValueError, match=f"all layers of a {model_type} model have its sliding_w"):
+        ModelConfig.from_dict(raw | {"sliding_window": 64})
+    plain = ModelConfig.from_dict(raw | {"sliding_window": None})
+    assert {kind.window for kind in plain.layer_kinds} == {None}
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_attention_that_looks_ahead_is_refused(model_type):
+    raw = CONFIG | {"model_type": model_type, "use_bidirectional_attention": True}
+    with pytest.raises(ValueError, match="use_bidirectional_attention True is not supported"):
+        ModelConfig.from_dict(raw)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

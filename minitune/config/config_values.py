@@ -13,7 +13,7 @@ def read_value(raw: dict, name: str, kind: type, default: Any = None) -> Any:
     """
     if (value := raw.get(name)) is None:
         if default is None:
-            raise ValueError(f"{name} is missing; is this the config.json of a Llama-family model?")
+            raise ValueError(f"{name} is missing; expected {EXPECTED[kind]}")
         return default
     is_bool = isinstance(value, bool)
     if kind is bool:

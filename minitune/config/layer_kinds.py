@@ -50,7 +50,12 @@ def _window(family: Architecture, raw: dict) -> int | None:
 def _sliding_layers(family: Architecture, raw: dict, rotated: list[bool]) -> list[bool]:
     """Return for each layer whether the sliding window counts for it."""
     layers = len(rotated)
-    types = read_list(raw, "layer_types", layers) if family.reads_layer_types else None
+    types = read_list(raw, "layer_types", layers)
+    if types is not None and not family.reads_layer_types and FULL in types:
+        raise ValueError(
+            f"layer_types has {FULL!r}, but all layers of a {family.model_type} model have its "
+            "sliding_window; remove layer_types, or set sliding_window to null"
+        )
     if types is not None:
         if wrong := [kind for kind in types if kind not in (FULL, SLIDING)]:
             raise ValueError(f"layer_types has {wrong[0]!r}; expected {FULL!r} or {SLIDING!r}")

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from minitune.config.architectures import Architecture
 from minitune.config.config_values import read_numbers, read_value
+from minitune.config.family_defaults import ROPE_KEYS
+from minitune.config.layer_kinds import FULL, SLIDING
 
 # Kind of scaling -> the numbers that it needs, and those that may be missing; 0 stands for these.
 REQUIRED_KEYS = {
@@ -59,24 +61,36 @@ class RopeReader(NamedTuple):
 
         Raises: ValueError that names the field.
         """
-        raw = self.raw
-        parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(parameters, dict):
-            raise ValueError(f"rope_scaling is {parameters!r}; expected an object")
-        full = parameters.get("full_attention")
+        parameters = self._parameters()
+        is_nested = FULL in parameters or SLIDING in parameters
         if not self.family.two_ropes:
-            if full is not None:
+            if is_nested:
                 raise ValueError(
                     "rope_parameters has an object for each type of layer, which models of type "
                     f"{self.family.model_type} do not have"
                 )
             return (self._read(parameters),)
-        sliding = {"rope_theta": raw.get("rope_local_base_freq")}
-        if full is not None:
-            parameters, sliding = full, parameters.get("sliding_attention") or sliding
-        if not isinstance(parameters, dict) or not isinstance(sliding, dict):
+        full, sliding = parameters, {}
+        if is_nested:
+            full, sliding = (parameters.get(kind) or {} for kind in (FULL, SLIDING))
+        if not isinstance(full, dict) or not isinstance(sliding, dict):
             raise ValueError("rope_parameters of a type of layer is not an object")
-        return self._read(parameters), self._read(sliding)
+        local = {"rope_theta": self.raw.get("rope_local_base_freq")}
+        return self._read(full), self._read(local | sliding)
+
+    def _parameters(self) -> dict:
+        """Return rope_parameters or rope_scaling, whichever config.json has."""
+        new, old = (self.raw.get(key) or {} for key in ROPE_KEYS)
+        for key, value in zip(ROPE_KEYS, (new, old), strict=True):
+            if not isinstance(value, dict):
+                raise ValueError(f"{key} is {value!r}; expected an object")
+        same = new.get(FULL) or new
+        if new and (differing := [key for key in old if old[key] != same.get(key)]):
+            raise ValueError(
+                f"rope_parameters and rope_scaling differ in {differing[0]}; "
+                "remove the one that does not count"
+            )
+        return new or old
 
     def _read(self, parameters: dict) -> RopeConfig:
         """Return the rotation of some layers."""
