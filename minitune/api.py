@@ -176,7 +176,8 @@ class FastLanguageModel:
         """Attach LoRA to the named linears of every layer of `model`, and return the model.
 
         r: rank of the adapter.
-        target_modules: names out of LORA_TARGETS, or "all-linear".
+        target_modules: names of linears, such as "q_proj", or "all-linear". Llama's names of q, k
+            and v mean a family's linear for all three, and those of gate and up likewise.
         lora_alpha: the branch is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) with rsLoRA.
         use_gradient_checkpointing: True recomputes activations in backward, False saves them all,
             "unsloth" or "auto" saves as many as the memory has room for.
@@ -194,9 +195,11 @@ class FastLanguageModel:
         if bias != "none":
             raise ValueError(f"bias {bias!r} is not supported; biases stay frozen ('none')")
         level = parse_gradient_checkpointing(use_gradient_checkpointing)
-        lora = LoraConfig(r, lora_alpha, _ordered_targets(target_modules), use_rslora)
-        model.add_lora(lora, random_state)
-        if (r, lora.target_modules) != (LoraConfig.r, LoraConfig.target_modules):
+        names = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
+        targets = LORA_TARGETS if names == ("all-linear",) else names
+        model.add_lora(LoraConfig(r, lora_alpha, targets, use_rslora), random_state)
+        lora, all_linear = model.lora, model.config.adapted_linears(LORA_TARGETS)
+        if (r, lora.target_modules) != (LoraConfig.r, all_linear):
             quantized = any(linear.is_quantized for _, linear in model.linears())
             compile_step_ahead(model, lora, model.model.embed_tokens.weight.dtype, quantized)
         model.planner = Planner(level)
@@ -216,12 +219,3 @@ def _check_loading(
             "offload_embedding is not available: the head of this model is the embedding, "
             "and the GPU needs it whole"
         )
-
-
-def _ordered_targets(target_modules: Sequence[str] | str) -> tuple[str, ...]:
-    """Return the names in the model's order, then unknown names, which LoraConfig refuses."""
-    if target_modules == "all-linear":
-        return LORA_TARGETS
-    names = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    known = tuple(name for name in LORA_TARGETS if name in names)
-    return known + tuple(name for name in names if name not in LORA_TARGETS)

@@ -1,10 +1,13 @@
 """Each model family against transformers + PEFT and a plain autograd model."""
 
 import contextlib
+import json
+import shutil
 
 import pytest
 import torch
 import transformers
+from command_inputs import train, train_arguments, write_inputs
 from plain_llama import PlainLlama
 from referees.llama_cpp import LlamaCpp
 from tiny_families import FAMILIES, make_tiny_family
@@ -104,3 +107,16 @@ def test_the_adapter_is_saved_and_loaded(tmp_path, case):
     )
     again.load_adapter(tmp_path / "adapter")
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("targets", ["qkv_proj,down_proj", "v_proj,q_proj,k_proj,down_proj"])
+def test_a_run_on_merged_linears_takes_both_names_and_resumes(tmp_path, targets):
+    inputs = write_inputs(tmp_path)
+    shutil.rmtree(inputs / "model")
+    make_tiny_family(inputs / "model", "phi3", seed=1)
+    run = tmp_path / "run"
+    arguments = train_arguments(inputs, run, "--target-modules", targets, "--save-steps", "1")
+    assert train(arguments) == 0
+    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert adapter["target_modules"] == ["down_proj", "qkv_proj"]
+    assert train([*arguments, "--max-steps", "3", "--resume"]) == 0

@@ -66,7 +66,7 @@ class LoraConfig:
         for name in self.target_modules:
             if name not in ALL_TARGETS:
                 raise ValueError(
-                    f"target module {name!r} does not exist; choose from {', '.join(LORA_TARGETS)}"
+                    f"target module {name!r} does not exist; choose from {', '.join(ALL_TARGETS)}"
                 )
 
     @property
