@@ -163,6 +163,12 @@ def test_a_window_that_no_sample_reaches_beyond_is_left_out():
     assert {kind.window for kind in config.kinds_up_to(65)} == {64}
 
 
+def test_a_note_says_that_dropout_is_not_applied():
+    assert not ModelConfig.from_dict(CONFIG | {"attention_dropout": 0.0}).notes
+    config = ModelConfig.from_dict(CONFIG | {"model_type": "granite", "attention_dropout": 0.1})
+    assert config.notes == ("attention_dropout 0.1 of config.json is not applied in training",)
+
+
 def test_names_of_llamas_linears_mean_the_linears_that_hold_them():
     phi = ModelConfig.from_dict(CONFIG | {"model_type": "phi3"})
     own = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

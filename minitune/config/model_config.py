@@ -15,6 +15,7 @@ from minitune.config.rope_config import RopeConfig, RopeReader
 from minitune.config.text_config import is_wrapper, text_config
 
 DEFAULT_MAX_SEQ_LENGTH = 2048
+DROPOUT_KEYS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 # The names that config.json has for each activation.
 ACTIVATION_NAMES = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 
@@ -89,13 +90,18 @@ class ModelConfig:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return facts about the folder that the user should know."""
-        if not self.wrapper:
-            return ()
-        family = self.architecture.model_type
-        return (
-            f"the folder holds a {self.wrapper} model; its text model, of type {family}, is used "
-            "and its other parts are left out",
-        )
+        found = []
+        if self.wrapper:
+            found.append(
+                f"the folder holds a {self.wrapper} model; its text model, of type "
+                f"{self.architecture.model_type}, is used and its other parts are left out"
+            )
+        found += [
+            f"{key} {self.raw[key]} of config.json is not applied in training"
+            for key in DROPOUT_KEYS
+            if self.raw.get(key)
+        ]
+        return tuple(found)
 
     @property
     def default_seq_length(self) -> int:
