@@ -9,6 +9,7 @@ A rotation is orthogonal, so backward rotates the gradients by the opposite angl
 Nothing is saved. q may also have a factor at each position (Ministral 3), in both directions.
 
 q (N, H, K) and k (N, G, K) may be views of one fused projection; cos, sin (P, K/2); positions (N,).
+If only the first columns of a head are rotated, q and k are views of these columns.
 Positions restart at 0 in each packed sequence. The kernel reads and writes q and k once, in float32
 in between; the tables stay in cache.
 """

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA training of Llama, Mistral and Qwen, from a checkpoint folder to a GGUF file.
+"""LoRA and QLoRA training of Llama, Qwen, Gemma and others, from a checkpoint folder to GGUF.
 
 Usage: from minitune import FastLanguageModel, SFTTrainer, SFTConfig
 """

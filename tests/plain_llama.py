@@ -1,4 +1,4 @@
-"""A Llama with LoRA in plain torch operations under autograd: the reference of the written layers.
+"""A model with LoRA in plain torch operations under autograd: the reference of the written layers.
 
 It shares only the dense weights and the adapter with minitune, and works in any dtype. It sees one
 sample at a time, so it knows nothing of packing and sample borders.
@@ -14,7 +14,7 @@ def capped(x, bound):
 
 
 class PlainLlama:
-    """A Llama with the dequantised weights and the adapter of a minitune model.
+    """A model of any family with the dequantised weights and the adapter of a minitune model.
 
     adapter: name -> leaf tensor that requires a gradient.
     """

@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.D, self.F = c.hidden_size, c.intermediate_size
         self.self_attn = Attention(c, kind)
-        self.mlp = nn.Module()  # of gate_proj, up_proj and down_proj
+        self.mlp = nn.Module()  # of the linears mlp.*
         self.activation = c.architecture.activation
         self.norms = LayerNorms.add_to(self, c)
 
