@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from test_merge import load, write_prequantized
 from tiny import make_tiny_model, write_tokenizer
 
+from minitune.config.model_config import ModelConfig
 from minitune.gguf.export import convert_folder, export_gguf
+from minitune.gguf.model_metadata import check_expressible
 
 
 def edit_json(path, change):
@@ -112,6 +114,28 @@ def test_what_gguf_cannot_express_is_refused_by_name_and_leaves_nothing(tmp_path
     with pytest.raises(ValueError, match=message):
         convert_folder(folder, tmp_path / "x.gguf", "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+INEXPRESSIBLE = [  # values of config.json beside the family's defaults, and the error
+    ("gemma2", {"attn_logit_softcapping": None}, "a sliding window and both soft caps"),
+    ("gemma2", {"final_logit_softcapping": None}, "a sliding window and both soft caps"),
+    ("gemma2", {"layer_types": ["full_attention"] * 26}, "a sliding window and both soft caps"),
+    ("gemma2", {"attention_bias": True}, "no biases in attention"),
+    ("gemma3_text", {"attn_logit_softcapping": 5.0}, "no attn_logit_softcapping"),
+    ("gemma3_text", {"query_pre_attn_scalar": 100}, "a fixed query_pre_attn_scalar"),
+    ("smollm3", {"no_rope_layer_interval": 3}, "no RoPE in every 4th layer"),
+    ("smollm3", {"mlp_bias": True}, "no biases in the MLP"),
+    ("granite", {"head_dim": 64}, "heads of 4096 / 32 columns, not head_dim 64"),
+    ("olmo2", {"tie_word_embeddings": True}, "a head that is not the embedding"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "values", "message"), INEXPRESSIBLE, ids=str)
+def test_models_that_llama_cpp_would_misread_are_refused(model_type, values, message):
+    check_expressible(ModelConfig.from_dict({"model_type": model_type}))
+    config = ModelConfig.from_dict({"model_type": model_type} | values)
+    with pytest.raises(ValueError, match=f"{message}, but this model differs; save the merged fol"):
+        check_expressible(config)
 
 
 REQUESTS = {  # the error -> (file or folder below tmp_path, further arguments of export_gguf)

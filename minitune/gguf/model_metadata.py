@@ -203,6 +203,8 @@ def check_expressible(config: ModelConfig) -> None:
     if config.score_softcap and family.gguf != "gemma2":
         raise _inexpressible(f"llama.cpp's {family.gguf} has no attn_logit_softcapping")
     window = max(kind.window or 0 for kind in config.layer_kinds)
+    if family.gguf == "gemma2" and not (window and config.score_softcap and config.logit_softcap):
+        raise _inexpressible("llama.cpp's gemma2 has a sliding window and both soft caps")
     if window and family.gguf_window != "read":
         warnings.warn(
             f"llama.cpp ignores the sliding window of {family.gguf}: "
