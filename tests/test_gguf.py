@@ -11,8 +11,12 @@ from test_merge import load
 from tiny import CHATML, make_tiny_model
 
 from minitune.checkpoints.merge import merge_to_folder, merged_tensors
+from minitune.config.architectures import ARCHITECTURES
+from minitune.config.layer_kinds import FULL, SLIDING
+from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS
-from minitune.gguf.export import convert_folder, export_gguf, gguf_name, size_label
+from minitune.gguf.export import convert_folder, export_gguf, size_label
+from minitune.gguf.model_metadata import gguf_name, model_metadata
 
 HEAD_DIM = 16
 
@@ -147,6 +151,25 @@ def test_linear_rope_scaling_and_the_plain_case_have_their_keys(tmp_path):
     assert metadata["general.quantization_version"] == 2
     assert "llama.attention.key_length" not in metadata  # head_dim is hidden_size over heads
     assert "general.base_model.count" not in metadata
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "window", "pattern"),
+    [
+        ("mistral", {}, None, None),
+        ("phi3", {}, 0, None),
+        ("phi3", {"sliding_window": 2047}, 2047, None),
+        ("olmo3", {"num_hidden_layers": 4}, 4096, [True, True, True, False]),
+        ("gemma2", {}, 4096, None),
+        ("gemma3_text", {}, 4096, None),
+        ("gemma3_text", {"layer_types": [FULL, SLIDING] * 13}, 4096, [False, True] * 13),
+    ],
+    ids=str,
+)
+def test_the_keys_of_a_window_are_those_that_llama_cpp_knows(model_type, values, window, pattern):
+    metadata = model_metadata(ModelConfig.from_dict({"model_type": model_type} | values))
+    key = f"{ARCHITECTURES[model_type].gguf}.attention.sliding_window"
+    assert metadata.get(key) == window and metadata.get(f"{key}_pattern") == pattern
 
 
 def test_converting_a_merged_folder_gives_the_tensors_of_a_direct_export(tmp_path):

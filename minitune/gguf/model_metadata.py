@@ -103,10 +103,12 @@ def _window_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
         return {}
     metadata = {"attention.sliding_window": max(window or 0 for window in windows)}
     slides = [window is not None for window in windows]
+    if family.gguf_window == "ignored" or not any(slides):
+        return metadata
     period = family.gguf_window_period
-    if any(slides) and (period is None or slides != periodic(len(slides), period)):
+    if period is None or slides != periodic(len(slides), period):
         metadata["attention.sliding_window_pattern"] = slides
-    if any(slides) and family.two_ropes:
+    if family.two_ropes:
         metadata["rope.freq_base_swa"] = float(config.ropes[1].theta)
     return metadata
 
