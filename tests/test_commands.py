@@ -1,6 +1,8 @@
 """`minitune COMMAND ...`: the choice of the command, and the command plan."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from command_inputs import train, write_inputs
@@ -92,3 +94,12 @@ def test_a_plan_names_a_missing_or_wrong_setting(inputs, capsys):
         assert message in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert "--model is missing: minitune plan" in capsys.readouterr().err
+
+
+def test_a_warning_of_a_command_is_one_line_without_source_code():
+    program = (
+        "import warnings; from minitune.config.cli import run_command; "
+        "run_command('minitune', warnings.warn, 'short of\\nmemory')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr == "warning: short of memory\n"

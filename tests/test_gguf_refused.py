@@ -122,7 +122,7 @@ INEXPRESSIBLE = [  # values of config.json beside the family's defaults, and the
     ("gemma2", {"layer_types": ["full_attention"] * 26}, "a sliding window and both soft caps"),
     ("gemma2", {"attention_bias": True}, "no biases in attention"),
     ("gemma3_text", {"attn_logit_softcapping": 5.0}, "no attn_logit_softcapping"),
-    ("gemma3_text", {"query_pre_attn_scalar": 100}, "a fixed query_pre_attn_scalar"),
+    ("gemma3_text", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar 256, not 100"),
     ("smollm3", {"no_rope_layer_interval": 3}, "no RoPE in every 4th layer"),
     ("smollm3", {"mlp_bias": True}, "no biases in the MLP"),
     ("granite", {"head_dim": 64}, "heads of 4096 / 32 columns, not head_dim 64"),

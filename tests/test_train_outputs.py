@@ -5,6 +5,7 @@ import os
 
 import pytest
 from command_inputs import train, train_arguments, write_inputs
+from weight_folders import edit_json
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,15 @@ def test_an_overwritten_run_loses_its_own_gguf_files_and_no_others(inputs, tmp_p
     assert {path.name for path in output.glob("model-*")} == expected
     assert train(train_arguments(inputs, output, "--overwrite")) == 0
     assert {path.name for path in output.glob("*.gguf")} == others
+
+
+def test_a_model_that_gguf_cannot_express_is_refused_before_training(tmp_path, capsys):
+    inputs, output = write_inputs(tmp_path), tmp_path / "run"
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    edit_json(inputs / "model" / "config.json", rope_scaling=yarn | {"beta_fast": 2.0})
+    assert train(train_arguments(inputs, output, "--gguf", "f16")) == 2
+    assert "does not read YaRN's beta_fast for llama" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_models_of_an_earlier_run_stay_until_new_ones_are_complete(

@@ -25,7 +25,7 @@ from minitune.config.cli import Settings, parse, run_command
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
 from minitune.data.inspector.token_display import first_samples
 from minitune.data.sources.sources import check_first_records
-from minitune.gguf.export import gguf_file_name
+from minitune.gguf.export import check_gguf, gguf_file_name
 from minitune.training import run_folder
 from minitune.training.check_base import check_base, checked_samples
 from minitune.training.trainer import SFTTrainer
@@ -135,3 +135,5 @@ def _check(settings: Settings) -> None:
         run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, [folder, *data], names)
     for path in data:
         check_first_records(path)
+    if run.gguf:
+        check_gguf(run.model, folder)

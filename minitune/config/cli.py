@@ -10,6 +10,7 @@ import difflib
 import json
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -296,9 +297,10 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
     program: the command as the user types it; error lines begin with it.
 
     An expected error (ValueError or OSError) becomes one line on stderr and exit code 2;
-    ListedErrors keep their lines. Ctrl-C gives 130; the command itself has said by then how to
-    continue.
+    ListedErrors keep their lines. A warning is one line on stderr. Ctrl-C gives 130; the command
+    itself has said by then how to continue.
     """
+    python_format, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         return command(*arguments) or 0
     except KeyboardInterrupt:
@@ -308,6 +310,13 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
         text = "\n".join(on_one_line(" ".join(line.split())) for line in lines)
         print(f"{program}: error: {text}", file=sys.stderr)
         return EXPECTED_ERROR
+    finally:
+        warnings.formatwarning = python_format
+
+
+def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Return the line of a warning, without Python's file name and line of code."""
+    return f"warning: {on_one_line(' '.join(str(message).split()))}\n"
 
 
 def print_notes(notes: Iterable[str]) -> None:

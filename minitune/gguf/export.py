@@ -74,7 +74,7 @@ def export_gguf(
         cannot express the model or the tokenizer.
     """
     organization, base = organization_and_name(model.name, model.folder)
-    name = f"{base}-minitune" if model.lora else base
+    name = adapted_name(base) if model.lora else base
     target = _target(path, name, quantization_method, overwrite)
     metadata = {
         "general.name": _model_name(target, quantization_method),
@@ -116,7 +116,23 @@ def gguf_file_name(name: str, folder: Path, method: str) -> str:
 
     name: the base model as it was asked for. folder: the base model's folder.
     """
-    return f"{organization_and_name(name, folder)[1]}-minitune-{method.upper()}.gguf"
+    return f"{adapted_name(organization_and_name(name, folder)[1])}-{method.upper()}.gguf"
+
+
+def check_gguf(name: str, folder: Path) -> None:
+    """Check that an adapter on a base model can become a GGUF file, before there is an adapter.
+
+    name, folder: as in `gguf_file_name`.
+
+    Raises: ValueError if GGUF cannot express the model or the tokenizer.
+    """
+    general_name = adapted_name(organization_and_name(name, folder)[1])
+    _content_metadata(ModelConfig.from_folder(folder), Tokenizer.from_folder(folder), general_name)
+
+
+def adapted_name(base: str) -> str:
+    """Return the name of a base model with an adapter merged in."""
+    return f"{base}-minitune"
 
 
 def organization_and_name(name: str, folder: Path) -> tuple[str, str]:
@@ -131,6 +147,20 @@ def organization_and_name(name: str, folder: Path) -> tuple[str, str]:
 
 
 # ---- metadata
+
+
+def _content_metadata(
+    config: ModelConfig, tokenizer: Tokenizer, name: str
+) -> dict[str, MetadataValue]:
+    """Return the keys of sampling, architecture and tokenizer.
+
+    name: general.name.
+
+    Raises: ValueError if GGUF cannot express the model or the tokenizer.
+    """
+    check_expressible(config)
+    metadata = sampling_metadata(tokenizer) | model_metadata(config)
+    return metadata | tokenizer_metadata(tokenizer, config.vocab_size, name)
 
 
 def sampling_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
@@ -182,7 +212,6 @@ def _write_model(
     metadata: the keys that name the model.
     tensors: (Hugging Face's name, tensor) in the order of `config.tensor_shapes()`.
     """
-    check_expressible(config)
     kind = GGMLType[method.upper()]
     shapes = config.tensor_shapes()
     parameters = sum(math.prod(shape) for shape in shapes.values())
@@ -194,9 +223,7 @@ def _write_model(
         "general.file_type": int(FILE_TYPES[method]),
         "general.quantization_version": QUANTIZATION_VERSION,
     }
-    metadata |= sampling_metadata(tokenizer)
-    metadata |= model_metadata(config)
-    metadata |= tokenizer_metadata(tokenizer, config.vocab_size, metadata["general.name"])
+    metadata |= _content_metadata(config, tokenizer, metadata["general.name"])
     additional = additional_tensors(config)
     infos = [TensorInfo(name, tuple(x.shape), GGMLType.F32) for name, x in additional.items()]
     infos += [

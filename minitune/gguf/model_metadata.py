@@ -200,8 +200,12 @@ def check_expressible(config: ModelConfig) -> None:
         raise _inexpressible(f"llama.cpp's {family.gguf} has a head that is not the embedding")
     if not config.tie_word_embeddings and family.gguf_head == "tied":
         raise _inexpressible(f"llama.cpp's {family.gguf} has the embedding as its head")
-    if family.query_scalar_key and not math.isclose(config.attention_scale, _gemma_scale(config)):
-        raise _inexpressible(f"llama.cpp's {family.gguf} has a fixed {family.query_scalar_key}")
+    scale, built_in_scale = config.attention_scale, _gemma_scale(config)
+    if family.query_scalar_key and not math.isclose(scale, built_in_scale):
+        raise _inexpressible(
+            f"llama.cpp's {family.gguf} has {family.query_scalar_key} {built_in_scale**-2:g}, "
+            f"not {scale**-2:g}"
+        )
     if config.score_softcap and family.gguf != "gemma2":
         raise _inexpressible(f"llama.cpp's {family.gguf} has no attn_logit_softcapping")
     window = max(kind.window or 0 for kind in config.layer_kinds)

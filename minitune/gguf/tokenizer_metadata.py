@@ -132,7 +132,8 @@ def _check_flags(tokenizer: Tokenizer, name: str) -> None:
         if cuts and not token.rstrip:
             raise ValueError(
                 f"{tokenizer.folder}: the added token {token.content!r} has no rstrip, but "
-                f"llama.cpp gives it one in a file named {name!r}; choose a name without phi-3"
+                f"llama.cpp gives it one in a file named {name!r}; choose a name without phi-3, "
+                "with minitune export --output NAME.gguf"
             )
         found = {"lstrip": token.lstrip, "rstrip": token.rstrip and not cuts}
         found["single_word"] = token.single_word
