@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minitune.config.architectures import Architecture, NormNames
-from minitune.config.family_defaults import DEFAULTS
+from minitune.config.family_defaults import with_defaults
 from minitune.config.model_config import ModelConfig
 from minitune.gguf.writer import MetadataValue
 from minitune.model.rope import YARN_BETA_FAST, YARN_BETA_SLOW, rope_divisors, rope_scale
@@ -43,6 +43,7 @@ LLAMA_CPP_YARN = {
 # The same for Ministral 3, of which llama.cpp reads the other keys.
 LLAMA_CPP_YARN_MINISTRAL = {"attention_factor": None, "mscale": 1.0}
 GEMMA_27B_LAYERS = (46, 62)  # Gemma 2 and 3
+ORIGINAL = "original_max_position_embeddings"
 UNROTATED_PERIOD = 4  # of SmolLM3 in llama.cpp
 
 
@@ -70,10 +71,8 @@ def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
     }
     if rope.theta != family.gguf_theta:
         metadata["rope.freq_base"] = float(rope.theta)
-    has_head_dim = (
-        "head_dim" in DEFAULTS[family.model_type] or config.raw.get("head_dim") is not None
-    )
-    if has_head_dim and family.gguf_head_dim:
+    values = with_defaults(config.raw, family.model_type)
+    if values.get("head_dim") is not None and family.gguf_head_dim:
         metadata["attention.key_length"] = config.head_dim  # otherwise llama.cpp divides
         metadata["attention.value_length"] = config.head_dim
     if family.gguf_llama_layout:
@@ -122,9 +121,9 @@ def _rope_scaling_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
     """Return the keys of the RoPE scaling; llama3's is a tensor."""
     family, rope = config.architecture, config.ropes[0]
     scaling, metadata = rope.scaling or {}, {}
-    original = scaling.get("original_max_position_embeddings")
+    original = scaling.get(ORIGINAL)
     if family.partial_rotary:  # Phi-3 has the key without a scaling too
-        original = original or config.raw.get("original_max_position_embeddings", 4096)
+        original = original or with_defaults(config.raw, family.model_type)[ORIGINAL]
     if original and rope.kind != "llama3":
         metadata["rope.scaling.original_context_length"] = int(original)
     if rope.kind in ("linear", "yarn"):
