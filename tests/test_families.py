@@ -29,7 +29,7 @@ NOT_IN_GGUF = {
     "olmo3 with two thetas": "olmo2 has one rope_theta for all layers",
     "olmo2 tied": "olmo2 has a head that is not the embedding",
     "gemma3 untied": "gemma3 has the embedding as its head",
-    "gemma3 with a scale": "gemma3 has a fixed query_pre_attn_scalar",
+    "gemma3 with a scale": "gemma3 has query_pre_attn_scalar 16, not 40",
 }
 every_family = pytest.mark.parametrize("case", FAMILIES)
 
@@ -86,7 +86,7 @@ def test_the_merged_folder_and_its_gguf_file_give_the_same_logits_everywhere(tmp
         return
     longest = 90
     window = max(kind.window or 0 for kind in model.config.layer_kinds)
-    if is_ignored := window and model.config.architecture.gguf_window != "read":
+    if is_ignored := window and model.config.architecture.gguf.window != "read":
         longest = min(window, 90)
     warned = pytest.warns(match=f"at most {window} tokens")
     with warned if is_ignored else contextlib.nullcontext():

@@ -168,7 +168,7 @@ def test_linear_rope_scaling_and_the_plain_case_have_their_keys(tmp_path):
 )
 def test_the_keys_of_a_window_are_those_that_llama_cpp_knows(model_type, values, window, pattern):
     metadata = model_metadata(ModelConfig.from_dict({"model_type": model_type} | values))
-    key = f"{ARCHITECTURES[model_type].gguf}.attention.sliding_window"
+    key = f"{ARCHITECTURES[model_type].gguf.name}.attention.sliding_window"
     assert metadata.get(key) == window and metadata.get(f"{key}_pattern") == pattern
 
 

@@ -42,10 +42,11 @@ backend.use_triton = lambda x: True
 rehearse()
 """
 SLOW_COMPILER = """
-import threading
+import sys, threading
 begun = threading.Event()
 def compile_slowly(source, *args, **kwargs):
-    print(source.name, flush=True)
+    sys.stdout.write(source.name + "\\n")  # in one piece, because several threads write
+    sys.stdout.flush()
     begun.set()
     threading.main_thread().join(0.5)
     return program.compile_nothing(source)

@@ -4,7 +4,7 @@ Every family has Llama's decoder layer and differs from it in the values of `Arc
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 
@@ -76,6 +76,63 @@ NORMS_AROUND = NormNames(
 
 
 @dataclass(frozen=True)
+class GgufFamily:
+    """What llama.cpp has for a model family, and reads from a GGUF file.
+
+    name: the value of general.architecture, and the prefix of the keys.
+    biases: True if biases of the linears are read.
+    llama_layout: True if the rows of q and k are read interleaved, and the keys vocab_size and
+        rope.dimension_count, as for Llama.
+    head_dim: True if a head_dim is read that is not hidden_size / heads.
+    rope_tensors: the RoPE scalings whose tensors are read.
+    window: "read" if the sliding window is read, "ignored" if its key is known and ignored, None if
+        there is no such key.
+    window_period: the p without a key, if all but every p-th layer slide.
+    theta: RoPE's base without a key.
+    local_theta: True if sliding layers may have a rope_theta of their own.
+    head: "own" if the head must not be the embedding, "tied" if it must be; None if it may.
+    """
+
+    name: str
+    biases: bool = True
+    llama_layout: bool = True
+    head_dim: bool = True
+    rope_tensors: tuple[str, ...] = ("llama3", "longrope")
+    window: str | None = None
+    window_period: int | None = None
+    theta: float | None = None
+    local_theta: bool = False
+    head: str | None = None
+
+
+GGUF_LLAMA = GgufFamily("llama")
+GGUF_QWEN2 = GgufFamily("qwen2", llama_layout=False, head_dim=False, rope_tensors=())
+GGUF_QWEN3 = GgufFamily("qwen3", biases=False, llama_layout=False, rope_tensors=())
+GGUF_PHI3 = GgufFamily(
+    "phi3", llama_layout=False, head_dim=False, rope_tensors=("longrope",), window="ignored"
+)
+GGUF_OLMO2 = GgufFamily(
+    "olmo2",
+    biases=False,
+    llama_layout=False,
+    head_dim=False,
+    rope_tensors=(),
+    head="own",
+)
+GGUF_GEMMA2 = GgufFamily(
+    "gemma2",
+    biases=False,
+    llama_layout=False,
+    rope_tensors=(),
+    window="read",
+    window_period=2,
+    theta=1e4,
+    head="tied",
+)
+GGUF_GEMMA3 = replace(GGUF_GEMMA2, name="gemma3", window_period=6, theta=None, local_theta=True)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The values of one model family.
 
@@ -107,18 +164,7 @@ class Architecture:
         sqrt(head_dim).
     soft_caps: True if config.json may bound scores and logits (Gemma).
     refused: keys of config.json that must be missing, null or false.
-    gguf: the value of general.architecture, and the prefix of the keys in a GGUF file.
-    gguf_biases: True if llama.cpp reads biases of the linears.
-    gguf_llama_layout: True if llama.cpp reads the rows of q and k interleaved, and the keys
-        vocab_size and rope.dimension_count, as for Llama.
-    gguf_head_dim: True if llama.cpp reads a head_dim that is not hidden_size / heads.
-    gguf_rope_tensors: the RoPE scalings whose tensors llama.cpp reads.
-    gguf_window: "read" if llama.cpp reads the sliding window, "ignored" if it knows the key and
-        ignores it, None if it has no such key.
-    gguf_window_period: the p without a key, if all but every p-th layer slide.
-    gguf_theta: RoPE's base without a key.
-    gguf_reads_local_theta: True if sliding layers may have a rope_theta of their own.
-    gguf_head: "own" if the head must not be the embedding, "tied" if it must be; None if it may.
+    gguf: what llama.cpp has for the family.
     """
 
     model_type: str
@@ -145,16 +191,7 @@ class Architecture:
     query_scalar_key: str | None = None
     soft_caps: bool = False
     refused: tuple[str, ...] = ()
-    gguf: str = "llama"
-    gguf_biases: bool = True
-    gguf_llama_layout: bool = True
-    gguf_head_dim: bool = True
-    gguf_rope_tensors: tuple[str, ...] = ("llama3", "longrope")
-    gguf_window: str | None = None
-    gguf_window_period: int | None = None
-    gguf_theta: float | None = None
-    gguf_reads_local_theta: bool = False
-    gguf_head: str | None = None
+    gguf: GgufFamily = GGUF_LLAMA
 
 
 NO_BIASES = {"qkv_bias": False, "o_bias": False, "mlp_bias": False}
@@ -174,11 +211,6 @@ GEMMA = {
     "query_scalar_key": "query_pre_attn_scalar",
     "soft_caps": True,
     "refused": ("use_bidirectional_attention",),
-    "gguf_biases": False,
-    "gguf_llama_layout": False,
-    "gguf_rope_tensors": (),
-    "gguf_window": "read",
-    "gguf_head": "tied",
 }
 ARCHITECTURES = {
     family.model_type: family
@@ -191,7 +223,7 @@ ARCHITECTURES = {
             **NO_BIASES,
             sliding_layers="all",
             query_growth=True,
-            gguf="mistral3",
+            gguf=GgufFamily("mistral3"),
         ),
         Architecture(
             "qwen2",
@@ -200,10 +232,7 @@ ARCHITECTURES = {
             o_bias=False,
             mlp_bias=False,
             **QWEN_WINDOWS,
-            gguf="qwen2",
-            gguf_llama_layout=False,
-            gguf_head_dim=False,
-            gguf_rope_tensors=(),
+            gguf=GGUF_QWEN2,
         ),
         Architecture(
             "qwen3",
@@ -211,10 +240,7 @@ ARCHITECTURES = {
             mlp_bias=False,
             qk_norm="head",
             **QWEN_WINDOWS,
-            gguf="qwen3",
-            gguf_biases=False,
-            gguf_llama_layout=False,
-            gguf_rope_tensors=(),
+            gguf=GGUF_QWEN3,
         ),
         Architecture(
             "smollm3",
@@ -223,16 +249,13 @@ ARCHITECTURES = {
             reads_layer_types=True,
             sliding_layers="unrotated",
             unrotated_period_key="no_rope_layer_interval",
-            gguf="smollm3",
-            gguf_biases=False,
-            gguf_rope_tensors=(),
+            gguf=GgufFamily("smollm3", biases=False, rope_tensors=()),
         ),
         Architecture(
             "granite",
             "GraniteForCausalLM",
             multipliers=True,
-            gguf="granite",
-            gguf_head_dim=False,
+            gguf=GgufFamily("granite", head_dim=False),
         ),
         Architecture(
             "phi3",
@@ -242,11 +265,7 @@ ARCHITECTURES = {
             sliding_layers="all",
             partial_rotary=True,
             rope_type_names={"su": "longrope", "yarn": "longrope"},
-            gguf="phi3",
-            gguf_llama_layout=False,
-            gguf_head_dim=False,
-            gguf_rope_tensors=("longrope",),
-            gguf_window="ignored",
+            gguf=GGUF_PHI3,
         ),
         Architecture(
             "olmo2",
@@ -254,12 +273,7 @@ ARCHITECTURES = {
             mlp_bias=False,
             norms=NORMS_BEHIND,
             qk_norm="projection",
-            gguf="olmo2",
-            gguf_biases=False,
-            gguf_llama_layout=False,
-            gguf_head_dim=False,
-            gguf_rope_tensors=(),
-            gguf_head="own",
+            gguf=GGUF_OLMO2,
         ),
         Architecture(
             "olmo3",
@@ -270,22 +284,14 @@ ARCHITECTURES = {
             reads_layer_types=True,
             sliding_layers="periodic",
             two_ropes=True,
-            gguf="olmo2",
-            gguf_biases=False,
-            gguf_llama_layout=False,
-            gguf_head_dim=False,
-            gguf_rope_tensors=(),
-            gguf_window="read",
-            gguf_head="own",
+            gguf=replace(GGUF_OLMO2, window="read"),
         ),
         Architecture(
             "gemma2",
             "Gemma2ForCausalLM",
             **GEMMA,
             mlp_bias=False,
-            gguf="gemma2",
-            gguf_window_period=2,
-            gguf_theta=1e4,
+            gguf=GGUF_GEMMA2,
         ),
         Architecture(
             "gemma3_text",
@@ -294,9 +300,7 @@ ARCHITECTURES = {
             mlp_bias=False,
             qk_norm="head",
             two_ropes=True,
-            gguf="gemma3",
-            gguf_reads_local_theta=True,
-            gguf_window_period=6,
+            gguf=GGUF_GEMMA3,
         ),
     )
 }

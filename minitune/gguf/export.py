@@ -216,7 +216,7 @@ def _write_model(
     shapes = config.tensor_shapes()
     parameters = sum(math.prod(shape) for shape in shapes.values())
     metadata = {
-        "general.architecture": config.architecture.gguf,
+        "general.architecture": config.architecture.gguf.name,
         "general.type": "model",
         **metadata,
         "general.size_label": size_label(parameters),
@@ -237,7 +237,7 @@ def _write_model(
 def _gguf_tensors(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Tensor]:
     """Yield the model's tensors in the order and layout of the file."""
     heads = {}  # linear -> heads, of the linears whose rows are interleaved
-    if config.architecture.gguf_llama_layout:
+    if config.architecture.gguf.llama_layout:
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     shapes = config.tensor_shapes()
     for (name, shape), (found, tensor) in zip(shapes.items(), tensors, strict=True):

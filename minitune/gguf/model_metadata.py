@@ -69,15 +69,15 @@ def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
     }
-    if rope.theta != family.gguf_theta:
+    if rope.theta != family.gguf.theta:
         metadata["rope.freq_base"] = float(rope.theta)
     values = with_defaults(config.raw, family.model_type)
-    if values.get("head_dim") is not None and family.gguf_head_dim:
+    if values.get("head_dim") is not None and family.gguf.head_dim:
         metadata["attention.key_length"] = config.head_dim  # otherwise llama.cpp divides
         metadata["attention.value_length"] = config.head_dim
-    if family.gguf_llama_layout:
+    if family.gguf.llama_layout:
         metadata["vocab_size"] = config.vocab_size
-    if family.gguf_llama_layout or family.partial_rotary:
+    if family.gguf.llama_layout or family.partial_rotary:
         metadata["rope.dimension_count"] = rope.rotary_dim
     metadata |= _rope_scaling_metadata(config)
     metadata |= _window_metadata(config)
@@ -92,19 +92,19 @@ def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
         metadata["attn_logit_softcapping"] = config.score_softcap
     if config.logit_softcap:
         metadata["final_logit_softcapping"] = config.logit_softcap
-    return {f"{family.gguf}.{key}": value for key, value in metadata.items()}
+    return {f"{family.gguf.name}.{key}": value for key, value in metadata.items()}
 
 
 def _window_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
     """Return the keys of the sliding window."""
     family, windows = config.architecture, [kind.window for kind in config.layer_kinds]
-    if family.gguf_window is None:
+    if family.gguf.window is None:
         return {}
     metadata = {"attention.sliding_window": max(window or 0 for window in windows)}
     slides = [window is not None for window in windows]
-    if family.gguf_window == "ignored" or not any(slides):
+    if family.gguf.window == "ignored" or not any(slides):
         return metadata
-    period = family.gguf_window_period
+    period = family.gguf.window_period
     if period is None or slides != periodic(len(slides), period):
         metadata["attention.sliding_window_pattern"] = slides
     if family.two_ropes:
@@ -163,17 +163,17 @@ def check_expressible(config: ModelConfig) -> None:
     A sliding window that llama.cpp ignores is only warned of, because shorter contexts agree.
     """
     family, rope = config.architecture, config.ropes[0]
-    if (config.qkv_bias or config.o_bias) and not family.gguf_biases:
-        raise _inexpressible(f"llama.cpp's {family.gguf} has no biases in attention")
-    if config.mlp_bias and not family.gguf_biases:
-        raise _inexpressible(f"llama.cpp's {family.gguf} has no biases in the MLP")
-    if not family.gguf_head_dim and config.query_size != config.hidden_size:
+    if (config.qkv_bias or config.o_bias) and not family.gguf.biases:
+        raise _inexpressible(f"llama.cpp's {family.gguf.name} has no biases in attention")
+    if config.mlp_bias and not family.gguf.biases:
+        raise _inexpressible(f"llama.cpp's {family.gguf.name} has no biases in the MLP")
+    if not family.gguf.head_dim and config.query_size != config.hidden_size:
         raise _inexpressible(
-            f"llama.cpp's {family.gguf} has heads of {config.hidden_size} / "
+            f"llama.cpp's {family.gguf.name} has heads of {config.hidden_size} / "
             f"{config.num_attention_heads} columns, not head_dim {config.head_dim}"
         )
-    if rope.kind in ("llama3", "longrope") and rope.kind not in family.gguf_rope_tensors:
-        raise _inexpressible(f"llama.cpp's {family.gguf} has no RoPE scaling {rope.kind}")
+    if rope.kind in ("llama3", "longrope") and rope.kind not in family.gguf.rope_tensors:
+        raise _inexpressible(f"llama.cpp's {family.gguf.name} has no RoPE scaling {rope.kind}")
     built_in = LLAMA_CPP_YARN_MINISTRAL if family.query_growth else LLAMA_CPP_YARN
     if rope.kind == "yarn":
         plain = replace(rope, scaling=rope.scaling | {"attention_factor": 0.0})
@@ -182,37 +182,41 @@ def check_expressible(config: ModelConfig) -> None:
     for key, value in built_in.items() if rope.kind == "yarn" else ():
         if rope.scaling[key] and rope.scaling[key] != value:
             raise ValueError(
-                f"llama.cpp does not read YaRN's {key} for {family.gguf}, and this model sets "
+                f"llama.cpp does not read YaRN's {key} for {family.gguf.name}, and this model sets "
                 f"{rope.scaling[key]}; save the merged folder instead"
             )
     rotated = [kind.rope is not None for kind in config.layer_kinds]
     if family.unrotated_period_key and rotated != periodic(len(rotated), UNROTATED_PERIOD):
         raise _inexpressible(
-            f"llama.cpp's {family.gguf} has no RoPE in every {UNROTATED_PERIOD}th layer"
+            f"llama.cpp's {family.gguf.name} has no RoPE in every {UNROTATED_PERIOD}th layer"
         )
     for sliding in config.ropes[1:]:
         if sliding.scaling is not None:
-            raise _inexpressible(f"llama.cpp's {family.gguf} scales no RoPE of sliding layers")
-        if sliding.theta != rope.theta and not family.gguf_reads_local_theta:
-            raise _inexpressible(f"llama.cpp's {family.gguf} has one rope_theta for all layers")
-    if config.tie_word_embeddings and family.gguf_head == "own":
-        raise _inexpressible(f"llama.cpp's {family.gguf} has a head that is not the embedding")
-    if not config.tie_word_embeddings and family.gguf_head == "tied":
-        raise _inexpressible(f"llama.cpp's {family.gguf} has the embedding as its head")
+            raise _inexpressible(f"llama.cpp's {family.gguf.name} scales no RoPE of sliding layers")
+        if sliding.theta != rope.theta and not family.gguf.local_theta:
+            raise _inexpressible(
+                f"llama.cpp's {family.gguf.name} has one rope_theta for all layers"
+            )
+    if config.tie_word_embeddings and family.gguf.head == "own":
+        raise _inexpressible(f"llama.cpp's {family.gguf.name} has a head that is not the embedding")
+    if not config.tie_word_embeddings and family.gguf.head == "tied":
+        raise _inexpressible(f"llama.cpp's {family.gguf.name} has the embedding as its head")
     scale, built_in_scale = config.attention_scale, _gemma_scale(config)
     if family.query_scalar_key and not math.isclose(scale, built_in_scale):
         raise _inexpressible(
-            f"llama.cpp's {family.gguf} has {family.query_scalar_key} {built_in_scale**-2:g}, "
+            f"llama.cpp's {family.gguf.name} has {family.query_scalar_key} {built_in_scale**-2:g}, "
             f"not {scale**-2:g}"
         )
-    if config.score_softcap and family.gguf != "gemma2":
-        raise _inexpressible(f"llama.cpp's {family.gguf} has no attn_logit_softcapping")
+    if config.score_softcap and family.gguf.name != "gemma2":
+        raise _inexpressible(f"llama.cpp's {family.gguf.name} has no attn_logit_softcapping")
     window = max(kind.window or 0 for kind in config.layer_kinds)
-    if family.gguf == "gemma2" and not (window and config.score_softcap and config.logit_softcap):
+    if family.gguf.name == "gemma2" and not (
+        window and config.score_softcap and config.logit_softcap
+    ):
         raise _inexpressible("llama.cpp's gemma2 has a sliding window and both soft caps")
-    if window and family.gguf_window != "read":
+    if window and family.gguf.window != "read":
         warnings.warn(
-            f"llama.cpp ignores the sliding window of {family.gguf}: "
+            f"llama.cpp ignores the sliding window of {family.gguf.name}: "
             f"run the file with a context of at most {window} tokens, where it changes nothing",
             stacklevel=2,
         )
