@@ -20,6 +20,11 @@ class LayerKind(NamedTuple):
     rope: int | None
 
 
+def periodic(layers: int, period: int) -> list[bool]:
+    """Return False for every period-th layer, and True for the others."""
+    return [(i + 1) % period != 0 for i in range(layers)]
+
+
 def read_layer_kinds(family: Architecture, raw: dict, layers: int) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of a config.json.
 
@@ -63,8 +68,7 @@ def _sliding_layers(family: Architecture, raw: dict, rotated: list[bool]) -> lis
     if family.sliding_layers == "unrotated":
         return [not rotates for rotates in rotated]
     if family.sliding_layers == "periodic":
-        period = read_value(raw, "sliding_window_pattern", int)
-        return [(i + 1) % period != 0 for i in range(layers)]
+        return periodic(layers, read_value(raw, "sliding_window_pattern", int))
     if family.sliding_layers == "last":
         return [i >= _first_sliding_layer(raw) for i in range(layers)]
     return [True] * layers
@@ -89,5 +93,4 @@ def _rotated_layers(family: Architecture, raw: dict, layers: int) -> list[bool]:
         if wrong := [value for value in listed if value not in (0, 1)]:
             raise ValueError(f"no_rope_layers has {wrong[0]!r}; expected 0 or 1")
         return [bool(value) for value in listed]
-    period = read_value(raw, family.unrotated_period_key, int)
-    return [(i + 1) % period != 0 for i in range(layers)]
+    return periodic(layers, read_value(raw, family.unrotated_period_key, int))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitune.config.architectures import Architecture, NormNames
 from minitune.config.family_defaults import with_defaults
+from minitune.config.layer_kinds import periodic
 from minitune.config.model_config import ModelConfig
 from minitune.gguf.writer import MetadataValue
 from minitune.model.rope import YARN_BETA_FAST, YARN_BETA_SLOW, rope_divisors, rope_scale
@@ -110,11 +111,6 @@ def _window_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
     if family.two_ropes:
         metadata["rope.freq_base_swa"] = float(config.ropes[1].theta)
     return metadata
-
-
-def periodic(layers: int, period: int) -> list[bool]:
-    """Return False for every period-th layer, and True for the others."""
-    return [(i + 1) % period != 0 for i in range(layers)]
 
 
 def _rope_scaling_metadata(config: ModelConfig) -> dict[str, MetadataValue]:

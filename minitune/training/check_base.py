@@ -172,7 +172,7 @@ def _weights_of_folder(model: CausalLM, stored: SafetensorsFolder) -> Iterator[N
                 if linear in names:
                     ended.callback(_set_weights, linear, linear.nf4, None)
                     shape = (linear.out_features, linear.in_features)
-                    weight = stored.load(f"{names[linear]}.weight", shape).to(model.device)
+                    weight = stored.load(f"{names[linear]}.weight", shape, model.device)
                     _set_weights(linear, None, nn.Parameter(weight, requires_grad=False))
 
     def end(*_) -> None:
