@@ -12,7 +12,8 @@ from tokenizers import pre_tokenizers, trainers
 
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.export import convert_folder
-from minitune.gguf.tokenizer_metadata import APPROXIMATED, PRE_TOKENIZERS, tokenizer_metadata
+from minitune.gguf.pre_tokenizers import APPROXIMATED, PRE_TOKENIZERS
+from minitune.gguf.tokenizer_metadata import tokenizer_metadata
 
 
 @pytest.mark.parametrize("kind", ["bpe", "llama3", "spm"])
