@@ -1,0 +1,1 @@
+"""GGUF storage types as tensor operations: quantisers and dequantisers, on the CPU or a GPU."""

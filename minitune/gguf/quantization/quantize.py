@@ -1,0 +1,85 @@
+"""The door of the quantisers: rows of weights to the bytes of a GGUF type, and back.
+
+Rows are converted in chunks, so the temporaries are bounded. A chunk fits the cache of a CPU core;
+a GPU gets larger chunks, because each operation costs a launch.
+"""
+
+import torch
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as GGMLType
+from torch import Tensor
+
+from minitune.gguf.quantization import simple_blocks
+
+BLOCK_QUANTIZERS = {**simple_blocks.BLOCK_QUANTIZERS}
+FLOAT_DTYPES = {
+    GGMLType.F32: torch.float32,
+    GGMLType.F16: torch.float16,
+    GGMLType.BF16: torch.bfloat16,
+}
+CPU_CHUNK = 1 << 16  # values
+GPU_CHUNK = 1 << 24  # values
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
+
+
+def quantize(values: Tensor, kind: GGMLType, importance: Tensor | None = None) -> Tensor:
+    """Return the bytes of `values` stored as `kind`.
+
+    values: weights (..., width) of any float dtype, on any device.
+    kind: a GGUF type whose block width divides the width.
+    importance: mean squares of the linear's inputs, float32 (width,), or None.
+
+    Returns: uint8 (..., bytes a row) on the device of `values`.
+
+    Raises: ValueError if the width is no multiple of the block width, a value is not finite, or
+        a value is beyond float16 and `kind` stores float16.
+    """
+    width = values.shape[-1]
+    block_width, block_bytes = GGML_QUANT_SIZES[kind]
+    if width % block_width:
+        raise ValueError(
+            f"rows of {width} values have no whole number of {kind.name} blocks; "
+            f"choose a type whose block width divides {width}, not {block_width}"
+        )
+    rows = values.detach().reshape(-1, width)
+    data = rows.new_empty((len(rows), width // block_width * block_bytes), dtype=torch.uint8)
+    chunk_rows = max(1, (CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // width)
+    extremes = []
+    for part, target in zip(rows.split(chunk_rows), data.split(chunk_rows), strict=True):
+        extremes.extend(part.aminmax())
+        if kind in FLOAT_DTYPES:
+            target.view(FLOAT_DTYPES[kind]).copy_(part)
+        else:
+            target.copy_(_quantize_rows(part, kind, importance).view(target.shape))
+    if extremes:
+        _check_range(torch.stack(extremes), kind)
+    return data.view(*values.shape[:-1], data.shape[1])
+
+
+def _quantize_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None) -> Tensor:
+    """Return the blocks (N, bytes of a block) of some rows."""
+    rows = rows.float().contiguous()
+    block_width = GGML_QUANT_SIZES[kind][0]
+    blocks = rows.view(-1, block_width)
+    if importance is None:
+        return BLOCK_QUANTIZERS[kind](blocks, None, None)
+    per_row = rows.shape[1] // block_width
+    weights = importance.expand_as(rows).reshape(-1, block_width)
+    mean_squares = rows.square().mean(1).repeat_interleave(per_row)
+    return BLOCK_QUANTIZERS[kind](blocks, weights, mean_squares[:, None])
+
+
+def _check_range(extremes: Tensor, kind: GGMLType) -> None:
+    """Raise ValueError if the smallest and largest values of the chunks do not fit the type."""
+    largest = extremes.abs().max().item()
+    if not largest < float("inf"):
+        raise ValueError(f"a weight is {largest:g}; the weights must be finite")
+    if kind not in (GGMLType.F32, GGMLType.BF16) and largest > LARGEST_FLOAT16:
+        raise ValueError(f"{largest:g} does not fit into float16; export as bf16")
+
+
+def dequantize(data: Tensor, kind: GGMLType) -> Tensor:
+    """Return the float32 values (..., width) of rows of bytes (..., bytes a row) of a type."""
+    if kind in FLOAT_DTYPES:
+        return data.contiguous().view(FLOAT_DTYPES[kind]).float()
+    raise NotImplementedError(f"no dequantiser for {kind.name} yet")
