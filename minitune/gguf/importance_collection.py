@@ -1,0 +1,129 @@
+"""Measure an importance matrix with the model's own forward pass.
+
+The inputs of a layer's linears follow from the activations that the layer saves for backward, so
+the forward pass of training serves as it is. With the names of model/decoder_layer.py:
+
+    q, k, v    h = norm(x)          o      attn
+    gate, up   h_mid = norm(x + o)  down   m = silu(gate) * up
+
+The adapter takes part, so the inputs are those of the trained model. A batch costs one forward pass
+and the elementwise operations that give h, h_mid and m a second time. Sums are float64.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from minitune.gguf.importance import CHUNK_TOKENS, ImportanceMatrix
+from minitune.gguf.model_metadata import gguf_name
+from minitune.model.activations import Activations, SaveLevel, row_tiles
+from minitune.model.causal_lm import CausalLM
+from minitune.model.decoder_layer import DecoderLayer
+from minitune.model.layers import new_residual
+from minitune.model.linear import FusedLinear
+from minitune.model.packed_sequences import PackedSequences
+
+DEFAULT_TOKENS = 128 * CHUNK_TOKENS
+BATCH_TOKENS = 2048  # of whole samples that run together; also the rows squared at a time
+
+
+@torch.no_grad()
+def collect_importance(
+    model: CausalLM,
+    samples: Iterable[Sequence[int]],
+    dataset: str = "",
+    max_tokens: int = DEFAULT_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> ImportanceMatrix:
+    """Return the importance of all linears of the decoder layers.
+
+    The head is left out, as by llama-imatrix.
+
+    samples: token ids of each sample; no sample sees another one.
+    dataset: name of the data, for the file's keys.
+    max_tokens: tokens to use; the sample that reaches the limit is cut.
+    progress: called with the number of tokens of each batch.
+
+    Raises: ValueError if there is no token, if a sample does not fit the model, or if an activation
+        is not finite.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; expected at least 1")
+    fused_linears = list(model.fused_linears())
+    sums = {
+        fused: torch.zeros(fused.in_features, dtype=torch.float64, device=model.device)
+        for fused in fused_linears
+    }
+    tokens = 0
+    with model.as_current_device(), model.resident_weights_if_they_fit():
+        for batch in _batches(samples, max_tokens):
+            ids = torch.cat(batch)
+            positions = torch.cat([torch.arange(len(sample)) for sample in batch])
+            model.check(ids, positions)
+            _add_squares_(sums, model, ids, positions)
+            tokens += len(ids)
+            if progress is not None:
+                progress(len(ids))
+    if not tokens:
+        raise ValueError(f"{dataset or 'the samples'}: no token to collect an importance from")
+    names = {linear: f"{name}.weight" for name, linear in model.linears()}
+    values = {
+        gguf_name(names[linear], model.config.architecture): (sums[fused] / tokens).float().cpu()
+        for fused in fused_linears
+        for linear in fused.linears
+    }
+    chunks = math.ceil(tokens / CHUNK_TOKENS)
+    matrix = ImportanceMatrix(values, tokens, chunks, dataset)
+    matrix.check_values()
+    return matrix
+
+
+def linear_inputs(layer: DecoderLayer, a: Activations) -> Iterator[tuple[FusedLinear, Tensor]]:
+    """Yield each fused linear of a layer with its input (N, in).
+
+    a: activations of `SaveLevel.ALL`.
+    """
+    norms = layer.norms
+    h = layer.qkv.new_input_without_lora(a.x)
+    norms.attention_in(a.x, out=h)
+    yield layer.qkv, h
+    yield layer.o, a.attn[:, : layer.o.in_features]
+    h_mid = layer.gate_up.new_input_without_lora(a.x)
+    norms.mlp_in.of_sum_(a.x, norms.attention_out.of_output(a.o), out=h_mid)
+    yield layer.gate_up, h_mid
+    yield layer.down, layer.compute_m(a.gate_up)[:, : layer.F]
+
+
+def _add_squares_(
+    sums: dict[FusedLinear, Tensor], model: CausalLM, ids: Tensor, positions: Tensor
+) -> None:
+    """Add the squared inputs of packed tokens to the sums.
+
+    ids, positions: (N,), on the host.
+    """
+    packed = PackedSequences.from_positions(positions, model.windows).to(model.device)
+    s = new_residual(model.model.embed_tokens(ids.to(model.device), model.dtype))  # (N, D)
+    for layer in model.model.layers:
+        a = layer.forward_saving_(s, packed, model.layer_context, SaveLevel.ALL)
+        for fused, x in linear_inputs(layer, a):
+            for rows in row_tiles(len(x), BATCH_TOKENS):
+                sums[fused] += x[rows].float().square().sum(0)
+
+
+def _batches(samples: Iterable[Sequence[int]], max_tokens: int) -> Iterator[list[Tensor]]:
+    """Yield whole samples in batches of at most BATCH_TOKENS tokens, or of one longer sample."""
+    batch, held, left = [], 0, max_tokens
+    for sample in samples:
+        ids = torch.as_tensor(sample, dtype=torch.int64)[:left]
+        if held + len(ids) > BATCH_TOKENS and batch:
+            yield batch
+            batch, held = [], 0
+        batch.append(ids)
+        held += len(ids)
+        left -= len(ids)
+        if not left:
+            break
+    if batch:
+        yield batch
