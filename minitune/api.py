@@ -84,18 +84,28 @@ class LanguageModel(CausalLM):
         self,
         folder: str | Path,
         tokenizer: Tokenizer,
-        quantization_method: str = "q8_0",
+        quantization_method: str | Sequence[str] = "q8_0",
         merge_base: str = "auto",
-    ) -> Path:
-        """Write the merged model as one GGUF file into a folder and return the file's path.
+        progress: bool = False,
+    ) -> Path | list[Path]:
+        """Write the merged model into a folder as GGUF files of one or several types, in one pass.
 
-        quantization_method: q8_0, f16, bf16 or f32.
+        quantization_method: a type such as "q4_k_m", or a list of types, in upper or lower case.
+            config/gguf_methods.py lists the types and their aliases.
         merge_base: as in `save_pretrained_merged`.
+        progress: show a progress bar in bytes on a terminal.
 
-        Raises: ValueError if the file exists, or if GGUF cannot express the model or tokenizer.
+        Returns: the path of the file, or a list of paths if `quantization_method` is a list.
+
+        Raises: ValueError if a file exists, or if GGUF cannot express the model or tokenizer.
         """
         return export_gguf(
-            self, folder, tokenizer, quantization_method=quantization_method, merge_base=merge_base
+            self,
+            folder,
+            tokenizer,
+            quantization_method=quantization_method,
+            merge_base=merge_base,
+            progress=progress,
         )
 
 

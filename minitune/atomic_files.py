@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +80,39 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
     Raises: ValueError naming `path` if the file or its folder cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    with atomic_files([path]) as (partial,):
+        yield partial
+
+
+@contextlib.contextmanager
+def atomic_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
+    """Yield the paths of partial files in one folder, which get their names when all are written.
+
+    Each file is treated as in `atomic_file`. None is renamed before all are flushed to disk.
+
+    Raises: ValueError naming the path, or the folder of several, if a file cannot be written.
+    """
+    paths = [Path(path) for path in paths]
+    partials = [path.with_name(f".{path.name}.partial") for path in paths]
+    folder = paths[0].parent
+    named = paths[0] if len(paths) == 1 else folder
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
-        raise ValueError(f"{path}: its folder could not be made ({reason})") from None
+        raise ValueError(f"{paths[0]}: its folder could not be made ({reason})") from None
     try:
-        with os_errors_as_value_error(path):
-            yield partial
-            flush_to_disk(partial)
-            partial.replace(path)
-            flush_to_disk(path.parent)
+        with os_errors_as_value_error(named):
+            yield partials
+            for partial in partials:
+                flush_to_disk(partial)
+            for partial, path in zip(partials, paths, strict=True):
+                partial.replace(path)
+            flush_to_disk(folder)
     finally:
-        with contextlib.suppress(OSError):  # already renamed, or never made
-            partial.unlink()
+        for partial in partials:
+            with contextlib.suppress(OSError):  # already renamed, or never made
+                partial.unlink()
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:

@@ -6,9 +6,9 @@
     "nf4"       the dequantised NF4 weights, on which the adapter was trained, in the compute dtype
     "auto"      "original" if the base folder holds 16-bit weights, otherwise "nf4"
 
-Tensors come one at a time, in the model's order, and go straight to the file, so merging needs
-memory for one tensor. The metadata of the files names the adapters that were merged into them, so
-that no adapter is merged twice.
+Tensors come one at a time, in the model's order and on its device, and go straight to the file, so
+merging needs memory for one tensor. The metadata of the files names the adapters that were merged
+into them, so that no adapter is merged twice.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ MERGED = "minitune.merged_adapters"  # key in the safetensors metadata: digests,
 
 
 def merged_tensors(model: CausalLM, merge_base: str = "auto") -> Iterator[tuple[str, Tensor]]:
-    """Return an iterator of (name, tensor on the CPU) over the merged model.
+    """Return an iterator of (name, tensor on the model's device) over the merged model.
 
     Names, shapes and order are those of `ModelConfig.tensor_shapes`. The dtype is float16 if the
     base folder's is float16, otherwise bfloat16. Without an adapter, or with an untrained one, the
@@ -47,7 +47,7 @@ def merged_tensors(model: CausalLM, merge_base: str = "auto") -> Iterator[tuple[
             f"{model.folder}: this adapter is merged into it already; "
             "load the base it was trained on"
         )
-    return _merge(model, stored if use_original else None, _merged_dtype(model))
+    return _merge(model, stored if use_original else None, merged_dtype(model))
 
 
 def merge_to_folder(
@@ -70,9 +70,9 @@ def merge_to_folder(
     """
     folder = Path(folder)
     check_new_folder(model, folder)
-    dtype = _merged_dtype(model)
+    dtype = merged_dtype(model)
     specs = specs_of_dtype(model.config.tensor_shapes(), dtype)
-    tensors = merged_tensors(model, merge_base)
+    tensors = ((name, tensor.cpu()) for name, tensor in merged_tensors(model, merge_base))
     config = merged_config(model.config.raw, dtype)
     metadata = merged_metadata(model, adapter_digest(model))
     write_model_folder(model, folder, tokenizer, config, specs, tensors, metadata, shard_bytes)
@@ -117,7 +117,7 @@ def _merged_adapters(stored: SafetensorsFolder) -> list[str]:
     return stored.metadata().get(MERGED, "").split()
 
 
-def _merged_dtype(model: CausalLM) -> torch.dtype:
+def merged_dtype(model: CausalLM) -> torch.dtype:
     """Return the 16-bit dtype of the merged tensors."""
     base = model.model.embed_tokens.weight.dtype
     return torch.float16 if base == torch.float16 else torch.bfloat16
@@ -147,7 +147,7 @@ def _use_original(model: CausalLM, stored: SafetensorsFolder, merge_base: str) -
 def _merge(
     model: CausalLM, original: SafetensorsFolder | None, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, merged tensor on the CPU); `original` holds the 16-bit weights to merge onto."""
+    """Yield (name, merged tensor); `original` holds the 16-bit weights to merge onto."""
     for name in model.config.tensor_shapes():
         module_name, _, kind = name.rpartition(".")
         module = model.get_submodule(module_name)
@@ -176,11 +176,11 @@ def _merged_weight(
 
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values in `dtype` on the CPU, contiguous."""
+    """Return the values in `dtype`, contiguous."""
     rounded = values.to(dtype)
     if not torch.isfinite(rounded).all():
         largest = values.abs().max().item()
         raise ValueError(
             f"{name}: the merged weight is not finite in {dtype} (largest magnitude {largest:g})"
         )
-    return rounded.cpu().contiguous()
+    return rounded.contiguous()

@@ -2,7 +2,7 @@
 
     minitune export --model DIR --adapter runs/1/adapter --output model.gguf
     minitune export --model DIR --adapter runs/1/adapter --merged merged/
-    minitune export --model merged/ --output model.gguf --quantization-method f16
+    minitune export --model merged/ --output gguf/ --quantization-method q4_k_m q8_0
     minitune export --model DIR --save-4bit DIR-nf4     the base in NF4, which loads at disk speed
 
 Without --adapter the model itself is written. --save-4bit takes no adapter, because an adapter does
@@ -21,10 +21,12 @@ from minitune.checkpoints.merge import merge_to_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.checkpoints.save_4bit import save_4bit
 from minitune.config.cli import CommandParser, print_notes, run_command
+from minitune.config.gguf_methods import GGUF_WORDS
 from minitune.config.model_config import ModelConfig
-from minitune.config.training_config import GGUF_METHODS, MERGE_BASES
+from minitune.config.training_config import MERGE_BASES
 from minitune.data.templates.adapter_template import load_template
-from minitune.gguf.export import convert_folder, export_gguf
+from minitune.device import choose_device
+from minitune.gguf.export import convert_folder, plan_export
 
 
 def main(argv: Sequence[str] | None = None, program: str = "minitune export") -> int:
@@ -47,10 +49,14 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--adapter", type=Path, help="folder of the adapter to merge in")
     parser.add_argument(
-        "--output", type=Path, help="GGUF file (ending in .gguf), or a folder for one"
+        "--output", type=Path, help="GGUF file (ending in .gguf), or a folder for one or several"
     )
     parser.add_argument(
-        "--quantization-method", choices=GGUF_METHODS, default="q8_0", help="default: %(default)s"
+        "--quantization-method",
+        nargs="+",
+        default=["q8_0"],
+        metavar="TYPE",
+        help=f"types of the GGUF files: {', '.join(GGUF_WORDS)} (default: q8_0)",
     )
     parser.add_argument("--merged", type=Path, help="folder for merged 16-bit safetensors")
     parser.add_argument(
@@ -70,7 +76,7 @@ def export(arguments: argparse.Namespace) -> list[Path]:
 
     Raises: ValueError if the command line asks for none, or the model cannot be written.
     """
-    method, merge_base = arguments.quantization_method, arguments.merge_base
+    methods, merge_base = _listed(arguments.quantization_method), arguments.merge_base
     output, merged, quantized = arguments.output, arguments.merged, arguments.save_4bit
     if output is None and merged is None and quantized is None:
         raise ValueError(
@@ -89,7 +95,7 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     use_nf4 = merge_base == "nf4" or quantized is not None
     if arguments.adapter is None and merged is None and not prequantized and not use_nf4:
         # Tensor by tensor, without a model in memory.
-        return [convert_folder(folder, output, method)]
+        return convert_folder(folder, output, methods, progress=True)
 
     # 16-bit weights stay in their files until they are merged one at a time, so the CPU suffices.
     # NF4 weights are quantised first, which a GPU does faster. FP8 weights would take twice the
@@ -104,11 +110,22 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     if arguments.adapter is not None:
         model.load_adapter(arguments.adapter)
         load_template(tokenizer, arguments.adapter)
+    planned = None
+    if output is not None:
+        # Refusals come before anything is written.
+        planned = plan_export(
+            model, output, tokenizer, methods, merge_base, device=choose_device()
+        )
     paths = []
     if merged is not None:
         paths.append(merge_to_folder(model, merged, tokenizer, merge_base))
-    if output is not None:
-        paths.append(export_gguf(model, output, tokenizer, method, merge_base))
+    if planned is not None:
+        paths += planned.write(progress=True)
     if quantized is not None:
         paths.append(save_4bit(model, quantized, tokenizer))
     return paths
+
+
+def _listed(words: list[str]) -> list[str]:
+    """Return the types of a flag; `q4_k_m q8_0` and `q4_k_m,q8_0` are the same."""
+    return [word for text in words for word in text.split(",") if word]

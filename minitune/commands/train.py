@@ -25,7 +25,8 @@ from minitune.config.cli import Settings, parse, run_command
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
 from minitune.data.inspector.token_display import first_samples
 from minitune.data.sources.sources import check_first_records
-from minitune.gguf.export import check_gguf, gguf_file_name
+from minitune.gguf.export import check_gguf
+from minitune.gguf.general_metadata import gguf_file_names
 from minitune.training import run_folder
 from minitune.training.check_base import check_base, checked_samples
 from minitune.training.trainer import SFTTrainer
@@ -72,7 +73,13 @@ def train(settings: Settings) -> None:
     trainer, run = prepare(settings), settings.run
     trainer.train()
     models = run_folder.write_models(
-        trainer.model, trainer.processing_class, trainer.output, run.merge, run.gguf, run.merge_base
+        trainer.model,
+        trainer.processing_class,
+        trainer.output,
+        run.merge,
+        run.gguf,
+        run.merge_base,
+        progress=True,
     )
     for path in models:
         print(f"{'saved':<11}{path}", file=sys.stderr)
@@ -129,7 +136,7 @@ def _check(settings: Settings) -> None:
     folder = resolve_model(run.model)
     data = [*run.data, *run.eval_data]
     if sft.output_dir is not None:
-        names = [gguf_file_name(run.model, folder, method) for method in run.gguf]
+        names = gguf_file_names(run.model, folder, run.gguf) if run.gguf else []
         if run.merge:
             names.append(run_folder.MERGED)
         run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, [folder, *data], names)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from minitune.config.architectures import ALL_TARGETS, LORA_TARGETS
 from minitune.config.fields import check_settings, setting
+from minitune.config.gguf_methods import GGUF_WORDS, lower_words
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
 INTERVALS = ("no", "steps", "epoch")
 DTYPES = ("float32", "bfloat16", "float16")
 PATHS = ("data", "eval_data")  # lists of paths, which may hold a comma
-GGUF_METHODS = ("q8_0", "f16", "bf16", "f32")
 DROPPED_TEXT = ("error", "warn")
 MERGE_BASES = ("auto", "original", "nf4")
 # With these the planner chooses which activations are saved, recomputed or offloaded.
@@ -259,7 +259,7 @@ class RunConfig:
         "auto", "weights that the adapter is merged into", choices=MERGE_BASES
     )
     gguf: tuple[str, ...] = setting(
-        (), "write GGUF files at the end, of these types", choices=GGUF_METHODS
+        (), "write GGUF files at the end, of these types", choices=GGUF_WORDS
     )
 
     show: int = setting(
@@ -273,6 +273,7 @@ class RunConfig:
         for name in PATHS:  # a TOML file may name a single path as a string
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
+        object.__setattr__(self, "gguf", lower_words(self.gguf))
         check_settings(self)
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(

@@ -1,33 +1,44 @@
-"""A model as one GGUF file: its keys, its tensors and their layout.
+"""A model as GGUF files: their keys, their tensors and their layout.
 
-writer.py has the bytes; model_metadata.py and tokenizer_metadata.py have most keys. The values are
-those of the merged 16-bit model, and tensors go from the merge to the file one by one. Two things
-differ from Hugging Face's layout, and a file without them loads and generates nonsense:
+writer.py has the bytes, mixtures.py the types; the other keys come from general_metadata.py,
+model_metadata.py and tokenizer_metadata.py. Tensors go from the merge to the files one by one. The
+values are those of the merged model, rounded to 16 bit and then to the file's type; a folder that
+is converted gives its values as they are stored.
+
+Two things differ from Hugging Face's layout, and a file without them loads and generates nonsense:
 
 - For some families llama.cpp's rotary embedding pairs the neighbouring rows 2i and 2i + 1 of a q
   or k head, not i and i + K/2: the rows are interleaved (Architecture.gguf_llama_layout);
 - the divisors of some RoPE scalings become tensors (model_metadata.py).
-
-Norms and biases are always float32. If a tensor's width is not a multiple of the block of a
-quantised type (Q8_0: 32), that tensor is float16.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from gguf import GGML_QUANT_SIZES, LlamaFileType
+import torch
 from torch import Tensor
 
-from minitune.atomic_files import read_json
-from minitune.checkpoints.load_weights import check_all_known, open_model_folder
-from minitune.checkpoints.merge import merged_tensors
+from minitune.atomic_files import atomic_files, require_space
+from minitune.checkpoints.load_weights import EMBEDDING, check_all_known, open_model_folder
+from minitune.checkpoints.merge import merged_dtype, merged_tensors
 from minitune.checkpoints.safetensors_folder import TIED_HEAD
+from minitune.config.gguf_methods import gguf_methods
 from minitune.config.model_config import ModelConfig
-from minitune.config.training_config import GGUF_METHODS
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.device import choose_device
+from minitune.gguf.general_metadata import (
+    adapted_name,
+    check_targets,
+    name_of_file,
+    organization_and_name,
+    sampling_metadata,
+    size_label,
+)
+from minitune.gguf.importance import ImportanceMatrix
+from minitune.gguf.mixtures import QUANTIZATION_METHODS, tensor_types
 from minitune.gguf.model_metadata import (
     additional_tensors,
     check_expressible,
@@ -35,65 +46,152 @@ from minitune.gguf.model_metadata import (
     model_metadata,
 )
 from minitune.gguf.tokenizer_metadata import tokenizer_metadata
-from minitune.gguf.writer import GGMLType, MetadataValue, TensorInfo, write_gguf
+from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
 from minitune.model.causal_lm import CausalLM
 
-FILE_TYPES = {
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
-    "f16": LlamaFileType.MOSTLY_F16,
-    "bf16": LlamaFileType.MOSTLY_BF16,
-    "f32": LlamaFileType.ALL_F32,
-}
 QUANTIZATION_VERSION = 2  # of GGML's quantised types
-# Key of generation_config.json -> (key below general.sampling, type)
-SAMPLING_KEYS = {
-    "temperature": ("temp", float),
-    "top_p": ("top_p", float),
-    "top_k": ("top_k", np.int32),
-    "min_p": ("min_p", float),
-    "repetition_penalty": ("penalty_repeat", float),
-}
+
+
+@dataclass(frozen=True)
+class GGUFExport:
+    """GGUF files of one model that passed every check and can be written.
+
+    targets: the files.
+    contents: keys and tensors of each file.
+    tensors: function that returns a new iterator of (Hugging Face's name, tensor), in the order of
+        `config.tensor_shapes()`.
+    device: the device that quantises.
+    importance: the importance matrix that the quantisers use, or None.
+    """
+
+    targets: list[Path]
+    contents: list[Content]
+    config: ModelConfig
+    tokenizer: Tokenizer
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    device: torch.device
+    importance: ImportanceMatrix | None = None
+
+    def write(self, progress: bool = False) -> list[Path]:
+        """Write the files in one pass and return their paths.
+
+        No file gets its name before all are complete.
+
+        progress: show a progress bar in bytes on a terminal.
+
+        Raises: ValueError if the disk has no room, a file cannot be written, or a weight does not
+            fit its type.
+        """
+        self.check_space()
+        with atomic_files(self.targets) as partials:
+            files = dict(zip(partials, self.contents, strict=True))
+            values = self.importance.values if self.importance else None
+            write_gguf(files, self.gguf_tensors(), values, progress)
+        return self.targets
+
+    def check_space(self) -> None:
+        """Raise ValueError if the disk has no room for all files together."""
+        path = self.targets[0] if len(self.targets) == 1 else self.targets[0].parent
+        require_space(path, sum(content.nbytes for content in self.contents))
+
+    def gguf_tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of the files, in the files' order and layout, on the device."""
+        yield from additional_tensors(self.config).values()
+        family, heads = self.config.architecture, _interleaved_heads(self.config)
+        shapes = self.config.tensor_shapes()
+        for (name, shape), (found, tensor) in zip(shapes.items(), self.tensors(), strict=True):
+            assert (found, tuple(tensor.shape)) == (name, shape), (
+                f"{found} {tuple(tensor.shape)} instead of {name} {shape}"
+            )
+            tensor = tensor.to(self.device)
+            linear = name.split(".")[-2]
+            if name.endswith("norm.weight") and family.norm_offset:
+                tensor = tensor.float() + family.norm_offset  # llama.cpp has no offset
+            yield interleave_rope_rows(tensor, heads[linear]) if linear in heads else tensor
+
+
+# ---- the exports
 
 
 def export_gguf(
     model: CausalLM,
     path: str | Path,
     tokenizer: Tokenizer,
-    quantization_method: str = "q8_0",
+    quantization_method: str | Sequence[str] = "q8_0",
     merge_base: str = "auto",
     overwrite: bool = False,
-) -> Path:
-    """Write the merged model as a GGUF file and return the file's path.
+    importance: ImportanceMatrix | None = None,
+    progress: bool = False,
+) -> Path | list[Path]:
+    """Write the merged model as GGUF files of one or several types, in one pass.
 
-    path: a file name that ends in .gguf, or a folder for a file named after the base model.
-    quantization_method: q8_0, f16, bf16 or f32.
+    path: a folder for files named after the base model; or, for one type, a file name that ends in
+        .gguf.
+    quantization_method: a type of config/gguf_methods.py, or a list of types.
     merge_base: weights to merge onto, as in checkpoints/merge.py.
-    overwrite: replace an existing file once the new one is complete.
+    overwrite: replace existing files once the new ones are complete.
+    importance: the importance matrix that the quantisers use.
+    progress: show a progress bar in bytes on a terminal.
 
-    Raises: ValueError if the file exists (unless `overwrite`), if the disk has no room, or if GGUF
+    Returns: the path of the file, or a list of paths if `quantization_method` is a list.
+
+    Raises: ValueError if a file exists (unless `overwrite`), if the disk has no room, or if GGUF
         cannot express the model or the tokenizer.
     """
+    plan = plan_export(
+        model, path, tokenizer, quantization_method, merge_base, overwrite, importance
+    )
+    paths = plan.write(progress)
+    return paths[0] if isinstance(quantization_method, str) else paths
+
+
+def plan_export(
+    model: CausalLM,
+    path: str | Path,
+    tokenizer: Tokenizer,
+    quantization_method: str | Sequence[str] = "q8_0",
+    merge_base: str = "auto",
+    overwrite: bool = False,
+    importance: ImportanceMatrix | None = None,
+    device: torch.device | None = None,
+) -> GGUFExport:
+    """Check an export as `export_gguf` does, without writing, and return the files to write.
+
+    device: the device that quantises; None takes the model's.
+    """
     organization, base = organization_and_name(model.name, model.folder)
+    methods = gguf_methods(quantization_method, merged_dtype(model) == torch.float16)
     name = adapted_name(base) if model.lora else base
-    target = _target(path, name, quantization_method, overwrite)
-    metadata = {
-        "general.name": _model_name(target, quantization_method),
-        "general.base_model.count": 1,
-        "general.base_model.0.name": base,
-    }
+    targets = check_targets(path, name, methods, overwrite)
+    merged_tensors(model, merge_base)  # refuses before the first tensor
+    origin = {"general.base_model.count": 1, "general.base_model.0.name": base}
     if organization:
-        metadata["general.base_model.0.organization"] = organization
-    tensors = merged_tensors(model, merge_base)
-    _write_model(target, model.config, metadata, tokenizer, tensors, quantization_method)
-    return target
+        origin["general.base_model.0.organization"] = organization
+    return _plan(
+        dict(zip(methods, targets, strict=True)),
+        origin,
+        model.config,
+        tokenizer,
+        lambda: merged_tensors(model, merge_base),
+        model.device if device is None else device,
+        importance,
+    )
 
 
-def convert_folder(folder: str | Path, path: str | Path, quantization_method: str = "q8_0") -> Path:
-    """Write the weights of a model folder as a GGUF file and return its path.
+def convert_folder(
+    folder: str | Path,
+    path: str | Path,
+    quantization_method: str | Sequence[str] = "q8_0",
+    importance: ImportanceMatrix | None = None,
+    progress: bool = False,
+) -> Path | list[Path]:
+    """Write the weights of a model folder as GGUF files, on a GPU if there is one.
 
     The weights have 16 or 32 bits, or are FP8 and dequantised.
 
-    path, quantization_method: as in `export_gguf`.
+    path, quantization_method, importance, progress: as in `export_gguf`.
+
+    Returns: as `export_gguf`.
 
     Raises: ValueError as `export_gguf`, and if the folder holds 4-bit or unknown weights.
     """
@@ -101,28 +199,27 @@ def convert_folder(folder: str | Path, path: str | Path, quantization_method: st
     config, stored = open_model_folder(folder)
     if stored.prequantized:
         raise ValueError(f"{folder}: holds 4-bit weights; load it as a model and export that")
-    target = _target(path, folder.resolve().name, quantization_method)
+    methods = gguf_methods(quantization_method, stored.dtype(EMBEDDING) == torch.float16)
+    targets = check_targets(path, folder.resolve().name, methods)
     shapes = config.tensor_shapes()
     check_all_known(stored, {*shapes, TIED_HEAD})
-    tensors = ((name, stored.load(name, shape)) for name, shape in shapes.items())
-    metadata = {"general.name": _model_name(target, quantization_method)}
-    tokenizer = Tokenizer.from_folder(folder)
-    _write_model(target, config, metadata, tokenizer, tensors, quantization_method)
-    return target
-
-
-def gguf_file_name(name: str, folder: Path, method: str) -> str:
-    """Return the file name that `export_gguf` chooses for an adapter on a base model.
-
-    name: the base model as it was asked for. folder: the base model's folder.
-    """
-    return f"{adapted_name(organization_and_name(name, folder)[1])}-{method.upper()}.gguf"
+    plan = _plan(
+        dict(zip(methods, targets, strict=True)),
+        {},
+        config,
+        Tokenizer.from_folder(folder),
+        lambda: ((name, stored.load(name, shape)) for name, shape in shapes.items()),
+        choose_device(),
+        importance,
+    )
+    paths = plan.write(progress)
+    return paths[0] if isinstance(quantization_method, str) else paths
 
 
 def check_gguf(name: str, folder: Path) -> None:
     """Check that an adapter on a base model can become a GGUF file, before there is an adapter.
 
-    name, folder: as in `gguf_file_name`.
+    name: the base model as it was asked for. folder: the base model's folder.
 
     Raises: ValueError if GGUF cannot express the model or the tokenizer.
     """
@@ -130,23 +227,74 @@ def check_gguf(name: str, folder: Path) -> None:
     _content_metadata(ModelConfig.from_folder(folder), Tokenizer.from_folder(folder), general_name)
 
 
-def adapted_name(base: str) -> str:
-    """Return the name of a base model with an adapter merged in."""
-    return f"{base}-minitune"
+# ---- the content of the files
 
 
-def organization_and_name(name: str, folder: Path) -> tuple[str, str]:
-    """Return organization and name of a base model.
+def _plan(
+    targets: dict[str, Path],
+    origin: dict[str, MetadataValue],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]],
+    device: torch.device,
+    importance: ImportanceMatrix | None,
+) -> GGUFExport:
+    """Return the files to write.
 
-    A model from the cache is called org/name. Any other has the name of its folder and "" as its
-    organization.
+    targets: type -> file.
+    origin: the keys that name the base model.
+
+    Raises: ValueError if GGUF cannot express the model or the tokenizer, the importance matrix is
+        another model's, or the disk has no room.
     """
-    if Path(name).expanduser() == folder:
-        return "", folder.resolve().name
-    return name.split("/")[0], name.split("/")[-1]
+    for note in importance.check_model(config) if importance else ():
+        warnings.warn(note, stacklevel=3)
+    names = {method: name_of_file(path, method) for method, path in targets.items()}
+    metadata = {
+        name: _content_metadata(config, tokenizer, name) for name in dict.fromkeys(names.values())
+    }
+    contents = [
+        _content(config, method, name, origin, metadata[name], importance)
+        for method, name in names.items()
+    ]
+    plan = GGUFExport(
+        list(targets.values()), contents, config, tokenizer, tensors, device, importance
+    )
+    plan.check_space()
+    return plan
 
 
-# ---- metadata
+def _content(
+    config: ModelConfig,
+    method: str,
+    name: str,
+    origin: dict[str, MetadataValue],
+    metadata: dict[str, MetadataValue],
+    importance: ImportanceMatrix | None,
+) -> Content:
+    """Return the keys and the tensors of one file.
+
+    name: general.name.
+    origin: the keys that name the base model.
+    metadata: the keys of `_content_metadata`.
+    """
+    model_shapes = config.tensor_shapes()
+    family = config.architecture
+    shapes = {name: tuple(x.shape) for name, x in additional_tensors(config).items()}
+    shapes |= {gguf_name(name, family): shape for name, shape in model_shapes.items()}
+    types = tensor_types(config, shapes, method, importance is not None)
+    keys = {
+        "general.architecture": family.gguf.name,
+        "general.type": "model",
+        "general.name": name,
+        **origin,
+        "general.size_label": size_label(sum(map(math.prod, model_shapes.values()))),
+        "general.file_type": int(QUANTIZATION_METHODS[method]),
+        "general.quantization_version": QUANTIZATION_VERSION,
+        **metadata,
+        **(importance.metadata() if importance else {}),
+    }
+    return Content(keys, [TensorInfo(name, shape, types[name]) for name, shape in shapes.items()])
 
 
 def _content_metadata(
@@ -163,35 +311,7 @@ def _content_metadata(
     return metadata | tokenizer_metadata(tokenizer, config.vocab_size, name)
 
 
-def sampling_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
-    """Return the sampling defaults of generation_config.json, from which llama.cpp starts.
-
-    Raises: ValueError if a default is not a number.
-    """
-    path = tokenizer.folder / "generation_config.json"
-    defaults = read_json(path, default={})
-    if defaults.get("do_sample") is False:
-        return {}
-    metadata = {}
-    for key, (gguf_key, kind) in SAMPLING_KEYS.items():
-        value = defaults.get(key)
-        if value is None:
-            continue
-        if type(value) not in (int, float) or not abs(value) < 2**31:  # NaN fails too
-            raise ValueError(f"{path}: {key} is {value!r}, expected a number")
-        metadata[f"general.sampling.{gguf_key}"] = kind(value)
-    return metadata
-
-
-def size_label(parameters: int) -> str:
-    """Return a number in two digits or more: 134515008 -> 135M, 8030261248 -> 8.0B."""
-    units = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
-    unit, letter = next((entry for entry in units if parameters >= entry[0]), units[-1])
-    digits = 1 if parameters < 9.5 * unit else 0
-    return f"{parameters / unit:.{digits}f}{letter}"
-
-
-# ---- tensors
+# ---- the layout of the tensors
 
 
 def interleave_rope_rows(tensor: Tensor, heads: int) -> Tensor:
@@ -199,86 +319,8 @@ def interleave_rope_rows(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 
-def _write_model(
-    target: Path,
-    config: ModelConfig,
-    metadata: dict[str, MetadataValue],
-    tokenizer: Tokenizer,
-    tensors: Iterator[tuple[str, Tensor]],
-    method: str,
-) -> None:
-    """Write the file.
-
-    metadata: the keys that name the model.
-    tensors: (Hugging Face's name, tensor) in the order of `config.tensor_shapes()`.
-    """
-    kind = GGMLType[method.upper()]
-    shapes = config.tensor_shapes()
-    parameters = sum(math.prod(shape) for shape in shapes.values())
-    metadata = {
-        "general.architecture": config.architecture.gguf.name,
-        "general.type": "model",
-        **metadata,
-        "general.size_label": size_label(parameters),
-        "general.file_type": int(FILE_TYPES[method]),
-        "general.quantization_version": QUANTIZATION_VERSION,
-    }
-    metadata |= _content_metadata(config, tokenizer, metadata["general.name"])
-    additional = additional_tensors(config)
-    infos = [TensorInfo(name, tuple(x.shape), GGMLType.F32) for name, x in additional.items()]
-    infos += [
-        TensorInfo(gguf_name(name, config.architecture), shape, _storage_type(shape, kind))
-        for name, shape in shapes.items()
-    ]
-    ordered = itertools.chain(additional.values(), _gguf_tensors(config, tensors))
-    write_gguf(target, metadata, infos, ordered)
-
-
-def _gguf_tensors(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Tensor]:
-    """Yield the model's tensors in the order and layout of the file."""
-    heads = {}  # linear -> heads, of the linears whose rows are interleaved
-    if config.architecture.gguf.llama_layout:
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    shapes = config.tensor_shapes()
-    for (name, shape), (found, tensor) in zip(shapes.items(), tensors, strict=True):
-        assert (found, tuple(tensor.shape)) == (name, shape), (
-            f"{found} {tuple(tensor.shape)} instead of {name} {shape}"
-        )
-        linear = name.split(".")[-2]
-        if name.endswith("norm.weight") and config.architecture.norm_offset:
-            tensor = tensor.float() + config.architecture.norm_offset  # llama.cpp has no offset
-        yield interleave_rope_rows(tensor, heads[linear]) if linear in heads else tensor
-
-
-def _storage_type(shape: tuple[int, ...], kind: GGMLType) -> GGMLType:
-    """Return the type in which a tensor of this shape is stored."""
-    if len(shape) == 1:
-        return GGMLType.F32
-    block = GGML_QUANT_SIZES[kind][0]
-    return GGMLType.F16 if shape[1] % block else kind
-
-
-# ---- file name
-
-
-def _target(path: str | Path, name: str, method: str, overwrite: bool = False) -> Path:
-    """Return the file to write.
-
-    Raises: ValueError if the method is unknown, or the file exists and must not be replaced.
-    """
-    if not isinstance(method, str) or method not in GGUF_METHODS:
-        known = ", ".join(GGUF_METHODS)
-        raise ValueError(f"quantization_method {method!r} is not supported; choose one of {known}")
-    path = Path(path)
-    if path.suffix != ".gguf":
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path}: is a file; give a folder, or a file name that ends in .gguf")
-        path = path / f"{name}-{method.upper()}.gguf"
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path}: exists; remove it or choose another name")
-    return path
-
-
-def _model_name(target: Path, method: str) -> str:
-    """Return general.name: the file's name without suffix and quantisation method."""
-    return target.stem.removesuffix(f"-{method.upper()}")
+def _interleaved_heads(config: ModelConfig) -> dict[str, int]:
+    """Return linear -> heads, of the linears whose rows are interleaved."""
+    if not config.architecture.gguf.llama_layout:
+        return {}
+    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

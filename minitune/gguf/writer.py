@@ -11,34 +11,31 @@ A string is its u64 length and its UTF-8 bytes. A tensor's sizes begin with the 
 Shapes and types fix every offset, so everything before the data is written first and the tensors
 stream after it: writing needs memory for one tensor, not for a model.
 
-Q8_0 stores 32 values as one float16 scale d = max|x| / 127 and 32 signed bytes round(x / d): 8.5
-bits a weight.
-
-The file is written under a temporary name. Its head and the first bytes of each tensor are read
-back and compared. Then it is flushed to disk and renamed.
+Several files of one model are written in one pass. Each tensor is quantised once for each of its
+types, on the tensor's device, and the bytes go to every file that has the tensor in this type.
 """
 
+import contextlib
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
+from gguf import GGML_QUANT_SIZES, GGUFValueType
 from gguf import GGMLQuantizationType as GGMLType
-from gguf import GGUFValueType, quant_shape_to_byte_shape, quants
 from torch import Tensor
+from tqdm import tqdm
 
-from minitune.atomic_files import atomic_file, require_space
+from minitune.gguf.quantization.quantize import quantize
 
 VERSION = 3
 ALIGNMENT = 32  # bytes
 MAX_NAME_BYTES = 63  # of a tensor, in ggml
-CHUNK_VALUES = 1 << 22  # converted at a time: 16 MiB in float32, a few times that for Q8_0
+CHUNK_VALUES = 1 << 24  # quantised and written at a time: 32 MiB in 16 bit
 CHECKED_BYTES = 64  # of each tensor, compared after writing
-FLOAT_TYPES = (GGMLType.F32, GGMLType.F16)
 
 MetadataValue = str | bool | int | float | np.int32 | list
 # (Python type, GGUF type, struct format). The first matching Python type is used.
@@ -62,40 +59,71 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Return the size of the data, without padding."""
-        if self.type in FLOAT_TYPES:
-            return math.prod(self.shape) * (4 if self.type == GGMLType.F32 else 2)
-        return math.prod(quant_shape_to_byte_shape(self.shape, self.type))
+        block, size = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * size
 
 
-def write_gguf(
-    path: Path,
-    metadata: dict[str, MetadataValue],
-    infos: list[TensorInfo],
-    tensors: Iterable[Tensor],
-) -> None:
-    """Write a GGUF file.
+@dataclass(frozen=True)
+class Content:
+    """The content of a GGUF file, except the values of its tensors.
 
     metadata: the keys, in the order of the file.
     infos: names, shapes and types of the tensors, in the order of the file.
-    tensors: the values, in the order of `infos`.
-
-    Raises: ValueError if the disk has no room, the file cannot be written, or a value overflows
-        float16.
     """
-    head = _head(metadata, infos)
-    require_space(path, len(head) + sum(_padded(info.nbytes) for info in infos))
-    with atomic_file(path) as partial:
-        with partial.open("wb") as file:
-            file.write(head)
-            starts = [
-                _write_tensor(file, info, tensor)
-                for info, tensor in zip(infos, tensors, strict=True)
-            ]
-        _check(partial, head, infos, starts)
+
+    metadata: dict[str, MetadataValue]
+    infos: list[TensorInfo]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the file."""
+        return len(_head(self)) + sum(_padded(info.nbytes) for info in self.infos)
 
 
-def _head(metadata: dict[str, MetadataValue], infos: list[TensorInfo]) -> bytes:
+def write_gguf(
+    files: Mapping[Path, Content],
+    tensors: Iterable[Tensor],
+    importance: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
+) -> None:
+    """Write GGUF files that hold the same tensors in different types. Not atomic.
+
+    The heads and the first bytes of each tensor are read back and compared.
+
+    files: path -> content. All files have the same tensors in the same order.
+    tensors: the values, in the order of the files, on any device.
+    importance: mean squares of a linear's inputs, float32 (width,), by the tensor's name.
+    progress: show a progress bar in bytes on a terminal.
+
+    Raises: ValueError if a value is not finite or overflows its type, or if a file reads back
+        differently; OSError if a file cannot be written.
+    """
+    columns = zip(*(content.infos for content in files.values()), strict=True)
+    total = sum(info.nbytes for content in files.values() for info in content.infos)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(path.open("wb")) for path in files]
+        bar = stack.enter_context(_progress_bar(total, progress))
+        for file, content in zip(opened, files.values(), strict=True):
+            file.write(_head(content))
+        starts = [
+            _write_tensor(opened, infos, tensor, (importance or {}).get(infos[0].name), bar)
+            for infos, tensor in zip(columns, tensors, strict=True)
+        ]
+    for i, (path, content) in enumerate(files.items()):
+        _check(path, content, [start[i] for start in starts])
+
+
+def _progress_bar(total: int, progress: bool) -> tqdm:
+    """Return a progress bar of `total` bytes, which a terminal shows if `progress` is set."""
+    disable = None if progress else True  # None: shown only on a terminal
+    return tqdm(
+        total=total, desc="writing", unit="B", unit_scale=True, leave=False, disable=disable
+    )
+
+
+def _head(content: Content) -> bytes:
     """Return everything before the data, padded."""
+    metadata, infos = content.metadata, content.infos
     parts = [b"GGUF", struct.pack("<Iqq", VERSION, len(infos), len(metadata))]
     parts += [_string(key) + _value(value) for key, value in metadata.items()]
     offset = 0
@@ -148,44 +176,54 @@ def _padded(size: int) -> int:
     return size + -size % ALIGNMENT
 
 
-def _write_tensor(file: BinaryIO, info: TensorInfo, tensor: Tensor) -> bytes:
-    """Append one tensor's data and padding, and return the first bytes of the data."""
-    assert tuple(tensor.shape) == info.shape, (
-        f"{info.name}: {tuple(tensor.shape)} instead of {info.shape}"
-    )
-    start, written = b"", 0
-    for block in _encoded(info, tensor):
-        start = start or block.tobytes()[:CHECKED_BYTES]
-        written += file.write(memoryview(np.ascontiguousarray(block)).cast("B"))
-    assert written == info.nbytes, f"{info.name}: {written} bytes instead of {info.nbytes}"
-    file.write(bytes(-written % ALIGNMENT))
-    return start
+def _write_tensor(
+    files: Sequence[BinaryIO],
+    infos: Sequence[TensorInfo],
+    tensor: Tensor,
+    importance: Tensor | None,
+    bar: tqdm,
+) -> list[bytes]:
+    """Append one tensor's data and padding to each file.
+
+    infos: the tensor's description in each file.
+
+    Returns: the first bytes of the data in each file.
+    """
+    name, shape = infos[0].name, infos[0].shape
+    assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} instead of {shape}"
+    starts = [b""] * len(files)
+    rows = tensor.detach().reshape(-1, shape[-1])
+    importance = None if importance is None else importance.to(rows.device)
+    for part in rows.split(max(1, CHUNK_VALUES // shape[-1])):
+        for kind in dict.fromkeys(info.type for info in infos):
+            data = _quantized(name, part, kind, importance)
+            for i, info in enumerate(infos):
+                if info.type == kind:
+                    starts[i] = starts[i] or bytes(data[:CHECKED_BYTES])
+                    bar.update(files[i].write(data))
+    for file, info in zip(files, infos, strict=True):
+        file.write(bytes(-info.nbytes % ALIGNMENT))
+    return starts
 
 
-def _encoded(info: TensorInfo, tensor: Tensor) -> Iterator[np.ndarray]:
-    """Yield the tensor's data in blocks of some rows."""
-    tensor = tensor.detach().cpu()
-    rows = max(1, CHUNK_VALUES // (tensor[0].numel() or 1))
-    for part in tensor.split(rows):
-        if info.type == GGMLType.BF16 and part.dtype == torch.bfloat16:
-            yield part.contiguous().view(torch.uint8).numpy()  # bit for bit
-            continue
-        values = part.float()
-        if info.type == GGMLType.F16 and values.abs().max() > torch.finfo(torch.float16).max:
-            raise ValueError(
-                f"{info.name}: {values.abs().max():g} does not fit into float16; export as bf16"
-            )
-        yield quants.quantize(values.contiguous().numpy(), info.type)
+def _quantized(name: str, rows: Tensor, kind: GGMLType, importance: Tensor | None) -> memoryview:
+    """Return the bytes of some rows of a tensor in a type."""
+    try:
+        data = quantize(rows, kind, importance)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return memoryview(data.cpu().numpy()).cast("B")
 
 
-def _check(path: Path, head: bytes, infos: list[TensorInfo], starts: list[bytes]) -> None:
+def _check(path: Path, content: Content, starts: list[bytes]) -> None:
     """Compare the head, the first bytes of each tensor and the size with those written.
 
     Raises: ValueError if any of them differs.
     """
+    head = _head(content)
     with path.open("rb") as file:
         same = file.read(len(head)) == head
-        for info, start in zip(infos, starts, strict=True):
+        for info, start in zip(content.infos, starts, strict=True):
             position = file.tell()
             same = same and file.read(len(start)) == start
             file.seek(position + _padded(info.nbytes))

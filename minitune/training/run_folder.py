@@ -326,6 +326,7 @@ def write_models(
     merge: bool = False,
     methods: Sequence[str] = (),
     merge_base: str = "auto",
+    progress: bool = False,
 ) -> list[Path]:
     """Write OUTPUT/merged and GGUF files, and return their paths.
 
@@ -334,6 +335,7 @@ def write_models(
     merge: write the merged folder.
     methods: types of the GGUF files.
     merge_base: weights to merge onto (checkpoints/merge.py).
+    progress: show a progress bar on a terminal.
 
     Raises: ValueError if an output cannot be written.
     """
@@ -343,8 +345,16 @@ def write_models(
             merge_to_folder(model, partial, tokenizer, merge_base=merge_base)
         written.append(output / MERGED)
         add_outputs(output, [MERGED])
-    for method in methods:
-        path = export_gguf(model, output, tokenizer, method, merge_base, overwrite=True)
-        written.append(path)
-        add_outputs(output, [path.name])
+    if methods:
+        paths = export_gguf(
+            model,
+            output,
+            tokenizer,
+            list(methods),
+            merge_base,
+            overwrite=True,
+            progress=progress,
+        )
+        written += paths
+        add_outputs(output, [path.name for path in paths])
     return written

@@ -1,0 +1,130 @@
+"""The keys of a GGUF file that name the model, and its sampling defaults; the files' names."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minitune.atomic_files import read_json
+from minitune.checkpoints.load_weights import EMBEDDING, open_weights
+from minitune.config.gguf_methods import gguf_methods
+from minitune.config.model_config import ModelConfig
+from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.writer import MetadataValue
+
+# Key of generation_config.json -> (key below general.sampling, type)
+SAMPLING_KEYS = {
+    "temperature": ("temp", float),
+    "top_p": ("top_p", float),
+    "top_k": ("top_k", np.int32),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("penalty_repeat", float),
+}
+
+
+# ---- names
+
+
+def adapted_name(base: str) -> str:
+    """Return the name of a base model with an adapter merged in."""
+    return f"{base}-minitune"
+
+
+def organization_and_name(name: str, folder: Path) -> tuple[str, str]:
+    """Return organization and name of a base model.
+
+    A model from the cache is called org/name. Any other has the name of its folder and "" as its
+    organization.
+    """
+    if Path(name).expanduser() == folder:
+        return "", folder.resolve().name
+    return name.split("/")[0], name.split("/")[-1]
+
+
+def gguf_file_names(name: str, folder: Path, methods: Sequence[str]) -> list[str]:
+    """Return the names of the files that `export_gguf` writes for an adapter on a base model.
+
+    name: the base model as it was asked for. folder: the base model's folder.
+    methods: names of types, as quantization_method of `export_gguf`.
+
+    Raises: ValueError if a type is unknown.
+    """
+    base = adapted_name(organization_and_name(name, folder)[1])
+    return [file_name(base, method) for method in gguf_methods(methods, holds_float16(folder))]
+
+
+def file_name(name: str, method: str) -> str:
+    """Return the name of a model's file of a type."""
+    return f"{name}-{method.upper()}.gguf"
+
+
+def name_of_file(path: Path, method: str) -> str:
+    """Return the model's name that a file name has, without suffix and type."""
+    return re.sub(f"[-._]{method}$", "", path.stem, flags=re.IGNORECASE)
+
+
+def holds_float16(folder: Path) -> bool:
+    """Return True if the unquantised weights of a folder are float16."""
+    return open_weights(folder, ModelConfig.from_folder(folder)).dtype(EMBEDDING) == torch.float16
+
+
+def check_targets(
+    path: str | Path, name: str, methods: Sequence[str], overwrite: bool = False
+) -> list[Path]:
+    """Return the file of each type.
+
+    path: a folder, or a file name that ends in .gguf if there is one type.
+    name: the model's name, for the names of files in a folder.
+    overwrite: accept that a file exists.
+
+    Raises: ValueError if a file exists, or the path does not fit the types.
+    """
+    path = Path(path)
+    if path.suffix != ".gguf":
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path}: is a file; give a folder, or a file name that ends in .gguf")
+        targets = [path / file_name(name, method) for method in methods]
+    elif len(methods) > 1:
+        raise ValueError(
+            f"{path}: is one file, but {len(methods)} types were asked for "
+            f"({', '.join(methods)}); give a folder"
+        )
+    else:
+        targets = [path]
+    for target in targets:
+        if target.exists() and not overwrite:
+            raise ValueError(f"{target}: exists; remove it or choose another name")
+    return targets
+
+
+# ---- keys
+
+
+def sampling_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
+    """Return the sampling defaults of generation_config.json, from which llama.cpp starts.
+
+    Raises: ValueError if a default is not a number.
+    """
+    path = tokenizer.folder / "generation_config.json"
+    defaults = read_json(path, default={})
+    if defaults.get("do_sample") is False:
+        return {}
+    metadata = {}
+    for key, (gguf_key, kind) in SAMPLING_KEYS.items():
+        value = defaults.get(key)
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not abs(value) < 2**31:  # NaN fails too
+            raise ValueError(f"{path}: {key} is {value!r}, expected a number")
+        metadata[f"general.sampling.{gguf_key}"] = kind(value)
+    return metadata
+
+
+def size_label(parameters: int) -> str:
+    """Return a number in two digits or more: 134515008 -> 135M, 8030261248 -> 8.0B."""
+    units = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
+    unit, letter = next((entry for entry in units if parameters >= entry[0]), units[-1])
+    digits = 1 if parameters < 9.5 * unit else 0
+    return f"{parameters / unit:.{digits}f}{letter}"
