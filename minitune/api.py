@@ -91,7 +91,7 @@ class LanguageModel(CausalLM):
         """Write the merged model into a folder as GGUF files of one or several types, in one pass.
 
         quantization_method: a type such as "q4_k_m", or a list of types, in upper or lower case.
-            config/gguf_methods.py lists the types and their aliases.
+            config/training_config.py lists the types and their aliases.
         merge_base: as in `save_pretrained_merged`.
         progress: show a progress bar in bytes on a terminal.
 

@@ -139,9 +139,13 @@ def test_models_that_llama_cpp_would_misread_are_refused(model_type, values, mes
 
 
 REQUESTS = {  # the error -> (file or folder below tmp_path, further arguments of export_gguf)
-    "quantization_method 'q4_k_m' is not supported": ("", {"quantization_method": "q4_k_m"}),
-    "choose one of q8_0, f16, bf16, f32": ("", {"quantization_method": ["q8_0", "f16"]}),
+    "quantization_method 'q9' is not supported": ("", {"quantization_method": "q9"}),
+    r"choose from f32, .* fast_quantized \(q8_0\)": ("", {"quantization_method": ["q8_0", "q1"]}),
+    r"quantization_method \[\] is not supported": ("", {"quantization_method": []}),
+    "quantization_method None is not supported": ("", {"quantization_method": None}),
+    r"2 types were asked for \(q8_0, f16\)": ("x.gguf", {"quantization_method": ["q8_0", "f16"]}),
     "old.gguf: exists; remove it": ("old.gguf", {}),
+    "base-minitune-F16.gguf: exists": ("two", {"quantization_method": ["q8_0", "f16"]}),
     "give a folder, or a file name that": ("base/config.json", {}),
     "merge_base 'x' does not exist": ("", {"merge_base": "x"}),
 }
@@ -158,6 +162,8 @@ def test_a_value_of_yarn_that_llama_cpp_ignores_is_refused(tmp_path, key):
 def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
     (tmp_path / "old.gguf").write_bytes(b"mine")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "base-minitune-F16.gguf").write_bytes(b"mine")
     write_prequantized(model, tmp_path / "nf4")
     for message, (path, options) in REQUESTS.items():
         with pytest.raises(ValueError, match=message):
@@ -170,7 +176,9 @@ def test_bad_requests_are_refused_before_anything_is_written(tmp_path, monkeypat
     message = r"x.gguf: needs [\d,]+ bytes, but only 1,000 are left on the disk"
     with pytest.raises(ValueError, match=message):
         export_gguf(model, tmp_path / "x.gguf", tokenizer)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "nf4", "old.gguf"]
+    names = ["base", "nf4", "old.gguf", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert len(list((tmp_path / "two").iterdir())) == 1
 
 
 def test_a_path_that_cannot_be_made_is_refused_and_what_is_there_stays(tmp_path):

@@ -93,7 +93,7 @@ def test_an_expected_error_is_one_line_on_stderr_and_exit_code_2(inputs, tmp_pat
         (["--data", "{inputs}/unknown.jsonl"], "unknown.jsonl:1"),
         (["--dtype", "int8"], "dtype is 'int8'; expected one of float32, bfloat16, float16"),
         (["--device", "tpu"], "device is 'tpu'; expected cpu, cuda"),
-        (["--gguf", "q2"], "gguf names 'q2'; choose from q8_0, f16, bf16, f32"),
+        (["--gguf", "q2"], "gguf names 'q2'; choose from f32, f16, bf16, q8_0"),
         (["--max-length", "200"], "max_length 200 is more than the max_seq_length 128"),
         (["--overwrite", "--resume"], "exclude each other"),
         (["--config", "absent.toml"], "absent.toml: No such file"),

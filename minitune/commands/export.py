@@ -20,10 +20,9 @@ from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.checkpoints.save_4bit import save_4bit
-from minitune.config.cli import CommandParser, print_notes, run_command
-from minitune.config.gguf_methods import GGUF_WORDS
+from minitune.config.cli import CommandParser, print_notes, run_command, split_items
 from minitune.config.model_config import ModelConfig
-from minitune.config.training_config import MERGE_BASES
+from minitune.config.training_config import GGUF_WORDS, MERGE_BASES
 from minitune.data.templates.adapter_template import load_template
 from minitune.device import choose_device
 from minitune.gguf.export import convert_folder, plan_export
@@ -76,7 +75,7 @@ def export(arguments: argparse.Namespace) -> list[Path]:
 
     Raises: ValueError if the command line asks for none, or the model cannot be written.
     """
-    methods, merge_base = _listed(arguments.quantization_method), arguments.merge_base
+    methods, merge_base = split_items(arguments.quantization_method), arguments.merge_base
     output, merged, quantized = arguments.output, arguments.merged, arguments.save_4bit
     if output is None and merged is None and quantized is None:
         raise ValueError(
@@ -113,9 +112,7 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     planned = None
     if output is not None:
         # Refusals come before anything is written.
-        planned = plan_export(
-            model, output, tokenizer, methods, merge_base, device=choose_device()
-        )
+        planned = plan_export(model, output, tokenizer, methods, merge_base, device=choose_device())
     paths = []
     if merged is not None:
         paths.append(merge_to_folder(model, merged, tokenizer, merge_base))
@@ -124,8 +121,3 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     if quantized is not None:
         paths.append(save_4bit(model, quantized, tokenizer))
     return paths
-
-
-def _listed(words: list[str]) -> list[str]:
-    """Return the types of a flag; `q4_k_m q8_0` and `q4_k_m,q8_0` are the same."""
-    return [word for text in words for word in text.split(",") if word]

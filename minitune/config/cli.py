@@ -219,7 +219,12 @@ def _list_items(name: str, values: list) -> list:
     """Return the items of a list; `--gguf q8_0 f16` and `--gguf q8_0,f16` are the same."""
     if name in PATHS or not isinstance(values[0], str):
         return values
-    return [part for text in values for part in text.split(",") if part]
+    return split_items(values)
+
+
+def split_items(texts: Sequence[str]) -> list[str]:
+    """Return the items of texts that may hold several, separated by commas."""
+    return [item for text in texts for item in text.split(",") if item]
 
 
 def settings_parser(

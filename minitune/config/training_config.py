@@ -7,13 +7,28 @@ from dataclasses import dataclass
 
 from minitune.config.architectures import ALL_TARGETS, LORA_TARGETS
 from minitune.config.fields import check_settings, setting
-from minitune.config.gguf_methods import GGUF_WORDS, lower_words
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
 INTERVALS = ("no", "steps", "epoch")
 DTYPES = ("float32", "bfloat16", "float16")
 PATHS = ("data", "eval_data")  # lists of paths, which may hold a comma
+GGUF_METHODS = (
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"),
+    *("q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs"),
+    *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
+)
+NOT_QUANTIZED = "not_quantized"
+# Unsloth's and llama.cpp's names -> the type; not_quantized depends on the model's dtype
+GGUF_ALIASES = {
+    "q3_k": "q3_k_m",
+    "q4_k": "q4_k_m",
+    "q5_k": "q5_k_m",
+    "quantized": "q4_k_m",
+    "fast_quantized": "q8_0",
+    NOT_QUANTIZED: "f16 or bf16",
+}
+GGUF_WORDS = (*GGUF_METHODS, *GGUF_ALIASES)
 DROPPED_TEXT = ("error", "warn")
 MERGE_BASES = ("auto", "original", "nf4")
 # With these the planner chooses which activations are saved, recomputed or offloaded.
@@ -273,7 +288,8 @@ class RunConfig:
         for name in PATHS:  # a TOML file may name a single path as a string
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        object.__setattr__(self, "gguf", lower_words(self.gguf))
+        if isinstance(self.gguf, tuple) and all(isinstance(word, str) for word in self.gguf):
+            object.__setattr__(self, "gguf", tuple(word.lower() for word in self.gguf))
         check_settings(self)
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(

@@ -25,7 +25,6 @@ from minitune.atomic_files import atomic_files, require_space
 from minitune.checkpoints.load_weights import EMBEDDING, check_all_known, open_model_folder
 from minitune.checkpoints.merge import merged_dtype, merged_tensors
 from minitune.checkpoints.safetensors_folder import TIED_HEAD
-from minitune.config.gguf_methods import gguf_methods
 from minitune.config.model_config import ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
@@ -38,7 +37,7 @@ from minitune.gguf.general_metadata import (
     size_label,
 )
 from minitune.gguf.importance import ImportanceMatrix
-from minitune.gguf.mixtures import QUANTIZATION_METHODS, tensor_types
+from minitune.gguf.mixtures import QUANTIZATION_METHODS, gguf_methods, tensor_types
 from minitune.gguf.model_metadata import (
     additional_tensors,
     check_expressible,
@@ -127,7 +126,7 @@ def export_gguf(
 
     path: a folder for files named after the base model; or, for one type, a file name that ends in
         .gguf.
-    quantization_method: a type of config/gguf_methods.py, or a list of types.
+    quantization_method: a type of config/training_config.py, or a list of types.
     merge_base: weights to merge onto, as in checkpoints/merge.py.
     overwrite: replace existing files once the new ones are complete.
     importance: the importance matrix that the quantisers use.

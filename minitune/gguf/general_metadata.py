@@ -9,9 +9,9 @@ import torch
 
 from minitune.atomic_files import read_json
 from minitune.checkpoints.load_weights import EMBEDDING, open_weights
-from minitune.config.gguf_methods import gguf_methods
 from minitune.config.model_config import ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.mixtures import gguf_methods
 from minitune.gguf.writer import MetadataValue
 
 # Key of generation_config.json -> (key below general.sampling, type)

@@ -11,13 +11,14 @@ If a row is no multiple of a type's block (256 values of the K types, 32 of the 
 falls back to a type of blocks of 32, and then to F16. Vectors, such as norms and biases, are F32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as GGMLType
 
-from minitune.config.gguf_methods import GGUF_METHODS
 from minitune.config.model_config import ModelConfig
+from minitune.config.training_config import GGUF_ALIASES, GGUF_METHODS, GGUF_WORDS, NOT_QUANTIZED
 
 QUANTIZATION_METHODS = {
     name: LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"]
@@ -60,6 +61,27 @@ class _Model:
         """Return True for the first and the last eighth of the layers, and every third between."""
         first, last = self.layers // 8, 7 * self.layers // 8
         return layer < first or layer >= last or (layer - first) % 3 == 2
+
+
+def gguf_methods(names: str | Sequence[str], is_float16: bool) -> tuple[str, ...]:
+    """Return the types that a name or a list of names means, each type once.
+
+    names: words of GGUF_WORDS in upper or lower case.
+    is_float16: True if the 16-bit weights are float16: not_quantized means f16, otherwise bf16.
+
+    Raises: ValueError that lists all names if a name is unknown or the list is empty.
+    """
+    listed = (names,) if isinstance(names, str) else names
+    if not isinstance(listed, list | tuple) or not listed:
+        raise _unknown(names)
+    meanings = GGUF_ALIASES | {NOT_QUANTIZED: "f16" if is_float16 else "bf16"}
+    methods = []
+    for name in listed:
+        word = name.lower() if isinstance(name, str) else name
+        if word not in GGUF_WORDS:
+            raise _unknown(name)
+        methods.append(meanings.get(word, word))
+    return tuple(dict.fromkeys(methods))
 
 
 def tensor_types(
@@ -173,3 +195,11 @@ def _fallback(width: int, kind: GGMLType) -> GGMLType:
         return kind
     smaller = FALLBACKS.get(kind, kind)
     return smaller if _fits(width, smaller) else GGMLType.F16
+
+
+def _unknown(name: object) -> ValueError:
+    aliases = ", ".join(f"{alias} ({meaning})" for alias, meaning in GGUF_ALIASES.items())
+    return ValueError(
+        f"quantization_method {name!r} is not supported; "
+        f"choose from {', '.join(GGUF_METHODS)}, {aliases}, or a list of these"
+    )
