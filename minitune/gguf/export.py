@@ -253,7 +253,7 @@ def _plan(
         name: _content_metadata(config, tokenizer, name) for name in dict.fromkeys(names.values())
     }
     contents = [
-        _content(config, method, name, origin, metadata[name], importance)
+        file_content(config, method, name, origin, metadata[name], importance)
         for method, name in names.items()
     ]
     plan = GGUFExport(
@@ -263,7 +263,7 @@ def _plan(
     return plan
 
 
-def _content(
+def file_content(
     config: ModelConfig,
     method: str,
     name: str,

@@ -24,8 +24,9 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFReader
 
+from minitune.atomic_files import atomic_file
 from minitune.gguf.importance import CHUNK_TOKENS, ImportanceMatrix
-from minitune.gguf.writer import TensorInfo, write_gguf
+from minitune.gguf.writer import Content, TensorInfo, write_gguf
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = (
@@ -73,7 +74,8 @@ def write_imatrix(matrix: ImportanceMatrix, path: str | Path) -> Path:
         infos.append(TensorInfo(name + SUMS, (1, len(values)), GGMLType.F32))
         infos.append(TensorInfo(name + COUNTS, (1, 1), GGMLType.F32))
         tensors += [values[None] * tokens, torch.full((1, 1), float(tokens))]
-    write_gguf(path, metadata, infos, tensors)
+    with atomic_file(path) as partial:
+        write_gguf({partial: Content(metadata, infos)}, tensors)
     return path
 
 
