@@ -1,19 +1,70 @@
-"""Quantisers: the bytes of each GGUF type against gguf-py and ggml."""
+"""Quantisers: the bytes of each GGUF type against ggml's."""
 
-import gguf
-import numpy as np
+import hashlib
+
 import pytest
 import torch
 from gguf import GGMLQuantizationType as GGMLType
+from referees.ggml_quantizers import (
+    FLOAT_TYPES,
+    SIMPLE_TYPES,
+    cases,
+    golden_data,
+    seeded_inputs,
+)
 
+from minitune.gguf.quantization import quantize as door
 from minitune.gguf.quantization.quantize import quantize
 
+GOLDEN = golden_data()
+INPUTS = seeded_inputs()
 
-@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0"])
-def test_bytes_equal_those_of_gguf(name):
-    values = torch.randn(37, 96, generator=torch.Generator().manual_seed(1))
-    expected = gguf.quants.quantize(values.numpy(), GGMLType[name]).view(np.uint8)
-    assert np.array_equal(quantize(values, GGMLType[name]).numpy(), expected)
+
+@pytest.mark.parametrize("name", [*FLOAT_TYPES, *SIMPLE_TYPES])
+def test_bytes_equal_those_of_ggml(name):
+    for case in cases(INPUTS, (name,)):
+        if case.importance is None:
+            expected = GOLDEN[case.name].sha256
+            assert hashlib.sha256(case.ours().tobytes()).digest() == expected, case.name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*FLOAT_TYPES, *SIMPLE_TYPES])
+def test_bytes_of_a_gpu_equal_those_of_the_cpu(name):
+    for input_name, values in INPUTS.items():
+        values = torch.from_numpy(values)
+        on_gpu = quantize(values.cuda(), GGMLType[name])
+        assert torch.equal(on_gpu.cpu(), quantize(values, GGMLType[name])), input_name
+
+
+@pytest.mark.parametrize("name", ["F16", "Q4_0"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_chunks_and_threads_do_not_change_the_bytes(name, threads, monkeypatch):
+    values = torch.from_numpy(INPUTS["Student"])
+    whole = quantize(values, GGMLType[name])
+    monkeypatch.setattr(door, "CPU_CHUNK", 3 * values.shape[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(quantize(values, GGMLType[name]), whole)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q5_1"])
+def test_other_dtypes_give_the_bytes_of_their_float32_values(name, dtype):
+    values = torch.from_numpy(INPUTS["Gaussian"]).to(dtype)
+    assert torch.equal(quantize(values, GGMLType[name]), quantize(values.float(), GGMLType[name]))
+
+
+def test_a_transposed_view_and_a_vector_are_quantised_as_their_rows():
+    values = torch.from_numpy(INPUTS["Gaussian"])[:, :64]
+    view = values.t().contiguous().t()
+    data = quantize(values, GGMLType.Q8_0)
+    assert torch.equal(quantize(view, GGMLType.Q8_0), data)
+    assert torch.equal(quantize(values[3], GGMLType.Q8_0), data[3])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

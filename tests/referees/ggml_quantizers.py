@@ -194,6 +194,25 @@ class Case:
         return np.frombuffer(parts, "<u2")
 
 
+@dataclass(frozen=True)
+class Golden:
+    """ggml's results of one case: sha256 of the bytes, digest of each RUN values, RMSE."""
+
+    sha256: bytes
+    digests: np.ndarray
+    error: float
+
+
+def golden_data() -> dict[str, Golden]:
+    """Return the golden data by the name of the case."""
+    with np.load(GOLDEN) as file:
+        columns = [file[name] for name in ("names", "hashes", "digests", "errors")]
+    return {
+        str(name): Golden(sha256.tobytes(), digests, float(error))
+        for name, sha256, digests, error in zip(*columns, strict=True)
+    }
+
+
 def cases(inputs: dict[str, np.ndarray], types: tuple[str, ...]) -> Iterator[Case]:
     """Yield every input in every type, without and with an importance."""
     importance = seeded_importance()

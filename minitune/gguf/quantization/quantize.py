@@ -1,8 +1,12 @@
 """The door of the quantisers: rows of weights to the bytes of a GGUF type, and back.
 
-Rows are converted in chunks, so the temporaries are bounded. A chunk fits the cache of a CPU core;
-a GPU gets larger chunks, because each operation costs a launch.
+Rows are converted in chunks, so the temporaries are bounded. On the CPU a chunk fits the cache, and
+each thread converts chunks of its own: threads that share an operation would wait for each other at
+its end. A GPU gets larger chunks, because each operation costs a launch.
 """
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from gguf import GGML_QUANT_SIZES
@@ -17,7 +21,7 @@ FLOAT_DTYPES = {
     GGMLType.F16: torch.float16,
     GGMLType.BF16: torch.bfloat16,
 }
-CPU_CHUNK = 1 << 16  # values
+CPU_CHUNK = 1 << 17  # values
 GPU_CHUNK = 1 << 24  # values
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
@@ -43,16 +47,19 @@ def quantize(values: Tensor, kind: GGMLType, importance: Tensor | None = None) -
         )
     rows = values.detach().reshape(-1, width)
     data = rows.new_empty((len(rows), width // block_width * block_bytes), dtype=torch.uint8)
-    chunk_rows = max(1, (CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // width)
-    extremes = []
-    for part, target in zip(rows.split(chunk_rows), data.split(chunk_rows), strict=True):
-        extremes.extend(part.aminmax())
+
+    def convert(part: Tensor, target: Tensor) -> Tensor:
+        """Write the bytes of some rows, and return the largest magnitude of the rows."""
         if kind in FLOAT_DTYPES:
             target.view(FLOAT_DTYPES[kind]).copy_(part)
         else:
             target.copy_(_quantize_rows(part, kind, importance).view(target.shape))
-    if extremes:
-        _check_range(torch.stack(extremes), kind)
+        low, high = part.aminmax()
+        return torch.maximum(high, -low)
+
+    magnitudes = _for_each_chunk(convert, rows, data, width)
+    if magnitudes:
+        _check_range(torch.stack(magnitudes).max().item(), kind)
     return data.view(*values.shape[:-1], data.shape[1])
 
 
@@ -69,13 +76,32 @@ def _quantize_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None) -> T
     return BLOCK_QUANTIZERS[kind](blocks, weights, mean_squares[:, None])
 
 
-def _check_range(extremes: Tensor, kind: GGMLType) -> None:
-    """Raise ValueError if the smallest and largest values of the chunks do not fit the type."""
-    largest = extremes.abs().max().item()
-    if not largest < float("inf"):
-        raise ValueError(f"a weight is {largest:g}; the weights must be finite")
-    if kind not in (GGMLType.F32, GGMLType.BF16) and largest > LARGEST_FLOAT16:
-        raise ValueError(f"{largest:g} does not fit into float16; export as bf16")
+def _for_each_chunk(
+    convert: Callable[[Tensor, Tensor], Tensor | None],
+    source: Tensor,
+    target: Tensor,
+    width: int,
+) -> list[Tensor | None]:
+    """Call `convert` with chunks of the rows of `source` and `target`, and return the results."""
+    on_cpu = source.device.type == "cpu"
+    chunk_rows = max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // max(1, width))
+    chunks: Sequence[tuple[Tensor, ...]] = (source.split(chunk_rows), target.split(chunk_rows))
+    threads = torch.get_num_threads()
+    if not on_cpu or threads == 1 or len(chunks[0]) == 1:
+        return list(map(convert, *chunks))
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(convert, *chunks))
+    finally:
+        torch.set_num_threads(threads)  # for new threads, which inherit the workers' number
+
+
+def _check_range(magnitude: float, kind: GGMLType) -> None:
+    """Raise ValueError if the largest magnitude does not fit the type."""
+    if not magnitude < float("inf"):
+        raise ValueError(f"a weight is {magnitude:g}; the weights must be finite")
+    if kind not in (GGMLType.F32, GGMLType.BF16) and magnitude > LARGEST_FLOAT16:
+        raise ValueError(f"{magnitude:g} does not fit into float16; export as bf16")
 
 
 def dequantize(data: Tensor, kind: GGMLType) -> Tensor:
