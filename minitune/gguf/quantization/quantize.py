@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
 from minitune.gguf.quantization import simple_blocks
+from minitune.gguf.quantization.dequantize import BLOCK_DEQUANTIZERS
 
 BLOCK_QUANTIZERS = {**simple_blocks.BLOCK_QUANTIZERS}
 FLOAT_DTYPES = {
@@ -105,7 +106,23 @@ def _check_range(magnitude: float, kind: GGMLType) -> None:
 
 
 def dequantize(data: Tensor, kind: GGMLType) -> Tensor:
-    """Return the float32 values (..., width) of rows of bytes (..., bytes a row) of a type."""
-    if kind in FLOAT_DTYPES:
-        return data.contiguous().view(FLOAT_DTYPES[kind]).float()
-    raise NotImplementedError(f"no dequantiser for {kind.name} yet")
+    """Return the values of rows that are stored as `kind`.
+
+    data: uint8 (..., bytes a row), on any device.
+
+    Returns: float32 (..., width) on the device of `data`.
+    """
+    block_width, block_bytes = GGML_QUANT_SIZES[kind]
+    width = data.shape[-1] // block_bytes * block_width
+    rows = data.reshape(-1, data.shape[-1])
+    values = rows.new_empty((len(rows), width), dtype=torch.float32)
+
+    def convert(part: Tensor, target: Tensor) -> None:
+        """Write the values of some rows."""
+        if kind in FLOAT_DTYPES:
+            target.copy_(part.contiguous().view(FLOAT_DTYPES[kind]))
+        else:
+            target.copy_(BLOCK_DEQUANTIZERS[kind](part.reshape(-1, block_bytes)).view(target.shape))
+
+    _for_each_chunk(convert, rows, values, width)
+    return values.view(*data.shape[:-1], width)
