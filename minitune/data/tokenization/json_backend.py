@@ -82,7 +82,7 @@ class JsonBackend:
         if "ByteLevel" in decoder:
             # A single letter shares the id of the byte that it stands for.
             self._spellings = {
-                index: _byte_level(token.content)
+                index: byte_level(token.content)
                 for index, token in self.added.items()
                 if token.content not in BYTE_LETTERS
             }
@@ -181,7 +181,7 @@ def _byte_letters() -> list[str]:
 BYTE_LETTERS = _byte_letters()
 
 
-def _byte_level(text: str) -> str:
+def byte_level(text: str) -> str:
     """Return a text in the letters that stand for its bytes."""
     return "".join(BYTE_LETTERS[byte] for byte in text.encode())
 

@@ -1,0 +1,145 @@
+"""The tokens that llama.cpp cuts out of a text before it merges, and their cutting.
+
+They are the control, user-defined and unknown tokens of the file. llama.cpp overrides the types of
+some tokens, whose texts it knows. The name of the model decides if white space behind them is cut.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gguf import TokenType
+
+ASCII_SPACE = " \t\n\v\f\r"
+# Control tokens, whatever type the file gives them.
+END_TOKENS = (
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> "
+    "<|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> "
+    "<eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~["
+)
+# One token of each group becomes a control token, unless the file names the group's token.
+FILL_IN_TOKENS = {
+    "fim_pre": "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> "
+    "<|code_prefix|> <|prefix|>",
+    "fim_suf": "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> "
+    "<|code_suffix|> <|suffix|>",
+    "fim_mid": "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> "
+    "<|code_middle|> <|middle|>",
+    "fim_pad": "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]",
+    "fim_rep": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>",
+    "fim_sep": "<|file_sep|>",
+}
+OLD_FILL_IN_KEYS = {"fim_pre": "prefix", "fim_suf": "suffix", "fim_mid": "middle"}
+SHOWN_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # user-defined
+# If the vocabulary has all tokens of a group, "<|end|>" is user-defined.
+NO_END_GROUPS = (
+    {"<|return|>", "<|call|>"},
+    {"<|return|>", "<|calls|>"},
+    {"<|call|>", "<|flush|>"},
+    {"<|calls|>", "<|flush|>"},
+)
+PHI_NAMES = ("phi-3", "phi3")
+# Phi-3's tokens that keep the white space behind them.
+PHI_TOKENS_WITHOUT_RSTRIP = ("<unk>", "<s>", "<|endoftext|>")
+
+CUT_TYPES = {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN}
+
+
+class SpecialTokens:
+    """The tokens that are cut out of a text, the longest first.
+
+    ids: text -> id of the whole vocabulary.
+    keys: the keys of the file below `tokenizer.ggml.`.
+    name: general.name of the file.
+
+    Raises: ValueError if llama.cpp refuses the vocabulary, or its choice is not known.
+    """
+
+    def __init__(self, ids: Mapping[str, int], keys: Mapping[str, Any], name: str):
+        types = list(map(int, keys.get("token_type", [TokenType.NORMAL] * len(ids))))
+        if len(types) < len(ids):
+            raise ValueError(f"the file has {len(ids)} tokens but only {len(types)} token types")
+        self._override(ids, keys, types)
+        cut = [id for id, type in enumerate(types) if type in CUT_TYPES]
+        texts = {id: text for text, id in ids.items() if types[id] in CUT_TYPES}
+        cut.sort(key=lambda id: -len(texts[id].encode()))
+        self._order = {texts[id]: rank for rank, id in enumerate(cut)}
+        self._ids = {texts[id]: id for id in cut}
+        self._parsed = {texts[id] for id in cut if types[id] != TokenType.USER_DEFINED}
+        self._lengths: dict[str, set[int]] = {}  # first character -> lengths of the tokens
+        for text in self._order:
+            self._lengths.setdefault(text[0], set()).add(len(text))
+        self._stripped: set[str] = set()  # tokens that take the white space behind them
+        if any(phi in name.lower() for phi in PHI_NAMES):
+            for text in ("</s>", *PHI_TOKENS_WITHOUT_RSTRIP):
+                if text not in ids:
+                    raise ValueError(
+                        f"general.name is {name!r}, and llama.cpp refuses such a file without the "
+                        f"token {text!r}; choose a name without phi-3"
+                    )
+            self._stripped = {*self._order, "</s>"}.difference(PHI_TOKENS_WITHOUT_RSTRIP)
+
+    @staticmethod
+    def _override(ids: Mapping[str, int], keys: Mapping[str, Any], types: list[int]) -> None:
+        """Give the tokens whose texts llama.cpp knows the types that it gives them."""
+        for key, texts in FILL_IN_TOKENS.items():
+            old = OLD_FILL_IN_KEYS.get(key)
+            if f"{key}_token_id" in keys or (old and f"{old}_token_id" in keys):
+                continue
+            found = [text for text in texts.split() if text in ids]
+            plain = [text for text in found if types[ids[text]] not in CUT_TYPES]
+            if plain and len(found) > 1:
+                raise ValueError(
+                    f"llama.cpp makes one of {', '.join(found)} a control token, and which one is "
+                    f"not known; name it with the key tokenizer.ggml.{key}_token_id"
+                )
+            if len(found) == 1:
+                types[ids[found[0]]] = TokenType.CONTROL
+        for text in END_TOKENS.split():
+            if text in ids:
+                types[ids[text]] = TokenType.CONTROL
+        for text in SHOWN_TOKENS:
+            if text in ids:
+                types[ids[text]] = TokenType.USER_DEFINED
+        if "<|end|>" in ids and any(group <= ids.keys() for group in NO_END_GROUPS):
+            types[ids["<|end|>"]] = TokenType.USER_DEFINED
+        if "<|tool_response>" in ids and "</s>" in ids:  # Gemma 4
+            types[ids["</s>"]] = TokenType.NORMAL
+
+    def cut(self, text: str, parse_special: bool = True) -> list[str | int]:
+        """Return the ids of the tokens in a text, and the stretches of text between them.
+
+        parse_special: False leaves all but user-defined tokens in the text.
+        """
+        parts: list[str | int] = [text] if text else []
+        for token in self._tokens_in(text):
+            if parse_special or token not in self._parsed:
+                parts = [
+                    new
+                    for part in parts
+                    for new in ([part] if isinstance(part, int) else self._cut_at(token, part))
+                ]
+        return parts
+
+    def _tokens_in(self, text: str) -> list[str]:
+        """Return the tokens that occur in a text, in the order in which they are cut out."""
+        found = {
+            token
+            for begin, first in enumerate(text)
+            if first in self._lengths
+            for length in self._lengths[first]
+            if (token := text[begin : begin + length]) in self._order
+        }
+        return sorted(found, key=self._order.__getitem__)
+
+    def _cut_at(self, token: str, text: str) -> list[str | int]:
+        """Return the parts of a text around each occurrence of a token."""
+        parts: list[str | int] = []
+        rest = text
+        while True:
+            left, found, right = rest.partition(token)
+            if left:
+                parts.append(left)
+            if not found:
+                return parts
+            parts.append(self._ids[token])
+            rest = right.lstrip(ASCII_SPACE) if token in self._stripped else right
