@@ -21,6 +21,8 @@ from minitune.data.samples import Sample
 from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 from minitune.device import choose_device, choose_dtype
 from minitune.gguf.export import export_gguf
+from minitune.gguf.imatrix_files import read_imatrix
+from minitune.gguf.importance import ImportanceMatrix
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
 from minitune.model.causal_lm import CausalLM
 from minitune.training.check_base import BaseCheck, check_base
@@ -87,6 +89,7 @@ class LanguageModel(CausalLM):
         quantization_method: str | Sequence[str] = "q8_0",
         merge_base: str = "auto",
         progress: bool = False,
+        imatrix: str | Path | ImportanceMatrix | None = None,
     ) -> Path | list[Path]:
         """Write the merged model into a folder as GGUF files of one or several types, in one pass.
 
@@ -94,17 +97,23 @@ class LanguageModel(CausalLM):
             config/training_config.py lists the types and their aliases.
         merge_base: as in `save_pretrained_merged`.
         progress: show a progress bar in bytes on a terminal.
+        imatrix: the importance matrix that the quantisers use: a file in one of llama.cpp's forms,
+            or the result of `minitune.gguf.importance_collection.importance_from_data`.
 
         Returns: the path of the file, or a list of paths if `quantization_method` is a list.
 
-        Raises: ValueError if a file exists, or if GGUF cannot express the model or tokenizer.
+        Raises: ValueError if a file exists, if GGUF cannot express the model or tokenizer, or if
+            the importance matrix is damaged or another model's.
         """
+        if isinstance(imatrix, str | Path):
+            imatrix = read_imatrix(imatrix)
         return export_gguf(
             self,
             folder,
             tokenizer,
             quantization_method=quantization_method,
             merge_base=merge_base,
+            importance=imatrix,
             progress=progress,
         )
 

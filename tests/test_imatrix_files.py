@@ -230,6 +230,6 @@ def test_linears_without_values_are_named_and_head_and_embedding_need_none(tmp_p
 
 def test_types_that_do_not_use_a_matrix_are_noted():
     assert unused_note([GGMLType.Q8_0, GGMLType.F32], "q8_0") == [
-        "the importance matrix changes nothing in q8_0: the type does not use it"
+        "the importance matrix changes no weight of a q8_0 file, which has no use of it"
     ]
     assert unused_note([GGMLType.Q8_0, GGMLType.Q4_K], "q4_k_m") == []

@@ -3,6 +3,7 @@
     minitune export --model DIR --adapter runs/1/adapter --output model.gguf
     minitune export --model DIR --adapter runs/1/adapter --merged merged/
     minitune export --model merged/ --output gguf/ --quantization-method q4_k_m q8_0
+    minitune export --model DIR --output x.gguf --quantization-method iq4_xs --imatrix-from FILE
     minitune export --model DIR --save-4bit DIR-nf4     the base in NF4, which loads at disk speed
 
 Without --adapter the model itself is written. --save-4bit takes no adapter, because an adapter does
@@ -10,12 +11,14 @@ not change its base. To have both in 4 bit, write --merged first and give that f
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from minitune.api import FastLanguageModel
+from minitune.api import FastLanguageModel, LanguageModel
 from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
@@ -24,8 +27,11 @@ from minitune.config.cli import CommandParser, print_notes, run_command, split_i
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_WORDS, MERGE_BASES
 from minitune.data.templates.adapter_template import load_template
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
 from minitune.gguf.export import convert_folder, plan_export
+from minitune.gguf.imatrix_files import read_imatrix
+from minitune.gguf.importance_collection import DEFAULT_TOKENS, importance_from_data
 
 
 def main(argv: Sequence[str] | None = None, program: str = "minitune export") -> int:
@@ -57,6 +63,26 @@ def _parser(program: str) -> argparse.ArgumentParser:
         metavar="TYPE",
         help=f"types of the GGUF files: {', '.join(GGUF_WORDS)} (default: q8_0)",
     )
+    imatrix = parser.add_mutually_exclusive_group()
+    imatrix.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="importance matrix of llama-imatrix, which the quantised types use",
+    )
+    imatrix.add_argument(
+        "--imatrix-from",
+        nargs="+",
+        metavar="DATA",
+        help="collect the importance matrix on the samples of these data files",
+    )
+    parser.add_argument(
+        "--imatrix-tokens",
+        type=int,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help="tokens of --imatrix-from to use (default: %(default)s)",
+    )
     parser.add_argument("--merged", type=Path, help="folder for merged 16-bit safetensors")
     parser.add_argument(
         "--save-4bit", type=Path, help="folder for the model in NF4, in bitsandbytes' layout"
@@ -87,32 +113,31 @@ def export(arguments: argparse.Namespace) -> list[Path]:
             "--save-4bit writes the model without an adapter; write --merged first, and then "
             "--save-4bit with the merged folder as --model"
         )
+    collects = arguments.imatrix_from is not None
+    if output is None and (collects or arguments.imatrix is not None):
+        raise ValueError("an importance matrix needs --output: only GGUF files use it")
     folder = resolve_model(arguments.model)
     config = ModelConfig.from_folder(folder)
     print_notes(config.notes)
     prequantized = open_weights(folder, config).prequantized
     use_nf4 = merge_base == "nf4" or quantized is not None
-    if arguments.adapter is None and merged is None and not prequantized and not use_nf4:
+    importance = None if arguments.imatrix is None else read_imatrix(arguments.imatrix)
+    needs_model = arguments.adapter is not None or collects or prequantized or use_nf4
+    if merged is None and not needs_model:
         # Tensor by tensor, without a model in memory.
-        return convert_folder(folder, output, methods, progress=True)
+        return convert_folder(folder, output, methods, importance, progress=True)
 
-    # 16-bit weights stay in their files until they are merged one at a time, so the CPU suffices.
-    # NF4 weights are quantised first, which a GPU does faster. FP8 weights would take twice the
-    # memory in float32, and a merge reads them again.
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        arguments.model,
-        max_seq_length=None,
-        dtype=None if use_nf4 or prequantized else torch.bfloat16,
-        load_in_4bit=use_nf4,
-        device=None if use_nf4 else "cpu",
-    )
-    if arguments.adapter is not None:
-        model.load_adapter(arguments.adapter)
-        load_template(tokenizer, arguments.adapter)
+    model, tokenizer = _load(arguments, use_nf4, prequantized)
     planned = None
     if output is not None:
-        # Refusals come before anything is written.
-        planned = plan_export(model, output, tokenizer, methods, merge_base, device=choose_device())
+        # Refusals come before anything is collected or written.
+        plan = partial(plan_export, model, output, tokenizer, methods, merge_base)
+        planned = plan(importance=importance, device=choose_device())
+    if collects:
+        data, limit = arguments.imatrix_from, arguments.imatrix_tokens
+        importance = importance_from_data(model, tokenizer, data, limit, progress=True)
+        print(f"{'imatrix':<11}{importance}", file=sys.stderr)
+        planned = plan(importance=importance, device=choose_device())
     paths = []
     if merged is not None:
         paths.append(merge_to_folder(model, merged, tokenizer, merge_base))
@@ -121,3 +146,24 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     if quantized is not None:
         paths.append(save_4bit(model, quantized, tokenizer))
     return paths
+
+
+def _load(
+    arguments: argparse.Namespace, use_nf4: bool, prequantized: bool
+) -> tuple[LanguageModel, Tokenizer]:
+    """Return the model with its adapter, and the tokenizer with the adapter's chat template."""
+    # 16-bit weights stay in their files until they are merged one at a time, so the CPU suffices.
+    # NF4 weights are quantised first, which a GPU does faster. FP8 weights would take twice the
+    # memory in float32, and a merge reads them again. An importance matrix takes forward passes.
+    collects = arguments.imatrix_from is not None
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        arguments.model,
+        max_seq_length=None,
+        dtype=None if use_nf4 or prequantized or collects else torch.bfloat16,
+        load_in_4bit=use_nf4,
+        device=None if use_nf4 or collects else "cpu",
+    )
+    if arguments.adapter is not None:
+        model.load_adapter(arguments.adapter)
+        load_template(tokenizer, arguments.adapter)
+    return model, tokenizer

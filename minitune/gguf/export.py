@@ -36,7 +36,7 @@ from minitune.gguf.general_metadata import (
     sampling_metadata,
     size_label,
 )
-from minitune.gguf.importance import ImportanceMatrix
+from minitune.gguf.importance import ImportanceMatrix, unused_note
 from minitune.gguf.mixtures import QUANTIZATION_METHODS, gguf_methods, tensor_types
 from minitune.gguf.model_metadata import (
     additional_tensors,
@@ -246,8 +246,7 @@ def _plan(
     Raises: ValueError if GGUF cannot express the model or the tokenizer, the importance matrix is
         another model's, or the disk has no room.
     """
-    for note in importance.check_model(config) if importance else ():
-        warnings.warn(note, stacklevel=3)
+    notes = importance.check_model(config) if importance else []
     names = {method: name_of_file(path, method) for method, path in targets.items()}
     metadata = {
         name: _content_metadata(config, tokenizer, name) for name in dict.fromkeys(names.values())
@@ -256,6 +255,11 @@ def _plan(
         file_content(config, method, name, origin, metadata[name], importance)
         for method, name in names.items()
     ]
+    for method, content in zip(names, contents, strict=True):
+        if importance:
+            notes += unused_note((info.type for info in content.infos), method)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
     plan = GGUFExport(
         list(targets.values()), contents, config, tokenizer, tensors, device, importance
     )

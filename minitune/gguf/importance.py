@@ -60,6 +60,10 @@ class ImportanceMatrix:
         """Return the name of the matrix in messages."""
         return self.file or f"importance matrix of {self.dataset or 'samples'}"
 
+    def __str__(self) -> str:
+        tokens = f" from {self.tokens:,} tokens" if self.tokens else ""
+        return f"{self.source}: the inputs of {len(self.values)} tensors{tokens}"
+
     def metadata(self) -> dict[str, str | int]:
         """Return the keys that llama-quantize writes into a file that it quantises with a matrix.
 
@@ -136,5 +140,7 @@ def unused_note(types: Iterable[GGMLType], method: str) -> list[str]:
     types: storage types of the file's tensors.
     """
     if WEIGHTED_TYPES.isdisjoint(types):
-        return [f"the importance matrix changes nothing in {method}: the type does not use it"]
+        return [
+            f"the importance matrix changes no weight of a {method} file, which has no use of it"
+        ]
     return []

@@ -11,11 +11,15 @@ and the elementwise operations that give h, h_mid and m a second time. Sums are 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from minitune.data.sources.sources import Dataset, file_names
+from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.gguf.importance import CHUNK_TOKENS, ImportanceMatrix
 from minitune.gguf.model_metadata import gguf_name
 from minitune.model.activations import Activations, SaveLevel, row_tiles
@@ -29,13 +33,36 @@ DEFAULT_TOKENS = 128 * CHUNK_TOKENS
 BATCH_TOKENS = 2048  # of whole samples that run together; also the rows squared at a time
 
 
+def importance_from_data(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    source: Dataset,
+    max_tokens: int = DEFAULT_TOKENS,
+    progress: bool = False,
+) -> ImportanceMatrix:
+    """Return the importance of a model's linears on a dataset that training would accept.
+
+    The samples are those of training, in the order of the records: conversations are rendered by
+    the chat template, and long samples are cut to the model's max_seq_length.
+
+    source: a file, several files, or records in memory.
+    max_tokens, progress: as in `collect_importance`.
+
+    Raises: ValueError if records cannot be read or rendered; see also `collect_importance`.
+    """
+    data = tokenize_dataset(source, tokenizer, model.max_seq_length)
+    names = ", ".join(file_names(source)) or "records in memory"
+    samples = (sample.input_ids for sample in data.samples)
+    return collect_importance(model, samples, names, max_tokens, progress)
+
+
 @torch.no_grad()
 def collect_importance(
     model: CausalLM,
     samples: Iterable[Sequence[int]],
     dataset: str = "",
     max_tokens: int = DEFAULT_TOKENS,
-    progress: Callable[[int], None] | None = None,
+    progress: bool = False,
 ) -> ImportanceMatrix:
     """Return the importance of all linears of the decoder layers.
 
@@ -44,7 +71,7 @@ def collect_importance(
     samples: token ids of each sample; no sample sees another one.
     dataset: name of the data, for the file's keys.
     max_tokens: tokens to use; the sample that reaches the limit is cut.
-    progress: called with the number of tokens of each batch.
+    progress: show a progress bar in tokens on a terminal.
 
     Raises: ValueError if there is no token, if a sample does not fit the model, or if an activation
         is not finite.
@@ -57,15 +84,16 @@ def collect_importance(
         for fused in fused_linears
     }
     tokens = 0
-    with model.as_current_device(), model.resident_weights_if_they_fit():
+    disable = None if progress else True  # None: shown only on a terminal
+    bar = tqdm(total=max_tokens, desc="importance", unit="token", leave=False, disable=disable)
+    with model.as_current_device(), model.resident_weights_if_they_fit(), bar:
         for batch in _batches(samples, max_tokens):
             ids = torch.cat(batch)
             positions = torch.cat([torch.arange(len(sample)) for sample in batch])
             model.check(ids, positions)
             _add_squares_(sums, model, ids, positions)
             tokens += len(ids)
-            if progress is not None:
-                progress(len(ids))
+            bar.update(len(ids))
     if not tokens:
         raise ValueError(f"{dataset or 'the samples'}: no token to collect an importance from")
     names = {linear: f"{name}.weight" for name, linear in model.linears()}
