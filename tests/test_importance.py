@@ -1,11 +1,14 @@
 """The importance matrix that our own forward pass collects."""
 
+import numpy as np
 import pytest
 import torch
+from referees.llama_imatrix import CHUNKS, CONTEXT, GOLDEN, make_seeded_model
 from tiny import make_tiny_model
 from tiny_families import make_tiny_family
 from transformers_twin import batch, hf_twin, load, loss_and_gradient, relative
 
+from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import tensor_widths
 from minitune.gguf.importance_collection import BATCH_TOKENS, collect_importance
 from minitune.gguf.model_metadata import gguf_name
@@ -57,6 +60,22 @@ def test_the_importance_is_the_mean_square_of_each_linears_inputs_with_the_adapt
         torch.testing.assert_close(values.double(), expected[name], rtol=1e-4, atol=1e-9)
     assert matrix.check_model(model.config) == []
     assert (matrix.tokens, matrix.chunks, matrix.dataset) == (124, 1, "data.jsonl")
+
+
+@pytest.mark.parametrize("form", ["gguf", "dat"])
+def test_the_importance_equals_that_of_llama_imatrix_on_the_same_tokens(tmp_path, form):
+    golden = np.load(GOLDEN)
+    path = tmp_path / f"imatrix.{form}"
+    path.write_bytes(golden[form].tobytes())
+    expected = read_imatrix(path)
+    assert (expected.chunks, expected.dataset) == (CHUNKS, "calibration.txt")
+    folder = make_seeded_model(tmp_path / "base")
+    model, _ = load(folder, load_in_4bit=False, with_adapter=False)
+    matrix = collect_importance(model, golden["ids"].reshape(CHUNKS, CONTEXT))
+    assert matrix.values.keys() == expected.values.keys()
+    for name, values in expected.values.items():
+        # llama.cpp rounds the keys and values of attention to float16.
+        assert relative(matrix.values[name], values) < 1e-3
 
 
 def test_an_adapter_changes_the_importance(tmp_path):
