@@ -4,15 +4,12 @@ import json
 
 import pytest
 import sentencepiece
-import tokenizers
 from gguf_files import metadata_of
 from referees.llama_cpp import LlamaCpp
 from tiny import TEXTS, make_tiny_model, sentencepiece_model
-from tokenizers import pre_tokenizers, trainers
 
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.export import convert_folder
-from minitune.gguf.pre_tokenizers import APPROXIMATED, PRE_TOKENIZERS
 from minitune.gguf.tokenizer_metadata import tokenizer_metadata
 
 
@@ -90,74 +87,6 @@ def test_scores_rebuilt_from_merges_cut_text_as_the_tokenizer_does(tmp_path):
         assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
 
 
-def retrain(path, rules, ignore_merges):
-    """Train the tokenizer.json at `path` anew on words that its rules cut out of TEXTS."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex="gpt-2" in rules)
-    parts = {"digits": pre_tokenizers.Digits(individual_digits=True), "gpt-2": byte_level}
-    splits = [
-        parts.get(rule) or pre_tokenizers.Split(tokenizers.Regex(rule), "isolated")
-        for rule in rules
-    ]
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        splits if "gpt-2" in rules else [*splits, byte_level]
-    )
-    tokenizer.model.ignore_merges = ignore_merges
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=list(tokenizer.get_added_tokens_decoder().values()),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    content = json.loads(tokenizer.to_str())
-    content["normalizer"] = {"type": "Sequence", "normalizers": []}
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-@pytest.mark.parametrize(("key", "name"), PRE_TOKENIZERS.items(), ids=PRE_TOKENIZERS.values())
-@pytest.mark.filterwarnings("ignore:.*llama.cpp approximates")
-def test_each_named_word_rule_cuts_text_alike_in_llama_cpp(tmp_path, key, name):
-    folder = make_tiny_model(tmp_path / "base")
-    retrain(folder / "tokenizer.json", *key)
-    tokenizer = Tokenizer.from_folder(folder)
-    assert tokenizer_metadata(tokenizer, 512, "name")["tokenizer.ggml.pre"] == name
-    llama_cpp = LlamaCpp(convert_folder(folder, tmp_path / "x.gguf"))
-    for text in (*TEXTS, "1234567日本語テキスト!abc\r\n\n x"):
-        if name in APPROXIMATED:
-            text = text.replace("ĲSSEL", "IJssel").replace("e\u0301", "é")
-        assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
-
-
-def test_an_approximated_word_rule_is_exported_with_a_warning(tmp_path):
-    folder = make_tiny_model(tmp_path / "base")
-    key = next(key for key, name in PRE_TOKENIZERS.items() if name == "gpt-4o")
-    retrain(folder / "tokenizer.json", *key)
-    with pytest.warns(UserWarning, match="llama.cpp approximates the pre-tokenizer gpt-4o"):
-        convert_folder(folder, tmp_path / "x.gguf")
-    assert LlamaCpp(tmp_path / "x.gguf").tokenize("ĲSSEL") != Tokenizer.from_folder(folder).encode(
-        "ĲSSEL"
-    )
-
-
-def test_a_split_that_removes_the_text_between_its_words_keeps_its_name(tmp_path):
-    folder = make_tiny_model(tmp_path / "base", tokenizer="llama3")
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    split = content["pre_tokenizer"]["pretokenizers"][0]
-    split |= {"behavior": "Removed", "invert": True}
-    path.write_text(json.dumps(content))
-    tokenizer = Tokenizer.from_folder(folder)
-    assert tokenizer_metadata(tokenizer, 512, "x")["tokenizer.ggml.pre"] == "llama-bpe"
-    llama_cpp = LlamaCpp(convert_folder(folder, tmp_path / "x.gguf"))
-    for text in TEXTS:
-        assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
-    split["pattern"]["Regex"] = split["pattern"]["Regex"].removesuffix(r"|\s+")
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"llama\.cpp has no name for this pre-tokenizer"):
-        convert_folder(folder, tmp_path / "y.gguf")
-
-
 def test_added_tokens_keep_their_ids_and_kinds(tmp_path):
     folder = make_tiny_model(tmp_path / "base")
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -218,18 +147,35 @@ def test_assigned_and_named_chat_templates_are_exported(tmp_path):
     assert metadata["tokenizer.chat_template.tool_use"] == "b"
 
 
-def test_a_sentencepiece_model_that_differs_from_tokenizer_json_is_not_exported(tmp_path):
+def test_of_two_vocabularies_that_differ_the_one_that_trained_is_exported(tmp_path):
     folder = make_tiny_model(tmp_path / "base", tokenizer="spm")
     model = (folder / "tokenizer.model").read_bytes()
+    same = metadata_of(convert_folder(folder, tmp_path / "model.gguf"))
     write_byte_fallback_json(folder)
     (folder / "tokenizer.model").write_bytes(model)
-    convert_folder(folder, tmp_path / "same.gguf")
+    scores = metadata_of(convert_folder(folder, tmp_path / "same.gguf"))["tokenizer.ggml.scores"]
+    assert scores[3:] == same["tokenizer.ggml.scores"][3:]
     content = json.loads((folder / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
     vocab["<0x41>"], vocab["<0x42>"] = vocab["<0x42>"], vocab["<0x41>"]
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"is '<0x41>', but tokenizer.json, .* says '<0x42>'"):
-        convert_folder(folder, tmp_path / "x.gguf")
+    tokenizer = Tokenizer.from_folder(folder)
+    llama_cpp = LlamaCpp(convert_folder(folder, tmp_path / "x.gguf"))
+    for text in ("AB", *TEXTS):
+        assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
+
+
+def test_merges_in_another_order_than_the_scores_are_those_that_count(tmp_path):
+    folder = make_tiny_model(tmp_path / "base", tokenizer="spm")
+    model = (folder / "tokenizer.model").read_bytes()
+    write_byte_fallback_json(folder)
+    (folder / "tokenizer.model").write_bytes(model)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    scores = metadata_of(convert_folder(folder, tmp_path / "x.gguf"))["tokenizer.ggml.scores"]
+    vocab, first = content["model"]["vocab"], content["model"]["merges"][0]
+    assert scores[vocab["".join(first)]] == 0.0
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
@@ -253,9 +199,20 @@ def test_white_space_behind_phi_3s_tokens_is_cut_in_llama_cpp_as_here(tmp_path):
     llama_cpp = LlamaCpp(convert_folder(folder, tmp_path / "Tiny-Phi-3.gguf", "f32"))
     for text in ("<|user|>\n a lamp", "<|endoftext|>\n a lamp", "a</s>  lamp<|user|> \n"):
         assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
-    with pytest.raises(ValueError, match=r"'</s>' has rstrip.*if the file's name contains phi-3"):
-        convert_folder(folder, tmp_path / "x.gguf")
+    with pytest.warns(UserWarning, match="general.name is 'x Phi-3', because llama.cpp applies"):
+        path = convert_folder(folder, tmp_path / "x.gguf", "f32")
+    assert metadata_of(path)["general.name"] == "x Phi-3"
+    assert LlamaCpp(path).tokenize("<|user|>\n a lamp") == tokenizer.encode("<|user|>\n a lamp")
     added["400"]["rstrip"] = False
     edit_config(folder, added_tokens_decoder=added)
-    with pytest.raises(ValueError, match=r"no rstrip.* a name without phi-3"):
+    with pytest.raises(ValueError, match=r"'</s>' has rstrip, which .* as Phi-3's"):
         convert_folder(folder, tmp_path / "phi3.gguf")
+
+
+def test_a_file_named_after_phi_3_with_another_vocabulary_loads_in_llama_cpp(tmp_path):
+    folder = make_tiny_model(tmp_path / "base")
+    with pytest.warns(UserWarning, match="general.name is 'on-phi 3-data', because llama.cpp refu"):
+        path = convert_folder(folder, tmp_path / "on-phi3-data.gguf")
+    assert metadata_of(path)["general.name"] == "on-phi 3-data"
+    tokenizer = Tokenizer.from_folder(folder)
+    assert LlamaCpp(path).tokenize("a lamp") == tokenizer.encode("a lamp")

@@ -1,42 +1,127 @@
 """The word rules of byte-level tokenizers, by which a text is cut into words before the merges.
 
 GGUF names a rule (`tokenizer.ggml.pre`). The name follows from the structure of tokenizer.json (the
-regex, the digit rule), which a retrained or extended vocabulary keeps. A wrong name would change
+regexes, the digit rule), which a retrained or extended vocabulary keeps. A wrong name would change
 tokens silently, so an unknown structure is refused.
+
+llama.cpp has several names for some rules, one for each published vocabulary. A fingerprint of the
+vocabulary tells those apart, as in llama.cpp's converter; any other vocabulary gets the first name.
 """
 
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_REST_WITH_SLASH = _REST.replace(r"[\r\n]*", r"[\r\n/]*")
+from minitune.data.tokenization.tokenizer import Tokenizer
+
+DIGIT = r"\p{N}"
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
+_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
+_REST_WITH_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
 _SMALL = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _CAPITAL = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_DEEPSEEK = (
+_MARKED_WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|"
+_MARKED_REST = r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES
+_SENTENCE_PARTS = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+_DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
-    "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|"
-    "\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + _SPACES,
 )
+_EAST_ASIAN = "[一-龥\u0800-一가-\ud7ff]+"
+# Letters of DeepSeek LLM: Latin, Greek, Cyrillic and others that have small and capital forms.
+_CASED_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ"
+    "-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉ"
+    "ⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK_LLM = (
+    r"[\r\n]",
+    rf"\s?[{_CASED_LETTERS}]+",
+    "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+    r"\s+$",
+    _EAST_ASIAN,
+    DIGIT,
+)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, DIGIT)
+_SEED_CODER = _CONTRACTIONS + _WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + _SPACES
+
+
+def _spelling(regex: str) -> str:
+    r"""Return a regex in the spelling of the table, with line ends as \r and \n."""
+    return regex.replace("\r", r"\r").replace("\n", r"\n")
+
+
 # (rules before the byte level, True if a word that is a token skips the merges) -> llama.cpp's name
 PRE_TOKENIZERS = {
-    ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
-    ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
-    ((_WORDS + r"\p{N}" + _REST,), False): "qwen2",
+    ((_CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
+    ((_CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
+    ((_CONTRACTIONS + _WORDS + r"\p{N}" + _REST,), False): "qwen2",
+    ((_CONTRACTIONS + _MARKED_WORDS + r"\p{N}" + _MARKED_REST,), False): "qwen35",
+    ((_WORDS + r"\p{N}" + _REST,), False): "ufakzeka",
+    ((r"\p{N}{1,3}", _CONTRACTIONS + _WORDS + r"\p{N}+" + _REST), True): "minicpm5",
+    ((_SEED_CODER,), False): "seed-coder",
     ((f"{_SMALL}|{_CAPITAL}|" + r"\p{N}" + _REST_WITH_SLASH,), True): "tekken",
     (
         (f"{_SMALL}{_ENDING}|{_CAPITAL}{_ENDING}|" + r"\p{N}{1,3}" + _REST_WITH_SLASH,),
         False,
     ): "gpt-4o",
-    (("digits", "gpt-2"), False): "smollm",
-    (("gpt-2",), False): "gpt-2",
-    (_DEEPSEEK, False): "deepseek-v3",
+    ((DIGIT, GPT_2), False): "smollm",
+    ((GPT_2,), False): "gpt-2",
+    (_DEEPSEEK_LLM, False): "deepseek-llm",
+    (_DEEPSEEK_CODER, False): "deepseek-coder",
+    (_DEEPSEEK_V3, False): "deepseek-v3",
+    ((_SENTENCE_PARTS,), False): "poro-chat",
+    ((_SENTENCE_PARTS, DIGIT), False): "viking",
+    ((r"\p{N}+", r"(?=(\d{3})+(?!\d))"), False): "superbpe",
 }
 # llama.cpp tells capitals from small letters within A-Z only here, and knows no combining marks.
 APPROXIMATED = ("tekken", "gpt-4o")
+# The text whose ids make the fingerprint, and the length of the fingerprint in hex digits.
+FINGERPRINT_TEXT = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal)"
+    " 😶\u200d🌫\ufe0f (multiple emojis concatenated) ✅ 🦙🦙 3 "
+    "33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3"
+    "...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= не"
+    "що на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he"
+    "'s there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+)
+FINGERPRINT_DIGITS = 16
+# Name of a rule -> fingerprint of a published vocabulary -> llama.cpp's name for that vocabulary.
+PUBLISHED_VOCABULARIES = {
+    "llama-bpe": {
+        "9d032fcbd5501f4a": "falcon3",
+        "0e9433cbbb161f89": "pixtral",
+        "f6791d196f87ce6b": "midm-2.0",
+    },
+    "smaug-bpe": {
+        "a8594e3edff7c29c": "dbrx",
+    },
+    "qwen2": {
+        "b3f499bb4255f8ca": "deepseek-r1-qwen",
+        "d4c8f286ea6b520b": "megrez",
+        "862f827721df9560": "f2llmv2",
+    },
+    "smollm": {
+        "35d91631860c815f": "starcoder",
+        "6221ad2852e85ce9": "refact",
+        "9c2227e4dd922002": "command-r",
+        "1431a23e583c9743": "minerva-7b",
+    },
+    "gpt-2": {
+        "b6dc8df998e1cfbd": "mpt",
+        "1994ffd01900cfb3": "trillion",
+        "b0a6b1c0bd5998eb": "a.x-4.0",
+        "a1e163ecab2e718a": "mellum",
+        "53e325976a6e1423": "granite-docling",
+    },
+}
 
 
 def pre_tokenizer_name(path: Path, content: dict) -> str:
@@ -44,38 +129,74 @@ def pre_tokenizer_name(path: Path, content: dict) -> str:
 
     path: the file that the error names. content: the file's content.
 
-    Raises: ValueError if llama.cpp has no such rule.
+    Raises: ValueError if llama.cpp has no such rule, or if a normaliser changes the text.
     """
+    check_normalizer(path, content)
     pre = content.get("pre_tokenizer") or {}
-    rules = [rule for part in pre.get("pretokenizers", [pre]) for rule in _word_rules(part)]
-    # llama.cpp does not normalise. NFC is accepted, because nearly all text already has that form.
-    normalizer = content.get("normalizer") or {}
-    normalizers = [part.get("type", "NFC") for part in normalizer.get("normalizers", [normalizer])]
+    *splits, last = list(flattened(pre, "pretokenizers")) or [{}]
+    rules = [rule for part in splits for rule in _word_rules(part)] + _word_rules(last, True)
     ignore_merges = bool(content["model"].get("ignore_merges"))
     name = PRE_TOKENIZERS.get((tuple(rules), ignore_merges))
-    if name is None or set(normalizers) - {"NFC"}:
+    if name is None or last.get("type") != "ByteLevel":
         known = ", ".join(PRE_TOKENIZERS.values())
         raise ValueError(
             f"{path}: llama.cpp has no name for this pre-tokenizer, and a wrong one would change "
-            f"tokens silently; known are those of {known}. "
-            f"It is: {json.dumps(pre)[:300]}, "
-            f"normalizer {', '.join(normalizers)}"
+            f"tokens silently; known are those of {known}. It is: {json.dumps(pre)[:300]}, "
+            f"ignore_merges {json.dumps(ignore_merges)}; save the merged folder instead"
         )
     return name
 
 
-def _word_rules(part: dict) -> list[str]:
-    """Return the rules of one part of a pre-tokenizer: a regex, "digits" or "gpt-2".
+def published_name(rule: str, tokenizer: Tokenizer) -> str:
+    """Return llama.cpp's name for a published vocabulary with this rule, otherwise the rule's."""
+    return PUBLISHED_VOCABULARIES.get(rule, {}).get(fingerprint(tokenizer), rule)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return the beginning of the SHA-256 of a text's ids, as in llama.cpp's converter."""
+    ids = tokenizer.encode(FINGERPRINT_TEXT)
+    return hashlib.sha256(str(ids).encode()).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def check_normalizer(path: Path, content: dict, allowed: tuple[dict, ...] = ()) -> None:
+    """Raise ValueError if a normaliser changes texts, because llama.cpp does not normalise.
+
+    NFC is accepted, because nearly all text already has that form.
+
+    allowed: further normalisers that llama.cpp's tokenizer has built in.
+    """
+    normalizer = content.get("normalizer") or {}
+    for part in flattened(normalizer, "normalizers"):
+        if part and part.get("type") != "NFC" and part not in allowed:
+            raise ValueError(
+                f"{path}: the normalizer {json.dumps(part)[:200]} changes texts before they are "
+                "cut into tokens, and llama.cpp does not normalise; save the merged folder instead"
+            )
+
+
+def flattened(part: dict, key: str) -> Iterator[dict]:
+    """Yield the parts of a normalizer or pre-tokenizer in order, without the sequences around."""
+    if part.get("type") == "Sequence":
+        for inner in part.get(key) or []:
+            yield from flattened(inner, key)
+    elif part:
+        yield part
+
+
+def _word_rules(part: dict, is_last: bool = False) -> list[str]:
+    """Return the rules of one part of a pre-tokenizer, as regexes.
 
     A part without a rule gives none, and an unknown part its JSON, which no table entry equals.
+
+    is_last: True if no part follows; letters stand for bytes behind the byte level.
     """
     kind = part.get("type")
     if kind == "Split" and _keeps_each_match(part):
-        return [part["pattern"].get("Regex")]
+        return [_spelling(part["pattern"]["Regex"])]
     if kind == "Digits" and part.get("individual_digits"):
-        return ["digits"]
-    if kind == "ByteLevel" and not part.get("add_prefix_space"):
-        return ["gpt-2"] if part.get("use_regex", True) else []
+        return [DIGIT]
+    if kind == "ByteLevel" and is_last and not part.get("add_prefix_space"):
+        return [GPT_2] if part.get("use_regex", True) else []
     return [json.dumps(part)]
 
 
@@ -85,7 +206,9 @@ def _keeps_each_match(split: dict) -> bool:
     The inverted form removes all text between the matches. None remains if the regex matches every
     character, as those do that end in "any other white space".
     """
-    form = split.get("behavior"), bool(split.get("invert"))
-    regex = split["pattern"].get("Regex") or ""
-    covers_all = regex.endswith((_REST, _REST_WITH_SLASH))
-    return form == ("Isolated", False) or (form == ("Removed", True) and covers_all)
+    regex = split.get("pattern", {}).get("Regex")
+    if regex is None:
+        return False
+    behavior, invert = split.get("behavior"), bool(split.get("invert"))
+    covers_all = _spelling(regex).endswith((_REST, _REST_WITH_SLASH, _MARKED_REST, GPT_2))
+    return behavior == "Isolated" or (behavior == "Removed" and invert and covers_all)

@@ -80,6 +80,7 @@ class SentencePieceBackend:
             )
         self.adds_prefix_space = has_dummy_space
         self._dummy_space = " " if has_dummy_space else ""  # decode removes it
+        self.prefixes_each_stretch = has_dummy_space and config.get("legacy") is not False
         if config.get("legacy") is not False:
             self._inside = self._begin
 

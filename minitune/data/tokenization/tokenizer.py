@@ -80,7 +80,11 @@ class Tokenizer:
         self._files = files
         self.vocab_size: int = backend.vocab_size  # highest id + 1, added tokens included
         self.added_tokens: dict[int, AddedToken] = backend.added
+        # Ids that the files beside the vocabulary name.
+        self.declared_ids = {index for _, _, index in declared.claims if index is not None}
         self.adds_prefix_space: bool = backend.adds_prefix_space
+        # True if the text behind a special token gets a space too.
+        self.prefixes_each_stretch: bool = backend.prefixes_each_stretch
         self._chat_template = read_templates(folder, files[CONFIG])
         self.template_was_assigned = False
         self.special: dict[str, int] = {}  # "bos" -> id; names without a token are missing

@@ -1,0 +1,319 @@
+"""Text, type and score of each token of a GGUF file, from the vocabulary of a model folder."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken
+
+from minitune.data.tokenization.sentencepiece_backend import SPACE_MARK
+from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.pre_tokenizers import check_normalizer, flattened
+from minitune.gguf.writer import MetadataValue
+
+# Token types. Control tokens are never shown; user-defined tokens are matched in any text.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
+# Added tokens that are control tokens, though some models do not call them special.
+CONTROL_TOKEN = re.compile(
+    r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL
+)
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+BYTES = 256
+# The parts of a tokenizer.json that make SentencePiece's pieces, as llama.cpp does.
+MARK_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+SENTENCEPIECE_NORMALIZERS = ({"type": "Prepend", "prepend": SPACE_MARK}, MARK_SPACES)
+# Options of a BPE model that llama.cpp lacks.
+REFUSED_BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+# Fields of SentencePiece's model file: the trainer's settings, and the kind of model in those.
+TRAINER_FIELD, MODEL_TYPE_FIELD = 2, 3
+UNIGRAM, BPE = 1, 2
+# Width, full width, ligature, combining accent, and white space that a normaliser may change.
+NORMALIZER_PROBE = "A b  ｆ½ﬁ e\u0301\u3000c\td  "
+
+
+class Vocabulary:
+    """Text, type and score of each row of the embedding; rows without a token are unused."""
+
+    def __init__(self, rows: int):
+        self.tokens = [f"[PAD{id}]" for id in range(rows)]
+        self.types = [UNUSED] * rows
+        self.scores = [UNUSED_SCORE] * rows
+
+    def set(self, id: int, token: str, type: int, score: float = 0.0) -> None:
+        """Fill one row."""
+        self.tokens[id] = token
+        self.types[id] = type
+        self.scores[id] = score
+
+    def add(self, added: dict[int, AddedToken]) -> None:
+        """Fill the rows of added tokens."""
+        for id, token in added.items():
+            if token.special or CONTROL_TOKEN.fullmatch(token.content):
+                self.set(id, token.content, CONTROL, ADDED_SCORE)
+            else:  # llama.cpp looks for the text as it is written
+                text = token.content.replace(SPACE_MARK, " ")
+                self.set(id, text, USER_DEFINED, ADDED_SCORE)
+
+    def byte_level_metadata(self, pre: str, model: dict) -> dict[str, MetadataValue]:
+        """Return the keys of a byte-level BPE tokenizer.
+
+        pre: llama.cpp's name for the word rule. model: the `model` of a tokenizer.json.
+        """
+        return {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.tokens": self.tokens,
+            "tokenizer.ggml.token_type": self.types,
+            "tokenizer.ggml.merges": [" ".join(pair) for pair in merges_of(model)],
+        }
+
+    def sentencepiece_metadata(self) -> dict[str, MetadataValue]:
+        """Return the keys of a SentencePiece BPE tokenizer."""
+        return {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.tokens": self.tokens,
+            "tokenizer.ggml.scores": self.scores,
+            "tokenizer.ggml.token_type": self.types,
+        }
+
+    def check_unique(self, folder: Path) -> None:
+        """Raise ValueError if two ids have the same token."""
+        first_id: dict[str, int] = {}
+        for id, token in enumerate(self.tokens):
+            other = first_id.setdefault(token, id)
+            if other != id:
+                raise ValueError(
+                    f"{folder}: tokens {other} and {id} are both {token!r}; llama.cpp refuses "
+                    "that; rename one of them before training"
+                )
+
+
+# ---- the vocabularies
+
+
+def byte_level_vocabulary(model: dict, tokenizer: Tokenizer, rows: int) -> Vocabulary:
+    """Return the vocabulary of a byte-level BPE tokenizer.
+
+    model: the `model` of its tokenizer.json. rows: number of rows of the embedding.
+    """
+    vocabulary = Vocabulary(rows)
+    for token, id in model["vocab"].items():
+        vocabulary.set(id, token, NORMAL)
+    vocabulary.add(tokenizer.added_tokens)
+    return vocabulary
+
+
+def sentencepiece_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.model.
+
+    Raises: ValueError if llama.cpp lacks the kind of model or its normaliser.
+    """
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    _check_sentencepiece(path, model)
+    vocabulary = _pieces(model, rows)
+    declared = {
+        id: token
+        for id, token in tokenizer.added_tokens.items()
+        if id in tokenizer.declared_ids or vocabulary.tokens[id] != token.content
+    }
+    vocabulary.add(declared)
+    return vocabulary
+
+
+def byte_fallback_vocabulary(
+    path: Path, content: dict, tokenizer: Tokenizer, rows: int
+) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.json with SentencePiece's pieces.
+
+    A tokenizer.model beside it gives the scores if it has the same pieces and merges them in the
+    same order. Otherwise the merges give the scores: merge k makes a piece with the score -k.
+
+    path: the tokenizer.json. content: its content.
+
+    Raises: ValueError if llama.cpp lacks the normaliser, the pre-tokenizer or the model.
+    """
+    check_normalizer(path, content, SENTENCEPIECE_NORMALIZERS)
+    for part in flattened(content.get("pre_tokenizer") or {}, "pretokenizers"):
+        _check_sentencepiece_part(path, part)
+    model = content["model"]
+    pieces = _pieces_of_model(path.with_name("tokenizer.model"), model, rows)
+    vocabulary = pieces or _pieces_of_merges(model, rows)
+    bytes_found = vocabulary.types.count(BYTE)
+    if bytes_found != BYTES:
+        raise _lacks_bytes(path, bytes_found)
+    vocabulary.add(tokenizer.added_tokens)
+    return vocabulary
+
+
+def merges_of(model: dict) -> list[tuple[str, str]]:
+    """Return the merges as pairs; a tokenizer.json holds "a b" or ["a", "b"].
+
+    A space within a part becomes the letter that stands for its byte.
+    """
+    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
+    return [(a.replace(" ", "Ġ"), b.replace(" ", "Ġ")) for a, b in pairs]
+
+
+def check_model(path: Path, model: dict) -> None:
+    """Raise ValueError if the `model` of a tokenizer.json is of a kind that llama.cpp lacks."""
+    if model.get("type") != "BPE" or "merges" not in model:
+        raise ValueError(
+            f"{path}: is a {model.get('type')} tokenizer; GGUF export knows BPE; save the merged "
+            "folder instead"
+        )
+    for option in REFUSED_BPE_OPTIONS:
+        if model.get(option):
+            raise ValueError(
+                f"{path}: the model has {option} {model[option]!r}, which llama.cpp does not "
+                "apply; save the merged folder instead"
+            )
+
+
+# ---- parts of the vocabularies
+
+
+def _pieces(model: sentencepiece.SentencePieceProcessor, rows: int) -> Vocabulary:
+    """Return the pieces of a SentencePiece model."""
+    vocabulary = Vocabulary(rows)
+    for id in range(model.get_piece_size()):
+        vocabulary.set(id, model.id_to_piece(id), _piece_type(model, id), model.get_score(id))
+    return vocabulary
+
+
+def _piece_type(model: sentencepiece.SentencePieceProcessor, id: int) -> int:
+    """Return the token type of a SentencePiece piece."""
+    checks = (
+        (model.is_unknown, UNKNOWN),
+        (model.is_control, CONTROL),
+        (model.is_byte, BYTE),
+        (model.is_unused, UNUSED),
+    )
+    return next((kind for check, kind in checks if check(id)), NORMAL)
+
+
+def _pieces_of_model(path: Path, model: dict, rows: int) -> Vocabulary | None:
+    """Return the pieces of a tokenizer.model that agrees with tokenizer.json, otherwise None.
+
+    path: the tokenizer.model. model: the `model` of the tokenizer.json beside it.
+    """
+    if not path.is_file():
+        return None
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    vocab, size = model["vocab"], processor.get_piece_size()
+    if size > rows:
+        return None
+    if any(vocab.get(processor.id_to_piece(id), id) != id for id in range(size)):
+        return None
+    vocabulary = _pieces(processor, rows)
+    if any(vocabulary.tokens[id] != token for token, id in vocab.items() if id < size):
+        return None
+    merged = [vocab["".join(pair)] for pair in merges_of(model)]
+    scores = [vocabulary.scores[id] for id in merged]
+    return vocabulary if scores == sorted(scores, reverse=True) else None
+
+
+def _pieces_of_merges(model: dict, rows: int) -> Vocabulary:
+    """Return the pieces of a tokenizer.json, with scores from its merges."""
+    merges = merges_of(model)
+    rank: dict[str, int] = {}  # of the first merge that makes a piece
+    for k, pair in enumerate(merges):
+        rank.setdefault("".join(pair), k)
+    vocabulary = Vocabulary(rows)
+    for token, id in model["vocab"].items():
+        if BYTE_PIECE.fullmatch(token):
+            vocabulary.set(id, token, BYTE)
+        elif token == model.get("unk_token"):
+            vocabulary.set(id, token, UNKNOWN)
+        else:
+            # single characters result from no merge; they rank below all pieces that do
+            vocabulary.set(id, token, NORMAL, -float(rank.get(token, len(merges))))
+    return vocabulary
+
+
+# ---- what llama.cpp lacks
+
+
+def _check_sentencepiece(path: Path, model: sentencepiece.SentencePieceProcessor) -> None:
+    """Raise ValueError if llama.cpp cuts texts otherwise than a SentencePiece model."""
+    kind = _model_type(path.read_bytes())
+    if kind != BPE:
+        name = "unigram" if kind == UNIGRAM else f"type {kind}"
+        raise ValueError(
+            f"{path}: is a {name} model, but llama.cpp merges pieces as BPE; save the merged "
+            "folder instead"
+        )
+    bytes_found = sum(model.is_byte(id) for id in range(model.get_piece_size()))
+    if bytes_found != BYTES:
+        raise _lacks_bytes(path, bytes_found)
+    normalized = model.normalize(NORMALIZER_PROBE)
+    marked = NORMALIZER_PROBE.replace(" ", SPACE_MARK)
+    if normalized.removeprefix(SPACE_MARK) != marked:
+        raise ValueError(
+            f"{path}: normalises {NORMALIZER_PROBE!r} to {normalized!r}, and llama.cpp does not "
+            "normalise; save the merged folder instead"
+        )
+
+
+def _check_sentencepiece_part(path: Path, part: dict) -> None:
+    """Raise ValueError if llama.cpp lacks a part of the pre-tokenizer of SentencePiece's pieces.
+
+    The spaces are marks already, so a split at spaces finds none.
+    """
+    kind = part.get("type")
+    if kind == "Metaspace" and part.get("replacement") == SPACE_MARK:
+        return
+    if kind == "Split" and part.get("pattern") == {"String": " "}:
+        return
+    raise ValueError(
+        f"{path}: its pre_tokenizer has a part {str(part)[:200]}, which llama.cpp does not apply "
+        "to SentencePiece's pieces; save the merged folder instead"
+    )
+
+
+def _lacks_bytes(path: Path, found: int) -> ValueError:
+    return ValueError(
+        f"{path}: has {found} of {BYTES} byte pieces such as <0x0A>, without which llama.cpp fails "
+        "on characters that the vocabulary lacks; save the merged folder instead"
+    )
+
+
+def _model_type(proto: bytes) -> int:
+    """Return the kind of model in a SentencePiece model file."""
+    kind = UNIGRAM  # of a file that does not say it
+    for field, trainer in _fields(proto):
+        if field == TRAINER_FIELD:
+            kind = next((value for key, value in _fields(trainer) if key == MODEL_TYPE_FIELD), kind)
+    return kind
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield number and value of each field of a protobuf message.
+
+    A field is the varint 8 number + wire type, and a varint (type 0), 8 bytes (1), a varint length
+    and that many bytes (2), or 4 bytes (5).
+    """
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = message[place]
+            place += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while place < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 5: 4}.get(wire_type) or varint()
+        yield number, message[place : place + size]
+        place += size
