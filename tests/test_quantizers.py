@@ -18,6 +18,7 @@ from minitune.gguf.quantization.quantize import quantize
 
 GOLDEN = golden_data()
 INPUTS = seeded_inputs()
+SEARCHED = ("Q8_0", "IQ4_NL", "IQ4_XS")
 
 
 @pytest.mark.parametrize("name", [*FLOAT_TYPES, *SIMPLE_TYPES])
@@ -26,6 +27,15 @@ def test_bytes_equal_those_of_ggml(name):
         if case.importance is None:
             expected = GOLDEN[case.name].sha256
             assert hashlib.sha256(case.ours().tobytes()).digest() == expected, case.name
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_searched_blocks_and_errors_equal_those_of_ggml(name):
+    for case in cases(INPUTS, (name,)):
+        data, expected = case.ours(), GOLDEN[case.name]
+        identical = (case.digests(data) == expected.digests).mean()
+        assert identical >= 0.95, f"{case.name}: {identical:.1%}"
+        assert case.rmse(data) == pytest.approx(expected.error, rel=1e-3), case.name
 
 
 @pytest.mark.gpu

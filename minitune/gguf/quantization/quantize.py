@@ -13,10 +13,10 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
-from minitune.gguf.quantization import simple_blocks
+from minitune.gguf.quantization import iq4, simple_blocks
 from minitune.gguf.quantization.dequantize import BLOCK_DEQUANTIZERS
 
-BLOCK_QUANTIZERS = {**simple_blocks.BLOCK_QUANTIZERS}
+BLOCK_QUANTIZERS = {**simple_blocks.BLOCK_QUANTIZERS, **iq4.BLOCK_QUANTIZERS}
 FLOAT_DTYPES = {
     GGMLType.F32: torch.float32,
     GGMLType.F16: torch.float16,

@@ -40,7 +40,7 @@ def quantize_q8_0(
     ggml has no use for the importance here.
     """
     scale = blocks.abs().amax(1, keepdim=True).div_(blocks.new_tensor(127.0))
-    scaled = blocks * _inverse(scale)
+    scaled = blocks * inverse_or_zero(scale)
     # Adding 0.5 would round the largest value below a half up, too.
     scaled.add_(scaled.sign(), alpha=BELOW_HALF)
     return torch.cat([float16_bytes(scale), scaled.to(torch.int8).view(torch.uint8)], 1)
@@ -57,7 +57,7 @@ def quantize_symmetric(
     _take_first_(extreme, blocks, (high == -low) & (high > 0), lambda rows: rows.abs().argmax(1))
     extreme.masked_fill_(extreme == 0, 0.0)
     scale = extreme / blocks.new_tensor(-half)
-    inverse = _inverse(scale)
+    inverse = inverse_or_zero(scale)
     # In ggml a scale whose inverse overflows makes every q zero.
     offset = torch.where((inverse == 0) & (scale != 0), 0.0, half + 0.5)
     levels = (blocks * inverse).add_(offset).clamp_(max=2 * half - 1)
@@ -72,7 +72,7 @@ def quantize_with_minimum(
     # The first of several zeros gives m its sign. The sign of d is positive.
     _take_first_(low, blocks, low == 0, lambda rows: rows.argmin(1))
     scale = (high - low).abs_().div_(blocks.new_tensor(2.0**bits - 1))
-    levels = (blocks - low).mul_(_inverse(scale)).add_(0.5).clamp_(max=2.0**bits - 1)
+    levels = (blocks - low).mul_(inverse_or_zero(scale)).add_(0.5).clamp_(max=2.0**bits - 1)
     ends = float16_bytes(torch.cat([scale, low], 1))
     return torch.cat([ends, *pack_levels(levels, bits)], 1)
 
@@ -90,7 +90,7 @@ def _take_first_(
         found[tied] = rows.gather(1, position(rows)[:, None])
 
 
-def _inverse(scale: Tensor) -> Tensor:
+def inverse_or_zero(scale: Tensor) -> Tensor:
     """Return 1 / scale, and zero for scales too small to have an inverse."""
     inverse = scale.reciprocal()
     return inverse.masked_fill_(inverse.isinf(), 0.0)
@@ -104,10 +104,10 @@ def float16_bytes(values: Tensor) -> Tensor:
 def pack_levels(levels: Tensor, bits: int) -> list[Tensor]:
     """Return the parts of a block that hold its levels, each (N, bytes) uint8.
 
-    levels: numbers (N, 32) from 0 up to 2^bits, float32. Fractions are dropped.
+    levels: numbers (N, 32) from 0 to 2^bits, without 2^bits. Fractions are dropped.
     bits: 4, or 5 for a part with the high bits before the part with the low bits.
     """
-    words = levels.to(torch.int8).view(torch.int64)  # eight levels a word
+    words = levels.to(torch.int8).contiguous().view(torch.int64)  # eight levels a word
     low = words & LOW_BITS if bits == 5 else words
     nibbles = [(low[:, :2] | (low[:, 2:] << 4)).view(torch.uint8)]
     if bits == 4:
