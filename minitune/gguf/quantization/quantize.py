@@ -5,7 +5,8 @@ each thread converts chunks of its own: threads that share an operation would wa
 its end. A GPU gets larger chunks, because each operation costs a launch.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,6 +15,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
 from minitune.gguf.quantization import iq4, simple_blocks
+from minitune.gguf.quantization.columns import column_sums
 from minitune.gguf.quantization.dequantize import BLOCK_DEQUANTIZERS
 
 BLOCK_QUANTIZERS = {**simple_blocks.BLOCK_QUANTIZERS, **iq4.BLOCK_QUANTIZERS}
@@ -23,8 +25,8 @@ FLOAT_DTYPES = {
     GGMLType.BF16: torch.bfloat16,
 }
 CPU_CHUNK = 1 << 17  # values
-GPU_CHUNK = 1 << 24  # values
-LARGEST_FLOAT16 = torch.finfo(torch.float16).max
+GPU_CHUNK = 1 << 22  # values
+ROW_GROUP = 32  # rows of a chunk are a multiple, with which column sums have ggml's order
 
 
 def quantize(values: Tensor, kind: GGMLType, importance: Tensor | None = None) -> Tensor:
@@ -49,18 +51,15 @@ def quantize(values: Tensor, kind: GGMLType, importance: Tensor | None = None) -
     rows = values.detach().reshape(-1, width)
     data = rows.new_empty((len(rows), width // block_width * block_bytes), dtype=torch.uint8)
 
-    def convert(part: Tensor, target: Tensor) -> Tensor:
-        """Write the bytes of some rows, and return the largest magnitude of the rows."""
+    def convert(part: Tensor, target: Tensor) -> None:
+        """Write the bytes of some rows."""
+        _check_range(part, kind)
         if kind in FLOAT_DTYPES:
             target.view(FLOAT_DTYPES[kind]).copy_(part)
         else:
             target.copy_(_quantize_rows(part, kind, importance).view(target.shape))
-        low, high = part.aminmax()
-        return torch.maximum(high, -low)
 
-    magnitudes = _for_each_chunk(convert, rows, data, width)
-    if magnitudes:
-        _check_range(torch.stack(magnitudes).max().item(), kind)
+    _for_each_chunk(convert, rows, data, width)
     return data.view(*values.shape[:-1], data.shape[1])
 
 
@@ -71,38 +70,23 @@ def _quantize_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None) -> T
     blocks = rows.view(-1, block_width)
     if importance is None:
         return BLOCK_QUANTIZERS[kind](blocks, None, None)
-    per_row = rows.shape[1] // block_width
+    width = rows.shape[1]
     weights = importance.expand_as(rows).reshape(-1, block_width)
-    mean_squares = rows.square().mean(1).repeat_interleave(per_row)
-    return BLOCK_QUANTIZERS[kind](blocks, weights, mean_squares[:, None])
+    mean_squares = column_sums(rows.square().t().contiguous()).div_(rows.new_tensor(float(width)))
+    of_blocks = mean_squares.repeat_interleave(width // block_width)
+    return BLOCK_QUANTIZERS[kind](blocks, weights, of_blocks[:, None])
 
 
-def _for_each_chunk(
-    convert: Callable[[Tensor, Tensor], Tensor | None],
-    source: Tensor,
-    target: Tensor,
-    width: int,
-) -> list[Tensor | None]:
-    """Call `convert` with chunks of the rows of `source` and `target`, and return the results."""
-    on_cpu = source.device.type == "cpu"
-    chunk_rows = max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // max(1, width))
-    chunks: Sequence[tuple[Tensor, ...]] = (source.split(chunk_rows), target.split(chunk_rows))
-    threads = torch.get_num_threads()
-    if not on_cpu or threads == 1 or len(chunks[0]) == 1:
-        return list(map(convert, *chunks))
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(convert, *chunks))
-    finally:
-        torch.set_num_threads(threads)  # for new threads, which inherit the workers' number
-
-
-def _check_range(magnitude: float, kind: GGMLType) -> None:
-    """Raise ValueError if the largest magnitude does not fit the type."""
-    if not magnitude < float("inf"):
+def _check_range(values: Tensor, kind: GGMLType) -> None:
+    """Raise ValueError if a value is not finite, or too large for the floats of the type."""
+    low, high = values.aminmax()
+    magnitude = torch.maximum(high, -low).item()
+    if not magnitude < math.inf:
         raise ValueError(f"a weight is {magnitude:g}; the weights must be finite")
-    if kind not in (GGMLType.F32, GGMLType.BF16) and magnitude > LARGEST_FLOAT16:
-        raise ValueError(f"{magnitude:g} does not fit into float16; export as bf16")
+    stored = FLOAT_DTYPES.get(kind, torch.float16)  # blocks have float16 scales
+    if magnitude > torch.finfo(stored).max:
+        name = str(stored).removeprefix("torch.")
+        raise ValueError(f"{magnitude:g} does not fit into {name}; export as bf16")
 
 
 def dequantize(data: Tensor, kind: GGMLType) -> Tensor:
@@ -126,3 +110,28 @@ def dequantize(data: Tensor, kind: GGMLType) -> Tensor:
 
     _for_each_chunk(convert, rows, values, width)
     return values.view(*data.shape[:-1], width)
+
+
+def _for_each_chunk(
+    convert: Callable[[Tensor, Tensor], None], source: Tensor, target: Tensor, width: int
+) -> None:
+    """Call `convert` with chunks of the rows of `source` and `target`.
+
+    width: values of a row.
+    """
+    if not len(source) or not width:
+        return
+    on_cpu = source.device.type == "cpu"
+    groups = (CPU_CHUNK if on_cpu else GPU_CHUNK) // (width * ROW_GROUP)
+    rows = max(1, groups) * ROW_GROUP
+    chunks = (source.split(rows), target.split(rows))
+    threads = torch.get_num_threads()
+    if not on_cpu or threads == 1 or len(chunks[0]) == 1:
+        for part in zip(*chunks, strict=True):
+            convert(*part)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(convert, *chunks))
+    finally:
+        torch.set_num_threads(threads)  # for new threads, which inherit the workers' number
