@@ -20,7 +20,7 @@ from minitune.config.training_config import LoraConfig
 from minitune.data.samples import Sample
 from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 from minitune.device import choose_device, choose_dtype
-from minitune.gguf.export import export_gguf
+from minitune.gguf.export import plan_export
 from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
@@ -90,6 +90,7 @@ class LanguageModel(CausalLM):
         merge_base: str = "auto",
         progress: bool = False,
         imatrix: str | Path | ImportanceMatrix | None = None,
+        ollama: bool = False,
     ) -> Path | list[Path]:
         """Write the merged model into a folder as GGUF files of one or several types, in one pass.
 
@@ -99,23 +100,21 @@ class LanguageModel(CausalLM):
         progress: show a progress bar in bytes on a terminal.
         imatrix: the importance matrix that the quantisers use: a file in one of llama.cpp's forms,
             or the result of `minitune.gguf.importance_collection.importance_from_data`.
+        ollama: write a Modelfile beside each file, for `ollama create`.
 
         Returns: the path of the file, or a list of paths if `quantization_method` is a list.
 
-        Raises: ValueError if a file exists, if GGUF cannot express the model or tokenizer, or if
-            the importance matrix is damaged or another model's.
+        Raises: ValueError if a file exists, if GGUF cannot express the model or tokenizer, if the
+            importance matrix is damaged or another model's, or if Ollama's templates cannot express
+            the chat template.
         """
         if isinstance(imatrix, str | Path):
             imatrix = read_imatrix(imatrix)
-        return export_gguf(
-            self,
-            folder,
-            tokenizer,
-            quantization_method=quantization_method,
-            merge_base=merge_base,
-            importance=imatrix,
-            progress=progress,
+        plan = plan_export(
+            self, folder, tokenizer, quantization_method, merge_base, importance=imatrix
         )
+        paths = (plan.with_modelfiles() if ollama else plan).write(progress)
+        return paths[0] if isinstance(quantization_method, str) else paths
 
 
 class FastLanguageModel:

@@ -85,7 +85,7 @@ def test_a_file_is_used_and_types_without_a_use_for_it_are_noted(tiny, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--merged", "m", "--imatrix", "i.gguf"], "an importance matrix needs --output"),
+        (["--merged", "m", "--imatrix", "i.gguf"], "--imatrix-from and --ollama need --output"),
         (["--output", "x.gguf", "--imatrix", "none.gguf"], "none.gguf: could not be read"),
         (["--output", "x.gguf", "--imatrix-from", "none.jsonl"], "none.jsonl"),
         (["--output", "x.gguf", "--imatrix-from", "d", "--imatrix", "i"], "not allowed with"),

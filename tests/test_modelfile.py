@@ -1,11 +1,14 @@
 """Modelfiles for Ollama: the text that is written, executed, and the chat templates refused."""
 
 import re
+from pathlib import Path
 
 import pytest
 from ollama_chats import BOS, CONVERSATIONS, EOS, TokenizerOfTemplate, refuses, with_default
-from tiny import CHATML
+from tiny import CHATML, make_tiny_model
 
+from minitune import FastLanguageModel
+from minitune.commands import export
 from minitune.gguf.go_template import render_go_template
 from minitune.gguf.modelfile import modelfile
 from minitune.gguf.ollama_template import OllamaTemplate, ollama_template
@@ -242,3 +245,44 @@ def test_the_template_language_is_that_of_go(template, expected):
 def test_templates_beyond_the_language_are_refused(template):
     with pytest.raises(ValueError, match="Go template"):
         render_go_template(template, {"System": "S", "Messages": []})
+
+
+# ---- beside GGUF files
+
+
+def test_the_command_writes_a_modelfile_beside_the_file_and_prints_both(tmp_path, capsys):
+    base, output = make_tiny_model(tmp_path / "base"), tmp_path / "gguf"
+    arguments = ["--model", base, "--output", output, "--ollama"]
+    assert export.main(list(map(str, arguments))) == 0
+    paths = [output / "base-Q8_0.gguf", output / "Modelfile"]
+    assert capsys.readouterr().out.split() == list(map(str, paths))
+    written = commands(paths[1].read_text(encoding="utf-8"))
+    assert written["FROM"] == ["./base-Q8_0.gguf"]
+    assert written["PARAMETER stop"] == ["<|im_start|>", "<|im_end|>"]
+    assert list(tmp_path.glob("gguf/.*")) == []
+
+
+def test_several_files_have_a_modelfile_each(tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        make_tiny_model(tmp_path / "base"), device="cpu", load_in_4bit=False
+    )
+    output = tmp_path / "gguf"
+    paths = model.save_pretrained_gguf(output, tokenizer, ["q8_0", "f16"], ollama=True)
+    for path in map(Path, paths):
+        written = commands(path.with_suffix(".Modelfile").read_text(encoding="utf-8"))
+        assert written["FROM"] == [f"./{path.name}"]
+    assert len(list(output.iterdir())) == 4
+
+
+@pytest.mark.parametrize("reason", ["exists", "none of the forms"])
+def test_nothing_is_written_if_a_modelfile_cannot_be(tmp_path, reason):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        make_tiny_model(tmp_path / "base"), device="cpu", load_in_4bit=False
+    )
+    if reason == "exists":
+        (tmp_path / "Modelfile").touch()
+    else:
+        tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ValueError, match=reason):
+        model.save_pretrained_gguf(tmp_path, tokenizer, ollama=True)
+    assert not list(tmp_path.glob("*.gguf"))

@@ -4,6 +4,7 @@
     minitune export --model DIR --adapter runs/1/adapter --merged merged/
     minitune export --model merged/ --output gguf/ --quantization-method q4_k_m q8_0
     minitune export --model DIR --output x.gguf --quantization-method iq4_xs --imatrix-from FILE
+    minitune export --model DIR --output gguf/ --ollama            a Modelfile for Ollama too
     minitune export --model DIR --save-4bit DIR-nf4     the base in NF4, which loads at disk speed
 
 Without --adapter the model itself is written. --save-4bit takes no adapter, because an adapter does
@@ -13,7 +14,6 @@ not change its base. To have both in 4 bit, write --merged first and give that f
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +29,9 @@ from minitune.config.training_config import GGUF_WORDS, MERGE_BASES
 from minitune.data.templates.adapter_template import load_template
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
-from minitune.gguf.export import convert_folder, plan_export
+from minitune.gguf.export import GGUFExport, plan_conversion, plan_export
 from minitune.gguf.imatrix_files import read_imatrix
+from minitune.gguf.importance import ImportanceMatrix
 from minitune.gguf.importance_collection import DEFAULT_TOKENS, importance_from_data
 
 
@@ -83,6 +84,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of --imatrix-from to use (default: %(default)s)",
     )
+    parser.add_argument(
+        "--ollama", action="store_true", help="write a Modelfile beside each GGUF file"
+    )
     parser.add_argument("--merged", type=Path, help="folder for merged 16-bit safetensors")
     parser.add_argument(
         "--save-4bit", type=Path, help="folder for the model in NF4, in bitsandbytes' layout"
@@ -114,8 +118,10 @@ def export(arguments: argparse.Namespace) -> list[Path]:
             "--save-4bit with the merged folder as --model"
         )
     collects = arguments.imatrix_from is not None
-    if output is None and (collects or arguments.imatrix is not None):
-        raise ValueError("an importance matrix needs --output: only GGUF files use it")
+    if output is None and (collects or arguments.imatrix is not None or arguments.ollama):
+        raise ValueError(
+            "--imatrix, --imatrix-from and --ollama need --output: GGUF files use them"
+        )
     folder = resolve_model(arguments.model)
     config = ModelConfig.from_folder(folder)
     print_notes(config.notes)
@@ -125,27 +131,38 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     needs_model = arguments.adapter is not None or collects or prequantized or use_nf4
     if merged is None and not needs_model:
         # Tensor by tensor, without a model in memory.
-        return convert_folder(folder, output, methods, importance, progress=True)
+        planned = plan_conversion(folder, output, methods, importance)
+        return _write(planned.with_modelfiles() if arguments.ollama else planned)
 
     model, tokenizer = _load(arguments, use_nf4, prequantized)
-    planned = None
-    if output is not None:
-        # Refusals come before anything is collected or written.
-        plan = partial(plan_export, model, output, tokenizer, methods, merge_base)
-        planned = plan(importance=importance, device=choose_device())
+
+    def plan(importance: ImportanceMatrix | None) -> GGUFExport:
+        device = choose_device()
+        planned = plan_export(
+            model, output, tokenizer, methods, merge_base, importance=importance, device=device
+        )
+        return planned.with_modelfiles() if arguments.ollama else planned
+
+    # Refusals come before anything is collected or written.
+    planned = None if output is None else plan(importance)
     if collects:
         data, limit = arguments.imatrix_from, arguments.imatrix_tokens
         importance = importance_from_data(model, tokenizer, data, limit, progress=True)
         print(f"{'imatrix':<11}{importance}", file=sys.stderr)
-        planned = plan(importance=importance, device=choose_device())
+        planned = plan(importance)
     paths = []
     if merged is not None:
         paths.append(merge_to_folder(model, merged, tokenizer, merge_base))
     if planned is not None:
-        paths += planned.write(progress=True)
+        paths += _write(planned)
     if quantized is not None:
         paths.append(save_4bit(model, quantized, tokenizer))
     return paths
+
+
+def _write(planned: GGUFExport) -> list[Path]:
+    """Write GGUF files and Modelfiles, and return their paths."""
+    return [*planned.write(progress=True), *planned.modelfiles]
 
 
 def _load(

@@ -15,7 +15,7 @@ Two things differ from Hugging Face's layout, and a file without them loads and 
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,8 @@ from minitune.gguf.model_metadata import (
     gguf_name,
     model_metadata,
 )
+from minitune.gguf.modelfile import modelfiles
+from minitune.gguf.tensor_layout import tensors_of_file
 from minitune.gguf.tokenizer_metadata import tokenizer_metadata
 from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
 from minitune.model.causal_lm import CausalLM
@@ -61,6 +63,7 @@ class GGUFExport:
         `config.tensor_shapes()`.
     device: the device that quantises.
     importance: the importance matrix that the quantisers use, or None.
+    modelfiles: path -> content, of the Modelfiles that are written with the files.
     """
 
     targets: list[Path]
@@ -70,9 +73,18 @@ class GGUFExport:
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     device: torch.device
     importance: ImportanceMatrix | None = None
+    modelfiles: dict[Path, str] = field(default_factory=dict)
+
+    def with_modelfiles(self) -> "GGUFExport":
+        """Return an export that writes a Modelfile for Ollama beside each file too.
+
+        Raises: ValueError if a Modelfile exists, or cannot express the chat template.
+        """
+        adds_bos = self.contents[0].metadata["tokenizer.ggml.add_bos_token"]
+        return replace(self, modelfiles=modelfiles(self.targets, self.tokenizer, adds_bos))
 
     def write(self, progress: bool = False) -> list[Path]:
-        """Write the files in one pass and return their paths.
+        """Write all files in one pass and return the paths of the GGUF files.
 
         No file gets its name before all are complete.
 
@@ -82,10 +94,13 @@ class GGUFExport:
             fit its type.
         """
         self.check_space()
-        with atomic_files(self.targets) as partials:
-            files = dict(zip(partials, self.contents, strict=True))
+        with atomic_files([*self.targets, *self.modelfiles]) as partials:
+            count = len(self.targets)
+            files = dict(zip(partials[:count], self.contents, strict=True))
             values = self.importance.values if self.importance else None
             write_gguf(files, self.gguf_tensors(), values, progress)
+            for partial, text in zip(partials[count:], self.modelfiles.values(), strict=True):
+                partial.write_text(text, encoding="utf-8")
         return self.targets
 
     def check_space(self) -> None:
@@ -94,19 +109,8 @@ class GGUFExport:
         require_space(path, sum(content.nbytes for content in self.contents))
 
     def gguf_tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors of the files, in the files' order and layout, on the device."""
-        yield from additional_tensors(self.config).values()
-        family, heads = self.config.architecture, _interleaved_heads(self.config)
-        shapes = self.config.tensor_shapes()
-        for (name, shape), (found, tensor) in zip(shapes.items(), self.tensors(), strict=True):
-            assert (found, tuple(tensor.shape)) == (name, shape), (
-                f"{found} {tuple(tensor.shape)} instead of {name} {shape}"
-            )
-            tensor = tensor.to(self.device)
-            linear = name.split(".")[-2]
-            if name.endswith("norm.weight") and family.norm_offset:
-                tensor = tensor.float() + family.norm_offset  # llama.cpp has no offset
-            yield interleave_rope_rows(tensor, heads[linear]) if linear in heads else tensor
+        """Return an iterator over the tensors in the files' order and layout, on the device."""
+        return tensors_of_file(self.config, self.tensors(), self.device)
 
 
 # ---- the exports
@@ -194,6 +198,17 @@ def convert_folder(
 
     Raises: ValueError as `export_gguf`, and if the folder holds 4-bit or unknown weights.
     """
+    paths = plan_conversion(folder, path, quantization_method, importance).write(progress)
+    return paths[0] if isinstance(quantization_method, str) else paths
+
+
+def plan_conversion(
+    folder: str | Path,
+    path: str | Path,
+    quantization_method: str | Sequence[str] = "q8_0",
+    importance: ImportanceMatrix | None = None,
+) -> GGUFExport:
+    """Check a conversion as `convert_folder` does, without writing, and return the files."""
     folder = Path(folder)
     config, stored = open_model_folder(folder)
     if stored.prequantized:
@@ -202,7 +217,7 @@ def convert_folder(
     targets = check_targets(path, folder.resolve().name, methods)
     shapes = config.tensor_shapes()
     check_all_known(stored, {*shapes, TIED_HEAD})
-    plan = _plan(
+    return _plan(
         dict(zip(methods, targets, strict=True)),
         {},
         config,
@@ -211,8 +226,6 @@ def convert_folder(
         choose_device(),
         importance,
     )
-    paths = plan.write(progress)
-    return paths[0] if isinstance(quantization_method, str) else paths
 
 
 def check_gguf(name: str, folder: Path) -> None:
@@ -312,18 +325,3 @@ def _content_metadata(
     check_expressible(config)
     metadata = sampling_metadata(tokenizer) | model_metadata(config)
     return metadata | tokenizer_metadata(tokenizer, config.vocab_size, name)
-
-
-# ---- the layout of the tensors
-
-
-def interleave_rope_rows(tensor: Tensor, heads: int) -> Tensor:
-    """Return the rows of a q or k weight or bias with i and i + K/2 of each head as neighbours."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
-
-
-def _interleaved_heads(config: ModelConfig) -> dict[str, int]:
-    """Return linear -> heads, of the linears whose rows are interleaved."""
-    if not config.architecture.gguf.llama_layout:
-        return {}
-    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

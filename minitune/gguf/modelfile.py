@@ -12,7 +12,35 @@ Ollama, because it costs memory that only the machine of the user can tell.
 A text between triple quotes has no escapes, and Ollama drops characters that are not printable.
 """
 
-from minitune.gguf.ollama_template import OllamaTemplate
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.ollama_template import OllamaTemplate, ollama_template
+
+
+def modelfiles(targets: Sequence[Path], tokenizer: Tokenizer, adds_bos: bool) -> dict[Path, str]:
+    """Return path -> content of the Modelfile of each GGUF file.
+
+    A single file has a `Modelfile` beside it. Of several in one folder, each has its own name:
+    NAME-Q4_K_M.Modelfile.
+
+    adds_bos: True if llama.cpp adds the BOS to a prompt.
+
+    Raises: ValueError if a Modelfile exists or cannot express the chat template.
+    """
+    template = ollama_template(tokenizer, adds_bos)
+    for note in template.notes:
+        warnings.warn(note, stacklevel=3)
+    contents = {}
+    for target in targets:
+        single = len(targets) == 1
+        path = target.with_name("Modelfile") if single else target.with_suffix(".Modelfile")
+        if path.exists():
+            raise ValueError(f"{path}: exists; remove it or choose another folder")
+        contents[path] = modelfile(target.name, template)
+    return contents
 
 
 def modelfile(gguf_name: str, template: OllamaTemplate) -> str:
