@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from referees.llama_imatrix import CHUNKS, CONTEXT, GOLDEN, make_seeded_model
-from tiny import make_tiny_model
+from tiny import draw_adapter, make_tiny_model
 from tiny_families import make_tiny_family
 from transformers_twin import batch, hf_twin, load, loss_and_gradient, relative
 
+from minitune import FastLanguageModel
 from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import tensor_widths
 from minitune.gguf.importance_collection import BATCH_TOKENS, collect_importance
@@ -147,3 +148,17 @@ def test_activations_that_are_not_finite_are_refused(tmp_path):
         model.model.layers[1].input_layernorm.weight[3] = float("inf")
     with pytest.raises(ValueError, match=r"blk\.1\.attn_q\.weight has values that are not finite"):
         collect_importance(model, random_samples(512), "data.jsonl")
+
+
+@pytest.mark.gpu
+def test_a_gpu_collects_the_importance_that_the_cpu_collects(tmp_path):
+    folder = make_tiny_model(tmp_path / "base", hidden=256, heads=4, ffn=704)
+    samples = random_samples(512)
+    expected = collect_importance(load(folder)[0], samples)
+    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=256, device="cuda")
+    model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=12)
+    draw_adapter(model, b=0.1)
+    found = collect_importance(model, samples)
+    assert found.values.keys() == expected.values.keys()
+    for name, values in expected.values.items():
+        assert relative(found.values[name], values) < 0.02  # bfloat16
