@@ -262,6 +262,14 @@ class SafetensorsFolder:
         self.dtype(name)
         return self._read(name).to(device)
 
+    def remap(self, name: str) -> None:
+        """Map the file of a tensor anew: pages that were read leave this process's memory.
+
+        The old mapping is closed with the last tensor that was loaded from it.
+        """
+        path = self._path(name)
+        self._files[path] = safe_open(path, "pt")
+
     def is_dequantized(self, name: str) -> bool:
         """Return True if `load` computes the tensor from a quantised one; here, False."""
         return False

@@ -24,7 +24,7 @@ from torch import Tensor
 from minitune.atomic_files import atomic_files, require_space
 from minitune.checkpoints.load_weights import EMBEDDING, check_all_known, open_model_folder
 from minitune.checkpoints.merge import merged_dtype, merged_tensors
-from minitune.checkpoints.safetensors_folder import TIED_HEAD
+from minitune.checkpoints.safetensors_folder import TIED_HEAD, SafetensorsFolder
 from minitune.config.model_config import ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
@@ -222,10 +222,19 @@ def plan_conversion(
         {},
         config,
         Tokenizer.from_folder(folder),
-        lambda: ((name, stored.load(name, shape)) for name, shape in shapes.items()),
+        lambda: _stored_tensors(stored, shapes),
         choose_device(),
         importance,
     )
+
+
+def _stored_tensors(
+    stored: SafetensorsFolder, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of a folder, with the pages of two tensors in memory at most."""
+    for name, shape in shapes.items():
+        yield name, stored.load(name, shape)
+        stored.remap(name)
 
 
 def check_gguf(name: str, folder: Path) -> None:

@@ -16,6 +16,7 @@ types, on the tensor's device, and the bytes go to every file that has the tenso
 """
 
 import contextlib
+import functools
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,10 +75,15 @@ class Content:
     metadata: dict[str, MetadataValue]
     infos: list[TensorInfo]
 
+    @functools.cached_property
+    def head(self) -> bytes:
+        """Return everything before the data, padded."""
+        return _head(self.metadata, self.infos)
+
     @property
     def nbytes(self) -> int:
         """Return the size of the file."""
-        return len(_head(self)) + sum(_padded(info.nbytes) for info in self.infos)
+        return len(self.head) + sum(_padded(info.nbytes) for info in self.infos)
 
 
 def write_gguf(
@@ -104,7 +110,7 @@ def write_gguf(
         opened = [stack.enter_context(path.open("wb")) for path in files]
         bar = stack.enter_context(_progress_bar(total, progress))
         for file, content in zip(opened, files.values(), strict=True):
-            file.write(_head(content))
+            file.write(content.head)
         starts = [
             _write_tensor(opened, infos, tensor, (importance or {}).get(infos[0].name), bar)
             for infos, tensor in zip(columns, tensors, strict=True)
@@ -121,9 +127,8 @@ def _progress_bar(total: int, progress: bool) -> tqdm:
     )
 
 
-def _head(content: Content) -> bytes:
+def _head(metadata: dict[str, MetadataValue], infos: list[TensorInfo]) -> bytes:
     """Return everything before the data, padded."""
-    metadata, infos = content.metadata, content.infos
     parts = [b"GGUF", struct.pack("<Iqq", VERSION, len(infos), len(metadata))]
     parts += [_string(key) + _value(value) for key, value in metadata.items()]
     offset = 0
@@ -220,7 +225,7 @@ def _check(path: Path, content: Content, starts: list[bytes]) -> None:
 
     Raises: ValueError if any of them differs.
     """
-    head = _head(content)
+    head = content.head
     with path.open("rb") as file:
         same = file.read(len(head)) == head
         for info, start in zip(content.infos, starts, strict=True):

@@ -1,0 +1,109 @@
+"""Time `minitune export` beside llama.cpp's converter and llama-quantize on random weights.
+
+    python tests/referees/gguf_speed.py FOLDER --tokenizer DIR --llama-cpp DIR --llama-quantize FILE
+
+FOLDER gets a model of the shape of Llama 3.2 1B, if it holds none, and the GGUF files while they
+are timed. --tokenizer is a folder with Llama 3's tokenizer.json, because the converter refuses
+unknown vocabularies. --llama-cpp is a folder with convert_hf_to_gguf.py.
+
+Each row is a type: seconds and peak memory (ru_maxrss of the largest process) of ours and theirs.
+The two take turns, and dirty pages are flushed before each. A row has the fastest of the runs.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from minitune.device import gib_text
+from referees.reporting import markdown_table
+from scripts.benchmark.model_shapes import SHAPES
+from scripts.benchmark.random_checkpoints import write_random_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def timed(commands: Sequence[Sequence[str | Path]], environment: dict[str, str]):
+    """Run commands one after the other.
+
+    Returns: seconds of all together, and bytes of the largest peak memory.
+
+    Raises: ValueError if a command fails.
+    """
+    os.sync()
+    start, peak = time.perf_counter(), 0
+    for command in commands:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            env=os.environ | environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise ValueError(f"failed: {' '.join(process.args)}")
+        peak = max(peak, usage.ru_maxrss * 1024)
+    return time.perf_counter() - start, peak
+
+
+def make_model(folder: Path, shape: str, tokenizer: Path) -> Path:
+    """Return a folder with a random model of a shape, which is written if it is not there."""
+    model = folder / shape
+    if not (model / "config.json").exists():
+        write_random_checkpoint(model, SHAPES[shape])
+        for name in TOKENIZER_FILES:
+            shutil.copy(tokenizer / name, model / name)
+    return model
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--llama-cpp", type=Path, required=True)
+    parser.add_argument("--llama-quantize", type=Path, required=True)
+    parser.add_argument("--shape", default="1b", choices=SHAPES)
+    parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_k_m"])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--options", nargs="*", default=[], help="flags of `minitune export`")
+    parser.add_argument("--converter-path", default="", help="PYTHONPATH of the converter")
+    arguments = parser.parse_args()
+    model = make_model(arguments.folder, arguments.shape, arguments.tokenizer)
+    ours, theirs = arguments.folder / "ours.gguf", arguments.folder / "theirs.gguf"
+    half = arguments.folder / "half.gguf"
+    converter = [sys.executable, arguments.llama_cpp / "convert_hf_to_gguf.py", model]
+    options = [f"--{option}" for option in arguments.options]
+    rows = []
+    for kind in arguments.types:
+        export = [sys.executable, "-m", "minitune.commands", "export", "--model", model]
+        export += ["--output", ours, "--quantization-method", kind, *options]
+        if kind in ("f32", "f16", "bf16", "q8_0"):
+            peers = [[*converter, "--outfile", theirs, "--outtype", kind]]
+        else:
+            peers = [[*converter, "--outfile", half, "--outtype", "f16"]]
+            peers += [[arguments.llama_quantize, half, theirs, kind.upper()]]
+        found = ([], [])
+        for _ in range(arguments.repeats):
+            sides = (([export], str(ROOT)), (peers, arguments.converter_path))
+            for runs, (commands, path) in zip(found, sides, strict=True):
+                runs.append(timed(commands, {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}))
+                for file in (ours, theirs, half):
+                    file.unlink(missing_ok=True)
+        (seconds, peak), (their_seconds, their_peak) = map(min, found)
+        cells = [f"{seconds:.1f} s", gib_text(peak), f"{their_seconds:.1f} s", gib_text(their_peak)]
+        rows.append([kind, *cells, f"{their_seconds / seconds:.2f}"])
+    header = ["type", "ours", "peak", "llama.cpp", "peak", "speed-up"]
+    print(markdown_table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
