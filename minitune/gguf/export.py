@@ -13,6 +13,7 @@ Two things differ from Hugging Face's layout, and a file without them loads and 
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ from minitune.gguf.model_metadata import (
 from minitune.gguf.modelfile import modelfiles
 from minitune.gguf.tensor_layout import tensors_of_file
 from minitune.gguf.tokenizer_metadata import tokenizer_metadata
+from minitune.gguf.verify import verify_files
 from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
 from minitune.model.causal_lm import CausalLM
 
@@ -83,15 +85,16 @@ class GGUFExport:
         adds_bos = self.contents[0].metadata["tokenizer.ggml.add_bos_token"]
         return replace(self, modelfiles=modelfiles(self.targets, self.tokenizer, adds_bos))
 
-    def write(self, progress: bool = False) -> list[Path]:
+    def write(self, progress: bool = False, verify: bool = True) -> list[Path]:
         """Write all files in one pass and return the paths of the GGUF files.
 
-        No file gets its name before all are complete.
+        No file gets its name before all are complete and verified.
 
-        progress: show a progress bar in bytes on a terminal.
+        progress: show a progress bar in bytes on a terminal, and say what was verified.
+        verify: check the files as verify.py does.
 
-        Raises: ValueError if the disk has no room, a file cannot be written, or a weight does not
-            fit its type.
+        Raises: ValueError if the disk has no room, a file cannot be written, a weight does not fit
+            its type, or a check of a file fails.
         """
         self.check_space()
         with atomic_files([*self.targets, *self.modelfiles]) as partials:
@@ -101,6 +104,12 @@ class GGUFExport:
             write_gguf(files, self.gguf_tensors(), values, progress)
             for partial, text in zip(partials[count:], self.modelfiles.values(), strict=True):
                 partial.write_text(text, encoding="utf-8")
+            if verify:
+                found = verify_files(
+                    files, self.targets, self.config, self.tokenizer, self.tensors(), self.device
+                )
+                if progress:
+                    print("\n".join(found), file=sys.stderr)
         return self.targets
 
     def check_space(self) -> None:
@@ -125,6 +134,7 @@ def export_gguf(
     overwrite: bool = False,
     importance: ImportanceMatrix | None = None,
     progress: bool = False,
+    verify: bool = True,
 ) -> Path | list[Path]:
     """Write the merged model as GGUF files of one or several types, in one pass.
 
@@ -134,7 +144,8 @@ def export_gguf(
     merge_base: weights to merge onto, as in checkpoints/merge.py.
     overwrite: replace existing files once the new ones are complete.
     importance: the importance matrix that the quantisers use.
-    progress: show a progress bar in bytes on a terminal.
+    progress: show a progress bar in bytes on a terminal, and say what was verified.
+    verify: check the files before they get their names (verify.py).
 
     Returns: the path of the file, or a list of paths if `quantization_method` is a list.
 
@@ -144,7 +155,7 @@ def export_gguf(
     plan = plan_export(
         model, path, tokenizer, quantization_method, merge_base, overwrite, importance
     )
-    paths = plan.write(progress)
+    paths = plan.write(progress, verify)
     return paths[0] if isinstance(quantization_method, str) else paths
 
 
@@ -187,18 +198,19 @@ def convert_folder(
     quantization_method: str | Sequence[str] = "q8_0",
     importance: ImportanceMatrix | None = None,
     progress: bool = False,
+    verify: bool = True,
 ) -> Path | list[Path]:
     """Write the weights of a model folder as GGUF files, on a GPU if there is one.
 
     The weights have 16 or 32 bits, or are FP8 and dequantised.
 
-    path, quantization_method, importance, progress: as in `export_gguf`.
+    path, quantization_method, importance, progress, verify: as in `export_gguf`.
 
     Returns: as `export_gguf`.
 
     Raises: ValueError as `export_gguf`, and if the folder holds 4-bit or unknown weights.
     """
-    paths = plan_conversion(folder, path, quantization_method, importance).write(progress)
+    paths = plan_conversion(folder, path, quantization_method, importance).write(progress, verify)
     return paths[0] if isinstance(quantization_method, str) else paths
 
 

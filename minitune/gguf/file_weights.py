@@ -1,0 +1,59 @@
+"""The tensors of a GGUF file under Hugging Face's names, in Hugging Face's layout."""
+
+import torch
+from gguf import GGMLQuantizationType as GGMLType
+from torch import Tensor
+
+from minitune.config.model_config import ModelConfig
+from minitune.gguf.model_metadata import gguf_name
+from minitune.gguf.quantization.quantize import dequantize
+from minitune.gguf.reader import GgufReader
+
+
+class FileWeights:
+    """The weights of a model in a GGUF file.
+
+    `load` undoes what a GGUF file does to a tensor: the order of q's and k's rows in llama.cpp's
+    own layout, and the offset of Gemma's norms.
+    """
+
+    def __init__(self, reader: GgufReader, config: ModelConfig):
+        self.reader, self.config = reader, config
+        self.heads: dict[str, int] = {}  # linear -> heads, of the linears whose rows are neighbours
+        if config.architecture.gguf.llama_layout:
+            self.heads = {
+                "q_proj": config.num_attention_heads,
+                "k_proj": config.num_key_value_heads,
+            }
+
+    def type_of(self, name: str) -> GGMLType:
+        """Return the type in which a tensor is stored."""
+        return self.reader.tensors[self._stored_name(name)].type
+
+    def is_reordered(self, name: str) -> bool:
+        """Return True if a tensor's rows have another order in the file."""
+        return name.split(".")[-2] in self.heads
+
+    def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """Return a tensor, float32 on the device, by Hugging Face's name."""
+        values = self.reader.load(self._stored_name(name), device)
+        if name.endswith("norm.weight"):
+            values = values - self.config.architecture.norm_offset
+        if self.is_reordered(name):
+            heads = self.heads[name.split(".")[-2]]
+            pairs = values.unflatten(0, (heads, -1, 2))  # rows 2i and 2i + 1
+            values = pairs.transpose(1, 2).reshape(values.shape)
+        return values
+
+    def load_rows(self, name: str, rows: slice, device: torch.device | str = "cpu") -> Tensor:
+        """Return some rows of a matrix, float32 (rows, width) on the device.
+
+        The rows must not be reordered.
+        """
+        assert not self.is_reordered(name), name
+        stored = self._stored_name(name)
+        data = self.reader.data(stored, rows).to(device)
+        return dequantize(data, self.reader.tensors[stored].type)
+
+    def _stored_name(self, name: str) -> str:
+        return gguf_name(name, self.config.architecture)

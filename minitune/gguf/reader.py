@@ -1,0 +1,192 @@
+"""A reader of GGUF files: the keys, and the tensors as bytes or as float32 values.
+
+The format is in writer.py. The reader parses the head in one pass over its bytes. gguf-py's reader
+makes an array object of each token, so it takes 10 s and 0.6 GB for a vocabulary of 128,000 tokens;
+the tests compare both.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGUFValueType
+from gguf import GGMLQuantizationType as GGMLType
+from torch import Tensor
+
+from minitune.gguf.quantization.quantize import dequantize
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)  # their little-endian files have the same layout
+DEFAULT_ALIGNMENT = 32  # bytes
+MAX_DIMS = 4
+SCALAR_TYPES = {
+    GGUFValueType.UINT8: "<u1",
+    GGUFValueType.INT8: "<i1",
+    GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.FLOAT64: "<f8",
+    GGUFValueType.BOOL: "?",
+}
+HEAD_STEP = 1 << 24  # bytes read at a time until the head is whole
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file.
+
+    shape: in PyTorch's order, so the last axis is stored without gaps.
+    position: of its first byte in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    position: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the bytes of a row: of all values along the last axis."""
+        block, size = GGML_QUANT_SIZES[self.type]
+        return self.shape[-1] // block * size
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the data, without padding."""
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
+
+class GgufReader:
+    """An open GGUF file.
+
+    metadata: key -> value; arrays are lists.
+    tensors: name -> tensor, in the order of the file.
+
+    Raises: ValueError that names the file if it is not a whole GGUF file.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            head = b""
+            while True:
+                step = file.read(HEAD_STEP)
+                head += step
+                try:
+                    self.metadata, self.tensors = self._parse(_Cursor(head))
+                except EOFError:
+                    if step:
+                        continue
+                    raise self._error("ends within its head") from None
+                break
+        for tensor in self.tensors.values():
+            if tensor.position + tensor.nbytes > self.size:
+                raise self._error(f"ends within the tensor {tensor.name}")
+
+    def data(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Return the bytes of some rows of a tensor, uint8 (rows, bytes of a row), on the CPU.
+
+        A tensor with one axis is one row.
+        """
+        tensor = self.tensors[name]
+        count = math.prod(tensor.shape[:-1])
+        start, stop, _ = rows.indices(count)
+        with self.path.open("rb") as file:
+            file.seek(tensor.position + start * tensor.row_bytes)
+            content = np.fromfile(file, np.uint8, (stop - start) * tensor.row_bytes)
+        return torch.from_numpy(content).view(stop - start, tensor.row_bytes)
+
+    def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """Return the values of a tensor in its shape, float32, on the device."""
+        tensor = self.tensors[name]
+        return dequantize(self.data(name).to(device), tensor.type).view(tensor.shape)
+
+    def _parse(self, cursor: "_Cursor") -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+        """Return the keys and the tensors of a head."""
+        if cursor.take(4) != MAGIC:
+            raise self._error("is not a GGUF file")
+        version, tensors, keys = cursor.unpack("<Iqq")
+        if version not in VERSIONS:
+            raise self._error(
+                f"has version {version} of the format; expected 2 or 3, little-endian"
+            )
+        try:
+            pairs = [(cursor.text(), cursor.value()) for _ in range(keys)]
+            infos = [cursor.tensor() for _ in range(tensors)]
+        except (ValueError, KeyError) as error:
+            raise self._error(f"has a head that cannot be read ({error})") from None
+        metadata = dict(pairs)
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise self._error(f"has general.alignment {alignment!r}; expected a number of bytes")
+        start = -(-cursor.position // alignment) * alignment
+        found = {
+            name: StoredTensor(name, shape, kind, start + offset)
+            for name, shape, kind, offset in infos
+        }
+        if len(metadata) != keys or len(found) != tensors:
+            raise self._error("has a key or a tensor twice")
+        return metadata, found
+
+    def _error(self, reason: str) -> ValueError:
+        return ValueError(f"{self.path}: {reason}")
+
+
+class _Cursor:
+    """A position in the bytes of a head. Reading beyond them raises EOFError."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+        self.position = 0
+
+    def take(self, count: int) -> bytes:
+        """Return the next `count` bytes."""
+        end = self.position + count
+        if count < 0 or end > len(self.content):
+            raise EOFError
+        taken = self.content[self.position : end]
+        self.position = end
+        return taken
+
+    def unpack(self, form: str) -> tuple:
+        """Return the next values in a format of `struct`."""
+        return struct.unpack(form, self.take(struct.calcsize(form)))
+
+    def text(self) -> str:
+        """Return the next string."""
+        return self.take(self.unpack("<Q")[0]).decode()
+
+    def value(self) -> Any:
+        """Return the next value, with its type before it."""
+        kind = GGUFValueType(self.unpack("<I")[0])
+        if kind == GGUFValueType.STRING:
+            return self.text()
+        if kind != GGUFValueType.ARRAY:
+            return self._numbers(kind, 1)[0]
+        kind, count = GGUFValueType(self.unpack("<I")[0]), self.unpack("<Q")[0]
+        if kind == GGUFValueType.STRING:
+            return [self.text() for _ in range(count)]
+        return self._numbers(kind, count)
+
+    def tensor(self) -> tuple[str, tuple[int, ...], GGMLType, int]:
+        """Return name, shape, type and offset of the next tensor."""
+        name, (dims,) = self.text(), self.unpack("<I")
+        if not 1 <= dims <= MAX_DIMS:
+            raise ValueError(f"tensor {name} with {dims} axes")
+        sizes = self.unpack(f"<{dims}Q")
+        kind, offset = self.unpack("<IQ")
+        return name, sizes[::-1], GGMLType(kind), offset
+
+    def _numbers(self, kind: GGUFValueType, count: int) -> list:
+        """Return the next `count` numbers of a type."""
+        dtype = np.dtype(SCALAR_TYPES[kind])
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
