@@ -17,8 +17,13 @@ from torch import Tensor
 from minitune.gguf.quantization import iq4, simple_blocks
 from minitune.gguf.quantization.columns import column_sums
 from minitune.gguf.quantization.dequantize import BLOCK_DEQUANTIZERS
+from minitune.gguf.quantization.k_quants import K_QUANTIZERS
 
-BLOCK_QUANTIZERS = {**simple_blocks.BLOCK_QUANTIZERS, **iq4.BLOCK_QUANTIZERS}
+BLOCK_QUANTIZERS = {
+    **simple_blocks.BLOCK_QUANTIZERS,
+    **iq4.BLOCK_QUANTIZERS,
+    **K_QUANTIZERS,
+}
 FLOAT_DTYPES = {
     GGMLType.F32: torch.float32,
     GGMLType.F16: torch.float16,
