@@ -91,6 +91,7 @@ class LanguageModel(CausalLM):
         progress: bool = False,
         imatrix: str | Path | ImportanceMatrix | None = None,
         ollama: bool = False,
+        verify: bool = True,
     ) -> Path | list[Path]:
         """Write the merged model into a folder as GGUF files of one or several types, in one pass.
 
@@ -101,19 +102,20 @@ class LanguageModel(CausalLM):
         imatrix: the importance matrix that the quantisers use: a file in one of llama.cpp's forms,
             or the result of `minitune.gguf.importance_collection.importance_from_data`.
         ollama: write a Modelfile beside each file, for `ollama create`.
+        verify: check each file before it gets its name (gguf/verify.py).
 
         Returns: the path of the file, or a list of paths if `quantization_method` is a list.
 
-        Raises: ValueError if a file exists, if GGUF cannot express the model or tokenizer, if the
-            importance matrix is damaged or another model's, or if Ollama's templates cannot express
-            the chat template.
+        Raises: ValueError if a file exists or fails a check, if GGUF cannot express the model or
+            tokenizer, if the importance matrix is damaged or another model's, or if Ollama's
+            templates cannot express the chat template.
         """
         if isinstance(imatrix, str | Path):
             imatrix = read_imatrix(imatrix)
         plan = plan_export(
             self, folder, tokenizer, quantization_method, merge_base, importance=imatrix
         )
-        paths = (plan.with_modelfiles() if ollama else plan).write(progress)
+        paths = (plan.with_modelfiles() if ollama else plan).write(progress, verify)
         return paths[0] if isinstance(quantization_method, str) else paths
 
 

@@ -97,6 +97,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
         default="auto",
         help="weights to merge into; auto: the original ones if the model folder holds them",
     )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="give GGUF files their names without reading them back",
+    )
     return parser
 
 
@@ -132,7 +137,7 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     if merged is None and not needs_model:
         # Tensor by tensor, without a model in memory.
         planned = plan_conversion(folder, output, methods, importance)
-        return _write(planned.with_modelfiles() if arguments.ollama else planned)
+        return _write(planned.with_modelfiles() if arguments.ollama else planned, arguments)
 
     model, tokenizer = _load(arguments, use_nf4, prequantized)
 
@@ -154,15 +159,16 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     if merged is not None:
         paths.append(merge_to_folder(model, merged, tokenizer, merge_base))
     if planned is not None:
-        paths += _write(planned)
+        paths += _write(planned, arguments)
     if quantized is not None:
         paths.append(save_4bit(model, quantized, tokenizer))
     return paths
 
 
-def _write(planned: GGUFExport) -> list[Path]:
+def _write(planned: GGUFExport, arguments: argparse.Namespace) -> list[Path]:
     """Write GGUF files and Modelfiles, and return their paths."""
-    return [*planned.write(progress=True), *planned.modelfiles]
+    paths = planned.write(progress=True, verify=not arguments.no_verify)
+    return [*paths, *planned.modelfiles]
 
 
 def _load(
