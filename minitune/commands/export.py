@@ -21,6 +21,7 @@ import torch
 from minitune.api import FastLanguageModel, LanguageModel
 from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.merge import merge_to_folder
+from minitune.checkpoints.model_folder import check_new_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.checkpoints.save_4bit import save_4bit
 from minitune.config.cli import CommandParser, print_notes, run_command, split_items
@@ -149,6 +150,8 @@ def export(arguments: argparse.Namespace) -> list[Path]:
         return planned.with_modelfiles() if arguments.ollama else planned
 
     # Refusals come before anything is collected or written.
+    for new_folder in filter(None, (merged, quantized)):
+        check_new_folder(model, new_folder)
     planned = None if output is None else plan(importance)
     if collects:
         data, limit = arguments.imatrix_from, arguments.imatrix_tokens
