@@ -11,7 +11,11 @@ from transformers_twin import batch, hf_twin, load, loss_and_gradient, relative
 from minitune import FastLanguageModel
 from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import tensor_widths
-from minitune.gguf.importance_collection import BATCH_TOKENS, collect_importance
+from minitune.gguf.importance_collection import (
+    BATCH_TOKENS,
+    collect_importance,
+    importance_from_data,
+)
 from minitune.gguf.model_metadata import gguf_name
 
 
@@ -115,6 +119,23 @@ def test_the_limit_cuts_the_sample_that_reaches_it(tmp_path):
     cut = collect_importance(model, [samples[0], samples[1][:15]])
     assert limited.tokens == 45
     assert all(torch.equal(limited.values[name], values) for name, values in cut.values.items())
+
+
+def test_a_limit_uses_samples_from_all_over_the_data(tmp_path, monkeypatch):
+    model, tokenizer = load(make_tiny_model(tmp_path / "base"))
+    used = []
+    monkeypatch.setattr(
+        "minitune.gguf.importance_collection.collect_importance",
+        lambda model, samples, *_: used.append([tuple(ids) for ids in samples]),
+    )
+    records = [{"text": f"lamp number {i}"} for i in range(40)]
+    importance_from_data(model, tokenizer, records)
+    importance_from_data(model, tokenizer, records, max_tokens=100)
+    importance_from_data(model, tokenizer, records, max_tokens=100)
+    whole, limited, again = used
+    assert limited == again != whole
+    assert set(limited) == set(whole)
+    assert {whole.index(ids) // 20 for ids in limited[:10]} == {0, 1}
 
 
 def test_collecting_changes_no_bit_of_a_later_step(tmp_path):

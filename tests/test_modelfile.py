@@ -194,8 +194,7 @@ def test_other_templates_are_refused_with_the_reason(source, reason):
 @pytest.mark.parametrize(
     ("system", "reason"),
     [
-        ('Say """.', "SYSTEM in a Modelfile cannot hold the quotes"),
-        ('Say "yes"', "SYSTEM in a Modelfile cannot hold the quotes"),
+        ('Say """.', "SYSTEM in a Modelfile cannot hold triple quotes"),
         ("A\u00a0space", r"cannot hold the character '\\xa0' of SYSTEM"),
     ],
 )

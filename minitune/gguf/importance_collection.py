@@ -13,6 +13,7 @@ and the elementwise operations that give h, h_mid and m a second time. Sums are 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -42,18 +43,22 @@ def importance_from_data(
 ) -> ImportanceMatrix:
     """Return the importance of a model's linears on a dataset that training would accept.
 
-    The samples are those of training, in the order of the records: conversations are rendered by
-    the chat template, and long samples are cut to the model's max_seq_length.
+    The samples are those of training: conversations are rendered by the chat template, and long
+    samples are cut to the model's max_seq_length. If they hold more than `max_tokens` tokens,
+    random samples are used, the same in every call: sorted data is represented too.
 
     source: a file, several files, or records in memory.
     max_tokens, progress: as in `collect_importance`.
 
     Raises: ValueError if records cannot be read or rendered; see also `collect_importance`.
     """
-    data = tokenize_dataset(source, tokenizer, model.max_seq_length)
+    samples = tokenize_dataset(source, tokenizer, model.max_seq_length).samples
+    order = np.arange(len(samples))
+    if samples.lengths.sum() > max_tokens:
+        order = np.random.default_rng(0).permutation(order)
     names = ", ".join(file_names(source)) or "records in memory"
-    samples = (sample.input_ids for sample in data.samples)
-    return collect_importance(model, samples, names, max_tokens, progress)
+    ids = (samples[i].input_ids for i in order)
+    return collect_importance(model, ids, names, max_tokens, progress)
 
 
 @torch.no_grad()

@@ -58,11 +58,10 @@ def modelfile(gguf_name: str, template: OllamaTemplate) -> str:
 def _quoted(command: str, text: str) -> str:
     """Return a text in triple quotes.
 
-    Raises: ValueError if the text holds triple quotes or ends in a quote, or if a character is not
-        printable.
+    Raises: ValueError if the text holds triple quotes or a character that is not printable.
     """
-    if '"""' in text or text.endswith('"'):
-        raise ValueError(f"Ollama: {command} in a Modelfile cannot hold the quotes of {text!r}")
+    if '"""' in text:
+        raise ValueError(f"Ollama: {command} in a Modelfile cannot hold triple quotes: {text!r}")
     for character in text:
         if not (character.isprintable() or character in "\n\t"):
             raise ValueError(
