@@ -1,0 +1,60 @@
+"""A file of each type computes in llama.cpp what this project computes from the same bytes."""
+
+import pytest
+import torch
+from gguf_files import LLAMA3_ROPE
+from referees.llama_cpp import LlamaCpp
+from tiny import make_tiny_model
+from tiny_families import make_tiny_family
+
+from minitune.checkpoints.load_weights import open_model_folder
+from minitune.config.training_config import GGUF_METHODS
+from minitune.gguf.export import convert_folder
+from minitune.gguf.file_weights import FileWeights
+from minitune.gguf.reader import GgufReader
+from minitune.gguf.streamed_logits import next_token_log_probabilities
+
+# Rows of 256 values, so that no type falls back to another. Heads have not D / H columns.
+LLAMA = {"hidden": 256, "ffn": 512, "heads": 8, "head_dim": 64, "tie": False, "tokenizer": "llama3"}
+QWEN = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
+LENGTHS = (1, 7, 40)
+# llama.cpp rounds activations to 8 bit before a product with quantised weights, and to 16 bit
+# before one with float16 or bfloat16.
+LIMITS = {"f32": 1e-4, "f16": 1e-3, "bf16": 2e-3}
+QUANTIZED_LIMIT = 0.02
+
+
+def divergences(path, folder, prompt):
+    """Return the KL divergence of llama.cpp's next tokens from ours, after each length."""
+    config, _ = open_model_folder(folder)
+    prompts = [prompt[:length] for length in LENGTHS]
+    weights = FileWeights(GgufReader(path), config)
+    ours = next_token_log_probabilities(weights, prompts, torch.device("cpu")).double()
+    llama_cpp = LlamaCpp(path)
+    vocab = config.vocab_size
+    theirs = torch.stack([llama_cpp.next_log_probabilities(p, vocab) for p in prompts]).double()
+    theirs = theirs.log_softmax(-1)
+    return (ours.exp() * (ours - theirs)).sum(1)
+
+
+def check_every_type(folder, output):
+    paths = convert_folder(folder, output, list(GGUF_METHODS), verify=False)
+    prompt = torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    for method, path in zip(GGUF_METHODS, paths, strict=True):
+        found = divergences(path, folder, prompt).mean().item()
+        assert found < LIMITS.get(method, QUANTIZED_LIMIT), (method, found)
+
+
+def test_llama_3_with_rope_scaling_and_a_head_of_its_own(tmp_path):
+    folder = make_tiny_model(tmp_path / "base", rope_scaling=LLAMA3_ROPE, **LLAMA)
+    check_every_type(folder, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["qwen3", "qwen3 tied"])
+def test_qwen3(tmp_path, case):
+    check_every_type(make_tiny_family(tmp_path / "base", case, **QWEN), tmp_path)
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path, smollm2):
+    check_every_type(smollm2, tmp_path)
