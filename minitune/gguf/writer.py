@@ -36,7 +36,6 @@ VERSION = 3
 ALIGNMENT = 32  # bytes
 MAX_NAME_BYTES = 63  # of a tensor, in ggml
 CHUNK_VALUES = 1 << 24  # quantised and written at a time: 32 MiB in 16 bit
-CHECKED_BYTES = 64  # of each tensor, compared after writing
 
 MetadataValue = str | bool | int | float | np.int32 | list
 # (Python type, GGUF type, struct format). The first matching Python type is used.
@@ -94,15 +93,13 @@ def write_gguf(
 ) -> None:
     """Write GGUF files that hold the same tensors in different types. Not atomic.
 
-    The heads and the first bytes of each tensor are read back and compared.
-
     files: path -> content. All files have the same tensors in the same order.
     tensors: the values, in the order of the files, on any device.
     importance: mean squares of a linear's inputs, float32 (width,), by the tensor's name.
     progress: show a progress bar in bytes on a terminal.
 
-    Raises: ValueError if a value is not finite or overflows its type, or if a file reads back
-        differently; OSError if a file cannot be written.
+    Raises: ValueError if a value is not finite or overflows its type; OSError if a file cannot be
+        written.
     """
     columns = zip(*(content.infos for content in files.values()), strict=True)
     total = sum(info.nbytes for content in files.values() for info in content.infos)
@@ -111,12 +108,8 @@ def write_gguf(
         bar = stack.enter_context(_progress_bar(total, progress))
         for file, content in zip(opened, files.values(), strict=True):
             file.write(content.head)
-        starts = [
+        for infos, tensor in zip(columns, tensors, strict=True):
             _write_tensor(opened, infos, tensor, (importance or {}).get(infos[0].name), bar)
-            for infos, tensor in zip(columns, tensors, strict=True)
-        ]
-    for i, (path, content) in enumerate(files.items()):
-        _check(path, content, [start[i] for start in starts])
 
 
 def _progress_bar(total: int, progress: bool) -> tqdm:
@@ -187,28 +180,23 @@ def _write_tensor(
     tensor: Tensor,
     importance: Tensor | None,
     bar: tqdm,
-) -> list[bytes]:
+) -> None:
     """Append one tensor's data and padding to each file.
 
     infos: the tensor's description in each file.
-
-    Returns: the first bytes of the data in each file.
     """
     name, shape = infos[0].name, infos[0].shape
     assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} instead of {shape}"
-    starts = [b""] * len(files)
     rows = tensor.detach().reshape(-1, shape[-1])
     importance = None if importance is None else importance.to(rows.device)
     for part in rows.split(max(1, CHUNK_VALUES // shape[-1])):
         for kind in dict.fromkeys(info.type for info in infos):
             data = _quantized(name, part, kind, importance)
-            for i, info in enumerate(infos):
+            for file, info in zip(files, infos, strict=True):
                 if info.type == kind:
-                    starts[i] = starts[i] or bytes(data[:CHECKED_BYTES])
-                    bar.update(files[i].write(data))
+                    bar.update(file.write(data))
     for file, info in zip(files, infos, strict=True):
         file.write(bytes(-info.nbytes % ALIGNMENT))
-    return starts
 
 
 def _quantized(name: str, rows: Tensor, kind: GGMLType, importance: Tensor | None) -> memoryview:
@@ -218,22 +206,3 @@ def _quantized(name: str, rows: Tensor, kind: GGMLType, importance: Tensor | Non
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return memoryview(data.cpu().numpy()).cast("B")
-
-
-def _check(path: Path, content: Content, starts: list[bytes]) -> None:
-    """Compare the head, the first bytes of each tensor and the size with those written.
-
-    Raises: ValueError if any of them differs.
-    """
-    head = content.head
-    with path.open("rb") as file:
-        same = file.read(len(head)) == head
-        for info, start in zip(content.infos, starts, strict=True):
-            position = file.tell()
-            same = same and file.read(len(start)) == start
-            file.seek(position + _padded(info.nbytes))
-        same = same and file.tell() == path.stat().st_size
-    if not same:
-        raise ValueError(
-            f"{path}: reads back differently than it was written; the disk may be faulty"
-        )
