@@ -8,6 +8,10 @@
         Write tests/ggml_quantizers.npz: of each case the sha256 of ggml's bytes, a 16-bit digest
         of each 256 values, and ggml's RMSE.
 
+    python tests/referees/ggml_quantizers.py rate --library libggml-base.so [--device cuda]
+        Values a second of our quantisers and dequantisers, with all threads, beside ggml's
+        quantisers and gguf-py's dequantisers, which use one thread.
+
 --library defaults to the environment variable GGML_LIBRARY. `--types Q4_K,Q6_K` limits a table.
 
 The seeded inputs are the same on every machine: PCG64's raw integers, and operations that IEEE 754
@@ -19,8 +23,10 @@ import ctypes
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +37,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minitune.config.cli import CommandParser, run_command
-from minitune.gguf.quantization.quantize import BLOCK_QUANTIZERS, quantize
+from minitune.gguf.quantization.quantize import BLOCK_QUANTIZERS, dequantize, quantize
 from referees.reporting import markdown_table
 
 GOLDEN = Path(__file__).resolve().parents[1] / "ggml_quantizers.npz"
@@ -42,6 +48,8 @@ SEARCHING_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 FLOAT_TYPES = ("F16", "BF16")
 ALL_TYPES = (*FLOAT_TYPES, *SIMPLE_TYPES, *SEARCHING_TYPES)
 REAL_ROWS = 256  # of each tensor of a model
+RATE_ROWS = 2048  # of WIDTH values
+REPEATS = 5  # of a measured call
 
 
 class Ggml:
@@ -240,6 +248,43 @@ def compare(args: argparse.Namespace) -> str:
     return markdown_table(columns, [[*key, *cells] for key, cells in rows.items()])
 
 
+def rate(args: argparse.Namespace) -> str:
+    """Return the table of rates, in million values a second."""
+    ggml = Ggml(args.library)
+    values = np.tile(seeded_inputs()["Gaussian"], (RATE_ROWS // ROWS, 1))
+    importance = seeded_importance()
+    weights = torch.from_numpy(values).to(args.device)
+    importance_there = torch.from_numpy(importance).to(args.device)
+    rows = []
+    for kind in (GGMLType[name] for name in args.types):
+        data = quantize(weights, kind)
+        host = data.cpu().numpy()
+        one = values[: RATE_ROWS // 8]
+        times = [
+            seconds(partial(quantize, weights, kind)),
+            seconds(partial(quantize, weights, kind, importance_there)),
+            8 * seconds(partial(ggml.quantize, one, kind, None)),
+            8 * seconds(partial(ggml.quantize, one, kind, importance)),
+            seconds(partial(dequantize, data, kind)),
+            8 * seconds(partial(quants.dequantize, host[: RATE_ROWS // 8], kind)),
+        ]
+        rows.append([kind.name, *(f"{values.size / time / 1e6:.0f}" for time in times)])
+    columns = ["type", "ours", "ours, imp.", "ggml", "ggml, imp.", "ours, back", "gguf-py, back"]
+    return markdown_table(columns, rows)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Return the shortest time of a few calls."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
 def golden(args: argparse.Namespace) -> str:
     """Write the golden data, and return one line about the file."""
     ggml = Ggml(args.library)
@@ -264,16 +309,17 @@ def run(arguments: Sequence[str] | None) -> None:
     """Run the command line and print its result."""
     form = argparse.RawDescriptionHelpFormatter
     parser = CommandParser("ggml_quantizers.py", description=__doc__, formatter_class=form)
-    parser.add_argument("command", choices=["compare", "golden"])
+    parser.add_argument("command", choices=["compare", "golden", "rate"])
     library = os.environ.get("GGML_LIBRARY")
     parser.add_argument("--library", type=Path, default=library, required=library is None)
     parser.add_argument("--model", type=Path, help="folder with model.safetensors")
+    parser.add_argument("--device", default="cpu", help="of the rates: cpu or cuda")
     parser.add_argument("--types", default=None, help="names, with commas between them")
     args = parser.parse_args(arguments)
     known = (*FLOAT_TYPES, *(kind.name for kind in BLOCK_QUANTIZERS))
     default = ALL_TYPES if args.command == "golden" else known
     args.types = tuple(args.types.split(",")) if args.types else default
-    print({"compare": compare, "golden": golden}[args.command](args))
+    print({"compare": compare, "golden": golden, "rate": rate}[args.command](args))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

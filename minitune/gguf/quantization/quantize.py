@@ -73,7 +73,7 @@ def _quantize_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None) -> T
     rows = rows.float().contiguous()
     block_width = GGML_QUANT_SIZES[kind][0]
     blocks = rows.view(-1, block_width)
-    if importance is None:
+    if importance is None or kind == GGMLType.Q8_0:  # Q8_0 makes no choices
         return BLOCK_QUANTIZERS[kind](blocks, None, None)
     width = rows.shape[1]
     weights = importance.expand_as(rows).reshape(-1, block_width)

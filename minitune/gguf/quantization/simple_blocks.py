@@ -22,22 +22,40 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
+from minitune.gguf.quantization.columns import rounded_sqrt
+from minitune.gguf.quantization.k_searches import (
+    EAGER_STEPS,
+    Steps,
+    SubBlocks,
+    affine_levels,
+    columns,
+    fit_affine,
+    fit_symmetric,
+    symmetric_levels,
+)
+
+BLOCK = 32  # values
+IMPORTANCE_OFFSETS = (-0.9, 0.05, 37)
 BELOW_HALF = 0.49999997  # the largest float32 below 0.5
 LOW_BITS = 0x0F0F0F0F0F0F0F0F  # of eight bytes
 FIRST_BITS = 0x0101010101010101
 GATHER_BITS = 0x0102040810204080  # moves bit 0 of byte j to bit 56 + j of the product
 
 # (blocks (N, width of a block) float32, importance (N, width of a block) float32 or None,
-# mean square of the block's row (N, 1) float32 or None) -> bytes (N, bytes of a block) uint8
-BlockQuantizer = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+# mean square of the block's row (N, 1) float32 or None, steps of the searches)
+# -> bytes (N, bytes of a block) uint8
+BlockQuantizer = Callable[[Tensor, Tensor | None, Tensor | None, Steps], Tensor]
 
 
 def quantize_q8_0(
-    blocks: Tensor, importance: Tensor | None, row_mean_square: Tensor | None
+    blocks: Tensor,
+    importance: Tensor | None,
+    row_mean_square: Tensor | None,
+    steps: Steps = EAGER_STEPS,
 ) -> Tensor:
     """Return Q8_0 blocks: d = max|x| / 127, q = round(x / d), halves away from zero.
 
-    ggml has no use for the importance here.
+    The importance changes nothing.
     """
     scale = blocks.abs().amax(1, keepdim=True).div_(blocks.new_tensor(127.0))
     scaled = blocks * inverse_or_zero(scale)
@@ -47,34 +65,94 @@ def quantize_q8_0(
 
 
 def quantize_symmetric(
-    blocks: Tensor, importance: Tensor | None, row_mean_square: Tensor | None, bits: int
+    blocks: Tensor,
+    importance: Tensor | None,
+    row_mean_square: Tensor | None,
+    steps: Steps = EAGER_STEPS,
+    *,
+    bits: int,
 ) -> Tensor:
-    """Return Q4_0 or Q5_0 blocks: d = x / -2^(bits - 1) of the x with the largest magnitude."""
-    half = 2.0 ** (bits - 1)
-    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
-    extreme = torch.where(high > -low, high, low)
-    # The first of equal magnitudes decides. A block of zeros has the scale -0.
-    _take_first_(extreme, blocks, (high == -low) & (high > 0), lambda rows: rows.abs().argmax(1))
-    extreme.masked_fill_(extreme == 0, 0.0)
-    scale = extreme / blocks.new_tensor(-half)
-    inverse = inverse_or_zero(scale)
-    # In ggml a scale whose inverse overflows makes every q zero.
-    offset = torch.where((inverse == 0) & (scale != 0), 0.0, half + 0.5)
-    levels = (blocks * inverse).add_(offset).clamp_(max=2 * half - 1)
+    """Return Q4_0 or Q5_0 blocks.
+
+    Without an importance, d = x / -2^(bits - 1) for the x with the largest magnitude.
+    """
+    if importance is None:
+        scale, levels = _symmetric_by_peak(blocks, bits)
+    else:
+        weighted = _weighted_columns(blocks, importance, row_mean_square)
+        scale, levels = _symmetric_by_search(weighted, bits, steps)
     return torch.cat([float16_bytes(scale), *pack_levels(levels, bits)], 1)
 
 
 def quantize_with_minimum(
-    blocks: Tensor, importance: Tensor | None, row_mean_square: Tensor | None, bits: int
+    blocks: Tensor,
+    importance: Tensor | None,
+    row_mean_square: Tensor | None,
+    steps: Steps = EAGER_STEPS,
+    *,
+    bits: int,
 ) -> Tensor:
-    """Return Q4_1 or Q5_1 blocks: m = min x, d = (max x - m) / (2^bits - 1)."""
+    """Return Q4_1 or Q5_1 blocks.
+
+    Without an importance, m = min x and d = (max x - m) / (2^bits - 1).
+    """
+    if importance is None:
+        ends, levels = _affine_by_ends(blocks, bits)
+    else:
+        weighted = _weighted_columns(blocks, importance, row_mean_square)
+        ends, levels = _affine_by_search(weighted, bits, steps)
+    return torch.cat([float16_bytes(ends), *pack_levels(levels, bits)], 1)
+
+
+def _symmetric_by_peak(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return d (N, 1) and the levels (N, 32) with fractions."""
+    half = 2.0 ** (bits - 1)
+    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    peak = torch.where(high > -low, high, low)
+    # The first of equal magnitudes decides. A block of zeros has the scale -0.
+    _take_first_(peak, blocks, (high == -low) & (high > 0), lambda rows: rows.abs().argmax(1))
+    peak.masked_fill_(peak == 0, 0.0)
+    scale = peak / blocks.new_tensor(-half)
+    inverse = inverse_or_zero(scale)
+    # In ggml a scale whose inverse overflows makes every level zero.
+    offset = torch.where((inverse == 0) & (scale != 0), 0.0, half + 0.5)
+    return scale, (blocks * inverse).add_(offset).clamp_(max=2 * half - 1)
+
+
+def _symmetric_by_search(blocks: SubBlocks, bits: int, steps: Steps) -> tuple[Tensor, Tensor]:
+    """Return d (N, 1) and the levels (N, 32)."""
+    half = 1 << (bits - 1)
+    fit = fit_symmetric(blocks, half, steps)
+    levels = symmetric_levels(blocks.values, fit.inverse, half).add_(half)
+    levels.masked_fill_(fit.score.isinf(), 0.0)  # as ggml stores a block of zeros
+    return fit.scale[:, None], levels.t()
+
+
+def _affine_by_ends(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return d and m (N, 2), and the levels (N, 32) with fractions."""
+    highest = 2.0**bits - 1
     low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
     # The first of several zeros gives m its sign. The sign of d is positive.
     _take_first_(low, blocks, low == 0, lambda rows: rows.argmin(1))
-    scale = (high - low).abs_().div_(blocks.new_tensor(2.0**bits - 1))
-    levels = (blocks - low).mul_(inverse_or_zero(scale)).add_(0.5).clamp_(max=2.0**bits - 1)
-    ends = float16_bytes(torch.cat([scale, low], 1))
-    return torch.cat([ends, *pack_levels(levels, bits)], 1)
+    scale = (high - low).abs_().div_(blocks.new_tensor(highest))
+    levels = (blocks - low).mul_(inverse_or_zero(scale)).add_(0.5).clamp_(max=highest)
+    return torch.cat([scale, low], 1), levels
+
+
+def _affine_by_search(blocks: SubBlocks, bits: int, steps: Steps) -> tuple[Tensor, Tensor]:
+    """Return d and m (N, 2), and the levels (N, 32)."""
+    highest = (1 << bits) - 1
+    fit = fit_affine(blocks, highest, IMPORTANCE_OFFSETS, False, steps)
+    levels = affine_levels(blocks.values, fit.inverse, fit.base, highest)
+    return torch.stack([fit.scale, fit.minimum], 1), levels.t()
+
+
+def _weighted_columns(blocks: Tensor, importance: Tensor, row_mean_square: Tensor) -> SubBlocks:
+    """Return the columns of a search with the weights h sqrt(mean x^2 of the row + x^2)."""
+    values = columns(blocks, BLOCK)
+    weights = rounded_sqrt(values.square().add_(row_mean_square.t()))
+    weights.mul_(columns(importance, BLOCK))
+    return SubBlocks(values, weights, weights * values)
 
 
 def _take_first_(
@@ -104,7 +182,7 @@ def float16_bytes(values: Tensor) -> Tensor:
 def pack_levels(levels: Tensor, bits: int) -> list[Tensor]:
     """Return the parts of a block that hold its levels, each (N, bytes) uint8.
 
-    levels: numbers (N, 32) from 0 to 2^bits, without 2^bits. Fractions are dropped.
+    levels: numbers (N, 32) of at least 0 and below 2^bits. Fractions are dropped.
     bits: 4, or 5 for a part with the high bits before the part with the low bits.
     """
     words = levels.to(torch.int8).contiguous().view(torch.int64)  # eight levels a word
