@@ -8,21 +8,32 @@ operations run over contiguous memory.
 import torch
 from torch import Tensor
 
-SMALLEST_PEAK = 1e-15  # blocks below are zero to the searches
-SUMMED_IN_ORDER = 16  # rows that PyTorch's sum over the rows adds one after another on a CPU
+SMALLEST_PEAK = 1e-15  # a column without a larger magnitude counts as zero
+SUMMED_ROWS = 16  # that PyTorch adds one after the other on the CPU
 
 
-def column_sums(values: Tensor) -> Tensor:
-    """Return the sums (S,) of the columns, added from the top down. Overwrites `values`."""
-    total = values[:SUMMED_IN_ORDER].sum(0)
-    for start in range(SUMMED_IN_ORDER, len(values), SUMMED_IN_ORDER):
-        values[start] += total
-        total = values[start : start + SUMMED_IN_ORDER].sum(0)
+def columns(values: Tensor, size: int) -> Tensor:
+    """Return values of (blocks, width) or (S,) as columns (size, S) of neighbours."""
+    return values.reshape(-1, size).t().contiguous()
+
+
+def column_sums(terms: Tensor) -> Tensor:
+    """Return the sums (S,) of the columns, added from the first row to the last.
+
+    Overwrites `terms`. PyTorch's sum on the CPU adds up to 16 rows in order if S is a multiple of
+    32, and longer columns in parts. Here the sum of a part is added to the first row of the next.
+    """
+    if torch.compiler.is_compiling() or terms.device.type != "cpu":
+        return terms.sum(0)
+    total = terms[:SUMMED_ROWS].sum(0)
+    for start in range(SUMMED_ROWS, len(terms), SUMMED_ROWS):
+        terms[start] += total
+        total = terms[start : start + SUMMED_ROWS].sum(0)
     return total
 
 
 def signed_peak(values: Tensor) -> Tensor:
-    """Return the value (S,) of the largest magnitude of each column, the first of equal ones.
+    """Return the value (S,) of the largest magnitude of each column, the first of equals.
 
     The number of rows is a power of two.
     """

@@ -31,25 +31,28 @@ from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
 from minitune.gguf.quantization import k_packing as packing
-from minitune.gguf.quantization.k_searches import (
-    EAGER_STEPS,
+from minitune.gguf.quantization.columns import (
     SMALLEST_PEAK,
-    Steps,
-    SubBlocks,
     column_sums,
     columns,
+    rounded_sqrt,
+    signed_peak,
+)
+from minitune.gguf.quantization.k_searches import (
+    EAGER_STEPS,
+    IMPORTANCE_OFFSETS,
+    Steps,
+    SubBlocks,
     descend,
     fit_affine,
     fit_symmetric,
     fit_unsigned,
     inverse_scale,
-    signed_peak,
     symmetric_levels,
 )
 from minitune.gguf.quantization.simple_blocks import BlockQuantizer, float16_bytes
 
 BLOCK = 256  # weights
-IMPORTANCE_OFFSETS = (-0.9, 0.05, 37)  # of the trials with an importance
 
 
 class AffineType(NamedTuple):
@@ -79,12 +82,7 @@ class AffineBlocks(NamedTuple):
 def importance_weights(blocks: Tensor, importance: Tensor, factor: int) -> Tensor:
     """Return h sqrt(factor mean(W^2) + W^2), with the mean over the block, not over the row."""
     mean_square = column_sums(columns(blocks.square(), BLOCK)) * (factor / BLOCK)
-    return importance * exact_sqrt(mean_square[:, None] + blocks.square())
-
-
-def exact_sqrt(values: Tensor) -> Tensor:
-    """Return float32 square roots, correctly rounded. PyTorch's on the CPU may err by one bit."""
-    return values.double().sqrt_().float()
+    return importance * rounded_sqrt(mean_square[:, None] + blocks.square())
 
 
 def round_to_float16(values: Tensor) -> Tensor:
@@ -144,7 +142,7 @@ def quantize_affine(
         weights = values.abs()
     else:
         mean_square = column_sums(values.square()) / kind.size
-        weights = exact_sqrt(mean_square) + values.abs()
+        weights = rounded_sqrt(mean_square) + values.abs()
     sub_blocks = SubBlocks(values, weights, weights * values)
     absolute = narrow and importance is None
     fit = fit_affine(sub_blocks, kind.levels, offsets, absolute, steps)

@@ -26,9 +26,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALLEST_PEAK = 1e-15  # a column without a larger magnitude counts as zero
+from minitune.gguf.quantization.columns import SMALLEST_PEAK, column_sums, signed_peak
+
+IMPORTANCE_OFFSETS = (-0.9, 0.05, 37)  # of the trials of affine fits with an importance
 SWEEPS = 5  # of a descent
-SUMMED_ROWS = 16  # that PyTorch adds one after the other on the CPU
 
 
 class SubBlocks(NamedTuple):
@@ -55,34 +56,6 @@ class SymmetricFit(NamedTuple):
     scale: Tensor
     score: Tensor  # reduction of the error against scale 0, infinite for columns of zeros
     inverse: Tensor
-
-
-def columns(values: Tensor, size: int) -> Tensor:
-    """Return values of (blocks, width) or (S,) as columns (size, S) of neighbours."""
-    return values.reshape(-1, size).t().contiguous()
-
-
-def column_sums(terms: Tensor) -> Tensor:
-    """Return the sums (S,) of the columns, added from the first row to the last.
-
-    Overwrites `terms`. PyTorch's sum on the CPU adds up to 16 rows in order, and longer columns in
-    parts. Here the sum of a part is added to the first row of the next part.
-    """
-    if torch.compiler.is_compiling() or terms.device.type != "cpu":
-        return terms.sum(0)
-    total = terms[:SUMMED_ROWS].sum(0)
-    for start in range(SUMMED_ROWS, len(terms), SUMMED_ROWS):
-        terms[start] += total
-        total = terms[start : start + SUMMED_ROWS].sum(0)
-    return total
-
-
-def signed_peak(values: Tensor) -> Tensor:
-    """Return the value (S,) of the largest magnitude of each column; the first of equals."""
-    while len(values) > 1:
-        first, second = values[0::2], values[1::2]
-        values = torch.where(second.abs() > first.abs(), second, first)
-    return values[0]
 
 
 def inverse_scale(levels: int, peak: Tensor) -> Tensor:

@@ -22,20 +22,19 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
-from minitune.gguf.quantization.columns import rounded_sqrt
+from minitune.gguf.quantization.columns import columns, rounded_sqrt
 from minitune.gguf.quantization.k_searches import (
     EAGER_STEPS,
+    IMPORTANCE_OFFSETS,
     Steps,
     SubBlocks,
     affine_levels,
-    columns,
     fit_affine,
     fit_symmetric,
     symmetric_levels,
 )
 
 BLOCK = 32  # values
-IMPORTANCE_OFFSETS = (-0.9, 0.05, 37)
 BELOW_HALF = 0.49999997  # the largest float32 below 0.5
 LOW_BITS = 0x0F0F0F0F0F0F0F0F  # of eight bytes
 FIRST_BITS = 0x0101010101010101
