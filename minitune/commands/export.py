@@ -81,9 +81,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--imatrix-tokens",
         type=int,
-        default=DEFAULT_TOKENS,
         metavar="N",
-        help="tokens of --imatrix-from to use (default: %(default)s)",
+        help=f"tokens of --imatrix-from to use (default: {DEFAULT_TOKENS})",
     )
     parser.add_argument(
         "--ollama", action="store_true", help="write a Modelfile beside each GGUF file"
@@ -111,23 +110,10 @@ def export(arguments: argparse.Namespace) -> list[Path]:
 
     Raises: ValueError if the command line asks for none, or the model cannot be written.
     """
+    _check(arguments)
     methods, merge_base = split_items(arguments.quantization_method), arguments.merge_base
     output, merged, quantized = arguments.output, arguments.merged, arguments.save_4bit
-    if output is None and merged is None and quantized is None:
-        raise ValueError(
-            "nothing to write: give --output for a GGUF file, --merged for a 16-bit folder, or "
-            "--save-4bit for one in NF4"
-        )
-    if quantized is not None and arguments.adapter is not None:
-        raise ValueError(
-            "--save-4bit writes the model without an adapter; write --merged first, and then "
-            "--save-4bit with the merged folder as --model"
-        )
     collects = arguments.imatrix_from is not None
-    if output is None and (collects or arguments.imatrix is not None or arguments.ollama):
-        raise ValueError(
-            "--imatrix, --imatrix-from and --ollama need --output: GGUF files use them"
-        )
     folder = resolve_model(arguments.model)
     config = ModelConfig.from_folder(folder)
     print_notes(config.notes)
@@ -154,7 +140,7 @@ def export(arguments: argparse.Namespace) -> list[Path]:
         check_new_folder(model, new_folder)
     planned = None if output is None else plan(importance)
     if collects:
-        data, limit = arguments.imatrix_from, arguments.imatrix_tokens
+        data, limit = arguments.imatrix_from, arguments.imatrix_tokens or DEFAULT_TOKENS
         importance = importance_from_data(model, tokenizer, data, limit, progress=True)
         print(f"{'imatrix':<11}{importance}", file=sys.stderr)
         planned = plan(importance)
@@ -166,6 +152,31 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     if quantized is not None:
         paths.append(save_4bit(model, quantized, tokenizer))
     return paths
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError if the flags ask for nothing, or do not belong together."""
+    if arguments.output is arguments.merged is arguments.save_4bit is None:
+        raise ValueError(
+            "nothing to write: give --output for a GGUF file, --merged for a 16-bit folder, or "
+            "--save-4bit for one in NF4"
+        )
+    if arguments.save_4bit is not None and arguments.adapter is not None:
+        raise ValueError(
+            "--save-4bit writes the model without an adapter; write --merged first, and then "
+            "--save-4bit with the merged folder as --model"
+        )
+    if arguments.output is None and (
+        arguments.imatrix is not None or arguments.imatrix_from is not None or arguments.ollama
+    ):
+        raise ValueError(
+            "--imatrix, --imatrix-from and --ollama need --output: GGUF files use them"
+        )
+    tokens = arguments.imatrix_tokens
+    if tokens is not None and (arguments.imatrix_from is None or tokens < 1):
+        raise ValueError(
+            f"--imatrix-tokens {tokens}: expected at least 1, together with --imatrix-from"
+        )
 
 
 def _write(planned: GGUFExport, arguments: argparse.Namespace) -> list[Path]:
