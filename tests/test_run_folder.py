@@ -23,8 +23,8 @@ from minitune.training.run_folder import (
     check_output,
     clear_run,
     existing_outputs,
-    write_models,
 )
+from minitune.training.write_models import write_models
 
 CHECKPOINTS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 

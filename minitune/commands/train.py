@@ -30,6 +30,7 @@ from minitune.gguf.general_metadata import gguf_file_names
 from minitune.training import run_folder
 from minitune.training.check_base import check_base, checked_samples
 from minitune.training.trainer import SFTTrainer
+from minitune.training.write_models import write_models
 
 
 class Demonstration(NamedTuple):
@@ -72,7 +73,7 @@ def train(settings: Settings) -> None:
     """Train, save the adapter, and write the models that the settings ask for."""
     trainer, run = prepare(settings), settings.run
     trainer.train()
-    models = run_folder.write_models(
+    models = write_models(
         trainer.model,
         trainer.processing_class,
         trainer.output,

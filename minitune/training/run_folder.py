@@ -22,17 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from minitune.atomic_files import (
-    atomic_folder,
     atomic_write_text,
     os_errors_as_value_error,
     read_json,
 )
 from minitune.checkpoints.adapter import save_adapter
-from minitune.checkpoints.merge import merge_to_folder
 from minitune.config.cli import toml_text
 from minitune.config.training_config import SFTConfig
-from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.export import export_gguf
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import STATE, save_checkpoint
 from minitune.training.optimizer import FlatAdamW
@@ -317,44 +313,3 @@ class RunFolder:
         save_adapter(model, self.output / ADAPTER)
         add_outputs(self.output, [ADAPTER])
         return self.output / ADAPTER
-
-
-def write_models(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    output: Path,
-    merge: bool = False,
-    methods: Sequence[str] = (),
-    merge_base: str = "auto",
-    progress: bool = False,
-) -> list[Path]:
-    """Write OUTPUT/merged and GGUF files, and return their paths.
-
-    An output of the same name is replaced once the new one is complete.
-
-    merge: write the merged folder.
-    methods: types of the GGUF files.
-    merge_base: weights to merge onto (checkpoints/merge.py).
-    progress: show a progress bar on a terminal.
-
-    Raises: ValueError if an output cannot be written.
-    """
-    written = []
-    if merge:
-        with atomic_folder(output / MERGED, keep_others=False) as partial:
-            merge_to_folder(model, partial, tokenizer, merge_base=merge_base)
-        written.append(output / MERGED)
-        add_outputs(output, [MERGED])
-    if methods:
-        paths = export_gguf(
-            model,
-            output,
-            tokenizer,
-            list(methods),
-            merge_base,
-            overwrite=True,
-            progress=progress,
-        )
-        written += paths
-        add_outputs(output, [path.name for path in paths])
-    return written

@@ -19,8 +19,8 @@ from minitune.config.cli import Settings
 from minitune.data.sources.sources import load_dataset
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
-from minitune.training.run_folder import write_models
 from minitune.training.trainer import SFTTrainer
+from minitune.training.write_models import write_models
 
 DATA = Path(__file__).parent
 OUTPUT = "runs/demo"
