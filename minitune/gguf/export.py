@@ -47,6 +47,7 @@ from minitune.gguf.model_metadata import (
 )
 from minitune.gguf.modelfile import modelfiles
 from minitune.gguf.tensor_layout import tensors_of_file
+from minitune.gguf.tokenizer_check import check_tokenizer
 from minitune.gguf.tokenizer_metadata import tokenizer_metadata
 from minitune.gguf.verify import verify_files
 from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
@@ -341,8 +342,11 @@ def _content_metadata(
 
     name: general.name.
 
-    Raises: ValueError if GGUF cannot express the model or the tokenizer.
+    Raises: ValueError if GGUF cannot express the model, or llama.cpp would cut texts into other
+        tokens than the tokenizer.
     """
     check_expressible(config)
     metadata = sampling_metadata(tokenizer) | model_metadata(config)
-    return metadata | tokenizer_metadata(tokenizer, config.vocab_size, name)
+    metadata |= tokenizer_metadata(tokenizer, config.vocab_size, name)
+    check_tokenizer({"general.name": name} | metadata, tokenizer)
+    return metadata

@@ -58,13 +58,20 @@ class SpecialTokens:
         types = list(map(int, keys.get("token_type", [TokenType.NORMAL] * len(ids))))
         if len(types) < len(ids):
             raise ValueError(f"the file has {len(ids)} tokens but only {len(types)} token types")
-        self._override(ids, keys, types)
-        cut = [id for id, type in enumerate(types) if type in CUT_TYPES]
-        texts = {id: text for text, id in ids.items() if types[id] in CUT_TYPES}
-        cut.sort(key=lambda id: -len(texts[id].encode()))
-        self._order = {texts[id]: rank for rank, id in enumerate(cut)}
-        self._ids = {texts[id]: id for id in cut}
-        self._parsed = {texts[id] for id in cut if types[id] != TokenType.USER_DEFINED}
+        # tokens that are cut out of a text although the file does not say so
+        overridden = _overridden(ids, keys, types)
+        self.unasked = [
+            text
+            for text, type in overridden.items()
+            if types[ids[text]] not in CUT_TYPES and type in CUT_TYPES
+        ]
+        for text, type in overridden.items():
+            types[ids[text]] = type
+        cut = [(id, text) for text, id in ids.items() if types[id] in CUT_TYPES]
+        cut.sort(key=lambda token: -len(token[1].encode()))
+        self._order = {text: rank for rank, (_, text) in enumerate(cut)}
+        self._ids = {text: id for id, text in cut}
+        self._parsed = {text for id, text in cut if types[id] != TokenType.USER_DEFINED}
         self._lengths: dict[str, set[int]] = {}  # first character -> lengths of the tokens
         for text in self._order:
             self._lengths.setdefault(text[0], set()).add(len(text))
@@ -77,33 +84,6 @@ class SpecialTokens:
                         f"token {text!r}; choose a name without phi-3"
                     )
             self._stripped = {*self._order, "</s>"}.difference(PHI_TOKENS_WITHOUT_RSTRIP)
-
-    @staticmethod
-    def _override(ids: Mapping[str, int], keys: Mapping[str, Any], types: list[int]) -> None:
-        """Give the tokens whose texts llama.cpp knows the types that it gives them."""
-        for key, texts in FILL_IN_TOKENS.items():
-            old = OLD_FILL_IN_KEYS.get(key)
-            if f"{key}_token_id" in keys or (old and f"{old}_token_id" in keys):
-                continue
-            found = [text for text in texts.split() if text in ids]
-            plain = [text for text in found if types[ids[text]] not in CUT_TYPES]
-            if plain and len(found) > 1:
-                raise ValueError(
-                    f"llama.cpp makes one of {', '.join(found)} a control token, and which one is "
-                    f"not known; name it with the key tokenizer.ggml.{key}_token_id"
-                )
-            if len(found) == 1:
-                types[ids[found[0]]] = TokenType.CONTROL
-        for text in END_TOKENS.split():
-            if text in ids:
-                types[ids[text]] = TokenType.CONTROL
-        for text in SHOWN_TOKENS:
-            if text in ids:
-                types[ids[text]] = TokenType.USER_DEFINED
-        if "<|end|>" in ids and any(group <= ids.keys() for group in NO_END_GROUPS):
-            types[ids["<|end|>"]] = TokenType.USER_DEFINED
-        if "<|tool_response>" in ids and "</s>" in ids:  # Gemma 4
-            types[ids["</s>"]] = TokenType.NORMAL
 
     def cut(self, text: str, parse_special: bool = True) -> list[str | int]:
         """Return the ids of the tokens in a text, and the stretches of text between them.
@@ -143,3 +123,32 @@ class SpecialTokens:
                 return parts
             parts.append(self._ids[token])
             rest = right.lstrip(ASCII_SPACE) if token in self._stripped else right
+
+
+def _overridden(
+    ids: Mapping[str, int], keys: Mapping[str, Any], types: list[int]
+) -> dict[str, int]:
+    """Return the types that llama.cpp gives the tokens of the vocabulary whose texts it knows.
+
+    types: the types of the file.
+    """
+    found: dict[str, int] = {}
+    for key, texts in FILL_IN_TOKENS.items():
+        old = OLD_FILL_IN_KEYS.get(key)
+        if f"{key}_token_id" in keys or (old and f"{old}_token_id" in keys):
+            continue
+        group = [text for text in texts.split() if text in ids]
+        if len(group) == 1:
+            found[group[0]] = TokenType.CONTROL
+        elif any(types[ids[text]] not in CUT_TYPES for text in group):
+            raise ValueError(
+                f"llama.cpp makes one of {', '.join(group)} a control token, and which one is not "
+                f"known; name it with the key tokenizer.ggml.{key}_token_id"
+            )
+    found |= {text: TokenType.CONTROL for text in END_TOKENS.split() if text in ids}
+    found |= {text: TokenType.USER_DEFINED for text in SHOWN_TOKENS if text in ids}
+    if "<|end|>" in ids and any(group <= ids.keys() for group in NO_END_GROUPS):
+        found["<|end|>"] = TokenType.USER_DEFINED
+    if "<|tool_response>" in ids and "</s>" in ids:  # Gemma 4
+        found["</s>"] = TokenType.NORMAL
+    return found

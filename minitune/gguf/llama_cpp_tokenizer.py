@@ -24,7 +24,11 @@ from minitune.gguf.llama_cpp_words import WORD_RULES, WordRule
 
 # The ids of BOS and EOS if the file names none.
 DEFAULT_IDS = {"llama": (1, 2), "gpt2": (11, 11), "gemma4": (None, None)}
-NO_BOS_RULES = ("chatglm-bpe", "glm4", "glm5")  # word rules whose default BOS is none
+REQUIRED_KEYS = {
+    "llama": {"tokens", "scores"},
+    "gpt2": {"tokens", "merges"},
+    "gemma4": {"tokens", "merges"},
+}
 SENTENCEPIECE, BYTE_LEVEL, GEMMA4 = DEFAULT_IDS
 
 # The rank of two neighbouring symbols, the lowest first; None if they are not merged.
@@ -49,13 +53,15 @@ class LlamaCppTokenizer:
         if self.model not in DEFAULT_IDS:
             known = ", ".join(DEFAULT_IDS)
             raise ValueError(f"tokenizer.ggml.model is {self.model!r}; known are {known}")
+        if missing := REQUIRED_KEYS[self.model] - keys.keys():
+            raise ValueError(f"the key tokenizer.ggml.{min(missing)} is missing")
         self.tokens: list[str] = list(keys["tokens"])
         self._ids = dict(zip(self.tokens, range(len(self.tokens)), strict=True))
         if len(self._ids) < len(self.tokens):
             twice = next(text for id, text in enumerate(self.tokens) if self._ids[text] != id)
             raise ValueError(f"the token {twice!r} has two ids, and llama.cpp refuses such a file")
         self._read_flags(keys)
-        self._special = SpecialTokens(self._ids, keys, str(metadata.get("general.name", "")))
+        self.special = SpecialTokens(self._ids, keys, str(metadata.get("general.name", "")))
         self._known_words: dict[str, list[int]] = {}
         self._rank: Rank
         if self.model == SENTENCEPIECE:
@@ -77,7 +83,6 @@ class LlamaCppTokenizer:
                 raise ValueError(f"tokenizer.ggml.pre is {name!r}; known are {known}")
             self._rule = WORD_RULES[name]
         bos, eos = DEFAULT_IDS[self.model]
-        bos = None if name in NO_BOS_RULES else bos
         self.bos_token_id = self._id(keys.get("bos_token_id"), bos)
         self.eos_token_id = self._id(keys.get("eos_token_id"), eos)
         adds_bos = self.model == SENTENCEPIECE or self._rule.adds_bos
@@ -108,7 +113,7 @@ class LlamaCppTokenizer:
         """
         ids = [self.bos_token_id] if add_special and self.adds_bos else []
         is_begin = True
-        for part in self._special.cut(text, parse_special):
+        for part in self.special.cut(text, parse_special):
             if isinstance(part, int):
                 ids.append(part)
             elif self.model == SENTENCEPIECE:

@@ -1,5 +1,6 @@
-r"""llama.cpp's rules that cut a text into words before the merges, by their names in GGUF.
+r"""The word rules of pre_tokenizers.py as llama.cpp applies them.
 
+Most rules are those of tokenizer.json; llama.cpp approximates the others (`_OTHER_REGEXES`).
 A rule is a list of regexes, and each regex cuts the words of the regex before. A match is a word,
 and so is the text between two matches.
 
@@ -21,6 +22,13 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+
+from minitune.gguf.pre_tokenizers import (
+    DEEPSEEK_LLM,
+    GPT_2,
+    PRE_TOKENIZERS,
+    PUBLISHED_VOCABULARIES,
+)
 
 # Unicode category -> (sign of a character beyond ASCII, the category's ASCII characters)
 _CATEGORIES = {
@@ -84,7 +92,8 @@ def _cut(regex: re.Pattern, text: str, begin: int, end: int) -> Iterator[tuple[i
     for match in regex.finditer(text, begin, end):
         if match.start() > begin:
             yield begin, match.start()
-        yield match.span()
+        if match.end() > match.start():
+            yield match.span()
         begin = match.end()
     if begin < end:
         yield begin, end
@@ -96,103 +105,52 @@ def _compiled(expression: str) -> re.Pattern:
 
     def replaced(match: re.Match) -> str:
         nonlocal is_inside
+        if match[0] == "$" and not is_inside:
+            return r"\Z"  # in Python "$" also matches before a line end
         if (category := match["category"]) is None:
             is_inside = match[0] == "[" or (is_inside and match[0] != "]")
             return match[0]
         characters = "".join(_CATEGORIES[category[0]])
         return characters if is_inside else f"[{characters}]"
 
-    text = re.sub(r"\\p\{(?P<category>\w+)\}|\\(?!p\{).|\[|\]", replaced, expression)
+    text = re.sub(r"\\p\{(?P<category>\w+)\}|\\(?!p\{).|[][$]", replaced, expression)
     return re.compile(text, re.ASCII)
 
 
-_CONTRACTION = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-_OTHERS_AND_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
-_LINES = r"\s*[\r\n]+"
-_SPACES = r"\s+(?!\S)|\s+"
-_GPT2 = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}"
-
-
-def _llama3(numbers: str) -> str:
-    return f"{_CONTRACTION}|{_WORD}|{numbers}|{_OTHERS}|{_LINES}|{_SPACES}"
-
-
-# Capitals are told from small letters within A-Z only, and marks are no part of a word.
+# llama.cpp tells capitals from small letters within A-Z only, and marks are no part of a word here.
 _NO_SMALL, _NO_CAPITAL = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_SENTENCE_PARTS = " ?[^(\\s|.,!?…。，、।۔،)]+"
 
 
 def _cased(ending: str, numbers: str) -> str:
-    begin = r"[^\r\n\p{L}\p{N}]?"
     return (
-        f"{begin}{_NO_SMALL}*{_NO_CAPITAL}+{ending}|{begin}{_NO_SMALL}+{_NO_CAPITAL}*{ending}|"
-        f"{numbers}|{_OTHERS_AND_SLASH}|{_LINES}|{_SPACES}"
+        rf"{_BEFORE}{_NO_SMALL}*{_NO_CAPITAL}+{ending}|{_BEFORE}{_NO_SMALL}+{_NO_CAPITAL}*{ending}|"
+        rf"{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
 
 
-_DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
-    rf" ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}|{_SPACES}",
-)
-_DEEPSEEK_CODER = (
-    r"[\r\n]",
-    r"\s?\p{L}+",
-    r"\s?\p{P}+",
-    "[一-龥ࠀ-一가-퟿]+",
-    r"\p{N}",
-)
-_QWEN35 = (
-    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
-    rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LINES}|{_SPACES}"
-)
-_SEED_CODER = rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES}|{_SPACES}"
-_BAILING = (
-    rf"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|{_WORD}|\p{{N}}|{_OTHERS}|\s*[\r\n]|{_SPACES}"
-)
-_BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"
-_RUNS_OF_LINES = r"[^\n]+|[\n]+"
+# llama.cpp's regexes of the rules that are not those of tokenizer.json
+_OTHER_REGEXES = {
+    "tekken": (_cased("", r"\p{N}"),),
+    "gpt-4o": (_cased(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{N}{1,3}"),),
+    "deepseek-llm": (*DEEPSEEK_LLM[:-1], r"\p{N}+"),
+    "poro-chat": (_SENTENCE_PARTS,),
+    "viking": (_SENTENCE_PARTS, r"\p{N}"),
+}
+BOS_RULES = ("llama-bpe", "tekken")  # rules with a BOS unless the file says otherwise
 
-# (names, rule)
-_RULES = (
-    ("default", WordRule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))),
-    (
-        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2",
-        WordRule((_llama3(r"\p{N}{1,3}"),), keeps_tokens=True, adds_bos=True),
-    ),
-    ("dbrx smaug-bpe chatglm-bpe", WordRule((_llama3(r"\p{N}{1,3}"),))),
-    ("glm4 glm5", WordRule((_llama3(r"\p{N}{1,3}"),), keeps_tokens=True)),
-    ("minicpm5", WordRule((r"\p{N}{1,3}", _llama3(r"\p{N}+")), keeps_tokens=True)),
-    (
-        "qwen2 deepseek-r1-qwen kormo stablelm2 megrez hunyuan grok-2 solar-open",
-        WordRule((_llama3(r"\p{N}"),)),
-    ),
-    ("ufakzeka", WordRule((_llama3(r"\p{N}").removeprefix(f"{_CONTRACTION}|"),))),
-    ("laguna", WordRule((_RUNS_OF_LINES, _llama3(r"\p{N}")))),
-    ("qwen35", WordRule((_QWEN35,))),
-    ("seed-coder", WordRule((_SEED_CODER,))),
-    ("bailingmoe bailingmoe2 llada-moe", WordRule((_BAILING,))),
-    ("tekken", WordRule((_cased("", r"\p{N}"),), keeps_tokens=True, adds_bos=True)),
-    (
-        "gpt-4o llama4 kanana2 talkie minimax-m2",
-        WordRule((_cased(f"{_CONTRACTION}?", r"\p{N}{1,3}"),)),
-    ),
-    ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", WordRule(_DEEPSEEK3)),
-    ("deepseek-coder", WordRule(_DEEPSEEK_CODER)),
-    ("falcon", WordRule((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"))),
-    (
-        "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2",
-        WordRule((r"\p{N}", _GPT2)),
-    ),
-    (
-        "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4",
-        WordRule((_GPT2,)),
-    ),
-    ("poro-chat bloom gpt3-finnish", WordRule((_BLOOM,))),
-    ("viking", WordRule((_BLOOM, r"\p{N}"))),
-    # The BOS of Gemma 4 is added even if the file says otherwise (llama_cpp_tokenizer.py).
-    ("gemma4", WordRule((_RUNS_OF_LINES,), adds_bos=True)),
-)
-WORD_RULES = {name: rule for names, rule in _RULES for name in names.split()}
+
+def _word_rules() -> Iterator[tuple[str, WordRule]]:
+    """Yield the rule of each name that GGUF export knows."""
+    for (regexes, keeps_tokens), name in PRE_TOKENIZERS.items():
+        regexes = _OTHER_REGEXES.get(name, regexes)
+        rule = WordRule(regexes, keeps_tokens, adds_bos=name in BOS_RULES)
+        for alias in (name, *PUBLISHED_VOCABULARIES.get(name, {}).values()):
+            yield alias, rule
+    # of files without a name
+    yield "default", WordRule((r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"))
+    yield "gemma4", WordRule((r"[^\n]+|[\n]+",), adds_bos=True)
+
+
+WORD_RULES = dict(_word_rules())

@@ -41,7 +41,7 @@ _CASED_LETTERS = (
     "-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉ"
     "ⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
-_DEEPSEEK_LLM = (
+DEEPSEEK_LLM = (
     r"[\r\n]",
     rf"\s?[{_CASED_LETTERS}]+",
     "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
@@ -74,7 +74,7 @@ PRE_TOKENIZERS = {
     ): "gpt-4o",
     ((DIGIT, GPT_2), False): "smollm",
     ((GPT_2,), False): "gpt-2",
-    (_DEEPSEEK_LLM, False): "deepseek-llm",
+    (DEEPSEEK_LLM, False): "deepseek-llm",
     (_DEEPSEEK_CODER, False): "deepseek-coder",
     (_DEEPSEEK_V3, False): "deepseek-v3",
     ((_SENTENCE_PARTS,), False): "poro-chat",

@@ -19,7 +19,7 @@ from minitune.atomic_files import read_json
 from minitune.data.templates.chat_template import DEFAULT
 from minitune.data.templates.folder_templates import Templates
 from minitune.data.tokenization.tokenizer import CONFIG, Tokenizer, check_vocabulary
-from minitune.gguf.pre_tokenizers import APPROXIMATED, pre_tokenizer_name, published_name
+from minitune.gguf.pre_tokenizers import pre_tokenizer_name, published_name
 from minitune.gguf.vocabulary import (
     byte_fallback_vocabulary,
     byte_level_vocabulary,
@@ -52,8 +52,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, 
     name: general.name. If llama.cpp would misread the vocabulary of a model with that name, the
         keys hold another general.name.
 
-    Warns if llama.cpp only approximates the pre-tokenizer, cuts the beginning of a text otherwise,
-    or needs another general.name.
+    Warns if llama.cpp needs another general.name.
 
     Raises: ValueError if the tokenizer has more tokens than rows, has a token twice, has no end
         token or more than three, or is of a kind that llama.cpp lacks.
@@ -68,7 +67,6 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, 
         pre = published_name(pre_tokenizer_name(path, content), tokenizer)
         vocabulary = byte_level_vocabulary(content["model"], tokenizer, rows)
         metadata = vocabulary.byte_level_metadata(pre, content["model"])
-        _warn_of_approximation(tokenizer, pre)
     else:
         if content:
             vocabulary = byte_fallback_vocabulary(path, content, tokenizer, rows)
@@ -81,17 +79,6 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, 
     metadata |= _space_prefix(tokenizer, metadata["tokenizer.ggml.model"])
     metadata |= _special_tokens(tokenizer, metadata["tokenizer.ggml.model"])
     return metadata | general_name | _chat_templates(tokenizer.chat_template)
-
-
-def _warn_of_approximation(tokenizer: Tokenizer, pre: str) -> None:
-    """Warn if llama.cpp cuts some words otherwise than this pre-tokenizer."""
-    if pre in APPROXIMATED:
-        warnings.warn(
-            f"{tokenizer.folder}: llama.cpp approximates the pre-tokenizer {pre}: words with "
-            "combining marks (Hindi, Thai, decomposed accents) or with letters beyond A-Z in mixed "
-            "case may become other tokens there than in training",
-            stacklevel=3,
-        )
 
 
 def _general_name(tokenizer: Tokenizer, name: str) -> dict[str, MetadataValue]:
@@ -140,12 +127,6 @@ def _space_prefix(tokenizer: Tokenizer, model: str) -> dict[str, MetadataValue]:
     """
     is_default = tokenizer.prefixes_each_stretch == (model == "llama")
     config = read_json(tokenizer.folder / CONFIG, default={})
-    if tokenizer.adds_prefix_space and not tokenizer.prefixes_each_stretch:
-        warnings.warn(
-            f"{tokenizer.folder}: the tokenizer puts a space before a text, but not behind special "
-            "tokens; llama.cpp puts none, so begin each prompt with a special token or a space",
-            stacklevel=3,
-        )
     if is_default and config.get("add_prefix_space") is None:
         return {}
     return {"tokenizer.ggml.add_space_prefix": tokenizer.prefixes_each_stretch}
