@@ -17,9 +17,11 @@ types, on the tensor's device, and the bytes go to every file that has the tenso
 
 import contextlib
 import functools
+import itertools
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -102,14 +104,43 @@ def write_gguf(
         written.
     """
     columns = zip(*(content.infos for content in files.values()), strict=True)
-    total = sum(info.nbytes for content in files.values() for info in content.infos)
+    total = sum(content.nbytes for content in files.values())
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(path.open("wb")) for path in files]
         bar = stack.enter_context(_progress_bar(total, progress))
+        thread = stack.enter_context(_WritingThread(bar))
         for file, content in zip(opened, files.values(), strict=True):
-            file.write(content.head)
+            thread.write(file, content.head)
         for infos, tensor in zip(columns, tensors, strict=True):
-            _write_tensor(opened, infos, tensor, (importance or {}).get(infos[0].name), bar)
+            _write_tensor(thread, opened, infos, tensor, (importance or {}).get(infos[0].name))
+        thread.wait()
+
+
+class _WritingThread(contextlib.AbstractContextManager):
+    """A thread that writes a block of bytes while the next block is quantised.
+
+    bar: progress bar that shows the bytes that were written.
+    """
+
+    def __init__(self, bar: tqdm):
+        self._bar, self._pool, self._pending = bar, ThreadPoolExecutor(1), None
+
+    def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
+        """Wait until the block before is written, and have this one written."""
+        self.wait()
+        self._pending = self._pool.submit(file.write, data)
+
+    def wait(self) -> None:
+        """Wait until the last block is written.
+
+        Raises: OSError if it could not be written.
+        """
+        if self._pending is not None:
+            self._bar.update(self._pending.result())
+            self._pending = None
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
 
 
 def _progress_bar(total: int, progress: bool) -> tqdm:
@@ -154,7 +185,10 @@ def _array(values: list) -> bytes:
     head = struct.pack("<i", GGUFValueType.ARRAY)
     count = len(values)
     if not values or isinstance(values[0], str):
-        strings = b"".join(_string(value) for value in values)
+        # A vocabulary has 400,000 strings, for which a call each would take longer than the rest.
+        encoded = [value.encode() for value in values]
+        lengths = map(struct.Struct("<Q").pack, map(len, encoded))
+        strings = b"".join(itertools.chain.from_iterable(zip(lengths, encoded, strict=True)))
         return head + struct.pack("<iQ", GGUFValueType.STRING, count) + strings
     if isinstance(values[0], bool):
         return head + struct.pack(f"<iQ{count}?", GGUFValueType.BOOL, count, *values)
@@ -175,11 +209,11 @@ def _padded(size: int) -> int:
 
 
 def _write_tensor(
+    thread: _WritingThread,
     files: Sequence[BinaryIO],
     infos: Sequence[TensorInfo],
     tensor: Tensor,
     importance: Tensor | None,
-    bar: tqdm,
 ) -> None:
     """Append one tensor's data and padding to each file.
 
@@ -194,9 +228,9 @@ def _write_tensor(
             data = _quantized(name, part, kind, importance)
             for file, info in zip(files, infos, strict=True):
                 if info.type == kind:
-                    bar.update(file.write(data))
+                    thread.write(file, data)
     for file, info in zip(files, infos, strict=True):
-        file.write(bytes(-info.nbytes % ALIGNMENT))
+        thread.write(file, bytes(-info.nbytes % ALIGNMENT))
 
 
 def _quantized(name: str, rows: Tensor, kind: GGMLType, importance: Tensor | None) -> memoryview:
