@@ -30,6 +30,7 @@ from minitune.gguf.quantization.columns import SMALLEST_PEAK, column_sums, signe
 
 IMPORTANCE_OFFSETS = (-0.9, 0.05, 37)  # of the trials of affine fits with an importance
 SWEEPS = 5  # of a descent
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 class SubBlocks(NamedTuple):
@@ -150,44 +151,37 @@ def symmetric_candidate(
     )
 
 
-def descent_sweep(
-    rows: list[Tensor],
-    blocks: SubBlocks,
+def descent_move(
+    level: Tensor,
+    element: tuple[Tensor, Tensor, Tensor],
     sums: tuple[Tensor, Tensor],
     lowest: int,
     highest: int,
-) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-    """Change the level of one weight after the other, if the score grows.
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the better of a level and its best neighbour, and the sums with that level. All (S,).
 
-    Without weight i, the best scale is s = sum(w L W) / sum(w L^2) over the other weights. The new
-    level is round(W_i / s). The score is sum(w L W)^2 / sum(w L^2) over all weights.
+    The other weights of the column have the scale s = sum(w L W) / sum(w L^2) over themselves. The
+    neighbour is round(W / s). The score is sum(w L W)^2 / sum(w L^2) over all weights.
 
-    rows: levels, n tensors (S,).
+    element: W, w and w W of the weight that may move.
     sums: sum of w L W, sum of w L^2 of each column.
-
-    Returns: the new levels and sums.
 
     Masks are floats, and `lerp` selects: PyTorch on the CPU does so four times as fast as with
     booleans and `where`.
     """
+    value, weight, weighted = element
     sum_wlx, sum_wll = sums
-    rows = list(rows)
-    for index, (level, value, weight, weighted) in enumerate(
-        zip(rows, *(tensor.unbind() for tensor in blocks), strict=True)
-    ):
-        others_wlx = sum_wlx - weighted * level
-        others_wll = sum_wll - (weight * level).mul_(level)
-        nonzero = others_wlx.clamp(min=torch.finfo(torch.float32).tiny)
-        new = (value * others_wll).div_(nonzero).round_().clamp_(lowest, highest)
-        new_wlx = others_wlx + weighted * new
-        new_wll = others_wll + (weight * new).mul_(new)
-        accepted = (new_wlx * new_wlx).mul_(sum_wll).gt_((sum_wlx * sum_wlx).mul_(new_wll))
-        accepted.mul_(torch.minimum(others_wlx, others_wll).gt_(0.0))
-        accepted.mul_((new - level).ne_(0.0))
-        rows[index] = torch.lerp(level, new, accepted)
-        sum_wlx = torch.lerp(sum_wlx, new_wlx, accepted)
-        sum_wll = torch.lerp(sum_wll, new_wll, accepted)
-    return rows, (sum_wlx, sum_wll)
+    others_wlx = sum_wlx - weighted * level
+    others_wll = sum_wll - (weight * level).mul_(level)
+    nonzero = others_wlx.clamp(min=SMALLEST_NORMAL)
+    new = (value * others_wll).div_(nonzero).round_().clamp_(lowest, highest)
+    new_wlx = others_wlx + weighted * new
+    new_wll = others_wll + (weight * new).mul_(new)
+    accepted = (new_wlx * new_wlx).mul_(sum_wll).gt_((sum_wlx * sum_wlx).mul_(new_wll))
+    accepted.mul_(torch.minimum(others_wlx, others_wll).gt_(0.0))
+    accepted.mul_((new - level).ne_(0.0))
+    sums = torch.lerp(sum_wlx, new_wlx, accepted), torch.lerp(sum_wll, new_wll, accepted)
+    return torch.lerp(level, new, accepted), sums
 
 
 class Steps(NamedTuple):
@@ -195,7 +189,7 @@ class Steps(NamedTuple):
 
     affine: Callable = affine_candidate
     symmetric: Callable = symmetric_candidate
-    sweep: Callable = descent_sweep
+    move: Callable = descent_move
 
 
 EAGER_STEPS = Steps()
@@ -263,8 +257,10 @@ def descend(
     sum_wlx = column_sums(blocks.weighted * start)
     sum_wll = column_sums((blocks.weights * start).mul_(start))
     rows, sums = list(start.unbind()), (sum_wlx, sum_wll)
+    elements = list(zip(*(tensor.unbind() for tensor in blocks), strict=True))
     for _ in range(SWEEPS):
-        rows, sums = steps.sweep(rows, blocks, sums, lowest, highest)
+        for row, element in enumerate(elements):
+            rows[row], sums = steps.move(rows[row], element, sums, lowest, highest)
     return (sums[0] / sums[1]).masked_fill_(sums[1] <= 0, 0.0), torch.stack(rows)
 
 
