@@ -5,6 +5,8 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 from referees.ggml_quantizers import cases, golden_data, seeded_inputs
 
+from minitune.gguf.quantization.k_quants import K_QUANTIZERS
+from minitune.gguf.quantization.k_searches import EAGER_STEPS, Steps
 from minitune.gguf.quantization.quantize import dequantize, quantize
 
 GOLDEN = golden_data()
@@ -97,3 +99,15 @@ def test_an_importance_lowers_the_error_that_it_weighs(name, input_name):
     importance = torch.exp(torch.randn(1024, generator=torch.Generator().manual_seed(0)))
     plain = rmse(values, round_trip(values, name), importance)
     assert rmse(values, round_trip(values, name, importance), importance) < plain
+
+
+def test_torch_compile_traces_each_step_as_one_graph_with_equal_bytes():
+    traced = [
+        torch.compile(step, backend="eager", fullgraph=True, dynamic=True) for step in EAGER_STEPS
+    ]
+    blocks = torch.from_numpy(INPUTS["Gaussian"]).view(-1, 256)
+    importance = torch.linspace(0, 2, 256).expand_as(blocks)
+    for name in ("Q2_K", "Q3_K"):  # sums of 16 terms have the same order when traced
+        quantizer = K_QUANTIZERS[GGMLType[name]]
+        data = quantizer(blocks, importance, None, Steps(*traced))
+        assert torch.equal(data, quantizer(blocks, importance, None)), name

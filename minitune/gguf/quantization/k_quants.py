@@ -11,17 +11,25 @@ d and dmin are float16. Q4_K and Q5_K have 8 sub-blocks of 32 weights, the other
 
 A block is quantised in three stages:
 
-1. A search finds a scale, or a scale and a minimum, for each sub-block (k_searches.py). The
-   weights w of its errors depend on the type. With an importance h, the mean square of the
-   weight's input, the error is the layer's: w = h sqrt(mean W^2 + W^2), or h for Q6_K.
+1. A search finds a scale, or a scale and a minimum, for each sub-block (k_searches.py). It
+   minimises a sum of w error^2. Without an importance, w favours large weights:
+
+       Q2_K         w = |W|, and the sum is of w |error|
+       Q4_K, Q5_K   w = sqrt(mean W^2 of the sub-block) + |W|
+       Q3_K, Q6_K   w = W^2
+
+   With an importance h, the mean square of a weight's input, h error^2 is the error of the layer's
+   output. ggml takes w = h sqrt(k mean W^2 + W^2) with the mean of the block, k = 1 for Q2_K and
+   k = 2 for Q3_K, Q4_K and Q5_K, and w = h for Q6_K.
 2. The scales of a block become integers times d; the minimums become integers times dmin.
 3. The levels are rounded again, with d and dmin as float16 holds them.
 
 Sub-blocks whose integer scale is 0 keep the levels of the search, as in ggml. The levels do not
 change the values, because the scale is 0.
 
-On the CPU, chunks of about 2^17 values are fastest, one thread a chunk. Fused steps have no
-preference. A GPU needs at least 2^22 values a chunk.
+On the CPU, chunks of 2^18 values are fastest, one thread a chunk: larger ones leave the cache, and
+smaller ones wait for PyTorch's dispatch. On a GPU, operations on 2^22 to 2^24 values hide their
+launches.
 """
 
 from typing import NamedTuple
@@ -126,12 +134,7 @@ def signed_integers(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 def quantize_affine(
     blocks: Tensor, importance: Tensor | None, kind: AffineType, steps: Steps
 ) -> AffineBlocks:
-    """Return the parts of Q2_K, Q4_K or Q5_K blocks.
-
-    Weights w of the errors without an importance:
-        Q2_K         w = |W|, and the error is absolute
-        Q4_K, Q5_K   w = sqrt(mean W^2 of the sub-block) + |W|
-    """
+    """Return the parts of Q2_K, Q4_K or Q5_K blocks."""
     values = columns(blocks, kind.size)
     narrow = kind.size == Q2_K.size
     offsets = kind.offsets

@@ -12,11 +12,14 @@ the scale and the minimum, and keeps the best.
 
 Layout: W is (n, S). A column holds the n = 16 or 32 weights of a sub-block, or the n = 8 or 16
 scales of a block. Columns are independent: an operation treats all columns at once, and a
-parameter of the sub-blocks is (S,). A rule of a search may be a step: `compiled_steps` fuses the
-operations of a step into one or two kernels.
+parameter of the columns is (S,).
 
-Without fusion, sums add in ggml's order on the CPU. The results are ggml's, bit for bit, if S is a
-multiple of 32. Fused or on a GPU, about one block in a hundred differs, at equal errors.
+A search repeats one step: `affine_candidate`, `symmetric_candidate` or `descent_move`. The steps
+are arguments of the searches, because torch.compile fuses the 10 to 25 operations of a step into a
+few loops. Compiling a step takes seconds; compiling a whole search, unrolled, would take minutes.
+
+On the CPU, eager or fused, sums add in ggml's order, and the bytes are ggml's if S is a multiple of
+32. On a GPU, a few blocks differ, at equal errors.
 """
 
 from collections.abc import Callable
@@ -30,7 +33,7 @@ from minitune.gguf.quantization.columns import SMALLEST_PEAK, column_sums, signe
 
 IMPORTANCE_OFFSETS = (-0.9, 0.05, 37)  # of the trials of affine fits with an importance
 SWEEPS = 5  # of a descent
-SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # a divisor in place of sums <= 0
 
 
 class SubBlocks(NamedTuple):
@@ -185,7 +188,7 @@ def descent_move(
 
 
 class Steps(NamedTuple):
-    """The steps of the searches, as PyTorch's operations or fused."""
+    """The steps of the searches, eager or fused."""
 
     affine: Callable = affine_candidate
     symmetric: Callable = symmetric_candidate
