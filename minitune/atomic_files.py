@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,24 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def require_space(path: Path, needed: int) -> None:
     """Raise ValueError if the disk of `path` has less than `needed` bytes left."""
-    candidates = (path.absolute(), *path.absolute().parents)
-    existing = next(folder for folder in candidates if folder.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing_folder(path)).free
     if free < needed:
         raise ValueError(f"{path}: needs {needed:,} bytes, but only {free:,} are left on the disk")
+
+
+def require_space_together(needed: Mapping[Path, int]) -> None:
+    """Raise ValueError if the bytes needed by several paths do not fit on their disks together."""
+    paths: dict[int, list[Path]] = {}
+    for path in needed:
+        paths.setdefault(_existing_folder(path).stat().st_dev, []).append(path)
+    for on_disk in paths.values():
+        require_space(on_disk[0], sum(needed[path] for path in on_disk))
+
+
+def _existing_folder(path: Path) -> Path:
+    """Return the nearest folder above a path, or the path, that exists."""
+    candidates = (path.absolute(), *path.absolute().parents)
+    return next(folder for folder in candidates if folder.is_dir())
 
 
 @contextlib.contextmanager

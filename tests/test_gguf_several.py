@@ -1,6 +1,7 @@
 """Several types are written in one pass over the weights, and all files appear or none."""
 
 import os
+import re
 from collections import Counter
 
 import pytest
@@ -141,6 +142,18 @@ def test_files_are_renamed_after_all_are_flushed(tmp_path, monkeypatch):
     convert_folder(folder, tmp_path / "all", ["f16", "q8_0"])
     assert "".join(event[0] for event in events).endswith("nnf")
     assert events.index("name") >= 2
+
+
+def test_the_command_needs_room_for_the_merged_folder_and_the_files_together(
+    tmp_path, monkeypatch, capsys
+):
+    folder = make_tiny_model(tmp_path / "m")
+    size = (folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2 * size}))
+    arguments = ["--model", folder, "--merged", tmp_path / "merged", "--output", tmp_path / "all"]
+    assert export.main([*map(str, arguments), "--quantization-method", "f16", "q8_0"]) == 2
+    assert re.search(r"all: needs [\d,]+ bytes, but only", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_the_command_writes_several_types_and_refuses_before_it_writes_a_merged_folder(

@@ -21,7 +21,7 @@ from torch import Tensor
 from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.model_folder import SHARD_BYTES, check_new_folder, write_model_folder
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
-from minitune.checkpoints.safetensors_writer import specs_of_dtype, tensor_bytes
+from minitune.checkpoints.safetensors_writer import Specs, specs_of_dtype, tensor_bytes
 from minitune.config.training_config import MERGE_BASES
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
@@ -70,13 +70,17 @@ def merge_to_folder(
     """
     folder = Path(folder)
     check_new_folder(model, folder)
-    dtype = merged_dtype(model)
-    specs = specs_of_dtype(model.config.tensor_shapes(), dtype)
+    dtype, specs = merged_dtype(model), merged_specs(model)
     tensors = ((name, tensor.cpu()) for name, tensor in merged_tensors(model, merge_base))
     config = merged_config(model.config.raw, dtype)
     metadata = merged_metadata(model, adapter_digest(model))
     write_model_folder(model, folder, tokenizer, config, specs, tensors, metadata, shard_bytes)
     return folder
+
+
+def merged_specs(model: CausalLM) -> Specs:
+    """Return the shapes and the dtype of the merged tensors."""
+    return specs_of_dtype(model.config.tensor_shapes(), merged_dtype(model))
 
 
 def merged_metadata(model: CausalLM, digest: str | None) -> dict[str, str]:

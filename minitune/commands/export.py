@@ -20,9 +20,10 @@ import torch
 
 from minitune.api import FastLanguageModel, LanguageModel
 from minitune.checkpoints.load_weights import open_weights
-from minitune.checkpoints.merge import merge_to_folder
+from minitune.checkpoints.merge import merge_to_folder, merged_specs
 from minitune.checkpoints.model_folder import check_new_folder
 from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.checkpoints.safetensors_writer import total_bytes
 from minitune.checkpoints.save_4bit import save_4bit
 from minitune.config.cli import CommandParser, print_notes, run_command, split_items
 from minitune.config.model_config import ModelConfig
@@ -144,6 +145,8 @@ def export(arguments: argparse.Namespace) -> list[Path]:
         importance = importance_from_data(model, tokenizer, data, limit, progress=True)
         print(f"{'imatrix':<11}{importance}", file=sys.stderr)
         planned = plan(importance)
+    if merged is not None and planned is not None:
+        planned.check_space({merged: total_bytes(merged_specs(model))})
     paths = []
     if merged is not None:
         paths.append(merge_to_folder(model, merged, tokenizer, merge_base))

@@ -1,9 +1,9 @@
-"""A model as GGUF files: their keys, their tensors and their layout.
+"""The export of a model as GGUF files: every check first, and then all files in one pass.
 
-writer.py has the bytes, mixtures.py the types; the other keys come from general_metadata.py,
-model_metadata.py and tokenizer_metadata.py. Tensors go from the merge to the files one by one. The
-values are those of the merged model, rounded to 16 bit and then to the file's type; a folder that
-is converted gives its values as they are stored.
+content.py has the keys and the types of the tensors, writer.py the bytes, verify.py the checks of
+the written files. Tensors go from the merge to the files one by one. The values are those of the
+merged model, rounded to 16 bit and then to the file's type; a folder that is converted gives its
+values as they are stored.
 
 Two things differ from Hugging Face's layout, and a file without them loads and generates nonsense:
 
@@ -12,48 +12,37 @@ Two things differ from Hugging Face's layout, and a file without them loads and 
 - the divisors of some RoPE scalings become tensors (model_metadata.py).
 """
 
-import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from minitune.atomic_files import atomic_files, require_space
+from minitune.atomic_files import atomic_files, require_space_together
 from minitune.checkpoints.load_weights import EMBEDDING, check_all_known, open_model_folder
 from minitune.checkpoints.merge import merged_dtype, merged_tensors
 from minitune.checkpoints.safetensors_folder import TIED_HEAD, SafetensorsFolder
 from minitune.config.model_config import ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
+from minitune.gguf.content import content_metadata, file_content
 from minitune.gguf.general_metadata import (
     adapted_name,
     check_targets,
     name_of_file,
     organization_and_name,
-    sampling_metadata,
-    size_label,
 )
 from minitune.gguf.importance import ImportanceMatrix, unused_note
-from minitune.gguf.mixtures import QUANTIZATION_METHODS, gguf_methods, tensor_types
-from minitune.gguf.model_metadata import (
-    additional_tensors,
-    check_expressible,
-    gguf_name,
-    model_metadata,
-)
+from minitune.gguf.mixtures import gguf_methods
 from minitune.gguf.modelfile import modelfiles
 from minitune.gguf.tensor_layout import tensors_of_file
-from minitune.gguf.tokenizer_check import check_tokenizer
-from minitune.gguf.tokenizer_metadata import tokenizer_metadata
 from minitune.gguf.verify import verify_files
-from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
+from minitune.gguf.writer import Content, MetadataValue, write_gguf
 from minitune.model.causal_lm import CausalLM
-
-QUANTIZATION_VERSION = 2  # of GGML's quantised types
 
 
 @dataclass(frozen=True)
@@ -113,10 +102,14 @@ class GGUFExport:
                     print("\n".join(found), file=sys.stderr)
         return self.targets
 
-    def check_space(self) -> None:
-        """Raise ValueError if the disk has no room for all files together."""
+    def check_space(self, others: Mapping[Path, int] = MappingProxyType({})) -> None:
+        """Raise ValueError if the disk has no room for all files together.
+
+        others: path -> bytes of other files that will be written.
+        """
         path = self.targets[0] if len(self.targets) == 1 else self.targets[0].parent
-        require_space(path, sum(content.nbytes for content in self.contents))
+        nbytes = sum(content.nbytes for content in self.contents)
+        require_space_together({path: nbytes} | dict(others))
 
     def gguf_tensors(self) -> Iterator[Tensor]:
         """Return an iterator over the tensors in the files' order and layout, on the device."""
@@ -258,7 +251,7 @@ def check_gguf(name: str, folder: Path) -> None:
     Raises: ValueError if GGUF cannot express the model or the tokenizer.
     """
     general_name = adapted_name(organization_and_name(name, folder)[1])
-    _content_metadata(ModelConfig.from_folder(folder), Tokenizer.from_folder(folder), general_name)
+    content_metadata(ModelConfig.from_folder(folder), Tokenizer.from_folder(folder), general_name)
 
 
 # ---- the content of the files
@@ -284,7 +277,7 @@ def _plan(
     notes = importance.check_model(config) if importance else []
     names = {method: name_of_file(path, method) for method, path in targets.items()}
     metadata = {
-        name: _content_metadata(config, tokenizer, name) for name in dict.fromkeys(names.values())
+        name: content_metadata(config, tokenizer, name) for name in dict.fromkeys(names.values())
     }
     contents = [
         file_content(config, method, name, origin, metadata[name], importance)
@@ -300,53 +293,3 @@ def _plan(
     )
     plan.check_space()
     return plan
-
-
-def file_content(
-    config: ModelConfig,
-    method: str,
-    name: str,
-    origin: dict[str, MetadataValue],
-    metadata: dict[str, MetadataValue],
-    importance: ImportanceMatrix | None,
-) -> Content:
-    """Return the keys and the tensors of one file.
-
-    name: general.name.
-    origin: the keys that name the base model.
-    metadata: the keys of `_content_metadata`.
-    """
-    model_shapes = config.tensor_shapes()
-    family = config.architecture
-    shapes = {name: tuple(x.shape) for name, x in additional_tensors(config).items()}
-    shapes |= {gguf_name(name, family): shape for name, shape in model_shapes.items()}
-    types = tensor_types(config, shapes, method, importance is not None)
-    keys = {
-        "general.architecture": family.gguf.name,
-        "general.type": "model",
-        "general.name": name,
-        **origin,
-        "general.size_label": size_label(sum(map(math.prod, model_shapes.values()))),
-        "general.file_type": int(QUANTIZATION_METHODS[method]),
-        "general.quantization_version": QUANTIZATION_VERSION,
-        **metadata,
-        **(importance.metadata() if importance else {}),
-    }
-    return Content(keys, [TensorInfo(name, shape, types[name]) for name, shape in shapes.items()])
-
-
-def _content_metadata(
-    config: ModelConfig, tokenizer: Tokenizer, name: str
-) -> dict[str, MetadataValue]:
-    """Return the keys of sampling, architecture and tokenizer.
-
-    name: general.name.
-
-    Raises: ValueError if GGUF cannot express the model, or llama.cpp would cut texts into other
-        tokens than the tokenizer.
-    """
-    check_expressible(config)
-    metadata = sampling_metadata(tokenizer) | model_metadata(config)
-    metadata |= tokenizer_metadata(tokenizer, config.vocab_size, name)
-    check_tokenizer({"general.name": name} | metadata, tokenizer)
-    return metadata

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minitune.atomic_files import write_json
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS
-from minitune.gguf.export import file_content
+from minitune.gguf.content import file_content
 from minitune.gguf.imatrix_files import write_imatrix
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.gguf.model_metadata import model_metadata
