@@ -39,7 +39,7 @@ from minitune.gguf.tokenizer_texts import (
     text_with,
 )
 
-SAMPLED_TOKENS = 4096
+SAMPLED_TOKENS = 2048
 SHOWN_IDS = 3  # on each side of the first difference
 SHOWN_CHARACTERS = 80
 TEMPLATE_KEY = "tokenizer.chat_template"
