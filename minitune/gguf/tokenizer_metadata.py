@@ -1,12 +1,13 @@
 """The tokenizer's keys of a GGUF file, from the tokenizer files of a model folder.
 
-llama.cpp has two tokenizers for the supported models:
+llama.cpp has three tokenizers for the supported models:
 
 "gpt2"   byte-level BPE (Llama 3, SmolLM2, Mistral-Nemo): tokens, merges, and `pre`, the name of the
          rule that splits a text into words before the merges (pre_tokenizers.py).
 "llama"  SentencePiece BPE (Llama 1 and 2, Mistral-7B): pieces and scores; the pair with the best
          score is merged first. If the folder has only a tokenizer.json, the scores are rebuilt from
          its merges (vocabulary.py).
+"gemma4" the same pieces with merges instead of scores, from Gemma's tokenizer.json.
 
 The keys and values are those of llama.cpp's converter, except those that
 tests/referees/converter.py lists.
@@ -19,12 +20,12 @@ from minitune.atomic_files import read_json
 from minitune.data.templates.chat_template import DEFAULT
 from minitune.data.templates.folder_templates import Templates
 from minitune.data.tokenization.tokenizer import CONFIG, Tokenizer, check_vocabulary
-from minitune.gguf.pre_tokenizers import pre_tokenizer_name, published_name
 from minitune.gguf.vocabulary import (
-    byte_fallback_vocabulary,
-    byte_level_vocabulary,
+    byte_fallback_metadata,
+    byte_level_metadata,
     check_model,
-    sentencepiece_vocabulary,
+    check_unique,
+    sentencepiece_metadata,
 )
 from minitune.gguf.writer import MetadataValue
 
@@ -64,18 +65,12 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, 
     if content:
         check_model(path, content["model"])
     if content and not content["model"].get("byte_fallback"):
-        pre = published_name(pre_tokenizer_name(path, content), tokenizer)
-        vocabulary = byte_level_vocabulary(content["model"], tokenizer, rows)
-        metadata = vocabulary.byte_level_metadata(pre, content["model"])
+        metadata = byte_level_metadata(path, content, tokenizer, rows)
+    elif content:
+        metadata = byte_fallback_metadata(path, content, tokenizer, rows)
     else:
-        if content:
-            vocabulary = byte_fallback_vocabulary(path, content, tokenizer, rows)
-        else:
-            vocabulary = sentencepiece_vocabulary(
-                tokenizer.folder / "tokenizer.model", tokenizer, rows
-            )
-        metadata = vocabulary.sentencepiece_metadata()
-    vocabulary.check_unique(tokenizer.folder)
+        metadata = sentencepiece_metadata(path.with_name("tokenizer.model"), tokenizer, rows)
+    check_unique(metadata["tokenizer.ggml.tokens"], tokenizer.folder)
     metadata |= _space_prefix(tokenizer, metadata["tokenizer.ggml.model"])
     metadata |= _special_tokens(tokenizer, metadata["tokenizer.ggml.model"])
     return metadata | general_name | _chat_templates(tokenizer.chat_template)

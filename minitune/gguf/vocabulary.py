@@ -10,7 +10,12 @@ from tokenizers import AddedToken
 
 from minitune.data.tokenization.sentencepiece_backend import SPACE_MARK
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.pre_tokenizers import check_normalizer, flattened
+from minitune.gguf.pre_tokenizers import (
+    check_normalizer,
+    flattened,
+    pre_tokenizer_name,
+    published_name,
+)
 from minitune.gguf.writer import MetadataValue
 
 # Token types. Control tokens are never shown; user-defined tokens are matched in any text.
@@ -57,58 +62,37 @@ class Vocabulary:
                 text = token.content.replace(SPACE_MARK, " ")
                 self.set(id, text, USER_DEFINED, ADDED_SCORE)
 
-    def byte_level_metadata(self, pre: str, model: dict) -> dict[str, MetadataValue]:
-        """Return the keys of a byte-level BPE tokenizer.
+    def metadata(self, model: str, **keys: MetadataValue) -> dict[str, MetadataValue]:
+        """Return the keys of the vocabulary.
 
-        pre: llama.cpp's name for the word rule. model: the `model` of a tokenizer.json.
+        model: the kind of llama.cpp's tokenizer. keys: further keys below `tokenizer.ggml`.
         """
-        return {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": pre,
-            "tokenizer.ggml.tokens": self.tokens,
-            "tokenizer.ggml.token_type": self.types,
-            "tokenizer.ggml.merges": [" ".join(pair) for pair in merges_of(model)],
-        }
-
-    def sentencepiece_metadata(self) -> dict[str, MetadataValue]:
-        """Return the keys of a SentencePiece BPE tokenizer."""
-        return {
-            "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.pre": "default",
-            "tokenizer.ggml.tokens": self.tokens,
-            "tokenizer.ggml.scores": self.scores,
-            "tokenizer.ggml.token_type": self.types,
-        }
-
-    def check_unique(self, folder: Path) -> None:
-        """Raise ValueError if two ids have the same token."""
-        first_id: dict[str, int] = {}
-        for id, token in enumerate(self.tokens):
-            other = first_id.setdefault(token, id)
-            if other != id:
-                raise ValueError(
-                    f"{folder}: tokens {other} and {id} are both {token!r}; llama.cpp refuses "
-                    "that; rename one of them before training"
-                )
+        values = {"model": model, "tokens": self.tokens, "token_type": self.types, **keys}
+        return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
 
 
 # ---- the vocabularies
 
 
-def byte_level_vocabulary(model: dict, tokenizer: Tokenizer, rows: int) -> Vocabulary:
-    """Return the vocabulary of a byte-level BPE tokenizer.
+def byte_level_metadata(
+    path: Path, content: dict, tokenizer: Tokenizer, rows: int
+) -> dict[str, MetadataValue]:
+    """Return the keys of a byte-level BPE vocabulary, "gpt2" in llama.cpp.
 
-    model: the `model` of its tokenizer.json. rows: number of rows of the embedding.
+    path: its tokenizer.json. content: the file's content. rows: number of rows of the embedding.
+
+    Raises: ValueError if llama.cpp lacks the word rule.
     """
     vocabulary = Vocabulary(rows)
-    for token, id in model["vocab"].items():
+    for token, id in content["model"]["vocab"].items():
         vocabulary.set(id, token, NORMAL)
     vocabulary.add(tokenizer.added_tokens)
-    return vocabulary
+    pre = published_name(pre_tokenizer_name(path, content), tokenizer)
+    return vocabulary.metadata("gpt2", pre=pre, merges=_joined(merges_of(content["model"])))
 
 
-def sentencepiece_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> Vocabulary:
-    """Return the vocabulary of a tokenizer.model.
+def sentencepiece_metadata(path: Path, tokenizer: Tokenizer, rows: int) -> dict[str, MetadataValue]:
+    """Return the keys of a tokenizer.model, "llama" in llama.cpp.
 
     Raises: ValueError if llama.cpp lacks the kind of model or its normaliser.
     """
@@ -121,16 +105,19 @@ def sentencepiece_vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> Voc
         if id in tokenizer.declared_ids or vocabulary.tokens[id] != token.content
     }
     vocabulary.add(declared)
-    return vocabulary
+    return vocabulary.metadata("llama", pre="default", scores=vocabulary.scores)
 
 
-def byte_fallback_vocabulary(
+def byte_fallback_metadata(
     path: Path, content: dict, tokenizer: Tokenizer, rows: int
-) -> Vocabulary:
-    """Return the vocabulary of a tokenizer.json with SentencePiece's pieces.
+) -> dict[str, MetadataValue]:
+    """Return the keys of a tokenizer.json with SentencePiece's pieces.
 
     A tokenizer.model beside it gives the scores if it has the same pieces and merges them in the
-    same order. Otherwise the merges give the scores: merge k makes a piece with the score -k.
+    same order. Otherwise the merges count:
+
+    - Gemma's form is "gemma4" in llama.cpp, which takes merges;
+    - any other form is "llama", and merge k makes a piece with the score -k.
 
     path: the tokenizer.json. content: its content.
 
@@ -146,7 +133,11 @@ def byte_fallback_vocabulary(
     if bytes_found != BYTES:
         raise _lacks_bytes(path, bytes_found)
     vocabulary.add(tokenizer.added_tokens)
-    return vocabulary
+    # llama.cpp adds a BOS to each text of a "gemma4" vocabulary.
+    adds_bos = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    if pieces is None and not tokenizer.adds_prefix_space and adds_bos:
+        return vocabulary.metadata("gemma4", merges=_joined(merges_of(model)))
+    return vocabulary.metadata("llama", pre="default", scores=vocabulary.scores)
 
 
 def merges_of(model: dict) -> list[tuple[str, str]]:
@@ -156,6 +147,22 @@ def merges_of(model: dict) -> list[tuple[str, str]]:
     """
     pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
     return [(a.replace(" ", "Ġ"), b.replace(" ", "Ġ")) for a, b in pairs]
+
+
+def _joined(merges: list[tuple[str, str]]) -> list[str]:
+    return [" ".join(pair) for pair in merges]
+
+
+def check_unique(tokens: list[str], folder: Path) -> None:
+    """Raise ValueError if two ids have the same token."""
+    first_id: dict[str, int] = {}
+    for id, token in enumerate(tokens):
+        other = first_id.setdefault(token, id)
+        if other != id:
+            raise ValueError(
+                f"{folder}: tokens {other} and {id} are both {token!r}; llama.cpp refuses that; "
+                "rename one of them before training"
+            )
 
 
 def check_model(path: Path, model: dict) -> None:
