@@ -112,7 +112,6 @@ def test_the_metadata_says_what_llama_cpp_needs(tmp_path):
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.padding_token_id": 2,
         "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.add_eos_token": False,
         "tokenizer.chat_template": CHATML,
     }
     arrays = ("tokens", "token_type", "merges")
@@ -149,7 +148,7 @@ def test_linear_rope_scaling_and_the_plain_case_have_their_keys(tmp_path):
     assert metadata["tokenizer.ggml.pre"] == "smollm"
     assert metadata["tokenizer.ggml.add_bos_token"] is False
     assert metadata["general.quantization_version"] == 2
-    assert "llama.attention.key_length" not in metadata  # head_dim is hidden_size over heads
+    assert metadata["llama.attention.key_length"] == 16
     assert "general.base_model.count" not in metadata
 
 

@@ -211,24 +211,29 @@ def _byte_level_bpe(kind: str) -> str:
 
 
 @cache
-def sentencepiece_model() -> bytes:
+def sentencepiece_model(**changes: str | bool) -> bytes:
     """Return a BPE SentencePiece model with byte fallback.
 
     Its ids are 0 <unk>, 1 <s>, 2 </s>, then 256 bytes, then the pieces.
+
+    changes: settings of the trainer.
     """
+    settings = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
         model_writer=writer,
-        model_type="bpe",
         vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
         split_digits=True,
         num_threads=1,
         minloglevel=2,
+        **(settings | changes),
     )
     return writer.getvalue()
 

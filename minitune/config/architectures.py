@@ -84,6 +84,7 @@ class GgufFamily:
     llama_layout: True if the rows of q and k are read interleaved, and the keys vocab_size and
         rope.dimension_count, as for Llama.
     head_dim: True if a head_dim is read that is not hidden_size / heads.
+    always_head_dim: True if the converter writes head_dim even if config.json has none.
     rope_tensors: the RoPE scalings whose tensors are read.
     window: "read" if the sliding window is read, "ignored" if its key is known and ignored, None if
         there is no such key.
@@ -97,6 +98,7 @@ class GgufFamily:
     biases: bool = True
     llama_layout: bool = True
     head_dim: bool = True
+    always_head_dim: bool = False
     rope_tensors: tuple[str, ...] = ("llama3", "longrope")
     window: str | None = None
     window_period: int | None = None
@@ -105,7 +107,7 @@ class GgufFamily:
     head: str | None = None
 
 
-GGUF_LLAMA = GgufFamily("llama")
+GGUF_LLAMA = GgufFamily("llama", always_head_dim=True)
 GGUF_QWEN2 = GgufFamily("qwen2", llama_layout=False, head_dim=False, rope_tensors=())
 GGUF_QWEN3 = GgufFamily("qwen3", biases=False, llama_layout=False, rope_tensors=())
 GGUF_PHI3 = GgufFamily(

@@ -73,7 +73,8 @@ def model_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
     if rope.theta != family.gguf.theta:
         metadata["rope.freq_base"] = float(rope.theta)
     values = with_defaults(config.raw, family.model_type)
-    if values.get("head_dim") is not None and family.gguf.head_dim:
+    has_head_dim = values.get("head_dim") is not None or family.gguf.always_head_dim
+    if family.gguf.head_dim and has_head_dim:
         metadata["attention.key_length"] = config.head_dim  # otherwise llama.cpp divides
         metadata["attention.value_length"] = config.head_dim
     if family.gguf.llama_layout:

@@ -175,7 +175,10 @@ def check_normalizer(path: Path, content: dict, allowed: tuple[dict, ...] = ()) 
 
 
 def flattened(part: dict, key: str) -> Iterator[dict]:
-    """Yield the parts of a normalizer or pre-tokenizer in order, without the sequences around."""
+    """Yield the parts of a sequence in order, those of inner sequences too.
+
+    key: the key under which a sequence of this kind has its parts.
+    """
     if part.get("type") == "Sequence":
         for inner in part.get(key) or []:
             yield from flattened(inner, key)

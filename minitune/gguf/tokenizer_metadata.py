@@ -20,6 +20,7 @@ from minitune.atomic_files import read_json
 from minitune.data.templates.chat_template import DEFAULT
 from minitune.data.templates.folder_templates import Templates
 from minitune.data.tokenization.tokenizer import CONFIG, Tokenizer, check_vocabulary
+from minitune.gguf.pre_tokenizers import flattened
 from minitune.gguf.vocabulary import (
     byte_fallback_metadata,
     byte_level_metadata,
@@ -72,7 +73,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, 
         metadata = sentencepiece_metadata(path.with_name("tokenizer.model"), tokenizer, rows)
     check_unique(metadata["tokenizer.ggml.tokens"], tokenizer.folder)
     metadata |= _space_prefix(tokenizer, metadata["tokenizer.ggml.model"])
-    metadata |= _special_tokens(tokenizer, metadata["tokenizer.ggml.model"])
+    metadata |= _special_tokens(tokenizer, content)
     return metadata | general_name | _chat_templates(tokenizer.chat_template)
 
 
@@ -127,10 +128,10 @@ def _space_prefix(tokenizer: Tokenizer, model: str) -> dict[str, MetadataValue]:
     return {"tokenizer.ggml.add_space_prefix": tokenizer.prefixes_each_stretch}
 
 
-def _special_tokens(tokenizer: Tokenizer, model: str) -> dict[str, MetadataValue]:
+def _special_tokens(tokenizer: Tokenizer, content: dict) -> dict[str, MetadataValue]:
     """Return the ids of special tokens, and whether a BOS is added.
 
-    model: the kind of llama.cpp's tokenizer.
+    content: the tokenizer.json; {} if the folder has none.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -138,7 +139,7 @@ def _special_tokens(tokenizer: Tokenizer, model: str) -> dict[str, MetadataValue
             "ends; name it in tokenizer_config.json before training"
         )
     special = dict(tokenizer.special)
-    if model == "llama" and special.get("unk") == UNKNOWN_ID:
+    if not content and special.get("unk") == UNKNOWN_ID:
         del special["unk"]
     ends = [id for id in tokenizer.eos_token_ids if id != tokenizer.eos_token_id]
     if len(ends) > len(OTHER_ENDS):
@@ -153,10 +154,13 @@ def _special_tokens(tokenizer: Tokenizer, model: str) -> dict[str, MetadataValue
     metadata: dict[str, MetadataValue] = {
         f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items()
     }
-    # llama.cpp has to add the same BOS as the tokenizer. It must never add an EOS: the texts that
-    # it gets are prompts, even if the tokenizer ends training texts with one.
+    # llama.cpp has to add the same BOS as the tokenizer. It must never add an EOS, and adds none
+    # without a key: the texts that it gets are prompts, even if training texts end with one.
     metadata["tokenizer.ggml.add_bos_token"] = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    metadata["tokenizer.ggml.add_eos_token"] = False
+    config = read_json(tokenizer.folder / CONFIG, default={})
+    processors = flattened(content.get("post_processor") or {}, "processors")
+    if "add_eos_token" in config or any(part["type"] == "ByteLevel" for part in processors):
+        metadata["tokenizer.ggml.add_eos_token"] = False
     return metadata
 
 

@@ -12,7 +12,7 @@ A row of the table is a vocabulary. Its columns are
     package         the name in the package
     here            texts that the rebuilt tokenizer cuts otherwise than expected, of all texts
     from GGUF       texts that llama.cpp cuts otherwise than expected with our file
-    not NFC         those of `from GGUF` that are not in NFC form, which llama.cpp does not make
+    not NFC         those of `here` that are not in NFC form, which llama.cpp does not make
 """
 
 import argparse
@@ -273,17 +273,19 @@ def row_of(models: Path, name: str) -> dict[str, str]:
         pre = keys.get("tokenizer.ggml.pre") or keys["tokenizer.ggml.model"]
         llama_cpp = LlamaCpp(exported)
         there = [llama_cpp.tokenize(text, add_special=False) for text in texts]
-    wrong = [text for text, ids, right in zip(texts, there, expected, strict=True) if ids != right]
-    wrong_here = sum(ids != right for ids, right in zip(here, expected, strict=True))
+    wrong, wrong_here = (
+        [text for text, ids, right in zip(texts, found, expected, strict=True) if ids != right]
+        for found in (there, here)
+    )
     for text in wrong:
         print(f"{name}: {text!r}")
     return {
         "vocabulary": name,
         "name": pre.content,
         "package": package.get("pre", package["model"]),
-        "here": f"{wrong_here} of {len(texts)}",
+        "here": f"{len(wrong_here)} of {len(texts)}",
         "from GGUF": f"{len(wrong)} of {len(texts)}",
-        "not NFC": str(sum(not unicodedata.is_normalized("NFC", text) for text in wrong)),
+        "not NFC": str(sum(not unicodedata.is_normalized("NFC", text) for text in wrong_here)),
     }
 
 
