@@ -29,7 +29,11 @@ def edit_json(folder, **changes):
 
 
 def sentencepiece_folder(tmp_path):
-    return make_tiny_model(tmp_path / "base", tokenizer="spm")
+    """Return a folder with a tokenizer.model, and a chat template that begins with the BOS."""
+    folder = make_tiny_model(tmp_path / "base", tokenizer="spm")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    edit_config(folder, chat_template="{{ bos_token }}" + config["chat_template"])
+    return folder
 
 
 def json_folder(tmp_path):
