@@ -198,10 +198,9 @@ def quantize_q3_k(
     becomes -32 d. With an importance, the symmetric search finds the scales and d.
     """
     values = columns(blocks, 16)
-    peak = signed_peak(values)
-    zero = peak.abs() < SMALLEST_PEAK
     if importance is None:
-        weights = values.square()
+        peak, weights = signed_peak(values), values.square()
+        zero = peak.abs() < SMALLEST_PEAK
         start = symmetric_levels(values, inverse_scale(-4, peak).masked_fill_(zero, 0.0), 4)
         sub_blocks = SubBlocks(values, weights, weights * values)
         scale, found = descend(start, sub_blocks, -4, 3, steps)
@@ -210,15 +209,17 @@ def quantize_q3_k(
     else:
         weights = columns(importance_weights(blocks, importance, 2), 16)
         fit = fit_symmetric(SubBlocks(values, weights, weights * values), 4, steps)
-        found = symmetric_levels(values, fit.inverse, 4)
+        zero, found = fit.score.isinf(), symmetric_levels(values, fit.inverse, 4)
         scales, totals = columns(fit.scale, 16), columns(column_sums(weights), 16)
         whole = fit_symmetric(SubBlocks(scales, totals, totals * scales), 32, steps)
         unit = whole.scale
         integers = symmetric_levels(scales, whole.inverse, 32)
-        integers.masked_fill_(signed_peak(scales).abs() < SMALLEST_PEAK, -32)
+        integers.masked_fill_(whole.score.isinf(), -32)
     unit = round_to_float16(unit)
     scale = per_sub_block(integers * unit)
-    levels = torch.where(scale == 0, found, (values / scale).round_().clamp_(-4, 3))
+    unscaled = scale == 0
+    levels = values.div_(scale.masked_fill(unscaled, 1.0)).round_().clamp_(-4, 3)
+    levels.lerp_(found, unscaled.float())
     levels.add_(torch.where(zero, 0.0, 4.0))
     high, low = packing.pack_three_bits(block_levels(levels))
     scales = packing.pack_scales(scale_bytes(integers + 32))
@@ -239,7 +240,7 @@ def quantize_q6_k(
     weights = values.square() if importance is None else columns(importance, 16)
     fit = fit_symmetric(SubBlocks(values, weights, weights * values), 32, steps)
     unit, integers = signed_integers(columns(fit.scale, 16), 128)
-    zero = (signed_peak(values).abs() < SMALLEST_PEAK) | per_sub_block((unit == 0).expand(16, -1))
+    zero = fit.score.isinf() | per_sub_block((unit == 0).expand(16, -1))
     unit = round_to_float16(unit)
     scale = per_sub_block(integers * unit)
     unscaled = scale == 0
