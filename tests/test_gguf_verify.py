@@ -8,7 +8,7 @@ from gguf_files import LLAMA3_ROPE
 from test_merge import load
 from tiny import make_tiny_model
 
-from minitune.gguf import compare_llama_cpp, export, tensor_layout, writer
+from minitune.gguf import compare_llama_cpp, content, export, tensor_layout, writer
 from minitune.gguf.export import convert_folder, export_gguf
 from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.writer import write_gguf
@@ -28,7 +28,7 @@ def heads_of_k_for_q(monkeypatch):
 
 
 def no_divisors(monkeypatch):
-    for module in (export, tensor_layout):
+    for module in (content, tensor_layout):
         monkeypatch.setattr(module, "additional_tensors", lambda config: {})
 
 
@@ -42,13 +42,13 @@ def other_divisors(monkeypatch):
 
 
 def norms_in_float16(monkeypatch):
-    types = export.tensor_types
+    types = content.tensor_types
 
     def with_norms(*arguments):
         found = types(*arguments)
         return found | {name: GGMLType.F16 for name in found if name.endswith("norm.weight")}
 
-    monkeypatch.setattr(export, "tensor_types", with_norms)
+    monkeypatch.setattr(content, "tensor_types", with_norms)
 
 
 def scales_of_the_next_block(monkeypatch):
@@ -80,6 +80,36 @@ def one_weight_less(monkeypatch):
     monkeypatch.setattr(export, "merged_tensors", wrong)
 
 
+def tokenizer_keys(change):
+    """Return a defect of the tokenizer's keys that is only found out after writing."""
+
+    def damage(monkeypatch):
+        metadata = content.tokenizer_metadata
+        monkeypatch.setattr(content, "check_tokenizer", lambda metadata, tokenizer: None)
+        monkeypatch.setattr(
+            content, "tokenizer_metadata", lambda *arguments: change(metadata(*arguments))
+        )
+
+    return damage
+
+
+def wrong_word_rule(metadata):
+    return metadata | {"tokenizer.ggml.pre": "qwen2"}
+
+
+def renamed_token(metadata):
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    tokens[2] = "<|end|>"
+    return metadata | {"tokenizer.ggml.tokens": tokens}
+
+
+def short_vocabulary(metadata):
+    arrays = {
+        key: value[:-1] for key, value in metadata.items() if key.endswith(("tokens", "type"))
+    }
+    return metadata | arrays
+
+
 def damaged_on_disk(position):
     """Return a defect that changes a byte of the file after it was written."""
 
@@ -104,6 +134,9 @@ DEFECTS = [
     (norms_in_float16, "is F16; llama.cpp expects F32"),
     (scales_of_the_next_block, "is not the merged weight; expected a mean square error"),
     (one_weight_less, "layers.1.mlp.down_proj.weight is not the merged weight"),
+    (tokenizer_keys(wrong_word_rule), "other tokens"),
+    (tokenizer_keys(renamed_token), "<|im_end|>"),
+    (tokenizer_keys(short_vocabulary), "511 tokens, but the embedding has 512 rows"),
     (damaged_on_disk(lambda content: content.index(b"general.name") + 24), "general.name"),
     (damaged_on_disk(lambda content: content.index(b"blk.0.attn_q.weight")), "blk.0.attn_q"),
     (damaged_on_disk(lambda content: len(content) - 40), "is not the merged weight"),
@@ -138,9 +171,9 @@ def test_a_file_at_which_llama_cpp_ends_its_process_is_refused_with_its_message(
 ):
     pytest.importorskip("xllamacpp")
     folder = make_tiny_model(tmp_path / "base", **SHAPE)
-    metadata = export.model_metadata
+    metadata = content.model_metadata
     monkeypatch.setattr(
-        export, "model_metadata", lambda config: metadata(config) | {"llama.block_count": 3}
+        content, "model_metadata", lambda config: metadata(config) | {"llama.block_count": 3}
     )
     with pytest.raises(ValueError, match=r"does not run the file: .*tensor") as error:
         convert_folder(folder, tmp_path / "x.gguf", "q8_0")

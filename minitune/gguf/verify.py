@@ -9,6 +9,7 @@ The file is read anew, and its layout is undone by other code than the one that 
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.model_metadata import additional_tensors, gguf_name
 from minitune.gguf.quantization.quantize import FLOAT_DTYPES
 from minitune.gguf.reader import GgufReader
+from minitune.gguf.tokenizer_check import check_tokenizer
 from minitune.gguf.type_errors import error_limit
 from minitune.gguf.writer import Content, MetadataValue
 
@@ -53,6 +55,9 @@ def verify_files(
         with _named(target):
             reader = GgufReader(path)
             _check_head(reader, content.metadata, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it warned before the file was written
+                check_tokenizer(reader.metadata, tokenizer)
             weights.append(FileWeights(reader, config))
     for name, tensor in tensors:
         values = tensor.to(device)
