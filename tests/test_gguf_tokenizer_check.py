@@ -146,7 +146,9 @@ def test_a_defect_of_the_vocabulary_is_refused_by_name(folder_of, name):
 def test_a_missing_chat_template_is_refused(folder_of):
     metadata, tokenizer = metadata_and_tokenizer(folder_of("bpe"))
     del metadata["tokenizer.chat_template"]
-    with pytest.raises(ValueError, match="the file has no chat template"):
+    with pytest.raises(
+        ValueError, match="the chat template of the file is not valid: no chat template is named"
+    ):
         check_tokenizer(metadata, tokenizer)
 
 

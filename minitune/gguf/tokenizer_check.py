@@ -147,13 +147,21 @@ class _Check:
         """Compare conversations, as llama.cpp's server renders and encodes them."""
         if self.tokenizer.chat_template is None:
             return
-        here, there = self.tokenizer.template.on(DAY), self._file_template().on(DAY)
+        here = self.tokenizer.template.on(DAY)
+        try:
+            there = self._file_template().on(DAY)
+        except ValueError as error:
+            raise self._error(f"the chat template of the file is not valid: {error}") from None
         for messages, add_generation_prompt, tools in CONVERSATIONS:
             try:
                 text = here.render(messages, add_generation_prompt, tools)
             except ValueError:
                 continue  # the template takes no such conversation
-            self._check_rendering(text, there.render(messages, add_generation_prompt, tools))
+            try:
+                in_file = there.render(messages, add_generation_prompt, tools)
+            except ValueError as error:
+                raise self._error(f"the chat template of the file fails: {error}") from None
+            self._check_rendering(text, in_file)
 
     def _check_rendering(self, text: str, in_file: str) -> None:
         if in_file != text:
@@ -193,9 +201,8 @@ class _Check:
             for key, text in self.metadata.items()
             if key.startswith(prefix)
         }
-        if TEMPLATE_KEY not in self.metadata:
-            raise self._error("the file has no chat template, but training used one")
-        named[DEFAULT] = self.metadata[TEMPLATE_KEY]
+        if TEMPLATE_KEY in self.metadata:
+            named[DEFAULT] = self.metadata[TEMPLATE_KEY]
         ids = {"bos_token": self.file.bos_token_id, "eos_token": self.file.eos_token_id}
         variables = {name: "" if id is None else self.file.tokens[id] for name, id in ids.items()}
         return ChatTemplate(named, variables)

@@ -17,6 +17,7 @@ A row of the table is a package. Its columns are
     here, there   seconds to load the tokenizer here and in transformers
     GGUF          llama.cpp's name for the tokenizer, or the refusal
     from GGUF     texts that llama.cpp cuts otherwise with the exported tokenizer
+    imitated      texts that llama.cpp cuts otherwise than its tokenizer as it is rebuilt here
 
 The reference is PreTrainedTokenizerFast, which obeys tokenizer.json. AutoTokenizer may rebuild the
 file by the class that the config names.
@@ -40,10 +41,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers  # noqa: E402
+from gguf_files import metadata_of  # noqa: E402
 from tiny import make_tiny_model  # noqa: E402
 
 from minitune.data.tokenization.tokenizer import Tokenizer  # noqa: E402
 from minitune.gguf.export import convert_folder  # noqa: E402
+from minitune.gguf.llama_cpp_tokenizer import LlamaCppTokenizer  # noqa: E402
 from minitune.gguf.tokenizer_metadata import tokenizer_metadata  # noqa: E402
 from referees.llama_cpp import LlamaCpp  # noqa: E402
 from referees.reporting import markdown_table  # noqa: E402
@@ -180,7 +183,7 @@ def row_of(folder: Path, name: str, models: Path | None) -> dict[str, str]:
         "here": f"{seconds:.2f} s",
         "there": f"{auto_seconds:.2f} s",
         "GGUF": gguf_name(ours),
-        "from GGUF": cut_from_gguf(ours, name, texts) if models else "-",
+        **(cut_from_gguf(ours, name, texts) if models else {"from GGUF": "-", "imitated": "-"}),
     }
 
 
@@ -209,28 +212,31 @@ def gguf_name(ours: Tokenizer) -> str:
     return f"{metadata['tokenizer.ggml.model']}, {metadata['tokenizer.ggml.pre']}"
 
 
-def cut_from_gguf(ours: Tokenizer, name: str, texts: list[str]) -> str:
-    """Return the count of texts that llama.cpp cuts otherwise with the exported tokenizer.
+def cut_from_gguf(ours: Tokenizer, name: str, texts: list[str]) -> dict[str, str]:
+    """Return the counts of texts that llama.cpp cuts otherwise with the exported tokenizer.
 
-    The GGUF file is that of a tiny random Llama. Texts whose NFC differs are left out, because
-    llama.cpp does not normalise.
+    The GGUF file is that of a tiny random Llama. Texts whose NFC differs are left out of the
+    comparison with `ours`, because llama.cpp does not normalise.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_tiny_model(Path(temporary) / "model", hidden=32, vocab=ours.vocab_size)
         ours.save_pretrained(folder)
         try:
-            llama_cpp = LlamaCpp(convert_folder(folder, Path(temporary) / "model.gguf"))
+            path = convert_folder(folder, Path(temporary) / "model.gguf")
         except ValueError:
-            return "-"
-    texts = [text for text in texts if unicodedata.is_normalized("NFC", text)]
-    wrong = [
-        text
-        for text in texts
-        if llama_cpp.tokenize(text, add_special=False) != encode_bare(ours, text)
-    ]
-    for text in wrong[:EXAMPLES]:
-        print(f"{name}: from GGUF: {text!r}")
-    return f"{len(wrong)} of {len(texts)}"
+            return {"from GGUF": "-", "imitated": "-"}
+        llama_cpp = LlamaCpp(path)
+        rebuilt = LlamaCppTokenizer(metadata_of(path))
+    in_file = partial(llama_cpp.tokenize, add_special=False)
+    composed = [text for text in texts if unicodedata.is_normalized("NFC", text)]
+    wrong = {
+        "from GGUF": (composed, differing(in_file, partial(encode_bare, ours), composed)),
+        "imitated": (texts, differing(in_file, partial(rebuilt.encode, add_special=False), texts)),
+    }
+    for column, (_, found) in wrong.items():
+        for text in found[:EXAMPLES]:
+            print(f"{name}: {column}: {text!r}")
+    return {column: f"{len(found)} of {len(all)}" for column, (all, found) in wrong.items()}
 
 
 def unpacked(package: Path, folder: Path) -> Path:
