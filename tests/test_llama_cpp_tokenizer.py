@@ -136,7 +136,7 @@ def test_unknown_rules_and_ambiguous_vocabularies_are_errors():
         changed = base | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
         with pytest.raises(ValueError, match=message):
             LlamaCppTokenizer(changed)
-    with pytest.raises(ValueError, match="refuses such a file without the token '</s>'"):
+    with pytest.raises(ValueError, match="refuses such a file without the token '<unk>'"):
         LlamaCppTokenizer(base | {"general.name": "My-Phi-3"})
 
 

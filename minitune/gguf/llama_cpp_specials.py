@@ -38,8 +38,9 @@ NO_END_GROUPS = (
     {"<|calls|>", "<|flush|>"},
 )
 PHI_NAMES = ("phi-3", "phi3")
-# Phi-3's tokens that keep the white space behind them.
+# Phi-3's tokens that keep the white space behind them, and the tokens that it must have.
 PHI_TOKENS_WITHOUT_RSTRIP = ("<unk>", "<s>", "<|endoftext|>")
+PHI_TOKENS = (*PHI_TOKENS_WITHOUT_RSTRIP, "</s>")
 
 CUT_TYPES = {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN}
 
@@ -77,7 +78,7 @@ class SpecialTokens:
             self._lengths.setdefault(text[0], set()).add(len(text))
         self._stripped: set[str] = set()  # tokens that take the white space behind them
         if any(phi in name.lower() for phi in PHI_NAMES):
-            for text in ("</s>", *PHI_TOKENS_WITHOUT_RSTRIP):
+            for text in PHI_TOKENS:
                 if text not in ids:
                     raise ValueError(
                         f"general.name is {name!r}, and llama.cpp refuses such a file without the "

@@ -75,19 +75,19 @@ class LlamaCppTokenizer:
 
     def _read_flags(self, keys: Mapping[str, Any]) -> None:
         """Read the special ids and the flags, with llama.cpp's defaults."""
-        name = GEMMA4 if self.model == GEMMA4 else str(keys.get("pre") or "default")
+        self.pre = GEMMA4 if self.model == GEMMA4 else str(keys.get("pre") or "default")
         self._rule = WordRule(())
         if self.model != SENTENCEPIECE:
-            if name not in WORD_RULES:
+            if self.pre not in WORD_RULES:
                 known = ", ".join(WORD_RULES)
-                raise ValueError(f"tokenizer.ggml.pre is {name!r}; known are {known}")
-            self._rule = WORD_RULES[name]
+                raise ValueError(f"tokenizer.ggml.pre is {self.pre!r}; known are {known}")
+            self._rule = WORD_RULES[self.pre]
         bos, eos = DEFAULT_IDS[self.model]
         self.bos_token_id = self._id(keys.get("bos_token_id"), bos)
         self.eos_token_id = self._id(keys.get("eos_token_id"), eos)
         adds_bos = self.model == SENTENCEPIECE or self._rule.adds_bos
         # llama.cpp overrides the key for Gemma 4
-        self.adds_bos = name == GEMMA4 or bool(keys.get("add_bos_token", adds_bos))
+        self.adds_bos = self.pre == GEMMA4 or bool(keys.get("add_bos_token", adds_bos))
         self.adds_eos = bool(keys.get("add_eos_token", False))
         self._prefixes_space = bool(keys.get("add_space_prefix", True))
         for flag, id, text in (

@@ -19,18 +19,24 @@ A difference is an error, except those that no file can avoid; they are one warn
 - llama.cpp adds a BOS to conversations whose template writes none.
 """
 
-import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from gguf import TokenType
 
-from minitune.config.visible_text import on_one_line
 from minitune.data.templates.chat_template import DEFAULT, ChatTemplate
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.llama_cpp_tokenizer import LlamaCppTokenizer
-from minitune.gguf.pre_tokenizers import APPROXIMATED
+from minitune.gguf.tokenizer_differences import (
+    Difference,
+    first_difference,
+    likely_reason,
+    shown,
+    shown_ids,
+    shown_token,
+    unavoidable_reason,
+)
 from minitune.gguf.tokenizer_texts import (
     BEGINNINGS,
     CONVERSATIONS,
@@ -40,21 +46,8 @@ from minitune.gguf.tokenizer_texts import (
 )
 
 SAMPLED_TOKENS = 2048
-SHOWN_IDS = 3  # on each side of the first difference
-SHOWN_CHARACTERS = 80
 TEMPLATE_KEY = "tokenizer.chat_template"
 DAY = "2026-01-01"  # for templates that write the date
-
-
-class Difference(NamedTuple):
-    """A text that becomes other tokens in llama.cpp than in training.
-
-    file: the ids from the file. trained: the ids of the tokenizer that trained.
-    """
-
-    text: str
-    file: list[int]
-    trained: list[int]
 
 
 def check_tokenizer(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> None:
@@ -113,8 +106,8 @@ class _Check:
         ):
             if trained is not None and in_file != trained:
                 raise self._error(
-                    f"the {name} token is {self._token(in_file)} in the file, but "
-                    f"{self._token(trained)} in training"
+                    f"the {name} token is {shown_token(in_file, tokens)} in the file, but "
+                    f"{shown_token(trained, tokens)} in training"
                 )
 
     # ---- texts
@@ -165,17 +158,10 @@ class _Check:
 
     def _check_rendering(self, text: str, in_file: str) -> None:
         if in_file != text:
-            begin = next(
-                (
-                    i
-                    for i, pair in enumerate(zip(text, in_file, strict=False))
-                    if len(set(pair)) > 1
-                ),
-                min(len(text), len(in_file)),
-            )
+            begin = first_difference(text, in_file)
             raise self._error(
-                f"the chat template writes {_shown(in_file[begin:])} in llama.cpp, but "
-                f"{_shown(text[begin:])} in training, behind {_shown(text[:begin], at_end=True)}; "
+                f"the chat template writes {shown(in_file[begin:])} in llama.cpp, but "
+                f"{shown(text[begin:])} in training, behind {shown(text[:begin], at_end=True)}; "
                 "llama.cpp gives a template the BOS and EOS tokens of the file and no others"
             )
         bos = self.file.bos_token_id
@@ -219,79 +205,15 @@ class _Check:
 
     def _report(self, difference: Difference) -> None:
         """Raise the error of a difference, or keep it for the warning if it is unavoidable."""
-        if reason := self._unavoidable_reason(difference):
+        if reason := unavoidable_reason(difference, self.file, self.tokenizer):
             self.unavoidable.setdefault(reason, []).append(difference)
             return
         text, file, trained = difference
+        tokens = self.file.tokens
         raise self._error(
-            f"llama.cpp would cut {_shown(text)} into other tokens than training: "
-            f"{self._around(file, trained)} instead of {self._around(trained, file)}; "
-            f"{self._reason(difference)}"
-        )
-
-    def _unavoidable_reason(self, difference: Difference) -> str:
-        """Return the reason for a difference that no file can avoid, otherwise ""."""
-        if approximation := self._approximation(difference.text):
-            return approximation
-        if unasked := [text for text in self.file.special.unasked if text in difference.text]:
-            return f"takes {unasked[0]!r} in a text for a control token, whatever the file says"
-        composed = unicodedata.normalize("NFC", difference.text)
-        if composed != difference.text and self._makes(composed, difference):
-            return "does not compose letters and accents (NFC), as training did"
-        is_first = self.tokenizer.adds_prefix_space and not self.tokenizer.prefixes_each_stretch
-        if is_first and self._makes(f" {difference.text}", difference):
-            return (
-                "puts a space before every stretch of text or before none, but training only "
-                "before the first (begin each prompt with a special token or a space)"
-            )
-        return ""
-
-    def _approximation(self, text: str) -> str:
-        """Return how llama.cpp approximates the word rule on a text, otherwise ""."""
-        pre = self.metadata.get("tokenizer.ggml.pre")
-        if pre in APPROXIMATED and any(map(_is_mark_or_cased, text)):
-            return (
-                f"approximates the pre-tokenizer {pre}: capitals beyond A-Z and combining marks "
-                "(Hindi, Thai, decomposed accents) begin and end words otherwise"
-            )
-        if pre == "superbpe" and any(_is_other_digit(character) for character in text):
-            return f"approximates the pre-tokenizer {pre}: it groups no digits but 0 to 9"
-        return ""
-
-    def _makes(self, text: str, difference: Difference) -> bool:
-        """Return True if the file makes of `text` the ids of training."""
-        adds_bos = difference.file != self.file.encode(difference.text, add_special=False)
-        return self.file.encode(text, adds_bos) == difference.trained
-
-    def _reason(self, difference: Difference) -> str:
-        """Return the likely reason for a difference, and the remedy."""
-        text, file, trained = difference
-        bos = self.file.bos_token_id
-        if file == [bos, *trained]:
-            return "the file adds a BOS that training did not; add_bos_token must be false"
-        if trained == [bos, *file]:
-            return "training began with the BOS, the file adds none; add_bos_token must be true"
-        if file[-1:] == [self.file.eos_token_id] and file[:-1] == trained:
-            return "the file adds an EOS behind every prompt; add_eos_token must be false"
-        for token in self.tokenizer.added_tokens.values():
-            flags = [flag for flag in ("lstrip", "rstrip", "single_word") if getattr(token, flag)]
-            if flags and text == text_around(token.content):
-                return (
-                    f"the added token {token.content!r} has {' and '.join(flags)}, which llama.cpp "
-                    "does not apply; set it to false in the tokenizer's files before training "
-                    "(rstrip of Phi-3's tokens is applied if the file's name contains phi-3)"
-                )
-        if normalizers := _normalizers(self.tokenizer):
-            return (
-                f"training normalises text ({', '.join(normalizers)}) and llama.cpp does not; take "
-                "the normalizer out of tokenizer.json before training"
-            )
-        keys = "tokens, scores, add_space_prefix"
-        if self.file.model != "llama":
-            keys = f"pre ({self.metadata.get('tokenizer.ggml.pre')}), tokens, merges"
-        return (
-            f"one of the keys {keys}, token_type is not that of the tokenizer in this folder; "
-            "export with the tokenizer that trained"
+            f"llama.cpp would cut {shown(text)} into other tokens than training: "
+            f"{shown_ids(file, trained, tokens)} instead of {shown_ids(trained, file, tokens)}; "
+            f"{likely_reason(difference, self.file, self.tokenizer)}"
         )
 
     def warn(self) -> None:
@@ -300,47 +222,9 @@ class _Check:
             others = f" and {len(differences) - 1} further ones" if len(differences) > 1 else ""
             warnings.warn(
                 f"{self.tokenizer.folder}: llama.cpp {reason}; of the texts that were compared "
-                f"{_shown(differences[0].text)}{others} become other tokens there than in training",
+                f"{shown(differences[0].text)}{others} become other tokens there than in training",
                 stacklevel=3,
             )
 
     def _error(self, message: str) -> ValueError:
         return ValueError(f"{self.tokenizer.folder}: {message}")
-
-    def _token(self, id: int | None) -> str:
-        return "none" if id is None else f"{id} {on_one_line(self.file.tokens[id])!r}"
-
-    def _around(self, ids: list[int], others: list[int]) -> str:
-        """Return the ids around the first that differs from `others`, with their texts."""
-        pairs = enumerate(zip(ids, others, strict=False))
-        first = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(others)))
-        begin, end = max(first - SHOWN_IDS, 0), first + SHOWN_IDS + 1
-        shown = [self._token(id) for id in ids[begin:end]]
-        before, behind = ["..."] * (begin > 0), ["..."] * (end < len(ids))
-        return f"[{', '.join([*before, *shown, *behind])}]"
-
-
-def _is_mark_or_cased(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category[0] == "M" or (not character.isascii() and category in ("Lu", "Ll", "Lt"))
-
-
-def _is_other_digit(character: str) -> bool:
-    return not character.isascii() and unicodedata.category(character) == "Nd"
-
-
-def _normalizers(tokenizer: Tokenizer) -> list[str]:
-    """Return the normalizers of a tokenizer.json that change more than spaces and NFC."""
-    normalizer = (tokenizer.definition() or {}).get("normalizer") or {}
-    types = [part["type"] for part in normalizer.get("normalizers", [normalizer]) if part]
-    return [type for type in types if type not in ("NFC", "Prepend", "Replace")]
-
-
-def _shown(text: str, at_end: bool = False) -> str:
-    """Return a text in visible form, cut to its beginning or its end."""
-    line = on_one_line(text)
-    if len(line) <= SHOWN_CHARACTERS:
-        return f"'{line}'"
-    if at_end:
-        return f"'...{line[-SHOWN_CHARACTERS:]}'"
-    return f"'{line[:SHOWN_CHARACTERS]}...'"

@@ -20,6 +20,7 @@ from minitune.atomic_files import read_json
 from minitune.data.templates.chat_template import DEFAULT
 from minitune.data.templates.folder_templates import Templates
 from minitune.data.tokenization.tokenizer import CONFIG, Tokenizer, check_vocabulary
+from minitune.gguf.llama_cpp_specials import PHI_TOKENS, PHI_TOKENS_WITHOUT_RSTRIP
 from minitune.gguf.pre_tokenizers import flattened
 from minitune.gguf.vocabulary import (
     byte_fallback_metadata,
@@ -32,9 +33,6 @@ from minitune.gguf.writer import MetadataValue
 
 # A name with one of these makes llama.cpp take the white space behind added tokens with them.
 PHI_NAME = re.compile(r"phi(-?)3", re.IGNORECASE)
-# Added tokens of Phi-3 behind which llama.cpp keeps white space, and tokens that it asks for.
-PHI_TOKENS_WITHOUT_RSTRIP = ("<unk>", "<s>", "<|endoftext|>")
-PHI_TOKENS = (*PHI_TOKENS_WITHOUT_RSTRIP, "</s>")
 # Names of special tokens here -> llama.cpp's; it spells the separator so.
 SPECIAL_TOKEN_NAMES = {
     "bos": "bos",
@@ -83,24 +81,12 @@ def _general_name(tokenizer: Tokenizer, name: str) -> dict[str, MetadataValue]:
     GGUF has no flags of added tokens. llama.cpp knows one, by the name of the model: with "phi-3"
     or "phi3" in it, white space behind an added token belongs to the token. It refuses any other
     vocabulary with such a name.
-
-    Raises: ValueError if an added token has a flag that changes ids and that GGUF lacks.
     """
     texts = {token.content for token in tokenizer.added_tokens.values()}
     is_phi = texts.issuperset(PHI_TOKENS) and all(
         token.rstrip == (token.content not in PHI_TOKENS_WITHOUT_RSTRIP)
         for token in tokenizer.added_tokens.values()
     )
-    for token in tokenizer.added_tokens.values():
-        flags = {"lstrip": token.lstrip, "rstrip": token.rstrip and not is_phi}
-        flags["single_word"] = token.single_word
-        if found := [flag for flag, is_set in flags.items() if is_set]:
-            raise ValueError(
-                f"{tokenizer.folder}: the added token {token.content!r} has {' and '.join(found)}, "
-                "which llama.cpp does not apply, so it would cut other tokens; set it to false in "
-                "the tokenizer's files before training (rstrip is applied if all added tokens have "
-                f"it but {', '.join(PHI_TOKENS_WITHOUT_RSTRIP)}, as Phi-3's)"
-            )
     if is_phi == bool(PHI_NAME.search(name)):
         return {}
     chosen = f"{name} Phi-3" if is_phi else PHI_NAME.sub("phi 3", name)
