@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,10 +135,10 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_for_every_type(tmp_path)
 
 def test_files_are_renamed_after_all_are_flushed(tmp_path, monkeypatch):
     folder, events = make_tiny_model(tmp_path / "m"), []
-    flush, replace = os.fsync, os.replace
+    flush, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (events.append("flush"), flush(file)))
     monkeypatch.setattr(
-        "pathlib.Path.replace", lambda path, new: (events.append("name"), replace(path, new))
+        "pathlib.Path.replace", lambda path, new: (events.append("name"), rename(path, new))
     )
     convert_folder(folder, tmp_path / "all", ["f16", "q8_0"])
     assert "".join(event[0] for event in events).endswith("nnf")
@@ -176,3 +177,16 @@ def test_the_command_writes_several_types_and_refuses_before_it_writes_a_merged_
     code, _, err = command("--output", tmp_path, "--quantization-method", "q9")
     assert code == 2 and "'q9' is not supported; choose from f32, " in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "m"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_the_bytes_that_the_cpu_writes(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", tie=False)
+    methods = ["f32", "f16", "bf16", "q8_0"]
+    plan = plan_conversion(folder, tmp_path / "gpu", methods)
+    assert plan.device.type == "cuda"
+    on_gpu = plan.write()
+    plan = plan_conversion(folder, tmp_path / "cpu", methods)
+    on_cpu = replace(plan, device=torch.device("cpu")).write()
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
