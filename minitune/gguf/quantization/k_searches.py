@@ -225,7 +225,7 @@ def fit_affine(
     scale = inverse.reciprocal().masked_fill_(inverse == 0, 0.0)
     trial = affine_levels(values, inverse, minimum, levels)
     error = _affine_error(trial, blocks, scale, minimum, absolute)
-    fit = AffineFit(scale, minimum, error, inverse, minimum)
+    fit = AffineFit(scale, minimum, error, inverse, minimum.clone())  # no alias: one graph fewer
     sums = (highest, column_sums(weights.clone()), column_sums(weighted.clone()))
     first, step, count = offsets
     # ggml adds the offset before the levels; the sum of two float32 numbers rounds differently.
@@ -259,7 +259,7 @@ def descend(
     """Return (scale (S,), levels (n, S)) after up to five sweeps from the levels `start`."""
     sum_wlx = column_sums(blocks.weighted * start)
     sum_wll = column_sums((blocks.weights * start).mul_(start))
-    rows, sums = list(start.unbind()), (sum_wlx, sum_wll)
+    rows, sums = [row.clone() for row in start], (sum_wlx, sum_wll)  # no views: one graph fewer
     elements = list(zip(*(tensor.unbind() for tensor in blocks), strict=True))
     for _ in range(SWEEPS):
         for row, element in enumerate(elements):
