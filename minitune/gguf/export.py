@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -102,14 +101,14 @@ class GGUFExport:
                     print("\n".join(found), file=sys.stderr)
         return self.targets
 
-    def check_space(self, others: Mapping[Path, int] = MappingProxyType({})) -> None:
+    def check_space(self, others: Mapping[Path, int] | None = None) -> None:
         """Raise ValueError if the disk has no room for all files together.
 
         others: path -> bytes of other files that will be written.
         """
         path = self.targets[0] if len(self.targets) == 1 else self.targets[0].parent
         nbytes = sum(content.nbytes for content in self.contents)
-        require_space_together({path: nbytes} | dict(others))
+        require_space_together({path: nbytes, **(others or {})})
 
     def gguf_tensors(self) -> Iterator[Tensor]:
         """Return an iterator over the tensors in the files' order and layout, on the device."""
