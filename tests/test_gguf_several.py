@@ -52,9 +52,9 @@ def test_each_tensor_is_read_once_and_quantised_once_for_each_of_its_types(tmp_p
         read[name] += 1
         return load_tensor(self, name, *arguments)
 
-    def counting_quantize(rows, kind, importance):
+    def counting_quantize(rows, kind, *options):
         quantised[tuple(rows.shape), kind] += 1
-        return quantize(rows, kind, importance)
+        return quantize(rows, kind, *options)
 
     monkeypatch.setattr(SafetensorsFolder, "load", counting_load)
     monkeypatch.setattr("minitune.gguf.writer.quantize", counting_quantize)

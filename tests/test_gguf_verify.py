@@ -54,8 +54,8 @@ def norms_in_float16(monkeypatch):
 def scales_of_the_next_block(monkeypatch):
     quantize = writer.quantize
 
-    def wrong(rows, kind, importance=None):
-        data = quantize(rows, kind, importance)
+    def wrong(rows, kind, *options):
+        data = quantize(rows, kind, *options)
         if kind != GGMLType.Q4_K:
             return data
         blocks = data.view(-1, 144)

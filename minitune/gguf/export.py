@@ -90,7 +90,7 @@ class GGUFExport:
             count = len(self.targets)
             files = dict(zip(partials[:count], self.contents, strict=True))
             values = self.importance.values if self.importance else None
-            write_gguf(files, self.gguf_tensors(), values, progress)
+            write_gguf(files, self.gguf_tensors(), values, progress, self.device)
             for partial, text in zip(partials[count:], self.modelfiles.values(), strict=True):
                 partial.write_text(text, encoding="utf-8")
             if verify:

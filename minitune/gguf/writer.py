@@ -20,6 +20,7 @@ import functools
 import itertools
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,16 +28,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from gguf import GGML_QUANT_SIZES, GGUFValueType
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 from tqdm import tqdm
 
+from minitune.gguf.quantization.fusion import choose_steps
+from minitune.gguf.quantization.k_searches import Steps
 from minitune.gguf.quantization.quantize import quantize
 
 VERSION = 3
 ALIGNMENT = 32  # bytes
 MAX_NAME_BYTES = 63  # of a tensor, in ggml
+CPU = torch.device("cpu")
 CHUNK_VALUES = 1 << 24  # quantised and written at a time: 32 MiB in 16 bit
 
 MetadataValue = str | bool | int | float | np.int32 | list
@@ -92,19 +97,22 @@ def write_gguf(
     tensors: Iterable[Tensor],
     importance: Mapping[str, Tensor] | None = None,
     progress: bool = False,
+    device: torch.device = CPU,
 ) -> None:
     """Write GGUF files that hold the same tensors in different types. Not atomic.
 
     files: path -> content. All files have the same tensors in the same order.
-    tensors: the values, in the order of the files, on any device.
+    tensors: the values, in the order of the files.
     importance: mean squares of a linear's inputs, float32 (width,), by the tensor's name.
     progress: show a progress bar in bytes on a terminal.
+    device: the device of the tensors, which quantises.
 
     Raises: ValueError if a value is not finite or overflows its type; OSError if a file cannot be
         written.
     """
     columns = zip(*(content.infos for content in files.values()), strict=True)
     total = sum(content.nbytes for content in files.values())
+    steps = choose_steps(_values_by_type(files.values()), device, bool(importance))
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(path.open("wb")) for path in files]
         bar = stack.enter_context(_progress_bar(total, progress))
@@ -112,8 +120,18 @@ def write_gguf(
         for file, content in zip(opened, files.values(), strict=True):
             thread.write(file, content.head)
         for infos, tensor in zip(columns, tensors, strict=True):
-            _write_tensor(thread, opened, infos, tensor, (importance or {}).get(infos[0].name))
+            weights = (importance or {}).get(infos[0].name)
+            _write_tensor(thread, opened, infos, tensor, weights, steps)
         thread.wait()
+
+
+def _values_by_type(contents: Iterable[Content]) -> dict[GGMLType, int]:
+    """Return the number of values of each type in some files."""
+    counts: Counter[GGMLType] = Counter()
+    for content in contents:
+        for info in content.infos:
+            counts[info.type] += math.prod(info.shape)
+    return counts
 
 
 class _WritingThread(contextlib.AbstractContextManager):
@@ -214,6 +232,7 @@ def _write_tensor(
     infos: Sequence[TensorInfo],
     tensor: Tensor,
     importance: Tensor | None,
+    steps: Steps,
 ) -> None:
     """Append one tensor's data and padding to each file.
 
@@ -225,7 +244,7 @@ def _write_tensor(
     importance = None if importance is None else importance.to(rows.device)
     for part in rows.split(max(1, CHUNK_VALUES // shape[-1])):
         for kind in dict.fromkeys(info.type for info in infos):
-            data = _quantized(name, part, kind, importance)
+            data = _quantized(name, part, kind, importance, steps)
             for file, info in zip(files, infos, strict=True):
                 if info.type == kind:
                     thread.write(file, data)
@@ -233,10 +252,12 @@ def _write_tensor(
         thread.write(file, bytes(-info.nbytes % ALIGNMENT))
 
 
-def _quantized(name: str, rows: Tensor, kind: GGMLType, importance: Tensor | None) -> memoryview:
+def _quantized(
+    name: str, rows: Tensor, kind: GGMLType, importance: Tensor | None, steps: Steps
+) -> memoryview:
     """Return the bytes of some rows of a tensor in a type."""
     try:
-        data = quantize(rows, kind, importance)
+        data = quantize(rows, kind, importance, steps)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return memoryview(data.cpu().numpy()).cast("B")

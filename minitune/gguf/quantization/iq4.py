@@ -13,7 +13,7 @@ x the nearest v, and then d = sum(w v x) / sum(w v v) has the error sum(w x x) -
 Without an importance, w = x^2. With an importance h, w = h sqrt(2 mean(x^2) + x^2), with the mean
 of the whole block.
 
-The searches work on columns of 32 values (columns.py).
+The searches work on columns of 32 values (columns.py), and have no compiled steps.
 """
 
 import functools
@@ -29,6 +29,7 @@ from minitune.gguf.quantization.columns import (
     signed_peak,
 )
 from minitune.gguf.quantization.dequantize import IQ4_VALUES
+from minitune.gguf.quantization.k_searches import EAGER_STEPS, Steps
 from minitune.gguf.quantization.simple_blocks import (
     BlockQuantizer,
     float16_bytes,
@@ -42,7 +43,10 @@ HALF_STEPS = 255  # the table is constant between multiples of 1/2, from -127.5 
 
 
 def quantize_iq4_nl(
-    blocks: Tensor, importance: Tensor | None, row_mean_square: Tensor | None
+    blocks: Tensor,
+    importance: Tensor | None,
+    row_mean_square: Tensor | None,
+    steps: Steps = EAGER_STEPS,
 ) -> Tensor:
     """Return IQ4_NL blocks."""
     values = blocks.t().contiguous()
@@ -52,7 +56,10 @@ def quantize_iq4_nl(
 
 
 def quantize_iq4_xs(
-    blocks: Tensor, importance: Tensor | None, row_mean_square: Tensor | None
+    blocks: Tensor,
+    importance: Tensor | None,
+    row_mean_square: Tensor | None,
+    steps: Steps = EAGER_STEPS,
 ) -> Tensor:
     """Return IQ4_XS blocks: the scale of largest magnitude becomes -32 d."""
     count = len(blocks)

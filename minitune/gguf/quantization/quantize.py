@@ -18,6 +18,7 @@ from minitune.gguf.quantization import iq4, simple_blocks
 from minitune.gguf.quantization.columns import column_sums
 from minitune.gguf.quantization.dequantize import BLOCK_DEQUANTIZERS
 from minitune.gguf.quantization.k_quants import K_QUANTIZERS
+from minitune.gguf.quantization.k_searches import EAGER_STEPS, Steps
 
 BLOCK_QUANTIZERS = {
     **simple_blocks.BLOCK_QUANTIZERS,
@@ -34,12 +35,18 @@ GPU_CHUNK = 1 << 22  # values
 ROW_GROUP = 32  # rows of a chunk are a multiple, with which column sums have ggml's order
 
 
-def quantize(values: Tensor, kind: GGMLType, importance: Tensor | None = None) -> Tensor:
+def quantize(
+    values: Tensor,
+    kind: GGMLType,
+    importance: Tensor | None = None,
+    steps: Steps = EAGER_STEPS,
+) -> Tensor:
     """Return the bytes of `values` stored as `kind`.
 
     values: weights (..., width) of any float dtype, on any device.
     kind: a GGUF type whose block width divides the width.
     importance: mean squares of the linear's inputs, float32 (width,), or None.
+    steps: of the searches, from fusion.py.
 
     Returns: uint8 (..., bytes a row) on the device of `values`.
 
@@ -56,30 +63,31 @@ def quantize(values: Tensor, kind: GGMLType, importance: Tensor | None = None) -
     rows = values.detach().reshape(-1, width)
     data = rows.new_empty((len(rows), width // block_width * block_bytes), dtype=torch.uint8)
 
+    @torch.no_grad()
     def convert(part: Tensor, target: Tensor) -> None:
         """Write the bytes of some rows."""
         _check_range(part, kind)
         if kind in FLOAT_DTYPES:
             target.view(FLOAT_DTYPES[kind]).copy_(part)
         else:
-            target.copy_(_quantize_rows(part, kind, importance).view(target.shape))
+            target.copy_(_quantize_rows(part, kind, importance, steps).view(target.shape))
 
     _for_each_chunk(convert, rows, data, width)
     return data.view(*values.shape[:-1], data.shape[1])
 
 
-def _quantize_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None) -> Tensor:
+def _quantize_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None, steps: Steps) -> Tensor:
     """Return the blocks (N, bytes of a block) of some rows."""
     rows = rows.float().contiguous()
     block_width = GGML_QUANT_SIZES[kind][0]
     blocks = rows.view(-1, block_width)
     if importance is None or kind == GGMLType.Q8_0:  # Q8_0 makes no choices
-        return BLOCK_QUANTIZERS[kind](blocks, None, None)
+        return BLOCK_QUANTIZERS[kind](blocks, None, None, steps)
     width = rows.shape[1]
     weights = importance.expand_as(rows).reshape(-1, block_width)
     mean_squares = column_sums(rows.square().t().contiguous()).div_(rows.new_tensor(float(width)))
     of_blocks = mean_squares.repeat_interleave(width // block_width)
-    return BLOCK_QUANTIZERS[kind](blocks, weights, of_blocks[:, None])
+    return BLOCK_QUANTIZERS[kind](blocks, weights, of_blocks[:, None], steps)
 
 
 def _check_range(values: Tensor, kind: GGMLType) -> None:
