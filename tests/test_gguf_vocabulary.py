@@ -184,7 +184,9 @@ def test_added_tokens_have_the_types_of_llama_cpps_converter(tmp_path, kind):
     types = metadata["tokenizer.ggml.token_type"]
     assert types[400:407] == [CONTROL] * 4 + [USER_DEFINED] * 3
     tokens = metadata["tokenizer.ggml.tokens"]
-    assert tokens[400:407] == [text.replace("\u2581", " ") for text in texts]
+    if kind == "spm":  # llama.cpp looks for the text before it marks spaces
+        texts = [text.replace("\u2581", " ") for text in texts]
+    assert tokens[400:407] == texts
     if kind == "spm":
         assert types[0] == CONTROL and metadata["tokenizer.ggml.scores"][400] == -1000.0
 

@@ -56,11 +56,17 @@ class Vocabulary:
     def add(self, added: dict[int, AddedToken]) -> None:
         """Fill the rows of added tokens."""
         for id, token in added.items():
-            if token.special or CONTROL_TOKEN.fullmatch(token.content):
-                self.set(id, token.content, CONTROL, ADDED_SCORE)
-            else:  # llama.cpp looks for the text as it is written
-                text = token.content.replace(SPACE_MARK, " ")
-                self.set(id, text, USER_DEFINED, ADDED_SCORE)
+            is_control = token.special or CONTROL_TOKEN.fullmatch(token.content)
+            self.set(id, token.content, CONTROL if is_control else USER_DEFINED, ADDED_SCORE)
+
+    def unmark_spaces(self) -> None:
+        """Write spaces for the marks in user-defined tokens, such as Gemma's runs of spaces.
+
+        llama.cpp looks for those tokens before it marks spaces, and "llama" would merge runs late.
+        """
+        for id, kind in enumerate(self.types):
+            if kind == USER_DEFINED:
+                self.tokens[id] = self.tokens[id].replace(SPACE_MARK, " ")
 
     def metadata(self, model: str, **keys: MetadataValue) -> dict[str, MetadataValue]:
         """Return the keys of the vocabulary.
@@ -105,6 +111,7 @@ def sentencepiece_metadata(path: Path, tokenizer: Tokenizer, rows: int) -> dict[
         if id in tokenizer.declared_ids or vocabulary.tokens[id] != token.content
     }
     vocabulary.add(declared)
+    vocabulary.unmark_spaces()
     return vocabulary.metadata("llama", pre="default", scores=vocabulary.scores)
 
 
@@ -113,11 +120,9 @@ def byte_fallback_metadata(
 ) -> dict[str, MetadataValue]:
     """Return the keys of a tokenizer.json with SentencePiece's pieces.
 
-    A tokenizer.model beside it gives the scores if it has the same pieces and merges them in the
-    same order. Otherwise the merges count:
-
-    - Gemma's form is "gemma4" in llama.cpp, which takes merges;
-    - any other form is "llama", and merge k makes a piece with the score -k.
+    Gemma's form is "gemma4" in llama.cpp, which takes its merges. Any other form is "llama". There
+    a tokenizer.model beside tokenizer.json gives the scores if it has the same pieces and merges
+    them in the same order. Otherwise merge k makes a piece with the score -k.
 
     path: the tokenizer.json. content: its content.
 
@@ -127,16 +132,17 @@ def byte_fallback_metadata(
     for part in flattened(content.get("pre_tokenizer") or {}, "pretokenizers"):
         _check_sentencepiece_part(path, part)
     model = content["model"]
-    pieces = _pieces_of_model(path.with_name("tokenizer.model"), model, rows)
-    vocabulary = pieces or _pieces_of_merges(model, rows)
+    vocabulary = _pieces_of_model(path.with_name("tokenizer.model"), model, rows)
+    vocabulary = vocabulary or _pieces_of_merges(model, rows)
     bytes_found = vocabulary.types.count(BYTE)
     if bytes_found != BYTES:
         raise _lacks_bytes(path, bytes_found)
     vocabulary.add(tokenizer.added_tokens)
     # llama.cpp adds a BOS to each text of a "gemma4" vocabulary.
     adds_bos = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    if pieces is None and not tokenizer.adds_prefix_space and adds_bos:
+    if not tokenizer.adds_prefix_space and adds_bos:
         return vocabulary.metadata("gemma4", merges=_joined(merges_of(model)))
+    vocabulary.unmark_spaces()
     return vocabulary.metadata("llama", pre="default", scores=vocabulary.scores)
 
 
