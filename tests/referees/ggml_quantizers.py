@@ -8,9 +8,9 @@
         Write tests/ggml_quantizers.npz: of each case the sha256 of ggml's bytes, a 16-bit digest
         of each 256 values, and ggml's RMSE.
 
-    python tests/referees/ggml_quantizers.py rate --library libggml-base.so [--device cuda]
-        Values a second of our quantisers and dequantisers, with all threads, beside ggml's
-        quantisers and gguf-py's dequantisers, which use one thread.
+    python tests/referees/ggml_quantizers.py rate [--library libggml-base.so] [--device cuda]
+        Values a second of our quantisers and dequantisers, with all threads, beside gguf-py's
+        dequantisers and ggml's quantisers, which use one thread.
 
 --library defaults to the environment variable GGML_LIBRARY. `--types Q4_K,Q6_K` limits a table.
 
@@ -250,31 +250,32 @@ def compare(args: argparse.Namespace) -> str:
 
 def rate(args: argparse.Namespace) -> str:
     """Return the table of rates, in million values a second."""
-    ggml = Ggml(args.library)
+    ggml = Ggml(args.library) if args.library else None
     values = np.tile(seeded_inputs()["Gaussian"], (RATE_ROWS // ROWS, 1))
+    few = values[: RATE_ROWS // 8]
     importance = seeded_importance()
     weights = torch.from_numpy(values).to(args.device)
     importance_there = torch.from_numpy(importance).to(args.device)
     rows = []
     for kind in (GGMLType[name] for name in args.types):
         data = quantize(weights, kind)
-        host = data.cpu().numpy()
-        one = values[: RATE_ROWS // 8]
-        times = [
-            seconds(partial(quantize, weights, kind)),
-            seconds(partial(quantize, weights, kind, importance_there)),
-            8 * seconds(partial(ggml.quantize, one, kind, None)),
-            8 * seconds(partial(ggml.quantize, one, kind, importance)),
-            seconds(partial(dequantize, data, kind)),
-            8 * seconds(partial(quants.dequantize, host[: RATE_ROWS // 8], kind)),
+        host = data[: len(few)].cpu().numpy()
+        cells = [
+            mega(values.size, partial(quantize, weights, kind)),
+            mega(values.size, partial(quantize, weights, kind, importance_there)),
+            mega(values.size, partial(dequantize, data, kind)),
+            mega(few.size, partial(quants.dequantize, host, kind)),
         ]
-        rows.append([kind.name, *(f"{values.size / time / 1e6:.0f}" for time in times)])
-    columns = ["type", "ours", "ours, imp.", "ggml", "ggml, imp.", "ours, back", "gguf-py, back"]
-    return markdown_table(columns, rows)
+        if ggml:
+            for theirs in (None, importance):
+                cells.append(mega(few.size, partial(ggml.quantize, few, kind, theirs)))
+        rows.append([kind.name, *cells])
+    columns = ["type", "ours", "ours, imp.", "ours, back", "gguf-py, back"]
+    return markdown_table(columns + ["ggml", "ggml, imp."] * bool(ggml), rows)
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Return the shortest time of a few calls."""
+def mega(count: int, function: Callable[[], object]) -> str:
+    """Return `count`, in millions, divided by the shortest of a few times of a function."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -282,7 +283,7 @@ def seconds(function: Callable[[], object]) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return f"{count / min(times) / 1e6:.0f}"
 
 
 def golden(args: argparse.Namespace) -> str:
@@ -311,11 +312,13 @@ def run(arguments: Sequence[str] | None) -> None:
     parser = CommandParser("ggml_quantizers.py", description=__doc__, formatter_class=form)
     parser.add_argument("command", choices=["compare", "golden", "rate"])
     library = os.environ.get("GGML_LIBRARY")
-    parser.add_argument("--library", type=Path, default=library, required=library is None)
+    parser.add_argument("--library", type=Path, default=library)
     parser.add_argument("--model", type=Path, help="folder with model.safetensors")
     parser.add_argument("--device", default="cpu", help="of the rates: cpu or cuda")
     parser.add_argument("--types", default=None, help="names, with commas between them")
     args = parser.parse_args(arguments)
+    if args.library is None and args.command != "rate":
+        raise ValueError(f"{args.command} needs --library, a libggml-base.so")
     known = (*FLOAT_TYPES, *(kind.name for kind in BLOCK_QUANTIZERS))
     default = ALL_TYPES if args.command == "golden" else known
     args.types = tuple(args.types.split(",")) if args.types else default
