@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gguf import GGMLQuantizationType as GGMLType
-from referees.ggml_quantizers import cases, golden_data, seeded_inputs
+from referees.ggml_quantizers import ExactRandom, cases, golden_data, seeded_inputs
 
 from minitune.gguf.quantization.k_quants import K_QUANTIZERS
 from minitune.gguf.quantization.k_searches import EAGER_STEPS, Steps
@@ -49,16 +49,20 @@ def test_blocks_and_errors_equal_those_of_ggml(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", TYPES)
-def test_blocks_and_errors_of_a_gpu_equal_those_of_the_cpu(name):
-    for input_name in ("Gaussian", "Student", "zero", "outlier"):
-        values = torch.from_numpy(INPUTS[input_name])
-        on_cpu = quantize(values, GGMLType[name])
-        on_gpu = quantize(values.cuda(), GGMLType[name]).cpu()
+@pytest.mark.parametrize("weighted", [False, True])
+def test_blocks_and_errors_of_a_gpu_equal_those_of_the_cpu(name, weighted):
+    random = ExactRandom(3)
+    importance = torch.linspace(0.1, 2, 1024) if weighted else None
+    for draw in (random.normal, random.student):
+        values = torch.from_numpy(0.02 * draw(1 << 19)).float().view(-1, 1024)
+        on_cpu = quantize(values, GGMLType[name], importance)
+        on_gpu = quantize(
+            values.cuda(), GGMLType[name], importance.cuda() if weighted else None
+        ).cpu()
         same = (on_gpu == on_cpu).view(values.numel() // 256, -1).all(1)
-        # A GPU adds in another order, and many candidates of a block with one outlier are alike.
-        assert same.float().mean() >= 0.9, input_name
+        assert same.float().mean() >= 0.95, draw.__name__
         errors = [rmse(values, dequantize(data, GGMLType[name])) for data in (on_gpu, on_cpu)]
-        assert errors[0] == pytest.approx(errors[1], rel=1e-3), input_name
+        assert errors[0] == pytest.approx(errors[1], rel=1e-3), draw.__name__
 
 
 @pytest.mark.parametrize("name", TYPES)
