@@ -90,6 +90,10 @@ def test_gemmas_form_is_exported_with_its_merges(tmp_path):
     folder = json_folder(tmp_path)
     split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
     edit_json(folder, normalizer=MARK_SPACES, pre_tokenizer=split | {"invert": False})
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    run = "\u2581\u2581"
+    token = {"content": run, "normalized": False}
+    edit_config(folder, added_tokens_decoder={str(vocab[run]): token})
     path = convert_folder(folder, tmp_path / "x.gguf")
     metadata = metadata_of(path)
     assert metadata["tokenizer.ggml.model"] == "gemma4"
@@ -97,7 +101,7 @@ def test_gemmas_form_is_exported_with_its_merges(tmp_path):
     merges = [" ".join(pair) for pair in content["model"]["merges"]]
     assert metadata["tokenizer.ggml.merges"] == merges
     tokenizer, llama_cpp = Tokenizer.from_folder(folder), LlamaCpp(path)
-    for text in TEXTS:
+    for text in (*TEXTS, "a\u2581\u2581b  c"):
         assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
 
 

@@ -33,6 +33,11 @@ from referees.package_vocabularies import read_vocabulary, write_tokenizer_files
 # (cases, keys that differ there on purpose, the reason)
 DELIBERATE = (
     ("", r"general\.name", "the file's name, which the converter spells as a title"),
+    (
+        "",
+        r"general\.(basename|finetune|version|size_label|license.*|tags|languages|quantized_by)",
+        "the converter guesses them from the folder's name or copies them from the model card",
+    ),
     ("", r"tokenizer\.ggml\.(eot|eom)_token_id", "every token that ends a text has its key"),
     (
         " as json",
@@ -94,6 +99,9 @@ def write_case(models: Path, case: str, vocabulary: str, folder: Path) -> None:
         config[f"{special}_token_id"] = keys.get(f"{key}_token_id")
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer_files(models, name, folder, vocabulary.endswith(AS_JSON))
+    if case.startswith("gemma"):  # its vocabularies put no space before a text
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"add_prefix_space": False}))
 
 
 def convert(llama_cpp: Path, packages: Path | None, folder: Path, path: Path) -> str:
