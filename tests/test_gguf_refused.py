@@ -8,6 +8,7 @@ from full_disk import files_limited_to
 from safetensors.torch import load_file, save_file
 from test_merge import load, write_prequantized
 from tiny import make_tiny_model, write_tokenizer
+from tiny_families import make_tiny_family
 
 from minitune.config.model_config import ModelConfig
 from minitune.gguf.export import convert_folder, export_gguf
@@ -136,6 +137,19 @@ def test_models_that_llama_cpp_would_misread_are_refused(model_type, values, mes
     config = ModelConfig.from_dict({"model_type": model_type} | values)
     with pytest.raises(ValueError, match=f"{message}, but this model differs; save the merged fol"):
         check_expressible(config)
+
+
+@pytest.mark.filterwarnings("ignore:.*llama.cpp adds")
+def test_training_beyond_a_window_that_llama_cpp_ignores_is_refused(tmp_path):
+    folder = make_tiny_family(tmp_path / "base", "mistral with a window")
+    model, tokenizer = load(folder)
+    window = max(kind.window or 0 for kind in model.config.layer_kinds)
+    model.max_trained_seqlen = window + 1
+    with pytest.raises(ValueError, match=f"set max_length to {window}, or save the merged folder"):
+        export_gguf(model, tmp_path / "x.gguf", tokenizer)
+    model.max_trained_seqlen = window
+    with pytest.warns(UserWarning, match=f"a context of at most {window} tokens"):
+        assert export_gguf(model, tmp_path / "x.gguf", tokenizer).is_file()
 
 
 REQUESTS = {  # the error -> (file or folder below tmp_path, further arguments of export_gguf)

@@ -62,7 +62,7 @@ def test_blocks_and_errors_of_a_gpu_equal_those_of_the_cpu(name, weighted):
         same = (on_gpu == on_cpu).view(values.numel() // 256, -1).all(1)
         assert same.float().mean() >= 0.95, draw.__name__
         errors = [rmse(values, dequantize(data, GGMLType[name])) for data in (on_gpu, on_cpu)]
-        assert errors[0] == pytest.approx(errors[1], rel=1e-3), draw.__name__
+        assert errors[0] == pytest.approx(errors[1], rel=5e-3), draw.__name__
 
 
 @pytest.mark.parametrize("name", TYPES)

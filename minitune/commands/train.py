@@ -27,6 +27,7 @@ from minitune.data.inspector.token_display import first_samples
 from minitune.data.sources.sources import check_first_records
 from minitune.gguf.export import check_gguf
 from minitune.gguf.general_metadata import gguf_file_names
+from minitune.gguf.model_metadata import check_window
 from minitune.training import run_folder
 from minitune.training.check_base import check_base, checked_samples
 from minitune.training.trainer import SFTTrainer
@@ -72,6 +73,8 @@ def _run(argv: Sequence[str] | None, program: str, demonstration: Demonstration 
 def train(settings: Settings) -> None:
     """Train, save the adapter, and write the models that the settings ask for."""
     trainer, run = prepare(settings), settings.run
+    if run.gguf:
+        check_window(trainer.model.config, trainer.data.max_seqlen)
     trainer.train()
     models = write_models(
         trainer.model,

@@ -19,6 +19,7 @@ from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import free_memory
 from minitune.gguf import llama_cpp_probe
 from minitune.gguf.file_weights import FileWeights
+from minitune.gguf.model_metadata import ignored_window
 from minitune.gguf.streamed_logits import next_token_log_probabilities
 
 TEXTS = (
@@ -49,7 +50,8 @@ def compare_with_llama_cpp(weights: FileWeights, tokenizer: Tokenizer, device: t
         return "not run in llama.cpp, because neither llama_cpp nor xllamacpp is installed"
     if weights.reader.size > free_memory(torch.device("cpu")):
         return "not run in llama.cpp, because the file is larger than the free memory"
-    prompts = [tokenizer.encode(text)[:MAX_PROMPT] for text in TEXTS]
+    longest = min(MAX_PROMPT, ignored_window(weights.config) or MAX_PROMPT)
+    prompts = [tokenizer.encode(text)[:longest] for text in TEXTS]
     question = {
         "prompts": prompts,
         "whole": tokenizer.encode(WHOLE_WORD, add_special_tokens=False)[-1],

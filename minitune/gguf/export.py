@@ -37,6 +37,7 @@ from minitune.gguf.general_metadata import (
 )
 from minitune.gguf.importance import ImportanceMatrix, unused_note
 from minitune.gguf.mixtures import gguf_methods
+from minitune.gguf.model_metadata import check_window
 from minitune.gguf.modelfile import modelfiles
 from minitune.gguf.tensor_layout import tensors_of_file
 from minitune.gguf.verify import verify_files
@@ -170,6 +171,7 @@ def plan_export(
     methods = gguf_methods(quantization_method, merged_dtype(model) == torch.float16)
     name = adapted_name(base) if model.lora else base
     targets = check_targets(path, name, methods, overwrite)
+    check_window(model.config, model.max_trained_seqlen)
     merged_tensors(model, merge_base)  # refuses before the first tensor
     origin = {"general.base_model.count": 1, "general.base_model.0.name": base}
     if organization:

@@ -159,6 +159,12 @@ def check_expressible(config: ModelConfig) -> None:
 
     A sliding window that llama.cpp ignores is only warned of, because shorter contexts agree.
     """
+    if window := ignored_window(config):
+        warnings.warn(
+            f"llama.cpp ignores the sliding window of {config.architecture.gguf.name}: "
+            f"run the file with a context of at most {window} tokens, where it changes nothing",
+            stacklevel=2,
+        )
     family, rope = config.architecture, config.ropes[0]
     if (config.qkv_bias or config.o_bias) and not family.gguf.biases:
         raise _inexpressible(f"llama.cpp's {family.gguf.name} has no biases in attention")
@@ -182,6 +188,12 @@ def check_expressible(config: ModelConfig) -> None:
                 f"llama.cpp does not read YaRN's {key} for {family.gguf.name}, and this model sets "
                 f"{rope.scaling[key]}; save the merged folder instead"
             )
+    _check_layers(config)
+
+
+def _check_layers(config: ModelConfig) -> None:
+    """Raise ValueError if llama.cpp has other kinds of layers or another head for the family."""
+    family, rope = config.architecture, config.ropes[0]
     rotated = [kind.rope is not None for kind in config.layer_kinds]
     if family.unrotated_period_key and rotated != periodic(len(rotated), UNROTATED_PERIOD):
         raise _inexpressible(
@@ -206,16 +218,33 @@ def check_expressible(config: ModelConfig) -> None:
         )
     if config.score_softcap and family.gguf.name != "gemma2":
         raise _inexpressible(f"llama.cpp's {family.gguf.name} has no attn_logit_softcapping")
-    window = max(kind.window or 0 for kind in config.layer_kinds)
+    slides = any(kind.window for kind in config.layer_kinds)
     if family.gguf.name == "gemma2" and not (
-        window and config.score_softcap and config.logit_softcap
+        slides and config.score_softcap and config.logit_softcap
     ):
         raise _inexpressible("llama.cpp's gemma2 has a sliding window and both soft caps")
-    if window and family.gguf.window != "read":
-        warnings.warn(
-            f"llama.cpp ignores the sliding window of {family.gguf.name}: "
-            f"run the file with a context of at most {window} tokens, where it changes nothing",
-            stacklevel=2,
+
+
+def ignored_window(config: ModelConfig) -> int | None:
+    """Return the sliding window in tokens that llama.cpp ignores, or None if it ignores none."""
+    if config.architecture.gguf.window == "read":
+        return None
+    return min((kind.window for kind in config.layer_kinds if kind.window), default=None)
+
+
+def check_window(config: ModelConfig, max_seqlen: int) -> None:
+    """Check that training did not reach beyond a sliding window that llama.cpp ignores.
+
+    max_seqlen: tokens of the longest sample that the model was trained on, 0 if it is not known.
+
+    Raises: ValueError if training did.
+    """
+    window = ignored_window(config)
+    if window is not None and max_seqlen > window:
+        raise ValueError(
+            f"llama.cpp ignores the sliding window of {config.architecture.gguf.name}, {window} "
+            f"tokens, but a sample of the training has {max_seqlen:,} tokens; set max_length to "
+            f"{window}, or save the merged folder instead"
         )
 
 

@@ -85,6 +85,7 @@ class CausalLM(nn.Module):
     windows: the sliding windows that a sample of max_seq_length reaches beyond, in tokens.
     lora_seed: the seed that drew the adapter's A.
     lora_dropout: the dropout that a loaded adapter was trained with; not applied here.
+    max_trained_seqlen: tokens of the longest sample that this process trained on, or 0.
     eos_token_ids: the tokens at which `generate` stops.
     """
 
@@ -113,6 +114,7 @@ class CausalLM(nn.Module):
         self.lora: LoraConfig | None = None
         self.lora_seed: int | None = None
         self.lora_dropout = 0.0
+        self.max_trained_seqlen = 0
         self.name = ""
         self.folder = Path()
         self.eos_token_ids: tuple[int, ...] = ()

@@ -161,12 +161,12 @@ class SFTTrainer:
 
         resume_from_checkpoint: True for output_dir's newest checkpoint, or a checkpoint's path.
 
-        Raises:
-            ValueError if the output folder holds another run, the checkpoint does not fit data or
-                settings, a loss is not finite, the GPU is out of memory, or the disk is full.
+        Raises: ValueError if the output folder holds another run, the checkpoint does not fit data
+            or settings, a loss is not finite, the GPU is out of memory, or the disk is full;
             KeyboardInterrupt after Ctrl-C, once the current step is done and saved.
         """
         source = self._begin(resume_from_checkpoint)
+        self.model.max_trained_seqlen = self.data.max_seqlen
         p, total_steps = self.progress, self.size.total_steps
         with (
             TrainingLog(self.output / METRICS, total_steps, p.step) as log,

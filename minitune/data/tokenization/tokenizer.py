@@ -45,21 +45,8 @@ from minitune.data.tokenization.tokenizer_config import (
 )
 
 CONFIG = "tokenizer_config.json"
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
-JSON_FILES = (
-    CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "config.json",
-)
+JSON_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+FILES = ("tokenizer.json", "tokenizer.model", *JSON_FILES)
 OTHER_VOCABULARIES = ("vocab.json", "merges.txt", "tekken.json", "tiktoken.model", "vocab.txt")
 # A conversation whose rendering shows the token that ends an answer.
 PROBE_ANSWER = "An answer."
@@ -67,7 +54,12 @@ PROBE = [{"role": "user", "content": "A question?"}, {"role": "assistant", "cont
 
 
 class Tokenizer:
-    """The tokenizer of a model folder; `Tokenizer.from_folder` makes one."""
+    """The tokenizer of a model folder; `Tokenizer.from_folder` makes one.
+
+    declared_ids: ids that the files beside the vocabulary name.
+    adds_prefix_space: True if a text gets a space before it.
+    prefixes_each_stretch: True if the text behind a special token gets one too.
+    """
 
     def __init__(
         self,
@@ -80,10 +72,8 @@ class Tokenizer:
         self._files = files
         self.vocab_size: int = backend.vocab_size  # highest id + 1, added tokens included
         self.added_tokens: dict[int, AddedToken] = backend.added
-        # Ids that the files beside the vocabulary name.
         self.declared_ids = {index for _, _, index in declared.claims if index is not None}
         self.adds_prefix_space: bool = backend.adds_prefix_space
-        # True if the text behind a special token gets a space too.
         self.prefixes_each_stretch: bool = backend.prefixes_each_stretch
         self._chat_template = read_templates(folder, files[CONFIG])
         self.template_was_assigned = False
@@ -101,7 +91,9 @@ class Tokenizer:
         Raises: ValueError that names the folder or file that is missing or wrong.
         """
         folder = Path(folder)
-        files = {name: read_json(folder / name, default={}) for name in JSON_FILES}
+        files = {
+            name: read_json(folder / name, default={}) for name in (*JSON_FILES, "config.json")
+        }
         config = files[CONFIG]
         check_config(folder / CONFIG, config)
         declared = read_declared_tokens(folder, files)

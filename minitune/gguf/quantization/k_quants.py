@@ -28,7 +28,7 @@ Sub-blocks whose integer scale is 0 keep the levels of the search, as in ggml. T
 change the values, because the scale is 0.
 
 On the CPU, chunks of 2^18 values are fastest, one thread a chunk: larger ones leave the cache, and
-smaller ones wait for PyTorch's dispatch. On a GPU, operations on 2^22 to 2^24 values hide their
+smaller ones wait for PyTorch's dispatch. On a GPU, operations on 2^23 or more values hide their
 launches.
 """
 

@@ -31,7 +31,7 @@ FLOAT_DTYPES = {
     GGMLType.BF16: torch.bfloat16,
 }
 CPU_CHUNK = 1 << 17  # values
-GPU_CHUNK = 1 << 22  # values
+GPU_CHUNK = 1 << 23  # values
 ROW_GROUP = 32  # rows of a chunk are a multiple, with which column sums have ggml's order
 
 
