@@ -36,7 +36,7 @@ from minitune.data.flat_samples import (
     TokenColumn,
 )
 from minitune.data.sources.sources import Source
-from minitune.data.tokenization.tokenizer import FILES, JSON_FILES, Tokenizer
+from minitune.data.tokenization.tokenizer import FILES, READ_JSON_FILES, Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 
 FORMAT = 1
@@ -65,7 +65,7 @@ def dataset_key(
     if sum(path.stat().st_size for path in files) < MIN_BYTES:
         return None
     code = sorted(Path(__file__).parent.rglob("*.py"))
-    beside = [tokenizer.folder / name for name in dict.fromkeys((*FILES, *JSON_FILES))]
+    beside = [tokenizer.folder / name for name in dict.fromkeys((*FILES, *READ_JSON_FILES))]
     templates = tokenizer.chat_template
     template_date = settings.get("template_date") or str(date.today())
     if "strftime_now" not in json.dumps(templates):  # no text depends on the day

@@ -46,7 +46,8 @@ from minitune.data.tokenization.tokenizer_config import (
 
 CONFIG = "tokenizer_config.json"
 JSON_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json", "generation_config.json")
-FILES = ("tokenizer.json", "tokenizer.model", *JSON_FILES)
+FILES = ("tokenizer.json", "tokenizer.model", *JSON_FILES)  # that belong to the tokenizer
+READ_JSON_FILES = (*JSON_FILES, "config.json")
 OTHER_VOCABULARIES = ("vocab.json", "merges.txt", "tekken.json", "tiktoken.model", "vocab.txt")
 # A conversation whose rendering shows the token that ends an answer.
 PROBE_ANSWER = "An answer."
