@@ -86,23 +86,26 @@ def test_the_key_of_the_space_is_that_of_llama_cpps_converter(tmp_path):
 # ---- vocabularies of SentencePiece's pieces
 
 
-def test_gemmas_form_is_exported_with_its_merges(tmp_path):
+def test_gemmas_form_is_exported_without_a_space_before_a_text(tmp_path):
     folder = json_folder(tmp_path)
     split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
     edit_json(folder, normalizer=MARK_SPACES, pre_tokenizer=split | {"invert": False})
-    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    run = "\u2581\u2581"
-    token = {"content": run, "normalized": False}
-    edit_config(folder, added_tokens_decoder={str(vocab[run]): token})
     path = convert_folder(folder, tmp_path / "x.gguf")
     metadata = metadata_of(path)
-    assert metadata["tokenizer.ggml.model"] == "gemma4"
-    content = json.loads((folder / "tokenizer.json").read_text())
-    merges = [" ".join(pair) for pair in content["model"]["merges"]]
-    assert metadata["tokenizer.ggml.merges"] == merges
+    assert metadata["tokenizer.ggml.model"] == "llama" and metadata[SPACE_KEY] is False
     tokenizer, llama_cpp = Tokenizer.from_folder(folder), LlamaCpp(path)
     for text in (*TEXTS, "a\u2581\u2581b  c"):
         assert llama_cpp.tokenize(text) == tokenizer.encode(text), text
+
+
+def test_an_added_token_that_training_sees_in_marks_and_llama_cpp_in_spaces_is_refused(tmp_path):
+    folder = json_folder(tmp_path)
+    edit_json(folder, normalizer=MARK_SPACES, pre_tokenizer=None)
+    edit_config(folder, added_tokens_decoder={"400": {"content": "\u2581#", "normalized": False}})
+    with pytest.raises(
+        ValueError, match=r"would cut .* 400 ' #', .* instead of .* 313 '\u2581', 353 '#'"
+    ):
+        convert_folder(folder, tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize("kind", ["NFKC", "Lowercase", "Strip"])
@@ -121,7 +124,7 @@ def test_nfc_before_the_pieces_is_accepted(tmp_path):
     edit_json(
         folder, normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, MARK_SPACES]}
     )
-    assert metadata_for(folder)["tokenizer.ggml.model"] == "gemma4"
+    assert metadata_for(folder)["tokenizer.ggml.model"] == "llama"
 
 
 def test_a_pre_tokenizer_of_pieces_that_llama_cpp_lacks_is_refused(tmp_path):

@@ -49,7 +49,7 @@ def across_words(tmp_path_factory):
     return convert_folder(folder, folder / "x.gguf", "f32")
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_NAME_A_RULE if name != "gemma4"])
+@pytest.mark.parametrize("name", ONE_NAME_A_RULE)
 def test_every_word_rule_gives_llama_cpps_ids(tmp_path, across_words, name):
     metadata = metadata_of(across_words) | {"tokenizer.ggml.pre": name}
     path = copy_with_keys(across_words, tmp_path / "x.gguf", metadata)
@@ -75,30 +75,6 @@ def test_sentencepiece_gives_llama_cpps_ids(tmp_path, file_name, space_prefix):
     }
     path = copy_with_keys(path, tmp_path / file_name, metadata_of(path) | changes)
     check_alike(path, Random(file_name))
-
-
-def gemma4_metadata(metadata):
-    """Return the keys of a "llama" vocabulary as a "gemma4" one: merges in the order of scores."""
-    tokens = metadata["tokenizer.ggml.tokens"]
-    known = set(tokens)
-    scores = metadata["tokenizer.ggml.scores"]
-    made = sorted((-score, text) for score, text in zip(scores, tokens, strict=True))
-    merges = [
-        f"{text[:cut]} {text[cut:]}"
-        for _, text in made
-        for cut in range(1, len(text))
-        if text[:cut] in known and text[cut:] in known
-    ]
-    kept = {key: value for key, value in metadata.items() if not key.endswith(("scores", ".pre"))}
-    return kept | {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.merges": merges}
-
-
-def test_gemma4_gives_llama_cpps_ids(tmp_path):
-    folder = make_tiny_model(tmp_path / "base", tokenizer="spm")
-    edit_config(folder, added_tokens_decoder={"400": {"content": "\n\n"}})
-    path = convert_folder(folder, tmp_path / "spm.gguf", "f32")
-    metadata = gemma4_metadata(metadata_of(path)) | {"tokenizer.ggml.add_bos_token": False}
-    check_alike(copy_with_keys(path, tmp_path / "x.gguf", metadata), Random(0))
 
 
 def test_known_end_and_fill_in_tokens_are_control_tokens_whatever_the_file_says(tmp_path):

@@ -4,9 +4,9 @@ A text becomes tokens in three steps:
 
 1. Control, user-defined and unknown tokens are cut out of the text, the longest first.
 2. "gpt2" cuts the text between them into words (llama_cpp_words.py) and writes their bytes as
-   letters. "llama" and "gemma4" write U+2581 for a space and know no words.
-3. Neighbouring symbols are merged: those of the first merge first ("gpt2", "gemma4"), or those
-   whose joined piece has the best score ("llama"). A symbol without a token becomes bytes.
+   letters. "llama" writes U+2581 for a space and knows no words.
+3. Neighbouring symbols are merged: those of the first merge first ("gpt2"), or those whose joined
+   piece has the best score ("llama"). A symbol without a token becomes bytes.
 
 llama.cpp gives some tokens another type than the file, by their texts (llama_cpp_specials.py).
 """
@@ -23,13 +23,9 @@ from minitune.gguf.llama_cpp_specials import SpecialTokens
 from minitune.gguf.llama_cpp_words import WORD_RULES, WordRule
 
 # The ids of BOS and EOS if the file names none.
-DEFAULT_IDS = {"llama": (1, 2), "gpt2": (11, 11), "gemma4": (None, None)}
-REQUIRED_KEYS = {
-    "llama": {"tokens", "scores"},
-    "gpt2": {"tokens", "merges"},
-    "gemma4": {"tokens", "merges"},
-}
-SENTENCEPIECE, BYTE_LEVEL, GEMMA4 = DEFAULT_IDS
+DEFAULT_IDS = {"llama": (1, 2), "gpt2": (11, 11)}
+REQUIRED_KEYS = {"llama": {"tokens", "scores"}, "gpt2": {"tokens", "merges"}}
+SENTENCEPIECE = "llama"
 
 # The rank of two neighbouring symbols, the lowest first; None if they are not merged.
 Rank = Callable[[str, str], float | None]
@@ -75,7 +71,7 @@ class LlamaCppTokenizer:
 
     def _read_flags(self, keys: Mapping[str, Any]) -> None:
         """Read the special ids and the flags, with llama.cpp's defaults."""
-        self.pre = GEMMA4 if self.model == GEMMA4 else str(keys.get("pre") or "default")
+        self.pre = str(keys.get("pre") or "default")
         self._rule = WordRule(())
         if self.model != SENTENCEPIECE:
             if self.pre not in WORD_RULES:
@@ -86,8 +82,7 @@ class LlamaCppTokenizer:
         self.bos_token_id = self._id(keys.get("bos_token_id"), bos)
         self.eos_token_id = self._id(keys.get("eos_token_id"), eos)
         adds_bos = self.model == SENTENCEPIECE or self._rule.adds_bos
-        # llama.cpp overrides the key for Gemma 4
-        self.adds_bos = self.pre == GEMMA4 or bool(keys.get("add_bos_token", adds_bos))
+        self.adds_bos = bool(keys.get("add_bos_token", adds_bos))
         self.adds_eos = bool(keys.get("add_eos_token", False))
         self._prefixes_space = bool(keys.get("add_space_prefix", True))
         for flag, id, text in (
@@ -145,33 +140,28 @@ class LlamaCppTokenizer:
             raise ValueError(f"the vocabulary has no piece <0x{byte:02X}>; llama.cpp then fails")
         return id
 
-    # ---- "gpt2" and "gemma4"
+    # ---- "gpt2"
 
     def _rank_by_merge(self, left: str, right: str) -> float | None:
         return self._merges.get(f"{left} {right}")
 
     def _encode_words(self, text: str) -> Iterator[int]:
-        if self.model == GEMMA4:
-            text = text.replace(" ", SPACE_MARK)
         for word in self._rule.split(text):
             if word not in self._known_words:
                 self._known_words[word] = list(self._encode_word(word))
             yield from self._known_words[word]
 
     def _encode_word(self, word: str) -> Iterator[int]:
-        is_byte_level = self.model == BYTE_LEVEL
-        letters = byte_level(word) if is_byte_level else word
-        keeps_tokens = self._rule.keeps_tokens or (not is_byte_level and not word.strip("\n"))
-        if keeps_tokens and letters in self._ids:
+        letters = byte_level(word)
+        if self._rule.keeps_tokens and letters in self._ids:
             yield self._ids[letters]
             return
         for symbol in merge(list(letters), self._rank):
             if symbol in self._ids:
                 yield self._ids[symbol]
-                continue
-            # llama.cpp leaves out a byte that has no token, and beyond ASCII each byte of a letter
-            names = symbol if is_byte_level else (f"<0x{byte:02X}>" for byte in symbol.encode())
-            yield from (self._ids[name] for name in names if name.isascii() and name in self._ids)
+            else:  # llama.cpp leaves out a byte without a token, and the letters of bytes from 127
+                names = filter(str.isascii, symbol)
+                yield from (self._ids[name] for name in names if name in self._ids)
 
 
 def merge(symbols: list[str], rank: Rank) -> list[str]:

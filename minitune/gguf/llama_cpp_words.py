@@ -150,7 +150,6 @@ def _word_rules() -> Iterator[tuple[str, WordRule]]:
             yield alias, rule
     # of files without a name
     yield "default", WordRule((r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"))
-    yield "gemma4", WordRule((r"[^\n]+|[\n]+",), adds_bos=True)
 
 
 WORD_RULES = dict(_word_rules())

@@ -26,6 +26,7 @@ from typing import Any
 from gguf import TokenType
 
 from minitune.data.templates.chat_template import DEFAULT, ChatTemplate
+from minitune.data.tokenization.sentencepiece_backend import SPACE_MARK
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.llama_cpp_tokenizer import LlamaCppTokenizer
 from minitune.gguf.tokenizer_differences import (
@@ -115,6 +116,7 @@ class _Check:
     def check_texts(self) -> None:
         """Compare the fixed texts, those around added tokens and a sample of the vocabulary."""
         added = [token.content for token in self.tokenizer.added_tokens.values()]
+        added += [text.replace(SPACE_MARK, " ") for text in added if SPACE_MARK in text]
         around = map(text_around, [*added, *self.file.special.unasked])
         step = -(-self.tokenizer.vocab_size // SAMPLED_TOKENS)
         pieces = [

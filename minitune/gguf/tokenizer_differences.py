@@ -7,9 +7,10 @@ import unicodedata
 from typing import NamedTuple
 
 from minitune.config.visible_text import on_one_line
+from minitune.data.tokenization.sentencepiece_backend import SPACE_MARK
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.llama_cpp_specials import PHI_TOKENS_WITHOUT_RSTRIP
-from minitune.gguf.llama_cpp_tokenizer import LlamaCppTokenizer
+from minitune.gguf.llama_cpp_tokenizer import SENTENCEPIECE, LlamaCppTokenizer
 from minitune.gguf.pre_tokenizers import APPROXIMATED
 from minitune.gguf.tokenizer_texts import text_around
 
@@ -46,6 +47,8 @@ def unavoidable_reason(
             "puts a space before every stretch of text or before none, but training only before "
             "the first (begin each prompt with a special token or a space)"
         )
+    if file.model == SENTENCEPIECE and SPACE_MARK in text:
+        return f"takes the letter {SPACE_MARK!r} (U+2581) of a text for a space"
     return ""
 
 

@@ -7,7 +7,6 @@ llama.cpp has three tokenizers for the supported models:
 "llama"  SentencePiece BPE (Llama 1 and 2, Mistral-7B): pieces and scores; the pair with the best
          score is merged first. If the folder has only a tokenizer.json, the scores are rebuilt from
          its merges (vocabulary.py).
-"gemma4" the same pieces with merges instead of scores, from Gemma's tokenizer.json.
 
 The keys and values are those of llama.cpp's converter, except those that
 tests/referees/converter.py lists.

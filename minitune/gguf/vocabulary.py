@@ -62,7 +62,7 @@ class Vocabulary:
     def unmark_spaces(self) -> None:
         """Write spaces for the marks in user-defined tokens, such as Gemma's runs of spaces.
 
-        llama.cpp looks for those tokens before it marks spaces, and "llama" would merge runs late.
+        llama.cpp looks for those tokens before it marks spaces, and would merge runs late.
         """
         for id, kind in enumerate(self.types):
             if kind == USER_DEFINED:
@@ -120,8 +120,7 @@ def byte_fallback_metadata(
 ) -> dict[str, MetadataValue]:
     """Return the keys of a tokenizer.json with SentencePiece's pieces.
 
-    Gemma's form is "gemma4" in llama.cpp, which takes its merges. Any other form is "llama". There
-    a tokenizer.model beside tokenizer.json gives the scores if it has the same pieces and merges
+    A tokenizer.model beside tokenizer.json gives the scores, if it has the same pieces and merges
     them in the same order. Otherwise merge k makes a piece with the score -k.
 
     path: the tokenizer.json. content: its content.
@@ -138,10 +137,6 @@ def byte_fallback_metadata(
     if bytes_found != BYTES:
         raise _lacks_bytes(path, bytes_found)
     vocabulary.add(tokenizer.added_tokens)
-    # llama.cpp adds a BOS to each text of a "gemma4" vocabulary.
-    adds_bos = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    if not tokenizer.adds_prefix_space and adds_bos:
-        return vocabulary.metadata("gemma4", merges=_joined(merges_of(model)))
     vocabulary.unmark_spaces()
     return vocabulary.metadata("llama", pre="default", scores=vocabulary.scores)
 

@@ -45,7 +45,6 @@ VOCABULARIES = (
     "qwen2",
     "qwen35",
     "phi-3",
-    "gemma-4",
     "deepseek-llm",
     "deepseek-coder",
     "gpt-2",
@@ -55,7 +54,7 @@ VOCABULARIES = (
     "refact",
 )
 NORMALIZED = ("qwen2", "qwen35", "command-r", "mpt")  # their tokenizer.json has NFC
-WITH_BOS = ("llama-bpe", "command-r", "deepseek-llm", "deepseek-coder", "gemma-4")
+WITH_BOS = ("llama-bpe", "command-r", "deepseek-llm", "deepseek-coder")
 SEPARATOR = "\n__ggml_vocab_test__\n"
 PHI_WITHOUT_RSTRIP = ("<unk>", "<s>", "<|endoftext|>")
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -144,7 +143,7 @@ def tokenizer_json(keys: dict[str, Any], name: str, added: list[dict]) -> dict[s
         model |= {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
         pairs = keys.get("merges") or merges_of_scores(keys, vocab)
         model["merges"] = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in pairs]
-        parts = sentencepiece_parts(prepend=name != "gemma-4")
+        parts = sentencepiece_parts()
     if name in WITH_BOS or keys["model"] == "llama":
         bos = keys["bos_token_id"]
         first = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
@@ -169,22 +168,12 @@ def word_rule(pre: str) -> tuple[list[dict], bool]:
     return splits, ignore_merges
 
 
-def sentencepiece_parts(prepend: bool) -> dict[str, Any]:
-    """Return the parts of a tokenizer.json that make SentencePiece's pieces.
-
-    prepend: put a space before each text, as Llama 2.
-    """
+def sentencepiece_parts() -> dict[str, Any]:
+    """Return the parts of a tokenizer.json that make SentencePiece's pieces, as Llama 2's."""
     mark = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     unmark = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
-    decoders = [unmark, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if not prepend:
-        split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
-        return {
-            "normalizer": mark,
-            "pre_tokenizer": split | {"invert": False},
-            "decoder": {"type": "Sequence", "decoders": decoders},
-        }
-    decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    decoders = [unmark, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]
     normalizers = [{"type": "Prepend", "prepend": "\u2581"}, mark]
     return {
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
