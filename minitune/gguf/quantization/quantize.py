@@ -1,8 +1,8 @@
 """The door of the quantisers: rows of weights to the bytes of a GGUF type, and back.
 
 Rows are converted in chunks, so the temporaries are bounded. On the CPU a chunk fits the cache, and
-each thread converts chunks of its own: threads that share an operation would wait for each other at
-its end. A GPU gets larger chunks, because each operation costs a launch.
+each thread converts chunks of its own: threads that share an eager operation would wait for each
+other at its end. A GPU gets larger chunks, because each operation costs a launch.
 """
 
 import math
@@ -30,7 +30,7 @@ FLOAT_DTYPES = {
     GGMLType.F16: torch.float16,
     GGMLType.BF16: torch.bfloat16,
 }
-CPU_CHUNK = 1 << 17  # values
+CPU_CHUNK = 1 << 18  # values
 GPU_CHUNK = 1 << 23  # values
 ROW_GROUP = 32  # rows of a chunk are a multiple, with which column sums have ggml's order
 
@@ -72,7 +72,9 @@ def quantize(
         else:
             target.copy_(_quantize_rows(part, kind, importance, steps).view(target.shape))
 
-    _for_each_chunk(convert, rows, data, width)
+    # A compiled step keeps Python's lock and has threads of its own.
+    in_threads = steps is EAGER_STEPS or kind not in K_QUANTIZERS
+    _for_each_chunk(convert, rows, data, width, in_threads)
     return data.view(*values.shape[:-1], data.shape[1])
 
 
@@ -121,16 +123,21 @@ def dequantize(data: Tensor, kind: GGMLType) -> Tensor:
         else:
             target.copy_(BLOCK_DEQUANTIZERS[kind](part.reshape(-1, block_bytes)).view(target.shape))
 
-    _for_each_chunk(convert, rows, values, width)
+    _for_each_chunk(convert, rows, values, width, in_threads=True)
     return values.view(*data.shape[:-1], width)
 
 
 def _for_each_chunk(
-    convert: Callable[[Tensor, Tensor], None], source: Tensor, target: Tensor, width: int
+    convert: Callable[[Tensor, Tensor], None],
+    source: Tensor,
+    target: Tensor,
+    width: int,
+    in_threads: bool,
 ) -> None:
     """Call `convert` with chunks of the rows of `source` and `target`.
 
     width: values of a row.
+    in_threads: convert several chunks at a time on the CPU.
     """
     if not len(source) or not width:
         return
@@ -139,7 +146,7 @@ def _for_each_chunk(
     rows = max(1, groups) * ROW_GROUP
     chunks = (source.split(rows), target.split(rows))
     threads = torch.get_num_threads()
-    if not on_cpu or threads == 1 or len(chunks[0]) == 1:
+    if not (on_cpu and in_threads) or threads == 1 or len(chunks[0]) == 1:
         for part in zip(*chunks, strict=True):
             convert(*part)
         return
