@@ -9,6 +9,7 @@ from tiny_families import make_tiny_family
 
 from minitune.checkpoints.load_weights import open_model_folder
 from minitune.config.training_config import GGUF_METHODS
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.export import convert_folder
 from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.reader import GgufReader
@@ -18,6 +19,11 @@ from minitune.gguf.streamed_logits import next_token_log_probabilities
 LLAMA = {"hidden": 256, "ffn": 512, "heads": 8, "head_dim": 64, "tie": False, "tokenizer": "llama3"}
 QWEN = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
 LENGTHS = (1, 7, 40)
+TEXT = (
+    "The lighthouse stood at the end of the pier. Every evening its keeper climbed the stairs, lit "
+    "the lamp and wrote down the names of the ships that passed. In winter there were few of them, "
+    "and he read books about distant countries instead."
+)
 # llama.cpp rounds activations to 8 bit before a product with quantised weights, and to 16 bit
 # before one with float16 or bfloat16.
 LIMITS = {"f32": 1e-4, "f16": 1e-3, "bf16": 2e-3}
@@ -37,9 +43,12 @@ def divergences(path, folder, prompt):
     return (ours.exp() * (ours - theirs)).sum(1)
 
 
-def check_every_type(folder, output):
+def random_prompt():
+    return torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+
+
+def check_every_type(folder, output, prompt):
     paths = convert_folder(folder, output, list(GGUF_METHODS), verify=False)
-    prompt = torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
     for method, path in zip(GGUF_METHODS, paths, strict=True):
         found = divergences(path, folder, prompt).mean().item()
         assert found < LIMITS.get(method, QUANTIZED_LIMIT), (method, found)
@@ -47,14 +56,16 @@ def check_every_type(folder, output):
 
 def test_llama_3_with_rope_scaling_and_a_head_of_its_own(tmp_path):
     folder = make_tiny_model(tmp_path / "base", rope_scaling=LLAMA3_ROPE, **LLAMA)
-    check_every_type(folder, tmp_path)
+    check_every_type(folder, tmp_path, random_prompt())
 
 
 @pytest.mark.parametrize("case", ["qwen3", "qwen3 tied"])
 def test_qwen3(tmp_path, case):
-    check_every_type(make_tiny_family(tmp_path / "base", case, **QWEN), tmp_path)
+    folder = make_tiny_family(tmp_path / "base", case, **QWEN)
+    check_every_type(folder, tmp_path, random_prompt())
 
 
 @pytest.mark.slow
 def test_smollm2(tmp_path, smollm2):
-    check_every_type(smollm2, tmp_path)
+    # A text: on random tokens the rounding of activations alone makes 0.03.
+    check_every_type(smollm2, tmp_path, Tokenizer.from_folder(smollm2).encode(TEXT))
