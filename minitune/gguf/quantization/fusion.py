@@ -1,11 +1,11 @@
 """The choice between eager and compiled steps of the searches (k_searches.py).
 
-torch.compile fuses the operations of a step into two loops. Measured on one core of an AMD EPYC
-with AVX2, November 2026, in million values a second of processor time:
+torch.compile fuses the operations of a step into two loops. Measured on two cores of an AMD EPYC
+with AVX2, November 2026, two runs, in million values a second:
 
-            eager   compiled   seconds to compile, the first and any other time
-    Q4_K      5.9       11.4   17, 3.5 (of it 10 to load the compiler)
-    Q6_K     12.3       16.2   3, 0.5
+                eager     compiled   seconds to compile, the first and any other time
+    Q4_K     8.9, 5.0   15.2, 10.1   11, 3
+    Q6_K   16.4, 17.5   17.2, 17.9   4, 1
 
 Compiling pays for models of about a billion parameters on two cores. More cores save less time.
 """
