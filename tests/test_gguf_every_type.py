@@ -18,7 +18,6 @@ from minitune.gguf.streamed_logits import next_token_log_probabilities
 # Rows of 256 values, so that no type falls back to another. Heads have not D / H columns.
 LLAMA = {"hidden": 256, "ffn": 512, "heads": 8, "head_dim": 64, "tie": False, "tokenizer": "llama3"}
 QWEN = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
-LENGTHS = (1, 7, 40)
 TEXT = (
     "The lighthouse stood at the end of the pier. Every evening its keeper climbed the stairs, lit "
     "the lamp and wrote down the names of the ships that passed. In winter there were few of them, "
@@ -30,10 +29,9 @@ LIMITS = {"f32": 1e-4, "f16": 1e-3, "bf16": 2e-3}
 QUANTIZED_LIMIT = 0.02
 
 
-def divergences(path, folder, prompt):
-    """Return the KL divergence of llama.cpp's next tokens from ours, after each length."""
+def divergences(path, folder, prompts):
+    """Return the KL divergence of llama.cpp's next tokens from ours, after each prompt."""
     config, _ = open_model_folder(folder)
-    prompts = [prompt[:length] for length in LENGTHS]
     weights = FileWeights(GgufReader(path), config)
     ours = next_token_log_probabilities(weights, prompts, torch.device("cpu")).double()
     llama_cpp = LlamaCpp(path)
@@ -43,29 +41,30 @@ def divergences(path, folder, prompt):
     return (ours.exp() * (ours - theirs)).sum(1)
 
 
-def random_prompt():
-    return torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+def random_prompts():
+    ids = torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    return [ids[:length] for length in (1, 7, 40)]
 
 
-def check_every_type(folder, output, prompt):
+def check_every_type(folder, output, prompts):
     paths = convert_folder(folder, output, list(GGUF_METHODS), verify=False)
     for method, path in zip(GGUF_METHODS, paths, strict=True):
-        found = divergences(path, folder, prompt).mean().item()
+        found = divergences(path, folder, prompts).mean().item()
         assert found < LIMITS.get(method, QUANTIZED_LIMIT), (method, found)
 
 
 def test_llama_3_with_rope_scaling_and_a_head_of_its_own(tmp_path):
     folder = make_tiny_model(tmp_path / "base", rope_scaling=LLAMA3_ROPE, **LLAMA)
-    check_every_type(folder, tmp_path, random_prompt())
+    check_every_type(folder, tmp_path, random_prompts())
 
 
 @pytest.mark.parametrize("case", ["qwen3", "qwen3 tied"])
 def test_qwen3(tmp_path, case):
     folder = make_tiny_family(tmp_path / "base", case, **QWEN)
-    check_every_type(folder, tmp_path, random_prompt())
+    check_every_type(folder, tmp_path, random_prompts())
 
 
 @pytest.mark.slow
 def test_smollm2(tmp_path, smollm2):
     # A text: on random tokens the rounding of activations alone makes 0.03.
-    check_every_type(smollm2, tmp_path, Tokenizer.from_folder(smollm2).encode(TEXT))
+    check_every_type(smollm2, tmp_path, [Tokenizer.from_folder(smollm2).encode(TEXT)])
