@@ -20,7 +20,7 @@ from minitune.config.training_config import LoraConfig
 from minitune.data.samples import Sample
 from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 from minitune.device import choose_device, choose_dtype
-from minitune.gguf.export import plan_export
+from minitune.gguf.export import export_gguf
 from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
@@ -112,11 +112,17 @@ class LanguageModel(CausalLM):
         """
         if isinstance(imatrix, str | Path):
             imatrix = read_imatrix(imatrix)
-        plan = plan_export(
-            self, folder, tokenizer, quantization_method, merge_base, importance=imatrix
+        return export_gguf(
+            self,
+            folder,
+            tokenizer,
+            quantization_method,
+            merge_base,
+            importance=imatrix,
+            progress=progress,
+            verify=verify,
+            ollama=ollama,
         )
-        paths = (plan.with_modelfiles() if ollama else plan).write(progress, verify)
-        return paths[0] if isinstance(quantization_method, str) else paths
 
 
 class FastLanguageModel:

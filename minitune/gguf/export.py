@@ -4,12 +4,6 @@ content.py has the keys and the types of the tensors, writer.py the bytes, verif
 the written files. Tensors go from the merge to the files one by one. The values are those of the
 merged model, rounded to 16 bit and then to the file's type; a folder that is converted gives its
 values as they are stored.
-
-Two things differ from Hugging Face's layout, and a file without them loads and generates nonsense:
-
-- For some families llama.cpp's rotary embedding pairs the neighbouring rows 2i and 2i + 1 of a q
-  or k head, not i and i + K/2: the rows are interleaved (Architecture.gguf_llama_layout);
-- the divisors of some RoPE scalings become tensors (model_metadata.py).
 """
 
 import sys
@@ -129,6 +123,7 @@ def export_gguf(
     importance: ImportanceMatrix | None = None,
     progress: bool = False,
     verify: bool = True,
+    ollama: bool = False,
 ) -> Path | list[Path]:
     """Write the merged model as GGUF files of one or several types, in one pass.
 
@@ -140,6 +135,7 @@ def export_gguf(
     importance: the importance matrix that the quantisers use.
     progress: show a progress bar in bytes on a terminal, and say what was verified.
     verify: check the files before they get their names (verify.py).
+    ollama: write a Modelfile beside each file too.
 
     Returns: the path of the file, or a list of paths if `quantization_method` is a list.
 
@@ -149,7 +145,7 @@ def export_gguf(
     plan = plan_export(
         model, path, tokenizer, quantization_method, merge_base, overwrite, importance
     )
-    paths = plan.write(progress, verify)
+    paths = (plan.with_modelfiles() if ollama else plan).write(progress, verify)
     return paths[0] if isinstance(quantization_method, str) else paths
 
 

@@ -8,6 +8,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.gguf.model_metadata import gguf_name
 from minitune.gguf.quantization.quantize import dequantize
 from minitune.gguf.reader import GgufReader
+from minitune.gguf.tensor_layout import interleaved_heads
 
 
 class FileWeights:
@@ -19,12 +20,7 @@ class FileWeights:
 
     def __init__(self, reader: GgufReader, config: ModelConfig):
         self.reader, self.config = reader, config
-        self.heads: dict[str, int] = {}  # linear -> heads, of the linears whose rows are neighbours
-        if config.architecture.gguf.llama_layout:
-            self.heads = {
-                "q_proj": config.num_attention_heads,
-                "k_proj": config.num_key_value_heads,
-            }
+        self.heads = interleaved_heads(config)
 
     def type_of(self, name: str) -> GGMLType:
         """Return the type in which a tensor is stored."""

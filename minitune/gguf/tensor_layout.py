@@ -1,4 +1,11 @@
-"""The order and layout of a model's tensors in a GGUF file."""
+"""The order and layout of a model's tensors in a GGUF file.
+
+Two things differ from Hugging Face's layout, and a file without them loads and generates nonsense:
+
+- For some families llama.cpp's rotary embedding pairs the neighbouring rows 2i and 2i + 1 of a q
+  or k head, not i and i + K/2: the rows are interleaved (GgufFamily.llama_layout);
+- the divisors of some RoPE scalings become tensors (model_metadata.py).
+"""
 
 from collections.abc import Iterator
 
@@ -17,7 +24,7 @@ def tensors_of_file(
     tensors: (Hugging Face's name, tensor), in the order of `config.tensor_shapes()`.
     """
     yield from additional_tensors(config).values()
-    family, heads = config.architecture, _interleaved_heads(config)
+    family, heads = config.architecture, interleaved_heads(config)
     shapes = config.tensor_shapes()
     for (name, shape), (found, tensor) in zip(shapes.items(), tensors, strict=True):
         assert (found, tuple(tensor.shape)) == (name, shape), (
@@ -35,7 +42,7 @@ def interleave_rope_rows(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 
-def _interleaved_heads(config: ModelConfig) -> dict[str, int]:
+def interleaved_heads(config: ModelConfig) -> dict[str, int]:
     """Return linear -> heads, of the linears whose rows are interleaved."""
     if not config.architecture.gguf.llama_layout:
         return {}

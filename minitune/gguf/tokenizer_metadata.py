@@ -1,6 +1,6 @@
 """The tokenizer's keys of a GGUF file, from the tokenizer files of a model folder.
 
-llama.cpp has three tokenizers for the supported models:
+llama.cpp has two tokenizers for the supported models:
 
 "gpt2"   byte-level BPE (Llama 3, SmolLM2, Mistral-Nemo): tokens, merges, and `pre`, the name of the
          rule that splits a text into words before the merges (pre_tokenizers.py).
