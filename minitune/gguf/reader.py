@@ -6,6 +6,7 @@ the tests compare both.
 """
 
 import math
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,6 @@ SCALAR_TYPES = {
     GGUFValueType.FLOAT64: "<f8",
     GGUFValueType.BOOL: "?",
 }
-HEAD_STEP = 1 << 24  # bytes read at a time until the head is whole
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,16 @@ class GgufReader:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.size = self.path.stat().st_size
-        with self.path.open("rb") as file:
-            head = b""
-            while True:
-                step = file.read(HEAD_STEP)
-                head += step
-                try:
-                    self.metadata, self.tensors = self._parse(_Cursor(head))
-                except EOFError:
-                    if step:
-                        continue
-                    raise self._error("ends within its head") from None
-                break
+        if not self.size:
+            raise self._error("is empty")
+        with (
+            self.path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            try:
+                self.metadata, self.tensors = self._parse(_Cursor(content))
+            except EOFError:
+                raise self._error("ends within its head") from None
         for tensor in self.tensors.values():
             if tensor.position + tensor.nbytes > self.size:
                 raise self._error(f"ends within the tensor {tensor.name}")
@@ -142,9 +140,9 @@ class GgufReader:
 
 
 class _Cursor:
-    """A position in the bytes of a head. Reading beyond them raises EOFError."""
+    """A position in the bytes of a file. Reading beyond them raises EOFError."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: mmap.mmap):
         self.content = content
         self.position = 0
 
