@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as GGMLType
-from gguf import GGUFReader
 
 from minitune.atomic_files import atomic_file
 from minitune.gguf.importance import CHUNK_TOKENS, ImportanceMatrix
+from minitune.gguf.reader import GgufReader
 from minitune.gguf.writer import Content, TensorInfo, write_gguf
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -34,8 +34,6 @@ DATASETS, CHUNK_COUNT, CHUNK_SIZE = (
     "imatrix.chunk_count",
     "imatrix.chunk_size",
 )
-# gguf's reader raises these for a file that ends early or holds impossible sizes.
-READER_ERRORS = (ValueError, IndexError, KeyError)
 
 
 def read_imatrix(path: str | Path) -> ImportanceMatrix:
@@ -83,12 +81,8 @@ def write_imatrix(matrix: ImportanceMatrix, path: str | Path) -> Path:
 
 
 def _read_gguf(path: Path) -> ImportanceMatrix:
-    try:
-        reader = GGUFReader(path)
-        keys = {name: field.contents() for name, field in reader.fields.items()}
-    except READER_ERRORS as error:
-        raise ValueError(f"{path}: not a GGUF file that can be read: {error}") from None
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    reader = GgufReader(path)
+    keys, tensors = reader.metadata, reader.tensors
     names = [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]
     if not names:
         kind = keys.get("general.type", "unknown")
@@ -100,12 +94,13 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         base = name.removesuffix(SUMS).removesuffix(COUNTS)
         if base + SUMS not in tensors or base + COUNTS not in tensors:
             raise ValueError(f"{path}: {base} needs the tensors {base + SUMS} and {base + COUNTS}")
-        if tensors[name].tensor_type != GGMLType.F32:
-            kind = tensors[name].tensor_type.name
+        if tensors[name].type != GGMLType.F32:
+            kind = tensors[name].type.name
             raise ValueError(f"{path}: {name} has the type {kind}, expected F32")
     values, tokens = {}, 0
     for name in names:
-        sums, counts = tensors[name + SUMS].data, tensors[name + COUNTS].data.ravel()
+        sums = reader.load(name + SUMS).numpy()
+        counts = reader.load(name + COUNTS).numpy().ravel()
         if not np.isfinite(counts).all() or (counts < 0).any() or sums.size % max(counts.size, 1):
             raise ValueError(
                 f"{path}: {name} has {sums.size} sums and the counts {counts[:4]}; expected counts "

@@ -259,15 +259,7 @@ def quantize_q4_k(
 ) -> Tensor:
     """Return Q4_K blocks."""
     parts = quantize_affine(blocks, importance, Q4_K, steps)
-    return torch.cat(
-        [
-            float16_bytes(parts.scale),
-            float16_bytes(parts.minimum),
-            packing.pack_scales_and_minimums(parts.scales, parts.minimums),
-            packing.pack_four_bits(parts.levels),
-        ],
-        1,
-    )
+    return torch.cat([*_affine_head(parts), packing.pack_four_bits(parts.levels)], 1)
 
 
 def quantize_q5_k(
@@ -278,14 +270,15 @@ def quantize_q5_k(
 ) -> Tensor:
     """Return Q5_K blocks."""
     parts = quantize_affine(blocks, importance, Q5_K, steps)
-    return torch.cat(
-        [
-            float16_bytes(parts.scale),
-            float16_bytes(parts.minimum),
-            packing.pack_scales_and_minimums(parts.scales, parts.minimums),
-            *packing.pack_five_bits(parts.levels),
-        ],
-        1,
+    return torch.cat([*_affine_head(parts), *packing.pack_five_bits(parts.levels)], 1)
+
+
+def _affine_head(parts: AffineBlocks) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what stands before the levels in Q4_K and Q5_K: d, dmin, and their 6-bit factors."""
+    return (
+        float16_bytes(parts.scale),
+        float16_bytes(parts.minimum),
+        packing.pack_scales_and_minimums(parts.scales, parts.minimums),
     )
 
 
