@@ -86,6 +86,14 @@ def test_a_file_that_ends_early_is_refused_by_name_wherever_it_ends(tmp_path):
         (b"GGUF" + struct.pack("<IqqQ", 3, 0, 1, 1) + b"a" + struct.pack("<I", 99), "99"),
         (b"GGUF" + struct.pack("<IqqQ", 3, 0, 1, 1 << 62), "ends within its head"),
         (
+            b"GGUF" + struct.pack("<IqqQ", 3, 1, 0, 1) + b"a" + struct.pack("<IQIQ", 1, 0, 0, 0),
+            "sizes",
+        ),
+        (
+            b"GGUF" + struct.pack("<IqqQ", 3, 1, 0, 1) + b"a" + struct.pack("<IQIQ", 1, 33, 8, 0),
+            "Q8_0",
+        ),
+        (
             b"GGUF" + struct.pack("<Iqq", 3, 0, 2) + 2 * (struct.pack("<Q", 1) + b"a" + bytes(5)),
             "twice",
         ),

@@ -182,7 +182,10 @@ class _Cursor:
             raise ValueError(f"tensor {name} with {dims} axes")
         sizes = self.unpack(f"<{dims}Q")
         kind, offset = self.unpack("<IQ")
-        return name, sizes[::-1], GGMLType(kind), offset
+        kind = GGMLType(kind)
+        if min(sizes) < 1 or sizes[0] % GGML_QUANT_SIZES[kind][0]:
+            raise ValueError(f"tensor {name} of type {kind.name} with the sizes {sizes}")
+        return name, sizes[::-1], kind, offset
 
     def _numbers(self, kind: GGUFValueType, count: int) -> list:
         """Return the next `count` numbers of a type."""
