@@ -15,7 +15,8 @@ if "torch" not in sys.modules:
 
 from minitune.api import FastLanguageModel, LanguageModel
 from minitune.config.model_config import ModelConfig
-from minitune.config.training_config import LoraConfig, SFTConfig
+from minitune.config.sft_config import SFTConfig
+from minitune.config.training_config import LoraConfig
 from minitune.data.templates.builtin_templates import get_chat_template
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.training.trainer import SFTTrainer

@@ -19,12 +19,8 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.fields import ListedErrors
-from minitune.config.training_config import (
-    PATHS,
-    LoraConfig,
-    RunConfig,
-    SFTConfig,
-)
+from minitune.config.sft_config import SFTConfig
+from minitune.config.training_config import PATHS, LoraConfig, RunConfig
 from minitune.config.visible_text import on_one_line
 
 ALL_LINEAR = "all-linear"

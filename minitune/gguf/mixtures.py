@@ -18,7 +18,12 @@ from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as GGMLType
 
 from minitune.config.model_config import ModelConfig
-from minitune.config.training_config import GGUF_ALIASES, GGUF_METHODS, GGUF_WORDS, NOT_QUANTIZED
+from minitune.config.training_config import (
+    GGUF_ALIASES,
+    GGUF_METHODS,
+    GGUF_WORDS,
+    NOT_QUANTIZED,
+)
 
 QUANTIZATION_METHODS = {
     name: LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"]

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minitune.atomic_files import atomic_write_text, os_errors_as_value_error
-from minitune.config.training_config import SFTConfig
+from minitune.config.sft_config import SFTConfig
 from minitune.config.visible_text import on_one_line
 from minitune.data.tokenize_dataset import TokenizedDataset
 from minitune.model.activations import SaveLevel

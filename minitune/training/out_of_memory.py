@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from minitune.config.training_config import SFTConfig, parse_bytes
+from minitune.config.sft_config import SFTConfig
+from minitune.config.training_config import parse_bytes
 from minitune.device import free_memory, gib_text
 from minitune.memory.planner import Planner
 from minitune.model.causal_lm import CausalLM

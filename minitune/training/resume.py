@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 
 from minitune.config.cli import as_dict
-from minitune.config.training_config import RunConfig, SFTConfig
+from minitune.config.sft_config import SFTConfig
+from minitune.config.training_config import RunConfig
 from minitune.device import free_memory, gib_text
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.planner import Planner, checkpointing_word

@@ -28,7 +28,7 @@ from minitune.atomic_files import (
 )
 from minitune.checkpoints.adapter import save_adapter
 from minitune.config.cli import toml_text
-from minitune.config.training_config import SFTConfig
+from minitune.config.sft_config import SFTConfig
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import STATE, save_checkpoint
 from minitune.training.optimizer import FlatAdamW

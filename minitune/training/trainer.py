@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from minitune.config.cli import as_dict
-from minitune.config.training_config import RunConfig, SFTConfig
+from minitune.config.sft_config import SFTConfig
+from minitune.config.training_config import RunConfig
 from minitune.data.batching import collate, micro_steps
 from minitune.data.samples import Sample
 from minitune.data.sources.sources import Dataset
