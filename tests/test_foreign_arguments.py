@@ -32,7 +32,7 @@ def test_a_renamed_argument_sets_the_argument_of_its_new_name():
 
 @pytest.mark.parametrize("value", [True, 1, 0, "yes"])
 def test_another_value_is_refused_with_the_reason(value):
-    with pytest.raises(ValueError, match="load_in_8bit=.*use load_in_4bit"):
+    with pytest.raises(ValueError, match=r"load_in_8bit=.*use load_in_4bit"):
         load("m", load_in_8bit=value)
 
 
