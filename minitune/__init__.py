@@ -19,7 +19,7 @@ from minitune.config.sft_config import SFTConfig
 from minitune.config.training_config import LoraConfig
 from minitune.data.templates.builtin_templates import get_chat_template
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.training.trainer import SFTTrainer
+from minitune.sft_trainer import SFTTrainer
 
 __all__ = [
     "FastLanguageModel",

@@ -25,7 +25,8 @@ BELOW = {  # folder or top-level file -> the parts of the package that it may im
     "gguf": f"{FOUNDATION} model memory data checkpoints",
     "training": ENGINE,
     "api": f"{ENGINE} training",
-    "commands": f"{ENGINE} training api",
+    "sft_trainer": f"{ENGINE} training api",
+    "commands": f"{ENGINE} training api sft_trainer",
 }
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "minitune", "kernels", "scripts", "tests"}
 PACKAGE = sorted((ROOT / "minitune").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))

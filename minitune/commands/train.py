@@ -28,9 +28,9 @@ from minitune.data.sources.sources import check_first_records
 from minitune.gguf.export import check_gguf
 from minitune.gguf.general_metadata import gguf_file_names
 from minitune.gguf.model_metadata import check_window
+from minitune.sft_trainer import SFTTrainer
 from minitune.training import run_folder
 from minitune.training.check_base import check_base, checked_samples
-from minitune.training.trainer import SFTTrainer
 from minitune.training.write_models import write_models
 
 

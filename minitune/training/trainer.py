@@ -1,57 +1,28 @@
-"""The training loop: micro-steps, learning rate, logging, evaluation and saving.
-
-One optimizer step takes the next per_device_train_batch_size * gradient_accumulation_steps samples
-S of the epoch's order (run_data.py) and minimises
-
-    loss = sum over S of the token losses / number of trained-on tokens in S
-
-The samples are packed without padding into as few forward/backward passes (micro-steps) as
-micro_step_tokens allows. Each micro-step's loss is divided by the token count of the whole step, so
-the gradients add up to the same sum however S is split.
-"""
+"""A training run: the loop over optimizer steps, logging, evaluation and saving."""
 
 import contextlib
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from minitune.config.cli import as_dict
-from minitune.config.sft_config import SFTConfig
-from minitune.config.training_config import RunConfig
-from minitune.data.batching import collate, micro_steps
-from minitune.data.samples import Sample
-from minitune.data.sources.sources import Dataset
 from minitune.data.templates.adapter_template import save_template
 from minitune.data.token_cache import FOLDER, remove_other_entries
-from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import Progress
 from minitune.training.log import RunSummary, TrainingLog, banner, deferred_sigint, interruption
-from minitune.training.metrics import PendingLosses, RunClock, evaluation_loss, training_record
-from minitune.training.micro_step import MicroStep
-from minitune.training.optimizer import FlatAdamW, learning_rate_factor, warmup_count
-from minitune.training.out_of_memory import (
-    DEFAULT_MICRO_STEP_TOKENS,
-    oom_as_value_error,
-    planned_vs_measured,
-    retry_on_oom,
-    run_planner,
-)
+from minitune.training.metrics import RunClock, training_record
+from minitune.training.optimizer import FlatAdamW
+from minitune.training.optimizer_steps import OptimizerSteps
+from minitune.training.out_of_memory import oom_as_value_error, planned_vs_measured
 from minitune.training.resume import (
     checkpoint_state,
     current_plan_inputs,
     fix_plan_inputs_,
-    resolve_run_config,
     resume_run,
     run_identity,
 )
-from minitune.training.run_data import SampleOrder, read_datasets, with_template_date
 from minitune.training.run_folder import CONFIG, METRICS, RunFolder, open_run_folder
 
 
@@ -63,99 +34,8 @@ class TrainOutput(NamedTuple):
     metrics: dict[str, float]
 
 
-class SFTTrainer:
-    """A training run of a model's adapter. The arguments have TRL's names and meanings."""
-
-    def __init__(
-        self,
-        model: CausalLM,
-        args: SFTConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
-        processing_class: Tokenizer | None = None,
-        *,
-        run_config: RunConfig | None = None,
-    ):
-        """Check the arguments and tokenize the datasets. Only output_dir/tokenized is written.
-
-        model: a model with an adapter.
-        args: the settings of the run; default: SFTConfig().
-        train_dataset, eval_dataset: a path, several paths, or records in memory
-            (data/sources/sources.py, data/records/record_formats.py).
-        processing_class: the tokenizer; default: that of the model's folder.
-        run_config: settings to write to config.toml; default: the model's settings.
-
-        Raises: ValueError if model, settings and data do not fit together.
-        """
-        self.model, self.args = model, with_template_date(args or SFTConfig())
-        if model.lora is None:
-            raise ValueError(
-                "the model has no adapter to train; call FastLanguageModel.get_peft_model first"
-            )
-        self.processing_class = processing_class or Tokenizer.from_folder(model.folder)
-        model.eos_token_ids = self.processing_class.eos_token_ids  # of the template trained on
-        self.data = read_datasets(
-            train_dataset, eval_dataset, self.processing_class, self.args, model.max_seq_length
-        )
-        self.order = SampleOrder(self.data.train.samples, self.args, self.data.max_length)
-        self.size = self.order.size
-        self.run_config = resolve_run_config(
-            model, self.data.train_files, self.data.eval_files, run_config
-        )
-        self.planner = run_planner(model, self.args, self.run_config.use_gradient_checkpointing)
-        self.micro_step = MicroStep(model, self.planner, self.args.cuda_graphs)
-        self.micro_step_tokens = (
-            self.args.micro_step_tokens or DEFAULT_MICRO_STEP_TOKENS[model.device.type]
-        )
-        self.progress = Progress()
-        self._losses = PendingLosses()
-
-    # ---- one step
-
-    def accumulate(self, samples: Sequence[Sample]) -> Tensor:
-        """Add the gradients of an optimizer step's samples to `.grad`.
-
-        Returns their loss, 0-dim, on the device.
-        """
-        batches = [collate(pack) for pack in micro_steps(samples, self.micro_step_tokens)]
-        targets = sum(batch.targets for batch in batches)
-        loss = torch.zeros((), device=self.model.device)
-        for batch in batches:
-            loss += self.micro_step(batch, targets)
-        self.progress.tokens += sum(len(batch.input_ids) for batch in batches)
-        return loss
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of optimizer step `step`, counted from 0."""
-        args, total_steps = self.args, self.size.total_steps
-        warmup = warmup_count(args.warmup_steps, args.warmup_ratio, total_steps)
-        kind = args.lr_scheduler_type
-        return args.learning_rate * learning_rate_factor(kind, step, warmup, total_steps)
-
-    def _optimizer_step(self) -> None:
-        """Train on the samples of the next step, and update the adapter."""
-        step = self.progress.step
-        samples = self.order.samples_of_step(step)
-        loss = retry_on_oom(
-            self.micro_step, self.optimizer.zero_grad, step + 1, lambda: self.accumulate(samples)
-        )
-        norm = self.optimizer.step(self.learning_rate(step))
-        self._losses.add(loss, norm)
-        self.progress.step += 1
-
-    def evaluate(self) -> dict[str, float]:
-        """Return the loss of the evaluation data, a mean over its trained-on tokens.
-
-        Raises: ValueError if there is no eval_dataset.
-        """
-        if self.data.evaluation is None:
-            raise ValueError("there is no eval_dataset to evaluate on; pass one to SFTTrainer")
-        start = time.perf_counter()
-        samples = self.data.evaluation.samples
-        loss = evaluation_loss(self.micro_step, samples, self.micro_step_tokens)
-        return {"eval_loss": loss, "eval_seconds": time.perf_counter() - start}
-
-    # ---- the run
+class Trainer(OptimizerSteps):
+    """A training run of a model's adapter, in a run folder."""
 
     def train(self, resume_from_checkpoint: bool | str | Path = False) -> TrainOutput:
         """Train to the last step. After any failure the last complete checkpoint remains.

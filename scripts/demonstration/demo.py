@@ -19,7 +19,7 @@ from minitune.config.cli import Settings
 from minitune.data.sources.sources import load_dataset
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
-from minitune.training.trainer import SFTTrainer
+from minitune.sft_trainer import SFTTrainer
 from minitune.training.write_models import write_models
 
 DATA = Path(__file__).parent
