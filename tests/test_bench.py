@@ -130,7 +130,7 @@ def test_every_part_of_a_step_shows_up_in_its_profile(tmp_path):
         ([], "one of the arguments --model --all --make --kernels is required"),
         (["--model", "nowhere"], "model folder nowhere does not exist"),
         (["--model", "MODEL", "--batch", "0"], "--batch is 0; expected at least 1"),
-        (["--model", "MODEL", "--targets", "q"], "invalid choice: 'q'"),
+        (["--model", "MODEL", "--targets", "q"], "--targets is q; choose from all, qkvo"),
         (["--model", "MODEL", "--tokens", "512"], "--tokens 512 is more than the 256 positions"),
         (["--model", "MODEL", "--rows", "1"], "--rows does not go with --model"),
         (["--model", "MODEL", "--short", "--profile"], "--profile measures single steps"),

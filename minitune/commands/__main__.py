@@ -1,7 +1,11 @@
 """The entry point `minitune COMMAND ...`, also `python -m minitune.commands COMMAND ...`."""
 
+import platform
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
 
 from minitune.commands import data, export, generate, plan, train
 from minitune.config.cli import run_command, suggestion
@@ -9,18 +13,32 @@ from minitune.config.cli import run_command, suggestion
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module for module in (train, generate, export, plan, data)
 }
+# The usual order of the work, in commands that can be typed.
+FIRST_STEPS = """\
+minitune plan --model llama-3-8b                 memory and time, before anything is fetched
+minitune data show --model DIR --data FILE       the tokens that are trained on
+minitune train --model DIR --data FILE           writes runs/1 and says what to type next
+minitune COMMAND --help                          all flags of a command
+minitune --version                               versions to name in a report"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [arguments[1], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version", "version"):
+        print(versions())
         return 0
     return run_command("minitune", _dispatch, *arguments)
 
 
 def _dispatch(name: str, *arguments: str) -> int:
+    if name.startswith("-"):
+        raise ValueError(f"{name} stands before the command; minitune COMMAND {name} ...")
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}; {suggestion(name, COMMANDS)}")
     return COMMANDS[name].main(arguments)
@@ -30,8 +48,19 @@ def usage() -> str:
     """Return the list of commands, each with the first line of its module's docstring."""
     purposes = {name: module.__doc__.partition("\n")[0] for name, module in COMMANDS.items()}
     rows = [f"  {name:<10}{purpose}" for name, purpose in purposes.items()]
-    return "\n".join(
-        ["usage: minitune COMMAND ...", "", *rows, "", "minitune COMMAND --help lists its flags."]
+    steps = [f"  {line}" for line in FIRST_STEPS.splitlines()]
+    return "\n".join(["usage: minitune COMMAND ...", "", *rows, "", "First steps:", *steps])
+
+
+def versions() -> str:
+    """Return the versions of minitune, torch and Python, and the GPU."""
+    try:
+        own = version("minitune")
+    except PackageNotFoundError:  # a checkout
+        own = "from a checkout"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"minitune {own}, torch {torch.__version__}, Python {platform.python_version()}, {device}"
     )
 
 

@@ -1,0 +1,102 @@
+"""Run a command: its errors, warnings and notes are lines for a person at a terminal.
+
+The package speaks of settings in Python's words, such as `overwrite=True`. A person at a terminal
+reads the flags instead, here --overwrite.
+"""
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from minitune.config.cli.settings import flag_of, known_settings
+from minitune.config.fields import ListedErrors
+from minitune.config.visible_text import on_one_line
+
+EXPECTED_ERROR, INTERRUPTED = 2, 130  # exit codes
+# Arguments of Python that are no settings and have flags.
+ARGUMENTS = {
+    "verify=False": "--no-verify",
+    "ollama=True": "--ollama",
+    "quantization_method": "--quantization-method",
+    "max_new_tokens": "--max-new-tokens",
+}
+# Errors on the content of these files speak of its keys.
+OF_A_FILE = re.compile(r"^.{0,400}?\.(?:toml|json): ")
+WORDS = re.compile(
+    r"""
+    [\w.]+\([^()]*\) | (?<!\w)'[^']*' | "[^"]*" | [\w.~-]*/[\w./~-]*    # calls, quotes, paths
+    | (?<![\w.-]) (?P<name>[a-z]\w*) (?:= (?P<value>"[^"]*" | '[^']*' | [\w.:-]*\w))?
+      (?! [\w/=(] | \.\w )
+    """,
+    re.VERBOSE,
+)
+
+
+def in_flags(text: str) -> str:
+    """Return a text with flags in place of Python's setting words.
+
+        overwrite=True       --overwrite              load_in_4bit=False    --no-load-in-4bit
+        dtype='float16'      --dtype float16          output_dir            --output-dir
+
+    A name without a value is a setting if it has an underscore. Calls, quotes and paths stay as
+    they are, and so does a text on the content of a TOML or JSON file.
+    """
+    if OF_A_FILE.match(text):
+        return text
+    known = known_settings()
+
+    def as_flag(found: re.Match) -> str:
+        name, value = found["name"], found["value"]
+        if found[0] in ARGUMENTS:
+            return ARGUMENTS[found[0]]
+        if name not in known or (value is None and "_" not in name):
+            return found[0]
+        if value == "False":
+            return flag_of(f"no_{name}")
+        return flag_of(name) if value in (None, "True") else f"{flag_of(name)} {_unquoted(value)}"
+
+    return WORDS.sub(as_flag, text)
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1] if value[0] in "'\"" else value
+
+
+def run_command(program: str, command: Callable[..., int | None], *arguments: Any) -> int:
+    """Call `command(*arguments)` and return the exit code of the process.
+
+    program: the command as the user types it; error lines begin with it.
+
+    An expected error (ValueError or OSError) becomes one line on stderr and exit code 2;
+    ListedErrors keep their lines. A warning is one line on stderr. Ctrl-C gives 130; the command
+    itself has said by then how to continue.
+    """
+    python_format, warnings.formatwarning = warnings.formatwarning, _format_warning
+    try:
+        return command(*arguments) or 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        lines = str(error).splitlines() if isinstance(error, ListedErrors) else [str(error)]
+        text = "\n".join(map(_terminal_line, lines))
+        print(f"{program}: error: {text}", file=sys.stderr)
+        return EXPECTED_ERROR
+    finally:
+        warnings.formatwarning = python_format
+
+
+def _terminal_line(text: str) -> str:
+    return on_one_line(in_flags(" ".join(text.split())))
+
+
+def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Return the line of a warning, without Python's file name and line of code."""
+    return f"warning: {_terminal_line(str(message))}\n"
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print facts that the user should know, one a line, on stderr."""
+    for note in notes:
+        print(f"note: {_terminal_line(note)}", file=sys.stderr)
