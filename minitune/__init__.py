@@ -17,7 +17,9 @@ from minitune.api import FastLanguageModel, LanguageModel
 from minitune.config.model_config import ModelConfig
 from minitune.config.sft_config import SFTConfig
 from minitune.config.training_config import LoraConfig
+from minitune.data.sharegpt import standardize_data_formats, standardize_sharegpt
 from minitune.data.templates.builtin_templates import get_chat_template
+from minitune.data.text_streamer import TextIteratorStreamer, TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.sft_trainer import SFTTrainer
 
@@ -28,6 +30,10 @@ __all__ = [
     "ModelConfig",
     "SFTConfig",
     "SFTTrainer",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "Tokenizer",
     "get_chat_template",
+    "standardize_data_formats",
+    "standardize_sharegpt",
 ]

@@ -25,6 +25,7 @@ from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
 from minitune.model.causal_lm import CausalLM
+from minitune.model.generation_arguments import read_generation_defaults
 from minitune.training.check_base import BaseCheck, check_base
 from minitune.training.rehearsal import compile_step_ahead
 
@@ -176,6 +177,7 @@ class FastLanguageModel:
         model.name = str(model_name)
         model.folder = folder
         model.eos_token_ids = tokenizer.eos_token_ids
+        model.generation_defaults = read_generation_defaults(folder)
         weight_dtype, quantized = stored.dtype(EMBEDDING), load_in_4bit or stored.prequantized
         compile_step_ahead(model, LoraConfig(), weight_dtype, quantized)
         load_weights(model, stored, device, load_in_4bit, progress)

@@ -54,10 +54,12 @@ def test_rendering_and_ids_equal_transformers(tmp_path, name, prompt):
         expected = referee.apply_chat_template(
             CONVERSATION, tools=tools, add_generation_prompt=prompt, tokenize=False
         )
-        text = ours.apply_chat_template(CONVERSATION, prompt, tokenize=False, tools=tools)
+        text = ours.apply_chat_template(
+            CONVERSATION, tools, add_generation_prompt=prompt, tokenize=False
+        )
         assert text == expected
     ids = referee.apply_chat_template(CONVERSATION, add_generation_prompt=prompt, return_dict=False)
-    assert ours.apply_chat_template(CONVERSATION, prompt) == ids
+    assert ours.apply_chat_template(CONVERSATION, add_generation_prompt=prompt) == ids
 
 
 def test_a_rendered_conversation_has_exactly_one_bos(tmp_path):

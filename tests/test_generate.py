@@ -57,9 +57,8 @@ def test_each_row_stops_at_the_end_token_and_leaves_it_out(model):
     assert model.generate(PROMPTS, max_new_tokens=20, eos_token_ids=[eos]) == expected
 
 
-def test_the_models_own_end_token_is_the_default_and_a_tensor_of_prompts_is_taken(model):
-    free = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=20)
-    assert free == model.generate([PROMPTS[0]], max_new_tokens=20)
+def test_the_models_own_end_token_is_the_default(model):
+    free = model.generate([PROMPTS[0]], max_new_tokens=20)
     model.eos_token_ids = (free[0][7],)
     assert (
         model.generate([PROMPTS[0]], max_new_tokens=20)[0] == free[0][: free[0].index(free[0][7])]
@@ -92,7 +91,7 @@ def test_sampling_follows_its_seed_and_its_limits(model):
 def test_sampled_shares_follow_the_softmax(model):
     logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1]
     expected = (logits / 2).softmax(-1)
-    drawn = model.generate([PROMPTS[0]] * 4000, max_new_tokens=1, temperature=2.0)
+    drawn = model.generate([PROMPTS[0]] * 4000, max_new_tokens=1, temperature=2.0, top_k=0)
     shares = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(expected)) / 4000
     assert (shares - expected).abs().max() < 5 * (expected.max() / 4000) ** 0.5
 

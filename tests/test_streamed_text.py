@@ -1,31 +1,19 @@
-"""An answer appears as it is decoded, in whole characters, with every kind of tokenizer."""
+"""A text appears as it is decoded, in whole characters, with every kind of tokenizer."""
 
 import argparse
+import threading
+from queue import Empty
 from random import Random
 
 import pytest
+import torch
 from random_tokenizers import random_json_folder, random_model_folder
+from tiny import make_tiny_model
 
+from minitune import FastLanguageModel, TextIteratorStreamer, TextStreamer, Tokenizer
 from minitune.commands.generate import answer
-from minitune.data.tokenization.tokenizer import Tokenizer
 
-SETTINGS = argparse.Namespace(
-    raw=True, system=None, max_new_tokens=9, temperature=0.0, top_p=1.0, top_k=0, seed=0
-)
 TEXTS = ("Grüße 🦙🦙 ok", " leading", "🏳️‍🌈 flag", "Mölln đêm 日本", "the quick\n\n")
-
-
-class FixedModel:
-    """A model whose answer is given."""
-
-    def __init__(self, ids):
-        self.ids = ids
-
-    def generate(self, prompts, on_token, **settings):
-        """Report each token of the answer."""
-        for token in self.ids:
-            on_token(0, token)
-        return [self.ids]
 
 
 def folders(tmp_path):
@@ -43,17 +31,58 @@ def answers(rng, tokenizer):
     return cut + random
 
 
+def feed(streamer, prompt, ids):
+    streamer.put(torch.tensor([prompt]))
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+
+
 @pytest.mark.parametrize("kind", range(3))
 def test_the_shown_text_is_the_decoded_answer_in_whole_characters(tmp_path, capsys, kind):
     tokenizer = Tokenizer.from_folder(list(folders(tmp_path))[kind])
+    answer_only = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    everything = TextStreamer(tokenizer)
     for ids in answers(Random(3), tokenizer):
-        answer(FixedModel(ids), tokenizer, "x", SETTINGS)
-        assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
+        feed(answer_only, [1, 2, 3], ids)
+        expected = tokenizer.decode(ids, skip_special_tokens=True)
+        assert capsys.readouterr().out == expected + "\n"
+        feed(everything, [1, 5], ids)
+        assert capsys.readouterr().out == tokenizer.decode([1, 5, *ids]) + "\n"
 
 
-def test_a_character_of_several_tokens_appears_when_it_is_whole(tmp_path, monkeypatch):
+def test_a_character_of_several_tokens_appears_when_it_is_whole(tmp_path):
     tokenizer = Tokenizer.from_folder(next(folders(tmp_path)))
-    shown = []
-    monkeypatch.setattr("builtins.print", lambda text, **settings: shown.append(text))
-    answer(FixedModel(tokenizer.encode("a🦙b", add_special_tokens=False)), tokenizer, "", SETTINGS)
-    assert [text for text in shown if text] == ["a", "🦙", "b"]
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=5)
+    feed(streamer, [1], tokenizer.encode("a🦙b", add_special_tokens=False))
+    assert [text for text in streamer if text] == ["a", "🦙", "b"]
+
+
+def test_an_iterator_yields_the_text_while_another_thread_generates(tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(make_tiny_model(tmp_path), device="cpu")
+    inputs = tokenizer("The order of", return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, timeout=60)
+    settings = {**inputs, "streamer": streamer, "max_new_tokens": 6}
+    thread = threading.Thread(target=model.generate, kwargs=settings)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == tokenizer.decode(model.generate(**inputs, max_new_tokens=6)[0])
+    with pytest.raises(Empty):
+        next(iter(TextIteratorStreamer(tokenizer, timeout=0.01)))
+
+
+def test_the_command_prints_the_answer_without_the_prompt(tmp_path, capsys):
+    model, tokenizer = FastLanguageModel.from_pretrained(make_tiny_model(tmp_path), device="cpu")
+    settings = argparse.Namespace(
+        raw=True, system=None, max_new_tokens=5, temperature=0.0, top_p=1.0, top_k=0, seed=0
+    )
+    answer(model, tokenizer, "Lisbon", settings)
+    (expected,) = model.generate([tokenizer.encode("Lisbon")], max_new_tokens=5)
+    assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_two_prompts_are_refused(tmp_path):
+    tokenizer = Tokenizer.from_folder(next(folders(tmp_path)))
+    with pytest.raises(ValueError, match="shows one answer, but it got 2 prompts"):
+        TextStreamer(tokenizer).put(torch.tensor([[1], [2]]))

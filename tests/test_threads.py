@@ -50,7 +50,7 @@ def micro_step_result(model, micro_step, ids):
 
 
 def generated(model, ids):
-    return [torch.tensor(answer) for answer in model.generate(ids[:, :5], max_new_tokens=4)]
+    return [*model.generate(ids[:, :5], max_new_tokens=4)]
 
 
 def wrong_results(calls):

@@ -17,10 +17,11 @@ def check_texts(ours, theirs, texts):
     for text in texts:
         ids = ours.encode(text)
         assert ids == theirs(text)["input_ids"], text
-        decoded = ours.decode(ids, skip_special_tokens=False)
+        decoded = ours.decode(ids)
         if not any(letter in decoded for letter in "ïöêđ"):  # transformers breaks added ones
             assert decoded == theirs.decode(ids)
-            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+            skip = {"skip_special_tokens": True}
+            assert ours.decode(ids, **skip) == theirs.decode(ids, **skip)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from minitune.api import FastLanguageModel
 from minitune.config.cli import CommandParser, print_notes, run_command
 from minitune.data.templates.adapter_template import load_template
+from minitune.data.text_streamer import TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 
@@ -97,26 +98,15 @@ def answer(model: CausalLM, tokenizer: Tokenizer, text: str, arguments: argparse
         if arguments.system:
             messages.insert(0, {"role": "system", "content": arguments.system})
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    ids: list[int] = []
-    shown = ""
-
-    def show(_: int, token: int) -> None:
-        nonlocal shown
-        ids.append(token)
-        decoded = tokenizer.decode(ids)
-        # U+FFFD ends the text while a character lacks some of its bytes.
-        if not decoded.endswith("\ufffd"):
-            print(decoded[len(shown) :], end="", flush=True)
-            shown = decoded
-
     model.generate(
         [prompt],
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
+        min_p=0.0,
+        repetition_penalty=1.0,
         eos_token_ids=tokenizer.eos_token_ids,
         seed=arguments.seed,
-        on_token=show,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
-    print(tokenizer.decode(ids)[len(shown) :])

@@ -44,16 +44,20 @@ def foreign_arguments(**table: Foreign | Renamed) -> Callable[[Callable], Callab
     """Return a decorator that gives a function or a dataclass these foreign arguments.
 
     The decorated callable raises ValueError if a foreign argument has a value that is not neutral,
-    and TypeError if an argument is unknown or given twice.
+    and TypeError if an argument is unknown or given twice. A function with **kwargs gets unknown
+    arguments itself.
     """
 
     def decorate(target: Callable) -> Callable:
         call = target.__init__ if inspect.isclass(target) else target
-        known = {name: None for name in inspect.signature(call).parameters if name != "self"}
+        parameters = inspect.signature(call).parameters
+        known = {name: None for name in parameters if name != "self"}
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
         @functools.wraps(call)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            return call(*args, **_own_arguments(target.__name__, kwargs, known, table))
+            own = _own_arguments(target.__name__, kwargs, known, table, passes_on)
+            return call(*args, **own)
 
         if inspect.isclass(target):
             target.__init__ = checked
@@ -68,16 +72,19 @@ def _own_arguments(
     given: Mapping[str, Any],
     known: Mapping[str, None],
     table: Mapping[str, Foreign | Renamed],
+    passes_on: bool,
 ) -> dict[str, Any]:
     """Return the given arguments under their names here, without the neutral ones.
+
+    passes_on: True if the function takes unknown names itself, as **kwargs.
 
     Raises: ValueError and TypeError, as `foreign_arguments` says.
     """
     own = {}
     for name, value in given.items():
-        if name not in known and name not in table:
+        if name not in known and name not in table and not passes_on:
             raise unknown_argument(function, name, known)
-        entry = None if name in known else table[name]
+        entry = None if name in known else table.get(name)
         if isinstance(entry, Foreign):
             _check_neutral(function, name, value, entry)
             continue

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,7 @@ class CausalLM(nn.Module):
     lora_dropout: the dropout that a loaded adapter was trained with; not applied here.
     max_trained_seqlen: tokens of the longest sample that this process trained on, or 0.
     eos_token_ids: the tokens at which `generate` stops.
+    generation_defaults: settings of the model's folder that `generate` takes if a call names none.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class CausalLM(nn.Module):
         self.name = ""
         self.folder = Path()
         self.eos_token_ids: tuple[int, ...] = ()
+        self.generation_defaults: dict[str, Any] = {}
 
     def _apply(self, fn, recurse=True):
         raise ValueError(

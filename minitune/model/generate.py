@@ -1,212 +1,131 @@
-"""Text generation with a key/value cache.
+"""Text generation, under transformers' names.
 
-One packed pass through the training kernels reads all prompts and fills the cache. After that each
-step moves one token per prompt through the layers, and attention is a few torch operations over the
-cache. If memory allows, the weights stay dequantised meanwhile: with one row per prompt,
-dequantising them would take nearly all of the time.
+    model.generate([[1, 5, 9]])                      lists in: the new tokens of each prompt
+    model.generate(**tokenizer(texts, padding=True, return_tensors="pt"))
+                                                     a tensor in: prompts and new tokens, padded
+
+generation_arguments.py reads the arguments, sampling.py chooses tokens, cached_decoding.py runs the
+model.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from minitune.kernels.attention import attention
-from minitune.model.activations import Activations
-from minitune.model.decoder_layer import DecoderLayer
-from minitune.model.layers import new_residual
-from minitune.model.packed_sequences import PackedSequences
+from minitune.config.foreign_arguments import foreign_arguments
+from minitune.model.cached_decoding import decode
+from minitune.model.generation_arguments import (
+    FOREIGN,
+    check_prompts,
+    new_token_limits,
+    read_prompts,
+    sampling_config,
+)
+from minitune.model.sampling import Sampler
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
-    """The rule that chooses the next token.
+class Streamer(Protocol):
+    """A receiver of tokens as they are chosen, such as minitune's and transformers' TextStreamer.
 
-    temperature: divisor of the logits; 0 takes the likeliest token.
-    top_p: keep the fewest tokens that hold this share of the probability; 1 keeps all.
-    top_k: keep this many of the likeliest tokens; 0 keeps all.
+    The prompt comes first, (1, T); then each new token, (1,).
     """
 
-    temperature: float
-    top_p: float
-    top_k: int
+    def put(self, value: Tensor) -> None: ...
 
-    def __post_init__(self):
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
-            raise ValueError(
-                f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}; "
-                "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0"
-            )
-
-    def choose(self, logits: Tensor, generator: torch.Generator) -> list[int]:
-        """Return one token for each row of the logits (B, V)."""
-        if self.temperature == 0:
-            return logits.argmax(-1).tolist()
-        values, order = (logits.float().cpu() / self.temperature).sort(-1, descending=True)
-        if self.top_k:
-            values, order = values[:, : self.top_k], order[:, : self.top_k]
-        probabilities = values.softmax(-1)
-        likelier = probabilities.cumsum(-1) - probabilities  # mass of all likelier tokens
-        probabilities = probabilities.masked_fill(likelier >= self.top_p, 0)
-        return order.gather(1, probabilities.multinomial(1, generator=generator))[:, 0].tolist()
+    def end(self) -> None: ...
 
 
-@torch.no_grad()
+@foreign_arguments(**FOREIGN)
 def generate(
     model,
-    prompts: Sequence[Sequence[int]] | Tensor,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    eos_token_ids: Sequence[int] | None = None,
-    seed: int = 0,
+    prompts: Any,
+    attention_mask: Any = None,
+    *,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    num_return_sequences: int = 1,
+    eos_token_ids: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    seed: int | None = None,
+    streamer: Streamer | None = None,
     on_token: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
-    """Return the new tokens of each prompt.
+) -> list[list[int]] | Tensor:
+    """Return the answers to prompts.
 
-    An answer ends before an end token, after `max_new_tokens`, or at the model's max_seq_length.
+    Lists of token ids give lists of new tokens, without the end token. A tensor (B, T) gives a
+    tensor of prompts and new tokens, padded behind the end token, as in transformers. An answer
+    ends at an end token, after `max_new_tokens`, or at the model's max_seq_length.
 
-    prompts: lists of token ids, or a tensor (B, T) without padding.
-    temperature, top_p, top_k: the rule that chooses a token, as in SamplingConfig.
-    eos_token_ids: the end tokens; None takes the model's.
-    on_token: called as on_token(i, token) for each new token of prompt i.
+    prompts, attention_mask: as in `read_prompts`; also named input_ids or inputs.
+    max_new_tokens: 128 by default. max_length counts the prompt too.
+    do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `sampling_config`. A
+        setting that is left out comes from generation_config.json, as in transformers.
+    num_return_sequences: answers to each prompt, one behind the other.
+    eos_token_ids: the end tokens, also named eos_token_id; None takes the model's.
+    pad_token_id: fills rows behind their end token; None takes the model's.
+    seed: the seed of the draws; None continues PyTorch's generator, as transformers does.
+    streamer: receives the only prompt and its new tokens, and an end token that the result has.
+    on_token: called as on_token(i, token) for each new token of answer i, except its end token.
 
-    Raises: ValueError if a prompt is missing, empty, or too long, or if a setting is out of range.
+    Raises: ValueError if a prompt is missing, empty or too long, or if a setting is out of range.
     """
-    prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-    sampling = SamplingConfig(temperature, top_p, top_k)
-    _check_request(model, prompts, max_new_tokens)
-    end = model.eos_token_ids if eos_token_ids is None else eos_token_ids
-    capacity = min(max(map(len, prompts)) + max_new_tokens, model.max_seq_length)
-    generator = torch.Generator().manual_seed(seed)
-    answers: list[list[int]] = [[] for _ in prompts]
-    running = [True] * len(prompts)
-    with model.resident_weights_if_they_fit(), model.as_current_device():
-        cache = _KVCache(model, len(prompts), capacity)
-        logits = cache.prefill(prompts)
-        while True:
-            tokens = sampling.choose(logits, generator)
-            for i, token in enumerate(tokens):
-                running[i] = running[i] and token not in end
-                if not running[i]:
-                    continue
-                answers[i].append(token)
-                if on_token:
-                    on_token(i, token)
-                running[i] = len(answers[i]) < max_new_tokens and cache.lengths[i] + 1 < capacity
-            if not any(running):
-                return answers
-            logits = cache.step(tokens, running)
+    defaults = model.generation_defaults
+    ends = model.eos_token_ids if eos_token_ids is None else eos_token_ids
+    ends = (ends,) if isinstance(ends, int) else tuple(ends)
+    pad = defaults.get("pad_token_id") if pad_token_id is None else pad_token_id
+    given = read_prompts(prompts, attention_mask, pad, ends)
+    check_prompts(model, given.ids)
+    named = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    rule = sampling_config(do_sample, named, defaults)
+    if num_return_sequences < 1:
+        raise ValueError(f"num_return_sequences is {num_return_sequences}; expected at least 1")
+    if streamer and len(given.ids) * num_return_sequences != 1:
+        raise ValueError("a streamer shows one answer to one prompt; leave streamer out")
+    limits = new_token_limits(given, model.max_seq_length, max_new_tokens, max_length)
+    ids, limits = (
+        [item for item in items for _ in range(num_return_sequences)]
+        for items in (given.ids, limits)
+    )
+    if streamer:
+        streamer.put(torch.tensor(ids))
+
+    def report(row: int, token: int) -> None:
+        is_answer = token not in ends
+        if streamer and (is_answer or given.grid is not None):
+            streamer.put(torch.tensor([token]))
+        if on_token is not None and is_answer:
+            on_token(row, token)
+
+    sampler = Sampler(rule, ids, model.config.vocab_size, seed)
+    answers = decode(model, ids, limits, sampler.choose, ends, report)
+    if streamer:
+        streamer.end()
+    if given.grid is None:
+        return [answer[:-1] if answer[-1] in ends else answer for answer in answers]
+    return _with_prompts(given.grid.repeat_interleave(num_return_sequences, 0), answers, pad)
 
 
-def _check_request(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise ValueError if the model cannot continue these prompts."""
-    for prompt in prompts:
-        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
-            raise ValueError(
-                "prompts are lists of token ids, one for each prompt, "
-                "as tokenizer.apply_chat_template makes them"
-            )
-    if not prompts or not all(prompts):
-        raise ValueError("generate needs at least one prompt, and no empty one")
-    if (longest := max(map(len, prompts))) >= model.max_seq_length:
-        raise ValueError(
-            f"a prompt has {longest} tokens, but the model was loaded for {model.max_seq_length}"
-        )
-    vocab = model.config.vocab_size
-    for token in (token for prompt in prompts for token in prompt):
-        if not 0 <= token < vocab:
-            raise ValueError(f"a prompt holds id {token}, but the vocabulary has {vocab} rows")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+def _with_prompts(grid: Tensor, answers: Sequence[Sequence[int]], pad: int | None) -> Tensor:
+    """Return the prompts (B, T) and the answers behind them as one tensor, padded on the right.
 
-
-class _KVCache:
-    """The keys (after RoPE) and values of every layer, each (layers, B, capacity, G, K).
-
-    lengths: number of tokens of each row that the cache holds.
+    Raises: ValueError if padding is needed and there is no pad token.
     """
-
-    def __init__(self, model, batch_size: int, capacity: int):
-        c = model.config
-        shape = (c.num_hidden_layers, batch_size, capacity, c.num_key_value_heads, c.head_dim)
-        self.model = model
-        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.values = torch.zeros_like(self.keys)
-        self.lengths = [0] * batch_size
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts in one packed pass, and return the logits (B, V) behind each."""
-        device = self.model.device
-        self.lengths = [len(prompt) for prompt in prompts]
-        lengths = torch.tensor(self.lengths)
-        positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)  # (N,)
-        rows = torch.repeat_interleave(torch.arange(len(prompts)), lengths).to(device)  # (N,)
-        packed = PackedSequences.from_positions(positions, self.model.windows)
-
-        def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[index, rows, positions] = k
-            self.values[index, rows, positions] = v
-            heads = layer.self_attn
-            seen = packed.seen_through(heads.window)
-            out, _ = attention(q, k, v, seen.start, seen.end, heads.scale, softcap=heads.softcap)
-            return out
-
-        ids = [token for prompt in prompts for token in prompt]
-        s = self._forward(ids, packed, attend)  # (N, D)
-        return self._logits(s[lengths.cumsum(0) - 1])
-
-    def step(self, tokens: list[int], running: list[bool]) -> Tensor:
-        """Move one token of each row forward, and return the logits (B, V) behind it.
-
-        A row that has ended still computes, but its length stays.
-        """
-        device, capacity = self.model.device, self.keys.shape[2]
-        positions = torch.tensor([min(n, capacity - 1) for n in self.lengths], device=device)
-        rows = torch.arange(len(tokens), device=device)
-        S = int(positions.max()) + 1  # cached tokens that any row may see
-        distance = positions[:, None] - torch.arange(S, device=device)  # (B, S)
-
-        def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[index, rows, positions] = k
-            self.values[index, rows, positions] = v
-            heads, window = layer.self_attn, layer.self_attn.window
-            seen = (distance >= 0) & (distance < (S if window is None else window))  # (B, S)
-            keys = self.keys[index, :, :S].float()  # (B, S, G, K)
-            values = self.values[index, :, :S].float()
-            grouped = q.float().view(len(q), keys.shape[2], -1, q.shape[-1])  # (B, G, H / G, K)
-            scores = torch.einsum("bghk,bsgk->bghs", grouped, keys) * heads.scale
-            if heads.softcap:
-                scores = heads.softcap * torch.tanh(scores / heads.softcap)
-            weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-            return torch.einsum("bghs,bsgk->bghk", weights, values).view_as(q).to(q.dtype)
-
-        # In this pass every row is a sample of a single token.
-        packed = PackedSequences(positions.int(), start=rows, end=rows + 1)
-        logits = self._logits(self._forward(tokens, packed, attend))
-        self.lengths = [n + on for n, on in zip(self.lengths, running, strict=True)]
-        return logits
-
-    def _forward(self, ids: list[int], packed: PackedSequences, attend: Callable) -> Tensor:
-        """Return the residual stream (N, D) after the last layer.
-
-        attend: attend(layer, index, q, k, v) caches k and v, and returns attention's (N, H, K).
-        """
-        model, context = self.model, self.model.layer_context
-        ids_on_device = torch.tensor(ids, device=model.device)
-        s = new_residual(model.model.embed_tokens(ids_on_device, model.dtype))
-        for index, layer in enumerate(model.model.layers):
-            with context.layer_pass(layer.fused_linears, packed) as p:
-                a = Activations(s.to(model.dtype, copy=True))
-                qkv = layer.compute_qkv(a.x, p)
-                q, k, v = layer.self_attn.heads_of(qkv, p)
-                a.attn = layer.o.new_input(a.x)  # (N, H K + R)
-                layer.self_attn.query_heads(a.attn).copy_(attend(layer, index, q, k, v))
-                layer.finish_rows_(s, a, p)
-        return s
-
-    def _logits(self, s: Tensor) -> Tensor:
-        """Return the logits (B, V) of the residual stream s (B, D)."""
-        return self.model.head().logits(s)[0]
+    width = max(map(len, answers))
+    if pad is None and any(len(answer) < width for answer in answers):
+        raise ValueError("the answers differ in length; name a pad_token_id to fill them up")
+    padded = [[*answer, *[pad] * (width - len(answer))] for answer in answers]
+    return torch.cat([grid, torch.tensor(padded, dtype=grid.dtype, device=grid.device)], 1)

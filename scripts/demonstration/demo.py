@@ -77,7 +77,7 @@ def ask(model: CausalLM, tokenizer: Tokenizer, records: Sequence[dict]) -> list[
         lengths.append(len(tokenizer.encode(expected["content"], add_special_tokens=False)))
     limit = max(lengths) + 8  # a longer answer is wrong in any case
     answers = model.generate(prompts, max_new_tokens=limit, eos_token_ids=tokenizer.eos_token_ids)
-    return [tokenizer.decode(answer).strip() for answer in answers]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def table(records: Sequence[dict], before: Sequence[str], after: Sequence[str]) -> str:

@@ -72,6 +72,7 @@ class JsonBackend:
         )
         self.named: dict[str, int] = {}  # tokenizer.json does not name its special tokens
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.size = len(vocabulary)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         with library_errors(path, "use its post-processor"):
             self.prefix, self.suffix = self._special_tokens_around(vocabulary)

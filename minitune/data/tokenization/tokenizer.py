@@ -33,11 +33,13 @@ from minitune.data.templates.folder_templates import (
 )
 from minitune.data.tokenization.added_tokens import (
     SPECIAL_NAMES,
+    TOKENS_MAP,
     DeclaredTokens,
     read_declared_tokens,
 )
 from minitune.data.tokenization.json_backend import Encoding, JsonBackend
 from minitune.data.tokenization.sentencepiece_backend import SentencePieceBackend
+from minitune.data.tokenization.tokenizer_calls import TokenizerCalls
 from minitune.data.tokenization.tokenizer_config import (
     check_config,
     check_prefix_space,
@@ -54,7 +56,7 @@ PROBE_ANSWER = "An answer."
 PROBE = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": PROBE_ANSWER}]
 
 
-class Tokenizer:
+class Tokenizer(TokenizerCalls):
     """The tokenizer of a model folder; `Tokenizer.from_folder` makes one.
 
     declared_ids: ids that the files beside the vocabulary name.
@@ -82,6 +84,7 @@ class Tokenizer:
         for name in SPECIAL_NAMES:
             if (index := self._special_id(name)) is not None:
                 self.special[name] = index
+        self._read_settings(files[CONFIG])
         # Facts about the files that the user should know.
         self.notes: tuple[str, ...] = tuple(dict.fromkeys(declared.notes))
 
@@ -137,31 +140,6 @@ class Tokenizer:
                     )
                 return ids[0]
         return None
-
-    @property
-    def eos_token(self) -> str | None:
-        """Return the text of the EOS token."""
-        return self._backend.id_to_token(self.special["eos"]) if "eos" in self.special else None
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """Return the id of the BOS token."""
-        return self.special.get("bos")
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """Return the id of the EOS token."""
-        return self.special.get("eos")
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """Return the id of the pad token."""
-        return self.special.get("pad")
-
-    @property
-    def unk_token_id(self) -> int | None:
-        """Return the id of the unknown token."""
-        return self.special.get("unk")
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -244,18 +222,6 @@ class Tokenizer:
         special = tuple(str(token) for token in self.added_tokens.values() if token.special)
         return ChatTemplate(templates, named | standard, stops, special)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of a text.
-
-        add_special_tokens: add the special tokens that this tokenizer puts around a text, such as
-            the BOS, unless the text begins or ends with them.
-        """
-        ids, _ = self.encode_with_offsets(text)
-        if not add_special_tokens:
-            return ids
-        prefix, suffix = self.special_tokens_around(ids)
-        return [*prefix, *ids, *suffix]
-
     def special_tokens_around(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Return the special tokens that are missing before and after the ids of a plain text."""
         prefix, suffix = self._backend.prefix, self._backend.suffix
@@ -280,51 +246,49 @@ class Tokenizer:
         """Return the content of tokenizer.json, as it is used; None for tokenizer.model."""
         return self._backend.definition() if isinstance(self._backend, JsonBackend) else None
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of token ids."""
-        return self._backend.decode(list(ids), skip_special_tokens)
-
     def id_to_token(self, index: int) -> str | None:
         """Return the text of a token id as the vocabulary spells it, or None."""
         return self._backend.id_to_token(index)
 
-    def apply_chat_template(
-        self,
-        messages: list[dict],
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        tools: list | None = None,
-        **template_kwargs: Any,
-    ) -> list[int] | str:
-        """Return a conversation as the model sees it: its ids, or its text if not `tokenize`.
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of a token's text, or None if the vocabulary lacks it."""
+        return self._backend.token_to_id(token)
 
-        template_kwargs: further variables for the template, such as enable_thinking=False.
-        """
-        text = self.template.render(messages, add_generation_prompt, tools, **template_kwargs)
-        return self.encode(text, add_special_tokens=False) if tokenize else text
+    def __len__(self) -> int:
+        """Return the number of tokens, added tokens included."""
+        return self._backend.size
+
+    @property
+    def name_or_path(self) -> str:
+        """Return the model folder as text."""
+        return str(self.folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the tokenizer's files, byte for byte.
 
-        A chat template that was assigned is written instead of the original ones.
+        A chat template or a setting that was assigned, such as pad_token, is written instead of
+        the original one.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
-        if not self.template_was_assigned:
+        assigned, config = self.assigned_settings(), self._files[CONFIG]
+        if self.template_was_assigned:
+            config = {key: value for key, value in config.items() if key != "chat_template"}
+            write_templates(folder, self.chat_template)
+        else:
             for path in (self.folder / TEMPLATE_FILE, *self.folder.glob(f"{TEMPLATE_FOLDER}/*")):
                 if path.is_file():
                     target = folder / path.relative_to(self.folder)
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(path, target)
-            return
-        config = self._files[CONFIG]
-        if "chat_template" in config:
-            rest = {key: value for key, value in config.items() if key != "chat_template"}
-            write_json(folder / CONFIG, rest)
-        write_templates(folder, self.chat_template)
+        if config | assigned != self._files[CONFIG]:
+            write_json(folder / CONFIG, config | assigned)
+        tokens_map = self._files[TOKENS_MAP]
+        if "pad_token" in assigned and "pad_token" in tokens_map:
+            write_json(folder / TOKENS_MAP, tokens_map | {"pad_token": assigned["pad_token"]})
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:

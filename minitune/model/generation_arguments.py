@@ -1,0 +1,231 @@
+"""The arguments of `generate`: prompts with and without padding, lengths, the sampling rule.
+
+The names and their meaning are those of transformers. A setting that the call leaves out comes from
+generation_config.json of the model's folder, otherwise from transformers' defaults.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitune.atomic_files import read_json
+from minitune.config.foreign_arguments import ANYTHING, Foreign, Renamed
+from minitune.model.sampling import SamplingConfig
+
+# With do_sample; generation_config.json and the call override them.
+SAMPLING_DEFAULTS = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+MAX_NEW_TOKENS = 128  # by default
+NEUTRAL = {"top_k": 0, "top_p": 1, "min_p": 0}  # values that keep every token
+ONE_ANSWER = "beams are not searched; call with do_sample=True and num_return_sequences"
+PER_CALL = "pass its values by name, such as max_new_tokens=64"
+FOREIGN = {
+    "input_ids": Renamed("prompts"),
+    "inputs": Renamed("prompts"),
+    "eos_token_id": Renamed("eos_token_ids"),
+    "use_cache": Foreign("the key/value cache is always used", ANYTHING),
+    "cache_implementation": Foreign("there is one kind of key/value cache", ANYTHING),
+    "past_key_values": Foreign("a call starts with an empty cache; pass the whole text"),
+    "tokenizer": Foreign("only stop_strings would need it", ANYTHING),
+    "token_type_ids": Foreign("these models read none; leave it out"),
+    "position_ids": Foreign("positions follow from the attention_mask"),
+    "inputs_embeds": Foreign("pass token ids"),
+    "generation_config": Foreign(PER_CALL),
+    "num_beams": Foreign(ONE_ANSWER, (None, 1)),
+    "num_beam_groups": Foreign(ONE_ANSWER, (None, 1)),
+    "length_penalty": Foreign(ONE_ANSWER, (None, 1, 1.0)),
+    "early_stopping": Foreign(ONE_ANSWER, (None, False)),
+    "diversity_penalty": Foreign(ONE_ANSWER, (None, 0.0)),
+    "penalty_alpha": Foreign("use do_sample, top_p or min_p"),
+    "typical_p": Foreign("use top_p or min_p", (None, 1.0)),
+    "epsilon_cutoff": Foreign("use min_p", (None, 0.0)),
+    "eta_cutoff": Foreign("use min_p", (None, 0.0)),
+    "no_repeat_ngram_size": Foreign("use repetition_penalty", (None, 0)),
+    "bad_words_ids": Foreign("use repetition_penalty, or filter the answers"),
+    "logits_processor": Foreign("use temperature, top_k, top_p, min_p and repetition_penalty"),
+    "prefix_allowed_tokens_fn": Foreign("use temperature, top_k, top_p and min_p"),
+    "min_length": Foreign("an answer ends at its end token", (None, 0)),
+    "min_new_tokens": Foreign("an answer ends at its end token", (None, 0)),
+    "max_time": Foreign("use max_new_tokens"),
+    "stop_strings": Foreign("pass the ids of the end tokens as eos_token_id"),
+    "stopping_criteria": Foreign("pass the ids of the end tokens as eos_token_id"),
+    "assistant_model": Foreign("there is no speculative decoding"),
+    "return_dict_in_generate": Foreign("the result is the tokens", (None, False)),
+    "output_scores": Foreign("call model(input_ids=ids).logits", (None, False)),
+    "output_logits": Foreign("call model(input_ids=ids).logits", (None, False)),
+    "output_attentions": Foreign("attention weights are never computed", (None, False)),
+    "output_hidden_states": Foreign("hidden states are not returned", (None, False)),
+    "synced_gpus": Foreign("the model is on one GPU", (None, False)),
+}
+
+
+def read_generation_defaults(folder: Path) -> dict[str, Any]:
+    """Return the settings that a model folder names for `generate`, without null values.
+
+    pad_token_id is that of generation_config.json or config.json, otherwise the first EOS token.
+    """
+    config = read_json(folder / "config.json", default={})
+    own = read_json(folder / "generation_config.json", default={})
+    found = {key: config.get(key) for key in ("pad_token_id", "eos_token_id")} | own
+    eos = found.get("eos_token_id")
+    if found.get("pad_token_id") is None:
+        found["pad_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
+    return {key: value for key, value in found.items() if value is not None}
+
+
+class Prompts(NamedTuple):
+    """The prompts of a request.
+
+    ids: the token ids of each prompt, without padding.
+    grid: the ids as a tensor (B, T) with padding, or None if they were given as lists.
+    """
+
+    ids: list[list[int]]
+    grid: Tensor | None
+
+
+def read_prompts(
+    prompts: Any, attention_mask: Any, pad_token_id: int | None, end_tokens: Sequence[int]
+) -> Prompts:
+    """Return the prompts of a call.
+
+    prompts: lists of token ids, a tensor (B, T), or a mapping with input_ids and attention_mask.
+    attention_mask: (B, T), 0 for padding, on either side. If there is none, a pad token that ends
+        nothing is padding.
+
+    Raises: ValueError if the form is wrong, or a mask is given for lists.
+    """
+    if isinstance(prompts, Mapping):
+        if attention_mask is None:
+            attention_mask = prompts.get("attention_mask")
+        prompts = prompts["input_ids"]
+    if not isinstance(prompts, Tensor):
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask belongs to a tensor of prompts; pass input_ids as a tensor too, "
+                'as tokenizer(texts, padding=True, return_tensors="pt") makes both'
+            )
+        return Prompts(_checked_lists(prompts), None)
+    if prompts.dim() != 2 or prompts.is_floating_point():
+        raise ValueError(
+            f"input_ids has the shape {tuple(prompts.shape)} and the dtype {prompts.dtype}; "
+            "expected token ids (B, T), as ids[None] for a single prompt"
+        )
+    host = prompts.cpu()
+    if attention_mask is None:
+        infers = pad_token_id is not None and pad_token_id not in end_tokens
+        mask = host != pad_token_id if infers else torch.ones_like(host, dtype=torch.bool)
+    else:
+        mask = torch.as_tensor(attention_mask).cpu().bool()
+    if mask.shape != host.shape:
+        raise ValueError(
+            f"attention_mask {tuple(mask.shape)} and input_ids {tuple(host.shape)} differ in shape"
+        )
+    ids = [row[kept].tolist() for row, kept in zip(host, mask, strict=True)]
+    return Prompts(ids, prompts)
+
+
+def _checked_lists(prompts: Any) -> list[list[int]]:
+    """Return prompts given as lists.
+
+    Raises: ValueError if one of them is no list of token ids.
+    """
+    for prompt in prompts:
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+            raise ValueError(
+                "prompts are lists of token ids, one for each prompt, "
+                "as tokenizer.apply_chat_template makes them"
+            )
+    return list(map(list, prompts))
+
+
+def check_prompts(model, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError if the model cannot continue these prompts."""
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and no empty one")
+    if (longest := max(map(len, prompts))) >= model.max_seq_length:
+        raise ValueError(
+            f"a prompt has {longest} tokens, but the model was loaded for {model.max_seq_length}; "
+            "load it with a larger max_seq_length"
+        )
+    vocab = model.config.vocab_size
+    for token in (token for prompt in prompts for token in prompt):
+        if not 0 <= token < vocab:
+            raise ValueError(f"a prompt holds id {token}, but the vocabulary has {vocab} rows")
+
+
+def new_token_limits(
+    prompts: Prompts, context: int, max_new_tokens: int | None, max_length: int | None
+) -> list[int]:
+    """Return the largest number of new tokens of each prompt.
+
+    context: the model's max_seq_length, which ends an answer too.
+    max_length: counts a prompt with its padding, as transformers does.
+
+    Raises: ValueError if a limit leaves no room for a token, or both limits are given.
+    """
+    if max_new_tokens is not None and max_length is not None:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} and max_length {max_length} limit the same thing; "
+            "keep max_new_tokens, which leaves the prompt out"
+        )
+    rooms = [context - len(prompt) for prompt in prompts.ids]
+    if max_length is None:
+        limit = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        if limit < 1:
+            raise ValueError(f"max_new_tokens is {limit}; expected at least 1")
+        return [min(limit, room) for room in rooms]
+    widths = [len(row) for row in (prompts.ids if prompts.grid is None else prompts.grid)]
+    if max_length <= max(widths):
+        raise ValueError(
+            f"max_length {max_length} counts the prompt too, which has {max(widths)} tokens; "
+            "raise it, or use max_new_tokens"
+        )
+    return [min(max_length - width, room) for width, room in zip(widths, rooms, strict=True)]
+
+
+def sampling_config(
+    do_sample: bool | None, named: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> SamplingConfig:
+    """Return the rule that chooses a token.
+
+    do_sample: True draws, False takes the likeliest token. None draws if the call names a
+        temperature above 0, top_k, top_p or min_p, otherwise if `defaults` says do_sample.
+    named: the settings of the call under SamplingConfig's names; None if left out.
+    defaults: the settings of the model's folder.
+
+    Raises: ValueError if a setting is out of range, or would change nothing.
+    """
+    named = {key: value for key, value in named.items() if value is not None}
+    temperature = named.get("temperature")
+    narrowed = [key for key, neutral in NEUTRAL.items() if named.get(key, neutral) != neutral]
+    if do_sample is None:
+        if temperature is not None:
+            do_sample = temperature != 0
+        else:
+            do_sample = bool(narrowed) or bool(defaults.get("do_sample"))
+    known = {key: defaults[key] for key in SAMPLING_DEFAULTS if key in defaults}
+    values = SAMPLING_DEFAULTS | known | named
+    if do_sample:
+        if values["temperature"] == 0:
+            raise ValueError(
+                "do_sample=True draws a token and temperature 0 takes the likeliest; "
+                "name a temperature above 0, or do_sample=False"
+            )
+        return SamplingConfig(**values)
+    unused = narrowed + (["temperature"] if temperature not in (None, 0, 1) else [])
+    if unused:
+        settings = ", ".join(f"{key}={named[key]}" for key in unused)
+        raise ValueError(
+            f"the likeliest token is taken (temperature=0 or do_sample=False), so {settings} would "
+            "change nothing; leave it out, or name a temperature above 0"
+        )
+    return SamplingConfig(repetition_penalty=values["repetition_penalty"])
