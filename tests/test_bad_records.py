@@ -34,7 +34,7 @@ def test_the_first_20_bad_records_are_listed_with_their_lines_and_all_are_counte
     with pytest.raises(ListedErrors) as error:
         tokenize_dataset(path, tokenizer, 100)
     first, *listed, last = str(error.value).splitlines()
-    assert first.startswith(f"{path}: 600 of 1,200 records cannot be used (--skip-bad")
+    assert first.startswith(f"{path}: 600 of 1,200 records cannot be used (skip_bad=True")
     assert [line.split(": ")[0] for line in listed] == [f"{path}:{2 * i + 2}" for i in range(20)]
     assert "holds a list, not an object" in listed[0] and "not JSON" in listed[2]
     assert '"text" is a number' in listed[1]

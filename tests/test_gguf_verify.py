@@ -162,7 +162,7 @@ def test_a_layout_that_only_llama_cpp_reads_otherwise_is_caught_by_its_next_toke
     monkeypatch.setattr(FileWeights, "is_reordered", lambda self, name: False)
     with pytest.raises(ValueError, match="computes other next tokens") as error:
         convert_folder(folder, tmp_path / "x.gguf", "q8_0")
-    assert "--no-verify" in str(error.value)
+    assert "verify=False" in str(error.value)
     assert not (tmp_path / "x.gguf").exists()
 
 

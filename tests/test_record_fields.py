@@ -53,13 +53,13 @@ for _ in range(200):
 REFUSED = [
     # unknown keys, at every depth
     ({"messages": PAIR, "tool": [{}, 1]}, r'nothing reads "tool"; did you mean tools\?'),
-    ({"messages": PAIR, "comment": "x"}, 'reads "comment"; .*--ignore-fields comment$'),
+    ({"messages": PAIR, "comment": "x"}, r'reads "comment"; .*ignore_fields=\["comment"\]$'),
     ({"mesages": PAIR}, 'did you mean "messages" by "mesages"'),
     ({"text": "a", "conversation": PAIR}, r'"conversation"; did you mean conversations'),
     ({"text": "a", 3: "b"}, 'nothing reads "3"'),
     (
         messages({**USER, "comment": "x"}, ANSWER),
-        r'reads "comment" of "messages"\[0\].*--ignore-fields messages.comment$',
+        r'reads "comment" of "messages"\[0\].*ignore_fields=\["messages.comment"\]$',
     ),
     (
         messages(USER, {**ANSWER, "contnt": "x"}),
@@ -95,7 +95,7 @@ REFUSED = [
     ({"messages": PAIR, "images": ["a.png"]}, '"images": only text is trained on'),
     ({"audio": {"path": "a.mp3"}, "text": "a"}, '"audio": only text is trained on'),
     # two shapes, or one fact twice
-    ({"text": "a", "messages": PAIR}, 'has "messages" and "text".*--dataset-text-field text'),
+    ({"text": "a", "messages": PAIR}, 'has "messages" and "text".*dataset_text_field="text"'),
     ({"text": "a", **ALPACA}, 'has "text" and "instruction/output"'),
     ({"conversations": PAIR, "messages": PAIR}, 'has "messages" and "conversations"'),
     ({"input_ids": [5], "text": "a"}, 'has "input_ids" and "text"'),
@@ -273,7 +273,7 @@ def test_an_empty_answer_is_noted(make):
 def test_texts_without_the_chat_template_are_noted_if_there_is_one(make):
     pair = {"prompt": "How many?", "completion": " Four"}
     (note,) = notes_of(pair, make())
-    assert "generate.py" in note and "--raw" in note and "messages" in note
+    assert "as plain text" in note and "messages" in note
     assert notes_of(pair, make(None)) == ()
 
 

@@ -44,7 +44,7 @@ def listed(output):
 def test_run_folder_is_replaced_only_with_overwrite_and_other_files_stay(smallest, run):
     (run / "notes.txt").write_text("mine")
     before = adapter_bytes(run)
-    with pytest.raises(ValueError, match=r"already holds a run .*--resume .*--overwrite"):
+    with pytest.raises(ValueError, match=r"already holds a run .*resume=True .*overwrite=True"):
         new_trainer(smallest, run, **CHECKPOINTS, seed=3).train()
     assert adapter_bytes(run) == before
     new_trainer(smallest, run, **CHECKPOINTS, seed=3, overwrite=True).train()
@@ -186,7 +186,7 @@ def test_folder_with_a_list_holds_no_run_if_nothing_in_the_list_is_there(tmp_pat
     (tmp_path / OUTPUTS).write_text(json.dumps({"names": ["adapter", CONFIG]}))
     (tmp_path / "merged").mkdir()
     check_output(tmp_path, overwrite=False, resume=False)
-    with pytest.raises(ValueError, match="merged exists; pass --overwrite"):
+    with pytest.raises(ValueError, match="merged exists; pass overwrite=True"):
         check_output(tmp_path, overwrite=False, resume=False, new_names=["merged"])
 
 

@@ -21,6 +21,7 @@ from minitune.atomic_files import atomic_write_text
 from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.cli import (
     Settings,
+    in_flags,
     parse_flags,
     run_command,
     settings_from_flags,
@@ -98,7 +99,8 @@ def _show(settings: Settings, count: int, borders: bool, page: str | None) -> in
     samples = first_samples(data.train.samples, tokenizer, count)
     try:
         print_samples(samples, sys.stdout, borders)
-        write_text(summary_text(summary, wants_colour(sys.stdout)), sys.stdout)
+        text = summary_text(summary, wants_colour(sys.stdout))
+        write_text("\n".join(map(in_flags, text.splitlines())), sys.stdout)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,7 +21,7 @@ from minitune.api import FastLanguageModel
 from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.commands.data import print_samples
 from minitune.commands.plan import plan
-from minitune.config.cli import Settings, parse, run_command
+from minitune.config.cli import Settings, in_flags, parse, run_command
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
 from minitune.data.inspector.token_display import first_samples
 from minitune.data.sources.sources import check_first_records
@@ -131,7 +131,7 @@ def _print_check(trainer: SFTTrainer) -> None:
     else:
         rows = [("check", "the base is in 16 bit, not in NF4, so there is nothing to check")]
     for label, text in rows:
-        print(f"{label:<11}{text}", file=sys.stderr)
+        print(f"{label:<11}{in_flags(text)}", file=sys.stderr)
 
 
 def _check(settings: Settings) -> None:

@@ -86,7 +86,7 @@ class DatasetReport:
             return ValueError(self.bad.origins[0])
         lines = [
             f"{name}: {self.bad.count:,} of {self.records:,} records cannot be used "
-            "(--skip-bad, or skip_bad=True, leaves them out):",
+            "(skip_bad=True leaves them out):",
             *_remedies_once(self.bad.origins),
         ]
         if self.bad.count > len(self.bad.origins):

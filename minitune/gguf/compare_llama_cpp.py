@@ -65,7 +65,7 @@ def compare_with_llama_cpp(weights: FileWeights, tokenizer: Tokenizer, device: t
         raise ValueError(
             f"llama.cpp ({package}) computes other next tokens from the file than this "
             f"model does: mean KL divergence {divergence:.3g}, expected at most {limit}; update "
-            f"{package}, or leave the check out with --no-verify (verify=False)"
+            f"{package}, or leave the check out with verify=False"
         )
     return f"next tokens in llama.cpp: KL divergence {divergence:.2g}"
 
@@ -100,7 +100,7 @@ def _ask_llama_cpp(path: Path, question: dict, package: str) -> list[list[tuple[
         if run.returncode or not answered.is_file():
             raise ValueError(
                 f"llama.cpp ({package}) does not run the file: {_reason(run.stderr)}; update "
-                f"{package}, or leave the check out with --no-verify (verify=False)"
+                f"{package}, or leave the check out with verify=False"
             )
         return json.loads(answered.read_text(encoding="utf-8"))
 

@@ -71,7 +71,7 @@ class BaseCheck:
         """Return one sentence: the cost of NF4, and the setting and memory that avoid it."""
         cost = f"NF4 changes the perplexity of this base by {100 * self.rise:+.1f}%"
         sixteen_bit = (
-            f"--no-load-in-4bit holds the linears in {self.bytes_16bit / 1e9:.2f} GB instead of "
+            f"load_in_4bit=False holds the linears in {self.bytes_16bit / 1e9:.2f} GB instead of "
             f"{self.bytes_nf4 / 1e9:.2f} GB"
         )
         if self.rise > LARGE_RISE:

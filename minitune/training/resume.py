@@ -145,7 +145,7 @@ def _check_order(source: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     changes = ", ".join(wrong + _changes(SAME_MATHEMATICS, before, now))
     raise ValueError(
         f"{source} cannot be continued: {changes}; another value of {wrong[0].split()[0]} changes "
-        "which samples follow; use the same value, or start again with --overwrite"
+        "which samples follow; use the same value, or start again with overwrite=True"
     )
 
 

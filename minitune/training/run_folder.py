@@ -76,11 +76,11 @@ def _listed_names(output: Path) -> list[str]:
     if not path.is_file():
         return list(NAMES_WITHOUT_LIST)
     names = read_json(path).get("names")
-    # --overwrite deletes these, so a path to another folder must not be among them
+    # overwrite=True deletes these, so a path to another folder must not be among them
     if not isinstance(names, list) or not all(map(_is_file_name, names)):
         raise ValueError(
             f'{path}: expected {{"names": [...]}} with names of files in this folder, found '
-            f"{names!r}; remove outputs.json, or choose another --output-dir"
+            f"{names!r}; remove outputs.json, or choose another output_dir"
         )
     return names
 
@@ -155,20 +155,18 @@ def check_output(
     folder = Path(output)
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
-            raise ValueError(
-                f"output folder {output}: {path} is a file; choose another --output-dir"
-            )
+            raise ValueError(f"output folder {output}: {path} is a file; choose another output_dir")
     found = existing_outputs(folder)
     if found and not (overwrite or resume):
         raise ValueError(
-            f"{output} already holds a run ({', '.join(found[:3])}); pass --resume to continue it, "
-            "--overwrite to replace it, or another --output-dir"
+            f"{output} already holds a run ({', '.join(found[:3])}); pass resume=True to continue "
+            "it, overwrite=True to replace it, or another output_dir"
         )
     existing = [name for name in new_names if (folder / name).exists()]
     if existing and not (overwrite or resume):
         raise ValueError(
-            f"{folder / existing[0]} exists; pass --overwrite to replace it, or another "
-            "--output-dir"
+            f"{folder / existing[0]} exists; pass overwrite=True to replace it, or another "
+            "output_dir"
         )
     for name in (*found, *existing):
         replaced = (folder / name).resolve()
@@ -176,7 +174,7 @@ def check_output(
             if Path(path).resolve().is_relative_to(replaced):
                 raise ValueError(
                     f"{path} is needed, but lies in {folder / name}, which this run would "
-                    "replace; choose another --output-dir, or move it first"
+                    "replace; choose another output_dir, or move it first"
                 )
 
 
@@ -192,7 +190,7 @@ def check_checkpoint_names(output: str | Path, total_steps: int) -> None:
         if step and step <= total_steps and not (folder / STATE).is_file():
             raise ValueError(
                 f"{folder} has the name of a checkpoint, but no run wrote it: it has no {STATE}; "
-                "rename it, or choose another --output-dir"
+                "rename it, or choose another output_dir"
             )
 
 
@@ -245,8 +243,8 @@ def open_run_folder(
         return output, saved[-1]
     if resumes and (output / ADAPTER).exists():
         raise ValueError(
-            f"{output} holds an adapter but no checkpoint to resume from; pass --overwrite to "
-            "replace it, or another --output-dir"
+            f"{output} holds an adapter but no checkpoint to resume from; pass overwrite=True "
+            "to replace it, or another output_dir"
         )
     clear_run(output)
     return output, None

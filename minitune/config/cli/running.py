@@ -4,7 +4,9 @@ The package speaks of settings in Python's words, such as `overwrite=True`. A pe
 reads the flags instead, here --overwrite.
 """
 
+import ast
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,11 +25,11 @@ ARGUMENTS = {
     "max_new_tokens": "--max-new-tokens",
 }
 # Errors on the content of these files speak of its keys.
-OF_A_FILE = re.compile(r"^.{0,400}?\.(?:toml|json): ")
+OF_A_FILE = re.compile(r"^.{0,400}?(?:\.toml|config\.json|state\.json): ")
 WORDS = re.compile(
     r"""
     [\w.]+\([^()]*\) | (?<!\w)'[^']*' | "[^"]*" | [\w.~-]*/[\w./~-]*    # calls, quotes, paths
-    | (?<![\w.-]) (?P<name>[a-z]\w*) (?:= (?P<value>"[^"]*" | '[^']*' | [\w.:-]*\w))?
+    | (?<![\w.-]) (?P<name>[a-z]\w*) (?:= (?P<value>"[^"]*" | '[^']*' | \[[^\[\]]*\] | [\w.:-]*\w))?
       (?! [\w/=(] | \.\w )
     """,
     re.VERBOSE,
@@ -39,6 +41,7 @@ def in_flags(text: str) -> str:
 
         overwrite=True       --overwrite              load_in_4bit=False    --no-load-in-4bit
         dtype='float16'      --dtype float16          output_dir            --output-dir
+        gguf=["f16"]         --gguf f16
 
     A name without a value is a setting if it has an underscore. Calls, quotes and paths stay as
     they are, and so does a text on the content of a TOML or JSON file.
@@ -55,13 +58,18 @@ def in_flags(text: str) -> str:
             return found[0]
         if value == "False":
             return flag_of(f"no_{name}")
-        return flag_of(name) if value in (None, "True") else f"{flag_of(name)} {_unquoted(value)}"
+        return flag_of(name) if value in (None, "True") else f"{flag_of(name)} {_words(value)}"
 
     return WORDS.sub(as_flag, text)
 
 
-def _unquoted(value: str) -> str:
-    return value[1:-1] if value[0] in "'\"" else value
+def _words(value: str) -> str:
+    """Return a value of Python as it is typed behind a flag."""
+    try:
+        items = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
+    return shlex.join(map(str, items if isinstance(items, list) else [items]))
 
 
 def run_command(program: str, command: Callable[..., int | None], *arguments: Any) -> int:

@@ -6,6 +6,7 @@ same holds inside messages, turns and tool calls, so no text of a record is lost
 """
 
 import difflib
+import json
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -247,8 +248,8 @@ class Fields:
     def _refusal(self, left: list, elsewhere: Sequence[str]) -> str:
         names = ", ".join(f'"{key}"' for key in left)
         where = f" of {self.place}" if self.place else ""
-        ignore = " ".join(map(self._path_of, left))
-        remedy = f"emove {'it' if len(left) == 1 else 'them'}, or use --ignore-fields {ignore}"
+        ignore = json.dumps([self._path_of(key) for key in left], ensure_ascii=False)
+        remedy = f"emove {'it' if len(left) == 1 else 'them'}, or use ignore_fields={ignore}"
         is_wish = "label" in left and isinstance(plain(self._left["label"], "label"), bool)
         if PREFERENCE.intersection(left) or is_wish:
             return (

@@ -120,7 +120,7 @@ def _shape_of(record: Fields, options: LabelOptions) -> str:
         names = " and ".join(f'"{"/".join(shapes[name])}"' for name in filled)
         raise ValueError(
             f"the record has {names}, each of which can be trained on; leave one out with "
-            f"--ignore-fields, or choose a text with --dataset-text-field {chosen or TEXT_FIELD}"
+            f'ignore_fields, or choose a text with dataset_text_field="{chosen or TEXT_FIELD}"'
         )
     if present:
         return (filled or present)[0]
@@ -185,8 +185,8 @@ def _text_pair(record: Fields, tokenizer: Tokenizer, options: LabelOptions) -> R
     """Return a prompt and a completion that are texts as one text."""
     if tokenizer.chat_template is not None:
         record.reading.note(
-            "prompt and completion are texts, which get no chat template, but generate.py uses "
-            "one: generate with --raw, or write the records as messages"
+            "prompt and completion are texts, which get no chat template: generate from the prompt "
+            "as plain text, or write the records as messages"
         )
     prompt, completion = record.required_text("prompt"), record.required_text("completion")
     return _completion(prompt, completion, record, tokenizer, options)
@@ -198,7 +198,7 @@ def _headings(record: Fields, tokenizer: Tokenizer, options: LabelOptions) -> Re
         if record.holds(key):
             raise ValueError(
                 f'"{key}" needs a chat template, and this tokenizer has none; give it one, or use '
-                f"--ignore-fields {key}"
+                f"ignore_fields={json.dumps([key])}"
             )
     prompt = ""
     for key in SYSTEM_KEYS:

@@ -281,8 +281,8 @@ def dropped_text_notes(dropped: tuple[str, ...], policy: str) -> tuple[str, ...]
         it = "it" if len(dropped) == 1 else "them"
         raise ValueError(
             f"the chat template leaves out {', '.join(dropped)}; choose a template that writes "
-            f"{it}, take {it} out of the record, or train without {it}: --dropped-text warn, or "
-            'dropped_text="warn" in Python'
+            f"{it}, take {it} out of the record, or train without {it}: "
+            'dropped_text="warn"'
         )
     kinds = dict.fromkeys(re.sub(r" of (message|tool) \d+", "", name) for name in dropped)
     return tuple(f"the chat template leaves out {kind}" for kind in kinds)
