@@ -89,7 +89,7 @@ class LanguageModel(CausalLM):
         tokenizer: Tokenizer,
         quantization_method: str | Sequence[str] = "q8_0",
         merge_base: str = "auto",
-        progress: bool = False,
+        progress: bool | None = None,
         imatrix: str | Path | ImportanceMatrix | None = None,
         ollama: bool = False,
         verify: bool = True,
@@ -99,7 +99,7 @@ class LanguageModel(CausalLM):
         quantization_method: a type such as "q4_k_m", or a list of types, in upper or lower case.
             config/training_config.py lists the types and their aliases.
         merge_base: as in `save_pretrained_merged`.
-        progress: show a progress bar in bytes on a terminal.
+        progress: show bars, and say what was verified; as in `from_pretrained`.
         imatrix: the importance matrix that the quantisers use: a file in one of llama.cpp's forms,
             or the result of `minitune.gguf.importance_collection.importance_from_data`.
         ollama: write a Modelfile beside each file, for `ollama create`.
@@ -138,7 +138,7 @@ class FastLanguageModel:
         device: str | torch.device | None = None,
         attention: str = "auto",
         offload_embedding: bool = False,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> tuple[LanguageModel, Tokenizer]:
         """Load a model and its tokenizer from a folder.
 
@@ -154,7 +154,7 @@ class FastLanguageModel:
             PyTorch.
         offload_embedding: keep the embedding in pinned host memory, from which the GPU reads the
             rows that it needs. Not available if the head shares the embedding.
-        progress: show a progress bar on a terminal.
+        progress: show a bar: None on a terminal or in a notebook, True also as lines in a pipe.
 
         Raises: ValueError that names the argument, file or tensor at fault.
         """

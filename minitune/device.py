@@ -8,6 +8,7 @@ import contextlib
 import re
 import weakref
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,6 +140,34 @@ def _free_host_memory() -> int:
             used = int((folder / "memory.current").read_text())
             available = min(available, limit - used)
     return available
+
+
+class MemoryUse(NamedTuple):
+    """The bytes that this process uses: of the GPU's memory if it trains there, else of the host's.
+
+    now, peak: at the moment, and at most so far; 0 if the system does not say it.
+    host_peak: the peak of the host's memory.
+    """
+
+    now: int
+    peak: int
+    host_peak: int
+    is_gpu: bool
+
+
+def memory_use(device: torch.device) -> MemoryUse:
+    """Return the memory that this process uses on a device, without waiting for the device."""
+    status = ""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+    now, peak = (
+        int(found[1]) * 1024 if (found := re.search(rf"{name}:\s*(\d+) kB", status)) else 0
+        for name in ("VmRSS", "VmHWM")
+    )
+    if device.type != "cuda":
+        return MemoryUse(now, peak, peak, is_gpu=False)
+    allocated, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    return MemoryUse(allocated, most, peak, is_gpu=True)
 
 
 def _cgroup_folders() -> list[Path]:

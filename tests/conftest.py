@@ -86,6 +86,12 @@ def smallest(tmp_path_factory) -> Path:
     return make_smallest_model(tmp_path_factory.mktemp("smallest"))
 
 
+@pytest.fixture(autouse=True)
+def wide_lines(monkeypatch) -> None:
+    """Let lines for a person be long, so that tests find whole sentences in them."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
     """Return a copy of the run that the test's file has finished."""

@@ -137,7 +137,7 @@ def test_the_checked_samples_are_spread_over_the_data_and_few(tmp_path):
 def test_the_train_command_prints_the_check_and_trains_the_same(tmp_path, capsys):
     inputs = write_inputs(tmp_path)
     assert train(train_arguments(inputs, tmp_path / "plain")) == 0
-    assert "check" not in capsys.readouterr().err
+    assert "\ncheck " not in capsys.readouterr().err
     assert train(train_arguments(inputs, tmp_path / "checked", "--check-base")) == 0
     assert "check      8 samples, " in (printed := capsys.readouterr().err)
     assert "KL(16 bit || NF4) 0." in printed and "--no-load-in-4bit" in printed

@@ -129,6 +129,7 @@ def test_training_lowers_the_loss_and_fills_the_run_folder(tiny, tmp_path, capsy
         "tokens",
         "tokens_per_second",
         "seconds",
+        "peak_memory_bytes",
     }
     evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert len(evaluations) == 2 and evaluations[-1] < 0.5 * first

@@ -55,9 +55,13 @@ def read_metrics(output: Path) -> list[dict]:
 
 
 def without_times(records: list[dict]) -> list[dict]:
-    """Return records without the values that depend on the clock."""
+    """Return records without the values that depend on the clock or on the process."""
     return [
-        {name: value for name, value in record.items() if "second" not in name}
+        {
+            name: value
+            for name, value in record.items()
+            if "second" not in name and name != "peak_memory_bytes"
+        }
         for record in records
     ]
 

@@ -8,14 +8,13 @@ at a time.
 Linears that bitsandbytes quantised are taken as they are stored. FP8 weights are dequantised first.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minitune.checkpoints.bitsandbytes_nf4 import check_bitsandbytes, quantized_linears, read_nf4
 from minitune.checkpoints.fp8 import FP8_METHODS, REMEDY, Block, Fp8Folder, block_of
@@ -24,6 +23,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.model.causal_lm import CausalLM
 from minitune.model.linear import Linear
 from minitune.model.nf4 import BLOCKSIZE, NF4
+from minitune.progress import ProgressBar
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -89,14 +89,14 @@ def load_weights(
     stored: SafetensorsFolder,
     device: torch.device,
     load_in_4bit: bool,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> None:
     """Fill the modules of a model that has no weights yet.
 
     load_in_4bit: quantise every linear except the head to NF4. False keeps linears as stored, and
         rounds FP8 weights to the compute dtype. A folder that holds NF4 weights is read as it is
         either way, because bitsandbytes chose the linears to skip.
-    progress: show a progress bar on a terminal.
+    progress: show a bar in bytes, as in progress.py.
 
     Raises: ValueError that names the tensor if a tensor is missing, has a wrong shape, or has no
         place in the model.
@@ -104,8 +104,7 @@ def load_weights(
     quantize = load_in_4bit and not stored.prequantized
     quantized = quantized_linears(stored)
     read: set[str] = set()
-    shapes = model.config.tensor_shapes()
-    for name, shape in _progress_bar(shapes.items(), progress):
+    for name, shape in _counted_tensors(model.config, stored, progress):
         module_name, _, kind = name.rpartition(".")
         module = model.get_submodule(module_name)
         is_weight = kind == "weight" and isinstance(module, Linear)
@@ -138,10 +137,15 @@ def check_all_known(stored: SafetensorsFolder, known: set[str]) -> None:
         raise stored.error(unknown[0], f"has no place in the model ({count})")
 
 
-def _progress_bar(tensors: Iterable, progress: bool) -> Iterable:
-    """Return the tensors, with a progress bar on a terminal if `progress` is set."""
-    disable = None if progress else True  # None: shown only on a terminal
-    return tqdm(tensors, desc="loading", unit="tensor", leave=False, disable=disable)
+def _counted_tensors(
+    config: ModelConfig, stored: SafetensorsFolder, progress: bool | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of a model's tensors, and count their stored bytes in a bar."""
+    nbytes = {name: stored.nbytes(name) for name in config.tensor_shapes()}
+    with ProgressBar("loading", sum(nbytes.values()), show=progress) as bar:
+        for name, shape in config.tensor_shapes().items():
+            yield name, shape
+            bar.update(nbytes[name])
 
 
 def _load_weight(

@@ -21,7 +21,12 @@ from torch import Tensor
 from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.model_folder import SHARD_BYTES, check_new_folder, write_model_folder
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
-from minitune.checkpoints.safetensors_writer import Specs, specs_of_dtype, tensor_bytes
+from minitune.checkpoints.safetensors_writer import (
+    Specs,
+    counted,
+    specs_of_dtype,
+    tensor_bytes,
+)
 from minitune.config.training_config import MERGE_BASES
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
@@ -56,6 +61,7 @@ def merge_to_folder(
     tokenizer: Tokenizer,
     merge_base: str = "auto",
     shard_bytes: float = SHARD_BYTES,
+    progress: bool | None = None,
 ) -> Path:
     """Write the merged model as a new folder and return the folder.
 
@@ -64,6 +70,7 @@ def merge_to_folder(
 
     merge_base: weights to merge onto, as in the module's docstring.
     shard_bytes: limit of the tensors of one file, in bytes.
+    progress: show a bar in bytes, as in progress.py.
 
     Raises: ValueError if the folder holds anything already, or if the disk has no room for the
         model. See also `merged_tensors`.
@@ -72,6 +79,7 @@ def merge_to_folder(
     check_new_folder(model, folder)
     dtype, specs = merged_dtype(model), merged_specs(model)
     tensors = ((name, tensor.cpu()) for name, tensor in merged_tensors(model, merge_base))
+    tensors = counted(tensors, specs, "merging", progress)
     config = merged_config(model.config.raw, dtype)
     metadata = merged_metadata(model, adapter_digest(model))
     write_model_folder(model, folder, tokenizer, config, specs, tensors, metadata, shard_bytes)

@@ -8,6 +8,7 @@ In a multimodal wrapper's folder the text model's tensors have a prefix. They go
 they have in a plain folder, and the wrapper's other tensors are left out.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -245,6 +246,13 @@ class SafetensorsFolder:
             hint = ", and FP8 with a quantization_config" if dtype.startswith("F8") else ""
             raise self.error(name, f"is {dtype}; weights are F32, F16 or BF16{hint}")
         return TORCH_DTYPES[dtype]
+
+    def nbytes(self, name: str) -> int:
+        """Return the stored bytes of a tensor without reading it, or 0 if it is missing."""
+        if name not in self:
+            return 0
+        dtype = TORCH_DTYPES.get(self._slice(name).get_dtype(), torch.uint8)  # FP8 has one byte
+        return math.prod(self.shape(name)) * dtype.itemsize
 
     def load(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minitune.atomic_files import write_json
 from minitune.checkpoints.safetensors_folder import INDEX, TORCH_DTYPES
+from minitune.progress import ProgressBar
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 ALIGNMENT = 8  # bytes; the data begins on a multiple of this
@@ -47,6 +48,19 @@ def specs_of_dtype(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Sp
 def total_bytes(specs: Specs) -> int:
     """Return the size of all tensors together, in bytes."""
     return sum(spec.nbytes for spec in specs.values())
+
+
+def counted(
+    tensors: Iterator[tuple[str, Tensor]], specs: Specs, label: str, progress: bool | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors and count their bytes in a bar.
+
+    label, progress: the bar's label, and when to show it, as in progress.py.
+    """
+    with ProgressBar(label, total_bytes(specs), show=progress) as bar:
+        for name, tensor in tensors:
+            bar.update(specs[name].nbytes)
+            yield name, tensor
 
 
 def write_model_files(

@@ -15,7 +15,7 @@ from torch import Tensor
 from minitune.checkpoints.bitsandbytes_nf4 import nf4_tensors
 from minitune.checkpoints.merge import merged_config, merged_metadata
 from minitune.checkpoints.model_folder import SHARD_BYTES, check_new_folder, write_model_folder
-from minitune.checkpoints.safetensors_writer import TensorSpec
+from minitune.checkpoints.safetensors_writer import TensorSpec, counted
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 
@@ -25,6 +25,7 @@ def save_4bit(
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
     shard_bytes: float = SHARD_BYTES,
+    progress: bool | None = None,
 ) -> Path:
     """Write the quantised base as a new folder and return the folder.
 
@@ -32,6 +33,7 @@ def save_4bit(
 
     tokenizer: the tokenizer to write; None takes that of the model's folder.
     shard_bytes: limit of the tensors of one file, in bytes.
+    progress: show a bar in bytes, as in progress.py.
 
     Raises: ValueError if the model has no NF4 weights, if the folder holds anything already, or if
         the disk has no room for the model.
@@ -57,7 +59,7 @@ def save_4bit(
         tokenizer or Tokenizer.from_folder(model.folder),
         config,
         specs,
-        tensors,
+        counted(tensors, specs, "saving", progress),
         merged_metadata(model, None),
         shard_bytes,
     )

@@ -149,11 +149,11 @@ def export(arguments: argparse.Namespace) -> list[Path]:
         planned.check_space({merged: total_bytes(merged_specs(model))})
     paths = []
     if merged is not None:
-        paths.append(merge_to_folder(model, merged, tokenizer, merge_base))
+        paths.append(merge_to_folder(model, merged, tokenizer, merge_base, progress=True))
     if planned is not None:
         paths += _write(planned, arguments)
     if quantized is not None:
-        paths.append(save_4bit(model, quantized, tokenizer))
+        paths.append(save_4bit(model, quantized, tokenizer, progress=True))
     return paths
 
 

@@ -105,7 +105,7 @@ def prepare(settings: Settings) -> SFTTrainer:
         load_in_4bit=run.load_in_4bit,
         device=run.device,
         offload_embedding=run.offload_embedding,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -126,7 +126,9 @@ def prepare(settings: Settings) -> SFTTrainer:
 def _print_check(trainer: SFTTrainer) -> None:
     """Print the difference that NF4 makes to the base, or the reason why there is none."""
     if any(linear.is_quantized for _, linear in trainer.model.linears()):
-        check = check_base(trainer.model, checked_samples(trainer.data.train.samples))
+        check = check_base(
+            trainer.model, checked_samples(trainer.data.train.samples), progress=True
+        )
         rows = [("check", str(check)), ("advice", check.advice)]
     else:
         rows = [("check", "the base is in 16 bit, not in NF4, so there is nothing to check")]

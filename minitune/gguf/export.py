@@ -6,7 +6,6 @@ merged model, rounded to 16 bit and then to the file's type; a folder that is co
 values as they are stored.
 """
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +36,7 @@ from minitune.gguf.tensor_layout import tensors_of_file
 from minitune.gguf.verify import verify_files
 from minitune.gguf.writer import Content, MetadataValue, write_gguf
 from minitune.model.causal_lm import CausalLM
+from minitune.progress import is_shown, labelled, print_line
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class GGUFExport:
         adds_bos = self.contents[0].metadata["tokenizer.ggml.add_bos_token"]
         return replace(self, modelfiles=modelfiles(self.targets, self.tokenizer, adds_bos))
 
-    def write(self, progress: bool = False, verify: bool = True) -> list[Path]:
+    def write(self, progress: bool | None = None, verify: bool = True) -> list[Path]:
         """Write all files in one pass and return the paths of the GGUF files.
 
         No file gets its name before all are complete and verified.
 
-        progress: show a progress bar in bytes on a terminal, and say what was verified.
+        progress: show bars in bytes, and say what was verified; as in progress.py.
         verify: check the files as verify.py does.
 
         Raises: ValueError if the disk has no room, a file cannot be written, a weight does not fit
@@ -90,10 +90,16 @@ class GGUFExport:
                 partial.write_text(text, encoding="utf-8")
             if verify:
                 found = verify_files(
-                    files, self.targets, self.config, self.tokenizer, self.tensors(), self.device
+                    files,
+                    self.targets,
+                    self.config,
+                    self.tokenizer,
+                    self.tensors(),
+                    self.device,
+                    progress,
                 )
-                if progress:
-                    print("\n".join(found), file=sys.stderr)
+                for sentence in found if is_shown(progress) else ():
+                    print_line(labelled("verified", sentence))
         return self.targets
 
     def check_space(self, others: Mapping[Path, int] | None = None) -> None:
@@ -121,7 +127,7 @@ def export_gguf(
     merge_base: str = "auto",
     overwrite: bool = False,
     importance: ImportanceMatrix | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     verify: bool = True,
     ollama: bool = False,
 ) -> Path | list[Path]:
@@ -133,7 +139,7 @@ def export_gguf(
     merge_base: weights to merge onto, as in checkpoints/merge.py.
     overwrite: replace existing files once the new ones are complete.
     importance: the importance matrix that the quantisers use.
-    progress: show a progress bar in bytes on a terminal, and say what was verified.
+    progress: show bars in bytes, and say what was verified; as in progress.py.
     verify: check the files before they get their names (verify.py).
     ollama: write a Modelfile beside each file too.
 
@@ -188,7 +194,7 @@ def convert_folder(
     path: str | Path,
     quantization_method: str | Sequence[str] = "q8_0",
     importance: ImportanceMatrix | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     verify: bool = True,
 ) -> Path | list[Path]:
     """Write the weights of a model folder as GGUF files, on a GPU if there is one.

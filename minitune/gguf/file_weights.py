@@ -26,6 +26,10 @@ class FileWeights:
         """Return the type in which a tensor is stored."""
         return self.reader.tensors[self._stored_name(name)].type
 
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of a tensor in the file."""
+        return self.reader.tensors[self._stored_name(name)].nbytes
+
     def is_reordered(self, name: str) -> bool:
         """Return True if a tensor's rows have another order in the file."""
         return name.split(".")[-2] in self.heads

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minitune.data.sources.sources import Dataset, file_names
 from minitune.data.tokenization.tokenizer import Tokenizer
@@ -29,6 +28,7 @@ from minitune.model.decoder_layer import DecoderLayer
 from minitune.model.layers import new_residual
 from minitune.model.linear import FusedLinear
 from minitune.model.packed_sequences import PackedSequences
+from minitune.progress import ProgressBar
 
 DEFAULT_TOKENS = 128 * CHUNK_TOKENS
 BATCH_TOKENS = 2048  # of whole samples that run together; also the rows squared at a time
@@ -39,7 +39,7 @@ def importance_from_data(
     tokenizer: Tokenizer,
     source: Dataset,
     max_tokens: int = DEFAULT_TOKENS,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> ImportanceMatrix:
     """Return the importance of a model's linears on a dataset that training would accept.
 
@@ -52,7 +52,9 @@ def importance_from_data(
 
     Raises: ValueError if records cannot be read or rendered; see also `collect_importance`.
     """
-    samples = tokenize_dataset(source, tokenizer, model.max_seq_length).samples
+    with ProgressBar("tokenizing", None, "record", progress) as bar:
+        data = tokenize_dataset(source, tokenizer, model.max_seq_length, progress=bar.move_to)
+    samples = data.samples
     order = np.arange(len(samples))
     if samples.lengths.sum() > max_tokens:
         order = np.random.default_rng(0).permutation(order)
@@ -67,7 +69,7 @@ def collect_importance(
     samples: Iterable[Sequence[int]],
     dataset: str = "",
     max_tokens: int = DEFAULT_TOKENS,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> ImportanceMatrix:
     """Return the importance of all linears of the decoder layers.
 
@@ -76,7 +78,7 @@ def collect_importance(
     samples: token ids of each sample; no sample sees another one.
     dataset: name of the data, for the file's keys.
     max_tokens: tokens to use; the sample that reaches the limit is cut.
-    progress: show a progress bar in tokens on a terminal.
+    progress: show a bar in tokens, as in progress.py.
 
     Raises: ValueError if there is no token, if a sample does not fit the model, or if an activation
         is not finite.
@@ -89,8 +91,7 @@ def collect_importance(
         for fused in fused_linears
     }
     tokens = 0
-    disable = None if progress else True  # None: shown only on a terminal
-    bar = tqdm(total=max_tokens, desc="importance", unit="token", leave=False, disable=disable)
+    bar = ProgressBar("importance", max_tokens, "token", progress)
     with model.as_current_device(), model.resident_weights_if_they_fit(), bar:
         for batch in _batches(samples, max_tokens):
             ids = torch.cat(batch)

@@ -28,6 +28,7 @@ from minitune.gguf.reader import GgufReader
 from minitune.gguf.tokenizer_check import check_tokenizer
 from minitune.gguf.type_errors import error_limit
 from minitune.gguf.writer import Content, MetadataValue
+from minitune.progress import ProgressBar
 
 TOKENS = "tokenizer.ggml.tokens"
 CHUNK = 1 << 24  # values compared at a time
@@ -40,6 +41,7 @@ def verify_files(
     tokenizer: Tokenizer,
     tensors: Iterable[tuple[str, Tensor]],
     device: torch.device,
+    progress: bool | None = None,
 ) -> list[str]:
     """Check files that hold one model in different types, and return a sentence for each.
 
@@ -47,6 +49,7 @@ def verify_files(
     targets: the names that the files will get.
     tensors: (Hugging Face's name, merged tensor), all of the model's.
     device: where tensors are compared.
+    progress: show a bar in bytes of the files, as in progress.py.
 
     Raises: ValueError that names the file and what is wrong with it.
     """
@@ -59,17 +62,20 @@ def verify_files(
                 warnings.simplefilter("ignore")  # it warned before the file was written
                 check_tokenizer(reader.metadata, tokenizer)
             weights.append(FileWeights(reader, config))
-    for name, tensor in tensors:
-        values = tensor.to(device)
-        for target, stored in zip(targets, weights, strict=True):
-            with _named(target):
-                _check_tensor(stored, name, values)
+    total = sum(stored.nbytes(name) for name in config.tensor_shapes() for stored in weights)
+    with ProgressBar("verifying", total, show=progress) as bar:
+        for name, tensor in tensors:
+            values = tensor.to(device)
+            for target, stored in zip(targets, weights, strict=True):
+                with _named(target):
+                    _check_tensor(stored, name, values)
+                bar.update(stored.nbytes(name))
     sentences = []
     for target, stored in zip(targets, weights, strict=True):
         with _named(target):
             compared = compare_with_llama_cpp(stored, tokenizer, device)
         count = len(stored.reader.tensors)
-        sentences.append(f"{target}: {count} tensors and the tokenizer verified; {compared}")
+        sentences.append(f"{target}: {count} tensors and the tokenizer; {compared}")
     return sentences
 
 

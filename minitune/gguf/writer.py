@@ -32,11 +32,11 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGUFValueType
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
-from tqdm import tqdm
 
 from minitune.gguf.quantization.fusion import choose_steps
 from minitune.gguf.quantization.k_searches import Steps
 from minitune.gguf.quantization.quantize import quantize
+from minitune.progress import ProgressBar
 
 VERSION = 3
 ALIGNMENT = 32  # bytes
@@ -96,7 +96,7 @@ def write_gguf(
     files: Mapping[Path, Content],
     tensors: Iterable[Tensor],
     importance: Mapping[str, Tensor] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     device: torch.device = CPU,
 ) -> None:
     """Write GGUF files that hold the same tensors in different types. Not atomic.
@@ -104,7 +104,7 @@ def write_gguf(
     files: path -> content. All files have the same tensors in the same order.
     tensors: the values, in the order of the files.
     importance: mean squares of a linear's inputs, float32 (width,), by the tensor's name.
-    progress: show a progress bar in bytes on a terminal.
+    progress: show a bar in bytes, as in progress.py.
     device: the device of the tensors, which quantises.
 
     Raises: ValueError if a value is not finite or overflows its type; OSError if a file cannot be
@@ -115,7 +115,7 @@ def write_gguf(
     steps = choose_steps(_values_by_type(files.values()), device, bool(importance))
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(path.open("wb")) for path in files]
-        bar = stack.enter_context(_progress_bar(total, progress))
+        bar = stack.enter_context(ProgressBar("writing", total, show=progress))
         thread = stack.enter_context(_WritingThread(bar))
         for file, content in zip(opened, files.values(), strict=True):
             thread.write(file, content.head)
@@ -140,7 +140,7 @@ class _WritingThread(contextlib.AbstractContextManager):
     bar: progress bar that shows the bytes that were written.
     """
 
-    def __init__(self, bar: tqdm):
+    def __init__(self, bar: ProgressBar):
         self._bar, self._pool, self._pending = bar, ThreadPoolExecutor(1), None
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
@@ -159,14 +159,6 @@ class _WritingThread(contextlib.AbstractContextManager):
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
-
-
-def _progress_bar(total: int, progress: bool) -> tqdm:
-    """Return a progress bar of `total` bytes, which a terminal shows if `progress` is set."""
-    disable = None if progress else True  # None: shown only on a terminal
-    return tqdm(
-        total=total, desc="writing", unit="B", unit_scale=True, leave=False, disable=disable
-    )
 
 
 def _head(metadata: dict[str, MetadataValue], infos: list[TensorInfo]) -> bytes:

@@ -36,6 +36,7 @@ from minitune.model.decoder_layer import DecoderLayer
 from minitune.model.linear import Linear
 from minitune.model.loss import LossRows
 from minitune.model.nf4 import NF4
+from minitune.progress import ProgressBar
 
 CHECKED_SAMPLES, CHECKED_TOKENS = 8, 2048
 LARGE_RISE = 0.05  # of the perplexity
@@ -105,12 +106,15 @@ def checked_samples(samples: FlatSamples) -> list[Sample]:
 
 
 @torch.no_grad()
-def check_base(model: CausalLM, samples: Sequence[Sample]) -> BaseCheck:
+def check_base(
+    model: CausalLM, samples: Sequence[Sample], progress: bool | None = None
+) -> BaseCheck:
     """Return the difference between the NF4 base of a model and its 16-bit base.
 
     An adapter counts in both passes; a new one changes nothing.
 
     samples: they run as one packed batch, and at least one token of them is trained on.
+    progress: show a bar in layers, as in progress.py.
 
     Raises: ValueError if the model or its folder lacks one of the two bases, or if no token of the
         samples is trained on.
@@ -123,7 +127,7 @@ def check_base(model: CausalLM, samples: Sequence[Sample]) -> BaseCheck:
     model.check(ids, positions)
     rows = LossRows.from_labels(batch.labels, positions, model.config.vocab_size, len(ids))
     rows = rows.to(model.device)
-    with model.as_current_device():
+    with model.as_current_device(), _counted_layers(model, progress):
         s_nf4 = model.residual_stream(ids, positions)[rows.rows]  # (M, D)
         with _weights_of_folder(model, stored):
             s_16bit = model.residual_stream(ids, positions)[rows.rows]  # (M, D)
@@ -182,6 +186,16 @@ def _weights_of_folder(model: CausalLM, stored: SafetensorsFolder) -> Iterator[N
         for layer in model.model.layers:
             hooks.enter_context(layer.register_forward_pre_hook(begin))
             hooks.enter_context(layer.register_forward_hook(end))
+        yield
+
+
+@contextmanager
+def _counted_layers(model: CausalLM, progress: bool | None) -> Iterator[None]:
+    """Meanwhile, count the layers of two passes in a bar."""
+    layers = model.model.layers
+    with ProgressBar("checking", 2 * len(layers), "layer", progress) as bar, ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(lambda *_: bar.update()))
         yield
 
 

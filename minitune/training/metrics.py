@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from minitune.data.batching import Batch, collate, micro_steps
 from minitune.data.flat_samples import FlatSamples
+from minitune.device import MemoryUse, gib_text, memory_use
+from minitune.progress import ProgressBar, duration
 from minitune.training.checkpoint import Progress
-from minitune.training.log import progress_bar
 from minitune.training.micro_step import MicroStep
 from minitune.training.out_of_memory import run_in_graph_pool
 
@@ -53,7 +55,11 @@ class PendingLosses:
 
 
 def training_record(
-    progress: Progress, steps_per_epoch: int, learning_rate: float, tokens_per_second: float
+    progress: Progress,
+    steps_per_epoch: int,
+    learning_rate: float,
+    tokens_per_second: float,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Return the metrics since the last record, and start the next one in `progress`, in place."""
     losses, progress.unlogged = progress.unlogged, []
@@ -66,11 +72,40 @@ def training_record(
         "tokens": progress.tokens,
         "tokens_per_second": tokens_per_second,
         "seconds": progress.seconds,
+        "peak_memory_bytes": memory_use(device).peak,
     }
 
 
+def status_text(
+    progress: Progress,
+    seconds_left: float | None,
+    tokens_per_second: float | None,
+    memory: MemoryUse,
+) -> str:
+    """Return the text behind the bar of a run: time left, loss, speed and memory.
+
+    progress: with at least one loss in `unlogged`, or the loss of the last step is not shown.
+    """
+    parts = []
+    if seconds_left is not None:
+        parts.append(f"{duration(seconds_left)} left")
+    if progress.unlogged:
+        parts.append(f"loss {progress.unlogged[-1]:.3f}")
+    if tokens_per_second is not None:
+        parts.append(f"{tokens_per_second:,.0f} tok/s")
+    if memory.is_gpu:
+        parts.append(f"{memory.now / 2**30:.1f} GiB, peak {memory.peak / 2**30:.1f}")
+    elif memory.now:
+        parts.append(gib_text(memory.now))
+    return ", ".join(parts)
+
+
 class RunClock:
-    """The seconds of a run, including those before an interruption, and its tokens a second."""
+    """The seconds of a run, including those before an interruption, and the speed of its steps.
+
+    The mean speed and the time left follow from this process's own steps, except its first one,
+    which compiles and measures.
+    """
 
     def __init__(self, seconds: float, tokens: int):
         """Start the clock.
@@ -80,6 +115,31 @@ class RunClock:
         now = time.perf_counter()
         self._start = now - seconds
         self._interval_start, self._interval_tokens = now, tokens
+        self._first: Progress | None = None  # a copy, after this process's first step
+        self._first_end, self._paused = now, 0.0
+
+    def step_done(self, progress: Progress) -> None:
+        """Note the end of an optimizer step."""
+        if self._first is None:
+            self._first = replace(progress)
+            self._first_end, self._paused = time.perf_counter(), 0.0
+
+    def mean_tokens_per_second(self, progress: Progress) -> float | None:
+        """Return the mean speed, or None before the second step."""
+        if self._first is None or progress.step == self._first.step:
+            return None
+        seconds = time.perf_counter() - self._first_end - self._paused
+        return (progress.tokens - self._first.tokens) / seconds
+
+    def seconds_left(self, progress: Progress, total_steps: int) -> float | None:
+        """Return the time to the last step, with evaluations as often as so far.
+
+        None before the second step.
+        """
+        if self._first is None or progress.step == self._first.step:
+            return None
+        a_step = (time.perf_counter() - self._first_end) / (progress.step - self._first.step)
+        return a_step * (total_steps - progress.step)
 
     def seconds(self) -> float:
         """Return the seconds of the run."""
@@ -100,7 +160,9 @@ class RunClock:
         """Leave the time of the block out of the tokens a second."""
         start = time.perf_counter()
         yield
-        self._interval_start += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._interval_start += seconds
+        self._paused += seconds
 
 
 # ---- evaluation
@@ -115,12 +177,12 @@ def evaluation_loss(micro_step: MicroStep, samples: FlatSamples, micro_step_toke
     """
     targets = int(samples.targets.sum())
     loss = torch.zeros((), device=micro_step.model.device)
-    with progress_bar("evaluating") as progress:
+    with ProgressBar("evaluating", len(samples), "sample", True) as bar:
         for first in range(0, len(samples), EVAL_SAMPLES_PER_PACKING):
             part = samples[first : first + EVAL_SAMPLES_PER_PACKING]
             for pack in micro_steps(part, micro_step_tokens):
                 loss += _share_of_loss(micro_step, collate(pack), targets)
-            progress(first + len(part), len(samples))
+                bar.update(len(pack))
     return float(loss)
 
 

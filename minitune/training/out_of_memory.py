@@ -146,12 +146,12 @@ def _plan_without_host(planner: Planner, reason: str) -> None:
 
 
 def planned_vs_measured(planner: Planner, device: torch.device) -> str | None:
-    """Return a line that compares planned and measured peak, or None on a CPU."""
+    """Return a text that compares planned and measured peak, or None on a CPU."""
     if planner.largest is None or device.type == "cpu":
         return None
     measured = torch.cuda.max_memory_allocated(device)
     plan = planner.largest
-    return f"{'memory':<11}{gib_text(plan.peak)} planned, {gib_text(measured)} measured; {plan}"
+    return f"{gib_text(plan.peak)} planned, {gib_text(measured)} measured; {plan}"
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ from minitune.data.sources.sources import Dataset, file_names
 from minitune.data.token_cache import FOLDER
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
+from minitune.progress import ProgressBar
 from minitune.training.checkpoint import RunSize
-from minitune.training.log import progress_bar
 from minitune.training.run_folder import CONFIG
 
 
@@ -175,12 +175,12 @@ def read_datasets(
 def _tokenize(
     source: Dataset, tokenizer: Tokenizer, args: SFTConfig, max_length: int, cache: Path | None
 ) -> TokenizedDataset:
-    with progress_bar("tokenizing") as progress:
+    with ProgressBar("tokenizing", None, "record", True) as bar:
         return tokenize_dataset(
             source,
             tokenizer,
             max_length,
-            progress=progress,
+            progress=bar.move_to,
             skip_bad=args.skip_bad,
             cache=cache,
             **vars(LabelOptions.of(args)),

@@ -1,7 +1,6 @@
 """A training run: the loop over optimizer steps, logging, evaluation and saving."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +9,12 @@ from typing import Any, NamedTuple
 from minitune.config.cli import as_dict
 from minitune.data.templates.adapter_template import save_template
 from minitune.data.token_cache import FOLDER, remove_other_entries
+from minitune.device import memory_use
+from minitune.progress import labelled, print_line, wrapped
+from minitune.training.banner import RunSummary, banner
 from minitune.training.checkpoint import Progress
-from minitune.training.log import RunSummary, TrainingLog, banner, deferred_sigint, interruption
-from minitune.training.metrics import RunClock, training_record
+from minitune.training.log import TrainingLog
+from minitune.training.metrics import RunClock, status_text, training_record
 from minitune.training.optimizer import FlatAdamW
 from minitune.training.optimizer_steps import OptimizerSteps
 from minitune.training.out_of_memory import oom_as_value_error, planned_vs_measured
@@ -23,7 +25,8 @@ from minitune.training.resume import (
     resume_run,
     run_identity,
 )
-from minitune.training.run_folder import CONFIG, METRICS, RunFolder, open_run_folder
+from minitune.training.run_end import RunResult, deferred_sigint, interruption, summary
+from minitune.training.run_folder import CONFIG, METRICS, RunFolder, checkpoints, open_run_folder
 
 
 class TrainOutput(NamedTuple):
@@ -58,12 +61,14 @@ class Trainer(OptimizerSteps):
             contextlib.closing(self.micro_step),
         ):
             log.print_line(banner(self.model, self.data.by_label, self._summary(source)))
-            self._loop(log, caught)
+            clock = RunClock(p.seconds, p.tokens)
+            self._loop(log, clock, caught)
+            speed = clock.mean_tokens_per_second(p)
             if caught and p.step < total_steps:
                 raise KeyboardInterrupt
             adapter = self._run.finish(self.model, p.step)
             save_template(self.processing_class, adapter)
-            log.print_line(f"{'saved':<11}{adapter}")
+            log.print_line(self._end(log, speed, adapter))
         mean = p.loss_sum / max(1, p.step)
         metrics = {
             "train_loss": mean,
@@ -73,25 +78,45 @@ class Trainer(OptimizerSteps):
         }
         return TrainOutput(p.step, mean, metrics)
 
-    def _loop(self, log: TrainingLog, caught: list[int]) -> None:
+    def _end(self, log: TrainingLog, speed: float | None, adapter: Path) -> str:
+        """Return the summary of the finished run."""
+        memory, saved = memory_use(self.model.device), checkpoints(self.output)
+        return summary(
+            RunResult(
+                self.progress,
+                speed,
+                log.last_loss,
+                log.best,
+                memory,
+                adapter,
+                saved,
+                (METRICS, CONFIG),
+            )
+        )
+
+    def _loop(self, log: TrainingLog, clock: RunClock, caught: list[int]) -> None:
         """Run optimizer steps to the last one, or until Ctrl-C fills `caught`."""
         p, args = self.progress, self.args
-        clock, first = RunClock(p.seconds, p.tokens), p.step + 1
+        first = p.step + 1
         if first > self.size.total_steps and args.eval_strategy != "no":
             self._log_evaluation(log)  # a finished run is only evaluated
         while p.step < self.size.total_steps and not caught:
             self._optimizer_step()
+            clock.step_done(p)
             if p.step == first:
                 memory = planned_vs_measured(self.planner, self.model.device)
                 if memory is not None:
-                    log.print_line(memory)
-            log.advance()
+                    log.print_line(labelled("memory", memory))
+            log.advance(lambda: self._status(clock))
             if self._is_due(args.logging_steps) or (p.step == 1 and args.logging_first_step):
                 self._fetch_losses()
                 p.seconds = clock.seconds()
                 speed = clock.tokens_per_second(p.tokens)
                 rate = self.learning_rate(p.step - 1)
-                self._write(log, training_record(p, self.size.steps_per_epoch, rate, speed))
+                record = training_record(
+                    p, self.size.steps_per_epoch, rate, speed, self.model.device
+                )
+                self._write(log, record, clock.seconds_left(p, self.size.total_steps))
             with clock.paused():
                 if self._is_time_to(args.eval_strategy, args.eval_steps or args.logging_steps):
                     self._log_evaluation(log)
@@ -165,10 +190,19 @@ class Trainer(OptimizerSteps):
     def _log_evaluation(self, log: TrainingLog) -> None:
         self._write(log, {"step": self.progress.step, "epoch": self._epoch(), **self.evaluate()})
 
-    def _write(self, log: TrainingLog, record: dict[str, Any]) -> None:
+    def _status(self, clock: RunClock) -> str:
+        """Return the text behind the progress bar; wait for the loss of the last step."""
+        self._fetch_losses()
+        p, memory = self.progress, memory_use(self.model.device)
+        left = clock.seconds_left(p, self.size.total_steps)
+        return status_text(p, left, clock.mean_tokens_per_second(p), memory)
+
+    def _write(
+        self, log: TrainingLog, record: dict[str, Any], seconds_left: float | None = None
+    ) -> None:
         """Log a record; if it cannot be written, save a checkpoint and stop."""
         try:
-            log.record(record)
+            log.record(record, seconds_left)
         except ValueError as error:
             with contextlib.suppress(ValueError):  # a full disk may have no room for it
                 self._save()
@@ -205,7 +239,7 @@ class Trainer(OptimizerSteps):
         self.micro_step_tokens = inputs.micro_step_tokens
         warnings += self.processing_class.notes
         for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
-            print(f"warning: {text}", file=sys.stderr)
+            print_line(wrapped(f"warning: {text}", indent=9))
         remove_other_entries(self.output / FOLDER, self.data.cache_keys)
         self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
         resolved = replace(args, output_dir=str(self.output), max_length=self.data.max_length)

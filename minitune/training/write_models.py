@@ -18,7 +18,7 @@ def write_models(
     merge: bool = False,
     methods: Sequence[str] = (),
     merge_base: str = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> list[Path]:
     """Write OUTPUT/merged and GGUF files, and return their paths.
 
@@ -27,14 +27,14 @@ def write_models(
     merge: write the merged folder.
     methods: types of the GGUF files.
     merge_base: weights to merge onto (checkpoints/merge.py).
-    progress: show a progress bar on a terminal.
+    progress: show bars in bytes, as in progress.py.
 
     Raises: ValueError if an output cannot be written.
     """
     written = []
     if merge:
         with atomic_folder(output / MERGED, keep_others=False) as partial:
-            merge_to_folder(model, partial, tokenizer, merge_base=merge_base)
+            merge_to_folder(model, partial, tokenizer, merge_base=merge_base, progress=progress)
         written.append(output / MERGED)
         add_outputs(output, [MERGED])
     if methods:

@@ -1,0 +1,136 @@
+"""The end of a run: the summary of a finished one, Ctrl-C, and the lines of an interrupted one."""
+
+import contextlib
+import os
+import shlex
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitune.device import MemoryUse, gib_text
+from minitune.progress import LABEL_WIDTH, duration, labelled
+from minitune.training.checkpoint import Progress
+from minitune.training.log import Evaluation
+
+STDERR = 2  # file descriptor
+SHOWN_CHECKPOINTS = 3  # names in the summary
+
+
+# ---- a finished run
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The facts of a finished run that its summary prints.
+
+    progress: its position, with steps, tokens and seconds of interrupted parts.
+    tokens_per_second: of this process's steps, or None if it made none.
+    last_loss: of the last training record, or None.
+    best: the best evaluation, or None.
+    memory: the memory of this process.
+    adapter: the folder of the adapter.
+    checkpoints: the checkpoints that are there, oldest first.
+    files: names of other files of the run.
+    """
+
+    progress: Progress
+    tokens_per_second: float | None
+    last_loss: float | None
+    best: Evaluation | None
+    memory: MemoryUse
+    adapter: Path
+    checkpoints: Sequence[Path]
+    files: Sequence[str]
+
+
+def summary(run: RunResult) -> str:
+    """Return the lines that a finished run ends with."""
+    p = run.progress
+    trained = f"{p.step:,} steps, {p.tokens:,} tokens in {duration(p.seconds)}"
+    if run.tokens_per_second is not None:
+        trained += f", {run.tokens_per_second:,.0f} tokens/s"
+    rows = [("trained", trained)]
+    if run.last_loss is not None:
+        rows.append(("loss", f"{run.last_loss:.4f} at the end"))
+    if run.best is not None:
+        rows.append(("best", _best_text(run.best, run.checkpoints)))
+    if run.memory.peak:
+        rows.append(("memory", _memory_text(run.memory)))
+    size = sum(path.stat().st_size for path in run.adapter.iterdir())
+    rows.append(("saved", f"{run.adapter} ({size / 1e6:,.1f} MB)"))
+    names = [folder.name for folder in run.checkpoints]
+    if len(names) > SHOWN_CHECKPOINTS:
+        names = [f"{len(names)} checkpoints up to {names[-1]}"]
+    rows.append(("files", f"{', '.join([*names, *run.files])} in {run.adapter.parent}"))
+    return "\n".join(labelled(label, text) for label, text in rows)
+
+
+def _best_text(best: Evaluation, checkpoints: Sequence[Path]) -> str:
+    """Return the best evaluation, its step, and the checkpoint that holds its adapter."""
+    name = f"checkpoint-{best.step}"
+    if any(folder.name == name for folder in checkpoints):
+        return f"eval_loss {best.loss:.4f} at step {best.step}, in {name}"
+    return f"eval_loss {best.loss:.4f} at step {best.step}; no checkpoint holds this step"
+
+
+def _memory_text(memory: MemoryUse) -> str:
+    """Return the peak of the process, on the GPU and on the host."""
+    text = f"{gib_text(memory.peak)} at the peak"
+    if memory.is_gpu and memory.host_peak:
+        text += f" on the GPU, {gib_text(memory.host_peak)} on the host"
+    return text
+
+
+# ---- an interrupted run
+
+
+def interruption(
+    step: int, total_steps: int, output: Path, saved: Path | None, config: Path | None
+) -> str:
+    """Return the lines that an interrupted run ends with: its last checkpoint and how to resume.
+
+    The commands stand on lines of their own, which never wrap: they can be copied.
+
+    step: optimizer steps done.
+    output: the run folder.
+    saved: the last checkpoint, or None.
+    config: a config.toml that names everything a command needs, or None.
+    """
+    ways = [f"SFTConfig(output_dir={str(output)!r}, resume=True)"]
+    if config is not None:
+        ways.insert(0, f"minitune train --config {shlex.quote(str(config))} --resume")
+    if step == 0:
+        state = "before the first step was done: nothing is trained yet; start again"
+    elif saved is None:
+        state = f"after step {step} of {total_steps}, no checkpoint was saved; start again"
+    else:
+        state = f"after step {step} of {total_steps}, last checkpoint {saved}; continue"
+    indent = " " * LABEL_WIDTH
+    return labelled("interrupted", f"{state} with") + f"\n{indent}" + f"\n{indent}or ".join(ways)
+
+
+@contextlib.contextmanager
+def deferred_sigint() -> Iterator[list[int]]:
+    """Turn the first Ctrl-C into an entry of the yielded list; a second one interrupts at once.
+
+    The training loop looks at the list after each optimizer step.
+    """
+    caught: list[int] = []
+    previous = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or previous in (signal.SIG_IGN, None):
+        yield caught
+        return
+
+    def stop(number: int, frame) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, previous)
+        os.write(STDERR, b"\nstopping after this optimizer step; Ctrl-C again stops at once\n")
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, previous)
