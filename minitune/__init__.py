@@ -18,7 +18,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.config.sft_config import SFTConfig
 from minitune.config.training_config import LoraConfig
 from minitune.data.sharegpt import standardize_data_formats, standardize_sharegpt
-from minitune.data.templates.builtin_templates import get_chat_template
+from minitune.data.templates.named_template import get_chat_template
 from minitune.data.text_streamer import TextIteratorStreamer, TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.sft_trainer import SFTTrainer

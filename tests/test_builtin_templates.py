@@ -7,12 +7,9 @@ from chat_forms import in_transformers
 from tokenizer_files import write_chat_tokenizer, write_json
 
 import minitune
-from minitune.data.templates.builtin_templates import (
-    ALPACA_SYSTEM,
-    BUILTIN_TEMPLATES,
-    get_chat_template,
-)
+from minitune.data.templates.builtin_templates import ALPACA_SYSTEM, BUILTIN_TEMPLATES
 from minitune.data.templates.chat_template import ChatTemplate
+from minitune.data.templates.named_template import get_chat_template
 from minitune.data.tokenization.tokenizer import Tokenizer
 
 trl = pytest.importorskip("trl")
@@ -26,6 +23,7 @@ TURNS = [
 ]
 TRL = {
     "llama-3": "llama3",
+    "llama-3.1": "llama3_1",
     "qwen": "qwen2_5",
     "gemma": "gemma3",
     "phi": "phi3_5",
@@ -34,6 +32,8 @@ TRL = {
 WRITTEN = {
     "chatml": "<|im_start|>user\nHow many? <|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n",
     "mistral": "<s>[INST] How many? [/INST] Four.</s>",
+    "phi-4": "<|im_start|>user<|im_sep|>How many? <|im_end|>"
+    "<|im_start|>assistant<|im_sep|>Four.<|im_end|>",
     "alpaca": f"<s>{ALPACA_SYSTEM}\n\n### Instruction:\nHow many? \n\n### Response:\nFour.</s>\n\n",
     "zephyr": "<|user|>\nHow many? </s>\n<|assistant|>\nFour.</s>\n",
 }

@@ -1,14 +1,10 @@
-"""Chat templates by name, for base models and for models whose folder lacks one.
+"""Chat templates of model families as Jinja texts, and the names by which they are called.
 
-    tokenizer = get_chat_template(tokenizer, "chatml")
-
-Each renders the text that its family's models were trained on. The special tokens of a template
-must be in the vocabulary: split into pieces, an end of turn would not stop generation.
+Each renders the text that its family's models were trained on, for conversations without tools.
+named_template.py sets one.
 """
 
 from dataclasses import dataclass
-
-from minitune.data.tokenization.tokenizer import Tokenizer
 
 ALPACA_SYSTEM = (
     "Below is an instruction that describes a task. "
@@ -32,6 +28,26 @@ LLAMA_3 = """\
 {%- endmacro -%}
 {%- for message in messages -%}
     {{ header(message.role) ~ (message.content | trim) ~ '<|eot_id|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ header('assistant') }}
+{%- endif -%}
+"""
+
+LLAMA_3_1 = """\
+{{- bos_token -}}
+{%- macro header(role) -%}
+    {{ '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' }}
+{%- endmacro -%}
+{{- header('system') ~ 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n' -}}
+{%- if messages and messages[0].role == 'system' -%}
+    {{ messages[0].content | trim }}
+{%- endif -%}
+{{- '<|eot_id|>' -}}
+{%- for message in messages -%}
+    {%- if message.role != 'system' or not loop.first -%}
+        {{ header(message.role) ~ (message.content | trim) ~ '<|eot_id|>' }}
+    {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{ header('assistant') }}
@@ -91,6 +107,15 @@ PHI = """\
 {{- '<|assistant|>\\n' if add_generation_prompt else eos_token -}}
 """
 
+PHI_4 = """\
+{%- for message in messages -%}
+    {{ '<|im_start|>' ~ message.role ~ '<|im_sep|>' ~ message.content ~ '<|im_end|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<|im_start|>assistant<|im_sep|>' }}
+{%- endif -%}
+"""
+
 ALPACA = """\
 {{- bos_token -}}
 {%- if messages and messages[0].role == 'system' -%}
@@ -139,37 +164,25 @@ BUILTIN_TEMPLATES = {
     "llama-3": BuiltinTemplate(
         LLAMA_3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("bos",)
     ),
+    "llama-3.1": BuiltinTemplate(
+        LLAMA_3_1, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("bos",)
+    ),
     "mistral": BuiltinTemplate(MISTRAL, (), ("bos", "eos")),
     "qwen": BuiltinTemplate(QWEN, ("<|im_start|>", "<|im_end|>")),
     "gemma": BuiltinTemplate(GEMMA, ("<start_of_turn>", "<end_of_turn>"), ("bos",)),
     "phi": BuiltinTemplate(PHI, ("<|user|>", "<|assistant|>", "<|end|>"), ("eos",)),
+    "phi-4": BuiltinTemplate(PHI_4, ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
     "alpaca": BuiltinTemplate(ALPACA, (), ("eos",)),
     "zephyr": BuiltinTemplate(ZEPHYR, (), ("eos",)),
 }
 
-
-def get_chat_template(tokenizer: Tokenizer, chat_template: str = "chatml") -> Tokenizer:
-    """Set a chat template of this package, and return the tokenizer.
-
-    chat_template: chatml, llama-3, mistral, qwen, gemma, phi, alpaca or zephyr.
-
-    Raises: ValueError if the name is unknown, or the vocabulary lacks a token of the template.
-    """
-    template = BUILTIN_TEMPLATES.get(chat_template)
-    if template is None:
-        raise ValueError(
-            f"no chat template is named {chat_template!r:.60}; choose from "
-            f"{', '.join(BUILTIN_TEMPLATES)}, or assign Jinja text to tokenizer.chat_template"
-        )
-    lacking = [f"a {name} token" for name in template.names if name not in tokenizer.special]
-    for token in template.tokens:
-        if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
-            lacking.append(token)
-    if lacking:
-        raise ValueError(
-            f"{tokenizer.folder}: the vocabulary lacks {', '.join(lacking)}, which the chat "
-            f"template {chat_template!r} writes; choose the template of this model's family, or "
-            "alpaca, which needs an EOS token only"
-        )
-    tokenizer.chat_template = template.source
-    return tokenizer
+# Names of the same text in notebooks. Llama 3.2's and 3.3's differ from 3.1's in the date at most.
+ALIASES = {
+    "llama3": "llama-3",
+    **dict.fromkeys(("llama-31", "llama31", "llama-3.2", "llama-32", "llama32"), "llama-3.1"),
+    **dict.fromkeys(("llama-3.3", "llama-33", "llama33"), "llama-3.1"),
+    **dict.fromkeys(("qwen-2.5", "qwen2.5", "qwen-25", "qwen25"), "qwen"),
+    **dict.fromkeys(("gemma2", "gemma-2", "gemma3", "gemma-3"), "gemma"),
+    **dict.fromkeys(("phi-3", "phi3", "phi-3.5", "phi-35", "phi3.5"), "phi"),
+    "phi4": "phi-4",
+}

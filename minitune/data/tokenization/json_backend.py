@@ -80,7 +80,8 @@ class JsonBackend:
         self._check_around(set(vocabulary.values()))
         decoder = {part.get("type") for part in _parts(library.decoder)}
         self._spellings: dict[int, str] = {}  # of added tokens, as the byte-level decoder reads
-        if "ByteLevel" in decoder:
+        self.is_byte_level = "ByteLevel" in decoder
+        if self.is_byte_level:
             # A single letter shares the id of the byte that it stands for.
             self._spellings = {
                 index: byte_level(token.content)

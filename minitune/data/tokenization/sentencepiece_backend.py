@@ -31,6 +31,8 @@ STRETCH = ""  # the token of the splitter that stands for the text between added
 class SentencePieceBackend:
     """A sentencepiece model with the interface of JsonBackend."""
 
+    is_byte_level = False
+
     def __init__(self, path: Path, config: dict[str, Any], declared: DeclaredTokens):
         self._path = path
         model = path.read_bytes()

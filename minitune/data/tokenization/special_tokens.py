@@ -55,10 +55,14 @@ class SpecialTokens:
     eos_token, eos_token_id = _token("eos"), _token_id("eos")
     unk_token, unk_token_id = _token("unk"), _token_id("unk")
 
-    def _read_settings(self, config: dict[str, Any]) -> None:
-        """Take the settings of tokenizer_config.json."""
+    def _read_settings(self, config: dict[str, Any], is_byte_level: bool) -> None:
+        """Take the settings of tokenizer_config.json.
+
+        is_byte_level: True if the vocabulary spells bytes as letters, which the classes that pad on
+            the left do not.
+        """
         kind = str(config.get("tokenizer_class")).removesuffix("Fast")
-        side = "left" if kind in PAD_LEFT else "right"
+        side = "left" if kind in PAD_LEFT and not is_byte_level else "right"
         self.padding_side: str = config.get("padding_side", side)
         self.truncation_side: str = config.get("truncation_side", "right")
         self.model_max_length: int = config.get("model_max_length") or NO_MAX_LENGTH

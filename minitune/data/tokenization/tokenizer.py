@@ -84,7 +84,7 @@ class Tokenizer(TokenizerCalls):
         for name in SPECIAL_NAMES:
             if (index := self._special_id(name)) is not None:
                 self.special[name] = index
-        self._read_settings(files[CONFIG])
+        self._read_settings(files[CONFIG], backend.is_byte_level)
         # Facts about the files that the user should know.
         self.notes: tuple[str, ...] = tuple(dict.fromkeys(declared.notes))
 
