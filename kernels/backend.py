@@ -1,8 +1,4 @@
-"""Helpers shared by all kernel files: backend, argument checks, access to rows, matmuls.
-
-Triton exists for Linux only. On other systems `triton.jit` and `tl` are stand-ins, so that the
-kernel files can be imported. Those systems have no CUDA GPU, so no stand-in is ever launched.
-"""
+"""Helpers shared by all kernel files: backend, argument checks, access to rows, matmuls."""
 
 import functools
 from types import SimpleNamespace
@@ -10,11 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from .compile_ahead import jit, stands_for_gpu
-
-try:
-    import triton.language as tl
-except ModuleNotFoundError:
-    tl = SimpleNamespace(constexpr=None)
+from .optional_triton import tl
 
 triton = SimpleNamespace(jit=jit)  # kernels are decorated as in Triton's own examples
 

@@ -25,10 +25,7 @@ from threading import Semaphore
 
 import torch
 
-try:
-    import triton
-except ModuleNotFoundError:
-    triton = None
+from .optional_triton import triton
 
 MAX_THREADS = 16
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minitune.kernels.optional_triton import check_triton
+
 CUDA_HOST_REGISTER_MAPPED = 2  # flag of cudaHostRegister: gives the memory a device address
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNKNOWN_HOST_MEMORY = 4 << 30  # bytes that are assumed if the system does not report them
@@ -26,7 +28,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
     device: cpu, cuda or cuda:N; None chooses a GPU if there is one.
 
-    Raises: ValueError if the device is not supported or not there.
+    Raises: ValueError if the device is not supported or not there, or if a GPU has no Triton.
     """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -41,6 +43,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     count = torch.cuda.device_count()
     if count <= (chosen.index or 0):
         raise ValueError(f"device {chosen} was asked for, but torch sees {count} CUDA GPUs")
+    check_triton(chosen)
     index = torch.cuda.current_device() if chosen.index is None else chosen.index
     return torch.device("cuda", index)
 

@@ -17,7 +17,6 @@ import json
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from minitune.config.architectures import LORA_TARGETS
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
 from minitune.data.batching import Batch
 from minitune.device import most_pinned
+from minitune.kernels.optional_triton import triton
 from minitune.memory.planner import Planner
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW
@@ -167,5 +167,5 @@ def configuration(a: argparse.Namespace) -> dict[str, Any]:
         "attention": a.attention,
         "optim": a.optim,
         "graphs": torch.cuda.is_available() and not a.no_graphs,
-        "versions": {"torch": torch.__version__, "triton": version("triton")},
+        "versions": {"torch": torch.__version__, "triton": getattr(triton, "__version__", None)},
     }
