@@ -1,6 +1,7 @@
 """`minitune COMMAND ...`: the choice of the command, and the command plan."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -94,6 +95,52 @@ def test_a_plan_names_a_missing_or_wrong_setting(inputs, capsys):
         assert message in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert "--model is missing: minitune plan" in capsys.readouterr().err
+
+
+def test_a_plan_without_a_budget_and_a_gpu_shows_the_usual_cards(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["plan", "--model", "llama-3-8b"]) == 0
+    out, error = capsys.readouterr()
+    assert error == "" and out.startswith("llama-3-8b (built-in shape): 8.03 B parameters\n")
+    assert max(map(len, out.splitlines())) <= 80
+    peaks = dict(re.findall(r"^ *(\d+) GB +([\d.]+) GiB", out, re.MULTILINE))
+    assert list(peaks) == ["8", "12", "16", "24", "32", "40", "48", "80"]
+    assert all(float(peak) <= 0.95 * int(card) for card, peak in peaks.items())
+    assert main(["plan", "--model", "llama-3-70b"]) == 0
+    assert " 24 GB    does not fit: at least " in capsys.readouterr().out
+
+
+def test_a_plan_of_a_built_in_shape_is_that_of_the_same_config(config_of_8b, capsys, monkeypatch):
+    budget = ["--memory-budget", "24GiB"]
+    plans = []
+    for model in (str(config_of_8b), "llama-3-8b", "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit"):
+        assert main(["plan", "--model", model, *budget]) == 0
+        plans.append(capsys.readouterr().out.partition("\n")[2])
+    assert plans[0] == plans[1] == plans[2]
+    # A folder of the same name wins.
+    monkeypatch.chdir(config_of_8b.parent)
+    config_of_8b.rename("qwen3-4b")
+    assert train(["--plan", "--model", "qwen3-4b", *budget]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("qwen3-4b: 8.03 B") and out.partition("\n")[2] == plans[0]
+
+
+def test_an_unknown_shape_names_the_nearest_and_the_list_names_all(capsys):
+    assert main(["plan", "--model", "qwen3-9b"]) == 2
+    assert "did you mean qwen3-8b" in capsys.readouterr().err
+    assert main(["plan", "--model", "zebra"]) == 2
+    assert "shapes are llama-2-7b, " in capsys.readouterr().err
+    assert main(["plan", "--list-shapes"]) == 0
+    assert "qwen3-32b            32.76 B\n" in capsys.readouterr().out
+
+
+def test_the_help_of_a_plan_lists_its_own_flags_and_no_others(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    text = capsys.readouterr().out
+    assert "--memory-budget" in text and "--learning-rate" not in text
+    assert main(["plan", "--learning-rate", "1"]) == 2
+    assert "--learning-rate is a flag of `minitune train`" in capsys.readouterr().err
 
 
 def test_a_warning_of_a_command_is_one_line_without_source_code():

@@ -1,17 +1,24 @@
 """Print the memory and time of a training step, without a GPU and without weights.
 
+    minitune plan --model llama-3-8b                  on cards of the usual sizes
     minitune plan --model DIR --memory-budget 24GiB [--max-seq-length 4096 ...]
+    minitune plan --list-shapes                       the models that need no folder
 
-The model folder needs config.json only. The flags are those of `minitune train`.
+The model folder needs config.json only. The shapes of many published models are built in
+(config/model_shapes.py). A folder of the same name wins. `minitune train --plan` takes all flags of
+a training run, `minitune plan` those that a plan depends on.
 """
 
 from collections.abc import Sequence
+from math import prod
+from pathlib import Path
 
 import torch
 
 from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.config.cli import Settings, parse, print_notes, run_command
 from minitune.config.model_config import ModelConfig
+from minitune.config.model_shapes import SHAPES, config_of_shape, nearest_shapes, shape_name
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
 from minitune.device import gib_text
 from minitune.memory.memory_model import Storage
@@ -24,7 +31,25 @@ from minitune.training.out_of_memory import (
     halve_until_fits,
 )
 
-DESCRIPTION = "Print the memory and time of a training step. Needs --model and --memory-budget."
+DESCRIPTION = "Print the memory and time of a training step. Needs --model."
+# The settings of a run that a plan depends on.
+PLAN_SETTINGS = (
+    "model",
+    "memory_budget",
+    "host_memory",
+    "max_seq_length",
+    "max_length",
+    "micro_step_tokens",
+    "load_in_4bit",
+    "offload_embedding",
+    "use_gradient_checkpointing",
+    "optim",
+    "r",
+    "target_modules",
+)
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GB of the usual cards
+# Share of a card that a run can use: the driver, the CUDA context and the screen take the rest.
+USABLE = 0.95
 
 
 def main(argv: Sequence[str] | None = None, program: str = "minitune plan") -> int:
@@ -33,47 +58,138 @@ def main(argv: Sequence[str] | None = None, program: str = "minitune plan") -> i
 
 
 def _run(argv: Sequence[str] | None, program: str) -> None:
-    settings = parse(argv, program, description=DESCRIPTION, switches=())
-    print(plan(settings, program))
+    settings = parse(argv, program, DESCRIPTION, ("list_shapes",), names=PLAN_SETTINGS)
+    print(shape_list() if settings.list_shapes else plan(settings, program))
+
+
+def shape_list() -> str:
+    """Return the built-in shapes as lines of a name and a number of parameters."""
+    counts = {name: _parameters(config_of_shape(name)) for name in SHAPES}
+    return "\n".join(f"{name:<20}{count / 1e9:6.2f} B" for name, count in counts.items())
+
+
+def _parameters(config: ModelConfig) -> int:
+    return sum(map(prod, config.tensor_shapes().values()))
 
 
 def plan(settings: Settings, program: str) -> str:
     """Return the plan of a step as a table.
 
+    Without a memory budget, the plan is that of the GPU; without a GPU, one of each usual card.
+
     program: the command as the user types it, for error messages.
 
-    Raises: ValueError if the model or the memory budget is missing or wrong.
+    Raises: ValueError if the model is missing or wrong.
     """
-    run, sft = settings.run, settings.sft
-    if run.model is None:
-        raise ValueError(f"--model is missing: {program} --model DIR --memory-budget 24GiB")
-    if sft.memory_budget is None and not torch.cuda.is_available():
-        raise ValueError("--memory-budget is missing and there is no GPU; give it, such as 24GiB")
-    budget = parse_bytes(sft.memory_budget) if sft.memory_budget else torch.cuda.mem_get_info()[0]
-    host_memory = parse_bytes(sft.host_memory) if sft.host_memory else default_host_budget()
-    config = ModelConfig.from_folder(resolve_model(run.model))
+    model, sft = settings.run.model, settings.sft
+    if model is None:
+        raise ValueError(
+            f"--model is missing: {program} --model llama-3-8b, or a folder with config.json"
+        )
+    config, label = find_config(model)
     print_notes(config.notes)
-    max_seqlen = sft.max_length or run.max_seq_length or config.default_seq_length
-    config.check_seq_length(max_seqlen)
-    checkpointing = GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing]
-    storage = Storage(run.load_in_4bit, run.offload_embedding, sft.optim == "adamw_8bit")
+    step = PlannedStep(settings, config)
+    head = f"{label}: {_parameters(config) / 1e9:.2f} B parameters"
+    if sft.memory_budget is None and not torch.cuda.is_available():
+        return f"{head}\n{step.table_of_cards()}"
+    budget = parse_bytes(sft.memory_budget) if sft.memory_budget else torch.cuda.mem_get_info()[0]
+    tokens, planned = step.plan_within(budget)
+    return (
+        f"{head}; {tokens:,} tokens a forward/backward, in samples of up to "
+        f"{step.max_seqlen:,}, on {gib_text(budget)}\n{plan_table(planned, tokens, budget)}"
+    )
 
-    def planned(tokens: int) -> Plan:
+
+def find_config(model: str) -> tuple[ModelConfig, str]:
+    """Return the config of a folder, of an id in the local cache or of a built-in shape.
+
+    Returns the name for the reader too.
+
+    Raises: ValueError that names the nearest shapes if there is none.
+    """
+    if Path(model).expanduser().is_dir():
+        return ModelConfig.from_folder(resolve_model(model)), model
+    shape = shape_name(model)
+    try:
+        folder = resolve_model(model)
+    except ValueError:
+        if shape is not None:
+            own = "" if shape == model else f", that of {shape}"
+            return config_of_shape(shape), f"{model} (built-in shape{own})"
+        near = nearest_shapes(model)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"shapes are {', '.join(SHAPES)}"
+        raise ValueError(
+            f"{model} is no folder, is not in the local cache, and is no built-in shape; {hint}"
+        ) from None
+    return ModelConfig.from_folder(folder), model
+
+
+class PlannedStep:
+    """A step of a run, planned for several memory budgets.
+
+    max_seqlen: tokens of the longest sample.
+    """
+
+    def __init__(self, settings: Settings, config: ModelConfig):
+        """Take the settings that the plan depends on.
+
+        Raises: ValueError if the model cannot take samples of that length.
+        """
+        run, sft = settings.run, settings.sft
+        self._settings, self._config = settings, config
+        self.max_seqlen = sft.max_length or run.max_seq_length or config.default_seq_length
+        config.check_seq_length(self.max_seqlen)
+        self._level = parse_gradient_checkpointing(
+            GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing]
+        )
+        self._storage = Storage(run.load_in_4bit, run.offload_embedding, sft.optim == "adamw_8bit")
+        self._host = parse_bytes(sft.host_memory) if sft.host_memory else default_host_budget()
+
+    def _plan(self, tokens: int, budget: int) -> Plan:
         return plan_memory(
-            config,
-            settings.lora,
-            Workload.of_samples(tokens, max_seqlen),
-            MemoryBudget(budget, host_memory),
-            storage=storage,
-            level=parse_gradient_checkpointing(checkpointing),
+            self._config,
+            self._settings.lora,
+            Workload.of_samples(tokens, self.max_seqlen),
+            MemoryBudget(budget, self._host),
+            storage=self._storage,
+            level=self._level,
         )
 
-    tokens = sft.micro_step_tokens
-    if tokens is None:
-        max_tokens = max(DEFAULT_MICRO_STEP_TOKENS["cuda"], max_seqlen)
-        tokens = halve_until_fits(max_tokens, max_seqlen, lambda n: planned(n).peak > budget)
-    table = plan_table(planned(tokens), tokens, budget)
-    return (
-        f"{run.model}: {tokens:,} tokens a forward/backward, in samples of up to {max_seqlen:,}, "
-        f"on {gib_text(budget)}\n{table}"
-    )
+    def plan_within(self, budget: int) -> tuple[int, Plan]:
+        """Return the tokens of a micro-step and its plan.
+
+        budget: bytes of GPU memory.
+        """
+        tokens = self._settings.sft.micro_step_tokens
+        if tokens is None:
+            most = max(DEFAULT_MICRO_STEP_TOKENS["cuda"], self.max_seqlen)
+            tokens = halve_until_fits(
+                most, self.max_seqlen, lambda n: self._plan(n, budget).peak > budget
+            )
+        return tokens, self._plan(tokens, budget)
+
+    def table_of_cards(self) -> str:
+        """Return the plans on cards of the usual sizes, one a line."""
+        run, lora = self._settings.run, self._settings.lora
+        weights = "NF4" if run.load_in_4bit else "16 bit"
+        lines = [
+            f"linears in {weights}, r {lora.r}, samples of up to {self.max_seqlen:,} tokens"
+            + (f", {gib_text(self._host)} of host memory" if self._host else ""),
+            "",
+            "card          peak   tokens a pass   tokens/s   host memory",
+        ]
+        for card in CARDS:
+            tokens, planned = self.plan_within(int(card * USABLE * 2**30))
+            peak, host = gib_text(planned.peak), gib_text(planned.host_bytes)
+            if planned.peak > card * USABLE * 2**30:
+                lines.append(f"{card:>3} GB    does not fit: at least {peak}")
+                continue
+            speed = tokens / planned.seconds
+            lines.append(f"{card:>3} GB {peak:>11}  {tokens:>14,} {speed:>10,.0f} {host:>13}")
+        lines += [
+            "",
+            "tokens/s is at the speed of one H200: compare the lines, not cards.",
+            "--memory-budget 24GiB shows the plan of one card in full; --host-memory 32GiB",
+            "offloads activations to the host, which lets larger models fit.",
+        ]
+        return "\n".join(lines)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minitune.config.architectures import LORA_TARGETS
+from minitune.config.cli.running import in_flags
 from minitune.config.cli.settings import GROUPS, KnownSetting, Settings, flag_of, known_settings
 from minitune.config.cli.toml_files import read_toml
 from minitune.config.cli.wrong_flags import wrong_flag_hint
@@ -22,18 +23,29 @@ COMMAND_HELP = {
     "eval_strategy": "; --eval-data makes it epoch unless another value is given",
 }
 METAVARS = {
+    "memory_budget": "SIZE",
+    "host_memory": "SIZE",
+    "template_date": "DATE",
     "model": "DIR",
     "adapter": "DIR",
     "output_dir": "DIR",
     "data": "FILE",
     "eval_data": "FILE",
 }
-TYPE_METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
+TYPE_METAVARS = {
+    "memory_budget": "SIZE",
+    "host_memory": "SIZE",
+    "template_date": "DATE",
+    int: "N",
+    float: "NUMBER",
+    str: "TEXT",
+}
 TRAIN_DESCRIPTION = "Train a LoRA adapter on one GPU or on the CPU. Needs --model and --data."
 # Switches of a command that are no settings and no TOML keys.
 SWITCHES = {
     "demo": "fetch a small model, train it on a shipped task, and show the result",
     "plan": "print the memory and time of a step, from config.json alone, and exit",
+    "list_shapes": "list the models whose shapes are built in, and exit",
 }
 # Messages of argparse -> a sentence. The first group is the argument, with all its flags.
 MESSAGES = {
@@ -112,6 +124,7 @@ def parse(
     description: str = TRAIN_DESCRIPTION,
     switches: Sequence[str] = ("plan",),
     demo_defaults: dict[str, Any] | None = None,
+    names: Iterable[str] | None = None,
 ) -> Settings:
     """Return the settings of a command line; --help prints the flags and exits.
 
@@ -119,10 +132,11 @@ def parse(
     program, description: the command as the user types it and its purpose, for --help.
     switches: the names of SWITCHES that the command has.
     demo_defaults: defaults if the switch --demo is given.
+    names: the settings that the command has as flags; default: all of them.
 
     Raises: ValueError, a single line, if the command line or the TOML file is wrong.
     """
-    flags = parse_flags(settings_parser(program, description, switches), argv)
+    flags = parse_flags(settings_parser(program, description, switches, names), argv)
     return settings_from_flags(flags, demo_defaults)
 
 
@@ -223,7 +237,7 @@ def _flag_options(known: KnownSetting) -> dict[str, Any]:
     text = metadata["help"] + COMMAND_HELP.get(name, "")
     if shown not in (None, ""):
         text += f" (default: {shown})"
-    options: dict[str, Any] = {"help": text.replace("%", "%%")}
+    options: dict[str, Any] = {"help": in_flags(text).replace("%", "%%")}
     if known.types == (bool,):
         options["action"] = argparse.BooleanOptionalAction
     elif known.types == (tuple,):

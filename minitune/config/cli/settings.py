@@ -23,6 +23,7 @@ class Settings(NamedTuple):
     sft: SFTConfig
     demo: bool = False
     plan: bool = False
+    list_shapes: bool = False
     given: frozenset[str] = frozenset()
 
 

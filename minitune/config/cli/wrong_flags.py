@@ -9,6 +9,8 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+from minitune.config.cli.settings import known_settings
+
 SIMILARITY = 0.78  # of a misspelling, as difflib measures it; --modle is as like --model as 0.80
 FLAG = re.compile(r"--[a-z0-9][a-z0-9-]*")
 
@@ -164,7 +166,7 @@ MEANINGS: dict[str, tuple[str, ...]] = {
     "n num-samples samples limit": ("--n", "--show"),
 }
 REMEDIES = {name: remedies for names, remedies in MEANINGS.items() for name in names.split()}
-# Flags that another command has -> that command.
+# Flags that are no settings of a run -> the command that has them.
 OTHER_COMMANDS = {
     "prompt": "generate",
     "temperature": "generate",
@@ -181,20 +183,7 @@ OTHER_COMMANDS = {
     "quantization-method": "export",
     "html": "data show",
     "tokens": "data show",
-    "learning-rate": "train",
-    "num-train-epochs": "train",
-    "max-steps": "train",
-    "per-device-train-batch-size": "train",
-    "gradient-accumulation-steps": "train",
-    "output-dir": "train",
-    "eval-data": "train",
-    "resume": "train",
-    "overwrite": "train",
-    "target-modules": "train",
-    "lora-alpha": "train",
-    "r": "train",
-    "gguf": "train",
-    "merge": "train",
+    "list-shapes": "plan",
 }
 
 
@@ -219,9 +208,15 @@ def wrong_flag_hint(wrong: str, flags: Iterable[str]) -> str:
         return f"did you mean {' or '.join(close)}?"
     for remedy in (f"--{name}", *remedies):
         own = FLAG.findall(remedy)[:1]
-        if own and (command := OTHER_COMMANDS.get(own[0][2:])):
+        if own and (command := _command_of(own[0][2:])):
             return f"{own[0]} is a flag of `minitune {command}`"
     return "--help lists the flags"
+
+
+def _command_of(name: str) -> str | None:
+    """Return the command that has a flag, or None; `minitune train` has all settings."""
+    is_setting = name.replace("-", "_") in known_settings()
+    return OTHER_COMMANDS.get(name, "train" if is_setting else None)
 
 
 def _misspelt(name: str, flags: Sequence[str]) -> list[str]:
