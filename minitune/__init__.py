@@ -15,15 +15,22 @@ if "torch" not in sys.modules:
 
 from minitune.api import FastLanguageModel, LanguageModel
 from minitune.config.model_config import ModelConfig
-from minitune.config.sft_config import SFTConfig
+from minitune.config.sft_config import SFTConfig, TrainingArguments
 from minitune.config.training_config import LoraConfig
 from minitune.data.sharegpt import standardize_data_formats, standardize_sharegpt
 from minitune.data.templates.named_template import get_chat_template
 from minitune.data.text_streamer import TextIteratorStreamer, TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.sft_trainer import SFTTrainer
+from minitune.training.callbacks import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 
 __all__ = [
+    "EarlyStoppingCallback",
     "FastLanguageModel",
     "LanguageModel",
     "LoraConfig",
@@ -33,6 +40,10 @@ __all__ = [
     "TextIteratorStreamer",
     "TextStreamer",
     "Tokenizer",
+    "TrainerCallback",
+    "TrainerControl",
+    "TrainerState",
+    "TrainingArguments",
     "get_chat_template",
     "standardize_data_formats",
     "standardize_sharegpt",

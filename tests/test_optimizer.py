@@ -9,6 +9,7 @@ from tiny import make_tiny_model
 from torch import nn
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer
+from minitune.config.training_config import SCHEDULES
 from minitune.training.checkpoint import load_checkpoint, save_checkpoint
 from minitune.training.optimizer import FlatAdamW, learning_rate_factor, warmup_count
 
@@ -189,7 +190,7 @@ def test_steps_on_the_gpu_wait_for_nothing_compile_once_and_repeat_bit_for_bit(e
 # ---- the schedules
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 20), (1, 1), (5, 5)])
 def test_schedules_equal_those_of_transformers(kind, warmup, total):
     transformers = pytest.importorskip("transformers")
@@ -200,6 +201,20 @@ def test_schedules_equal_those_of_transformers(kind, warmup, total):
     for step in range(total + 2):
         expected = schedule.get_last_lr()[0]
         assert learning_rate_factor(kind, step, warmup, total) == pytest.approx(expected, abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(("warmup", "total", "cycles"), [(0, 7, 2), (3, 20, 3), (5, 5, 4)])
+def test_waves_of_the_learning_rate_equal_those_of_transformers(warmup, total, cycles):
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_cosine_with_hard_restarts_schedule_with_warmup(
+        optimizer, warmup, total, num_cycles=cycles
+    )
+    for step in range(total + 2):
+        factor = learning_rate_factor("cosine_with_restarts", step, warmup, total, cycles)
+        assert factor == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         schedule.step()
 

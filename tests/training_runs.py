@@ -60,7 +60,7 @@ def without_times(records: list[dict]) -> list[dict]:
         {
             name: value
             for name, value in record.items()
-            if "second" not in name and name != "peak_memory_bytes"
+            if "second" not in name and name not in ("eval_runtime", "peak_memory_bytes")
         }
         for record in records
     ]

@@ -28,16 +28,18 @@ class ListedErrors(ValueError):
     """An error whose text has several lines, such as one for each bad record."""
 
 
-def setting(default: Any, help: str, *, choices=None, **limits) -> Any:
+def setting(default: Any, help: str, *, choices=None, python_only=False, **limits) -> Any:
     """Return a dataclass field that `check_settings` checks.
 
     default: value of the field if the user gives none.
     help: the text of --help.
     choices: the allowed values, or the allowed names if the field is a tuple.
+    python_only: True if the field is neither a flag nor a TOML key.
     limits: `minimum`, `greater_than`, `less_than` and `maximum` of a number.
     """
     assert limits.keys() <= LIMITS.keys(), f"limits are {', '.join(LIMITS)}, not {limits}"
-    return field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
+    metadata = {"help": help, "choices": choices, "python_only": python_only, "limits": limits}
+    return field(default=default, metadata=metadata)
 
 
 def check_settings(settings: Any) -> None:

@@ -40,7 +40,16 @@ class Renamed(NamedTuple):
     name: str
 
 
-def foreign_arguments(**table: Foreign | Renamed) -> Callable[[Callable], Callable]:
+class Replaced(NamedTuple):
+    """An argument that stands for several arguments here.
+
+    arguments: returns the arguments that a value stands for, by their names here.
+    """
+
+    arguments: Callable[[Any], dict[str, Any]]
+
+
+def foreign_arguments(**table: Foreign | Renamed | Replaced) -> Callable[[Callable], Callable]:
     """Return a decorator that gives a function or a dataclass these foreign arguments.
 
     The decorated callable raises ValueError if a foreign argument has a value that is not neutral,
@@ -71,7 +80,7 @@ def _own_arguments(
     function: str,
     given: Mapping[str, Any],
     known: Mapping[str, None],
-    table: Mapping[str, Foreign | Renamed],
+    table: Mapping[str, Foreign | Renamed | Replaced],
     passes_on: bool,
 ) -> dict[str, Any]:
     """Return the given arguments under their names here, without the neutral ones.
@@ -88,10 +97,15 @@ def _own_arguments(
         if isinstance(entry, Foreign):
             _check_neutral(function, name, value, entry)
             continue
-        own_name = entry.name if isinstance(entry, Renamed) else name
-        if own_name in own or (own_name != name and own_name in given):
-            raise TypeError(f"{function}() got both {own_name} and {name}, which mean the same")
-        own[own_name] = value
+        arguments = {name: value}
+        if isinstance(entry, Renamed):
+            arguments = {entry.name: value}
+        elif isinstance(entry, Replaced):
+            arguments = entry.arguments(value)
+        for own_name in arguments:
+            if own_name in own or (own_name != name and own_name in given):
+                raise TypeError(f"{function}() got both {own_name} and {name}, which mean the same")
+        own |= arguments
     return own
 
 

@@ -2,16 +2,31 @@
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from minitune.config.fields import check_settings, setting
+from minitune.config.foreign_arguments import foreign_arguments
+from minitune.config.foreign_settings import FOREIGN_SETTINGS, plain_word
 from minitune.config.training_config import (
     DROPPED_TEXT,
     INTERVALS,
     OPTIMIZERS,
+    REPORTS,
+    SAVE_STRATEGIES,
     SCHEDULES,
     parse_bytes,
 )
+
+# transformers' name of an optimizer -> the same optimizer here
+OPTIMIZER_ALIASES = {"adamw_bnb_8bit": "adamw_8bit"}
+# Paged optimizers move their moments to host memory if the GPU is full. Those of an adapter in 8
+# bits take 2 bytes a parameter, which is 84 MB for r=16 on an 8B model.
+OPTIMIZER_REMEDIES = {
+    "paged_adamw": "adamw_torch",
+    "paged_adamw_32bit": "adamw_torch",
+    "paged_adamw_8bit": "adamw_8bit",
+}
 
 
 def check_date(date: str) -> None:
@@ -22,9 +37,13 @@ def check_date(date: str) -> None:
         raise ValueError(f"template_date is {date!r}; write it as 2026-11-25") from None
 
 
+@foreign_arguments(**FOREIGN_SETTINGS)
 @dataclass(frozen=True)
 class SFTConfig:
     """The settings of a training run, under TRL's names; an unknown name is a TypeError.
+
+    Settings that TRL and transformers have beside these are accepted if they change nothing
+    (foreign_settings.py).
 
     An optimizer step trains on per_device_train_batch_size * gradient_accumulation_steps samples
     (with packing: rows of max_length tokens). The samples are moved without padding, in as few
@@ -45,6 +64,9 @@ class SFTConfig:
     lr_scheduler_type: str = setting(
         "linear", "shape of the learning rate after warm-up", choices=SCHEDULES
     )
+    lr_scheduler_cycles: int = setting(
+        1, "waves of the learning rate, with cosine_with_restarts", minimum=1
+    )
     warmup_steps: float = setting(
         0, "steps of linear warm-up; below 1: a share of all steps", minimum=0
     )
@@ -59,6 +81,12 @@ class SFTConfig:
         "adamw_torch_fused",
         "AdamW on one flat buffer; moments in float32, with adamw_8bit in 8 bits",
         choices=OPTIMIZERS,
+    )
+    bf16: bool | None = setting(
+        None, "True expects a model in bfloat16, and notes any other dtype", python_only=True
+    )
+    fp16: bool | None = setting(
+        None, "True expects a model in float16, and notes any other dtype", python_only=True
     )
     max_grad_norm: float = setting(
         1.0, "largest global norm of the gradient; 0 turns clipping off", minimum=0
@@ -102,9 +130,14 @@ class SFTConfig:
         "a number for each file of the training data: 2 takes its samples twice, 0.5 takes half",
         greater_than=0,
     )
+    logging_strategy: str = setting("steps", "when to write a metrics line", choices=INTERVALS)
     logging_steps: int = setting(10, "optimizer steps a metrics line", minimum=1)
     logging_first_step: bool = setting(False, "write a metrics line for the first step too")
-    save_strategy: str = setting("steps", "when to write checkpoint-N", choices=INTERVALS)
+    save_strategy: str = setting(
+        "steps",
+        "when to write checkpoint-N; best: after each evaluation with a lower loss than all before",
+        choices=SAVE_STRATEGIES,
+    )
     save_steps: int = setting(
         500, "optimizer steps a checkpoint, with save_strategy steps", minimum=1
     )
@@ -117,12 +150,31 @@ class SFTConfig:
     eval_steps: int | None = setting(
         None, "steps between evaluations; default logging_steps", minimum=1
     )
+    eval_on_start: bool = setting(False, "evaluate before the first step too")
+    load_best_model_at_end: bool = setting(
+        False, "end with the adapter of the checkpoint that has the lowest evaluation loss"
+    )
+    metric_for_best_model: str | None = setting(
+        None,
+        "the metric of the best checkpoint, which save_total_limit keeps",
+        choices=("loss", "eval_loss"),
+    )
+    greater_is_better: bool | None = setting(
+        None, "False: a lower loss is better", python_only=True
+    )
     seed: int = setting(
         42, "the order of the samples follows from this and the epoch", minimum=0, maximum=2**64 - 1
     )
     report_to: str = setting(
-        "none", "nothing is reported anywhere; metrics.jsonl holds everything", choices=("none",)
+        "none",
+        "further destination of the metrics, which metrics.jsonl holds in any case",
+        choices=REPORTS,
     )
+    logging_dir: str | None = setting(
+        None, "folder of TensorBoard's files; default: tensorboard in the run folder"
+    )
+    run_name: str | None = setting(None, "a name of the run, for callbacks")
+    disable_tqdm: bool | None = setting(None, "show no progress bar")
     micro_step_tokens: int | None = setting(
         None, "tokens of one forward/backward; default by device", minimum=1
     )
@@ -141,13 +193,13 @@ class SFTConfig:
     )
 
     def __post_init__(self):
-        if isinstance(self.output_dir, os.PathLike):
-            object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
-        if isinstance(self.ignore_fields, list):
-            object.__setattr__(self, "ignore_fields", tuple(self.ignore_fields))
-        if isinstance(self.data_weights, list):
-            object.__setattr__(self, "data_weights", tuple(self.data_weights))
+        for item in fields(self):
+            value = _normal_value(item.name, getattr(self, item.name))
+            object.__setattr__(self, item.name, value)
         check_settings(self)
+        _check_best(self)
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16=True and fp16=True exclude each other; leave one out")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
                 f"max_steps is {self.max_steps}; expected at least 1, or -1 for num_train_epochs"
@@ -170,3 +222,101 @@ class SFTConfig:
             raise ValueError(
                 "lr_scheduler_type 'constant' has no warm-up; choose 'constant_with_warmup'"
             )
+
+    def precision_notes(self, dtype: object) -> list[str]:
+        """Return a text for each of bf16 and fp16 that asks for another dtype than the model's.
+
+        dtype: the torch dtype that the model computes in.
+        """
+        own = str(dtype).removeprefix("torch.")
+        wanted = {"bf16": "bfloat16", "fp16": "float16"}
+        return [
+            f"{name}=True asks for {word}, but the model computes in {own}, which counts: "
+            f"FastLanguageModel.from_pretrained(..., dtype=torch.{word}) changes that"
+            for name, word in wanted.items()
+            if getattr(self, name) and own != word
+        ]
+
+
+@foreign_arguments(**FOREIGN_SETTINGS)
+@dataclass(frozen=True)
+class TrainingArguments(SFTConfig):
+    """SFTConfig with the defaults of transformers' TrainingArguments."""
+
+    learning_rate: float = setting(5e-5, "peak learning rate", minimum=0)
+    logging_steps: int = setting(500, "optimizer steps a metrics line", minimum=1)
+
+
+def _normal_value(name: str, value: Any) -> Any:
+    """Return the value of a setting in its one form: words, tuples and texts of paths.
+
+    Raises: ValueError if the value is another library's and has no form here.
+    """
+    value = plain_word(value)
+    if name in ("output_dir", "logging_dir") and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if name in ("ignore_fields", "data_weights") and isinstance(value, list):
+        return tuple(value)
+    if name == "max_steps" and value is None:
+        return -1
+    if name == "report_to":
+        return _report(value)
+    if name == "optim" and isinstance(value, str):
+        if value in OPTIMIZER_REMEDIES:
+            raise ValueError(
+                f"optim {value!r} is not supported, because the moments of an adapter are small; "
+                f"use {OPTIMIZER_REMEDIES[value]!r}"
+            )
+        return OPTIMIZER_ALIASES.get(value, value)
+    return value
+
+
+def _report(value: Any) -> str:
+    """Return the one destination that report_to names.
+
+    Raises: ValueError if it names another service or several destinations.
+    """
+    names = [value] if isinstance(value, str) else value
+    if names in ([], ()):
+        return "none"
+    if not isinstance(names, list | tuple) or len(names) != 1 or names[0] not in REPORTS:
+        raise ValueError(
+            f"report_to is {value!r}; choose 'none' or 'tensorboard', and pass a callback for any "
+            "other service: SFTTrainer(callbacks=[...])"
+        )
+    return names[0]
+
+
+def _check_best(args: SFTConfig) -> None:
+    """Name the metric of the best checkpoint if one is asked for.
+
+    Raises: ValueError if evaluations and checkpoints do not meet.
+    """
+    if args.greater_is_better and args.metric_for_best_model is None:
+        raise ValueError("greater_is_better is True without metric_for_best_model; leave it out")
+    if args.greater_is_better:
+        raise ValueError(
+            f"greater_is_better is True, but a lower {args.metric_for_best_model} is better; "
+            "leave it out"
+        )
+    needs_best = args.load_best_model_at_end or args.save_strategy == "best"
+    if needs_best and args.metric_for_best_model is None:
+        object.__setattr__(args, "metric_for_best_model", "loss")
+    if args.metric_for_best_model is not None:
+        object.__setattr__(args, "greater_is_better", False)
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise ValueError("save_strategy 'best' needs evaluations; choose an eval_strategy")
+    if not args.load_best_model_at_end or args.save_strategy == "best":
+        return
+    if args.eval_strategy != args.save_strategy or args.eval_strategy == "no":
+        raise ValueError(
+            f"load_best_model_at_end needs checkpoints of evaluated steps, but eval_strategy is "
+            f"{args.eval_strategy!r} and save_strategy is {args.save_strategy!r}; choose 'steps' "
+            "or 'epoch' for both, or save_strategy 'best'"
+        )
+    interval = args.eval_steps or args.logging_steps
+    if args.eval_strategy == "steps" and args.save_steps % interval:
+        raise ValueError(
+            f"load_best_model_at_end needs checkpoints of evaluated steps, but save_steps "
+            f"{args.save_steps} is no multiple of eval_steps {interval}; use the same number"
+        )

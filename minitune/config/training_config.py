@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from minitune.config.architectures import ALL_TARGETS, LORA_TARGETS
 from minitune.config.fields import check_settings, setting
 
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "inverse_sqrt"),
+    *("constant", "constant_with_warmup"),
+)
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
 INTERVALS = ("no", "steps", "epoch")
+SAVE_STRATEGIES = (*INTERVALS, "best")
+REPORTS = ("none", "tensorboard")
 DTYPES = ("float32", "bfloat16", "float16")
 PATHS = ("data", "eval_data")  # lists of paths, which may hold a comma
 GGUF_METHODS = (

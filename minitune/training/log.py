@@ -26,7 +26,7 @@ METRIC_FORMATS = {
     "learning_rate": "lr {:.1e}",
     "grad_norm": "grad {:.2f}",
     "tokens_per_second": "{:,.0f} tok/s",
-    "eval_seconds": "in {:.1f} s",
+    "eval_runtime": "in {:.1f} s",
 }
 TEXT_SECONDS = 1.0  # least distance of two texts of the bar: each one waits for the device
 ANSWER_LINES = 2  # of a sample answer on the screen
@@ -98,6 +98,7 @@ class TrainingLog:
 
         path: metrics.jsonl of the run.
         done: optimizer steps done before, by the run that is resumed.
+        show_bar: show the progress bar, on a terminal.
 
         Raises: ValueError if the file cannot be written; so does `record`.
         """

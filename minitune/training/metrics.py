@@ -17,7 +17,7 @@ from minitune.data.batching import Batch, collate, micro_steps
 from minitune.data.flat_samples import FlatSamples
 from minitune.device import MemoryUse, gib_text, memory_use
 from minitune.progress import ProgressBar, duration
-from minitune.training.checkpoint import Progress
+from minitune.training.checkpoint import Progress, RunSize
 from minitune.training.micro_step import MicroStep
 from minitune.training.out_of_memory import run_in_graph_pool
 
@@ -100,6 +100,22 @@ def status_text(
     return ", ".join(parts)
 
 
+def run_metrics(progress: Progress, size: RunSize) -> dict[str, float]:
+    """Return the numbers of a whole run, under transformers' names.
+
+    A sample counts as one unit; with packing a row does.
+    """
+    seconds = max(progress.seconds, 1e-9)  # a run that had nothing to train took no time
+    return {
+        "train_runtime": progress.seconds,
+        "train_samples_per_second": progress.step * size.units_per_step / seconds,
+        "train_steps_per_second": progress.step / seconds,
+        "train_loss": progress.loss_sum / max(1, progress.step),
+        "epoch": progress.step / size.steps_per_epoch,
+        "tokens": progress.tokens,
+    }
+
+
 class RunClock:
     """The seconds of a run, including those before an interruption, and the speed of its steps.
 
@@ -169,15 +185,18 @@ class RunClock:
 
 
 @torch.no_grad()
-def evaluation_loss(micro_step: MicroStep, samples: FlatSamples, micro_step_tokens: int) -> float:
+def evaluation_loss(
+    micro_step: MicroStep, samples: FlatSamples, micro_step_tokens: int, show_bar: bool = True
+) -> float:
     """Return the loss over all samples, a mean over their trained-on tokens.
 
     micro_step: of the model; its memory is used.
     micro_step_tokens: tokens of one forward pass at most.
+    show_bar: show a progress bar, on a terminal.
     """
     targets = int(samples.targets.sum())
     loss = torch.zeros((), device=micro_step.model.device)
-    with ProgressBar("evaluating", len(samples), "sample", True) as bar:
+    with ProgressBar("evaluating", len(samples), "sample", show_bar) as bar:
         for first in range(0, len(samples), EVAL_SAMPLES_PER_PACKING):
             part = samples[first : first + EVAL_SAMPLES_PER_PACKING]
             for pack in micro_steps(part, micro_step_tokens):

@@ -35,12 +35,14 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from minitune.config.training_config import SCHEDULES
 from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_
 from minitune.kernels.backend import cdiv
 from minitune.kernels.global_norm import global_norm
 from minitune.model.nf4 import dynamic_map
 
 NEGATIVE_VALUE_NEXT_TO_ZERO = 126  # its index in the signed dynamic map
+INVERSE_SQRT_TIMESCALE = 10_000  # steps, of a run without warm-up; the value of transformers
 
 
 @cache
@@ -218,11 +220,19 @@ def warmup_count(warmup_steps: float, warmup_ratio: float, total_steps: int) -> 
     return math.ceil(total_steps * (warmup_steps or warmup_ratio))
 
 
-def learning_rate_factor(kind: str, step: int, warmup: int, total_steps: int) -> float:
+def learning_rate_factor(
+    kind: str, step: int, warmup: int, total_steps: int, cycles: int = 1
+) -> float:
     """Return the factor of the peak rate in update `step`, as in transformers' get_scheduler.
 
-    The factor rises linearly from 0 over `warmup` steps, except for `constant`. Then `linear` falls
-    to 0 at total_steps, `cosine` follows half a wave down to 0, and `constant_with_warmup` stays.
+    The factor rises linearly from 0 over `warmup` steps, except for `constant`. Then
+
+    - `linear` falls to 0 at total_steps;
+    - `cosine` follows half a wave down to 0;
+    - `cosine_with_restarts` follows `cycles` half waves, each from 1 down to 0;
+    - `inverse_sqrt` falls as the root of warmup / step; without warm-up it falls as the root of
+      10,000 / (10,000 + step);
+    - `constant_with_warmup` stays.
 
     step: number of the update, from 0.
 
@@ -239,7 +249,12 @@ def learning_rate_factor(kind: str, step: int, warmup: int, total_steps: int) ->
         return max(0.0, (total_steps - step) / decay_steps)
     if kind == "cosine":
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / decay_steps)))
-    raise ValueError(
-        f"lr_scheduler_type {kind!r} is not known; choose linear, cosine, constant or "
-        "constant_with_warmup"
-    )
+    if kind == "cosine_with_restarts":
+        if step >= total_steps:
+            return 0.0
+        phase = cycles * ((step - warmup) / decay_steps) % 1.0
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * phase)))
+    if kind == "inverse_sqrt":
+        timescale = warmup or INVERSE_SQRT_TIMESCALE
+        return 1.0 / math.sqrt((step + timescale - warmup) / timescale)
+    raise ValueError(f"lr_scheduler_type {kind!r} is not known; choose {', '.join(SCHEDULES)}")

@@ -21,6 +21,7 @@ from minitune.config.training_config import RunConfig
 from minitune.data.batching import collate, micro_steps
 from minitune.data.samples import Sample
 from minitune.data.sources.sources import Dataset
+from minitune.data.token_view import TokenView
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import Progress
@@ -33,7 +34,7 @@ from minitune.training.out_of_memory import (
     run_planner,
 )
 from minitune.training.resume import resolve_run_config
-from minitune.training.run_data import SampleOrder, read_datasets, with_template_date
+from minitune.training.run_data import SampleOrder, read_datasets, tokenize, with_template_date
 
 
 class OptimizerSteps:
@@ -67,11 +68,8 @@ class OptimizerSteps:
             )
         self.processing_class = processing_class or Tokenizer.from_folder(model.folder)
         model.eos_token_ids = self.processing_class.eos_token_ids  # of the template trained on
-        self.data = read_datasets(
-            train_dataset, eval_dataset, self.processing_class, self.args, model.max_seq_length
-        )
-        self.order = SampleOrder(self.data.train.samples, self.args, self.data.max_length)
-        self.size = self.order.size
+        self._sources = train_dataset, eval_dataset
+        self._read_data()
         self.run_config = resolve_run_config(
             model, self.data.train_files, self.data.eval_files, run_config
         )
@@ -82,6 +80,36 @@ class OptimizerSteps:
         )
         self.progress = Progress()
         self._losses = PendingLosses()
+
+    # ---- the data
+
+    def _read_data(self) -> None:
+        """Tokenize the datasets, and divide them into steps.
+
+        Raises: ValueError if settings and data do not fit together.
+        """
+        self.data = read_datasets(
+            *self._sources, self.processing_class, self.args, self.model.max_seq_length
+        )
+        self.order = SampleOrder(self.data.train.samples, self.args, self.data.max_length)
+        self.size = self.order.size
+
+    @property
+    def train_dataset(self) -> TokenView:
+        """The samples that are trained on, as rows with input_ids and labels."""
+        return TokenView(self.data.train.samples)
+
+    @property
+    def eval_dataset(self) -> TokenView | None:
+        """The samples of the evaluation, or None."""
+        if self.data.evaluation is None:
+            return None
+        return TokenView(self.data.evaluation.samples)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; transformers' older name of processing_class."""
+        return self.processing_class
 
     # ---- one step
 
@@ -103,7 +131,8 @@ class OptimizerSteps:
         args, total_steps = self.args, self.size.total_steps
         warmup = warmup_count(args.warmup_steps, args.warmup_ratio, total_steps)
         kind = args.lr_scheduler_type
-        return args.learning_rate * learning_rate_factor(kind, step, warmup, total_steps)
+        cycles = args.lr_scheduler_cycles
+        return args.learning_rate * learning_rate_factor(kind, step, warmup, total_steps, cycles)
 
     def _optimizer_step(self) -> None:
         """Train on the samples of the next step, and update the adapter."""
@@ -116,14 +145,24 @@ class OptimizerSteps:
         self._losses.add(loss, norm)
         self.progress.step += 1
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the loss of the evaluation data, a mean over its trained-on tokens.
+    def _evaluation(self, eval_dataset: Dataset | None = None) -> dict[str, float]:
+        """Return the loss of the evaluation data, a mean over its trained-on tokens, and its speed.
 
-        Raises: ValueError if there is no eval_dataset.
+        eval_dataset: data in place of that of the trainer.
+
+        Raises: ValueError if there is no evaluation data.
         """
-        if self.data.evaluation is None:
+        data = self.data.evaluation
+        if eval_dataset is not None:
+            data = tokenize(eval_dataset, self.processing_class, self.args, self.data.max_length)
+        if data is None:
             raise ValueError("there is no eval_dataset to evaluate on; pass one to SFTTrainer")
         start = time.perf_counter()
-        samples = self.data.evaluation.samples
-        loss = evaluation_loss(self.micro_step, samples, self.micro_step_tokens)
-        return {"eval_loss": loss, "eval_seconds": time.perf_counter() - start}
+        show_bar = not self.args.disable_tqdm
+        loss = evaluation_loss(self.micro_step, data.samples, self.micro_step_tokens, show_bar)
+        seconds = time.perf_counter() - start
+        return {
+            "eval_loss": loss,
+            "eval_runtime": seconds,
+            "eval_samples_per_second": len(data.samples) / seconds,
+        }

@@ -49,6 +49,7 @@ SAME_MATHEMATICS = (
     "dtype",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_cycles",
     "warmup_steps",
     "warmup_ratio",
     "total_steps",
@@ -304,7 +305,8 @@ def resume_run(
     load_checkpoint(model, optimizer, source)
 
     warnings = []
-    if changes := _changes(SAME_MATHEMATICS, before, identity):
+    recorded_names = [name for name in SAME_MATHEMATICS if name in before]
+    if changes := _changes(recorded_names, before, identity):
         warnings.append(f"{source} is continued with other settings: {', '.join(changes)}")
     recorded_names = [name for name in SAME_ROUNDING if name in before]
     if changes := _changes(recorded_names, before, identity):

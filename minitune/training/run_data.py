@@ -162,20 +162,28 @@ def read_datasets(
         )
     evaluation = None
     cache = None if args.output_dir is None else Path(args.output_dir) / FOLDER
-    train = _tokenize(train_dataset, tokenizer, args, max_length, cache)
+    train = tokenize(train_dataset, tokenizer, args, max_length, cache)
     if args.data_weights:
         samples = weighted(train.samples, args.data_weights, args.seed)
         train = replace(train, samples=samples, is_weighted=True)
     if eval_dataset is not None:
-        evaluation = _tokenize(eval_dataset, tokenizer, args, max_length, cache)
+        evaluation = tokenize(eval_dataset, tokenizer, args, max_length, cache)
     files = [file_names(source) for source in (train_dataset, eval_dataset)]
     return RunData(train, evaluation, max_length, *files)
 
 
-def _tokenize(
-    source: Dataset, tokenizer: Tokenizer, args: SFTConfig, max_length: int, cache: Path | None
+def tokenize(
+    source: Dataset,
+    tokenizer: Tokenizer,
+    args: SFTConfig,
+    max_length: int,
+    cache: Path | None = None,
 ) -> TokenizedDataset:
-    with ProgressBar("tokenizing", None, "record", True) as bar:
+    """Tokenize one dataset with the settings of a run.
+
+    Raises: ValueError if a record cannot be read.
+    """
+    with ProgressBar("tokenizing", None, "record", not args.disable_tqdm) as bar:
         return tokenize_dataset(
             source,
             tokenizer,

@@ -272,7 +272,14 @@ class RunFolder:
         atomic_write_text(self.output / CONFIG, toml_text(settings))
         add_outputs(self.output, [CONFIG, METRICS])
 
-    def save(self, model: CausalLM, optimizer: FlatAdamW, step: int, state: dict[str, Any]) -> None:
+    def save(
+        self,
+        model: CausalLM,
+        optimizer: FlatAdamW,
+        step: int,
+        state: dict[str, Any],
+        kept_step: int | None = None,
+    ) -> None:
         """Write checkpoint-N, and delete the checkpoints that it makes obsolete.
 
         These are later checkpoints than the one that the run continues from, left by the run
@@ -280,16 +287,30 @@ class RunFolder:
 
         step: optimizer steps done, N.
         state: the content of state.json.
+        kept_step: the step of the best checkpoint, which stays, or None.
 
         Raises: ValueError if the checkpoint cannot be written.
         """
         save_checkpoint(model, optimizer, state, self.output / f"checkpoint-{step}")
         with os_errors_as_value_error(self.output):
             delete_checkpoints(self.output, after=self.saved_step, except_step=step)
-            if self._save_total_limit is not None:
-                for old in checkpoints(self.output)[: -self._save_total_limit]:
-                    _delete(old)
+            for old in self._beyond_limit(kept_step):
+                _delete(old)
         self.saved_step = step
+
+    def _beyond_limit(self, kept_step: int | None) -> list[Path]:
+        """Return the oldest checkpoints beyond save_total_limit, except the best one.
+
+        The best checkpoint counts, except if the limit is 1: then the newest stays too.
+        """
+        limit, saved = self._save_total_limit, checkpoints(self.output)
+        if limit is None:
+            return []
+        newest = saved[-limit:]
+        if all(checkpoint_step(folder) != kept_step for folder in newest):
+            kept = [folder for folder in saved if checkpoint_step(folder) == kept_step]
+            newest = kept + saved[-max(1, limit - len(kept)) :]
+        return [folder for folder in saved if folder not in newest]
 
     def last_checkpoint(self) -> Path | None:
         """Return the checkpoint that was saved last, or None if there is none."""

@@ -1,20 +1,21 @@
 """A training run: the loop over optimizer steps, logging, evaluation and saving."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minitune.checkpoints.adapter import load_adapter
 from minitune.config.cli import as_dict
 from minitune.data.templates.adapter_template import save_template
 from minitune.data.token_cache import FOLDER, remove_other_entries
 from minitune.device import memory_use
 from minitune.progress import labelled, print_line, wrapped
 from minitune.training.banner import RunSummary, banner
-from minitune.training.checkpoint import Progress
+from minitune.training.checkpoint import Progress, read_state
 from minitune.training.log import TrainingLog
-from minitune.training.metrics import RunClock, status_text, training_record
+from minitune.training.metrics import RunClock, run_metrics, status_text, training_record
 from minitune.training.optimizer import FlatAdamW
 from minitune.training.optimizer_steps import OptimizerSteps
 from minitune.training.out_of_memory import oom_as_value_error, planned_vs_measured
@@ -25,8 +26,10 @@ from minitune.training.resume import (
     resume_run,
     run_identity,
 )
+from minitune.training.run_control import RunControl
 from minitune.training.run_end import RunResult, deferred_sigint, interruption, summary
 from minitune.training.run_folder import CONFIG, METRICS, RunFolder, checkpoints, open_run_folder
+from minitune.training.tensorboard import TensorBoardCallback
 
 
 class TrainOutput(NamedTuple):
@@ -40,7 +43,31 @@ class TrainOutput(NamedTuple):
 class Trainer(OptimizerSteps):
     """A training run of a model's adapter, in a run folder."""
 
-    def train(self, resume_from_checkpoint: bool | str | Path = False) -> TrainOutput:
+    def __init__(self, *arguments: Any, callbacks: Iterable[Any] = (), **options: Any):
+        """Build the steps, with the arguments of OptimizerSteps, and take the callbacks.
+
+        callbacks: objects or classes of TrainerCallback (callbacks.py).
+
+        Raises: ValueError if model, settings, data and callbacks do not fit together.
+        """
+        super().__init__(*arguments, **options)
+        self.optimizer: FlatAdamW | None = None  # of the run
+        callbacks = list(callbacks)
+        if self.args.report_to == "tensorboard":
+            callbacks.append(TensorBoardCallback())
+        self._run: RunFolder | None = None
+        self.run_control = RunControl(self.args, callbacks, self._callback_objects)
+
+    def _callback_objects(self) -> dict[str, Any]:
+        """Return the keyword arguments of every event."""
+        return {
+            "model": self.model,
+            "processing_class": self.processing_class,
+            "tokenizer": self.processing_class,
+            "optimizer": self.optimizer,
+        }
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Train to the last step. After any failure the last complete checkpoint remains.
 
         resume_from_checkpoint: True for output_dir's newest checkpoint, or a checkpoint's path.
@@ -52,8 +79,9 @@ class Trainer(OptimizerSteps):
         source = self._begin(resume_from_checkpoint)
         self.model.max_trained_seqlen = self.data.max_seqlen
         p, total_steps = self.progress, self.size.total_steps
+        show_bar = not self.args.disable_tqdm
         with (
-            TrainingLog(self.output / METRICS, total_steps, p.step) as log,
+            TrainingLog(self.output / METRICS, total_steps, p.step, show_bar) as log,
             deferred_sigint() as caught,
             self._report_interruption(log),
             oom_as_value_error(self.planner, self.model.device, self._oom_advice),
@@ -61,22 +89,26 @@ class Trainer(OptimizerSteps):
             contextlib.closing(self.micro_step),
         ):
             log.print_line(banner(self.model, self.data.by_label, self._summary(source)))
+            if source is not None:
+                self.run_control.read_history(self.output / METRICS)
+            self.run_control.event("on_train_begin")
             clock = RunClock(p.seconds, p.tokens)
             self._loop(log, clock, caught)
             speed = clock.mean_tokens_per_second(p)
-            if caught and p.step < total_steps:
+            is_ended = self.run_control.control.should_training_stop
+            if caught and p.step < total_steps and not is_ended:
                 raise KeyboardInterrupt
+            if p.step < total_steps:
+                log.print_line(labelled("note", f"a callback ended the run after step {p.step}"))
+            if self.args.load_best_model_at_end:
+                self._load_best_checkpoint(log)
+            metrics = run_metrics(p, self.size)
+            self.run_control.log({"step": p.step, **metrics})
+            self.run_control.event("on_train_end")
             adapter = self._run.finish(self.model, p.step)
             save_template(self.processing_class, adapter)
             log.print_line(self._end(log, speed, adapter))
-        mean = p.loss_sum / max(1, p.step)
-        metrics = {
-            "train_loss": mean,
-            "train_runtime": p.seconds,
-            "epoch": self._epoch(),
-            "tokens": p.tokens,
-        }
-        return TrainOutput(p.step, mean, metrics)
+        return TrainOutput(p.step, metrics["train_loss"], metrics)
 
     def _end(self, log: TrainingLog, speed: float | None, adapter: Path) -> str:
         """Return the summary of the finished run."""
@@ -96,35 +128,49 @@ class Trainer(OptimizerSteps):
 
     def _loop(self, log: TrainingLog, clock: RunClock, caught: list[int]) -> None:
         """Run optimizer steps to the last one, or until Ctrl-C fills `caught`."""
-        p, args = self.progress, self.args
+        p, args, run = self.progress, self.args, self.run_control
         first = p.step + 1
-        if first > self.size.total_steps and args.eval_strategy != "no":
-            self._log_evaluation(log)  # a finished run is only evaluated
-        while p.step < self.size.total_steps and not caught:
+        is_finished = first > self.size.total_steps and args.eval_strategy != "no"
+        if is_finished or (first == 1 and args.eval_on_start):
+            with clock.paused():
+                self._log_evaluation(log)  # a finished run is only evaluated
+        while p.step < self.size.total_steps and not (caught or run.control.should_training_stop):
+            run.begin_step()
             self._optimizer_step()
             clock.step_done(p)
+            run.event("on_optimizer_step")
             if p.step == first:
                 memory = planned_vs_measured(self.planner, self.model.device)
                 if memory is not None:
                     log.print_line(labelled("memory", memory))
             log.advance(lambda: self._status(clock))
-            if self._is_due(args.logging_steps) or (p.step == 1 and args.logging_first_step):
-                self._fetch_losses()
+            run.end_step(p)
+            self._do_due_tasks(log, clock)
+            if run.ends_epoch():
+                self._do_due_tasks(log, clock)
+            if caught:
                 p.seconds = clock.seconds()
-                speed = clock.tokens_per_second(p.tokens)
-                rate = self.learning_rate(p.step - 1)
-                record = training_record(
-                    p, self.size.steps_per_epoch, rate, speed, self.model.device
-                )
-                self._write(log, record, clock.seconds_left(p, self.size.total_steps))
-            with clock.paused():
-                if self._is_time_to(args.eval_strategy, args.eval_steps or args.logging_steps):
-                    self._log_evaluation(log)
-                if self._is_time_to(args.save_strategy, args.save_steps) or caught:
-                    p.seconds = clock.seconds()
-                    self._save()
+                self._save()
         self._fetch_losses()
         p.seconds = clock.seconds()
+
+    def _do_due_tasks(self, log: TrainingLog, clock: RunClock) -> None:
+        """Write a metrics line, evaluate and save, as far as `control` asks for them."""
+        p, run = self.progress, self.run_control
+        if run.control.should_log and not run.is_logged:
+            self._fetch_losses()
+            p.seconds = clock.seconds()
+            speed = clock.tokens_per_second(p.tokens)
+            rate = self.learning_rate(p.step - 1)
+            record = training_record(p, self.size.steps_per_epoch, rate, speed, self.model.device)
+            self._write(log, record, clock.seconds_left(p, self.size.total_steps))
+        with clock.paused():
+            if run.control.should_evaluate:
+                self._log_evaluation(log)
+            if run.control.should_save:
+                p.seconds = clock.seconds()
+                self._save()
+                run.saved()
 
     def _resident_weights(self) -> contextlib.AbstractContextManager:
         """Keep weights dequantised if the model runs on a CPU and they fit.
@@ -160,17 +206,24 @@ class Trainer(OptimizerSteps):
     def _last_checkpoint(self) -> str:
         return str(self._run.last_checkpoint() or "none was saved")
 
-    def _is_due(self, interval: int) -> bool:
-        """Return True after every `interval` steps and after the last step."""
-        return self.progress.step % interval == 0 or self.progress.step == self.size.total_steps
+    # ---- results
 
-    def _is_time_to(self, strategy: str, steps: int) -> bool:
-        """Return True if a task of this strategy is due: no, epoch, or every `steps` steps."""
-        interval = self.size.steps_per_epoch if strategy == "epoch" else steps
-        return strategy != "no" and self._is_due(interval)
+    def _load_best_checkpoint(self, log: TrainingLog) -> None:
+        """Load the adapter of the best checkpoint.
 
-    def _epoch(self) -> float:
-        return self.progress.step / self.size.steps_per_epoch
+        Raises: ValueError if the checkpoint cannot be read.
+        """
+        best = self.run_control.best
+        if best.saved_step is None:
+            text = "no evaluated step has a checkpoint: the last step is the result"
+            log.print_line(labelled("note", text))
+            return
+        load_adapter(self.model, self.output / f"checkpoint-{best.saved_step}")
+        text = (
+            f"step {best.saved_step}, eval_loss {best.saved_loss:.4f}: the result is the adapter "
+            f"of checkpoint-{best.saved_step}"
+        )
+        log.print_line(labelled("result", text))
 
     # ---- metrics
 
@@ -188,7 +241,10 @@ class Trainer(OptimizerSteps):
             ) from None
 
     def _log_evaluation(self, log: TrainingLog) -> None:
-        self._write(log, {"step": self.progress.step, "epoch": self._epoch(), **self.evaluate()})
+        """Evaluate, log the numbers, and tell the callbacks."""
+        metrics = {**self._evaluation(), "epoch": self.run_control.state.epoch}
+        self._write(log, {"step": self.progress.step, **metrics})
+        self.run_control.evaluated(metrics)
 
     def _status(self, clock: RunClock) -> str:
         """Return the text behind the progress bar; wait for the loss of the last step."""
@@ -209,6 +265,7 @@ class Trainer(OptimizerSteps):
             raise ValueError(
                 f"{error}; training stopped, last checkpoint: {self._last_checkpoint()}"
             ) from error
+        self.run_control.log(record)
 
     # ---- the run folder
 
@@ -237,13 +294,15 @@ class Trainer(OptimizerSteps):
             self.planner, model, args, self.data.max_seqlen, recorded
         )
         self.micro_step_tokens = inputs.micro_step_tokens
-        warnings += self.processing_class.notes
+        warnings += [*self.args.precision_notes(model.dtype), *self.processing_class.notes]
         for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
             print_line(wrapped(f"warning: {text}", indent=9))
         remove_other_entries(self.output / FOLDER, self.data.cache_keys)
         self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
         resolved = replace(args, output_dir=str(self.output), max_length=self.data.max_length)
         self._run.write_config(as_dict(self.run_config, model.lora, resolved))
+        saved = {} if source is None else read_state(source)
+        self.run_control.begin(resolved, self.size, self.progress, saved)
         return source
 
     def _summary(self, source: Path | None) -> RunSummary:
@@ -261,5 +320,8 @@ class Trainer(OptimizerSteps):
         """Write a checkpoint of the current step."""
         self._fetch_losses()
         inputs = current_plan_inputs(self.planner, self.micro_step_tokens)
+        self.run_control.saving()
         state = checkpoint_state(self.progress, self.size, self._identity, inputs)
-        self._run.save(self.model, self.optimizer, self.progress.step, state)
+        state |= self.run_control.to_json()
+        kept_step = self.run_control.kept_step
+        self._run.save(self.model, self.optimizer, self.progress.step, state, kept_step)

@@ -46,6 +46,8 @@ def known_settings() -> dict[str, KnownSetting]:
     for group, cls in GROUPS.items():
         hints = get_type_hints(cls)
         for item in fields(cls):
+            if item.metadata.get("python_only"):
+                continue
             hint = hints[item.name]
             types = tuple(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
             if get_origin(hint) is tuple:
@@ -66,5 +68,5 @@ def as_dict(*configs: Any) -> dict[str, Any]:
         item.name: getattr(config, item.name)
         for config in configs
         for item in fields(config)
-        if item.name not in NOT_WRITTEN
+        if item.name not in NOT_WRITTEN and not item.metadata.get("python_only")
     }

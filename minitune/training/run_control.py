@@ -1,0 +1,221 @@
+"""The control of a run: the state that callbacks see, their wishes, and the best evaluation."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from minitune.config.sft_config import SFTConfig
+from minitune.training.callbacks import CallbackHandler, TrainerControl, TrainerState
+from minitune.training.checkpoint import REMEDY, STATE, Progress, RunSize
+
+
+@dataclass
+class BestEvaluation:
+    """The lowest evaluation loss of a run, and the lowest one that has a checkpoint.
+
+    loss, step: of the lowest loss; None before an evaluation.
+    saved_loss, saved_step: of the best checkpoint; None before a checkpoint of an evaluated step.
+    """
+
+    loss: float | None = None
+    step: int | None = None
+    saved_loss: float | None = None
+    saved_step: int | None = None
+
+    def add(self, step: int, loss: float) -> bool:
+        """Take the loss of an evaluation, and return True if it is lower than all before."""
+        is_best = _is_lower(loss, self.loss)
+        if is_best:
+            self.loss, self.step = loss, step
+        return is_best
+
+    def add_checkpoint(self, step: int, loss: float) -> None:
+        """Take a checkpoint of a step with this evaluation loss."""
+        if _is_lower(loss, self.saved_loss):
+            self.saved_loss, self.saved_step = loss, step
+
+
+def _is_lower(loss: float, than: float | None) -> bool:
+    return loss < (math.inf if than is None else than)
+
+
+class RunControl:
+    """The state of a run, its callbacks, and the tasks that are due after a step."""
+
+    def __init__(self, args: SFTConfig, callbacks: Iterable[Any], objects: Callable[[], dict]):
+        """Take the callbacks.
+
+        objects: returns the keyword arguments of every event, such as the model.
+        """
+        self.args, self._objects = args, objects
+        self.handler = CallbackHandler(callbacks)
+        self.state, self.control, self.best = TrainerState(), TrainerControl(), BestEvaluation()
+        self._size = RunSize(1, 1, 0)
+        self._evaluated: tuple[int, float] | None = None  # step and loss of the last evaluation
+        self.event("on_init_end")
+
+    def event(self, name: str, **objects: Any) -> None:
+        """Run an event of all callbacks.
+
+        Raises: ValueError if a callback wants to end the epoch.
+        """
+        self.control = self.handler.call(
+            name, self.args, self.state, self.control, **self._objects(), **objects
+        )
+        if self.control.should_epoch_stop:
+            raise ValueError(
+                "a callback set should_epoch_stop, but the step decides the samples; set "
+                "should_training_stop, or lower num_train_epochs"
+            )
+
+    # ---- a run
+
+    def begin(self, args: SFTConfig, size: RunSize, progress: Progress, saved: dict) -> None:
+        """Start a run, or continue one.
+
+        args: the settings, with the run folder.
+        progress: the position of the run.
+        saved: the content of the state.json that the run continues from; {} for a new run.
+
+        Raises: ValueError if the saved values are broken.
+        """
+        self.args, self._size, self.control = args, size, TrainerControl()
+        self._evaluated, self.best = None, BestEvaluation(**_saved_best(saved))
+        if not isinstance(saved.get("callbacks", []), list):
+            raise ValueError(f"{STATE}: callbacks is {saved['callbacks']!r}; {REMEDY}")
+        self.handler.restore_(saved.get("callbacks", []))
+        self.state = TrainerState(
+            max_steps=size.total_steps,
+            num_train_epochs=math.ceil(size.total_steps / size.steps_per_epoch),
+            logging_steps=args.logging_steps,
+            eval_steps=args.eval_steps or args.logging_steps,
+            save_steps=args.save_steps,
+            train_batch_size=args.per_device_train_batch_size,
+        )
+        self.move_to(progress)
+        self._show_best()
+
+    def read_history(self, metrics: Path) -> None:
+        """Take the records of the run that is continued from metrics.jsonl."""
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        self.state.log_history = [json.loads(line) for line in lines]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that a checkpoint keeps."""
+        return {"best": asdict(self.best), "callbacks": self.handler.states()}
+
+    def move_to(self, progress: Progress) -> None:
+        """Show the position of the run in the state."""
+        self.state.global_step = progress.step
+        self.state.epoch = progress.step / self._size.steps_per_epoch
+        self.state.num_input_tokens_seen = progress.tokens
+
+    # ---- a step
+
+    def begin_step(self) -> None:
+        """Run the events before a step."""
+        if self.state.global_step % self._size.steps_per_epoch == 0:
+            self.event("on_epoch_begin")
+        self.event("on_step_begin")
+
+    def end_step(self, progress: Progress) -> None:
+        """Set the tasks that are due after a step, and run its event, which may change them."""
+        self.move_to(progress)
+        state = self.state
+        self._set_due_tasks("steps", state.logging_steps, state.eval_steps, state.save_steps)
+        if progress.step == 1 and self.args.logging_first_step:
+            self.control.should_log = True
+        self.event("on_step_end")
+
+    def ends_epoch(self) -> bool:
+        """Return True after the last step of an epoch or of the run.
+
+        Sets the tasks that are then due, and runs the event, which may change them.
+        """
+        if not self._is_due(self._size.steps_per_epoch):
+            return False
+        self._set_due_tasks("epoch", *[self._size.steps_per_epoch] * 3)
+        self.event("on_epoch_end")
+        return True
+
+    def _set_due_tasks(self, strategy: str, logging: int, evaluation: int, saving: int) -> None:
+        """Set the tasks of a strategy that are due; the numbers are their intervals in steps."""
+        args, control = self.args, self.control
+        control.should_log = args.logging_strategy == strategy and self._is_due(logging)
+        control.should_evaluate = args.eval_strategy == strategy and self._is_due(evaluation)
+        control.should_save = args.save_strategy == strategy and self._is_due(saving)
+
+    def _is_due(self, interval: int) -> bool:
+        """Return True after every `interval` steps and after the last step."""
+        step = self.state.global_step
+        return step % interval == 0 or step == self._size.total_steps
+
+    # ---- results
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to the history, and run its event."""
+        self.state.log_history.append(dict(record))
+        self.event("on_log", logs=dict(record))
+        self.control.should_log = False
+
+    def evaluated(self, metrics: dict[str, Any]) -> None:
+        """Take the numbers of an evaluation of the run, and run its event."""
+        step, loss = self.state.global_step, metrics["eval_loss"]
+        self.event("on_evaluate", metrics=metrics)
+        self.control.should_evaluate = False
+        self._evaluated = step, loss
+        is_best = self.best.add(step, loss)
+        if self.args.save_strategy == "best":
+            self.control.should_save = is_best
+        self._show_best()
+
+    def saving(self) -> None:
+        """Note that a checkpoint of the present step is about to be written."""
+        step = self.state.global_step
+        if self._evaluated is not None and self._evaluated[0] == step:
+            self.best.add_checkpoint(step, self._evaluated[1])
+        self._show_best()
+
+    def saved(self) -> None:
+        """Run the event of a checkpoint."""
+        self.event("on_save")
+        self.control.should_save = False
+
+    @property
+    def is_logged(self) -> bool:
+        """True if the losses of the present step are in the history."""
+        step = self.state.global_step
+        return any(
+            record["step"] == step and "loss" in record for record in self.state.log_history[-3:]
+        )
+
+    @property
+    def kept_step(self) -> int | None:
+        """The step of the checkpoint that save_total_limit keeps, or None."""
+        return None if self.args.metric_for_best_model is None else self.best.saved_step
+
+    def _show_best(self) -> None:
+        """Show the best evaluation in the state."""
+        self.state.best_metric, self.state.best_global_step = self.best.loss, self.best.step
+        self.state.best_model_checkpoint = None
+        if self.best.saved_step is not None:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.best.saved_step}"
+            self.state.best_model_checkpoint = str(folder)
+
+
+def _saved_best(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the best evaluation that a state.json holds; {} if it holds none.
+
+    Raises: ValueError if a value is of another type.
+    """
+    best = saved.get("best", {})  # checkpoints of older versions have none
+    names = {item.name for item in fields(BestEvaluation)}
+    if not isinstance(best, dict) or not names.issuperset(best):
+        raise ValueError(f"{STATE}: best is {best!r}; {REMEDY}")
+    for name, value in best.items():
+        if value is not None and type(value) not in (int, float):
+            raise ValueError(f"{STATE}: best.{name} is {value!r}; {REMEDY}")
+    return best
