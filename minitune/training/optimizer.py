@@ -250,9 +250,8 @@ def learning_rate_factor(
     if kind == "cosine":
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / decay_steps)))
     if kind == "cosine_with_restarts":
-        if step >= total_steps:
-            return 0.0
-        phase = cycles * ((step - warmup) / decay_steps) % 1.0
+        progress = (step - warmup) / decay_steps
+        phase = cycles * progress % 1.0 if progress < 1 else 1.0
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * phase)))
     if kind == "inverse_sqrt":
         timescale = warmup or INVERSE_SQRT_TIMESCALE
