@@ -13,7 +13,7 @@ if "torch" not in sys.modules:
     # are permanent. If the caller imported torch, the caller's own objects may not be.
     gc.freeze()
 
-from minitune.api import FastLanguageModel, LanguageModel
+from minitune.api import FastLanguageModel, get_peft_model
 from minitune.config.model_config import ModelConfig
 from minitune.config.sft_config import SFTConfig, TrainingArguments
 from minitune.config.training_config import LoraConfig
@@ -21,6 +21,8 @@ from minitune.data.sharegpt import standardize_data_formats, standardize_sharegp
 from minitune.data.templates.named_template import get_chat_template
 from minitune.data.text_streamer import TextIteratorStreamer, TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.device import is_bfloat16_supported
+from minitune.language_model import LanguageModel
 from minitune.sft_trainer import SFTTrainer
 from minitune.training.callbacks import (
     EarlyStoppingCallback,
@@ -45,6 +47,8 @@ __all__ = [
     "TrainerState",
     "TrainingArguments",
     "get_chat_template",
+    "get_peft_model",
+    "is_bfloat16_supported",
     "standardize_data_formats",
     "standardize_sharegpt",
 ]

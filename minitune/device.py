@@ -62,14 +62,21 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     if dtype not in DTYPES:
         names = ", ".join(map(str, DTYPES))
         raise ValueError(f"dtype {dtype} is not supported; choose one of {names}")
-    if device.type == "cpu" or dtype != torch.bfloat16:
-        return dtype
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if dtype == torch.bfloat16 and not is_bfloat16_supported(device):
         raise ValueError(
             f"{torch.cuda.get_device_name(device)} has no bfloat16, which needs compute "
             "capability 8.0; pass dtype=torch.float32"
         )
     return dtype
+
+
+def is_bfloat16_supported(device: torch.device | None = None) -> bool:
+    """Return True if a device computes in bfloat16: a CPU, or a GPU of capability 8.0 or higher.
+
+    device: the device; None takes a GPU if there is one.
+    """
+    device = choose_device(device)
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def gib_text(nbytes: float) -> str:

@@ -10,7 +10,13 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel
-from minitune.checkpoints.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
+from minitune.checkpoints.adapter import (
+    CONFIG,
+    WEIGHTS,
+    load_adapter,
+    load_adapter_values,
+    save_adapter,
+)
 from minitune.training.checkpoint import STATE, load_checkpoint, save_checkpoint
 from minitune.training.optimizer import FlatAdamW
 
@@ -111,7 +117,7 @@ def test_saved_adapter_comes_back_bit_for_bit_into_a_bare_and_into_an_adapted_mo
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"init_lora_weights": "pissa"}, "'pissa' altered the base weights"),
-        ({"r": 8}, r"r is 8, but the model's adapter has 4"),
+        ({"r": 8}, r"has shape \(4, 64\), but rank and model need \(8, 64\)"),
         ({"lora_alpha": 99}, "lora_alpha is 99, but the model's adapter has 16"),
         ({"use_rslora": True}, "use_rslora is True, but the model's adapter has False"),
         ({"r": 0}, "adapter_config.json: r is 0"),
@@ -128,7 +134,7 @@ def test_adapter_configurations_that_are_not_supported_are_refused_by_name(
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=message):
-        load_adapter(model, tmp_path)
+        load_adapter_values(model, tmp_path)
 
 
 def test_adapter_files_that_do_not_fit_are_refused_and_the_model_is_unchanged(tiny, tmp_path):

@@ -25,9 +25,10 @@ BELOW = {  # folder or top-level file -> the parts of the package that it may im
     "checkpoints": f"{FOUNDATION} model memory data",
     "gguf": f"{FOUNDATION} model memory data checkpoints",
     "training": ENGINE,
-    "api": f"{ENGINE} training",
-    "sft_trainer": f"{ENGINE} training api",
-    "commands": f"{ENGINE} training api sft_trainer",
+    "language_model": f"{ENGINE} training",
+    "api": f"{ENGINE} training language_model",
+    "sft_trainer": f"{ENGINE} training language_model api",
+    "commands": f"{ENGINE} training language_model api sft_trainer",
 }
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "minitune", "kernels", "scripts", "tests"}
 PACKAGE = sorted((ROOT / "minitune").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))

@@ -222,8 +222,8 @@ def test_a_bad_call_is_refused(tmp_path, message):
 BAD_ADAPTERS = {
     "target module 'qproj' does not exist": {"target_modules": ["qproj"]},
     "r is 0; expected at least 1": {"r": 0},
-    "lora_dropout 0.1 is not supported": {"lora_dropout": 0.1},
-    "bias 'all' is not supported": {"bias": "all"},
+    "lora_dropout=0.1 is not supported": {"lora_dropout": 0.1},
+    "bias='all' is not supported": {"bias": "all"},
     "use_gradient_checkpointing is 'some'": {"use_gradient_checkpointing": "some"},
 }
 
@@ -238,9 +238,9 @@ def test_a_bad_adapter_is_refused_and_leaves_the_model_as_it_was(tmp_path, messa
     assert model.lora is None and not model.trainable_parameters()
 
 
-def test_an_unknown_argument_is_a_type_error_and_a_second_adapter_is_refused(tmp_path):
+def test_an_unknown_argument_is_a_type_error_and_another_adapter_is_refused(tmp_path):
     model, _ = load(make_tiny_model(tmp_path / "m"))
-    with pytest.raises(TypeError):
-        FastLanguageModel.get_peft_model(model, loftq_config={})
-    with pytest.raises(ValueError, match="already has an adapter"):
-        FastLanguageModel.get_peft_model(model)
+    with pytest.raises(TypeError, match="did you mean lora_alpha"):
+        FastLanguageModel.get_peft_model(model, lora_alhpa=4)
+    with pytest.raises(ValueError, match="has an adapter with other settings already"):
+        FastLanguageModel.get_peft_model(model, r=model.lora.r + 1)

@@ -232,9 +232,7 @@ def test_a_wrong_call_is_refused_with_the_remedy(tmp_path, message):
 def test_padding_without_a_pad_token_names_the_remedy(tmp_path):
     tokenizer = Tokenizer.from_folder(write_chat_tokenizer(tmp_path))
     tokenizer.pad_token = None
-    with pytest.raises(
-        ValueError, match="padding needs a pad token, which"
-    ):
+    with pytest.raises(ValueError, match="padding needs a pad token, which"):
         tokenizer("a", padding=True)
     with pytest.raises(TypeError, match="has no argument 'paddings'; did you mean padding"):
         tokenizer("a", paddings=True)

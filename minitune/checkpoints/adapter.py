@@ -15,17 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minitune.atomic_files import atomic_folder, read_json, write_json
-from minitune.checkpoints.safetensors_folder import read_safetensors, text_name
+from minitune.checkpoints.safetensors_folder import (
+    is_hub_id,
+    read_metadata,
+    read_safetensors,
+    text_name,
+)
+from minitune.checkpoints.safetensors_writer import TensorSpec, write_safetensors
 from minitune.config.architectures import ALL_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
+from minitune.model.adapter_switch import remove_lora_
 from minitune.model.causal_lm import CausalLM
 
 PREFIX = "base_model.model."
+BASE_FORM, NF4_BASE = "minitune.base", "nf4"  # in the metadata: weights that it was trained on
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 # Wrapper -> the name of the text model's module in it, in transformers 5
@@ -75,35 +82,70 @@ def write_adapter_files(model: CausalLM, folder: Path) -> None:
             "the model has no adapter to save; attach one with FastLanguageModel.get_peft_model"
         )
     decoder = _decoder_name(model.config)
-    write_json(folder / CONFIG, _peft_config(model.name, model.lora, decoder))
+    base = model.name if is_hub_id(model.name, model.folder) else str(model.folder.resolve())
+    write_json(folder / CONFIG, _peft_config(base, model.lora, decoder))
     tensors = {
         PREFIX + decoder + name.removeprefix("model"): p.detach().cpu().contiguous()
         for name, p in model.trainable_parameters()
     }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    is_nf4 = any(linear.is_quantized for _, linear in model.linears())
+    metadata = {"format": "pt", BASE_FORM: NF4_BASE if is_nf4 else "16bit"}
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    write_safetensors(folder / WEIGHTS, specs, iter(tensors.items()), metadata)
 
 
 def load_adapter(model: CausalLM, folder: str | Path) -> None:
-    """Attach the adapter of `folder`, or copy its values into an adapter with the same settings.
+    """Attach the adapter of `folder`, instead of the present one if there is one.
 
     `model.lora_dropout` becomes the dropout that the adapter was trained with; it is not applied.
 
-    Raises: ValueError if PEFT options are not supported, if the model has an adapter with other
-        settings, or if a tensor is missing, unknown or of a wrong shape. The model is then
-        unchanged.
+    Raises: ValueError if PEFT options are not supported, or if a tensor is missing, unknown or of a
+        wrong shape. The model is then unchanged.
     """
-    config = read_adapter_config(folder)
-    tensors = _read_tensors(Path(folder) / WEIGHTS)
-    lora = _lora_config(config, tensors, Path(folder) / CONFIG)
-    if model.lora is not None:
-        _check_same_settings(folder, model.lora, lora)
-    _check_shapes(adapter_shapes(model.config, lora), tensors, Path(folder) / WEIGHTS)
+    _load_adapter(model, folder, may_replace=True)
+
+
+def load_adapter_values(model: CausalLM, folder: str | Path) -> None:
+    """Copy the values of the adapter in `folder` into the present adapter, in place.
+
+    Raises: ValueError as `load_adapter`, or if a setting differs from the model's adapter.
+    """
+    _load_adapter(model, folder, may_replace=False)
+
+
+def check_adapter(config: ModelConfig, folder: str | Path) -> None:
+    """Check that the adapter of `folder` fits a model, whose weights need not be loaded.
+
+    Raises: ValueError as `load_adapter`.
+    """
+    _read_adapter(config, folder)
+
+
+def _load_adapter(model: CausalLM, folder: str | Path, may_replace: bool) -> None:
+    lora, tensors, peft_config = _read_adapter(model.config, folder)
+    difference = None if model.lora is None else _difference(model.lora, lora)
+    if difference and not may_replace:
+        raise ValueError(f"{folder}: {difference}")
+    if difference:
+        remove_lora_(model)
     if model.lora is None:
         model.add_lora(lora)
     with torch.no_grad():
         for name, p in model.trainable_parameters():
             p.copy_(tensors[name])
-    model.lora_dropout = config.get("lora_dropout") or 0.0
+    model.lora_dropout = peft_config.get("lora_dropout") or 0.0
+    model.lora_on_nf4 = read_metadata(Path(folder) / WEIGHTS).get(BASE_FORM) == NF4_BASE
+
+
+def _read_adapter(
+    config: ModelConfig, folder: str | Path
+) -> tuple[LoraConfig, dict[str, Tensor], dict[str, Any]]:
+    """Return an adapter's settings, its tensors by parameter name, and its adapter_config.json."""
+    peft_config = read_adapter_config(folder)
+    tensors = _read_tensors(Path(folder) / WEIGHTS)
+    lora = _lora_config(peft_config, tensors, Path(folder) / CONFIG)
+    _check_shapes(adapter_shapes(config, lora), tensors, Path(folder) / WEIGHTS)
+    return lora, tensors, peft_config
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -153,8 +195,9 @@ def _decoder_name(config: ModelConfig) -> str:
 
 
 def _peft_config(base: str, lora: LoraConfig, decoder: str) -> dict[str, Any]:
-    """Return the content of adapter_config.json for an adapter on the model named `base`.
+    """Return the content of adapter_config.json.
 
+    base: the base model's folder as an absolute path, or org/name.
     decoder: name of the decoder in that model. If it is inside a wrapper, target_modules is a
         pattern, because the encoders have linears of the same names.
     """
@@ -228,13 +271,14 @@ def _lora_config(config: dict[str, Any], tensors: dict[str, Tensor], path: Path)
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check_same_settings(folder: str | Path, present: LoraConfig, loaded: LoraConfig) -> None:
-    """Raise ValueError if a loaded adapter differs from the model's in a setting."""
+def _difference(present: LoraConfig, loaded: LoraConfig) -> str | None:
+    """Return the first setting in which a loaded adapter differs from the model's, or None."""
     for name in ("r", "lora_alpha", "target_modules", "use_rslora"):
         have, want = getattr(present, name), getattr(loaded, name)
         same = set(have) == set(want) if name == "target_modules" else have == want
         if not same:
-            raise ValueError(f"{folder}: {name} is {want}, but the model's adapter has {have}")
+            return f"{name} is {want}, but the model's adapter has {have}"
+    return None
 
 
 def _check_shapes(

@@ -86,6 +86,22 @@ def merge_to_folder(
     return folder
 
 
+def merge_text(model: CausalLM, merge_base: str, nf4_setting: str = 'merge_base="nf4"') -> str:
+    """Return a line about the base that a merge uses, and how to answer as in training.
+
+    nf4_setting: the setting that merges onto NF4, as the user writes it.
+
+    Raises: ValueError if `merge_base` is not available.
+    """
+    original = _use_original(model, open_weights(model.folder, model.config), merge_base)
+    form = "16-bit" if original else "NF4"
+    if model.lora is None:
+        return f"without an adapter: the {form} weights of {model.name}"
+    text = f"the adapter into the {form} weights of {model.name}"
+    trained_on_nf4 = model.lora_on_nf4 or any(linear.is_quantized for _, linear in model.linears())
+    return f"{text}; {nf4_setting} answers as in training" if original and trained_on_nf4 else text
+
+
 def merged_specs(model: CausalLM) -> Specs:
     """Return the shapes and the dtype of the merged tensors."""
     return specs_of_dtype(model.config.tensor_shapes(), merged_dtype(model))

@@ -1,14 +1,15 @@
 """Write a trained model as GGUF for llama.cpp, or as a folder of safetensors for other libraries.
 
-    minitune export --model DIR --adapter runs/1/adapter --output model.gguf
-    minitune export --model DIR --adapter runs/1/adapter --merged merged/
+    minitune export --model runs/1 --output model.gguf             a run: its adapter and its base
+    minitune export --model DIR --adapter runs/1 --merged merged/
     minitune export --model merged/ --output gguf/ --quantization-method q4_k_m q8_0
     minitune export --model DIR --output x.gguf --quantization-method iq4_xs --imatrix-from FILE
     minitune export --model DIR --output gguf/ --ollama            a Modelfile for Ollama too
     minitune export --model DIR --save-4bit DIR-nf4     the base in NF4, which loads at disk speed
 
-Without --adapter the model itself is written. --save-4bit takes no adapter, because an adapter does
-not change its base. To have both in 4 bit, write --merged first and give that folder as --model.
+Without an adapter the model itself is written. --save-4bit takes no adapter, because an adapter
+does not change its base. To have both in 4 bit, write --merged first and give that folder as
+--model.
 """
 
 import argparse
@@ -18,23 +19,23 @@ from pathlib import Path
 
 import torch
 
-from minitune.api import FastLanguageModel, LanguageModel
+from minitune.api import FastLanguageModel
+from minitune.checkpoints.find_model import ModelSource, find_model
 from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.merge import merge_to_folder, merged_specs
 from minitune.checkpoints.model_folder import check_new_folder
-from minitune.checkpoints.safetensors_folder import resolve_model
 from minitune.checkpoints.safetensors_writer import total_bytes
 from minitune.checkpoints.save_4bit import save_4bit
 from minitune.config.cli import CommandParser, print_notes, run_command, split_items
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_WORDS, MERGE_BASES
-from minitune.data.templates.adapter_template import load_template
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
 from minitune.gguf.export import GGUFExport, plan_conversion, plan_export
 from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.gguf.importance_collection import DEFAULT_TOKENS, importance_from_data
+from minitune.language_model import LanguageModel
 
 
 def main(argv: Sequence[str] | None = None, program: str = "minitune export") -> int:
@@ -53,9 +54,14 @@ def _parser(program: str) -> argparse.ArgumentParser:
         description="Write a model, with its adapter merged in, as GGUF or safetensors.",
     )
     parser.add_argument(
-        "--model", required=True, help="model folder, or org/name in the local Hugging Face cache"
+        "--model",
+        required=True,
+        help="model folder, or org/name in the local Hugging Face cache; or the folder of a run or "
+        "an adapter, with its base",
     )
-    parser.add_argument("--adapter", type=Path, help="folder of the adapter to merge in")
+    parser.add_argument(
+        "--adapter", type=Path, help="folder of the run or the adapter to merge into --model"
+    )
     parser.add_argument(
         "--output", type=Path, help="GGUF file (ending in .gguf), or a folder for one or several"
     )
@@ -115,13 +121,15 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     methods, merge_base = split_items(arguments.quantization_method), arguments.merge_base
     output, merged, quantized = arguments.output, arguments.merged, arguments.save_4bit
     collects = arguments.imatrix_from is not None
-    folder = resolve_model(arguments.model)
+    source = find_model(arguments.model, arguments.adapter)
+    folder = source.base
+    _check_4bit(quantized, source)
     config = ModelConfig.from_folder(folder)
     print_notes(config.notes)
     prequantized = open_weights(folder, config).prequantized
     use_nf4 = merge_base == "nf4" or quantized is not None
     importance = None if arguments.imatrix is None else read_imatrix(arguments.imatrix)
-    needs_model = arguments.adapter is not None or collects or prequantized or use_nf4
+    needs_model = source.adapter is not None or collects or prequantized or use_nf4
     if merged is None and not needs_model:
         # Tensor by tensor, without a model in memory.
         planned = plan_conversion(folder, output, methods, importance)
@@ -164,11 +172,6 @@ def _check(arguments: argparse.Namespace) -> None:
             "nothing to write: give --output for a GGUF file, --merged for a 16-bit folder, or "
             "--save-4bit for one in NF4"
         )
-    if arguments.save_4bit is not None and arguments.adapter is not None:
-        raise ValueError(
-            "--save-4bit writes the model without an adapter; write --merged first, and then "
-            "--save-4bit with the merged folder as --model"
-        )
     if arguments.output is None and (
         arguments.imatrix is not None or arguments.imatrix_from is not None or arguments.ollama
     ):
@@ -179,6 +182,15 @@ def _check(arguments: argparse.Namespace) -> None:
     if tokens is not None and (arguments.imatrix_from is None or tokens < 1):
         raise ValueError(
             f"--imatrix-tokens {tokens}: expected at least 1, together with --imatrix-from"
+        )
+
+
+def _check_4bit(quantized: Path | None, source: ModelSource) -> None:
+    """Raise ValueError if the model that --save-4bit writes would lose its adapter."""
+    if quantized is not None and source.adapter is not None:
+        raise ValueError(
+            "--save-4bit writes the model without an adapter; write --merged first, and then "
+            "--save-4bit with the merged folder as --model"
         )
 
 
@@ -196,14 +208,11 @@ def _load(
     # NF4 weights are quantised first, which a GPU does faster. FP8 weights would take twice the
     # memory in float32, and a merge reads them again. An importance matrix takes forward passes.
     collects = arguments.imatrix_from is not None
-    model, tokenizer = FastLanguageModel.from_pretrained(
+    return FastLanguageModel.from_pretrained(
         arguments.model,
         max_seq_length=None,
         dtype=None if use_nf4 or prequantized or collects else torch.bfloat16,
         load_in_4bit=use_nf4,
         device=None if use_nf4 or collects else "cpu",
+        adapter=arguments.adapter,
     )
-    if arguments.adapter is not None:
-        model.load_adapter(arguments.adapter)
-        load_template(tokenizer, arguments.adapter)
-    return model, tokenizer

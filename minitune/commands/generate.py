@@ -1,7 +1,8 @@
 """Generate text with a model, with or without an adapter; the answer appears as it is decoded.
 
 minitune generate --model DIR --prompt "What is the capital of France?"
-minitune generate --model DIR --adapter runs/1/adapter    reads prompts until an empty line
+minitune generate --model runs/1                  a trained model; reads prompts until an empty line
+minitune generate --model DIR --adapter runs/1    the same, with the base model named
 """
 
 import argparse
@@ -10,7 +11,6 @@ from collections.abc import Iterator, Sequence
 
 from minitune.api import FastLanguageModel
 from minitune.config.cli import CommandParser, print_notes, run_command
-from minitune.data.templates.adapter_template import load_template
 from minitune.data.text_streamer import TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
@@ -28,12 +28,10 @@ def _run(argv: Sequence[str] | None, program: str) -> None:
         max_seq_length=arguments.max_seq_length,
         load_in_4bit=not arguments.no_load_in_4bit,
         device=arguments.device,
+        adapter=arguments.adapter,
         progress=True,
     )
     print_notes(model.config.notes)
-    if arguments.adapter:
-        model.load_adapter(arguments.adapter)
-        load_template(tokenizer, arguments.adapter)
     prompts = typed_lines() if arguments.prompt is None else [arguments.prompt]
     for text in prompts:
         answer(model, tokenizer, text, arguments)
@@ -44,9 +42,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
         prog=program, description="Generate text with a model, with or without an adapter."
     )
     parser.add_argument(
-        "--model", required=True, help="model folder, or org/name in the local Hugging Face cache"
+        "--model",
+        required=True,
+        help="model folder, or org/name in the local Hugging Face cache; or the folder of a run or "
+        "an adapter, with its base",
     )
-    parser.add_argument("--adapter", help="folder of an adapter")
+    parser.add_argument("--adapter", help="folder of a run or an adapter, if --model is its base")
     parser.add_argument("--prompt", help="the prompt; default: lines from the terminal or a pipe")
     parser.add_argument("--system", help="a system message before the prompt")
     parser.add_argument(

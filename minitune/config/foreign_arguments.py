@@ -15,6 +15,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import FrozenInstanceError
 from typing import Any, NamedTuple
 
 ANYTHING = None  # as Foreign.neutral: no value changes anything
@@ -72,6 +73,27 @@ def foreign_arguments(**table: Foreign | Renamed | Replaced) -> Callable[[Callab
             target.__init__ = checked
             return target
         return checked
+
+    return decorate
+
+
+def foreign_attributes(**table: Foreign) -> Callable[[type], type]:
+    """Return a decorator that lets neutral values be assigned to a frozen dataclass object.
+
+    The assignment of another value is a ValueError with the reason, and that of any other attribute
+    a FrozenInstanceError.
+    """
+
+    def decorate(target: type) -> type:
+        def checked(self: Any, name: str, value: Any) -> None:
+            if name not in table:
+                raise FrozenInstanceError(
+                    f"{target.__name__}.{name} cannot be assigned: the files of the model count"
+                )
+            _check_neutral(target.__name__, name, value, table[name])
+
+        target.__setattr__ = checked
+        return target
 
     return decorate
 

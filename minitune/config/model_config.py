@@ -10,7 +10,9 @@ from minitune.atomic_files import read_json
 from minitune.config.architectures import ARCHITECTURES, HEAD_NORMS, Architecture
 from minitune.config.config_values import read_value
 from minitune.config.family_defaults import with_defaults
+from minitune.config.foreign_arguments import foreign_attributes
 from minitune.config.layer_kinds import LayerKind, read_layer_kinds
+from minitune.config.loading_arguments import CONFIG_ATTRIBUTES
 from minitune.config.rope_config import RopeConfig, RopeReader
 from minitune.config.text_config import is_wrapper, text_config
 
@@ -35,6 +37,7 @@ class LinearShape(NamedTuple):
         return self.name.rpartition(".")[2]
 
 
+@foreign_attributes(**CONFIG_ATTRIBUTES)
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model.

@@ -2,9 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from minitune.config.architectures import ALL_TARGETS, LORA_TARGETS
 from minitune.config.fields import check_settings, setting
+from minitune.config.foreign_arguments import foreign_arguments
+from minitune.config.loading_arguments import LORA
 
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "inverse_sqrt"),
@@ -56,9 +59,14 @@ def parse_bytes(size: str) -> int:
     return int(float(found[1]) * SIZE_UNITS[found[2]])
 
 
+@foreign_arguments(**LORA)
 @dataclass(frozen=True)
 class LoraConfig:
-    """An adapter: W x + s B A x on the named linears, s = lora_alpha / r (or / sqrt(r), rslora)."""
+    """An adapter: W x + s B A x on the named linears, s = lora_alpha / r (or / sqrt(r), rslora).
+
+    The names are PEFT's and the defaults Unsloth's. `target_modules` may be a list, "all-linear" or
+    None for all linears.
+    """
 
     r: int = setting(16, "rank of the adapter", minimum=1)
     lora_alpha: float = setting(
@@ -68,8 +76,7 @@ class LoraConfig:
     use_rslora: bool = setting(False, "divide lora_alpha by the root of r instead")
 
     def __post_init__(self):
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        object.__setattr__(self, "target_modules", _targets(self.target_modules))
         check_settings(self)
         if not self.target_modules:
             raise ValueError(f"target_modules is empty; choose from {', '.join(LORA_TARGETS)}")
@@ -83,6 +90,15 @@ class LoraConfig:
     def scaling(self) -> float:
         """Return s, the factor of B A x."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+def _targets(target_modules: Any) -> Any:
+    """Return target_modules as a tuple of names, or the value itself if it is no such thing."""
+    if target_modules in (None, "all-linear"):
+        return LORA_TARGETS
+    if isinstance(target_modules, set | frozenset):
+        return tuple(sorted(target_modules))
+    return tuple(target_modules) if isinstance(target_modules, list) else target_modules
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 from minitune.atomic_files import read_json
 from minitune.checkpoints.load_weights import EMBEDDING, open_weights
+from minitune.checkpoints.safetensors_folder import is_hub_id
 from minitune.config.model_config import ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.mixtures import gguf_methods
@@ -38,7 +39,7 @@ def organization_and_name(name: str, folder: Path) -> tuple[str, str]:
     A model from the cache is called org/name. Any other has the name of its folder and "" as its
     organization.
     """
-    if Path(name).expanduser() == folder:
+    if not is_hub_id(name, folder):
         return "", folder.resolve().name
     return name.split("/")[0], name.split("/")[-1]
 

@@ -85,6 +85,8 @@ class CausalLM(nn.Module):
     windows: the sliding windows that a sample of max_seq_length reaches beyond, in tokens.
     lora_seed: the seed that drew the adapter's A.
     lora_dropout: the dropout that a loaded adapter was trained with; not applied here.
+    lora_on_nf4: True if a loaded adapter was trained on NF4 weights.
+    adapters_removed: number of adapters that another one replaced.
     max_trained_seqlen: tokens of the longest sample that this process trained on, or 0.
     eos_token_ids: the tokens at which `generate` stops.
     generation_defaults: settings of the model's folder that `generate` takes if a call names none.
@@ -115,6 +117,8 @@ class CausalLM(nn.Module):
         self.lora: LoraConfig | None = None
         self.lora_seed: int | None = None
         self.lora_dropout = 0.0
+        self.lora_on_nf4 = False
+        self.adapters_removed = 0
         self.max_trained_seqlen = 0
         self.name = ""
         self.folder = Path()
@@ -151,7 +155,7 @@ class CausalLM(nn.Module):
         """
         if self.lora is not None:
             raise ValueError(
-                "the model already has an adapter; load the base again to attach another"
+                "the model has an adapter already; load the base again to attach another one"
             )
         lora = replace(lora, target_modules=self.config.adapted_linears(lora.target_modules))
         generator = torch.Generator().manual_seed(seed)

@@ -30,6 +30,11 @@ class WeightBuffers:
     def __len__(self) -> int:
         return len(self._buffers)
 
+    def clear(self) -> None:
+        """Free the buffers. They hold parts of the adapters, so another adapter needs new ones."""
+        with self.lock:
+            self._buffers.clear()
+
     def allocate(
         self, fused_linears: Sequence[FusedLinear], dtype: torch.dtype, device: torch.device
     ) -> dict[FusedLinear, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from minitune.atomic_files import atomic_folder, read_json, write_json
-from minitune.checkpoints.adapter import load_adapter, write_adapter_files
+from minitune.checkpoints.adapter import load_adapter_values, write_adapter_files
 from minitune.checkpoints.safetensors_folder import read_safetensors
 from minitune.model.causal_lm import CausalLM
 from minitune.training.optimizer import FlatAdamW
@@ -112,6 +112,6 @@ def load_checkpoint(model: CausalLM, optimizer: FlatAdamW, folder: str | Path) -
     """
     state, path = read_state(folder), Path(folder) / OPTIMIZER
     moments = read_safetensors(path)
-    load_adapter(model, folder)
+    load_adapter_values(model, folder)
     optimizer.load_state_dict(moments, state["optimizer_steps"])
     return state

@@ -54,10 +54,16 @@ class MicroStep:
             )
         self.model = model
         self.planner = planner or model.planner
-        self._passes = ForwardBackward(model, self.planner)
+        self._capture = capture and model.device.type == "cuda"
+        self._build_passes()
+
+    def _build_passes(self) -> None:
+        """Build the passes over the model's present adapter."""
+        self._adapter = self.model.adapters_removed
+        self._passes = ForwardBackward(self.model, self.planner)
         self._prepared = False
         self._graphs: CUDAGraphCache | None = None
-        if capture and model.device.type == "cuda" and capture_disabled_reason() is None:
+        if self._capture and capture_disabled_reason() is None:
             self._graphs = CUDAGraphCache(self._passes)
 
     def prepare(self) -> None:
@@ -66,6 +72,9 @@ class MicroStep:
         Also wait for the kernels that are being compiled. A run calls this before it plans memory,
         because all this belongs to no step's memory and time.
         """
+        if self._adapter != self.model.adapters_removed:  # graphs and passes are of another one
+            self.close()
+            self._build_passes()
         if self._prepared or self.model.device.type != "cuda":
             return
         self._prepared = True

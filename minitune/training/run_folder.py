@@ -27,27 +27,21 @@ from minitune.atomic_files import (
     read_json,
 )
 from minitune.checkpoints.adapter import save_adapter
+from minitune.checkpoints.find_model import ADAPTER, checkpoint_step
 from minitune.config.cli import toml_text
 from minitune.config.sft_config import SFTConfig
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import STATE, save_checkpoint
 from minitune.training.optimizer import FlatAdamW
 
-ADAPTER, MERGED, METRICS, CONFIG = "adapter", "merged", "metrics.jsonl", "config.toml"
+MERGED, METRICS, CONFIG = "merged", "metrics.jsonl", "config.toml"
 OUTPUTS = "outputs.json"
 # A folder without outputs.json is from an older version; these names in it are a run's.
 NAMES_WITHOUT_LIST = (ADAPTER, MERGED, METRICS, CONFIG)
-CHECKPOINT_NAME = re.compile("checkpoint-([1-9][0-9]*)")
 NUMBER = re.compile("[0-9]+")
 
 
 # ---- the outputs of a run
-
-
-def checkpoint_step(folder: Path) -> int | None:
-    """Return N if the folder is named checkpoint-N, otherwise None."""
-    found = CHECKPOINT_NAME.fullmatch(folder.name)
-    return int(found[1]) if found else None
 
 
 def checkpoints(output: str | Path) -> list[Path]:

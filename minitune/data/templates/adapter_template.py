@@ -6,9 +6,14 @@ rendered with another template than the trained one get worse answers, without a
 
 from pathlib import Path
 
-from minitune.atomic_files import os_errors_as_value_error
-from minitune.data.templates.folder_templates import TEMPLATE_FILE, read_templates, write_templates
-from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.atomic_files import os_errors_as_value_error, read_json
+from minitune.data.templates.folder_templates import (
+    TEMPLATE_FILE,
+    Templates,
+    read_templates,
+    write_templates,
+)
+from minitune.data.tokenization.tokenizer import CONFIG, Tokenizer
 
 
 def save_template(tokenizer: Tokenizer, adapter: Path) -> None:
@@ -25,10 +30,20 @@ def save_template(tokenizer: Tokenizer, adapter: Path) -> None:
 
 
 def load_template(tokenizer: Tokenizer, adapter: str | Path) -> None:
-    """Assign the chat template of an adapter's folder, if the folder holds one.
+    """Assign the chat template of an adapter's folder, if it differs from the tokenizer's.
 
-    Raises: ValueError if the file is no template.
+    Raises: ValueError if the folder holds a file that is no template.
     """
-    templates = read_templates(Path(adapter), {})
-    if templates is not None:
+    templates = read_adapter_templates(adapter)
+    if templates is not None and templates != tokenizer.chat_template:
         tokenizer.chat_template = templates
+
+
+def read_adapter_templates(adapter: str | Path) -> Templates:
+    """Return the chat templates in an adapter's folder, or None if there are none.
+
+    A tokenizer that was saved there, by any program, holds templates too.
+
+    Raises: ValueError if the folder holds a file that is no template.
+    """
+    return read_templates(Path(adapter), read_json(Path(adapter) / CONFIG, default={}))
