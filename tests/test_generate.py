@@ -101,6 +101,37 @@ BAD = {
     "no empty one": {"prompts": [[1], []]},
     "a prompt has 64 tokens": {"prompts": [[1] * 64]},
     "temperature -1": {"prompts": [[1]], "temperature": -1},
+    "min_p 2": {"prompts": [[1]], "min_p": 2},
+    "repetition_penalty 0": {"prompts": [[1]], "repetition_penalty": 0},
+    "so temperature=0.7 would change nothing": {
+        "prompts": [[1]],
+        "do_sample": False,
+        "temperature": 0.7,
+    },
+    "so top_k=5, top_p=0.5 would change": {
+        "prompts": [[1]],
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 5,
+    },
+    "do_sample=True draws a token and temperature 0": {
+        "prompts": [[1]],
+        "do_sample": True,
+        "temperature": 0.0,
+    },
+    "limit the same thing": {"prompts": [[1]], "max_length": 9, "max_new_tokens": 9},
+    "max_length 2 counts the prompt too, which has 3": {"prompts": [[1, 2, 3]], "max_length": 2},
+    "max_new_tokens is 0": {"prompts": [[1]], "max_new_tokens": 0},
+    "num_return_sequences is 0": {"prompts": [[1]], "num_return_sequences": 0},
+    "a streamer shows one answer to one prompt": {"prompts": [[1], [2]], "streamer": "any"},
+    "num_beams=4 is not supported: beams are": {"prompts": [[1]], "num_beams": 4},
+    "stop_strings=.* pass the ids of the end": {"prompts": [[1]], "stop_strings": ["."]},
+    r"input_ids has the shape \(3,\)": {"input_ids": torch.tensor([1, 2, 3])},
+    r"attention_mask \(1, 2\) and input_ids \(1, 1\)": {
+        "input_ids": torch.tensor([[1]]),
+        "attention_mask": torch.ones(1, 2),
+    },
+    "attention_mask belongs to a tensor": {"prompts": [[1]], "attention_mask": [[1]]},
     "top_p 0": {"prompts": [[1]], "top_p": 0},
     "holds id 512": {"prompts": [[512]]},
     "holds id -5": {"prompts": [[3, -5]]},
@@ -113,3 +144,18 @@ BAD = {
 def test_a_bad_request_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
         model.generate(**BAD[message])
+
+
+def test_an_unknown_argument_names_the_nearest_one(model):
+    with pytest.raises(TypeError, match="no argument 'max_tokens'; did you mean max_new_tokens"):
+        model.generate([[1]], max_tokens=5)
+
+
+def test_answers_of_different_lengths_need_a_pad_token(model):
+    model.generation_defaults = {}
+    inputs = {"input_ids": torch.tensor([PROMPTS[0], PROMPTS[2][:4]]), "max_new_tokens": 20}
+    free = model.generate(**inputs)
+    end = int(free[0, 9])
+    with pytest.raises(ValueError, match="name a pad_token_id"):
+        model.generate(**inputs, eos_token_id=end)
+    assert model.generate(**inputs, eos_token_id=end, pad_token_id=3)[0, -1] == 3

@@ -89,7 +89,7 @@ class Sampler:
     def choose(self, logits: Tensor) -> list[int]:
         """Return one token for each row of the logits (B, V)."""
         if self._seen is not None:
-            logits = self._penalised(logits.float().cpu(), self._seen)
+            logits = self.penalised(logits.float().cpu())
         if self.config.temperature == 0:
             tokens = logits.argmax(-1).cpu()
         else:
@@ -99,8 +99,8 @@ class Sampler:
             self._seen[torch.arange(len(tokens)), tokens] = True
         return tokens.tolist()
 
-    def _penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Return logits (B, V) with the penalty on the tokens that are seen."""
+    def penalised(self, logits: Tensor) -> Tensor:
+        """Return logits (B, V) with the penalty on the tokens that each row holds."""
         penalty = self.config.repetition_penalty
         lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
-        return torch.where(seen, lowered, logits)
+        return torch.where(self._seen, lowered, logits)
