@@ -224,8 +224,9 @@ def sampling_config(
     unused = narrowed + (["temperature"] if temperature not in (None, 0, 1) else [])
     if unused:
         settings = ", ".join(f"{key}={named[key]}" for key in unused)
+        cause = "temperature 0" if temperature == 0 else "do_sample=False"
         raise ValueError(
-            f"the likeliest token is taken (temperature=0 or do_sample=False), so {settings} would "
-            "change nothing; leave it out, or name a temperature above 0"
+            f"{cause} takes the likeliest token, so {settings} would change nothing; leave it out, "
+            "or set temperature above 0"
         )
     return SamplingConfig(repetition_penalty=values["repetition_penalty"])
