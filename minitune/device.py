@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minitune.cgroups import cgroup_folders
 from minitune.kernels.optional_triton import check_triton
 
 CUDA_HOST_REGISTER_MAPPED = 2  # flag of cudaHostRegister: gives the memory a device address
@@ -144,7 +145,7 @@ def _free_host_memory() -> int:
         line = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
         if line:
             available = int(line[1]) * 1024
-    for folder in _cgroup_folders():
+    for folder in cgroup_folders("memory"):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
             limit = int((folder / "memory.max").read_text())
             used = int((folder / "memory.current").read_text())
@@ -178,14 +179,3 @@ def memory_use(device: torch.device) -> MemoryUse:
         return MemoryUse(now, peak, peak, is_gpu=False)
     allocated, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     return MemoryUse(allocated, most, peak, is_gpu=True)
-
-
-def _cgroup_folders() -> list[Path]:
-    """Return the folders of this process's cgroup (version 2) and of its parents."""
-    group = Path("/")
-    with contextlib.suppress(OSError):
-        line = Path("/proc/self/cgroup").read_text().rsplit("::", 1)[-1].strip()
-        group = Path(line or "/")
-    if not group.is_absolute():  # cgroup version 1
-        return []
-    return [Path("/sys/fs/cgroup") / part.relative_to("/") for part in (group, *group.parents)]

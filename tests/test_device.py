@@ -58,5 +58,5 @@ def test_free_host_memory_lies_within_the_limits_of_all_cgroups(tmp_path, monkey
         (tmp_path / name / "memory.max").write_text(limit)
         (tmp_path / name / "memory.current").write_text(used)
     folders = [tmp_path / "inner", tmp_path / "outer", tmp_path]
-    monkeypatch.setattr(device, "_cgroup_folders", lambda: folders)
+    monkeypatch.setattr(device, "cgroup_folders", lambda controller: folders)
     assert free_memory(CPU) == 64 << 20

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = "kernels progress device atomic_files config"
+FOUNDATION = "kernels progress cgroups threads device atomic_files config"
 ENGINE = f"{FOUNDATION} model memory data checkpoints gguf"
 BELOW = {  # folder or top-level file -> the parts of the package that it may import besides itself
     "kernels": "",
     "progress": "",
-    "device": "kernels",
+    "cgroups": "",
+    "threads": "cgroups",
+    "device": "kernels cgroups",
     "atomic_files": "kernels",
     "config": "kernels progress device atomic_files",
     "model": FOUNDATION,

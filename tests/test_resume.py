@@ -176,6 +176,7 @@ def test_resume_names_a_changed_setting_that_decides_the_order_of_sums(smallest,
         "cuda_graphs": False,
         "attention": "triton",
         "device": "another GPU",
+        "threads": 7,
     }.items():
         edit_json(path, identity={**identity, name: value})
         new_trainer(smallest, run, **CHECKPOINTS, resume=True).train()

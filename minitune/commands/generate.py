@@ -13,7 +13,9 @@ from minitune.api import FastLanguageModel
 from minitune.config.cli import CommandParser, print_notes, run_command
 from minitune.data.text_streamer import TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.device import choose_device
 from minitune.model.causal_lm import CausalLM
+from minitune.threads import use_free_cores
 
 
 def main(argv: Sequence[str] | None = None, program: str = "minitune generate") -> int:
@@ -23,6 +25,7 @@ def main(argv: Sequence[str] | None = None, program: str = "minitune generate") 
 
 def _run(argv: Sequence[str] | None, program: str) -> None:
     arguments = _parser(program).parse_args(argv)
+    use_free_cores(choose_device(arguments.device))
     model, tokenizer = FastLanguageModel.from_pretrained(
         arguments.model,
         max_seq_length=arguments.max_seq_length,

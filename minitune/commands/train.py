@@ -25,10 +25,12 @@ from minitune.config.cli import Settings, in_flags, parse, run_command
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
 from minitune.data.inspector.token_display import first_samples
 from minitune.data.sources.sources import check_first_records
+from minitune.device import choose_device
 from minitune.gguf.export import check_gguf
 from minitune.gguf.general_metadata import gguf_file_names
 from minitune.gguf.model_metadata import check_window
 from minitune.sft_trainer import SFTTrainer
+from minitune.threads import use_free_cores
 from minitune.training import run_folder
 from minitune.training.check_base import check_base, checked_samples
 from minitune.training.write_models import write_models
@@ -98,6 +100,7 @@ def prepare(settings: Settings) -> SFTTrainer:
     """
     _check(settings)
     run, lora, sft = settings.run, settings.lora, settings.sft
+    use_free_cores(choose_device(run.device))
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=run.model,
         max_seq_length=run.max_seq_length,

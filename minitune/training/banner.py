@@ -9,6 +9,7 @@ from minitune.data.tokenize_dataset import TokenizedDataset
 from minitune.model.activations import SaveLevel
 from minitune.model.causal_lm import CausalLM
 from minitune.progress import labelled
+from minitune.threads import threads_text
 from minitune.training.checkpoint import RunSize
 
 SAVED_ACTIVATIONS = {
@@ -64,8 +65,10 @@ def _model_rows(model: CausalLM) -> list[tuple[str, str]]:
     quantized = any(linear.is_quantized for _, linear in model.linears())
     lora = model.lora
     saved = SAVED_ACTIVATIONS.get(model.planner.level, "saved in part")
+    device = str(model.device)
     if model.device.type != "cuda":
         attention = "reference (PyTorch)"
+        device += f", {threads_text()}"
     elif model.layer_context.attention == "triton":
         attention = "triton"
     else:
@@ -83,7 +86,7 @@ def _model_rows(model: CausalLM) -> list[tuple[str, str]]:
         ),
         (
             "compute",
-            f"{model.device}, {str(model.dtype).removeprefix('torch.')}, attention {attention}, "
+            f"{device}, {str(model.dtype).removeprefix('torch.')}, attention {attention}, "
             f"activations {saved}",
         ),
     ]

@@ -67,6 +67,7 @@ SAME_ROUNDING = (
     "cuda_graphs",
     "attention",
     "device",
+    "threads",
 )
 # Share of the free memory that a run keeps in reserve for drivers and other processes. On a CPU,
 # other programs use the same memory.
@@ -127,7 +128,16 @@ def run_identity(model: CausalLM, args: SFTConfig, size: RunSize, data: RunData)
         "use_gradient_checkpointing": checkpointing_word(model.planner.level),
         "attention": model.layer_context.attention,
         "device": torch.cuda.get_device_name(model.device) if is_gpu else "cpu",
+        "threads": None if is_gpu else torch.get_num_threads(),
     }
+
+
+def recorded_threads(source: Path | None) -> int | None:
+    """Return the threads of the run that saved checkpoint `source`; None if nothing is recorded."""
+    if source is None:
+        return None
+    threads = read_state(source, identity=dict)["identity"].get("threads")
+    return threads if type(threads) is int and threads > 0 else None
 
 
 def _changes(names: Sequence[str], before: dict[str, Any], now: dict[str, Any]) -> list[str]:

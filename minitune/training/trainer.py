@@ -12,6 +12,7 @@ from minitune.data.templates.adapter_template import save_template
 from minitune.data.token_cache import FOLDER, remove_other_entries
 from minitune.device import memory_use
 from minitune.progress import labelled, print_line, wrapped
+from minitune.threads import kept_threads, use_free_cores
 from minitune.training.banner import RunSummary, banner
 from minitune.training.checkpoint import Progress, read_state
 from minitune.training.log import TrainingLog
@@ -23,6 +24,7 @@ from minitune.training.resume import (
     checkpoint_state,
     current_plan_inputs,
     fix_plan_inputs_,
+    recorded_threads,
     resume_run,
     run_identity,
 )
@@ -67,6 +69,7 @@ class Trainer(OptimizerSteps):
             "optimizer": self.optimizer,
         }
 
+    @kept_threads()
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Train to the last step. After any failure the last complete checkpoint remains.
 
@@ -283,6 +286,7 @@ class Trainer(OptimizerSteps):
             max_grad_norm=args.max_grad_norm,
             eight_bit=args.optim == "adamw_8bit",
         )
+        use_free_cores(model.device, recorded_threads(source))
         self._identity = run_identity(model, args, self.size, self.data)
         self._losses.clear()
         self.progress, recorded, warnings = Progress(), None, []
