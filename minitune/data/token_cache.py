@@ -13,6 +13,7 @@ another origin is never used: sizes, checksums and the range of every number are
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import zlib
@@ -74,7 +75,7 @@ def dataset_key(
         "format": FORMAT,
         "libraries": [version(name) for name in LIBRARIES],
         "templates": templates,
-        "names": [source.format.name for source in sources],
+        "names": [os.path.abspath(source.format.name) for source in sources],
         "settings": {**settings, "template_date": template_date},
     }
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())

@@ -16,6 +16,7 @@ and a resumed run plans with the same ones. A resumed run then gives the same bi
 uninterrupted run, in its losses and in its adapter.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from minitune.config.cli import as_dict
+from minitune.config.cli import as_dict, with_absolute_paths
 from minitune.config.sft_config import SFTConfig
 from minitune.config.training_config import RunConfig
 from minitune.device import free_memory, gib_text
@@ -122,7 +123,7 @@ def run_identity(model: CausalLM, args: SFTConfig, size: RunSize, data: RunData)
         "max_length": data.max_length,
         "total_steps": size.total_steps,
         "data": data.train.samples.fingerprint(),
-        "model": model.name,
+        "model": with_absolute_paths({"model": model.name})["model"],
         "load_in_4bit": any(linear.is_quantized for _, linear in model.linears()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "use_gradient_checkpointing": checkpointing_word(model.planner.level),
@@ -147,6 +148,18 @@ def _changes(names: Sequence[str], before: dict[str, Any], now: dict[str, Any]) 
         for name in names
         if before.get(name) != now[name]
     ]
+
+
+def _is_same_model(before: Any, now: str) -> bool:
+    """Return True if two names mean the same model.
+
+    before: of a checkpoint. Older versions wrote a relative path as it was given.
+    now: an absolute path, or an id.
+    """
+    if not isinstance(before, str) or not before:
+        return False
+    parts = Path(os.path.normpath(before)).parts
+    return bool(parts) and Path(now).parts[-len(parts) :] == parts
 
 
 def _check_order(source: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -302,6 +315,8 @@ def resume_run(
     """
     state = read_state(source, progress=dict, identity=dict)
     before, path = state["identity"], source / STATE
+    if _is_same_model(before.get("model"), identity["model"]):
+        before = {**before, "model": identity["model"]}
     _check_order(source, before, identity)
     progress = Progress.from_state(state["progress"], path)
     if progress.step > identity["total_steps"]:

@@ -28,7 +28,7 @@ from minitune.atomic_files import (
 )
 from minitune.checkpoints.adapter import save_adapter
 from minitune.checkpoints.find_model import ADAPTER, checkpoint_step
-from minitune.config.cli import toml_text
+from minitune.config.cli import toml_text, with_absolute_paths
 from minitune.config.sft_config import SFTConfig
 from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import STATE, save_checkpoint
@@ -261,9 +261,11 @@ class RunFolder:
     def write_config(self, settings: dict[str, Any]) -> None:
         """Write config.toml, and list it in outputs.json together with metrics.jsonl.
 
+        The paths become absolute, so the file repeats the run from every working directory.
+
         Raises: ValueError if a file cannot be written.
         """
-        atomic_write_text(self.output / CONFIG, toml_text(settings))
+        atomic_write_text(self.output / CONFIG, toml_text(with_absolute_paths(settings)))
         add_outputs(self.output, [CONFIG, METRICS])
 
     def save(
