@@ -215,7 +215,8 @@ def test_the_export_command_saves_the_base_and_takes_no_adapter_then(tmp_path, c
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in load_file(source / "model.safetensors").items():
         assert torch.equal(merged[name], tensor), name
-    command = [*base, "--adapter", "x", "--save-4bit", str(tmp_path / "other")]
+    load(source)[0].save_pretrained(tmp_path / "adapter")
+    command = [*base, "--adapter", str(tmp_path / "adapter"), "--save-4bit", str(tmp_path / "x")]
     assert export.main(command) == 2
     error = capsys.readouterr().err
     assert re.search("--save-4bit writes the model without an adapter; write --merged first", error)

@@ -87,7 +87,7 @@ def _neighbours(folder: Path) -> str:
     """Return the end of an error about a missing folder: the folders beside it."""
     if not folder.parent.is_dir():
         return ""
-    beside = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+    beside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[0] != ".")
     return f"; {folder.parent.resolve()} holds {', '.join(beside[:8]) or 'no folder'}"
 
 
