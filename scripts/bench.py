@@ -36,7 +36,7 @@ from benchmark.step_timing import (
     time_steps,
 )
 
-from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.checkpoints.resolve_model import resolve_model
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import parse_bytes

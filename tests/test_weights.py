@@ -11,7 +11,7 @@ from weight_folders import SKIPPED, edit_tensors, load, write_bitsandbytes
 
 from minitune import FastLanguageModel, Tokenizer
 from minitune.checkpoints.merge import merge_to_folder
-from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.checkpoints.resolve_model import resolve_model
 from minitune.gguf.export import convert_folder
 
 

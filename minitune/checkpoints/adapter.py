@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from minitune.atomic_files import atomic_folder, read_json, write_json
+from minitune.checkpoints.resolve_model import is_hub_id
 from minitune.checkpoints.safetensors_folder import (
-    is_hub_id,
     read_metadata,
     read_safetensors,
     text_name,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitune.checkpoints.adapter import CONFIG, WEIGHTS, read_adapter_config
-from minitune.checkpoints.safetensors_folder import MODEL_CONFIG, resolve_model
+from minitune.checkpoints.resolve_model import MODEL_CONFIG, resolve_model
 
 ADAPTER = "adapter"  # folder of a run's result
 RUN_FILES = ("outputs.json", "metrics.jsonl")  # a folder with one of them is a run's

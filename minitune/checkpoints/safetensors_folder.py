@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder, and the search for that folder.
+"""The safetensors files of a model folder.
 
 A folder holds one model.safetensors, or the shards that model.safetensors.index.json lists, or
 other *.safetensors files without an index. The files are memory-mapped and opened once, so host
@@ -20,7 +20,6 @@ from torch import Tensor
 from minitune.atomic_files import read_json
 from minitune.device import free_memory
 
-MODEL_CONFIG = "config.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Endings of constants that old writers saved or listed beside the weights; not loaded.
 NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
@@ -49,65 +48,6 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "U8": torch.uint8,  # parts of quantised weights
 }
-
-
-def resolve_model(name: str | Path, kind: str = "model") -> Path:
-    """Return a model's folder: `name` itself, or a snapshot of `org/name` in Hugging Face's cache.
-
-    The ref `main` names the snapshot. Nothing is downloaded.
-
-    kind: word for the folder's content, for errors.
-
-    Raises: ValueError that names the places searched and the way to get the model there.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise ValueError(f"{name} is a file; give the folder of the {kind}")
-    parts = str(name).split("/")
-    if len(parts) != 2 or not all(parts) or str(name).startswith((".", "~")):
-        raise ValueError(f"{kind} folder {name} does not exist{_neighbours(folder)}")
-    entry = _hub_cache() / hub_entry(str(name))
-    ref = entry / "refs" / "main"
-    if ref.is_file():
-        snapshot = entry / "snapshots" / ref.read_text(encoding="utf-8").strip()
-        if snapshot.is_dir():
-            return snapshot
-    if folder.parent.is_dir():
-        raise ValueError(f"{kind} folder {name} does not exist{_neighbours(folder)}")
-    raise ValueError(
-        f"{kind} {name} is neither a folder nor in the local cache {entry.parent}; nothing is "
-        f"downloaded here: get it on a machine with a network (`hf download {name}`) and copy the "
-        "folder, or give a folder's path"
-    )
-
-
-def _neighbours(folder: Path) -> str:
-    """Return the end of an error about a missing folder: the folders beside it."""
-    if not folder.parent.is_dir():
-        return ""
-    beside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[0] != ".")
-    return f"; {folder.parent.resolve()} holds {', '.join(beside[:8]) or 'no folder'}"
-
-
-def hub_entry(name: str) -> str:
-    """Return the name of the folder that Hugging Face's cache has for org/name."""
-    return "models--" + name.replace("/", "--")
-
-
-def is_hub_id(name: str, folder: Path) -> bool:
-    """Return True if a model that was found in `folder` was named org/name."""
-    return folder.parent.parent.name == hub_entry(name)
-
-
-def _hub_cache() -> Path:
-    """Return the Hugging Face cache: HF_HUB_CACHE, else `hub` in HF_HOME or in the user's cache."""
-    if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(cache).expanduser()
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
-    home = os.environ.get("HF_HOME") or user_cache / "huggingface"
-    return Path(home).expanduser() / "hub"
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from minitune.atomic_files import atomic_write_text
-from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.checkpoints.resolve_model import resolve_model
 from minitune.config.cli import (
     Settings,
     in_flags,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.checkpoints.resolve_model import resolve_model
 from minitune.config.cli import Settings, parse, print_notes, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.model_shapes import SHAPES, config_of_shape, nearest_shapes, shape_name

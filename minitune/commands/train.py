@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minitune.api import FastLanguageModel
-from minitune.checkpoints.safetensors_folder import resolve_model
+from minitune.checkpoints.resolve_model import resolve_model
 from minitune.commands.data import print_samples
 from minitune.commands.plan import plan
 from minitune.config.cli import Settings, in_flags, parse, run_command

@@ -9,7 +9,7 @@ import torch
 
 from minitune.atomic_files import read_json
 from minitune.checkpoints.load_weights import EMBEDDING, open_weights
-from minitune.checkpoints.safetensors_folder import is_hub_id
+from minitune.checkpoints.resolve_model import is_hub_id
 from minitune.config.model_config import ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.mixtures import gguf_methods
