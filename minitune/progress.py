@@ -229,6 +229,8 @@ class _Lines:
         passed = time.monotonic() - self._start
         left = passed * (total - done) / max(1, done - self._first)
         amount = f"{_amount(done, unit)} of {_amount(total, unit)}"
+        if unit != BYTES:
+            amount = f"{done:,} of {_amount(total, unit)}"
         return f"{done / total:.0%}, {amount}, {duration(left)} left"
 
 

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 from training_runs import (
+    RECORDS,
     adapter_bytes,
     checkpoint_names,
     edit_json,
@@ -13,7 +14,11 @@ from training_runs import (
     without_times,
 )
 
-from minitune.training.log import TrainingLog
+from minitune.training import metrics
+from minitune.training.checkpoint import Progress
+from minitune.training.log import TrainingLog, metrics_line
+from minitune.training.metrics import RunClock
+from minitune.training.trainer import Trainer
 
 
 def interruption(capsys):
@@ -113,3 +118,66 @@ def test_dropout_that_an_adapter_was_trained_with_is_said_not_to_be_applied(
     trainer.train()
     words = " ".join(capsys.readouterr().err.split())
     assert words.count("lora_dropout 0.1, which is not applied here") == 1
+
+
+@pytest.mark.parametrize("scale", [1, 1000])
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_a_metrics_line_fits_80_columns_and_names_the_time_left(monkeypatch, scale, kind):
+    monkeypatch.setenv("COLUMNS", "80")
+    record = {"step": 12 * scale, "epoch": 0.08 * scale, "tokens": 10**9, "seconds": 1e5}
+    if kind == "training":
+        record |= {"loss": 12.3456, "learning_rate": 1.98e-5, "grad_norm": 12.34}
+        record["tokens_per_second"] = 123.0 * scale
+    else:
+        record |= {"eval_loss": 12.3456, "eval_seconds": 1234.5}
+    line = metrics_line(record, 30 * scale, 45.0 * scale, is_best=kind == "evaluation")
+    assert len(line) <= 80 and line.startswith(f"step {12 * scale}/{30 * scale} ")
+    assert line.endswith(" 0:45 left" if scale == 1 else " 12:30:00 left")
+    assert "loss 12.3456" in line and (" best " in line) == (kind == "evaluation")
+
+
+def test_the_best_evaluation_is_marked_and_named_at_the_end_of_a_resumed_run_too(
+    smallest, tmp_path, monkeypatch, capsys
+):
+    losses = iter([3.0, 2.0, 2.5, 2.25])
+    monkeypatch.setattr(Trainer, "_evaluation", lambda _: {"eval_loss": next(losses)})
+    settings = {"max_steps": 4, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    settings |= {"eval_strategy": "steps", "eval_dataset": RECORDS[:2]}
+    train_with_ctrl_c(new_trainer(smallest, tmp_path, **settings), step=2)
+    new_trainer(smallest, tmp_path, **settings, resume=True).train()
+    lines = capsys.readouterr().err.splitlines()
+    evaluations = [line for line in lines if line.startswith("step") and "eval_loss" in line]
+    assert [line.split("  ")[-1] for line in evaluations[:2]] == ["best", "best"]
+    assert not any("best" in line for line in evaluations[2:])
+    assert any(
+        line.startswith("best ") and line.endswith("eval_loss 2.0000 at step 2, in checkpoint-2")
+        for line in lines
+    )
+
+
+def test_the_summary_names_loss_speed_memory_and_files(smallest, tmp_path, capsys):
+    result = new_trainer(smallest, tmp_path, max_steps=3, logging_steps=1).train()
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().err.splitlines()[-5:])
+    last = read_metrics(tmp_path)[-1]
+    assert lines["trained"].startswith(f"3 steps, {result.metrics['tokens']:,} tokens in 0:0")
+    assert lines["trained"].endswith(" tokens/s")
+    assert lines["loss"] == f"{last['loss']:.4f} at the end"
+    assert last["peak_memory_bytes"] > 2**20 and lines["memory"].endswith(" GiB at the peak")
+    assert lines["saved"].startswith(f"{tmp_path}/adapter (0.")
+    assert lines["files"] == f"metrics.jsonl, config.toml in {tmp_path}"
+
+
+def test_the_time_left_and_the_speed_are_those_of_this_process(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    clock = RunClock(seconds=5000.0, tokens=700)
+    now[0] += 60  # the first step compiles
+    clock.step_done(Progress(step=8, tokens=800))
+    assert clock.seconds_left(Progress(step=8, tokens=800), 10) is None
+    now[0] += 2
+    with clock.paused():
+        now[0] += 1  # an evaluation, which comes again
+    clock.step_done(Progress(step=9, tokens=900))
+    assert clock.seconds_left(Progress(step=9, tokens=900), 12) == 9
+    assert clock.mean_tokens_per_second(Progress(step=9, tokens=900)) == 50
+    assert clock.seconds() == 5063

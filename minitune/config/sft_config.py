@@ -162,6 +162,11 @@ class SFTConfig:
     greater_is_better: bool | None = setting(
         None, "False: a lower loss is better", python_only=True
     )
+    sample_prompts: tuple[str, ...] = setting(
+        (),
+        "texts of a user that the model answers before the first step, at each evaluation and "
+        "after the last step",
+    )
     seed: int = setting(
         42, "the order of the samples follows from this and the epoch", minimum=0, maximum=2**64 - 1
     )
@@ -255,7 +260,7 @@ def _normal_value(name: str, value: Any) -> Any:
     value = plain_word(value)
     if name in ("output_dir", "logging_dir") and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if name in ("ignore_fields", "data_weights") and isinstance(value, list):
+    if name in ("ignore_fields", "data_weights", "sample_prompts") and isinstance(value, list):
         return tuple(value)
     if name == "max_steps" and value is None:
         return -1

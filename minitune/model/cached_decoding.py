@@ -9,6 +9,7 @@ This file knows token ids only. generate.py checks the request and gives the ans
 """
 
 from collections.abc import Callable, Container, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def decode(
     choose: Callable[[Tensor], list[int]],
     end_tokens: Container[int],
     on_token: Callable[[int, int], None],
+    keep_weights: bool = True,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, with the end token if the answer has one.
 
@@ -35,11 +37,13 @@ def decode(
     limits: the largest number of new tokens of each prompt, at least 1.
     choose: returns one token for each row of logits (B, V).
     on_token: called as on_token(i, token) for each new token of prompt i, as it is chosen.
+    keep_weights: keep the weights dequantised meanwhile, if the memory allows.
     """
     capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
-    with model.resident_weights_if_they_fit(), model.as_current_device():
+    weights = model.resident_weights_if_they_fit() if keep_weights else nullcontext()
+    with weights, model.as_current_device():
         cache = _KVCache(model, len(prompts), capacity)
         logits = cache.prefill(prompts)
         while True:

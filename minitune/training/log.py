@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from minitune.atomic_files import atomic_write_text, os_errors_as_value_error
 from minitune.config.visible_text import on_one_line
@@ -30,13 +30,6 @@ METRIC_FORMATS = {
 }
 TEXT_SECONDS = 1.0  # least distance of two texts of the bar: each one waits for the device
 ANSWER_LINES = 2  # of a sample answer on the screen
-
-
-class Evaluation(NamedTuple):
-    """The loss of the evaluation data after an optimizer step."""
-
-    loss: float
-    step: int
 
 
 def metrics_line(
@@ -88,7 +81,6 @@ class TrainingLog:
     A context manager, so that the bar and the file are closed however the run ends. It knows the
     records of the run so far, those before an interruption too:
 
-    best: the best evaluation, or None.
     last_loss: the loss of the last training record, or None.
     sampled_steps: the steps that have sample answers.
     """
@@ -103,7 +95,6 @@ class TrainingLog:
         Raises: ValueError if the file cannot be written; so does `record`.
         """
         self.path, self.total_steps = path, total_steps
-        self.best: Evaluation | None = None
         self.last_loss: float | None = None
         self.sampled_steps: set[int] = set()
         with os_errors_as_value_error(path):
@@ -137,31 +128,25 @@ class TrainingLog:
             self._bar.set_text(text())
         self._bar.update()
 
-    def record(self, record: dict[str, Any], seconds_left: float | None = None) -> None:
+    def record(self, record: dict[str, Any], **shown: Any) -> None:
         """Write a record to metrics.jsonl and print it.
 
-        seconds_left: until the end of the run, for the printed line.
+        shown: further arguments of `metrics_line`.
         """
         with os_errors_as_value_error(self.path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        is_best = self._remember(record)
+        self._remember(record)
         if "samples" in record:
             print_line(sample_lines(record["samples"]))
         else:
-            print_line(metrics_line(record, self.total_steps, seconds_left, is_best))
+            print_line(metrics_line(record, self.total_steps, **shown))
 
-    def _remember(self, record: dict[str, Any]) -> bool:
-        """Store the values that later lines need; return True for the best evaluation so far."""
-        step = record["step"]
+    def _remember(self, record: dict[str, Any]) -> None:
+        """Store the values of a record that are needed later."""
         if "samples" in record:
-            self.sampled_steps.add(step)
+            self.sampled_steps.add(record["step"])
         self.last_loss = record.get("loss", self.last_loss)
-        loss = record.get("eval_loss")
-        if loss is None or (self.best is not None and loss >= self.best.loss):
-            return False
-        self.best = Evaluation(loss, step)
-        return True
 
 
 def _drop_records(path: Path, done: int) -> list[dict[str, Any]]:

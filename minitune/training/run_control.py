@@ -101,7 +101,8 @@ class RunControl:
     def read_history(self, metrics: Path) -> None:
         """Take the records of the run that is continued from metrics.jsonl."""
         lines = metrics.read_text(encoding="utf-8").splitlines()
-        self.state.log_history = [json.loads(line) for line in lines]
+        records = map(json.loads, lines)
+        self.state.log_history = [record for record in records if "samples" not in record]
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that a checkpoint keeps."""
@@ -160,6 +161,10 @@ class RunControl:
         self.state.log_history.append(dict(record))
         self.event("on_log", logs=dict(record))
         self.control.should_log = False
+
+    def is_best(self, loss: float) -> bool:
+        """Return True if an evaluation loss is the lowest so far."""
+        return _is_lower(loss, self.best.loss)
 
     def evaluated(self, metrics: dict[str, Any]) -> None:
         """Take the numbers of an evaluation of the run, and run its event."""

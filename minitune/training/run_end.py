@@ -12,7 +12,8 @@ from pathlib import Path
 from minitune.device import MemoryUse, gib_text
 from minitune.progress import LABEL_WIDTH, duration, labelled
 from minitune.training.checkpoint import Progress
-from minitune.training.log import Evaluation
+from minitune.training.run_control import BestEvaluation
+from minitune.training.run_folder import CONFIG, METRICS
 
 STDERR = 2  # file descriptor
 SHOWN_CHECKPOINTS = 3  # names in the summary
@@ -28,21 +29,19 @@ class RunResult:
     progress: its position, with steps, tokens and seconds of interrupted parts.
     tokens_per_second: of this process's steps, or None if it made none.
     last_loss: of the last training record, or None.
-    best: the best evaluation, or None.
+    best: the best evaluation.
     memory: the memory of this process.
     adapter: the folder of the adapter.
     checkpoints: the checkpoints that are there, oldest first.
-    files: names of other files of the run.
     """
 
     progress: Progress
     tokens_per_second: float | None
     last_loss: float | None
-    best: Evaluation | None
+    best: BestEvaluation
     memory: MemoryUse
     adapter: Path
     checkpoints: Sequence[Path]
-    files: Sequence[str]
 
 
 def summary(run: RunResult) -> str:
@@ -54,7 +53,7 @@ def summary(run: RunResult) -> str:
     rows = [("trained", trained)]
     if run.last_loss is not None:
         rows.append(("loss", f"{run.last_loss:.4f} at the end"))
-    if run.best is not None:
+    if run.best.step is not None:
         rows.append(("best", _best_text(run.best, run.checkpoints)))
     if run.memory.peak:
         rows.append(("memory", _memory_text(run.memory)))
@@ -63,11 +62,11 @@ def summary(run: RunResult) -> str:
     names = [folder.name for folder in run.checkpoints]
     if len(names) > SHOWN_CHECKPOINTS:
         names = [f"{len(names)} checkpoints up to {names[-1]}"]
-    rows.append(("files", f"{', '.join([*names, *run.files])} in {run.adapter.parent}"))
+    rows.append(("files", f"{', '.join([*names, METRICS, CONFIG])} in {run.adapter.parent}"))
     return "\n".join(labelled(label, text) for label, text in rows)
 
 
-def _best_text(best: Evaluation, checkpoints: Sequence[Path]) -> str:
+def _best_text(best: BestEvaluation, checkpoints: Sequence[Path]) -> str:
     """Return the best evaluation, its step, and the checkpoint that holds its adapter."""
     name = f"checkpoint-{best.step}"
     if any(folder.name == name for folder in checkpoints):

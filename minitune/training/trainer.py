@@ -31,6 +31,7 @@ from minitune.training.resume import (
 from minitune.training.run_control import RunControl
 from minitune.training.run_end import RunResult, deferred_sigint, interruption, summary
 from minitune.training.run_folder import CONFIG, METRICS, RunFolder, checkpoints, open_run_folder
+from minitune.training.sample_answers import SamplePrompts
 from minitune.training.tensorboard import TensorBoardCallback
 
 
@@ -116,18 +117,8 @@ class Trainer(OptimizerSteps):
     def _end(self, log: TrainingLog, speed: float | None, adapter: Path) -> str:
         """Return the summary of the finished run."""
         memory, saved = memory_use(self.model.device), checkpoints(self.output)
-        return summary(
-            RunResult(
-                self.progress,
-                speed,
-                log.last_loss,
-                log.best,
-                memory,
-                adapter,
-                saved,
-                (METRICS, CONFIG),
-            )
-        )
+        best = self.run_control.best
+        return summary(RunResult(self.progress, speed, log.last_loss, best, memory, adapter, saved))
 
     def _loop(self, log: TrainingLog, clock: RunClock, caught: list[int]) -> None:
         """Run optimizer steps to the last one, or until Ctrl-C fills `caught`."""
@@ -137,6 +128,9 @@ class Trainer(OptimizerSteps):
         if is_finished or (first == 1 and args.eval_on_start):
             with clock.paused():
                 self._log_evaluation(log)  # a finished run is only evaluated
+        if p.step == 0:
+            with clock.paused():
+                self._log_samples(log)
         while p.step < self.size.total_steps and not (caught or run.control.should_training_stop):
             run.begin_step()
             self._optimizer_step()
@@ -154,6 +148,9 @@ class Trainer(OptimizerSteps):
             if caught:
                 p.seconds = clock.seconds()
                 self._save()
+        if p.step == self.size.total_steps or run.control.should_training_stop:
+            with clock.paused():
+                self._log_samples(log)
         self._fetch_losses()
         p.seconds = clock.seconds()
 
@@ -166,10 +163,12 @@ class Trainer(OptimizerSteps):
             speed = clock.tokens_per_second(p.tokens)
             rate = self.learning_rate(p.step - 1)
             record = training_record(p, self.size.steps_per_epoch, rate, speed, self.model.device)
-            self._write(log, record, clock.seconds_left(p, self.size.total_steps))
+            left = clock.seconds_left(p, self.size.total_steps)
+            self._write(log, record, seconds_left=left)
         with clock.paused():
             if run.control.should_evaluate:
                 self._log_evaluation(log)
+                self._log_samples(log)
             if run.control.should_save:
                 p.seconds = clock.seconds()
                 self._save()
@@ -246,8 +245,17 @@ class Trainer(OptimizerSteps):
     def _log_evaluation(self, log: TrainingLog) -> None:
         """Evaluate, log the numbers, and tell the callbacks."""
         metrics = {**self._evaluation(), "epoch": self.run_control.state.epoch}
-        self._write(log, {"step": self.progress.step, **metrics})
+        is_best = self.run_control.is_best(metrics["eval_loss"])
+        self._write(log, {"step": self.progress.step, **metrics}, is_best=is_best)
         self.run_control.evaluated(metrics)
+
+    def _log_samples(self, log: TrainingLog) -> None:
+        """Log the answers to sample_prompts, unless this step has some already."""
+        step, show_bar = self.progress.step, not self.args.disable_tqdm
+        if self.samples.texts and step not in log.sampled_steps:
+            record = self.samples.record(self.micro_step, step, show_bar)
+            if record is not None:
+                self._write(log, record)
 
     def _status(self, clock: RunClock) -> str:
         """Return the text behind the progress bar; wait for the loss of the last step."""
@@ -256,25 +264,32 @@ class Trainer(OptimizerSteps):
         left = clock.seconds_left(p, self.size.total_steps)
         return status_text(p, left, clock.mean_tokens_per_second(p), memory)
 
-    def _write(
-        self, log: TrainingLog, record: dict[str, Any], seconds_left: float | None = None
-    ) -> None:
-        """Log a record; if it cannot be written, save a checkpoint and stop."""
+    def _write(self, log: TrainingLog, record: dict[str, Any], **shown: Any) -> None:
+        """Log a record; if it cannot be written, save a checkpoint and stop.
+
+        shown: further arguments of `TrainingLog.record`.
+        """
         try:
-            log.record(record, seconds_left)
+            log.record(record, **shown)
         except ValueError as error:
             with contextlib.suppress(ValueError):  # a full disk may have no room for it
                 self._save()
             raise ValueError(
                 f"{error}; training stopped, last checkpoint: {self._last_checkpoint()}"
             ) from error
-        self.run_control.log(record)
+        if "samples" not in record:
+            self.run_control.log(record)
 
     # ---- the run folder
 
     def _begin(self, resume: bool | str | Path) -> Path | None:
         """Open the run folder, at step 0 or at a checkpoint; return that checkpoint."""
         args, model = self.args, self.model
+        self.samples = SamplePrompts(
+            args.sample_prompts, self.processing_class, model.max_seq_length, args.template_date
+        )
+        if model.device.type == "cuda":
+            print_line(labelled("preparing", "compiling kernels and measuring the GPU"))
         self.micro_step.prepare()
         protected_paths = [model.folder, *self.data.files]
         self.output, source = open_run_folder(args, resume, protected_paths, self.size.total_steps)

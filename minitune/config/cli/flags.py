@@ -192,7 +192,7 @@ def settings_from_flags(
 
 def _list_items(name: str, values: list) -> list:
     """Return the items of a list; `--gguf q8_0 f16` and `--gguf q8_0,f16` are the same."""
-    if name in PATHS or not isinstance(values[0], str):
+    if name in (*PATHS, "sample_prompts") or not isinstance(values[0], str):
         return values
     return split_items(values)
 

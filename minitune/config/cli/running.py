@@ -15,8 +15,10 @@ from typing import Any
 from minitune.config.cli.settings import flag_of, known_settings
 from minitune.config.fields import ListedErrors
 from minitune.config.visible_text import on_one_line
+from minitune.progress import clear_bars, print_line, wrapped
 
 EXPECTED_ERROR, INTERRUPTED = 2, 130  # exit codes
+WARNING_INDENT, NOTE_INDENT = len("warning: "), len("note: ")  # of further lines
 # Arguments of Python that are no settings and have flags.
 ARGUMENTS = {
     "verify=False": "--no-verify",
@@ -100,11 +102,12 @@ def _terminal_line(text: str) -> str:
 
 
 def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
-    """Return the line of a warning, without Python's file name and line of code."""
-    return f"warning: {_terminal_line(str(message))}\n"
+    """Return the lines of a warning, without Python's file name and line of code."""
+    clear_bars()  # the line is written where the bar begins
+    return wrapped(f"warning: {_terminal_line(str(message))}", WARNING_INDENT) + "\n"
 
 
 def print_notes(notes: Iterable[str]) -> None:
     """Print facts that the user should know, one a line, on stderr."""
     for note in notes:
-        print(f"note: {_terminal_line(note)}", file=sys.stderr)
+        print_line(wrapped(f"note: {_terminal_line(note)}", NOTE_INDENT))

@@ -1,0 +1,98 @@
+"""Answers of the model to fixed prompts during a run, for a person to read.
+
+They change no number of the training. Decoding is greedy, so it draws no random number, and it
+computes no gradient. On a GPU its memory comes from the CUDA graphs' pool, which has room for a
+micro-step, and the weights are dequantised at each use instead of being made resident.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.model.cached_decoding import decode
+from minitune.progress import ProgressBar, print_line, wrapped
+from minitune.training.micro_step import MicroStep
+from minitune.training.out_of_memory import run_in_graph_pool
+
+ANSWER_TOKENS = 128  # at most
+
+
+class SamplePrompts:
+    """Texts of a user that the model answers now and then."""
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        tokenizer: Tokenizer,
+        max_seq_length: int,
+        template_date: str | None,
+    ):
+        """Render the texts with the chat template, or take them as they are if there is none.
+
+        template_date: the day that the template writes.
+
+        Raises: ValueError if a text is empty or leaves no room for an answer.
+        """
+        self.texts, self._tokenizer = texts, tokenizer
+        self._prompts = [self._encode(text, template_date) for text in texts]
+        for text, prompt in zip(texts, self._prompts, strict=True):
+            if not 0 < len(prompt) < max_seq_length:
+                raise ValueError(
+                    f"sample_prompts: {text!r:.60} has {len(prompt):,} tokens; expected at least 1 "
+                    f"and fewer than max_seq_length, which is {max_seq_length:,}"
+                )
+        self._limits = [min(ANSWER_TOKENS, max_seq_length - len(p)) for p in self._prompts]
+
+    def _encode(self, text: str, template_date: str | None) -> list[int]:
+        """Return the token ids of a prompt."""
+        if self._tokenizer.chat_template is None:
+            return self._tokenizer.encode(text)
+        template = self._tokenizer.template.on(template_date)
+        rendered = template.render([{"role": "user", "content": text}], True)
+        return self._tokenizer.encode(rendered, add_special_tokens=False)
+
+    def record(self, micro_step: MicroStep, step: int, show_bar: bool) -> dict[str, Any] | None:
+        """Return the record of a step's answers; None, with a warning, if memory runs out."""
+        try:
+            return {"step": step, "samples": self.answers(micro_step, show_bar)}
+        except (torch.OutOfMemoryError, MemoryError):
+            text = f"warning: no answers to sample_prompts at step {step}: out of memory"
+            print_line(wrapped(text, indent=9))
+            return None
+
+    def answers(self, micro_step: MicroStep, show_bar: bool = True) -> list[dict[str, str]]:
+        """Return {"prompt", "answer"} of each text.
+
+        Raises: torch.OutOfMemoryError or MemoryError if memory runs out.
+        """
+        ends = self._tokenizer.eos_token_ids
+        with ProgressBar("answering", max(self._limits), "token", show_bar) as bar:
+
+            def decode_all() -> list[list[int]]:
+                lengths = [0] * len(self._prompts)
+                bar.move_to(0, max(self._limits))
+
+                def count(row: int, token: int) -> None:
+                    lengths[row] += 1
+                    bar.move_to(max(lengths), max(self._limits))
+
+                return decode(
+                    micro_step.model,
+                    self._prompts,
+                    self._limits,
+                    choose=lambda logits: logits.argmax(-1).tolist(),
+                    end_tokens=ends,
+                    on_token=count,
+                    keep_weights=False,
+                )
+
+            with torch.autocast(micro_step.model.device.type, enabled=False):
+                answers = run_in_graph_pool(micro_step, decode_all)
+        ids = [answer[:-1] if answer[-1] in ends else answer for answer in answers]
+        decoded = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [
+            {"prompt": text, "answer": answer.strip()}
+            for text, answer in zip(self.texts, decoded, strict=True)
+        ]
