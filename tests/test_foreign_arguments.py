@@ -51,3 +51,14 @@ def test_an_unknown_argument_is_a_type_error_with_a_hint(name, hint):
 
 def test_dataclasses_take_foreign_arguments_too():
     assert Settings(max_seq_length=3) == replace(Settings(), max_length=3)
+
+
+@foreign_arguments(token=Foreign("nothing is downloaded"))
+def render(name, **variables):
+    return name, variables
+
+
+def test_a_function_with_kwargs_gets_unknown_arguments_itself():
+    assert render("m", token=None, enable_thinking=True) == ("m", {"enable_thinking": True})
+    with pytest.raises(ValueError, match="nothing is downloaded"):
+        render("m", token="secret", enable_thinking=True)

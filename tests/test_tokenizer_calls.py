@@ -1,5 +1,6 @@
 """Calls of a tokenizer mean the same as in transformers."""
 
+import copy
 import json
 import os
 from random import Random
@@ -124,6 +125,8 @@ def test_an_encoding_is_a_mapping_with_attributes_and_stands_for_its_ids(tmp_pat
     assert encoding.input_ids is encoding["input_ids"] is {**encoding}["input_ids"]
     assert encoding.shape == encoding.input_ids.shape
     assert torch.equal(encoding[0], encoding.input_ids[0])
+    for copied in (copy.copy(encoding), copy.deepcopy(encoding)):
+        assert torch.equal(copied.input_ids, encoding.input_ids)
     with pytest.raises(AttributeError, match="no 'labels'; it holds input_ids, attention_mask"):
         _ = encoding.labels
     assert encoding.to("meta").input_ids.device.type == "meta"
@@ -211,6 +214,16 @@ REFUSED = {
     ),
     "keep one of them": lambda t: t.apply_chat_template(
         CONVERSATION, add_generation_prompt=True, continue_final_message=True
+    ),
+    "max_length is 0; expected at least 1": lambda t: t("a", truncation=True, max_length=0),
+    "encode takes one text, not": lambda t: t.encode(["a"]),
+    "a token id is -100, expected a number": lambda t: t.decode([3, -100]),
+    "a token id is 'abc'": lambda t: t.decode("abc"),
+    "a conversation is 'hi'; expected a list": lambda t: t.apply_chat_template("hi"),
+    "a conversation is {'role'": lambda t: t.apply_chat_template(CONVERSATION[0]),
+    "tools are functions; write each as": lambda t: t.apply_chat_template(CONVERSATION, [print]),
+    "needs a last message with a text": lambda t: t.apply_chat_template(
+        [], continue_final_message=True
     ),
     "the tokens <new> cannot be added": lambda t: t.add_tokens("<new>"),
     "cannot be added, because": lambda t: t.add_special_tokens({"eos_token": "<|end|>"}),

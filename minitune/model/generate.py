@@ -18,6 +18,7 @@ from minitune.config.foreign_arguments import foreign_arguments
 from minitune.model.cached_decoding import decode
 from minitune.model.generation_arguments import (
     FOREIGN,
+    Prompts,
     check_prompts,
     new_token_limits,
     read_prompts,
@@ -66,11 +67,9 @@ def generate(
 
     prompts, attention_mask: as in `read_prompts`; also named input_ids or inputs.
     max_new_tokens: 128 by default. max_length counts the prompt too.
-    do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `sampling_config`. A
-        setting that is left out comes from generation_config.json, as in transformers.
+    do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `sampling_config`.
     num_return_sequences: answers to each prompt, one behind the other.
-    eos_token_ids: the end tokens, also named eos_token_id; None takes the model's.
-    pad_token_id: fills rows behind their end token; None takes the model's.
+    eos_token_ids, pad_token_id: None takes the model's. The first is also named eos_token_id.
     seed: the seed of the draws; None continues PyTorch's generator, as transformers does.
     streamer: receives the only prompt and its new tokens, and an end token that the result has.
     on_token: called as on_token(i, token) for each new token of answer i, except its end token.
@@ -81,7 +80,7 @@ def generate(
     ends = model.eos_token_ids if eos_token_ids is None else eos_token_ids
     ends = (ends,) if isinstance(ends, int) else tuple(ends)
     pad = defaults.get("pad_token_id") if pad_token_id is None else pad_token_id
-    given = read_prompts(prompts, attention_mask, pad, ends)
+    given = read_prompts(prompts, attention_mask, pad, ends).repeated(num_return_sequences)
     check_prompts(model, given.ids)
     named = {
         "temperature": temperature,
@@ -91,32 +90,39 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }
     rule = sampling_config(do_sample, named, defaults)
-    if num_return_sequences < 1:
-        raise ValueError(f"num_return_sequences is {num_return_sequences}; expected at least 1")
-    if streamer and len(given.ids) * num_return_sequences != 1:
-        raise ValueError("a streamer shows one answer to one prompt; leave streamer out")
     limits = new_token_limits(given, model.max_seq_length, max_new_tokens, max_length)
-    ids, limits = (
-        [item for item in items for _ in range(num_return_sequences)]
-        for items in (given.ids, limits)
-    )
-    if streamer:
-        streamer.put(torch.tensor(ids))
-
-    def report(row: int, token: int) -> None:
-        is_answer = token not in ends
-        if streamer and (is_answer or given.grid is not None):
-            streamer.put(torch.tensor([token]))
-        if on_token is not None and is_answer:
-            on_token(row, token)
-
-    sampler = Sampler(rule, ids, model.config.vocab_size, seed)
-    answers = decode(model, ids, limits, sampler.choose, ends, report)
+    report = _reporter(streamer, on_token, given, ends)
+    sampler = Sampler(rule, given.ids, model.config.vocab_size, seed)
+    answers = decode(model, given.ids, limits, sampler.choose, ends, report)
     if streamer:
         streamer.end()
     if given.grid is None:
         return [answer[:-1] if answer[-1] in ends else answer for answer in answers]
-    return _with_prompts(given.grid.repeat_interleave(num_return_sequences, 0), answers, pad)
+    return _with_prompts(given.grid, answers, pad)
+
+
+def _reporter(
+    streamer: Streamer | None,
+    on_token: Callable[[int, int], None] | None,
+    given: Prompts,
+    ends: Sequence[int],
+) -> Callable[[int, int], None]:
+    """Hand the prompt to the streamer, and return the function that hands each new token on.
+
+    Raises: ValueError if a streamer would get several prompts.
+    """
+    if streamer:
+        if len(given.ids) != 1:
+            raise ValueError("a streamer shows one answer to one prompt; leave streamer out")
+        streamer.put(torch.tensor(given.ids))
+
+    def report(row: int, token: int) -> None:
+        if streamer and (token not in ends or given.grid is not None):
+            streamer.put(torch.tensor([token]))
+        if on_token and token not in ends:
+            on_token(row, token)
+
+    return report
 
 
 def _with_prompts(grid: Tensor, answers: Sequence[Sequence[int]], pad: int | None) -> Tensor:

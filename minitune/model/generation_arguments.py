@@ -91,6 +91,17 @@ class Prompts(NamedTuple):
     ids: list[list[int]]
     grid: Tensor | None
 
+    def repeated(self, times: int) -> "Prompts":
+        """Return each prompt `times` times, one behind the other.
+
+        Raises: ValueError if `times` is below 1.
+        """
+        if times < 1:
+            raise ValueError(f"num_return_sequences is {times}; expected at least 1")
+        ids = [prompt for prompt in self.ids for _ in range(times)]
+        grid = None if self.grid is None else self.grid.repeat_interleave(times, 0)
+        return Prompts(ids, grid)
+
 
 def read_prompts(
     prompts: Any, attention_mask: Any, pad_token_id: int | None, end_tokens: Sequence[int]

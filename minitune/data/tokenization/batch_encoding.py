@@ -30,9 +30,10 @@ class BatchEncoding(UserDict):
         return self.data[key] if isinstance(key, str) else self.data["input_ids"][key]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "data" or name not in self.data:
-            raise AttributeError(f"the encoding has no {name!r}; it holds {', '.join(self)}")
-        return self.data[name]
+        data = self.__dict__.get("data", {})  # a copy has no data at first
+        if name not in data:
+            raise AttributeError(f"the encoding has no {name!r}; it holds {', '.join(data)}")
+        return data[name]
 
     @property
     def shape(self) -> torch.Size:
@@ -79,6 +80,8 @@ def read_lengths(padding: Any, truncation: Any, max_length: int | None, model_ma
             f"truncation is {truncation!r}; choose True, False, 'longest_first', 'only_first' or "
             "'do_not_truncate'"
         )
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length is {max_length}; expected at least 1")
     if max_length is not None and not cuts and padding != "max_length":
         raise ValueError(f"max_length {max_length} needs truncation=True or padding='max_length'")
     if max_length is None and model_max <= LARGEST_LENGTH:

@@ -107,6 +107,8 @@ class TokenizerCalls(SpecialTokens):
             the BOS, unless the text begins or ends with them.
         call_arguments: truncation, max_length and others, as in a call of the tokenizer.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"encode takes one text, not {text!r:.60}; call tokenizer(texts)")
         if return_tensors is None and not call_arguments:
             ids, _ = self.encode_with_offsets(text)
             return self._with_special_tokens(ids, add_special_tokens, None)
@@ -213,7 +215,8 @@ class TokenizerCalls(SpecialTokens):
                 "continue_final_message continues an answer, and add_generation_prompt begins one; "
                 "keep one of them"
             )
-        is_batch = bool(conversation) and not isinstance(conversation[0], Mapping)
+        first = conversation[0] if conversation and isinstance(conversation, Sequence) else None
+        is_batch = isinstance(first, list | tuple)
         render = self._continued if continue_final_message else self._rendered
         texts = [
             render(messages, tools, add_generation_prompt, **template_kwargs)
@@ -237,12 +240,22 @@ class TokenizerCalls(SpecialTokens):
         self, messages: Sequence, tools: list | None, prompts: bool, **template_kwargs: Any
     ) -> str:
         """Return one conversation as text; `prompts` adds the beginning of an answer."""
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise ValueError(
+                f"a conversation is {messages!r:.60}; expected a list of messages, such as "
+                '[{"role": "user", "content": "..."}]'
+            )
+        if any(map(callable, tools or ())):
+            raise ValueError(
+                "tools are functions; write each as its JSON schema, "
+                '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+            )
         messages = [standard_message(message) for message in messages]
         return self.template.render(messages, prompts, tools, **template_kwargs)
 
     def _continued(self, messages: Sequence, *arguments: Any, **template_kwargs: Any) -> str:
         """Return one conversation as text, up to the end of its last message's content."""
-        *before, last = map(standard_message, messages)
+        *before, last = map(standard_message, messages or [{}])
         if not isinstance(last.get("content"), str):
             raise ValueError("continue_final_message needs a last message with a text to continue")
         marked = [*before, {**last, "content": last["content"] + CONTINUED}]
@@ -265,9 +278,19 @@ def _texts(texts: Any) -> list[str]:
 
 
 def _plain(ids: Any) -> Any:
-    """Return ids as an int, a list of ints, or a list of lists."""
+    """Return ids as an int, a list of ints, or a list of lists.
+
+    Raises: ValueError if an id is no number, or negative.
+    """
     if isinstance(ids, Mapping):
         ids = ids["input_ids"]
     if hasattr(ids, "tolist"):  # tensors, arrays and their numbers
-        return ids.tolist()
-    return ids if isinstance(ids, int) else [_plain(item) for item in ids]
+        ids = ids.tolist()
+    if isinstance(ids, int) and ids >= 0:
+        return ids
+    if isinstance(ids, str | int) or not isinstance(ids, Iterable):
+        raise ValueError(
+            f"a token id is {ids!r:.60}, expected a number from 0 on; labels of -100 mark tokens "
+            "that are not trained on, so leave them out"
+        )
+    return [_plain(item) for item in ids]
