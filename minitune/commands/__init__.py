@@ -1,4 +1,4 @@
-"""The commands of the entry point `minitune`, each with a `main`.
+"""The commands of the entry point `minitune`, each with a `main`, and the commands to type next.
 
 May import: everything.
 """

@@ -22,11 +22,12 @@ import torch
 from minitune.api import FastLanguageModel
 from minitune.checkpoints.find_model import ModelSource, find_model
 from minitune.checkpoints.load_weights import open_weights
-from minitune.checkpoints.merge import merge_to_folder, merged_specs
+from minitune.checkpoints.merge import merge_text, merge_to_folder, merged_specs
 from minitune.checkpoints.model_folder import check_new_folder
 from minitune.checkpoints.safetensors_writer import total_bytes
 from minitune.checkpoints.save_4bit import save_4bit
-from minitune.config.cli import CommandParser, print_notes, run_command, split_items
+from minitune.commands.next_commands import after_export
+from minitune.config.cli import CommandParser, in_flags, print_notes, run_command, split_items
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_WORDS, MERGE_BASES
 from minitune.data.tokenization.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.gguf.importance_collection import DEFAULT_TOKENS, importance_from_data
 from minitune.language_model import LanguageModel
+from minitune.progress import labelled, print_line
 
 
 def main(argv: Sequence[str] | None = None, program: str = "minitune export") -> int:
@@ -44,8 +46,11 @@ def main(argv: Sequence[str] | None = None, program: str = "minitune export") ->
 
 
 def _run(argv: Sequence[str] | None, program: str) -> None:
-    for path in export(_parser(program).parse_args(argv)):
-        print(path)
+    paths = export(_parser(program).parse_args(argv))
+    for path in paths:
+        print(path, flush=True)
+    if text := after_export(program, paths):
+        print_line(text)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -156,6 +161,8 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     if merged is not None and planned is not None:
         planned.check_space({merged: total_bytes(merged_specs(model))})
     paths = []
+    if merged is not None or planned is not None:
+        print_line(labelled("merging", in_flags(merge_text(model, merge_base))))
     if merged is not None:
         paths.append(merge_to_folder(model, merged, tokenizer, merge_base, progress=True))
     if planned is not None:

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from minitune.api import FastLanguageModel
+from minitune.checkpoints.merge import merge_text
 from minitune.checkpoints.resolve_model import resolve_model
 from minitune.commands.data import print_samples
+from minitune.commands.next_commands import after_training
 from minitune.commands.plan import plan
 from minitune.config.cli import Settings, in_flags, parse, run_command
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
@@ -29,6 +31,7 @@ from minitune.device import choose_device
 from minitune.gguf.export import check_gguf
 from minitune.gguf.general_metadata import gguf_file_names
 from minitune.gguf.model_metadata import check_window
+from minitune.progress import labelled, print_line
 from minitune.sft_trainer import SFTTrainer
 from minitune.threads import use_free_cores
 from minitune.training import run_folder
@@ -69,15 +72,21 @@ def _run(argv: Sequence[str] | None, program: str, demonstration: Demonstration 
         for name in ("model", "data"):
             if not getattr(settings.run, name):
                 raise ValueError(f"--{name} is missing: {usage}")
-        train(settings)
+        train(settings, program)
 
 
-def train(settings: Settings) -> None:
-    """Train, save the adapter, and write the models that the settings ask for."""
+def train(settings: Settings, program: str) -> None:
+    """Train, save the adapter, write the models that the settings ask for, and say what is next.
+
+    program: the command as the user types it.
+    """
     trainer, run = prepare(settings), settings.run
     if run.gguf:
         check_window(trainer.model.config, trainer.data.max_seqlen)
     trainer.train()
+    if run.merge or run.gguf:
+        text = in_flags(merge_text(trainer.model, run.merge_base))
+        print_line(labelled("merging", text))
     models = write_models(
         trainer.model,
         trainer.processing_class,
@@ -88,7 +97,8 @@ def train(settings: Settings) -> None:
         progress=True,
     )
     for path in models:
-        print(f"{'saved':<11}{path}", file=sys.stderr)
+        print_line(f"{'saved':<11}{path}")
+    print_line(after_training(program, trainer, run, models))
 
 
 def prepare(settings: Settings) -> SFTTrainer:

@@ -15,10 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from demonstration import smollm2
-from minitune.config.cli import Settings
+from minitune.checkpoints.merge import merge_text
+from minitune.commands.next_commands import after_training
+from minitune.config.cli import Settings, in_flags
 from minitune.data.sources.sources import load_dataset
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
+from minitune.progress import labelled, print_line
 from minitune.sft_trainer import SFTTrainer
 from minitune.training.write_models import write_models
 
@@ -130,9 +133,11 @@ def run(settings: Settings, prepare: Callable[[Settings], SFTTrainer]) -> None:
 
     phases.begin("write", "adapter, merged model and GGUF")
     output, wanted = trainer.output, settings.run
+    print_line(labelled("merging", in_flags(merge_text(model, wanted.merge_base))))
     models = write_models(model, tokenizer, output, wanted.merge, wanted.gguf, wanted.merge_base)
     written = [output / "adapter", *models, output / "metrics.jsonl"]
     phases.end()
     times = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.seconds.items())
     print(f"\n{times}  in all {sum(phases.seconds.values()):.0f} s")
-    print("written   " + "\n          ".join(map(str, written)))
+    print("written   " + "\n          ".join(map(str, written)), flush=True)
+    print_line(after_training("train.py", trainer, settings.run, models))

@@ -1,0 +1,138 @@
+"""The commands to type next, in the form in which the user started this one.
+
+    minitune train ...              ->  minitune generate ...
+    python scripts/train.py ...     ->  python scripts/generate.py ...
+
+They can be pasted: every word is quoted for a shell, and no line is wrapped.
+"""
+
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minitune.config.training_config import RunConfig
+from minitune.data.records.conversations import (
+    conversation_of_alpaca,
+    conversation_of_messages,
+    conversation_of_pair,
+)
+from minitune.data.records.record_fields import Fields, Reading
+from minitune.data.sources.sources import open_sources
+from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.progress import LABEL_WIDTH, labelled
+from minitune.sft_trainer import SFTTrainer
+
+READERS = {
+    "messages": lambda record: conversation_of_messages(record, "messages"),
+    "conversations": lambda record: conversation_of_messages(record, "conversations"),
+    "prompt": conversation_of_pair,
+    "instruction": conversation_of_alpaca,
+}
+LONGEST_TEXT = 300  # characters of a prompt or a system message on a command line
+EXPORTED_TYPE = "q4_k_m"
+
+
+def command_line(program: str, command: str, *arguments: Any) -> str:
+    """Return a command as the user can type it here.
+
+    program: this command as the user typed it: `minitune train` or `train.py`.
+    """
+    python = Path(sys.executable).name or "python"
+    if not program.startswith("minitune "):
+        start = [python, str(Path(sys.argv[0]).with_name(f"{command}.py"))]
+    elif Path(sys.argv[0]).name == "__main__.py":
+        start = [python, "-m", "minitune.commands", command]
+    else:
+        start = ["minitune", command]
+    return shlex.join([*start, *map(str, arguments)])
+
+
+def next_text(commands: Sequence[str], notes: Iterable[str] = ()) -> str:
+    """Return the lines that show commands, one a line, and notes on them."""
+    lines = [f"{'next':<{LABEL_WIDTH}}{commands[0]}"]
+    lines += [" " * LABEL_WIDTH + command for command in commands[1:]]
+    return "\n".join([*lines, *(labelled("note", note) for note in notes)])
+
+
+def after_training(
+    program: str, trainer: SFTTrainer, run: RunConfig, models: Sequence[Path] = ()
+) -> str:
+    """Return the lines on the next commands: generate, and export or start llama.cpp.
+
+    program: this command as the user typed it.
+    run: its settings.
+    models: the merged folder and the GGUF files that the run wrote.
+    """
+    model, notes = trainer.model, []
+    words = ["--model", trainer.output]
+    if not any(linear.is_quantized for _, linear in model.linears()):
+        words.append("--no-load-in-4bit")
+    if model.max_seq_length > model.config.default_seq_length:
+        words += ["--max-seq-length", model.max_seq_length]
+    if run.device is not None:
+        words += ["--device", run.device]
+    files = (*run.eval_data, *run.data)
+    if files:
+        example, notes = _example_flags(files[0], trainer.processing_class)
+        words += example
+    commands = [command_line(program, "generate", *words)]
+    gguf = [path for path in models if path.suffix == ".gguf"]
+    if gguf:
+        commands.append(_llama_server(gguf[0]))
+    else:
+        more = ("--output", trainer.output / "gguf", "--quantization-method", EXPORTED_TYPE)
+        commands.append(command_line(program, "export", "--model", trainer.output, *more))
+    return next_text(commands, notes)
+
+
+def after_export(program: str, paths: Sequence[Path]) -> str | None:
+    """Return the lines on the next commands for exported files, or None if there are none.
+
+    program: this command as the user typed it.
+    paths: GGUF files, Modelfiles and folders.
+    """
+    gguf = [path for path in paths if path.suffix == ".gguf"]
+    commands, notes = [_llama_server(path) for path in gguf], []
+    modelfiles = [path for path in paths if path.name.endswith("Modelfile")]
+    for path, file in zip(gguf, modelfiles, strict=False):
+        commands.append(shlex.join(["ollama", "create", path.stem.lower(), "-f", str(file)]))
+    if gguf and not modelfiles:
+        notes.append("for Ollama, export with --ollama: it writes a Modelfile beside the file")
+    for folder in paths:
+        if folder.is_dir():
+            commands.append(command_line(program, "generate", "--model", folder))
+    return next_text(commands, notes) if commands else None
+
+
+def _llama_server(path: Path) -> str:
+    return shlex.join(["llama-server", "-m", str(path)])
+
+
+def _example_flags(path: str, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """Return the flags of a generation like the first record of a file, and notes on them."""
+    record = next(item for _, item in open_sources(path)[0].records() if isinstance(item, dict))
+    shape = next((key for key in READERS if key in record), None)
+    has_template = tokenizer.chat_template is not None
+    if shape == "prompt" and isinstance(record["prompt"], str):
+        return ["--raw", *_short("--prompt", record["prompt"])], []
+    if shape is None or (shape == "instruction" and not has_template):
+        return ["--raw"], []  # plain text, which the model continues
+    try:
+        messages = READERS[shape](Fields(record, Reading())).conversation.messages
+    except ValueError:  # a bad record, which skip_bad left out
+        return [], []
+    flags, notes = [], []
+    first = {message["role"]: message.get("content") for message in reversed(messages)}
+    if system := first.get("system"):
+        flags = _short("--system", system)
+        if not flags:
+            notes.append("give --system the system message of the data; it is too long for here")
+    return [*flags, *_short("--prompt", first.get("user"))], notes
+
+
+def _short(flag: str, text: Any) -> list[str]:
+    """Return a flag and its text if the text fits on a command line, otherwise nothing."""
+    fits = isinstance(text, str) and len(text) <= LONGEST_TEXT and text.isprintable()
+    return [flag, text] if fits and text and not text.startswith("-") else []
