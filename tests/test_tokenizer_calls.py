@@ -103,6 +103,7 @@ def test_names_of_a_tokenizer_hold_transformers_values(pair):
     for skip in (False, True):
         expected = theirs.convert_ids_to_tokens([0, 1, 9], skip)
         assert ours.convert_ids_to_tokens(torch.tensor([0, 1, 9]), skip) == expected
+    assert ours.tokenize(TEXTS[0]) == theirs.tokenize(TEXTS[0])
     assert ours.convert_ids_to_tokens(7) == theirs.convert_ids_to_tokens(7)
 
 

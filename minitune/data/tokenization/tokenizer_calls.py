@@ -154,6 +154,10 @@ class TokenizerCalls(SpecialTokens):
         texts = self.decode(rows, skip_special_tokens, clean_up_tokenization_spaces) if rows else []
         return [texts] if isinstance(texts, str) else texts
 
+    def tokenize(self, text: str, add_special_tokens: bool = False) -> list[str]:
+        """Return the tokens of a text as the vocabulary spells them."""
+        return self.convert_ids_to_tokens(self.encode(text, add_special_tokens))
+
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
         """Return the id of a token, or a list of ids; that of unk_token if a token is unknown."""
         if not isinstance(tokens, str):
