@@ -5,7 +5,7 @@ import torch
 from labelled_records import PAIR
 from tiny import draw_adapter, make_tiny_model
 
-from minitune import FastLanguageModel, SFTConfig, SFTTrainer
+from minitune import FastLanguageModel, SFTConfig, SFTTrainer, TrainerCallback
 from minitune.model.adapter_switch import remove_lora_
 
 IDS = torch.tensor([[5, 17, 300, 42, 7, 7, 260, 99, 3]])
@@ -98,6 +98,22 @@ def test_a_trainer_that_was_built_before_trains_the_adapter_that_was_loaded_sinc
     untrained = base(folder)
     untrained.load_adapter(tmp_path / "second")
     assert not torch.equal(adapters[0][1], untrained.trainable_parameters()[1][1])
+
+
+def test_an_adapter_that_is_replaced_during_training_stops_the_run(tmp_path):
+    folder = make_tiny_model(tmp_path / "m")
+    adapted(folder, {"r": 3}, seed=1).save_pretrained(tmp_path / "second")
+    model = adapted(folder, {"r": 8})
+
+    class Replacing(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            model.load_adapter(tmp_path / "second")
+
+    args = SFTConfig(output_dir=str(tmp_path / "run"), max_steps=3)
+    trainer = SFTTrainer(model, args, [{"messages": PAIR}])
+    trainer.add_callback(Replacing())
+    with pytest.raises(ValueError, match="another adapter was loaded during training"):
+        trainer.train()
 
 
 def test_a_removed_adapter_leaves_the_base(tmp_path):

@@ -11,6 +11,13 @@ _VLLM = Foreign("vLLM is not used", neutral=ANYTHING)
 _LOCAL = Foreign("nothing is downloaded", neutral=ANYTHING)
 _LINEARS = "choose the linears with target_modules"
 
+# PEFT's settings of methods beside plain LoRA
+_OTHER_METHODS = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "eva_config", "corda_config"),
+    *("lora_ga_config", "velora_config", "monteclora_config", "kasa_config", "arrow_config"),
+    *("alora_invocation_tokens", "megatron_config"),
+)
+
 # from_pretrained of Unsloth and transformers
 LOADING = {
     "pretrained_model_name_or_path": Renamed("model_name"),
@@ -80,9 +87,6 @@ LORA = {
     "exclude_modules": Foreign(_LINEARS, (None, [], ())),
     "rank_pattern": Foreign("all linears have the same r", (None, {})),
     "alpha_pattern": Foreign("all linears have the same lora_alpha", (None, {})),
-    "use_dora": Foreign("use plain LoRA, perhaps with use_rslora=True", (False, None)),
-    "use_qalora": Foreign("use plain LoRA", (False, None)),
-    "lora_bias": Foreign("adapters have no bias", (False, None)),
     "fan_in_fan_out": Foreign("weights are stored as (out, in)", (False, None)),
     "target_parameters": Foreign(_LINEARS, (None, [])),
     "trainable_token_indices": Foreign("embeddings stay frozen"),
@@ -91,6 +95,11 @@ LORA = {
     "revision": Foreign("the model's own folder is saved"),
     "auto_mapping": Foreign("PEFT finds the class from task_type"),
     "qat_scheme": Foreign("there is no training for another type than NF4 and 16 bit"),
+    "peft_version": Foreign("it changes no adapter", neutral=ANYTHING),
+    "runtime_config": Foreign("it changes no adapter", neutral=ANYTHING),
+    "qalora_group_size": Foreign("QALoRA is not used", neutral=ANYTHING),
+    "megatron_core": Foreign("Megatron is not used", neutral=ANYTHING),
+    **dict.fromkeys(_OTHER_METHODS, Foreign("use plain LoRA", (None, False))),
 }
 
 # get_peft_model of Unsloth takes these beside LoraConfig's
@@ -138,6 +147,7 @@ SAVING = {
     "save_peft_format": Foreign("adapters have PEFT's format", (True,)),
     "save_embedding_layers": Foreign("embeddings are frozen", ("auto", False)),
     "selected_adapters": Foreign("a model has one adapter, 'default'", (None, ["default"])),
+    "path_initial_model_for_weight_conversion": Foreign("the base is never altered"),
     "temporary_location": Foreign("files go straight to their folder", neutral=ANYTHING),
     "maximum_memory_usage": Foreign("tensors are written one by one", neutral=ANYTHING),
     "datasets": _LOCAL,

@@ -135,7 +135,14 @@ class OptimizerSteps:
         return args.learning_rate * learning_rate_factor(kind, step, warmup, total_steps, cycles)
 
     def _optimizer_step(self) -> None:
-        """Train on the samples of the next step, and update the adapter."""
+        """Train on the samples of the next step, and update the adapter.
+
+        Raises: ValueError if another adapter took the place of the one that the run trains.
+        """
+        if self.model.adapters_removed != self._adapters_removed:
+            raise ValueError(
+                "another adapter was loaded during training; load it before train() or after it"
+            )
         step = self.progress.step
         samples = self.order.samples_of_step(step)
         loss = retry_on_oom(

@@ -301,6 +301,7 @@ class Trainer(OptimizerSteps):
             max_grad_norm=args.max_grad_norm,
             eight_bit=args.optim == "adamw_8bit",
         )
+        self._adapters_removed = model.adapters_removed
         use_free_cores(model.device, recorded_threads(source))
         self._identity = run_identity(model, args, self.size, self.data)
         self._losses.clear()
