@@ -27,7 +27,7 @@ def answers(rng, tokenizer):
     """Return ids of texts that end inside of characters, and random ids."""
     encoded = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
     cut = [ids[: rng.randrange(1, len(ids) + 1)] for ids in encoded for _ in range(4)]
-    random = [[rng.randrange(tokenizer.vocab_size) for _ in range(12)] for _ in range(20)]
+    random = [[rng.randrange(tokenizer.id_count) for _ in range(12)] for _ in range(20)]
     return cut + random
 
 

@@ -86,7 +86,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_and_a_padded_embedding
     json_folder,
 ):
     tokenizer = Tokenizer.from_folder(json_folder)
-    check_vocabulary(tokenizer, tokenizer.vocab_size)
+    check_vocabulary(tokenizer, tokenizer.id_count)
     check_vocabulary(tokenizer, 512)
     message = "ids up to 329, but the model's embedding has only 329 rows"
     with pytest.raises(ValueError, match=message):

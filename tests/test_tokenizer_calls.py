@@ -96,7 +96,7 @@ def test_names_of_a_tokenizer_hold_transformers_values(pair):
         "name_or_path",
     ):
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert len(ours) == len(theirs)
+    assert (len(ours), ours.vocab_size) == (len(theirs), theirs.vocab_size)
     assert ours.get_vocab() == theirs.get_vocab()
     for tokens in ("<|end|>", ["a", "no such token"], "no such token"):
         assert ours.convert_tokens_to_ids(tokens) == theirs.convert_tokens_to_ids(tokens)
@@ -107,9 +107,12 @@ def test_names_of_a_tokenizer_hold_transformers_values(pair):
     assert ours.convert_ids_to_tokens(7) == theirs.convert_ids_to_tokens(7)
 
 
-def test_the_class_that_a_folder_names_decides_about_the_side(tmp_path):
-    _, sentencepiece, _ = random_model_folder(Random(1), tmp_path)
+def test_sizes_and_the_padding_side_of_a_sentencepiece_model_equal_transformers(tmp_path):
+    model, sentencepiece, _ = random_model_folder(Random(1), tmp_path)
     byte_level = write_json_tokenizer(tmp_path / "bytes", **FAST)
+    theirs = transformers.AutoTokenizer.from_pretrained(sentencepiece)
+    ours = Tokenizer.from_folder(model)
+    assert (len(ours), ours.vocab_size) == (len(theirs), theirs.vocab_size)
     for folder, side in ((sentencepiece, "left"), (byte_level, "right")):
         config = json.loads((folder / "tokenizer_config.json").read_text())
         config["tokenizer_class"] = "LlamaTokenizerFast"

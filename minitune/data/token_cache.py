@@ -166,10 +166,10 @@ class EntryWriter:
         write_json(self._folder / DESCRIPTION, description)
 
 
-def read_entry(folder: Path, key: str, vocab_size: int) -> tuple[FlatSamples, DatasetReport] | None:
+def read_entry(folder: Path, key: str, id_count: int) -> tuple[FlatSamples, DatasetReport] | None:
     """Return the samples and the report of an entry, or None if it is missing or damaged.
 
-    vocab_size: ids of the tokenizer.
+    id_count: ids of the tokenizer.
     """
     try:
         description = read_json(folder / DESCRIPTION)
@@ -186,7 +186,7 @@ def read_entry(folder: Path, key: str, vocab_size: int) -> tuple[FlatSamples, Da
     except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError):
         return None
     samples = FlatSamples(input_ids, labels, **columns, formats=formats)
-    return (samples, report) if _is_valid(samples, vocab_size) else None
+    return (samples, report) if _is_valid(samples, id_count) else None
 
 
 def _map(path: Path, kind: type, dimensions: int) -> np.ndarray:
@@ -200,7 +200,7 @@ def _map(path: Path, kind: type, dimensions: int) -> np.ndarray:
     return values
 
 
-def _is_valid(samples: FlatSamples, vocab_size: int) -> bool:
+def _is_valid(samples: FlatSamples, id_count: int) -> bool:
     """Return True if every number of an entry is within its range."""
     tokens, ends = len(samples.input_ids), samples.begins + samples.lengths
     ranges = (
@@ -210,8 +210,8 @@ def _is_valid(samples: FlatSamples, vocab_size: int) -> bool:
         (samples.targets, 1, tokens + 1),
         (samples.sources, 0, len(samples.formats)),
         (samples.shapes, 0, len(SHAPE_NAMES)),
-        (samples.input_ids, 0, vocab_size),
-        (samples.labels, IGNORE_INDEX, vocab_size),
+        (samples.input_ids, 0, id_count),
+        (samples.labels, IGNORE_INDEX, id_count),
     )
     return (
         len(samples.labels) == tokens

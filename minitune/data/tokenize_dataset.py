@@ -94,12 +94,12 @@ def tokenize_dataset(
         builder = SampleBuilder(formats)
         report = run.fill_(builder, sources)
         return TokenizedDataset(builder.build(), report)
-    entry = read_entry(cache / key, key, tokenizer.vocab_size)
+    entry = read_entry(cache / key, key, tokenizer.id_count)
     if entry is not None:
         return TokenizedDataset(*entry, key, is_cached=True)
     with new_entry(cache, key, formats) as writer:
         writer.finish(run.fill_(writer.builder, sources))
-    entry = read_entry(cache / key, key, tokenizer.vocab_size)
+    entry = read_entry(cache / key, key, tokenizer.id_count)
     if entry is None:
         raise ValueError(f"{cache / key}: was written, but cannot be read; check the disk")
     return TokenizedDataset(*entry, key)

@@ -85,10 +85,10 @@ class _Check:
     def check_vocabulary(self) -> None:
         """Compare the texts of all tokens, the types of special tokens, and BOS and EOS."""
         tokenizer, tokens = self.tokenizer, self.file.tokens
-        if len(tokens) < tokenizer.vocab_size:
+        if len(tokens) < tokenizer.id_count:
             raise self._error(
                 f"the file has {len(tokens)} tokens, but the tokenizer has ids up to "
-                f"{tokenizer.vocab_size - 1}"
+                f"{tokenizer.id_count - 1}"
             )
         for id, text in enumerate(tokens):
             trained = tokenizer.id_to_token(id)
@@ -118,10 +118,10 @@ class _Check:
         added = [token.content for token in self.tokenizer.added_tokens.values()]
         added += [text.replace(SPACE_MARK, " ") for text in added if SPACE_MARK in text]
         around = map(text_around, [*added, *self.file.special.unasked])
-        step = -(-self.tokenizer.vocab_size // SAMPLED_TOKENS)
+        step = -(-self.tokenizer.id_count // SAMPLED_TOKENS)
         pieces = [
             self.tokenizer.decode([id], skip_special_tokens=False)
-            for id in range(0, self.tokenizer.vocab_size, step)
+            for id in range(0, self.tokenizer.id_count, step)
         ]
         sampled = map(text_with, pieces, pieces[1:] + pieces[:1])
         self._compare([*FIXED_TEXTS, *around, *sampled])

@@ -206,7 +206,7 @@ def expected_by_llama_cpp(ours: Tokenizer, name: str, models: Path | None) -> st
 def gguf_name(ours: Tokenizer) -> str:
     """Return llama.cpp's names for a tokenizer, or the reason why it cannot be exported."""
     try:
-        metadata = tokenizer_metadata(ours, ours.vocab_size, "name")
+        metadata = tokenizer_metadata(ours, ours.id_count, "name")
     except ValueError as error:
         return f"refused: {error}"
     return f"{metadata['tokenizer.ggml.model']}, {metadata['tokenizer.ggml.pre']}"
@@ -219,7 +219,7 @@ def cut_from_gguf(ours: Tokenizer, name: str, texts: list[str]) -> dict[str, str
     comparison with `ours`, because llama.cpp does not normalise.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        folder = make_tiny_model(Path(temporary) / "model", hidden=32, vocab=ours.vocab_size)
+        folder = make_tiny_model(Path(temporary) / "model", hidden=32, vocab=ours.id_count)
         ours.save_pretrained(folder)
         try:
             path = convert_folder(folder, Path(temporary) / "model.gguf")

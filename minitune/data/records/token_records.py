@@ -74,9 +74,9 @@ def _check_companions(record: Fields, size: int) -> None:
 
 def _check_ids(ids: list[int], name: str, tokenizer: Tokenizer) -> None:
     for index in ids:
-        if not 0 <= index < tokenizer.vocab_size:
+        if not 0 <= index < tokenizer.id_count:
             raise ValueError(
-                f"{name} hold {index}, but the tokenizer's ids are 0 to {tokenizer.vocab_size - 1}"
+                f"{name} hold {index}, but the tokenizer's ids are 0 to {tokenizer.id_count - 1}"
             )
 
 

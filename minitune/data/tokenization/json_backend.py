@@ -73,7 +73,8 @@ class JsonBackend:
         self.named: dict[str, int] = {}  # tokenizer.json does not name its special tokens
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size = len(vocabulary)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.vocab_size: int = library.get_vocab_size(with_added_tokens=False)
+        self.id_count = max(vocabulary.values(), default=-1) + 1
         with library_errors(path, "use its post-processor"):
             self.prefix, self.suffix = self._special_tokens_around(vocabulary)
             self._tokenizer.post_processor = None
@@ -126,7 +127,7 @@ class JsonBackend:
             if index not in ids:
                 raise ValueError(
                     f"{self._path}: its post_processor puts the id {index} around a text, but no "
-                    f"token has that id (the highest is {self.vocab_size - 1}); correct the "
+                    f"token has that id (the highest is {self.id_count - 1}); correct the "
                     "post_processor in the file"
                 )
 

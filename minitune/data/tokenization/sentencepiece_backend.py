@@ -56,8 +56,8 @@ class SentencePieceBackend:
         self._skipped = {i for i, token in self.added.items() if token.special}
         self._pieces = dict(enumerate(pieces)) | {i: str(t) for i, t in self.added.items()}
         self._ids = {piece: i for i, piece in self._pieces.items()}
-        self.size = len(self._pieces)
-        self.vocab_size = max(self._pieces) + 1
+        self.size, self.vocab_size = len(self._pieces), len(pieces)
+        self.id_count = max(self._pieces) + 1
         self._splitter = self._new_splitter()
 
         ids = {name: getattr(self._begin, f"{name}_id")() for name in ("bos", "eos", "pad", "unk")}

@@ -73,7 +73,8 @@ class Tokenizer(TokenizerCalls):
     ):
         self.folder, self._backend, self._declared = folder, backend, declared
         self._files = files
-        self.vocab_size: int = backend.vocab_size  # highest id + 1, added tokens included
+        self.id_count: int = backend.id_count  # highest id + 1, added tokens included
+        self.vocab_size: int = backend.vocab_size  # tokens without added ones, as in transformers
         self.added_tokens: dict[int, AddedToken] = backend.added
         self.declared_ids = {index for _, _, index in declared.claims if index is not None}
         self.adds_prefix_space: bool = backend.adds_prefix_space
@@ -131,7 +132,7 @@ class Tokenizer(TokenizerCalls):
         if name in self._backend.named:
             return self._backend.named[name]
         for file in ("config.json", "generation_config.json"):
-            ids = _id_list(self._files[file].get(f"{key}_id"), self.vocab_size)
+            ids = _id_list(self._files[file].get(f"{key}_id"), self.id_count)
             if ids:
                 if key in str(self._chat_template):
                     self._declared.notes.append(
@@ -150,7 +151,7 @@ class Tokenizer(TokenizerCalls):
         """
         ids = [] if self.eos_token_id is None else [self.eos_token_id]
         for file in ("generation_config.json", "config.json"):
-            ids += _id_list(self._files[file].get("eos_token_id"), self.vocab_size)
+            ids += _id_list(self._files[file].get("eos_token_id"), self.id_count)
         if self._template_end is not None:
             ids.append(self._template_end)
         return tuple(dict.fromkeys(ids))
@@ -296,8 +297,8 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
 
     More rows than tokens is normal: vocabularies are padded to a round number.
     """
-    if tokenizer.vocab_size > rows:
-        highest = tokenizer.vocab_size - 1
+    if tokenizer.id_count > rows:
+        highest = tokenizer.id_count - 1
         raise ValueError(
             f"{tokenizer.folder}: the tokenizer has ids up to {highest}, but the model's embedding "
             f"has only {rows} rows; use the tokenizer that belongs to this model. The last token "
@@ -305,7 +306,7 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
         )
 
 
-def _id_list(value: Any, vocab_size: int) -> list[int]:
+def _id_list(value: Any, id_count: int) -> list[int]:
     """Return the valid ids in a field of a config: a number, a list of numbers, or neither."""
     values = value if isinstance(value, list) else [value]
-    return [index for index in values if isinstance(index, int) and 0 <= index < vocab_size]
+    return [index for index in values if isinstance(index, int) and 0 <= index < id_count]

@@ -175,7 +175,7 @@ class TokenizerCalls(SpecialTokens):
 
     def get_vocab(self) -> dict[str, int]:
         """Return the id of each token, added tokens included."""
-        tokens = ((self.id_to_token(index), index) for index in range(self.vocab_size))
+        tokens = ((self.id_to_token(index), index) for index in range(self.id_count))
         return {token: index for token, index in tokens if token is not None}
 
     @foreign_arguments(
