@@ -23,7 +23,7 @@ from minitune.data.text_streamer import TextIteratorStreamer, TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import is_bfloat16_supported
 from minitune.language_model import LanguageModel
-from minitune.sft_trainer import SFTTrainer
+from minitune.sft_trainer import SFTTrainer, train_on_responses_only
 from minitune.training.callbacks import (
     EarlyStoppingCallback,
     TrainerCallback,
@@ -51,4 +51,5 @@ __all__ = [
     "is_bfloat16_supported",
     "standardize_data_formats",
     "standardize_sharegpt",
+    "train_on_responses_only",
 ]

@@ -245,7 +245,7 @@ def test_folders_that_are_no_single_dataset_are_refused_with_the_remedy(tmp_path
         tmp_path / "splits", r"holds the splits train, test; choose one, such as .*splits/train"
     )
     assert len(load_dataset(tmp_path / "splits" / "train")) == 7
-    refused(splits, "a mapping with the keys 'train', 'test'; pass one of its values")
+    refused(splits, r"DatasetDict with the splits 'train', 'test'; .* such as dataset\['train'\]")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"a folder without state\.json")
     state = tmp_path / "splits" / "test" / "state.json"

@@ -130,6 +130,12 @@ class SFTConfig:
         "a number for each file of the training data: 2 takes its samples twice, 0.5 takes half",
         greater_than=0,
     )
+    instruction_part: str | None = setting(
+        None, "text before each instruction of plain texts; needs response_part"
+    )
+    response_part: str | None = setting(
+        None, "text before each answer of plain texts, which are then trained on their answers only"
+    )
     logging_strategy: str = setting("steps", "when to write a metrics line", choices=INTERVALS)
     logging_steps: int = setting(10, "optimizer steps a metrics line", minimum=1)
     logging_first_step: bool = setting(False, "write a metrics line for the first step too")
@@ -203,6 +209,13 @@ class SFTConfig:
             object.__setattr__(self, item.name, value)
         check_settings(self)
         _check_best(self)
+        if (self.instruction_part is None) != (self.response_part is None):
+            raise ValueError("instruction_part and response_part need each other; give both")
+        if self.response_part is not None and self.assistant_only_loss is False:
+            raise ValueError(
+                "response_part trains on answers only, but assistant_only_loss=False trains on "
+                "everything; leave one of them out"
+            )
         if self.bf16 and self.fp16:
             raise ValueError("bf16=True and fp16=True exclude each other; leave one out")
         if self.max_steps == 0 or self.max_steps < -1:

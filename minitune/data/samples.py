@@ -115,6 +115,7 @@ class LabelOptions:
         earlier reasoning out.
     dropped_text: "error" refuses a record if the template leaves a text out, "warn" makes a note.
     template_date: ISO date that the template's strftime_now tells; None is the clock's.
+    instruction_part, response_part: marks in plain texts (response_marks.py), or None.
     ignore_fields: keys of records that are left out on purpose, such as "title" or
         "messages.mood".
     """
@@ -125,6 +126,8 @@ class LabelOptions:
     split_turns: bool | None = None
     dropped_text: str = "error"
     template_date: str | None = None
+    instruction_part: str | None = None
+    response_part: str | None = None
     ignore_fields: tuple[str, ...] = ()
 
     @classmethod

@@ -11,7 +11,8 @@ the gradients add up to the same sum however S is split.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -93,6 +94,19 @@ class OptimizerSteps:
         )
         self.order = SampleOrder(self.data.train.samples, self.args, self.data.max_length)
         self.size = self.order.size
+
+    def relabel(self, instruction_part: str, response_part: str) -> None:
+        """Tokenize the datasets again, with marks before the answers of plain texts.
+
+        Raises: ValueError if the data cannot be read again, or has nothing to train on.
+        """
+        for data in self._sources:
+            if isinstance(data, Iterator):
+                raise ValueError("the dataset is an iterator, which is read once; pass a list")
+        marks = {"instruction_part": instruction_part, "response_part": response_part}
+        everything = {"assistant_only_loss": None, "completion_only_loss": None}
+        self.args = replace(self.args, **marks, **everything)
+        self._read_data()
 
     @property
     def train_dataset(self) -> TokenView:

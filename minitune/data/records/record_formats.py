@@ -27,10 +27,16 @@ from minitune.data.records.conversations import (
     conversation_of_messages,
     conversation_of_pair,
 )
-from minitune.data.records.record_fields import MEDIA, PREFERENCE, Fields, Reading
+from minitune.data.records.plain_texts import (
+    NEED_TEMPLATE,
+    TEXT_FIELD,
+    plain_text,
+    text_pair,
+    text_with_headings,
+)
+from minitune.data.records.record_fields import HARMLESS, MEDIA, PREFERENCE, Fields, Reading
 from minitune.data.records.token_records import refuse_option, token_sample
 from minitune.data.samples import (
-    EMPTY_ANSWER,
     Conversation,
     LabelOptions,
     RenderedConversation,
@@ -46,7 +52,6 @@ from minitune.data.templates.chat_template import (
 )
 from minitune.data.tokenization.tokenizer import Tokenizer
 
-TEXT_FIELD = "text"
 SHAPES = {  # name -> the keys that every record of the shape has
     "input_ids": ("input_ids",),
     "messages": ("messages",),
@@ -56,8 +61,6 @@ SHAPES = {  # name -> the keys that every record of the shape has
     "instruction": ("instruction", "output"),
 }
 MAIN_KEYS = tuple(dict.fromkeys(key for keys in SHAPES.values() for key in keys))
-# Keys beside a conversation that mean nothing without a chat template.
-NEED_TEMPLATE = ("history", "tools", "functions", "chat_template_kwargs")
 COMPANIONS = (*SYSTEM_KEYS, *NEED_TEMPLATE, "input")  # of the other shapes, never of a text
 
 
@@ -73,11 +76,11 @@ def render_record(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) 
     if shape == "input_ids":
         parts = [token_sample(fields, tokenizer, options)]
     elif shape == "text":
-        parts = [_plain_text(fields, tokenizer, options)]
+        parts = [plain_text(fields, tokenizer, options)]
     elif shape == "prompt/completion" and not _is_list(record["prompt"]):
-        parts = [_text_pair(fields, tokenizer, options)]
+        parts = [text_pair(fields, tokenizer, options)]
     elif shape == "instruction" and tokenizer.chat_template is None:
-        parts = [_headings(fields, tokenizer, options)]
+        parts = [text_with_headings(fields, tokenizer, options)]
     else:
         read = _read_conversation(fields, shape)
         fields.leave_out_repeats([m.get("content") for m in read.conversation.messages])
@@ -107,7 +110,12 @@ def _shape_of(record: Fields, options: LabelOptions) -> str:
     """
     chosen = options.dataset_text_field
     if chosen is not None and record.holds(chosen):
-        others = [key for key in (*MAIN_KEYS, *COMPANIONS) if key != chosen]
+        read_elsewhere = {*MAIN_KEYS, *COMPANIONS} - {chosen}
+        others = [
+            key
+            for key in record.left()
+            if key in read_elsewhere or (key not in HARMLESS and key != chosen)
+        ]
         record.leave_out(others, f'dataset_text_field is "{chosen}"')
         return "text"
     shapes = SHAPES if chosen is None else {**SHAPES, "text": (chosen,)}
@@ -167,66 +175,6 @@ def _read_conversation(record: Fields, shape: str) -> ReadConversation:
     if shape == "instruction":
         return conversation_of_alpaca(record)
     return conversation_of_messages(record, shape)
-
-
-# ---- plain text
-
-
-def _plain_text(record: Fields, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
-    refuse_option(options.assistant_only_loss, "assistant_only_loss", "conversations")
-    refuse_option(options.completion_only_loss, "completion_only_loss", "prompt and completion")
-    text = record.required_text(options.dataset_text_field or TEXT_FIELD)
-    if not text.strip():
-        record.reading.note("a text is empty")
-    return RenderedText(_with_eos(text, tokenizer), None, add_special_tokens=True)
-
-
-def _text_pair(record: Fields, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
-    """Return a prompt and a completion that are texts as one text."""
-    if tokenizer.chat_template is not None:
-        record.reading.note(
-            "prompt and completion are texts, which get no chat template: generate from the prompt "
-            "as plain text, or write the records as messages"
-        )
-    prompt, completion = record.required_text("prompt"), record.required_text("completion")
-    return _completion(prompt, completion, record, tokenizer, options)
-
-
-def _headings(record: Fields, tokenizer: Tokenizer, options: LabelOptions) -> RenderedText:
-    """Return an Alpaca record as plain text with headings."""
-    for key in NEED_TEMPLATE:
-        if record.holds(key):
-            raise ValueError(
-                f'"{key}" needs a chat template, and this tokenizer has none; give it one, or use '
-                f"ignore_fields={json.dumps([key])}"
-            )
-    prompt = ""
-    for key in SYSTEM_KEYS:
-        if text := record.text(key):
-            prompt += f"{text}\n\n"
-    prompt += f"### Instruction:\n{record.required_text('instruction')}\n\n"
-    if extra := record.text("input"):
-        prompt += f"### Input:\n{extra}\n\n"
-    prompt += "### Response:\n"
-    return _completion(prompt, record.required_text("output"), record, tokenizer, options)
-
-
-def _completion(
-    prompt: str, completion: str, record: Fields, tokenizer: Tokenizer, options: LabelOptions
-) -> RenderedText:
-    """Return prompt and completion as one text, trained on the completion by default."""
-    refuse_option(options.assistant_only_loss, "assistant_only_loss", "conversations")
-    if not completion.strip():
-        record.reading.note(EMPTY_ANSWER)
-    text = prompt + _with_eos(completion, tokenizer)
-    spans = None if options.completion_only_loss is False else [(len(prompt), len(text))]
-    return RenderedText(text, spans, add_special_tokens=True)
-
-
-def _with_eos(text: str, tokenizer: Tokenizer) -> str:
-    """Return `text` ending with the EOS token, from which the model learns to stop."""
-    eos = tokenizer.eos_token
-    return text if eos is None or text.endswith(eos) else text + eos
 
 
 # ---- conversations

@@ -21,6 +21,8 @@ def token_sample(record: Fields, tokenizer: Tokenizer, options: LabelOptions) ->
 
     Raises: ValueError if a value is wrong, or an option needs a key that the record lacks.
     """
+    if options.response_part is not None:
+        raise ValueError("response_part needs texts, but the record holds tokens; give labels")
     ids = _integers(record.take("input_ids"), "input_ids")
     given = record.take("labels")
     labels = list(ids) if given is None else _integers(given, "labels")

@@ -162,11 +162,7 @@ def _source(
 
 def _memory_source(dataset: Any) -> Source:
     if isinstance(dataset, Mapping):
-        names = ", ".join(map(repr, list(dataset)[:5]))
-        raise ValueError(
-            f"the dataset is a mapping with the keys {names}; pass one of its values, or a list "
-            "of records"
-        )
+        raise _mapping_error(dataset)
     if isinstance(dataset, bytes) or not isinstance(dataset, Iterable):
         raise ValueError(
             f"the dataset is {kind_of(dataset)}; expected a path, several paths, a sequence of "
@@ -178,6 +174,27 @@ def _memory_source(dataset: Any) -> Source:
         dataset = [{name: _plain(cell) for name, cell in row.items()} for row in dataset]
     size = len(dataset) if hasattr(dataset, "__len__") else None
     return Source(OriginFormat("dataset", by_line=False), partial(enumerate, dataset), (), size)
+
+
+def _mapping_error(dataset: Mapping) -> ValueError:
+    """Return the error for a mapping: a DatasetDict, columns, or one record."""
+    names = ", ".join(map(repr, list(dataset)[:5]))
+    values = list(dataset.values())
+    first = next(iter(dataset), None)
+    if any(hasattr(value, "column_names") for value in values):
+        return ValueError(
+            f"the dataset is a DatasetDict with the splits {names}; pass one of them, such as "
+            f"dataset[{first!r}]"
+        )
+    if values and all(isinstance(value, list) for value in values):
+        return ValueError(
+            f"the dataset is a mapping of the columns {names}; pass a list of records, or "
+            "datasets.Dataset.from_dict(...) of it"
+        )
+    return ValueError(
+        f"the dataset is a mapping with the keys {names}; pass one of its values, or a list of "
+        "records"
+    )
 
 
 def _plain(value: Any) -> Any:
