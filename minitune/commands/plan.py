@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from minitune.checkpoints.find_model import find_model
 from minitune.checkpoints.resolve_model import resolve_model
 from minitune.config.cli import Settings, parse, print_notes, run_command
 from minitune.config.model_config import ModelConfig
@@ -108,7 +109,7 @@ def find_config(model: str) -> tuple[ModelConfig, str]:
     Raises: ValueError that names the nearest shapes if there is none.
     """
     if Path(model).expanduser().is_dir():
-        return ModelConfig.from_folder(resolve_model(model)), model
+        return ModelConfig.from_folder(find_model(model).base), model
     shape = shape_name(model)
     try:
         folder = resolve_model(model)

@@ -4,6 +4,8 @@
     minitune train --data a.jsonl b.parquet --data-weights 2 0.5 ...    several files
     minitune train --config run.toml --r 32             a TOML file; flags win over it
     minitune train --config DIR/config.toml --resume    continue an interrupted run
+    minitune train --model runs/1 --data new.jsonl      train the adapter of a run further
+    minitune train --eval-only --model runs/1           the loss on its evaluation data
     minitune train --plan --model DIR --memory-budget 24GiB    the same as `minitune plan`
 
 The run folder holds adapter/, checkpoint-N/, metrics.jsonl, config.toml and outputs.json; --merge
@@ -13,14 +15,17 @@ Ctrl-C saves, prints how to continue, and exits with code 130.
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from minitune.api import FastLanguageModel
+from minitune.checkpoints.find_model import find_model
 from minitune.checkpoints.merge import merge_text
 from minitune.checkpoints.resolve_model import resolve_model
 from minitune.commands.data import print_samples
+from minitune.commands.eval_only import eval_only
 from minitune.commands.next_commands import after_training
 from minitune.commands.plan import plan
 from minitune.config.cli import Settings, in_flags, parse, run_command
@@ -31,6 +36,7 @@ from minitune.device import choose_device
 from minitune.gguf.export import check_gguf
 from minitune.gguf.general_metadata import gguf_file_names
 from minitune.gguf.model_metadata import check_window
+from minitune.language_model import LanguageModel
 from minitune.progress import labelled, print_line
 from minitune.sft_trainer import SFTTrainer
 from minitune.threads import use_free_cores
@@ -59,10 +65,12 @@ def _run(argv: Sequence[str] | None, program: str, demonstration: Demonstration 
     if demonstration is None:
         settings = parse(argv, program)
     else:
-        switches, defaults = ("demo", "plan"), demonstration.defaults
+        switches, defaults = ("demo", "plan", "eval_only"), demonstration.defaults
         settings = parse(argv, program, switches=switches, demo_defaults=defaults)
     if settings.plan:
         print(plan(settings, f"{program} --plan"))
+    elif settings.eval_only:
+        print(eval_only(settings, program))
     elif settings.demo:
         demonstration.run(settings, prepare)
     else:
@@ -80,6 +88,7 @@ def train(settings: Settings, program: str) -> None:
 
     program: the command as the user types it.
     """
+    settings = with_found_model(settings)
     trainer, run = prepare(settings), settings.run
     if run.gguf:
         check_window(trainer.model.config, trainer.data.max_seqlen)
@@ -101,8 +110,18 @@ def train(settings: Settings, program: str) -> None:
     print_line(after_training(program, trainer, run, models))
 
 
+def with_found_model(settings: Settings) -> Settings:
+    """Return the settings with the base as `model`, and the adapter to train further, if any.
+
+    Raises: ValueError if the model or its adapter is missing.
+    """
+    source = find_model(settings.run.model, settings.run.adapter)
+    adapter = None if source.adapter is None else str(source.adapter)
+    return settings._replace(run=replace(settings.run, model=source.name, adapter=adapter))
+
+
 def prepare(settings: Settings) -> SFTTrainer:
-    """Check the settings, load the base model, attach a new adapter, and tokenize the data.
+    """Check the settings, load the model, attach an adapter if it has none, and tokenize the data.
 
     Prints the first samples and the check of the base if the settings ask for them.
 
@@ -110,6 +129,7 @@ def prepare(settings: Settings) -> SFTTrainer:
     """
     _check(settings)
     run, lora, sft = settings.run, settings.lora, settings.sft
+    checkpointing = GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing]
     use_free_cores(choose_device(run.device))
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=run.model,
@@ -118,22 +138,48 @@ def prepare(settings: Settings) -> SFTTrainer:
         load_in_4bit=run.load_in_4bit,
         device=run.device,
         offload_embedding=run.offload_embedding,
+        use_gradient_checkpointing=checkpointing,
+        adapter=run.adapter,
         progress=True,
     )
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=lora.r,
-        target_modules=lora.target_modules,
-        lora_alpha=lora.lora_alpha,
-        use_gradient_checkpointing=GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing],
-        random_state=sft.seed if run.random_state is None else run.random_state,
-        use_rslora=lora.use_rslora,
-    )
+    if model.lora is None:
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=lora.r,
+            target_modules=lora.target_modules,
+            lora_alpha=lora.lora_alpha,
+            use_gradient_checkpointing=checkpointing,
+            random_state=sft.seed if run.random_state is None else run.random_state,
+            use_rslora=lora.use_rslora,
+        )
+    else:
+        _check_same_lora(settings, model)
     trainer = SFTTrainer(model, sft, run.data, run.eval_data or None, tokenizer, run_config=run)
     print_samples(first_samples(trainer.data.train.samples, tokenizer, run.show), sys.stderr)
     if run.check_base:
         _print_check(trainer)
     return trainer
+
+
+def _check_same_lora(settings: Settings, model: LanguageModel) -> None:
+    """Raise ValueError if a setting that the user gives differs from the adapter's.
+
+    An adapter that is trained further keeps its settings.
+    """
+    wanted, own = settings.lora, model.lora
+    targets = model.config.adapted_linears(wanted.target_modules)
+    for name in ("r", "lora_alpha", "use_rslora", "target_modules"):
+        value = targets if name == "target_modules" else getattr(wanted, name)
+        if name in settings.given and value != getattr(own, name):
+            raise ValueError(
+                f"{name}={_python(value)} differs from the adapter's "
+                f"{name}={_python(getattr(own, name))} in {settings.run.adapter}; an adapter that "
+                "is trained further keeps its settings: leave this one out"
+            )
+
+
+def _python(value: Any) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def _print_check(trainer: SFTTrainer) -> None:
@@ -158,7 +204,8 @@ def _check(settings: Settings) -> None:
         names = gguf_file_names(run.model, folder, run.gguf) if run.gguf else []
         if run.merge:
             names.append(run_folder.MERGED)
-        run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, [folder, *data], names)
+        needed = [folder, *data, *([run.adapter] if run.adapter else [])]
+        run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, needed, names)
     for path in data:
         check_first_records(path)
     if run.gguf:

@@ -106,7 +106,12 @@ class RunConfig:
     """The settings of a command beside SFTConfig and LoraConfig: model, data, and final outputs."""
 
     model: str | None = setting(
-        None, "model folder, or an org/name id in the local Hugging Face cache"
+        None,
+        "model folder, or an org/name id in the local Hugging Face cache; or the folder of a run "
+        "or an adapter, which is then trained further",
+    )
+    adapter: str | None = setting(
+        None, "folder of a run or an adapter to train further, if the model is its base"
     )
     data: tuple[str, ...] = setting(
         (), "training data: JSONL, JSON, CSV, text or Parquet files, or a folder of `datasets`"

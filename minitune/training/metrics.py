@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from minitune.data.batching import Batch, collate, micro_steps
 from minitune.data.flat_samples import FlatSamples
 from minitune.device import MemoryUse, gib_text, memory_use
+from minitune.model.causal_lm import CausalLM
 from minitune.progress import ProgressBar, duration
 from minitune.training.checkpoint import Progress, RunSize
 from minitune.training.micro_step import MicroStep
@@ -186,35 +188,36 @@ class RunClock:
 
 @torch.no_grad()
 def evaluation_loss(
-    micro_step: MicroStep, samples: FlatSamples, micro_step_tokens: int, show_bar: bool = True
+    model: CausalLM,
+    samples: FlatSamples,
+    micro_step_tokens: int,
+    micro_step: MicroStep | None = None,
+    show_bar: bool = True,
 ) -> float:
     """Return the loss over all samples, a mean over their trained-on tokens.
 
-    micro_step: of the model; its memory is used.
     micro_step_tokens: tokens of one forward pass at most.
+    micro_step: of a model that trains; its memory is used.
     show_bar: show a progress bar, on a terminal.
     """
     targets = int(samples.targets.sum())
-    loss = torch.zeros((), device=micro_step.model.device)
+    loss = torch.zeros((), device=model.device)
     with ProgressBar("evaluating", len(samples), "sample", show_bar) as bar:
         for first in range(0, len(samples), EVAL_SAMPLES_PER_PACKING):
             part = samples[first : first + EVAL_SAMPLES_PER_PACKING]
             for pack in micro_steps(part, micro_step_tokens):
-                loss += _share_of_loss(micro_step, collate(pack), targets)
+                forward = partial(_share_of_loss, model, collate(pack), targets)
+                loss += forward() if micro_step is None else run_in_graph_pool(micro_step, forward)
                 bar.update(len(pack))
     return float(loss)
 
 
-def _share_of_loss(micro_step: MicroStep, batch: Batch, targets: int) -> Tensor:
+def _share_of_loss(model: CausalLM, batch: Batch, targets: int) -> Tensor:
     """Return the sum of a batch's token losses over `targets`."""
-
-    def forward() -> Tensor:
-        output = micro_step.model(
-            input_ids=batch.input_ids,
-            labels=batch.labels,
-            position_ids=batch.position_ids,
-            num_items_in_batch=targets,
-        )
-        return output.loss
-
-    return run_in_graph_pool(micro_step, forward)
+    output = model(
+        input_ids=batch.input_ids,
+        labels=batch.labels,
+        position_ids=batch.position_ids,
+        num_items_in_batch=targets,
+    )
+    return output.loss

@@ -180,7 +180,9 @@ class OptimizerSteps:
             raise ValueError("there is no eval_dataset to evaluate on; pass one to SFTTrainer")
         start = time.perf_counter()
         show_bar = not self.args.disable_tqdm
-        loss = evaluation_loss(self.micro_step, data.samples, self.micro_step_tokens, show_bar)
+        loss = evaluation_loss(
+            self.model, data.samples, self.micro_step_tokens, self.micro_step, show_bar
+        )
         seconds = time.perf_counter() - start
         return {
             "eval_loss": loss,

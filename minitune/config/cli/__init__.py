@@ -20,7 +20,7 @@ from minitune.config.cli.flags import (
     split_items,
 )
 from minitune.config.cli.running import in_flags, print_notes, run_command
-from minitune.config.cli.settings import Settings, as_dict
+from minitune.config.cli.settings import Settings, as_dict, flag_of
 from minitune.config.cli.toml_files import read_toml, toml_text, with_absolute_paths
 from minitune.config.cli.wrong_flags import suggestion
 
@@ -28,6 +28,7 @@ __all__ = [
     "CommandParser",
     "Settings",
     "as_dict",
+    "flag_of",
     "in_flags",
     "parse",
     "parse_flags",

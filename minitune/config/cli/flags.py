@@ -45,6 +45,7 @@ TRAIN_DESCRIPTION = "Train a LoRA adapter on one GPU or on the CPU. Needs --mode
 SWITCHES = {
     "demo": "fetch a small model, train it on a shipped task, and show the result",
     "plan": "print the memory and time of a step, from config.json alone, and exit",
+    "eval_only": "print the loss of --model on --eval-data and exit; a run has its own data",
     "list_shapes": "list the models whose shapes are built in, and exit",
 }
 # Messages of argparse -> a sentence. The first group is the argument, with all its flags.
@@ -122,7 +123,7 @@ def parse(
     argv: Sequence[str] | None = None,
     program: str = "minitune train",
     description: str = TRAIN_DESCRIPTION,
-    switches: Sequence[str] = ("plan",),
+    switches: Sequence[str] = ("plan", "eval_only"),
     demo_defaults: dict[str, Any] | None = None,
     names: Iterable[str] | None = None,
 ) -> Settings:
@@ -187,7 +188,7 @@ def settings_from_flags(
         if config and str(error).split()[0] in given.keys() - flags.keys():
             raise ValueError(f"{config}: {error}") from None
         raise
-    return Settings(**configs, **switches, given=frozenset(given))
+    return Settings(**configs, **switches, given=frozenset(given), flags=frozenset(flags))
 
 
 def _list_items(name: str, values: list) -> list:

@@ -16,6 +16,7 @@ class Settings(NamedTuple):
     """All settings of a command line, and the switches that were given.
 
     given: names of the settings that a flag or the TOML file gives.
+    flags: names of those that a flag gives.
     """
 
     run: RunConfig
@@ -24,7 +25,9 @@ class Settings(NamedTuple):
     demo: bool = False
     plan: bool = False
     list_shapes: bool = False
+    eval_only: bool = False
     given: frozenset[str] = frozenset()
+    flags: frozenset[str] = frozenset()
 
 
 class KnownSetting(NamedTuple):

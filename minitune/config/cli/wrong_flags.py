@@ -141,6 +141,7 @@ MEANINGS: dict[str, tuple[str, ...]] = {
     "token hf-token trust-remote-code": (
         "nothing is downloaded and no code of a model is run; leave it out",
     ),
+    "evaluate eval-mode do-eval evaluate-only": ("--eval-only",),
     "do-train": ("this command trains; leave it out",),
     "merge merge-adapter merge-and-unload merged-dir": ("--merge", "--merged"),
     "dry-run estimate": ("--plan",),
