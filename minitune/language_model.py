@@ -5,7 +5,6 @@ An argument that exists there means the same here or is refused with a reason
 """
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.model.adapter_switch import without_lora
 from minitune.model.causal_lm import CausalLM
+from minitune.progress import labelled, print_line
 from minitune.training.check_base import BaseCheck, check_base
 
 # Names of transformers, PEFT and Unsloth that a model lacks -> the way to the same end
@@ -182,6 +182,7 @@ class LanguageModel(CausalLM):
         save_method: str = "merged_16bit",
         merge_base: str = "auto",
         max_shard_size: str | int = "5GB",
+        progress: bool | None = None,
     ) -> None:
         """Write the model with the adapter merged in, and print its base on stderr.
 
@@ -190,6 +191,7 @@ class LanguageModel(CausalLM):
             adapter and the tokenizer.
         merge_base: weights to merge onto: "original" (16-bit), "nf4" (as trained) or "auto".
         max_shard_size: limit of a file, in bytes or as a size such as "5GB".
+        progress: show a bar, as in `from_pretrained`.
 
         Raises: ValueError if the folder is not empty or `merge_base` is not available.
         """
@@ -200,9 +202,8 @@ class LanguageModel(CausalLM):
             return
         _check_save_method(save_method)
         size = parse_bytes(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-        text = merge_text(self, merge_base)
-        merge_to_folder(self, folder, tokenizer, merge_base=merge_base, shard_bytes=size)
-        print(f"{'merged':<11}{text}", file=sys.stderr)
+        print_line(labelled("merging", merge_text(self, merge_base)))
+        merge_to_folder(self, folder, tokenizer, merge_base, size, progress)
 
     @foreign_arguments(**GGUF_SAVING)
     def save_pretrained_gguf(
@@ -236,8 +237,8 @@ class LanguageModel(CausalLM):
         """
         if isinstance(imatrix, str | Path):
             imatrix = read_imatrix(imatrix)
-        text = merge_text(self, merge_base)
-        paths = export_gguf(
+        print_line(labelled("merging", merge_text(self, merge_base)))
+        return export_gguf(
             self,
             folder,
             tokenizer or Tokenizer.from_folder(self.folder),
@@ -248,8 +249,6 @@ class LanguageModel(CausalLM):
             verify=verify,
             ollama=ollama,
         )
-        print(f"{'merged':<11}{text}", file=sys.stderr)
-        return paths
 
 
 def _check_save_method(save_method: str) -> None:

@@ -86,10 +86,8 @@ def merge_to_folder(
     return folder
 
 
-def merge_text(model: CausalLM, merge_base: str, nf4_setting: str = 'merge_base="nf4"') -> str:
+def merge_text(model: CausalLM, merge_base: str) -> str:
     """Return a line about the base that a merge uses, and how to answer as in training.
-
-    nf4_setting: the setting that merges onto NF4, as the user writes it.
 
     Raises: ValueError if `merge_base` is not available.
     """
@@ -99,7 +97,9 @@ def merge_text(model: CausalLM, merge_base: str, nf4_setting: str = 'merge_base=
         return f"without an adapter: the {form} weights of {model.name}"
     text = f"the adapter into the {form} weights of {model.name}"
     trained_on_nf4 = model.lora_on_nf4 or any(linear.is_quantized for _, linear in model.linears())
-    return f"{text}; {nf4_setting} answers as in training" if original and trained_on_nf4 else text
+    if original and trained_on_nf4:
+        text += '; merge_base="nf4" answers as in training'
+    return text
 
 
 def merged_specs(model: CausalLM) -> Specs:

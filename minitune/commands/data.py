@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from minitune.atomic_files import atomic_write_text
-from minitune.checkpoints.resolve_model import resolve_model
+from minitune.checkpoints.find_model import find_model
 from minitune.config.cli import (
     Settings,
     in_flags,
@@ -33,6 +33,7 @@ from minitune.data.inspector.html_page import html_page
 from minitune.data.inspector.summary_text import summary_text
 from minitune.data.inspector.token_display import ShownSample, first_samples, sample_text
 from minitune.data.samples import LabelOptions
+from minitune.data.templates.adapter_template import load_template
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.training.run_data import read_datasets
 
@@ -90,9 +91,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def _show(settings: Settings, count: int, borders: bool, page: str | None) -> int | None:
-    run, folder = settings.run, resolve_model(settings.run.model)
-    tokenizer = Tokenizer.from_folder(folder)
-    limit = run.max_seq_length or ModelConfig.from_folder(folder).default_seq_length
+    run, source = settings.run, find_model(settings.run.model)
+    tokenizer = Tokenizer.from_folder(source.base)
+    if source.adapter is not None:
+        load_template(tokenizer, source.adapter)
+    limit = run.max_seq_length or ModelConfig.from_folder(source.base).default_seq_length
     sft = replace(settings.sft, eval_strategy="no", output_dir=None)  # nothing is written there
     data = read_datasets(run.data, None, tokenizer, sft, max(limit, sft.max_length or 0))
     summary = summarize(data.train, tokenizer, data.max_length)
