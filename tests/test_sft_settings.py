@@ -145,6 +145,6 @@ def test_the_metric_of_the_best_checkpoint_is_that_of_transformers():
 
 def test_a_dtype_that_is_not_the_models_is_noted_and_the_models_own_is_not():
     (note,) = SFTConfig(bf16=True).precision_notes(torch.float32)
-    assert "bf16=True asks for bfloat16, but the model computes in float32" in note
+    assert "bf16=True asks for bfloat16, but the model was loaded in float32" in note
     assert SFTConfig(bf16=True).precision_notes(torch.bfloat16) == []
     assert SFTConfig(fp16=False, bf16=False).precision_notes(torch.float32) == []

@@ -287,3 +287,10 @@ def test_a_second_call_of_train_is_refused_or_replaces_the_run(smallest, tmp_pat
     assert [unnamed.train().global_step, unnamed.output.name] == [1, "1"]
     assert [unnamed.train().global_step, unnamed.output.name] == [1, "2"]
     assert without_times(read_metrics(unnamed.output))[0]["step"] == 1
+
+
+def test_bf16_on_a_float32_model_is_a_note_and_the_run_goes_on(smallest, tmp_path, capsys):
+    trainer = new_trainer(smallest, tmp_path / "run", max_steps=1, bf16=True)
+    assert trainer.train().global_step == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "note: bf16=True asks for bfloat16, but the model was loaded in float32" in shown

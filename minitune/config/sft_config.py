@@ -249,8 +249,8 @@ class SFTConfig:
         own = str(dtype).removeprefix("torch.")
         wanted = {"bf16": "bfloat16", "fp16": "float16"}
         return [
-            f"{name}=True asks for {word}, but the model computes in {own}, which counts: "
-            f"FastLanguageModel.from_pretrained(..., dtype=torch.{word}) changes that"
+            f"{name}=True asks for {word}, but the model was loaded in {own} and trains in it; "
+            f'from_pretrained(..., dtype="{word}") loads it in {word}'
             for name, word in wanted.items()
             if getattr(self, name) and own != word
         ]

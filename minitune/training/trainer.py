@@ -314,9 +314,11 @@ class Trainer(OptimizerSteps):
             self.planner, model, args, self.data.max_seqlen, recorded
         )
         self.micro_step_tokens = inputs.micro_step_tokens
-        warnings += [*self.args.precision_notes(model.dtype), *self.processing_class.notes]
+        warnings += self.processing_class.notes
         for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
             print_line(wrapped(f"warning: {text}", indent=9))
+        for note in args.precision_notes(model.dtype):
+            print_line(wrapped(f"note: {note}", indent=6))
         remove_other_entries(self.output / FOLDER, self.data.cache_keys)
         self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
         resolved = replace(args, output_dir=str(self.output), max_length=self.data.max_length)
