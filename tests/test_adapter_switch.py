@@ -3,10 +3,13 @@
 import pytest
 import torch
 from labelled_records import PAIR
+from micro_step_checks import DEVICE, GRAPH_SHAPE, gradients, random_samples
 from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer, TrainerCallback
+from minitune.data.batching import collate
 from minitune.model.adapter_switch import remove_lora_
+from minitune.training.micro_step import MicroStep
 
 IDS = torch.tensor([[5, 17, 300, 42, 7, 7, 260, 99, 3]])
 LABELS = IDS.clone()
@@ -98,6 +101,28 @@ def test_a_trainer_that_was_built_before_trains_the_adapter_that_was_loaded_sinc
     untrained = base(folder)
     untrained.load_adapter(tmp_path / "second")
     assert not torch.equal(adapters[0][1], untrained.trainable_parameters()[1][1])
+
+
+def test_captured_graphs_of_the_adapter_before_are_not_replayed(tmp_path):
+    folder = make_tiny_model(tmp_path / "m", **GRAPH_SHAPE)
+    adapted(folder, {"r": 3}, seed=1).save_pretrained(tmp_path / "second")
+    batch, found = collate(random_samples([40, 24])), {}
+    for name in ("replaced", "fresh"):
+        model = base(folder, device=DEVICE, attention="triton")
+        if name == "replaced":
+            draw_adapter(FastLanguageModel.get_peft_model(model, r=8), b=0.2)
+        else:
+            model.load_adapter(tmp_path / "second")
+        micro_step = MicroStep(model)
+        for _ in range(3):  # on a GPU the first call captures and the others replay
+            micro_step(batch, 9)
+        if name == "replaced":
+            model.load_adapter(tmp_path / "second")
+            for _ in range(3):
+                micro_step(batch, 9)
+        found[name] = gradients(model)
+        micro_step.close()
+    assert torch.equal(found["replaced"], found["fresh"]) and found["fresh"].any()
 
 
 def test_an_adapter_that_is_replaced_during_training_stops_the_run(tmp_path):
