@@ -29,6 +29,7 @@ from minitune.commands.eval_only import eval_only
 from minitune.commands.next_commands import after_training
 from minitune.commands.plan import plan
 from minitune.config.cli import Settings, in_flags, parse, run_command
+from minitune.config.model_shapes import shape_name
 from minitune.config.training_config import GRADIENT_CHECKPOINTING
 from minitune.data.inspector.token_display import first_samples
 from minitune.data.sources.sources import check_first_records
@@ -115,7 +116,13 @@ def with_found_model(settings: Settings) -> Settings:
 
     Raises: ValueError if the model or its adapter is missing.
     """
-    source = find_model(settings.run.model, settings.run.adapter)
+    try:
+        source = find_model(settings.run.model, settings.run.adapter)
+    except ValueError as error:
+        if shape_name(settings.run.model) is None:
+            raise
+        hint = "a plan knows the shape of this model, but training needs the folder of its weights"
+        raise ValueError(f"{error}; {hint}") from None
     adapter = None if source.adapter is None else str(source.adapter)
     return settings._replace(run=replace(settings.run, model=source.name, adapter=adapter))
 

@@ -46,6 +46,8 @@ MEANINGS: dict[str, tuple[str, ...]] = {
     ),
     "text-field text-column text-key": ("--dataset-text-field",),
     "chat-template template prompt-template": TEMPLATE,
+    "response-template": ("--response-part",),
+    "instruction-template": ("--instruction-part",),
     "mask-prompt train-on-responses-only train-on-inputs": (
         "only answers are trained on by default; --no-assistant-only-loss or "
         "--no-completion-only-loss trains on the rest too",
@@ -130,9 +132,15 @@ MEANINGS: dict[str, tuple[str, ...]] = {
     ),
     "resume-from resume-from-checkpoint continue checkpoint": ("--resume",),
     "force overwrite-output-dir": ("--overwrite",),
-    "wandb use-wandb wandb-project mlflow comet tensorboard project run-name logger log-to": (
-        NOTHING_SENT
+    "tensorboard use-tensorboard": ("--report-to tensorboard",),
+    "tensorboard-dir tensorboard-log-dir log-dir": ("--logging-dir",),
+    "wandb use-wandb wandb-project mlflow comet project logger log-to": NOTHING_SENT,
+    "wandb-name wandb-run-name experiment-name": ("--run-name",),
+    "early-stopping early-stopping-patience patience": (
+        "in Python, pass minitune.EarlyStoppingCallback to SFTTrainer; --load-best-model-at-end "
+        "saves the best adapter",
     ),
+    "load-best best-model save-best": ("--load-best-model-at-end",),
     "log-every log-interval log-steps logging-interval": ("--logging-steps",),
     "eval-every eval-interval val-every steps-per-eval": ("--eval-steps",),
     "save-every save-interval checkpoint-every": ("--save-steps",),
