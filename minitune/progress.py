@@ -197,7 +197,8 @@ class ProgressBar(contextlib.AbstractContextManager):
     def close(self) -> None:
         """Remove the bar, except one with a text of its own."""
         if self._bar is not None:
-            _drawn.remove(self._bar)
+            # tqdm's bars are equal if they are on the same line
+            _drawn[:] = [bar for bar in _drawn if bar is not self._bar]
             self._bar.close()
         self._bar = self._lines = None
 

@@ -26,6 +26,8 @@ with ProgressBar("loading", 40_000_000) as outer:
             inner.update(3)
             time.sleep(0.11)
             inner.update(4)
+        time.sleep(0.11)
+        outer.update(1)
         print_line("a line")
 with ProgressBar("training", 300, "step", done=100, has_text=True) as bar:
     for _ in range(2):

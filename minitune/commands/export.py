@@ -13,7 +13,6 @@ does not change its base. To have both in 4 bit, write --merged first and give t
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -156,7 +155,7 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     if collects:
         data, limit = arguments.imatrix_from, arguments.imatrix_tokens or DEFAULT_TOKENS
         importance = importance_from_data(model, tokenizer, data, limit, progress=True)
-        print(f"{'imatrix':<11}{importance}", file=sys.stderr)
+        print_line(labelled("imatrix", importance))
         planned = plan(importance)
     if merged is not None and planned is not None:
         planned.check_space({merged: total_bytes(merged_specs(model))})

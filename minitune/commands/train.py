@@ -199,7 +199,7 @@ def _print_check(trainer: SFTTrainer) -> None:
     else:
         rows = [("check", "the base is in 16 bit, not in NF4, so there is nothing to check")]
     for label, text in rows:
-        print(f"{label:<11}{in_flags(text)}", file=sys.stderr)
+        print_line(labelled(label, in_flags(text)))
 
 
 def _check(settings: Settings) -> None:
