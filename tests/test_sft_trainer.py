@@ -294,3 +294,17 @@ def test_bf16_on_a_float32_model_is_a_note_and_the_run_goes_on(smallest, tmp_pat
     assert trainer.train().global_step == 1
     shown = " ".join(capsys.readouterr().err.split())
     assert "note: bf16=True asks for bfloat16, but the model was loaded in float32" in shown
+
+
+@pytest.mark.parametrize("kind", ["spm", "llama3"])
+def test_a_text_with_special_tokens_at_its_ends_gets_no_second_ones(tmp_path, kind):
+    folder = make_smallest_model(tmp_path / kind, tokenizer=kind)
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, 64, device="cpu")
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    texts = ["blue", f"{tokenizer.bos_token}blue{tokenizer.eos_token}"]
+    records = [{"prompt": text} for text in texts]
+    trainer = SFTTrainer(
+        model, None, records, tokenizer=tokenizer, formatting_func=lambda record: record["prompt"]
+    )
+    first, second = trainer.train_dataset["input_ids"]
+    assert first == second and first.count(first[0]) == 1
