@@ -117,8 +117,9 @@ def no_weights(folder):
 
 
 def adapter(folder):
-    (folder / "config.json").rename(folder / "adapter_config.json")
-    return r"is an adapter; load the model it was trained on"
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    return r"adapter_config\.json: names no base model; load the base model by its own path"
 
 
 def no_config(folder):
