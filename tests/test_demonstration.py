@@ -28,6 +28,8 @@ def test_the_demonstration_asks_trains_asks_again_and_can_be_repeated(
         assert train(demo_arguments(inputs, "--max-steps", "2")) == 0
         out, error = capsys.readouterr()
         assert out.count("of 48 held-out answers exactly right") == 2 and "step 2/2" in error
+        assert "generate.py --model runs/demo " in error
+        assert "llama-server -m runs/demo/model-minitune-Q8_0.gguf" in error
     written = {path.name for path in (tmp_path / "runs" / "demo").iterdir()}
     assert written == {
         "adapter",
