@@ -7,12 +7,14 @@ here or is refused with a reason (config/loading_arguments.py).
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minitune.checkpoints.adapter import check_adapter
 from minitune.checkpoints.find_model import ModelSource, find_model
 from minitune.checkpoints.load_weights import EMBEDDING, load_weights, open_model_folder
+from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.foreign_arguments import foreign_arguments
 from minitune.config.loading_arguments import ATTACHING, ATTACHING_CONFIG, LOADING
@@ -54,19 +56,17 @@ class FastLanguageModel:
 
         model_name: a model's folder, or `org/name` in the local Hugging Face cache; or the folder
             of an adapter or a run, which stands for the base model with that adapter.
-        max_seq_length: length of the longest sample in tokens; by default 2048, or the model's
-            number of positions if that is smaller.
+        max_seq_length: tokens of the longest sample; by default 2048, or the model's limit if less.
         dtype: compute dtype; by default bfloat16 on a GPU and float32 on a CPU. "auto" is the dtype
             of the weights.
         load_in_4bit: quantise the linears to NF4 while they are read; False keeps them as stored.
             A folder of NF4 weights is read as it is either way.
-        load_in_16bit: True says the same as load_in_4bit=False, which has to be given too.
+        load_in_16bit: the same as load_in_4bit=False, which has to be given too.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
         device_map: the same in transformers' form: "auto", a device, or {"": device}.
         use_gradient_checkpointing: as in `get_peft_model`, for an adapter that is loaded here.
-        attention: "triton" uses the project's kernels; "auto" uses cuDNN's if all samples have one
-            length of 4096 tokens or more, because it is faster there. Without a GPU both use
-            PyTorch.
+        attention: "triton" uses the project's kernels. "auto" uses cuDNN's, which is faster, if all
+            samples have one length of 4096 tokens or more. Without a GPU both use PyTorch.
         offload_embedding: keep the embedding in pinned host memory, from which the GPU reads the
             rows that it needs. Not available if the head shares the embedding.
         adapter: folder of an adapter or a run, whose adapter is attached to the model.
@@ -80,14 +80,13 @@ class FastLanguageModel:
         dtype = choose_dtype(stored.dtype(EMBEDDING) if dtype == "auto" else dtype, device)
         level = parse_gradient_checkpointing(use_gradient_checkpointing)
         _check_loading(config, max_seq_length, attention, offload_embedding)
-        if load_in_16bit and load_in_4bit:
-            raise ValueError("load_in_16bit=True needs load_in_4bit=False; 4 bit is the default")
-        if source.adapter is not None:
-            _check_adapter(config, source)
+        _check_bits(load_in_16bit, load_in_4bit)
+        _check_adapter(config, source)
         stored.read_ahead()
         tokenizer = Tokenizer.from_folder(source.base)
         check_vocabulary(tokenizer, config.vocab_size)
-        model = LanguageModel(
+        model = _new_model(
+            source,
             config,
             dtype=dtype,
             device=device,
@@ -95,21 +94,8 @@ class FastLanguageModel:
             planner=Planner(level),
             attention=attention,
         )
-        model.name, model.folder = source.name, source.base
-        model.generation_defaults = read_generation_defaults(source.base)
-        weight_dtype, quantized = stored.dtype(EMBEDDING), load_in_4bit or stored.prequantized
-        compile_step_ahead(model, LoraConfig(), weight_dtype, quantized)
-        load_weights(model, stored, device, load_in_4bit, progress)
-        if offload_embedding and device.type == "cuda":
-            try:
-                model.model.embed_tokens.to_host()
-            except MemoryError as error:
-                raise ValueError(f"offload_embedding: {error}") from error
-            torch.cuda.empty_cache()
-        if source.adapter is not None:
-            model.load_adapter(source.adapter, tokenizer)
-            _compile_other_step(model)
-        model.eos_token_ids = tokenizer.eos_token_ids
+        _fill(model, stored, load_in_4bit, offload_embedding, progress)
+        _attach_saved(model, source, tokenizer)
         return model, tokenizer
 
     @staticmethod
@@ -204,6 +190,47 @@ def _attach(model: LanguageModel, lora: LoraConfig, seed: int) -> None:
     warnings.warn("the model has this adapter already, and it stays as it is", stacklevel=4)
 
 
+def _new_model(source: ModelSource, config: ModelConfig, **options: Any) -> LanguageModel:
+    """Return a model without weights, which knows its folder.
+
+    options: arguments of LanguageModel.
+    """
+    model = LanguageModel(config, **options)
+    model.name, model.folder = source.name, source.base
+    model.generation_defaults = read_generation_defaults(source.base)
+    return model
+
+
+def _fill(
+    model: LanguageModel,
+    stored: SafetensorsFolder,
+    load_in_4bit: bool,
+    offload_embedding: bool,
+    progress: bool | None,
+) -> None:
+    """Read the weights of a model, and meanwhile compile the kernels of a step.
+
+    Raises: ValueError if a tensor does not fit, or the host has no room for the embedding.
+    """
+    quantized = load_in_4bit or stored.prequantized
+    compile_step_ahead(model, LoraConfig(), stored.dtype(EMBEDDING), quantized)
+    load_weights(model, stored, model.device, load_in_4bit, progress)
+    if offload_embedding and model.device.type == "cuda":
+        try:
+            model.model.embed_tokens.to_host()
+        except MemoryError as error:
+            raise ValueError(f"offload_embedding: {error}") from error
+        torch.cuda.empty_cache()
+
+
+def _attach_saved(model: LanguageModel, source: ModelSource, tokenizer: Tokenizer) -> None:
+    """Attach the adapter of the source, if there is one, with its chat template."""
+    if source.adapter is not None:
+        model.load_adapter(source.adapter, tokenizer)
+        _compile_other_step(model)
+    model.eos_token_ids = tokenizer.eos_token_ids
+
+
 def _compile_other_step(model: LanguageModel) -> None:
     """Compile the kernels of a step ahead, unless `from_pretrained` did that for this adapter."""
     all_linear = model.config.adapted_linears(LORA_TARGETS)
@@ -231,8 +258,16 @@ def _mapped_device(
     return torch.device("cuda", places[0]) if isinstance(places[0], int) else places[0]
 
 
+def _check_bits(load_in_16bit: bool, load_in_4bit: bool) -> None:
+    """Raise ValueError if the linears should be in 16 bit and in 4 bit."""
+    if load_in_16bit and load_in_4bit:
+        raise ValueError("load_in_16bit=True needs load_in_4bit=False; 4 bit is the default")
+
+
 def _check_adapter(config: ModelConfig, source: ModelSource) -> None:
-    """Raise ValueError if the adapter does not fit the model, before weights are read."""
+    """Raise ValueError if there is an adapter that does not fit, before weights are read."""
+    if source.adapter is None:
+        return
     try:
         check_adapter(config, source.adapter)
     except ValueError as error:

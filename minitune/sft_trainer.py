@@ -97,19 +97,13 @@ class SFTTrainer(Trainer):
 
         Raises: ValueError if model, settings and data do not fit together.
         """
-        given = {
-            "dataset_text_field": dataset_text_field,
-            "packing": packing,
-            "max_length": max_length,
-        }
-        args = _settings(args, {name: value for name, value in given.items() if value is not None})
+        args = _settings(
+            args, dataset_text_field=dataset_text_field, packing=packing, max_length=max_length
+        )
         if isinstance(model, str | Path):
             model, tokenizer = FastLanguageModel.from_pretrained(model, args.max_length)
             processing_class = processing_class or tokenizer
-            if model.lora is None and peft_config is None:
-                peft_config = LoraConfig()
-                text = "only adapters are trained; peft_config=LoraConfig(...) chooses another one"
-                print_line(wrapped(f"note: {text}", indent=6))
+            peft_config = peft_config or _default_adapter(model)
         if not isinstance(model, CausalLM):
             raise ValueError(
                 f"model is a {type(model).__name__}; load it with "
@@ -119,10 +113,8 @@ class SFTTrainer(Trainer):
             model = get_peft_model(model, peft_config)
         if formatting_func is not None:
             field = args.dataset_text_field or TEXT_FIELD
-            train_dataset, eval_dataset = (
-                None if data is None else formatted_records(data, formatting_func, field)
-                for data in (train_dataset, eval_dataset)
-            )
+            train_dataset = formatted_records(train_dataset, formatting_func, field)
+            eval_dataset = formatted_records(eval_dataset, formatting_func, field)
         super().__init__(
             model,
             args,
@@ -198,8 +190,17 @@ class SFTTrainer(Trainer):
         save_template(self.processing_class, Path(output_dir))
 
 
-def _settings(args: SFTConfig | None, given: dict[str, Any]) -> SFTConfig:
-    """Return the settings of a trainer, with those given beside them.
+def _default_adapter(model: CausalLM) -> LoraConfig | None:
+    """Return the settings of an adapter for a model that has none, and print a note on it."""
+    if model.lora is not None:
+        return None
+    text = "only adapters are trained; peft_config=LoraConfig(...) chooses another one"
+    print_line(wrapped(f"note: {text}", indent=len("note: ")))
+    return LoraConfig()
+
+
+def _settings(args: SFTConfig | None, **given: Any) -> SFTConfig:
+    """Return the settings of a trainer, with those given beside them; None is not given.
 
     Raises: ValueError if `args` is of another library.
     """
@@ -211,7 +212,7 @@ def _settings(args: SFTConfig | None, given: dict[str, Any]) -> SFTConfig:
             f"args is a {type(args).__module__.split('.')[0]} {type(args).__name__}; import "
             "SFTConfig or TrainingArguments from minitune"
         )
-    return replace(args, **given)
+    return replace(args, **{name: value for name, value in given.items() if value is not None})
 
 
 @foreign_arguments(

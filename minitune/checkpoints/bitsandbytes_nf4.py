@@ -51,7 +51,8 @@ def read_nf4(
 ) -> tuple[NF4, set[str]]:
     """Return a quantised linear on the device, and the names of the tensors that were read.
 
-    linear: the linear's name. state_name: the name of its quantisation state.
+    linear: the linear's name.
+    state_name: the name of its quantisation state.
     shape: (out_features, in_features) that the linear must have.
 
     Raises: ValueError if the linear is not NF4, its state is broken, or a tensor does not fit.
@@ -63,11 +64,7 @@ def read_nf4(
         )
     nested = f"{linear}.weight.nested_absmax" in stored
     state = _read_state(stored, state_name, nested)
-    if state["shape"] != shape:
-        raise ValueError(
-            f"{stored.folder}: {linear}.weight has shape {state['shape']}, "
-            f"config.json asks for {shape}"
-        )
+    _check_shape(stored, linear, state["shape"], shape)
     names = {state_name}
 
     def fetch(suffix: str, dtype: torch.dtype, *size: int) -> Tensor:
@@ -103,6 +100,16 @@ def read_nf4(
             state["nested_offset"], dtype=torch.float32, device=device
         )
     return weight, names
+
+
+def _check_shape(
+    stored: SafetensorsFolder, linear: str, found: tuple[int, ...], expected: tuple[int, int]
+) -> None:
+    """Raise ValueError if a linear has another shape than the model needs."""
+    if found != expected:
+        raise ValueError(
+            f"{stored.folder}: {linear}.weight has shape {found}, config.json asks for {expected}"
+        )
 
 
 def nf4_tensors(linear: str, weight: NF4, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

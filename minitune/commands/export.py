@@ -76,25 +76,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         metavar="TYPE",
         help=f"types of the GGUF files: {', '.join(GGUF_WORDS)} (default: q8_0)",
     )
-    imatrix = parser.add_mutually_exclusive_group()
-    imatrix.add_argument(
-        "--imatrix",
-        type=Path,
-        metavar="FILE",
-        help="importance matrix of llama-imatrix, which the quantised types use",
-    )
-    imatrix.add_argument(
-        "--imatrix-from",
-        nargs="+",
-        metavar="DATA",
-        help="collect the importance matrix on the samples of these data files",
-    )
-    parser.add_argument(
-        "--imatrix-tokens",
-        type=int,
-        metavar="N",
-        help=f"tokens of --imatrix-from to use (default: {DEFAULT_TOKENS})",
-    )
+    _add_imatrix_flags(parser)
     parser.add_argument(
         "--ollama", action="store_true", help="write a Modelfile beside each GGUF file"
     )
@@ -114,6 +96,29 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="give GGUF files their names without reading them back",
     )
     return parser
+
+
+def _add_imatrix_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the importance matrix."""
+    imatrix = parser.add_mutually_exclusive_group()
+    imatrix.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="importance matrix of llama-imatrix, which the quantised types use",
+    )
+    imatrix.add_argument(
+        "--imatrix-from",
+        nargs="+",
+        metavar="DATA",
+        help="collect the importance matrix on the samples of these data files",
+    )
+    parser.add_argument(
+        "--imatrix-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens of --imatrix-from to use (default: {DEFAULT_TOKENS})",
+    )
 
 
 def export(arguments: argparse.Namespace) -> list[Path]:

@@ -20,10 +20,9 @@ from minitune.training.metrics import RunClock, run_metrics, status_text, traini
 from minitune.training.optimizer import FlatAdamW
 from minitune.training.optimizer_steps import OptimizerSteps
 from minitune.training.out_of_memory import oom_as_value_error, planned_vs_measured
+from minitune.training.plan_inputs import current_plan_inputs, fix_plan_inputs_
 from minitune.training.resume import (
     checkpoint_state,
-    current_plan_inputs,
-    fix_plan_inputs_,
     recorded_threads,
     resume_run,
     run_identity,

@@ -21,12 +21,14 @@ FORMS = "it takes a record and returns a text, or takes columns and returns a li
 
 
 def formatted_records(
-    dataset: Dataset, function: Callable[[Any], Any], text_field: str
-) -> list[dict[str, str]]:
-    """Return a record {text_field: text} for each record of a dataset.
+    dataset: Dataset | None, function: Callable[[Any], Any], text_field: str
+) -> list[dict[str, str]] | None:
+    """Return a record {text_field: text} for each record of a dataset, or None if there is none.
 
     Raises: ValueError that names the record if it cannot be read or does not become a text.
     """
+    if dataset is None:
+        return None
     records = _records(dataset)
     origin, first = next(records)
     takes_columns = _takes_columns(function, first)
