@@ -13,7 +13,8 @@ if "torch" not in sys.modules:
     # are permanent. If the caller imported torch, the caller's own objects may not be.
     gc.freeze()
 
-from minitune.api import FastLanguageModel, get_peft_model
+from minitune.api import FastLanguageModel, get_peft_model, prepare_model_for_kbit_training
+from minitune.config.foreign_names import missing_name
 from minitune.config.model_config import ModelConfig
 from minitune.config.sft_config import SFTConfig, TrainingArguments
 from minitune.config.training_config import LoraConfig
@@ -31,9 +32,12 @@ from minitune.training.callbacks import (
     TrainerState,
 )
 
+FastModel = FastLanguageModel  # Unsloth's name for models of every kind
+
 __all__ = [
     "EarlyStoppingCallback",
     "FastLanguageModel",
+    "FastModel",
     "LanguageModel",
     "LoraConfig",
     "ModelConfig",
@@ -49,7 +53,13 @@ __all__ = [
     "get_chat_template",
     "get_peft_model",
     "is_bfloat16_supported",
+    "prepare_model_for_kbit_training",
     "standardize_data_formats",
     "standardize_sharegpt",
     "train_on_responses_only",
 ]
+
+
+def __getattr__(name: str) -> None:
+    """Raise the error for a name that the package lacks, with what to use instead."""
+    raise missing_name(name, __all__)

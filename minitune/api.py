@@ -17,7 +17,7 @@ from minitune.checkpoints.load_weights import EMBEDDING, load_weights, open_mode
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.foreign_arguments import foreign_arguments
-from minitune.config.loading_arguments import ATTACHING, ATTACHING_CONFIG, LOADING
+from minitune.config.loading_arguments import ATTACHING, ATTACHING_CONFIG, LOADING, PREPARING
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
@@ -169,6 +169,20 @@ def get_peft_model(model: LanguageModel, peft_config: LoraConfig) -> LanguageMod
             "build it with minitune.LoraConfig, which takes PEFT's arguments"
         )
     _attach(model, peft_config, DEFAULT_SEED)
+    return model
+
+
+@foreign_arguments(**PREPARING)
+def prepare_model_for_kbit_training(model: LanguageModel) -> LanguageModel:
+    """Return the model, which needs no preparation: its base is frozen already.
+
+    Raises: ValueError if the model is another library's.
+    """
+    if not isinstance(model, LanguageModel):
+        raise ValueError(
+            f"model is a {type(model).__module__}.{type(model).__name__}; load it with "
+            "minitune.FastLanguageModel.from_pretrained"
+        )
     return model
 
 

@@ -44,10 +44,13 @@ ABSENT = {
     "add_adapter": "use FastLanguageModel.get_peft_model(model, ...)",
     "delete_adapter": "use `with model.disable_adapter():`, or load the base again",
     "generation_config": "pass the settings to generate, such as generate(temperature=0.7)",
-    "gradient_checkpointing_enable": "pass use_gradient_checkpointing to get_peft_model",
-    "gradient_checkpointing_disable": "pass use_gradient_checkpointing to get_peft_model",
-    "enable_input_require_grads": "adapters get their gradients without it",
     "resize_token_embeddings": "embeddings are frozen; use tokens of the vocabulary",
+    "base_model": "the layers are model.model.layers",
+    "peft_config": "model.lora holds the settings of the adapter",
+    "can_generate": "call model.generate(**tokenizer(prompt, return_tensors='pt')) itself",
+    "fast_generate": "there is no vLLM; use model.generate",
+    "save_lora": "use model.save_pretrained(folder)",
+    "load_lora": "use model.load_adapter(folder), and generate with the model",
     "push_to_hub": "nothing is uploaded; save, and use `hf upload` on the folder",
     "push_to_hub_merged": "nothing is uploaded; use save_pretrained_merged and `hf upload`",
     "push_to_hub_gguf": "nothing is uploaded; use save_pretrained_gguf and `hf upload`",
@@ -123,6 +126,15 @@ class LanguageModel(CausalLM):
     def for_training(self) -> "LanguageModel":
         """Return the model in training mode. No number depends on the mode."""
         return self.train()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """Do nothing: use_gradient_checkpointing decides, and no number depends on it."""
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Do nothing, as `gradient_checkpointing_enable`."""
+
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: adapters get their gradients without it."""
 
     def to(self, *args: Any, **kwargs: Any) -> "LanguageModel":
         """Return the model if it is on this device and computes in this dtype already.

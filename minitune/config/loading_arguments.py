@@ -111,6 +111,13 @@ ATTACHING = LORA | {
     "finetune_mlp_modules": Foreign(_LINEARS, (True, None)),
 }
 
+# prepare_model_for_kbit_training of PEFT
+_RECOMPUTATION = Foreign("get_peft_model(use_gradient_checkpointing=...) decides", neutral=ANYTHING)
+PREPARING = {
+    "use_gradient_checkpointing": _RECOMPUTATION,
+    "gradient_checkpointing_kwargs": _RECOMPUTATION,
+}
+
 # get_peft_model of PEFT
 ATTACHING_CONFIG = {
     "adapter_name": Foreign("a model has one adapter, 'default'", (None, "default")),

@@ -59,6 +59,9 @@ def parse_bytes(size: str) -> int:
     return int(float(found[1]) * SIZE_UNITS[found[2]])
 
 
+FROZEN_MODULES = ("embed_tokens", "lm_head")  # that other libraries can train
+
+
 @foreign_arguments(**LORA)
 @dataclass(frozen=True)
 class LoraConfig:
@@ -81,6 +84,11 @@ class LoraConfig:
         if not self.target_modules:
             raise ValueError(f"target_modules is empty; choose from {', '.join(LORA_TARGETS)}")
         for name in self.target_modules:
+            if name in FROZEN_MODULES:
+                raise ValueError(
+                    f"target module {name!r} is not supported: the embedding and the head stay "
+                    "frozen; leave it out, and use a larger r"
+                )
             if name not in ALL_TARGETS:
                 raise ValueError(
                     f"target module {name!r} does not exist; choose from {', '.join(ALL_TARGETS)}"
