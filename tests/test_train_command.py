@@ -186,7 +186,7 @@ def test_the_command_printed_on_ctrl_c_continues_the_run(inputs, tmp_path, monke
     *_, advice, other_advice = capsys.readouterr().err.splitlines()
     assert other_advice.split()[0] == "or"
     program, command, *flags = shlex.split(advice)
-    assert (program, command) == ("minitune", "train")
+    assert shlex.join([program, command]) == command_line("minitune train", "train")
     assert flags == ["--config", str(output / "config.toml"), "--resume"]
     assert train(flags) == 0
     assert "continued from checkpoint-1 (step 1)" in capsys.readouterr().err

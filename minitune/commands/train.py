@@ -26,7 +26,7 @@ from minitune.checkpoints.merge import merge_text
 from minitune.checkpoints.resolve_model import resolve_model
 from minitune.commands.data import print_samples
 from minitune.commands.eval_only import eval_only
-from minitune.commands.next_commands import after_training
+from minitune.commands.next_commands import after_training, command_line
 from minitune.commands.plan import plan
 from minitune.config.cli import Settings, in_flags, parse, run_command
 from minitune.config.model_shapes import shape_name
@@ -93,6 +93,7 @@ def train(settings: Settings, program: str) -> None:
     trainer, run = prepare(settings), settings.run
     if run.gguf:
         check_window(trainer.model.config, trainer.data.max_seqlen)
+    trainer.program = command_line(program, "train")
     trainer.train()
     if run.merge or run.gguf:
         text = in_flags(merge_text(trainer.model, run.merge_base))

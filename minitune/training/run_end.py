@@ -86,7 +86,12 @@ def _memory_text(memory: MemoryUse) -> str:
 
 
 def interruption(
-    step: int, total_steps: int, output: Path, saved: Path | None, config: Path | None
+    step: int,
+    total_steps: int,
+    output: Path,
+    saved: Path | None,
+    config: Path | None,
+    program: str = "minitune train",
 ) -> str:
     """Return the lines that an interrupted run ends with: its last checkpoint and how to resume.
 
@@ -96,10 +101,11 @@ def interruption(
     output: the run folder.
     saved: the last checkpoint, or None.
     config: a config.toml that names everything a command needs, or None.
+    program: the command that trains, as the user types it.
     """
     ways = [f"SFTConfig(output_dir={str(output)!r}, resume=True)"]
     if config is not None:
-        ways.insert(0, f"minitune train --config {shlex.quote(str(config))} --resume")
+        ways.insert(0, f"{program} --config {shlex.quote(str(config))} --resume")
     if step == 0:
         state = "before the first step was done: nothing is trained yet; start again"
     elif saved is None:

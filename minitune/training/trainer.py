@@ -45,6 +45,8 @@ class TrainOutput(NamedTuple):
 class Trainer(OptimizerSteps):
     """A training run of a model's adapter, in a run folder."""
 
+    program = "minitune train"  # as the user types it
+
     def __init__(self, *arguments: Any, callbacks: Iterable[Any] = (), **options: Any):
         """Build the steps, with the arguments of OptimizerSteps, and take the callbacks.
 
@@ -82,9 +84,10 @@ class Trainer(OptimizerSteps):
         source = self._begin(resume_from_checkpoint)
         self.model.max_trained_seqlen = self.data.max_seqlen
         p, total_steps = self.progress, self.size.total_steps
-        show_bar = not self.args.disable_tqdm
         with (
-            TrainingLog(self.output / METRICS, total_steps, p.step, show_bar) as log,
+            TrainingLog(
+                self.output / METRICS, total_steps, p.step, not self.args.disable_tqdm
+            ) as log,
             deferred_sigint() as caught,
             self._report_interruption(log),
             oom_as_value_error(self.planner, self.model.device, self._oom_advice),
@@ -189,9 +192,11 @@ class Trainer(OptimizerSteps):
             yield
         except KeyboardInterrupt:
             config = self.output / CONFIG if self.data.is_in_files else None
-            saved = self._run.last_checkpoint()
             step, total_steps = self.progress.step, self.size.total_steps
-            log.print_last(interruption(step, total_steps, self.output, saved, config))
+            saved = self._run.last_checkpoint()
+            log.print_last(
+                interruption(step, total_steps, self.output, saved, config, self.program)
+            )
             raise
 
     def _oom_advice(self) -> str:
@@ -309,9 +314,8 @@ class Trainer(OptimizerSteps):
             self.progress, recorded, warnings = resume_run(
                 source, model, self.optimizer, self._identity, args
             )
-        inputs, shortages = fix_plan_inputs_(
-            self.planner, model, args, self.data.max_seqlen, recorded
-        )
+        longest = self.data.max_seqlen
+        inputs, shortages = fix_plan_inputs_(self.planner, model, args, longest, recorded)
         self.micro_step_tokens = inputs.micro_step_tokens
         warnings += self.processing_class.notes
         for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
