@@ -234,6 +234,9 @@ REFUSED = {
     "the vocabulary lacks the pad token '<new>'": lambda t: setattr(t, "pad_token", "<new>"),
     "the vocabulary has no id 999": lambda t: setattr(t, "pad_token_id", 999),
     "eos_token '<|end|>' is that of the model's": lambda t: setattr(t, "eos_token", "<|bos|>"),
+    "add_eos_token=True is not supported: tokenizer.json": lambda t: setattr(
+        t, "add_eos_token", True
+    ),
     "bos_token_id 0 is that of the model's folder": lambda t: setattr(t, "bos_token_id", 1),
 }
 PT = {"return_tensors": "pt", "add_special_tokens": False}
@@ -244,6 +247,14 @@ def test_a_wrong_call_is_refused_with_the_remedy(tmp_path, message):
     tokenizer = Tokenizer.from_folder(write_chat_tokenizer(tmp_path))
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         REFUSED[message](tokenizer)
+
+
+def test_added_special_tokens_are_those_of_transformers(pair):
+    ours, theirs = pair
+    for name in ("bos", "eos"):
+        added = getattr(theirs, f"{name}_token_id") in theirs("lamps").input_ids
+        assert getattr(ours, f"add_{name}_token") is added
+        setattr(ours, f"add_{name}_token", added)  # asks for nothing
 
 
 def test_padding_without_a_pad_token_names_the_remedy(tmp_path):

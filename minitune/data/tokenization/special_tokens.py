@@ -42,6 +42,24 @@ def _token_id(name: str) -> property:
     )
 
 
+def _added_token(name: str) -> property:
+    """Return the property that tells if a text gets a special token, which cannot be changed."""
+
+    def read(self) -> bool:
+        prefix, suffix = self.special_tokens_around([])
+        return self.special.get(name) in (prefix if name == "bos" else suffix)
+
+    def refuse(self, value: bool) -> None:
+        if value != read(self):
+            raise ValueError(
+                f"add_{name}_token={value} is not supported: tokenizer.json decides; write "
+                f"tokenizer.{name}_token into the text. Training ends plain texts and completions "
+                "with the end token"
+            )
+
+    return property(read, refuse, doc=f"Return True if a text gets the {name.upper()} token.")
+
+
 class SpecialTokens:
     """Attributes of a tokenizer that its files name.
 
@@ -53,6 +71,7 @@ class SpecialTokens:
     special: dict[str, int]
     bos_token, bos_token_id = _token("bos"), _token_id("bos")
     eos_token, eos_token_id = _token("eos"), _token_id("eos")
+    add_bos_token, add_eos_token = _added_token("bos"), _added_token("eos")
     unk_token, unk_token_id = _token("unk"), _token_id("unk")
 
     def _read_settings(self, config: dict[str, Any], is_byte_level: bool) -> None:
