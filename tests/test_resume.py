@@ -36,6 +36,12 @@ def finished(smallest, tmp_path_factory):
     return output
 
 
+def test_a_folder_without_a_checkpoint_is_not_resumed(smallest, tmp_path):
+    trainer = new_trainer(smallest, tmp_path / "new", **CHECKPOINTS)
+    with pytest.raises(ValueError, match=r"no checkpoint to resume from; call train\(\) without"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_resumed_run_is_bit_identical_to_one_that_was_not_interrupted(smallest, tmp_path):
     settings = {
         "max_steps": 10,

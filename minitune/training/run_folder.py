@@ -240,6 +240,11 @@ def open_run_folder(
             f"{output} holds an adapter but no checkpoint to resume from; pass overwrite=True "
             "to replace it, or another output_dir"
         )
+    if resume:
+        raise ValueError(
+            f"{output} holds no checkpoint to resume from; call train() without "
+            "resume_from_checkpoint, or name the run's folder as output_dir"
+        )
     clear_run(output)
     return output, None
 
