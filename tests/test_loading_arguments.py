@@ -272,3 +272,13 @@ def test_a_model_has_one_adapter_called_default(tiny):
 def test_a_cpu_computes_in_bfloat16():
     assert is_bfloat16_supported(torch.device("cpu")) is True
     assert isinstance(is_bfloat16_supported(), bool)
+
+
+def test_a_call_takes_transformers_arguments_that_ask_for_nothing(tiny):
+    model, _ = FastLanguageModel.from_pretrained(tiny)
+    neutral = {"use_cache": False, "return_dict": True, "output_hidden_states": False}
+    assert torch.equal(model(IDS, **neutral).logits, model(input_ids=IDS).logits)
+    with pytest.raises(ValueError, match=r"output_hidden_states=True .* hidden states are not"):
+        model(IDS, output_hidden_states=True)
+    with pytest.raises(TypeError, match="no argument 'label'; did you mean labels"):
+        model(IDS, label=IDS)

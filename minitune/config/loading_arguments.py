@@ -1,4 +1,4 @@
-"""Arguments of Unsloth's, transformers' and PEFT's functions that minitune lacks: load and save.
+"""Arguments of Unsloth, transformers and PEFT that minitune lacks: load, call and save a model.
 
 Each table belongs to one function or dataclass, which takes it by `foreign_arguments`. The reasons
 say what to use instead.
@@ -163,6 +163,18 @@ ADAPTER_SAVING = SAVING | {"max_shard_size": Foreign("an adapter is one file", n
 GGUF_SAVING = SAVING | {
     "max_shard_size": Foreign("a GGUF file is one file", neutral=ANYTHING),
     "first_conversion": Foreign("weights are quantised without a file between"),
+}
+
+# a call of a model of transformers
+CALLING = {
+    "use_cache": Foreign("generate has a cache, and a call has none", neutral=ANYTHING),
+    "return_dict": Foreign("the result has the attributes loss and logits", (True, None)),
+    "output_hidden_states": Foreign("hidden states are not returned", (False, None)),
+    "output_attentions": Foreign("attention weights are never computed", (False, None)),
+    "logits_to_keep": Foreign("cut the logits yourself", (0, None)),
+    "past_key_values": Foreign("pass the whole text; generate has a cache"),
+    "inputs_embeds": Foreign("pass token ids"),
+    "token_type_ids": Foreign("these models read none; leave it out"),
 }
 
 # attributes of a model's config that notebooks assign

@@ -18,7 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from minitune.config.foreign_arguments import foreign_arguments
 from minitune.config.layer_kinds import LayerKind
+from minitune.config.loading_arguments import CALLING
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.device import free_memory
@@ -170,6 +172,7 @@ class CausalLM(nn.Module):
 
     # ---- forward
 
+    @foreign_arguments(**CALLING)
     def forward(
         self,
         input_ids: Tensor,
