@@ -264,5 +264,5 @@ def test_padding_without_a_pad_token_names_the_remedy(tmp_path):
         tokenizer("a", padding=True)
     with pytest.raises(TypeError, match="has no argument 'paddings'; did you mean padding"):
         tokenizer("a", paddings=True)
-    with pytest.raises(TypeError, match="reads no variable 'enable_thinking'"):
+    with pytest.raises(TypeError, match="reads no variable 'enable_thinking'; leave it out"):
         tokenizer.apply_chat_template(CONVERSATION, enable_thinking=False)

@@ -92,7 +92,7 @@ class ChatTemplate:
         template = self._template(conversation)
         for name in template_kwargs:
             if name not in template.variables:
-                raise TypeError(f"the chat template reads no variable {name!r}")
+                raise TypeError(f"the chat template reads no variable {name!r}; leave it out")
         return template.render(conversation, len(normal), add_generation_prompt, self._variables)
 
     def marks_answers(self, tools: list | None = None) -> bool:
