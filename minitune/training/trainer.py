@@ -84,10 +84,9 @@ class Trainer(OptimizerSteps):
         source = self._begin(resume_from_checkpoint)
         self.model.max_trained_seqlen = self.data.max_seqlen
         p, total_steps = self.progress, self.size.total_steps
+        show_bar = not self.args.disable_tqdm
         with (
-            TrainingLog(
-                self.output / METRICS, total_steps, p.step, not self.args.disable_tqdm
-            ) as log,
+            TrainingLog(self.output / METRICS, total_steps, p.step, show_bar) as log,
             deferred_sigint() as caught,
             self._report_interruption(log),
             oom_as_value_error(self.planner, self.model.device, self._oom_advice),
@@ -101,8 +100,11 @@ class Trainer(OptimizerSteps):
             clock = RunClock(p.seconds, p.tokens)
             self._loop(log, clock, caught)
             speed = clock.mean_tokens_per_second(p)
-            is_ended = self.run_control.control.should_training_stop
-            if caught and p.step < total_steps and not is_ended:
+            if (
+                caught
+                and p.step < total_steps
+                and not self.run_control.control.should_training_stop
+            ):
                 raise KeyboardInterrupt
             if p.step < total_steps:
                 log.print_line(labelled("note", f"a callback ended the run after step {p.step}"))
