@@ -186,7 +186,7 @@ def test_the_command_printed_on_ctrl_c_continues_the_run(inputs, tmp_path, monke
         assert train(train_arguments(inputs, output, "--r", "2", "--eval-data", data)) == 130
     *_, advice, other_advice = capsys.readouterr().err.splitlines()
     assert other_advice.split()[0] == "or"
-    typed = command_line("minitune train", "train")
+    typed = command_line("train.py", "train")
     assert advice.strip().startswith(typed)
     flags = shlex.split(advice.strip().removeprefix(typed))
     assert flags == ["--config", str(output / "config.toml"), "--resume"]

@@ -333,15 +333,8 @@ class Trainer(OptimizerSteps):
         return source
 
     def _summary(self, source: Path | None) -> RunSummary:
-        return RunSummary(
-            self.args,
-            self.size,
-            self.data.max_length,
-            self.micro_step_tokens,
-            self.output,
-            self.progress.step,
-            source,
-        )
+        size, limit, done = self.size, self.micro_step_tokens, self.progress.step
+        return RunSummary(self.args, size, self.data.max_length, limit, self.output, done, source)
 
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
