@@ -137,5 +137,8 @@ def test_evaluation_data_on_the_command_line_is_used_unless_the_flag_says_no(tmp
     assert parse([*config, "--eval-data", "a.jsonl"]).sft.eval_strategy == "epoch"
     never = ["--eval-data", "a.jsonl", "--eval-strategy", "no"]
     assert parse([*config, *never]).sft.eval_strategy == "no"
+    every_7 = ["--eval-data", "a.jsonl", "--eval-steps", "7"]
+    assert parse([*config, *every_7]).sft.eval_strategy == "steps"
+    assert parse([*every_7, "--eval-strategy", "epoch"]).sft.eval_strategy == "epoch"
     steps = ["--config", str(_toml(tmp_path, 'eval_strategy = "steps"'))]
     assert parse([*steps, "--eval-data", "a.jsonl"]).sft.eval_strategy == "steps"

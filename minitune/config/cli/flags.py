@@ -20,7 +20,7 @@ COMMAND_DEFAULTS = {"learning_rate": 2e-4}
 # --help appends these to the text of the field.
 COMMAND_HELP = {
     "target_modules": f"; {ALL_LINEAR} means all of them",
-    "eval_strategy": "; --eval-data makes it epoch unless another value is given",
+    "eval_strategy": "; --eval-data makes it epoch, with --eval-steps steps, unless it is given",
 }
 METAVARS = {
     "memory_budget": "SIZE",
@@ -31,6 +31,7 @@ METAVARS = {
     "output_dir": "DIR",
     "data": "FILE",
     "eval_data": "FILE",
+    "gguf": "TYPE",
 }
 TYPE_METAVARS = {
     "memory_budget": "SIZE",
@@ -173,7 +174,8 @@ def settings_from_flags(
     # Evaluation data on the command line is used, whatever the file says.
     no_strategy = "no" if flags.get("eval_data") else None
     if values.get("eval_data") and values.get("eval_strategy") in (None, no_strategy):
-        values["eval_strategy"] = flags.get("eval_strategy", "epoch")
+        usual = "steps" if "eval_steps" in flags else "epoch"
+        values["eval_strategy"] = flags.get("eval_strategy", usual)
     # A TOML file may hold the word as a string, a flag always gives a list.
     if values.get("target_modules") in (ALL_LINEAR, (ALL_LINEAR,)):
         values["target_modules"] = LORA_TARGETS
@@ -236,6 +238,8 @@ def _flag_options(known: KnownSetting) -> dict[str, Any]:
     default = COMMAND_DEFAULTS.get(name, known.field.default)
     shown = " ".join(default) if isinstance(default, tuple) else default
     text = metadata["help"] + COMMAND_HELP.get(name, "")
+    if metadata["choices"] and name in METAVARS:  # too many choices to stand behind the flag
+        text += f": {', '.join(metadata['choices'])}"
     if shown not in (None, ""):
         text += f" (default: {shown})"
     options: dict[str, Any] = {"help": in_flags(text).replace("%", "%%")}
@@ -245,8 +249,8 @@ def _flag_options(known: KnownSetting) -> dict[str, Any]:
         options |= {"nargs": "+", "type": known.item, "metavar": TYPE_METAVARS[known.item]}
     else:
         options |= {"type": known.types[0], "metavar": TYPE_METAVARS[known.types[0]]}
-    if name in METAVARS:
-        options["metavar"] = METAVARS[name]
     if metadata["choices"]:
         options["metavar"] = "|".join(metadata["choices"])
+    if name in METAVARS:
+        options["metavar"] = METAVARS[name]
     return options
