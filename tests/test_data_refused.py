@@ -51,6 +51,7 @@ LINES = [
     ('{"messages": "a"}', '"messages" is a text, expected a list of at least one'),
     ('{"messages": []}', '"messages" is an empty list, expected a list of at least one'),
     ('{"messages": [{"content": "a"}]}', r'"messages"\[0\] is not a message'),
+    ('{"conversations": [{"form": "human", "value": "a"}]}', "with the keys form, value; expected"),
     ('{"messages": [{"role": "user"}]}', r'"messages"\[0\] has no content'),
     (
         '{"messages": [{"role": "user", "content": 3}]}',

@@ -92,14 +92,14 @@ def read_messages(value: Any, key: str, record: Fields) -> list[Message]:
 def _read_message(item: Any, key: str, index: int, record: Fields) -> Message:
     place = f'"{key}"[{index}]'
     if not isinstance(item, Mapping):
-        raise _no_message(place)
+        raise _no_message(item, place)
     fields = record.inside(item, place, key)
     message: dict[str, Any] = {}
     speaker = fields.json("from")
     if speaker is None:
         role = fields.json("role")
         if not isinstance(role, str):
-            raise _no_message(place)
+            raise _no_message(item, place)
         message["role"], content_key = _known_role(role, fields), "content"
     else:
         message["role"], content_key = _sharegpt_role(speaker, place), "value"
@@ -120,8 +120,13 @@ def _read_message(item: Any, key: str, index: int, record: Fields) -> Message:
     return Message(in_order(message, item), counts, tools, place)
 
 
-def _no_message(place: str) -> ValueError:
-    return ValueError(f'{place} is not a message; each is {{"role": "user", "content": "..."}}')
+def _no_message(item: Any, place: str) -> ValueError:
+    is_object = isinstance(item, Mapping)
+    found = f"an object with the keys {', '.join(map(str, item))}" if is_object else kind_of(item)
+    return ValueError(
+        f'{place} is not a message, but {found}; expected {{"role": "user", "content": "..."}} or '
+        '{"from": "human", "value": "..."}'
+    )
 
 
 def _known_role(role: str, fields: Fields) -> str:
