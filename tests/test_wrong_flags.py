@@ -132,10 +132,12 @@ def test_flags_are_not_abbreviated(capsys):
     )
 
 
-def test_help_and_version_answer(capsys):
+def test_help_and_version_answer(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     for arguments in ([], ["help"], ["--help"]):
         assert main(arguments) == 0
-        assert "First steps:" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "First steps:" in text and max(map(len, text.splitlines())) <= 80
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("minitune ")
     with pytest.raises(SystemExit):

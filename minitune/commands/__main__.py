@@ -9,17 +9,18 @@ import torch
 
 from minitune.commands import data, export, generate, plan, train
 from minitune.config.cli import run_command, suggestion
+from minitune.progress import wrapped
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module for module in (train, generate, export, plan, data)
 }
 # The usual order of the work, in commands that can be typed.
 FIRST_STEPS = """\
-minitune plan --model llama-3-8b                 memory and time, before anything is fetched
-minitune data show --model DIR --data FILE       the tokens that are trained on
-minitune train --model DIR --data FILE           writes runs/1 and says what to type next
-minitune COMMAND --help                          all flags of a command
-minitune --version                               versions to name in a report"""
+minitune plan --model llama-3-8b            memory and time, without weights
+minitune data show --model DIR --data FILE  the tokens that are trained on
+minitune train --model DIR --data FILE      writes runs/1, shows the next step
+minitune COMMAND --help                     all flags of a command
+minitune --version                          versions to name in a report"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def _dispatch(name: str, *arguments: str) -> int:
 def usage() -> str:
     """Return the list of commands, each with the first line of its module's docstring."""
     purposes = {name: module.__doc__.partition("\n")[0] for name, module in COMMANDS.items()}
-    rows = [f"  {name:<10}{purpose}" for name, purpose in purposes.items()]
+    rows = [wrapped(text, 12, f"  {name:<10}") for name, text in purposes.items()]
     steps = [f"  {line}" for line in FIRST_STEPS.splitlines()]
     return "\n".join(["usage: minitune COMMAND ...", "", *rows, "", "First steps:", *steps])
 
