@@ -122,6 +122,22 @@ def test_a_missing_model_or_dataset_is_named(capsys):
     assert "--data is missing" in capsys.readouterr().err
 
 
+def test_resume_without_settings_names_the_command_to_type(capsys):
+    assert train(["--resume"]) == 2
+    assert "train.py --config runs/1/config.toml --resume" in capsys.readouterr().err
+
+
+def test_only_a_missing_model_is_explained_by_its_built_in_shape(inputs, tmp_path, capsys):
+    named = tmp_path / "llama-3-8b"
+    named.symlink_to(inputs / "model")
+    data = ["--data", str(inputs / "data.jsonl")]
+    assert train(["--model", str(named), "--adapter", str(tmp_path / "none"), *data]) == 2
+    error = capsys.readouterr().err
+    assert "adapter folder" in error and "a plan knows the shape" not in error
+    assert train(["--model", str(tmp_path / "no" / "llama-3-8b"), *data]) == 2
+    assert "a plan knows the shape" in capsys.readouterr().err
+
+
 def test_a_run_is_refused_resumed_and_repeated_from_its_own_config(inputs, tmp_path, capsys):
     output, again = tmp_path / "run", tmp_path / "again"
     config = str(output / "config.toml")

@@ -78,6 +78,9 @@ def _run(argv: Sequence[str] | None, program: str, demonstration: Demonstration 
         usage = f"{program} --model DIR --data FILE --output-dir DIR"
         if demonstration is not None:
             usage += ", or --demo"
+        if settings.sft.resume and not settings.run.model:
+            example = f"{program} --config runs/1/config.toml --resume"
+            raise ValueError(f"--resume needs the settings of the run: {example}")
         for name in ("model", "data"):
             if not getattr(settings.run, name):
                 raise ValueError(f"--{name} is missing: {usage}")
@@ -117,15 +120,17 @@ def with_found_model(settings: Settings) -> Settings:
 
     Raises: ValueError if the model or its adapter is missing.
     """
+    run = settings.run
     try:
-        source = find_model(settings.run.model, settings.run.adapter)
+        resolve_model(run.model)
     except ValueError as error:
-        if shape_name(settings.run.model) is None:
+        if shape_name(run.model) is None:
             raise
         hint = "a plan knows the shape of this model, but training needs the folder of its weights"
         raise ValueError(f"{error}; {hint}") from None
+    source = find_model(run.model, run.adapter)
     adapter = None if source.adapter is None else str(source.adapter)
-    return settings._replace(run=replace(settings.run, model=source.name, adapter=adapter))
+    return settings._replace(run=replace(run, model=source.name, adapter=adapter))
 
 
 def prepare(settings: Settings) -> SFTTrainer:
