@@ -18,6 +18,7 @@ from minitune.config.foreign_names import missing_name
 from minitune.config.model_config import ModelConfig
 from minitune.config.sft_config import SFTConfig, TrainingArguments
 from minitune.config.training_config import LoraConfig
+from minitune.data.collator import DataCollatorForSeq2Seq
 from minitune.data.sharegpt import standardize_data_formats, standardize_sharegpt
 from minitune.data.templates.named_template import get_chat_template
 from minitune.data.text_streamer import TextIteratorStreamer, TextStreamer
@@ -35,6 +36,7 @@ from minitune.training.callbacks import (
 FastModel = FastLanguageModel  # Unsloth's name for models of every kind
 
 __all__ = [
+    "DataCollatorForSeq2Seq",
     "EarlyStoppingCallback",
     "FastLanguageModel",
     "FastModel",

@@ -10,6 +10,7 @@ from minitune.checkpoints.adapter import save_adapter
 from minitune.config.foreign_arguments import ANYTHING, Foreign, Renamed, foreign_arguments
 from minitune.config.sft_config import SFTConfig
 from minitune.config.training_config import LoraConfig, RunConfig
+from minitune.data.collator import DataCollatorForSeq2Seq
 from minitune.data.records.plain_texts import TEXT_FIELD
 from minitune.data.response_marks import check_marks
 from minitune.data.sources.formatted_texts import formatted_records
@@ -44,7 +45,9 @@ ABSENT = {
 @foreign_arguments(
     tokenizer=Renamed("processing_class"),
     max_seq_length=Renamed("max_length"),
-    data_collator=Foreign("samples are packed without padding; leave it out"),
+    data_collator=Foreign(
+        "samples are packed without padding; leave it out", neutral=(None, DataCollatorForSeq2Seq)
+    ),
     compute_metrics=ONLY_LOSS,
     preprocess_logits_for_metrics=ONLY_LOSS,
     compute_loss_func=Foreign("the loss is the mean over the trained-on tokens"),

@@ -25,7 +25,8 @@ class Foreign(NamedTuple):
     """An argument that is not supported.
 
     reason: why there is none, and what to use instead.
-    neutral: values that ask for nothing and are accepted, or ANYTHING.
+    neutral: values that ask for nothing and are accepted, or ANYTHING. A class stands for all its
+        objects.
     """
 
     reason: str
@@ -133,13 +134,17 @@ def _own_arguments(
 
 def _check_neutral(function: str, name: str, value: Any, entry: Foreign) -> None:
     """Raise ValueError with the reason unless a value asks for nothing."""
-    # `is` and types first: False == 0, and an array has no truth value
-    if entry.neutral is ANYTHING or any(
-        value is neutral or (type(value) is type(neutral) and value == neutral)
-        for neutral in entry.neutral
-    ):
+    if entry.neutral is ANYTHING or any(_is_same(value, item) for item in entry.neutral):
         return
     raise ValueError(f"{function}: {name}={value!r:.80} is not supported: {entry.reason}")
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    """Return True if a value is the neutral one, or an object of the neutral class."""
+    if isinstance(neutral, type):
+        return isinstance(value, neutral)
+    # `is` and types first: False == 0, and an array has no truth value
+    return value is neutral or (type(value) is type(neutral) and value == neutral)
 
 
 def unknown_argument(function: str, name: str, known: Iterable[str]) -> TypeError:

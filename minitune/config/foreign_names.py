@@ -41,7 +41,6 @@ ABSENT_NAMES = {
     "BitsAndBytesConfig": _QUANTIZED,
     "setup_chat_format": 'use get_chat_template(tokenizer, "chatml")',
     # ---- data
-    "DataCollatorForSeq2Seq": _NO_COLLATOR,
     "DataCollatorForLanguageModeling": _NO_COLLATOR,
     "DataCollatorWithPadding": _NO_COLLATOR,
     "default_data_collator": _NO_COLLATOR,

@@ -3,6 +3,7 @@
 
 # %% Imports
 from minitune import (
+    DataCollatorForSeq2Seq,
     FastLanguageModel,
     SFTConfig,
     SFTTrainer,
@@ -69,7 +70,7 @@ trainer = SFTTrainer(
     train_dataset=dataset,
     dataset_text_field="text",
     max_seq_length=max_seq_length,
-    data_collator=None,
+    data_collator=DataCollatorForSeq2Seq(tokenizer=tokenizer),
     dataset_num_proc=2,
     packing=False,
     args=SFTConfig(
