@@ -52,7 +52,7 @@ def summary(run: RunResult) -> str:
         trained += f", {run.tokens_per_second:,.0f} tokens/s"
     rows = [("trained", trained)]
     if run.last_loss is not None:
-        rows.append(("loss", f"{run.last_loss:.4f} at the end"))
+        rows.append(("loss", f"{run.last_loss:.4f}, the mean of the last metrics line"))
     if run.best.step is not None:
         rows.append(("best", _best_text(run.best, run.checkpoints)))
     if run.memory.peak:
