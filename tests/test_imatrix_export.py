@@ -90,7 +90,7 @@ def test_a_file_is_used_and_types_without_a_use_for_it_are_noted(tiny, tmp_path)
         (["--output", "x.gguf", "--imatrix-tokens", "0"], "--imatrix-tokens 0: expected at least"),
         (["--output", "x.gguf", "--imatrix", "none.gguf"], "none.gguf: could not be read"),
         (["--output", "x.gguf", "--imatrix-from", "none.jsonl"], "none.jsonl"),
-        (["--output", "x.gguf", "--imatrix-from", "d", "--imatrix", "i"], "not allowed with"),
+        (["--output", "x.gguf", "--imatrix-from", "d", "--imatrix", "i"], "exclude each other"),
     ],
 )
 def test_a_matrix_that_cannot_be_used_is_refused_in_one_line(

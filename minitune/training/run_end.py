@@ -101,11 +101,12 @@ def interruption(
     output: the run folder.
     saved: the last checkpoint, or None.
     config: a config.toml that names everything a command needs, or None.
-    program: the command that trains, as the user types it.
+    program: `minitune train`, as the user types it.
     """
     ways = [f"SFTConfig(output_dir={str(output)!r}, resume=True)"]
     if config is not None:
-        ways.insert(0, f"{program} --config {shlex.quote(str(config))} --resume")
+        command = f"minitune train --config {shlex.quote(str(config))} --resume"
+        ways.insert(0, command.replace("minitune train", program, 1))
     if step == 0:
         state = "before the first step was done: nothing is trained yet; start again"
     elif saved is None:

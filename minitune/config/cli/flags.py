@@ -85,7 +85,10 @@ class CommandParser(argparse.ArgumentParser):
         Raises: ValueError for a flag that does not exist, before anything else is found missing.
         """
         words = list(sys.argv[1:] if args is None else args)
-        for word in words[: words.index("--") if "--" in words else None]:
+        checked = words[: words.index("--")] if "--" in words else words
+        if self._subparsers is not None:  # each of its commands checks its own flags
+            checked = []
+        for word in checked:
             flag = word.split("=")[0]
             is_flag = re.fullmatch(r"--[A-Za-z0-9][\w-]*|-[A-Za-z][\w-]*", flag)
             if is_flag and flag not in self._option_string_actions:
