@@ -110,6 +110,12 @@ def print_line(text: str) -> None:
         bar.refresh()
 
 
+def print_message(kind: str, text: str) -> None:
+    """Print a warning or a note on stderr. Further lines begin below the text."""
+    first = f"{kind}: "
+    print_line(wrapped(text, len(first), first))
+
+
 def clear_bars() -> None:
     """Remove all bars from the screen; each one comes back at its next update."""
     for bar in _drawn:

@@ -18,7 +18,7 @@ from minitune.data.sources.sources import Dataset
 from minitune.data.templates.adapter_template import save_template
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
-from minitune.progress import print_line, wrapped
+from minitune.progress import print_message
 from minitune.training.callbacks import TrainerControl, TrainerState
 from minitune.training.run_folder import ADAPTER
 from minitune.training.trainer import Trainer
@@ -198,7 +198,7 @@ def _default_adapter(model: CausalLM) -> LoraConfig | None:
     if model.lora is not None:
         return None
     text = "only adapters are trained; peft_config=LoraConfig(...) chooses another one"
-    print_line(wrapped(f"note: {text}", indent=len("note: ")))
+    print_message("note", text)
     return LoraConfig()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.cached_decoding import decode
-from minitune.progress import ProgressBar, print_line, wrapped
+from minitune.progress import ProgressBar, print_message
 from minitune.training.micro_step import MicroStep
 from minitune.training.out_of_memory import run_in_graph_pool
 
@@ -58,8 +58,8 @@ class SamplePrompts:
         try:
             return {"step": step, "samples": self.answers(micro_step, show_bar)}
         except (torch.OutOfMemoryError, MemoryError):
-            text = f"warning: no answers to sample_prompts at step {step}: out of memory"
-            print_line(wrapped(text, indent=9))
+            text = f"no answers to sample_prompts at step {step}: out of memory"
+            print_message("warning", text)
             return None
 
     def answers(self, micro_step: MicroStep, show_bar: bool = True) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ from minitune.config.cli import as_dict
 from minitune.data.templates.adapter_template import save_template
 from minitune.data.token_cache import FOLDER, remove_other_entries
 from minitune.device import memory_use
-from minitune.progress import labelled, print_line, wrapped
+from minitune.progress import labelled, print_line, print_message
 from minitune.threads import kept_threads, use_free_cores
 from minitune.training.banner import RunSummary, banner
 from minitune.training.checkpoint import Progress, read_state
@@ -321,9 +321,9 @@ class Trainer(OptimizerSteps):
         self.micro_step_tokens = inputs.micro_step_tokens
         warnings += self.processing_class.notes
         for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
-            print_line(wrapped(f"warning: {text}", indent=9))
+            print_message("warning", text)
         for note in args.precision_notes(model.dtype):
-            print_line(wrapped(f"note: {note}", indent=6))
+            print_message("note", note)
         remove_other_entries(self.output / FOLDER, self.data.cache_keys)
         self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
         resolved = replace(args, output_dir=str(self.output), max_length=self.data.max_length)

@@ -15,10 +15,10 @@ from typing import Any
 from minitune.config.cli.settings import flag_of, known_settings
 from minitune.config.fields import ListedErrors
 from minitune.config.visible_text import on_one_line
-from minitune.progress import clear_bars, print_line, wrapped
+from minitune.progress import clear_bars, print_message, wrapped
 
 EXPECTED_ERROR, INTERRUPTED = 2, 130  # exit codes
-WARNING_INDENT, NOTE_INDENT = len("warning: "), len("note: ")  # of further lines
+WARNING_INDENT = len("warning: ")  # of further lines
 # Arguments of Python that are no settings and have flags.
 ARGUMENTS = {
     "verify=False": "--no-verify",
@@ -110,4 +110,4 @@ def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
 def print_notes(notes: Iterable[str]) -> None:
     """Print facts that the user should know, one a line, on stderr."""
     for note in notes:
-        print_line(wrapped(f"note: {_terminal_line(note)}", NOTE_INDENT))
+        print_message("note", _terminal_line(note))
