@@ -1,6 +1,7 @@
 """Helpers shared by all kernel files: backend, argument checks, access to rows, matmuls."""
 
 import functools
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -90,6 +91,33 @@ def empty_contiguous_like(x: torch.Tensor) -> torch.Tensor:
 def row_stride(x: torch.Tensor | None) -> int:
     """Return the elements between two rows of x, 0 if there is no x."""
     return 0 if x is None else x.stride(0)
+
+
+def rows_of_weights(
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return a tensor for weights one below the other, and the rows of each weight in it.
+
+    shapes: (out_features, in_features) of each weight.
+    out: the tensor, possibly a range of columns of wider rows; None for a new one.
+
+    Raises: ValueError if the in_features differ, or `out` has another shape or dtype.
+    """
+    in_features = shapes[0][1]
+    if any(shape[1] != in_features for shape in shapes):
+        raise ValueError(f"weights of shapes {list(shapes)} differ in in_features")
+    rows = [shape[0] for shape in shapes]
+    whole = sum(rows), in_features
+    if out is None:
+        out = torch.empty(whole, dtype=dtype, device=device)
+    if out.shape != whole or out.dtype != dtype or (out.stride(1) != 1 and out.numel()):
+        raise ValueError(
+            f"out is {tuple(out.shape)} {out.dtype}; expected {whole} {dtype} with contiguous rows"
+        )
+    return out, out.split(rows)
 
 
 def copy_into(buffer: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:

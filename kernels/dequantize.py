@@ -288,19 +288,8 @@ def dequantize_nf4(
     weights = [weights] if isinstance(weights, QuantizedWeight) else list(weights)
     for weight in weights:
         weight.check()
-    device, in_features = weights[0].packed.device, weights[0].shape[1]
-    if any(weight.shape[1] != in_features for weight in weights):
-        raise ValueError(
-            f"weights of shapes {[weight.shape for weight in weights]} differ in in_features"
-        )
-    shape = sum(weight.shape[0] for weight in weights), in_features
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=device)
-    if out.shape != shape or out.dtype != dtype or (out.stride(1) != 1 and out.numel()):
-        raise ValueError(
-            f"out is {tuple(out.shape)} {out.dtype}; expected {shape} {dtype} with contiguous rows"
-        )
-    outs = out.split([weight.shape[0] for weight in weights])
+    shapes = [weight.shape for weight in weights]
+    out, outs = backend.rows_of_weights(shapes, dtype, weights[0].packed.device, out)
     storage = {(w.blocksize, w.nested_blocksize, w.nested_absmax is None) for w in weights}
     if not backend.use_triton(weights[0].packed):
         for weight, part in zip(weights, outs, strict=True):

@@ -7,10 +7,10 @@ from gguf import GGML_QUANT_SIZES, quants
 from gguf import GGMLQuantizationType as GGMLType
 
 from minitune.gguf.quantization import quantize as door
-from minitune.gguf.quantization.dequantize import BLOCK_DEQUANTIZERS
 from minitune.gguf.quantization.quantize import FLOAT_DTYPES, dequantize
+from minitune.kernels.ggml_reference import BLOCK_DEQUANTIZERS, BLOCK_SIZES
 
-TYPES = [kind.name for kind in (*FLOAT_DTYPES, *BLOCK_DEQUANTIZERS)]
+TYPES = [*(kind.name for kind in FLOAT_DTYPES), *BLOCK_DEQUANTIZERS]
 FLOAT16_STARTS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}  # otherwise 0, or 0 and 2
 TWO_FLOATS = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
 
@@ -71,10 +71,15 @@ def test_values_of_a_gpu_equal_those_of_the_cpu(name):
     )
 
 
-@pytest.mark.parametrize("kind", BLOCK_DEQUANTIZERS)
-def test_a_single_block_at_an_odd_address_is_read(kind):
-    row = torch.from_numpy(random_bytes(kind.name, rows=1))
-    expected = dequantize(row, kind)[0, : GGML_QUANT_SIZES[kind][0]]
+@pytest.mark.parametrize("name", BLOCK_DEQUANTIZERS)
+def test_a_single_block_at_an_odd_address_is_read(name):
+    width, block_bytes = BLOCK_SIZES[name]
+    row = torch.from_numpy(random_bytes(name, rows=1))
+    expected = dequantize(row, GGMLType[name])[0, :width]
     shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), row[0]])[1:]
-    block = shifted[None, : GGML_QUANT_SIZES[kind][1]]
-    assert torch.equal(dequantize(block, kind)[0], expected)
+    block = shifted[None, :block_bytes]
+    assert torch.equal(dequantize(block, GGMLType[name])[0], expected)
+
+
+def test_the_sizes_of_blocks_are_those_of_gguf():
+    assert {name: GGML_QUANT_SIZES[GGMLType[name]] for name in BLOCK_DEQUANTIZERS} == BLOCK_SIZES

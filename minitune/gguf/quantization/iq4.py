@@ -28,7 +28,6 @@ from minitune.gguf.quantization.columns import (
     rounded_sqrt,
     signed_peak,
 )
-from minitune.gguf.quantization.dequantize import IQ4_VALUES
 from minitune.gguf.quantization.k_searches import EAGER_STEPS, Steps
 from minitune.gguf.quantization.simple_blocks import (
     BlockQuantizer,
@@ -36,6 +35,7 @@ from minitune.gguf.quantization.simple_blocks import (
     inverse_or_zero,
     pack_levels,
 )
+from minitune.kernels.ggml_reference import IQ4_VALUES
 
 SUB_BLOCK = 32  # values with one scale
 TRIES = range(-7, 8)  # a try n maps the largest |x| to n - 127

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from minitune.gguf.quantization import iq4, simple_blocks
 from minitune.gguf.quantization.columns import column_sums
-from minitune.gguf.quantization.dequantize import BLOCK_DEQUANTIZERS
 from minitune.gguf.quantization.k_quants import K_QUANTIZERS
 from minitune.gguf.quantization.k_searches import EAGER_STEPS, Steps
+from minitune.kernels.ggml_reference import BLOCK_DEQUANTIZERS
 
 BLOCK_QUANTIZERS = {
     **simple_blocks.BLOCK_QUANTIZERS,
@@ -121,7 +121,8 @@ def dequantize(data: Tensor, kind: GGMLType) -> Tensor:
         if kind in FLOAT_DTYPES:
             target.copy_(part.contiguous().view(FLOAT_DTYPES[kind]))
         else:
-            target.copy_(BLOCK_DEQUANTIZERS[kind](part.reshape(-1, block_bytes)).view(target.shape))
+            blocks = part.reshape(-1, block_bytes)
+            target.copy_(BLOCK_DEQUANTIZERS[kind.name](blocks).view(target.shape))
 
     _for_each_chunk(convert, rows, values, width, in_threads=True)
     return values.view(*data.shape[:-1], width)

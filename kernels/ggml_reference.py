@@ -1,7 +1,8 @@
-"""Dequantisers of all block types: bytes (N, bytes of a block) to float32 (N, width of a block).
+"""Dequantisers of the GGUF block types in PyTorch.
 
-The results equal gguf-py's to the bit: d is multiplied by the sub-block's scale, then by the level,
-and the minimum is subtracted last.
+They turn bytes (N, bytes of a block) into float32 values (N, values of a block). The results equal
+gguf-py's to the bit: d is multiplied by the sub-block's scale, then by the level, and the minimum
+is subtracted last.
 
 Levels of a few bits lie in groups: byte j of a group holds value j of several runs of values, the
 first run in its lowest bits. `unpack` reads eight bytes at a time.
@@ -24,8 +25,22 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
+
+BLOCK_SIZES = {  # type -> (values, bytes) of a block
+    "Q8_0": (32, 34),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136),
+}
 
 FIRST_BITS = 0x0101010101010101  # bit 0 of each of eight bytes
 DIAGONAL_BITS = 0x8040201008040201 - (1 << 64)  # bit j of byte j, as a signed number
@@ -170,17 +185,17 @@ def unpack(data: Tensor, group: int, shifts: tuple[int, ...] | range) -> Tensor:
     return (words >> places).bitwise_and_(mask).view(len(data), -1).view(torch.uint8)
 
 
-BLOCK_DEQUANTIZERS: dict[GGMLType, Callable[[Tensor], Tensor]] = {
-    GGMLType.Q8_0: dequantize_q8_0,
-    GGMLType.Q4_0: partial(dequantize_symmetric, bits=4),
-    GGMLType.Q4_1: partial(dequantize_with_minimum, bits=4),
-    GGMLType.Q5_0: partial(dequantize_symmetric, bits=5),
-    GGMLType.Q5_1: partial(dequantize_with_minimum, bits=5),
-    GGMLType.Q2_K: dequantize_q2_k,
-    GGMLType.Q3_K: dequantize_q3_k,
-    GGMLType.Q4_K: dequantize_q4_k,
-    GGMLType.Q5_K: dequantize_q5_k,
-    GGMLType.Q6_K: dequantize_q6_k,
-    GGMLType.IQ4_NL: dequantize_iq4_nl,
-    GGMLType.IQ4_XS: dequantize_iq4_xs,
+BLOCK_DEQUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q8_0": dequantize_q8_0,
+    "Q4_0": partial(dequantize_symmetric, bits=4),
+    "Q4_1": partial(dequantize_with_minimum, bits=4),
+    "Q5_0": partial(dequantize_symmetric, bits=5),
+    "Q5_1": partial(dequantize_with_minimum, bits=5),
+    "Q2_K": dequantize_q2_k,
+    "Q3_K": dequantize_q3_k,
+    "Q4_K": dequantize_q4_k,
+    "Q5_K": dequantize_q5_k,
+    "Q6_K": dequantize_q6_k,
+    "IQ4_NL": dequantize_iq4_nl,
+    "IQ4_XS": dequantize_iq4_xs,
 }
