@@ -14,8 +14,8 @@ from minitune.gguf.tensor_layout import interleaved_heads
 class FileWeights:
     """The weights of a model in a GGUF file.
 
-    `load` undoes what a GGUF file does to a tensor: the order of q's and k's rows in llama.cpp's
-    own layout, and the offset of Gemma's norms.
+    `load` and `blocks` undo what a GGUF file does to a tensor: the order of q's and k's rows in
+    llama.cpp's own layout, and the offset of Gemma's norms. A row of blocks is moved as a whole.
     """
 
     def __init__(self, reader: GgufReader, config: ModelConfig):
@@ -39,11 +39,11 @@ class FileWeights:
         values = self.reader.load(self._stored_name(name), device)
         if name.endswith("norm.weight"):
             values = values - self.config.architecture.norm_offset
-        if self.is_reordered(name):
-            heads = self.heads[name.split(".")[-2]]
-            pairs = values.unflatten(0, (heads, -1, 2))  # rows 2i and 2i + 1
-            values = pairs.transpose(1, 2).reshape(values.shape)
-        return values
+        return self._in_order(name, values)
+
+    def blocks(self, name: str) -> Tensor:
+        """Return a matrix in its own type, uint8 (rows, bytes of a row) on the CPU."""
+        return self._in_order(name, self.reader.data(self._stored_name(name)))
 
     def load_rows(self, name: str, rows: slice, device: torch.device | str = "cpu") -> Tensor:
         """Return some rows of a matrix, float32 (rows, width) on the device.
@@ -54,6 +54,14 @@ class FileWeights:
         stored = self._stored_name(name)
         data = self.reader.data(stored, rows).to(device)
         return dequantize(data, self.reader.tensors[stored].type)
+
+    def _in_order(self, name: str, rows: Tensor) -> Tensor:
+        """Return the rows of a tensor, or the values of a bias, in Hugging Face's order."""
+        if not self.is_reordered(name):
+            return rows
+        heads = self.heads[name.split(".")[-2]]
+        pairs = rows.unflatten(0, (heads, -1, 2))  # rows 2i and 2i + 1
+        return pairs.transpose(1, 2).reshape(rows.shape)
 
     def _stored_name(self, name: str) -> str:
         return gguf_name(name, self.config.architecture)

@@ -43,7 +43,7 @@ LLAMA_CPP_YARN = {
 }
 # The same for Ministral 3, of which llama.cpp reads the other keys.
 LLAMA_CPP_YARN_MINISTRAL = {"attention_factor": None, "mscale": 1.0}
-GEMMA_27B_LAYERS = (46, 62)  # Gemma 2 and 3
+GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 ORIGINAL = "original_max_position_embeddings"
 UNROTATED_PERIOD = 4  # of SmolLM3 in llama.cpp
 
@@ -250,7 +250,7 @@ def check_window(config: ModelConfig, max_seqlen: int) -> None:
 
 def _gemma_scale(config: ModelConfig) -> float:
     """Return the factor of the scores that llama.cpp has for Gemma, by the number of layers."""
-    if config.num_hidden_layers in GEMMA_27B_LAYERS:
+    if config.num_hidden_layers == GEMMA_27B_LAYERS.get(config.architecture.gguf.name):
         return (config.hidden_size // config.num_attention_heads) ** -0.5
     return config.head_dim**-0.5
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
 from minitune.config.model_config import ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.check_tensors import check_tensors
 from minitune.gguf.compare_llama_cpp import compare_with_llama_cpp
 from minitune.gguf.file_weights import FileWeights
-from minitune.gguf.model_metadata import additional_tensors, gguf_name
+from minitune.gguf.model_metadata import additional_tensors
 from minitune.gguf.quantization.quantize import FLOAT_DTYPES
 from minitune.gguf.reader import GgufReader
 from minitune.gguf.tokenizer_check import check_tokenizer
@@ -30,7 +30,6 @@ from minitune.gguf.type_errors import error_limit
 from minitune.gguf.writer import Content, MetadataValue
 from minitune.progress import ProgressBar
 
-TOKENS = "tokenizer.ggml.tokens"
 CHUNK = 1 << 24  # values compared at a time
 
 
@@ -97,36 +96,10 @@ def _check_head(
         if key not in found or key not in metadata or not _same(found[key], metadata[key]):
             raise ValueError(f"the key {key} is not the one that was to be written")
     divisors = additional_tensors(config)
-    _check_shapes(reader, config, {name: tuple(x.shape) for name, x in divisors.items()})
-    if len(found[TOKENS]) != config.vocab_size:
-        raise ValueError(
-            f"there are {len(found[TOKENS])} tokens, but the embedding has {config.vocab_size} rows"
-        )
+    check_tensors(reader, config, {name: tuple(x.shape) for name, x in divisors.items()})
     for name, tensor in divisors.items():
         if not torch.equal(reader.load(name), tensor.float()):
             raise ValueError(f"{name} is not the divisors of the model's RoPE")
-
-
-def _check_shapes(
-    reader: GgufReader, config: ModelConfig, additional: dict[str, tuple[int, ...]]
-) -> None:
-    """Check names, shapes and types of the tensors.
-
-    additional: shapes of the tensors that Hugging Face's files lack.
-    """
-    family = config.architecture
-    expected = {gguf_name(name, family): shape for name, shape in config.tensor_shapes().items()}
-    expected |= additional
-    for name in {**expected, **reader.tensors}:
-        if name not in reader.tensors:
-            raise ValueError(f"the tensor {name} is missing")
-        if name not in expected:
-            raise ValueError(f"the tensor {name} does not belong to the model")
-        tensor = reader.tensors[name]
-        if tensor.shape != expected[name]:
-            raise ValueError(f"{name} has the shape {tensor.shape}; expected {expected[name]}")
-        if len(tensor.shape) == 1 and tensor.type != GGMLType.F32:
-            raise ValueError(f"{name} is {tensor.type.name}; llama.cpp expects F32")
 
 
 def _same(found: Any, meant: Any) -> bool:
