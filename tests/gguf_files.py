@@ -1,8 +1,9 @@
-"""Readers of GGUF files for the tests, through gguf-py."""
+"""Readers of GGUF files for the tests, through gguf-py, and a small file to change."""
 
 from pathlib import Path
 
 import torch
+from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFReader
 
 from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
@@ -34,3 +35,48 @@ def copy_with_keys(source: Path, target: Path, metadata: dict[str, MetadataValue
     keys = {key: value for key, value in metadata.items() if not key.startswith("GGUF.")}
     write_gguf({target: Content(keys, infos)}, values)
     return target
+
+
+HIDDEN, FFN, ROWS = 256, 256, 3
+SMALL_KEYS = {
+    "general.architecture": "llama",
+    "general.type": "model",
+    "llama.block_count": 1,
+    "llama.context_length": 64,
+    "llama.embedding_length": HIDDEN,
+    "llama.feed_forward_length": FFN,
+    "llama.attention.head_count": 2,
+    "llama.attention.head_count_kv": 1,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": ["a", "b", "</s>"],
+    "tokenizer.ggml.token_type": [1, 1, 3],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.eos_token_id": 2,
+}
+SMALL_TENSORS = {
+    "token_embd.weight": ((ROWS, HIDDEN), GGMLType.Q4_K),
+    "blk.0.attn_norm.weight": ((HIDDEN,), GGMLType.F32),
+    "blk.0.attn_q.weight": ((256, HIDDEN), GGMLType.Q4_0),
+    "blk.0.attn_k.weight": ((128, HIDDEN), GGMLType.F16),
+    "blk.0.attn_v.weight": ((128, HIDDEN), GGMLType.Q8_0),
+    "blk.0.attn_output.weight": ((HIDDEN, 256), GGMLType.IQ4_XS),
+    "blk.0.ffn_norm.weight": ((HIDDEN,), GGMLType.F32),
+    "blk.0.ffn_gate.weight": ((FFN, HIDDEN), GGMLType.Q5_1),
+    "blk.0.ffn_up.weight": ((FFN, HIDDEN), GGMLType.Q3_K),
+    "blk.0.ffn_down.weight": ((HIDDEN, FFN), GGMLType.Q6_K),
+    "output_norm.weight": ((HIDDEN,), GGMLType.F32),
+}
+
+
+def write_small_llama(path: Path, keys: dict | None = None, tensors: dict | None = None) -> Path:
+    """Write a file of a Llama with one layer whose data are zeros, and return its path.
+
+    keys: keys that differ from SMALL_KEYS; None leaves a key out.
+    tensors: name -> (shape, type) that differ from SMALL_TENSORS; None leaves a tensor out.
+    """
+    all_keys = {k: v for k, v in (SMALL_KEYS | (keys or {})).items() if v is not None}
+    all_tensors = {k: v for k, v in (SMALL_TENSORS | (tensors or {})).items() if v is not None}
+    content = Content(all_keys, [TensorInfo(name, *info) for name, info in all_tensors.items()])
+    path.write_bytes(content.head + bytes(content.nbytes - len(content.head)))
+    return path

@@ -7,12 +7,12 @@ from pathlib import Path
 from minitune.config.model_config import ModelConfig
 from minitune.gguf.check_tensors import check_tensors
 from minitune.gguf.config_from_metadata import config_from_metadata, supported_architecture
-from minitune.gguf.quantization.dequantize import BLOCK_DEQUANTIZERS
 from minitune.gguf.quantization.quantize import FLOAT_DTYPES
 from minitune.gguf.reader import GgufReader
 from minitune.gguf.rope_from_metadata import ROPE_TENSORS
+from minitune.kernels.ggml_reference import BLOCK_DEQUANTIZERS
 
-READ_TYPES = {*FLOAT_DTYPES, *BLOCK_DEQUANTIZERS}
+READ_TYPES = (*(kind.name for kind in FLOAT_DTYPES), *BLOCK_DEQUANTIZERS)
 # general.type -> what the file is, and the remedy
 OTHER_KINDS = {
     "adapter": "an adapter; give the file of the model that it was trained on",
@@ -80,10 +80,9 @@ def _check_kind(reader: GgufReader) -> None:
 def _check_types(reader: GgufReader) -> None:
     """Raise ValueError if a tensor has a type that is not read."""
     for name, tensor in reader.tensors.items():
-        if tensor.type not in READ_TYPES:
-            known = ", ".join(kind.name for kind in sorted(READ_TYPES))
+        if tensor.type.name not in READ_TYPES:
             raise ValueError(
                 f"the tensor {name} has the type {tensor.type.name}, which is not read; read are "
-                f"{known}; take a file of another type, or make one with llama-quantize from a "
+                f"{', '.join(READ_TYPES)}; take a file of another type, or make one with llama-quantize from a "
                 "file in F16"
             )

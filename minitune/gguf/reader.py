@@ -8,7 +8,8 @@ the tests compare both.
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # their little-endian files have the same layout
 DEFAULT_ALIGNMENT = 32  # bytes
 MAX_DIMS = 4
+MAX_ENTRIES = 1 << 24  # of an array; vocabularies have less than a million
 SCALAR_TYPES = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
@@ -75,20 +77,20 @@ class GgufReader:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.size = self.path.stat().st_size
-        if not self.size:
-            raise self._error("is empty")
-        with (
-            self.path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            try:
-                self.metadata, self.tensors = self._parse(_Cursor(content))
-            except EOFError:
-                raise self._error("ends within its head") from None
+        try:
+            with self.path.open("rb") as file:
+                self.size = self.path.stat().st_size
+                if not self.size:
+                    raise self._error("is empty")
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    self.metadata, self.tensors = self._parse(_Cursor(content))
+        except EOFError:
+            raise self._error("ends within its head; fetch the file again") from None
+        except OSError as error:
+            raise self._error(f"could not be read ({error.strerror or error})") from None
         for tensor in self.tensors.values():
             if tensor.position + tensor.nbytes > self.size:
-                raise self._error(f"ends within the tensor {tensor.name}")
+                raise self._error(f"ends within the tensor {tensor.name}; fetch the file again")
 
     def data(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return the bytes of some rows of a tensor, uint8 (rows, bytes of a row), on the CPU.
@@ -112,7 +114,7 @@ class GgufReader:
         """Return the keys and the tensors of a head."""
         if cursor.take(4) != MAGIC:
             raise self._error("is not a GGUF file")
-        version, tensors, keys = cursor.unpack("<Iqq")
+        version, tensors, keys = cursor.unpack("<IQQ")
         if version not in VERSIONS:
             raise self._error(
                 f"has version {version} of the format; expected 2 or 3, little-endian"
@@ -120,23 +122,51 @@ class GgufReader:
         try:
             pairs = [(cursor.text(), cursor.value()) for _ in range(keys)]
             infos = [cursor.tensor() for _ in range(tensors)]
+            metadata, found = _unique(pairs), _unique((info.name, info) for info in infos)
+            alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+            return metadata, _placed(found, cursor.position, alignment)
         except (ValueError, KeyError) as error:
             raise self._error(f"has a head that cannot be read ({error})") from None
-        metadata = dict(pairs)
-        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise self._error(f"has general.alignment {alignment!r}; expected a number of bytes")
-        start = -(-cursor.position // alignment) * alignment
-        found = {
-            name: StoredTensor(name, shape, kind, start + offset)
-            for name, shape, kind, offset in infos
-        }
-        if len(metadata) != keys or len(found) != tensors:
-            raise self._error("has a key or a tensor twice")
-        return metadata, found
 
     def _error(self, reason: str) -> ValueError:
         return ValueError(f"{self.path}: {reason}")
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a dict of pairs. Raise ValueError if a key or a tensor occurs twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} occurs twice")
+        found[name] = value
+    return found
+
+
+def _placed(
+    tensors: dict[str, StoredTensor], head_end: int, alignment: Any
+) -> dict[str, StoredTensor]:
+    """Return tensors whose positions count from the start of the file.
+
+    As in llama.cpp, the data of a tensor starts at the first aligned byte behind the tensor before.
+
+    tensors: their positions count from the start of the data.
+    head_end: bytes of the head.
+
+    Raises: ValueError if the alignment is no power of two, or a tensor has another position.
+    """
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment {alignment!r}; expected a power of two")
+
+    def aligned(position: int) -> int:
+        return -(-position // alignment) * alignment
+
+    start, expected, placed = aligned(head_end), 0, {}
+    for name, tensor in tensors.items():
+        if tensor.position != expected:
+            raise ValueError(f"tensor {name!r} at {tensor.position}; expected {expected}")
+        placed[name] = replace(tensor, position=start + tensor.position)
+        expected = aligned(expected + tensor.nbytes)
+    return placed
 
 
 class _Cursor:
@@ -171,21 +201,23 @@ class _Cursor:
         if kind != GGUFValueType.ARRAY:
             return self._numbers(kind, 1)[0]
         kind, count = GGUFValueType(self.unpack("<I")[0]), self.unpack("<Q")[0]
+        if count > MAX_ENTRIES:
+            raise ValueError(f"array of {count} entries")
         if kind == GGUFValueType.STRING:
             return [self.text() for _ in range(count)]
         return self._numbers(kind, count)
 
-    def tensor(self) -> tuple[str, tuple[int, ...], GGMLType, int]:
-        """Return name, shape, type and offset of the next tensor."""
+    def tensor(self) -> StoredTensor:
+        """Return the next tensor; its position counts from the start of the data."""
         name, (dims,) = self.text(), self.unpack("<I")
         if not 1 <= dims <= MAX_DIMS:
-            raise ValueError(f"tensor {name} with {dims} axes")
+            raise ValueError(f"tensor {name!r} with {dims} axes")
         sizes = self.unpack(f"<{dims}Q")
         kind, offset = self.unpack("<IQ")
         kind = GGMLType(kind)
         if min(sizes) < 1 or sizes[0] % GGML_QUANT_SIZES[kind][0]:
-            raise ValueError(f"tensor {name} of type {kind.name} with the sizes {sizes}")
-        return name, sizes[::-1], kind, offset
+            raise ValueError(f"tensor {name!r} of type {kind.name} with the sizes {sizes}")
+        return StoredTensor(name, sizes[::-1], kind, offset)
 
     def _numbers(self, kind: GGUFValueType, count: int) -> list:
         """Return the next `count` numbers of a type."""
