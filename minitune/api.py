@@ -6,6 +6,7 @@ here or is refused with a reason (config/loading_arguments.py).
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 
 from minitune.checkpoints.adapter import check_adapter
 from minitune.checkpoints.find_model import ModelSource, find_model
-from minitune.checkpoints.load_weights import EMBEDDING, load_weights, open_model_folder
+from minitune.checkpoints.load_weights import EMBEDDING, load_weights
+from minitune.checkpoints.resolve_model import is_gguf
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.foreign_arguments import foreign_arguments
@@ -22,10 +24,17 @@ from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 from minitune.device import choose_device, choose_dtype
+from minitune.gguf.file_weights import FileWeights
+from minitune.gguf.load import embedding_dtype, load_file_weights, open_base, stored_weight
+from minitune.gguf.model_files import model_files
 from minitune.language_model import LanguageModel
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
 from minitune.model.generation_arguments import read_generation_defaults
-from minitune.training.rehearsal import compile_step_ahead
+from minitune.training.rehearsal import (
+    compile_step_ahead,
+    weights_of_folder,
+    weights_of_model,
+)
 
 # Values of transformers' device_map that leave the choice of the device open
 ANY_DEVICE = (None, "auto", "sequential", "balanced", "balanced_low_0")
@@ -54,13 +63,13 @@ class FastLanguageModel:
     ) -> tuple[LanguageModel, Tokenizer]:
         """Load a model, its adapter if there is one, and its tokenizer.
 
-        model_name: a model's folder, or `org/name` in the local Hugging Face cache; or the folder
-            of an adapter or a run, which stands for the base model with that adapter.
+        model_name: a model's folder, a GGUF file, or `org/name` in the local Hugging Face cache; or
+            the folder of an adapter or a run, which stands for the base model with that adapter.
         max_seq_length: tokens of the longest sample; by default 2048, or the model's limit if less.
         dtype: compute dtype; by default bfloat16 on a GPU and float32 on a CPU. "auto" is the dtype
             of the weights.
         load_in_4bit: quantise the linears to NF4 while they are read; False keeps them as stored.
-            A folder of NF4 weights is read as it is either way.
+            NF4 weights and GGUF files are read as they are either way.
         load_in_16bit: the same as load_in_4bit=False, which has to be given too.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
         device_map: the same in transformers' form: "auto", a device, or {"": device}.
@@ -75,15 +84,15 @@ class FastLanguageModel:
         Raises: ValueError that names the argument, file or tensor at fault.
         """
         source = find_model(model_name, adapter)
-        config, stored = open_model_folder(source.base)
+        config, stored = open_base(source.base)
         device = choose_device(_mapped_device(device, device_map))
-        dtype = choose_dtype(stored.dtype(EMBEDDING) if dtype == "auto" else dtype, device)
+        dtype = choose_dtype(embedding_dtype(stored) if dtype == "auto" else dtype, device)
         level = parse_gradient_checkpointing(use_gradient_checkpointing)
         _check_loading(config, max_seq_length, attention, offload_embedding)
-        _check_bits(load_in_16bit, load_in_4bit)
+        _check_bits(load_in_16bit, load_in_4bit, source.base)
         _check_adapter(config, source)
         stored.read_ahead()
-        tokenizer = Tokenizer.from_folder(source.base)
+        tokenizer = Tokenizer.from_folder(model_files(source.base))
         check_vocabulary(tokenizer, config.vocab_size)
         model = _new_model(
             source,
@@ -210,14 +219,15 @@ def _new_model(source: ModelSource, config: ModelConfig, **options: Any) -> Lang
     options: arguments of LanguageModel.
     """
     model = LanguageModel(config, **options)
-    model.name, model.folder = source.name, source.base
-    model.generation_defaults = read_generation_defaults(source.base)
+    model.name, model.folder = source.name, model_files(source.base)
+    model.gguf = source.base if is_gguf(source.base) else None
+    model.generation_defaults = read_generation_defaults(model.folder)
     return model
 
 
 def _fill(
     model: LanguageModel,
-    stored: SafetensorsFolder,
+    stored: SafetensorsFolder | FileWeights,
     load_in_4bit: bool,
     offload_embedding: bool,
     progress: bool | None,
@@ -226,9 +236,14 @@ def _fill(
 
     Raises: ValueError if a tensor does not fit, or the host has no room for the embedding.
     """
-    quantized = load_in_4bit or stored.prequantized
-    compile_step_ahead(model, LoraConfig(), stored.dtype(EMBEDDING), quantized)
-    load_weights(model, stored, model.device, load_in_4bit, progress)
+    if isinstance(stored, FileWeights):
+        compile_step_ahead(model, LoraConfig(), partial(stored_weight, stored))
+        load_file_weights(model, stored, model.device, progress)
+    else:
+        is_nf4 = load_in_4bit or stored.prequantized
+        weights = weights_of_folder(stored.dtype(EMBEDDING), is_nf4)
+        compile_step_ahead(model, LoraConfig(), weights)
+        load_weights(model, stored, model.device, load_in_4bit, progress)
     if offload_embedding and model.device.type == "cuda":
         try:
             model.model.embed_tokens.to_host()
@@ -249,9 +264,7 @@ def _compile_other_step(model: LanguageModel) -> None:
     """Compile the kernels of a step ahead, unless `from_pretrained` did that for this adapter."""
     all_linear = model.config.adapted_linears(LORA_TARGETS)
     if (model.lora.r, model.lora.target_modules) != (LoraConfig.r, all_linear):
-        quantized = any(linear.is_quantized for _, linear in model.linears())
-        weight_dtype = model.model.embed_tokens.weight.dtype
-        compile_step_ahead(model, model.lora, weight_dtype, quantized)
+        compile_step_ahead(model, model.lora, weights_of_model(model))
 
 
 def _mapped_device(
@@ -272,8 +285,13 @@ def _mapped_device(
     return torch.device("cuda", places[0]) if isinstance(places[0], int) else places[0]
 
 
-def _check_bits(load_in_16bit: bool, load_in_4bit: bool) -> None:
-    """Raise ValueError if the linears should be in 16 bit and in 4 bit."""
+def _check_bits(load_in_16bit: bool, load_in_4bit: bool, base: Path) -> None:
+    """Raise ValueError if the linears should be in 16 bit and are in few bits."""
+    if load_in_16bit and is_gguf(base):
+        raise ValueError(
+            f"load_in_16bit=True: a GGUF file is read in the types that it has; load {base}, write "
+            "it with save_pretrained_merged, and load that folder"
+        )
     if load_in_16bit and load_in_4bit:
         raise ValueError("load_in_16bit=True needs load_in_4bit=False; 4 bit is the default")
 

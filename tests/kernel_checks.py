@@ -14,7 +14,7 @@ import torch
 from conftest import GPU
 
 from minitune.kernels import backend, lora_linear
-from minitune.kernels.dequantize import QuantizedWeight
+from minitune.kernels.dequantize_nf4 import NF4Storage
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 EPS = 1e-5
@@ -152,4 +152,4 @@ def quantised(shape, nested, blocksize=64, device="cpu"):
         absmax, scales = torch.rand(blocks, generator=generator), {}
     scales = {name: x.to(device) for name, x in scales.items()}
     packed, absmax, code = (x.to(device) for x in (packed, absmax, CODE))
-    return QuantizedWeight(packed, absmax, code, shape, blocksize, **scales)
+    return NF4Storage(packed, absmax, code, shape, blocksize, **scales)

@@ -77,7 +77,8 @@ def meta_model(raw: dict) -> CausalLM:
 
 def rehearse(raw: dict, quantized: bool) -> dict[str, list[str]]:
     """Rehearse, then launch steps of other sizes; return the names by the time of compilation."""
-    arguments = meta_model(raw), LoraConfig(), torch.bfloat16, quantized
+    weights = rehearsal.weights_of_folder(torch.bfloat16, quantized)
+    arguments = meta_model(raw), LoraConfig(), weights
     first = len(compiled)
     compile_ahead.compile_ahead(lambda: rehearsal.rehearse_step(*arguments), GPU)
     compile_ahead.finish_compiling()

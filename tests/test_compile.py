@@ -21,7 +21,7 @@ from minitune.kernels import (
     attention,
     backend,
     cross_entropy,
-    dequantize,
+    dequantize_nf4,
     embedding,
     gated_activation,
     global_norm,
@@ -97,14 +97,14 @@ def dequantise_and_write_adapters(t: MetaTensors) -> None:
     """Launch the kernels that fill the extended weights of a layer."""
     blocks = t.D * t.F // 64
     packed, code = t.new(t.D * t.F // 2, dtype=torch.uint8), t.float32(16)
-    plain = dequantize.QuantizedWeight(packed, t.float32(blocks), code, (t.F, t.D))
+    plain = dequantize_nf4.NF4Storage(packed, t.float32(blocks), code, (t.F, t.D))
     absmax = t.new(blocks, dtype=torch.uint8)
     scales = t.float32(-(-blocks // 256)), t.float32(256), t.float32()
-    nested = dequantize.QuantizedWeight(packed, absmax, code, (t.F, t.D), 64, *scales)
-    dequantize.dequantize_nf4(plain, t.dtype)
+    nested = dequantize_nf4.NF4Storage(packed, absmax, code, (t.F, t.D), 64, *scales)
+    dequantize_nf4.dequantize_nf4(plain, t.dtype)
     for weights in ([nested], [nested] * 2, [nested] * 3):
         out = t.new(len(weights) * t.F, t.D + LORA_RANK)[:, : t.D]
-        dequantize.dequantize_nf4(weights, t.dtype, out=out)
+        dequantize_nf4.dequantize_nf4(weights, t.dtype, out=out)
     adapter = t.float32(LORA_RANK, t.D), t.float32(t.F, LORA_RANK), t.F
     targets = []
     for linears in (1, 2, 3, 1):

@@ -99,7 +99,7 @@ def test_a_base_that_moved_is_named_with_the_remedy_and_the_remedy_works(project
 REFUSED = {
     "runs/2": "model folder runs/2 does not exist; .*runs holds 1",
     "models/base/config.json": "is a file; give the folder",
-    "gguf": "holds GGUF files",
+    "gguf": "give a GGUF file in it by its own path, such as gguf/x.gguf",
     "runs/3": "saved neither an adapter nor a checkpoint yet",
     "nameless": "names no base model; load the base model by its own path",
     "nested": "names runs/1 as its base, an adapter",

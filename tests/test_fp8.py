@@ -42,9 +42,9 @@ def test_nf4_is_made_of_the_float32_values(tmp_path, kind):
     model = load(tmp_path / "m")
     for name, linear in model.linears():
         expected = NF4.quantize(exact[f"{name}.weight"])
-        assert torch.equal(linear.nf4.packed, expected.packed), name
-        assert torch.equal(linear.nf4.absmax, expected.absmax), name
-        assert torch.equal(linear.nf4.nested_absmax, expected.nested_absmax), name
+        assert torch.equal(linear.quantized.packed, expected.packed), name
+        assert torch.equal(linear.quantized.absmax, expected.absmax), name
+        assert torch.equal(linear.quantized.nested_absmax, expected.nested_absmax), name
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (192, 320), (130, 96), (1, 7), (300, 1)], ids=str)

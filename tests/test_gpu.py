@@ -121,7 +121,7 @@ def test_quantising_on_the_gpu_gives_the_bytes_of_the_cpu(tmp_path):
     folder = make_tiny_model(tmp_path / "m", **SHAPE)
     on_cpu, on_gpu = load(folder, torch.float32, "cpu"), load(folder, torch.float32)
     for (name, a), (_, b) in zip(on_cpu.linears(), on_gpu.linears(), strict=True):
-        assert torch.equal(a.nf4.packed, b.nf4.packed.cpu()), name
+        assert torch.equal(a.quantized.packed, b.quantized.packed.cpu()), name
         assert torch.allclose(
             a.weight_as(torch.float32), b.weight_as(torch.float32).cpu(), rtol=1e-5, atol=1e-7
         ), name

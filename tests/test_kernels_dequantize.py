@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import CODE, in_each_dtype, kernel, normal, quantised
 
-from minitune.kernels.dequantize import QuantizedWeight, dequantize_nf4, dequantize_nf4_reference
+from minitune.kernels.dequantize_nf4 import NF4Storage, dequantize_nf4, dequantize_nf4_reference
 
 
 @kernel
@@ -51,12 +51,12 @@ def test_dequantize_reference_equals_bitsandbytes_bit_for_bit(nested, dtype):
             "nested_code": state.state2.code,
             "nested_offset": state.offset,
         }
-    mine = QuantizedWeight(packed, state.absmax, state.code, (96, 200), **scales)
+    mine = NF4Storage(packed, state.absmax, state.code, (96, 200), **scales)
     assert torch.equal(dequantize_nf4(mine, dtype), bnb.dequantize_4bit(packed, state))
 
 
 def test_dequantize_reference_is_the_formula_over_several_chunks(monkeypatch):
-    monkeypatch.setattr("minitune.kernels.dequantize.CHUNK_BYTES", 128)
+    monkeypatch.setattr("minitune.kernels.dequantize_nf4.CHUNK_BYTES", 128)
     weight = quantised((30, 128), nested=True)
     nibbles = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).flatten().int()
     block = torch.arange(30 * 128) // 64

@@ -17,7 +17,7 @@ from torch.nn import functional
 from minitune.kernels import backend, lora_linear, rms_norm, rope
 from minitune.kernels.attention import attention, attention_backward
 from minitune.kernels.cross_entropy import linear_cross_entropy
-from minitune.kernels.dequantize import dequantize_nf4
+from minitune.kernels.dequantize_nf4 import dequantize_nf4
 from minitune.kernels.gated_activation import gated_activation, gated_activation_backward
 
 

@@ -57,7 +57,7 @@ def test_static_bytes_are_those_of_a_loaded_model_of_each_family(tmp_path, case,
         folder, max_seq_length=200, dtype=torch.float32, load_in_4bit=load_in_4bit, device="cpu"
     )
     frozen = [*model.parameters()]
-    quantised = [linear.nf4 for _, linear in model.linears() if linear.is_quantized]
+    quantised = [linear.quantized for _, linear in model.linears() if linear.is_quantized]
     ropes = [t for rope in model.layer_context.ropes for t in vars(rope).values() if t is not None]
     FastLanguageModel.get_peft_model(model, r=8)
     adapter = [p for _, p in model.trainable_parameters()]

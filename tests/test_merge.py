@@ -55,7 +55,7 @@ def write_prequantized(model, folder):
     folder.mkdir()
     tensors = {name: p.detach() for name, p in model.named_parameters() if ".lora_" not in name}
     for name, linear in model.linears():
-        tensors |= bitsandbytes_tensors(name, linear.nf4)
+        tensors |= bitsandbytes_tensors(name, linear.quantized)
     tensors.pop("lm_head.weight", None)
     save_file(tensors, folder / "model.safetensors")
     for file in model.folder.glob("*.json"):

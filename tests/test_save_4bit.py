@@ -34,11 +34,11 @@ def assert_same_base(found, expected):
     for (name, one), (_, two) in zip(found.linears(), expected.linears(), strict=True):
         assert one.is_quantized == two.is_quantized, name
         if one.is_quantized:
-            assert one.nf4.shape == two.nf4.shape
-            sizes = (one.nf4.blocksize, one.nf4.nested_blocksize)
-            assert sizes == (two.nf4.blocksize, two.nf4.nested_blocksize)
+            assert one.quantized.shape == two.quantized.shape
+            sizes = (one.quantized.blocksize, one.quantized.nested_blocksize)
+            assert sizes == (two.quantized.blocksize, two.quantized.nested_blocksize)
             for field in FIELDS:
-                a, b = getattr(one.nf4, field), getattr(two.nf4, field)
+                a, b = getattr(one.quantized, field), getattr(two.quantized, field)
                 assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b)), (name, field)
 
 
@@ -92,8 +92,8 @@ def test_transformers_with_bitsandbytes_loads_the_same_weights(tmp_path, dtype):
     for name, linear in model.linears():
         weight = hf.get_submodule(name).weight
         state = weight.quant_state
-        assert torch.equal(weight.data.view(-1), linear.nf4.packed), name
-        assert torch.equal(state.absmax, linear.nf4.absmax) and state.dtype == dtype
+        assert torch.equal(weight.data.view(-1), linear.quantized.packed), name
+        assert torch.equal(state.absmax, linear.quantized.absmax) and state.dtype == dtype
         values = functional.dequantize_4bit(weight.data, state)
         assert torch.equal(values, linear.weight_as(dtype)), name
     for name, parameter in model.named_parameters():

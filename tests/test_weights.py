@@ -53,8 +53,8 @@ def test_a_folder_written_by_bitsandbytes_loads_bit_for_bit_and_trains(tmp_path,
         assert linear.is_quantized == (name not in skipped), name
         if linear.is_quantized:
             quantized += 1
-            assert torch.equal(linear.nf4.packed, theirs.data.view(-1))
-            assert torch.equal(linear.nf4.absmax, theirs.quant_state.absmax)
+            assert torch.equal(linear.quantized.packed, theirs.data.view(-1))
+            assert torch.equal(linear.quantized.absmax, theirs.quant_state.absmax)
             theirs = functional.dequantize_4bit(theirs.data, theirs.quant_state)
         assert torch.equal(linear.weight_as(torch.float32), theirs.float()), name
     assert quantized == 14 - len([name for name in skipped if name in SKIPPED])

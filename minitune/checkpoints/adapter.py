@@ -32,7 +32,8 @@ from minitune.model.adapter_switch import remove_lora_
 from minitune.model.causal_lm import CausalLM
 
 PREFIX = "base_model.model."
-BASE_FORM, NF4_BASE = "minitune.base", "nf4"  # in the metadata: weights that it was trained on
+BASE_FORM = "minitune.base"  # in the metadata: the weights that it was trained on
+NF4_BASE, GGUF_BASE = "nf4", "gguf"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 # Wrapper -> the name of the text model's module in it, in transformers 5
@@ -82,16 +83,24 @@ def write_adapter_files(model: CausalLM, folder: Path) -> None:
             "the model has no adapter to save; attach one with FastLanguageModel.get_peft_model"
         )
     decoder = _decoder_name(model.config)
-    base = model.name if is_hub_id(model.name, model.folder) else str(model.folder.resolve())
+    base = model.name
+    if not is_hub_id(model.name, model.folder):
+        base = str((model.gguf or model.folder).resolve())
     write_json(folder / CONFIG, _peft_config(base, model.lora, decoder))
     tensors = {
         PREFIX + decoder + name.removeprefix("model"): p.detach().cpu().contiguous()
         for name, p in model.trainable_parameters()
     }
-    is_nf4 = any(linear.is_quantized for _, linear in model.linears())
-    metadata = {"format": "pt", BASE_FORM: NF4_BASE if is_nf4 else "16bit"}
+    metadata = {"format": "pt", BASE_FORM: _base_form(model)}
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     write_safetensors(folder / WEIGHTS, specs, iter(tensors.items()), metadata)
+
+
+def _base_form(model: CausalLM) -> str:
+    """Return the form of the weights that the adapter is trained on."""
+    if model.gguf is not None:
+        return GGUF_BASE
+    return NF4_BASE if model.is_nf4 else "16bit"
 
 
 def load_adapter(model: CausalLM, folder: str | Path) -> None:

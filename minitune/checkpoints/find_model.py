@@ -1,6 +1,7 @@
-"""The search for a model: a model folder, an id, an adapter, or the folder of a run.
+"""The search for a model: a folder, a GGUF file, an id, an adapter, or the folder of a run.
 
     models/llama       a model folder: config.json, safetensors and a tokenizer
+    models/llama.gguf  a GGUF file, which holds all of that
     org/name           the same in the local Hugging Face cache
     runs/1/adapter     an adapter, whose adapter_config.json names its base
     runs/1             a run: its adapter, or its newest checkpoint until there is an adapter
@@ -14,7 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitune.checkpoints.adapter import CONFIG, WEIGHTS, read_adapter_config
-from minitune.checkpoints.resolve_model import MODEL_CONFIG, resolve_model
+from minitune.checkpoints.resolve_model import (
+    GGUF_SUFFIX,
+    MODEL_CONFIG,
+    is_gguf,
+    resolve_model,
+)
 
 ADAPTER = "adapter"  # folder of a run's result
 RUN_FILES = ("outputs.json", "metrics.jsonl")  # a folder with one of them is a run's
@@ -24,7 +30,7 @@ CHECKPOINT_NAME = re.compile("checkpoint-([1-9][0-9]*)")
 class ModelSource(NamedTuple):
     """The files to load a model from.
 
-    base: folder of the base model, an absolute path.
+    base: folder or GGUF file of the base model, an absolute path.
     name: the base model as it was named: a path, or org/name.
     adapter: folder of the adapter to attach, or None.
     """
@@ -37,7 +43,7 @@ class ModelSource(NamedTuple):
 def find_model(name: str | Path, adapter: str | Path | None = None) -> ModelSource:
     """Return the base model and the adapter that a name stands for.
 
-    name: a model folder, org/name, an adapter's folder, or a run's folder.
+    name: a model folder, a GGUF file, org/name, an adapter's folder, or a run's folder.
     adapter: the adapter to attach to the model `name`, as in `find_adapter`.
 
     Raises: ValueError if a folder is missing or holds something else, if an adapter's base is not
@@ -88,7 +94,9 @@ def _adapter_in(folder: Path) -> Path | None:
 
 
 def _holds_weights(folder: Path) -> bool:
-    """Return True if a folder holds a whole model, perhaps with an adapter beside it."""
+    """Return True if a path is a whole model, perhaps with an adapter beside it."""
+    if is_gguf(folder):
+        return True
     files = {path.name for path in folder.glob("*.safetensors")}
     return (folder / MODEL_CONFIG).is_file() and bool(files - {WEIGHTS})
 
@@ -100,8 +108,8 @@ def _source_of_adapter(adapter: Path) -> ModelSource:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{adapter / CONFIG}: names no base model; {remedy}")
     folder, is_relative = Path(name).expanduser(), not Path(name).expanduser().is_absolute()
-    for place in adapter.resolve().parents if is_relative and not folder.is_dir() else ():
-        if (place / folder / MODEL_CONFIG).is_file():
+    for place in adapter.resolve().parents if is_relative and not folder.exists() else ():
+        if (place / folder / MODEL_CONFIG).is_file() or (place / folder).is_file():
             name = str(place / folder)
             break
     try:
@@ -120,14 +128,14 @@ def _source_of_adapter(adapter: Path) -> ModelSource:
 
 def _check_model_folder(folder: Path) -> None:
     """Raise ValueError if a folder without config.json is of a known other kind."""
-    if (folder / MODEL_CONFIG).is_file():
+    if is_gguf(folder) or (folder / MODEL_CONFIG).is_file():
         return
     if _is_run(folder):
         raise ValueError(_unfinished(folder))
-    if any(folder.glob("*.gguf")):
+    if files := sorted(folder.glob(f"*{GGUF_SUFFIX}")):
         raise ValueError(
-            f"{folder}: holds GGUF files, which llama.cpp runs and which are not loaded here; "
-            f"give the folder of safetensors with {MODEL_CONFIG} that they were made from"
+            f"{folder}: holds no {MODEL_CONFIG}; give a GGUF file in it by its own path, such as "
+            f"{files[0]}"
         )
 
 

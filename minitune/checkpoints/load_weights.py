@@ -23,6 +23,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.model.causal_lm import CausalLM
 from minitune.model.linear import Linear
 from minitune.model.nf4 import BLOCKSIZE, NF4
+from minitune.model.quantized_weight import share_frozen_weight
 from minitune.progress import ProgressBar
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -110,19 +111,19 @@ def load_weights(
         is_weight = kind == "weight" and isinstance(module, Linear)
         if is_weight and module_name in quantized:
             state = quantized[module_name]
-            module.nf4, names = read_nf4(stored, module_name, state, shape, device)
+            module.quantized, names = read_nf4(stored, module_name, state, shape, device)
             read |= names
             continue
         weight = _load_weight(stored, name, shape, device)
         read.add(name)
         if is_weight and quantize and module is not model.lm_head:
-            module.nf4 = _quantize(name, weight)
+            module.quantized = _quantize(name, weight)
             continue
         if stored.is_dequantized(name):
             weight = weight.to(model.dtype)
         setattr(module, kind, nn.Parameter(weight, requires_grad=False))
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        share_frozen_weight(model.lm_head, model.model.embed_tokens)
         read.add(TIED_HEAD)
     check_all_known(stored, read)
 

@@ -6,6 +6,9 @@
     "nf4"       the dequantised NF4 weights, on which the adapter was trained, in the compute dtype
     "auto"      "original" if the base folder holds 16-bit weights, otherwise "nf4"
 
+A model from a GGUF file has one base, the file's weights, dequantised to float32 as llama.cpp has
+them.
+
 Tensors come one at a time, in the model's order and on its device, and go straight to the file, so
 merging needs memory for one tensor. The metadata of the files names the adapters that were merged
 into them, so that no adapter is merged twice.
@@ -45,7 +48,7 @@ def merged_tensors(model: CausalLM, merge_base: str = "auto") -> Iterator[tuple[
     Raises: ValueError, before the first tensor, if `merge_base` is not available or if this adapter
         is already merged into the base; later, if a merged value is not finite in the dtype.
     """
-    stored = open_weights(model.folder, model.config)
+    stored = _stored_weights(model)
     use_original = _use_original(model, stored, merge_base)
     if adapter_digest(model) in _merged_adapters(stored):
         raise ValueError(
@@ -91,13 +94,12 @@ def merge_text(model: CausalLM, merge_base: str) -> str:
 
     Raises: ValueError if `merge_base` is not available.
     """
-    original = _use_original(model, open_weights(model.folder, model.config), merge_base)
-    form = "16-bit" if original else "NF4"
+    original = _use_original(model, _stored_weights(model), merge_base)
+    form = "16-bit" if original else " and ".join(model.weight_formats)
     if model.lora is None:
         return f"without an adapter: the {form} weights of {model.name}"
     text = f"the adapter into the {form} weights of {model.name}"
-    trained_on_nf4 = model.lora_on_nf4 or any(linear.is_quantized for _, linear in model.linears())
-    if original and trained_on_nf4:
+    if original and (model.lora_on_nf4 or model.is_nf4):
         text += '; merge_base="nf4" answers as in training'
     return text
 
@@ -112,7 +114,7 @@ def merged_metadata(model: CausalLM, digest: str | None) -> dict[str, str]:
 
     digest: hash of an adapter that is merged now, besides those in the base folder; or None.
     """
-    digests = _merged_adapters(open_weights(model.folder, model.config))
+    digests = _merged_adapters(_stored_weights(model))
     if digest is not None:
         digests.append(digest)
     return {"format": "pt"} | ({MERGED: " ".join(digests)} if digests else {})
@@ -140,18 +142,23 @@ def adapter_digest(model: CausalLM) -> str | None:
     return digest.hexdigest()[:32]
 
 
-def _merged_adapters(stored: SafetensorsFolder) -> list[str]:
+def _stored_weights(model: CausalLM) -> SafetensorsFolder | None:
+    """Return the weights of the model's folder, or None if they are those of a GGUF file."""
+    return open_weights(model.folder, model.config) if model.gguf is None else None
+
+
+def _merged_adapters(stored: SafetensorsFolder | None) -> list[str]:
     """Return the digests of the adapters that were merged into the weights of a folder."""
-    return stored.metadata().get(MERGED, "").split()
+    return [] if stored is None else stored.metadata().get(MERGED, "").split()
 
 
 def merged_dtype(model: CausalLM) -> torch.dtype:
     """Return the 16-bit dtype of the merged tensors."""
-    base = model.model.embed_tokens.weight.dtype
-    return torch.float16 if base == torch.float16 else torch.bfloat16
+    is_float16 = model.model.embed_tokens.table.dtype == torch.float16
+    return torch.float16 if is_float16 else torch.bfloat16
 
 
-def _use_original(model: CausalLM, stored: SafetensorsFolder, merge_base: str) -> bool:
+def _use_original(model: CausalLM, stored: SafetensorsFolder | None, merge_base: str) -> bool:
     """Return True if `merge_base` means the base folder's 16-bit weights.
 
     Raises: ValueError if `merge_base` is unknown or the model has no such weights.
@@ -160,11 +167,18 @@ def _use_original(model: CausalLM, stored: SafetensorsFolder, merge_base: str) -
         raise ValueError(
             f"merge_base {merge_base!r} does not exist; choose from {', '.join(MERGE_BASES)}"
         )
+    if stored is None:
+        if merge_base != "auto":
+            raise ValueError(
+                f"merge_base {merge_base!r}: the only weights of this model are those of "
+                f"{model.gguf}; merge_base must be 'auto'"
+            )
+        return False
     if merge_base == "original" and stored.prequantized:
         raise ValueError(
             f"{model.folder}: holds 4-bit weights only; merge_base must be 'nf4' or 'auto'"
         )
-    if merge_base == "nf4" and not any(linear.is_quantized for _, linear in model.linears()):
+    if merge_base == "nf4" and not model.is_nf4:
         raise ValueError(
             "merge_base 'nf4': the model was loaded in 16 bit and has no NF4 weights; "
             "choose 'original'"
@@ -181,6 +195,8 @@ def _merge(
         module = model.get_submodule(module_name)
         if kind == "weight" and isinstance(module, Linear):
             values = _merged_weight(model, module, original, name)
+        elif module is model.model.embed_tokens and module.quantized is not None:
+            values = module.quantized.dequantize(torch.float32)
         else:
             values = getattr(module, kind).detach()
         yield name, _rounded(name, values, dtype)
@@ -196,7 +212,7 @@ def _merged_weight(
     elif original is not None:
         base = original.load(name, (linear.out_features, linear.in_features), model.device)
     else:
-        base = linear.weight_as(model.dtype)
+        base = linear.weight_as(torch.float32 if model.gguf else model.dtype)
     if linear.lora_A is None:
         return base
     A, B = (factor.float() for factor in linear.adapter())

@@ -1,4 +1,4 @@
-"""The folder of a model: a path, or an id in the local Hugging Face cache.
+"""The place of a model: a folder, a GGUF file, or an id in the local Hugging Face cache.
 
 $HF_HUB_CACHE/models--org--name/refs/main            the name of a snapshot
 $HF_HUB_CACHE/models--org--name/snapshots/SNAPSHOT   the model's folder
@@ -8,14 +8,15 @@ import os
 from pathlib import Path
 
 MODEL_CONFIG = "config.json"
+GGUF_SUFFIX = ".gguf"
 
 
 def resolve_model(name: str | Path, kind: str = "model") -> Path:
-    """Return a model's folder: `name` itself, or a snapshot of `org/name` in Hugging Face's cache.
+    """Return a model's folder or GGUF file, or a snapshot of `org/name` in Hugging Face's cache.
 
     The ref `main` names the snapshot. Nothing is downloaded.
 
-    kind: word for the folder's content, for errors.
+    kind: word for the content, for errors. Only a "model" may be a GGUF file.
 
     Raises: ValueError that names the places searched and the way to get the model there.
     """
@@ -23,7 +24,14 @@ def resolve_model(name: str | Path, kind: str = "model") -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ValueError(f"{name} is a file; give the folder of the {kind}")
+        if not is_gguf(folder):
+            raise ValueError(f"{name} is a file; give the folder of the {kind}")
+        if kind != "model":
+            raise ValueError(
+                f"{name} is a GGUF file, which llama.cpp reads as it is; give the folder of the "
+                f"{kind} in PEFT's format"
+            )
+        return folder
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or str(name).startswith((".", "~")):
         raise ValueError(f"{kind} folder {name} does not exist{_neighbours(folder)}")
@@ -40,6 +48,11 @@ def resolve_model(name: str | Path, kind: str = "model") -> Path:
         f"downloaded here: get it on a machine with a network (`hf download {name}`) and copy the "
         "folder, or give a folder's path"
     )
+
+
+def is_gguf(path: Path) -> bool:
+    """Return True if a model's place is named as a GGUF file, not as a folder."""
+    return path.suffix.lower() == GGUF_SUFFIX and not path.is_dir()
 
 
 def _neighbours(folder: Path) -> str:

@@ -40,7 +40,12 @@ def save_4bit(
     """
     folder = Path(folder)
     check_new_folder(model, folder)
-    if not any(linear.is_quantized for _, linear in model.linears()):
+    if model.gguf is not None:
+        raise ValueError(
+            f"{folder}: the weights are those of {model.gguf}, not NF4; write them in 16 bit with "
+            "save_pretrained_merged, load that folder with load_in_4bit=True, and save it"
+        )
+    if not model.is_nf4:
         raise ValueError(
             f"{folder}: the model was loaded in 16 bit and has no NF4 weights to save; "
             "load it with load_in_4bit=True"
@@ -72,7 +77,7 @@ def _base_tensors(model: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, Te
     for name in model.config.tensor_shapes():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module in quantized:
-            yield from nf4_tensors(module, quantized[module].nf4, dtype)
+            yield from nf4_tensors(module, quantized[module].quantized, dtype)
         else:
             yield name, model.get_parameter(name).detach()
 
@@ -85,7 +90,9 @@ def _quantization_config(model: CausalLM, dtype: torch.dtype) -> dict[str, Any]:
     linears = dict(model.linears())
     skipped = [name for name, linear in linears.items() if not linear.is_quantized]
     nested = all(
-        linear.nf4.nested_absmax is not None for linear in linears.values() if linear.is_quantized
+        linear.quantized.nested_absmax is not None
+        for linear in linears.values()
+        if linear.is_quantized
     )
     return {
         "quant_method": "bitsandbytes",

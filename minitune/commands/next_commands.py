@@ -67,7 +67,7 @@ def after_training(
     """
     model, notes = trainer.model, []
     words = ["--model", trainer.output]
-    if not any(linear.is_quantized for _, linear in model.linears()):
+    if not model.weight_formats and model.gguf is None:
         words.append("--no-load-in-4bit")
     if model.max_seq_length > model.config.default_seq_length:
         words += ["--max-seq-length", model.max_seq_length]

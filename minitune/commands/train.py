@@ -197,13 +197,13 @@ def _python(value: Any) -> str:
 
 def _print_check(trainer: SFTTrainer) -> None:
     """Print the difference that NF4 makes to the base, or the reason why there is none."""
-    if any(linear.is_quantized for _, linear in trainer.model.linears()):
+    if trainer.model.is_nf4:
         check = check_base(
             trainer.model, checked_samples(trainer.data.train.samples), progress=True
         )
         rows = [("check", str(check)), ("advice", check.advice)]
     else:
-        rows = [("check", "the base is in 16 bit, not in NF4, so there is nothing to check")]
+        rows = [("check", "the base is not in NF4, so there is nothing to check")]
     for label, text in rows:
         print_line(labelled(label, in_flags(text)))
 

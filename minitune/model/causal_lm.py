@@ -10,6 +10,7 @@ The dimension letters are those of minitune/model/__init__.py.
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,6 +89,8 @@ class CausalLM(nn.Module):
     lora_seed: the seed that drew the adapter's A.
     lora_dropout: the dropout that a loaded adapter was trained with; not applied here.
     lora_on_nf4: True if a loaded adapter was trained on NF4 weights.
+    folder: the folder of config.json and the tokenizer.
+    gguf: the GGUF file of the weights; None if the folder holds them.
     adapters_removed: number of adapters that another one replaced.
     max_trained_seqlen: tokens of the longest sample that this process trained on, or 0.
     eos_token_ids: the tokens at which `generate` stops.
@@ -122,8 +125,10 @@ class CausalLM(nn.Module):
         self.lora_on_nf4 = False
         self.adapters_removed = 0
         self.max_trained_seqlen = 0
+        self._resident_head: Tensor | None = None  # while it stays dequantised
         self.name = ""
         self.folder = Path()
+        self.gguf: Path | None = None
         self.eos_token_ids: tuple[int, ...] = ()
         self.generation_defaults: dict[str, Any] = {}
 
@@ -142,6 +147,20 @@ class CausalLM(nn.Module):
     def fused_linears(self) -> Iterator[FusedLinear]:
         """Return the fused linears of all layers, from the first layer on."""
         return (fused for layer in self.model.layers for fused in layer.fused_linears)
+
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Return the formats of the quantised linears, such as "NF4", those of most bytes first."""
+        nbytes = Counter()
+        for _, linear in self.linears():
+            if linear.is_quantized:
+                nbytes[linear.quantized.format] += linear.quantized.nbytes
+        return tuple(name for name, _ in nbytes.most_common())
+
+    @property
+    def is_nf4(self) -> bool:
+        """Return True if linears are in NF4."""
+        return "NF4" in self.weight_formats
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the base model, each quantised weight included."""
@@ -239,7 +258,9 @@ class CausalLM(nn.Module):
 
     def head(self) -> Head:
         """Return the final norm and the head in the compute dtype."""
-        weight, c = self.lm_head.weight_as(self.dtype), self.config
+        weight, c = self._resident_head, self.config
+        if weight is None:
+            weight = self.lm_head.weight_as(self.dtype)
         return Head(self.model.norm, weight, c.logit_multiplier, c.logit_softcap)
 
     def rows_loss(
@@ -323,17 +344,24 @@ class CausalLM(nn.Module):
 
     @contextlib.contextmanager
     def resident_weights(self) -> Iterator[None]:
-        """Keep all linears dequantised in the compute dtype meanwhile; no number changes."""
+        """Keep all linears and the head dequantised in the compute dtype meanwhile.
+
+        No number changes.
+        """
         weights = ResidentWeights(self.dtype, self.device)
+        head = self._resident_head
         try:
             weights.keep_only(self.fused_linears())
+            self._resident_head = self.head().weight
             yield
         finally:
             weights.keep_only(())
+            self._resident_head = head
 
     def resident_weights_if_they_fit(self) -> contextlib.AbstractContextManager:
         """Return `resident_weights()` if they take less than half of the free memory."""
-        elements = sum(math.prod(fused.weight_shape) for fused in self.fused_linears())
+        shapes = [fused.weight_shape for fused in self.fused_linears()]
+        elements = sum(map(math.prod, [self.model.embed_tokens.shape, *shapes]))
         fits = elements * self.dtype.itemsize < free_memory(self.device) / 2
         return self.resident_weights() if fits else contextlib.nullcontext()
 

@@ -5,7 +5,7 @@ The dimension letters are those of minitune/model/__init__.py.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from minitune.kernels.backend import accumulator
 from minitune.kernels.embedding import embed
 from minitune.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward_
 from minitune.kernels.rope import rope_
+from minitune.model.ggml_weight import GgmlWeight
 from minitune.model.linear import FusedLinear
 from minitune.model.norms import RMSNorm
 from minitune.model.packed_sequences import PackedSequences
+from minitune.model.quantized_weight import set_frozen_weight
 from minitune.model.rope import RopeTables
 from minitune.model.weight_buffers import DequantizedLayer, WeightBuffers
 
@@ -35,27 +37,38 @@ def new_residual(x: Tensor) -> Tensor:
 class Embedding(nn.Module):
     """The embedding table (V, D), on the model's device or in pinned host memory.
 
+    The loader sets `quantized` if the table is stored in few bits, and `weight` otherwise.
+
     multiplier: factor of the rows that are read.
     """
 
     def __init__(self, rows: int, width: int, multiplier: float = 1.0):
         super().__init__()
         self.shape, self.multiplier = (rows, width), multiplier
+        self.quantized: GgmlWeight | None = None
         self.register_parameter("weight", None)
+
+    @property
+    def table(self) -> Tensor:
+        """Return the memory of the table: its values, or the bytes of its blocks."""
+        return self.weight.detach() if self.quantized is None else self.quantized.blocks
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the rows (N, D) of ids (N,) in dtype."""
-        return embed(ids, self.weight.detach(), dtype, self.multiplier)
+        if self.quantized is not None:
+            return self.quantized.rows(ids, dtype, self.multiplier)
+        return embed(ids, self.table, dtype, self.multiplier)
 
     def to_host(self) -> None:
         """Move the table into pinned host memory, from which a GPU reads single rows.
 
         Raises: MemoryError if the host refuses to pin so much memory.
         """
-        table = torch.empty(self.shape, dtype=self.weight.dtype)
-        table.copy_(self.weight.detach())
+        table = self.table.cpu()
         pin(table, self)
-        self.weight = nn.Parameter(table, requires_grad=False)
+        if self.quantized is not None:
+            table = replace(self.quantized, blocks=table)
+        set_frozen_weight(self, table)
 
 
 class Attention(nn.Module):

@@ -10,12 +10,12 @@ The dimension letters are those of minitune/model/__init__.py.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from minitune.config.training_config import LoraConfig
-from minitune.kernels.dequantize import dequantize_nf4
 from minitune.kernels.lora_linear import (
     fill_lora_columns_,
     lora_gradients,
@@ -23,15 +23,15 @@ from minitune.kernels.lora_linear import (
     lora_linear_backward_,
     padded_rank,
 )
-from minitune.model.nf4 import NF4
+from minitune.model.quantized_weight import QuantizedWeight
 
 
 class Linear(nn.Module):
     """A frozen linear with an optional LoRA branch: y = W x + bias + scaling * B A x.
 
-    The loader sets `nf4` if W is quantised, and `weight` otherwise. A (r, in) and B (out, r) are
-    float32 parameters under PEFT's names, lora_A.weight and lora_B.weight. FusedLinear runs the
-    matmul.
+    The loader sets `quantized` if W is stored in few bits, and `weight` otherwise. A (r, in) and
+    B (out, r) are float32 parameters under PEFT's names, lora_A.weight and lora_B.weight.
+    FusedLinear runs the matmul.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
@@ -39,7 +39,7 @@ class Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.has_bias = bias
-        self.nf4: NF4 | None = None
+        self.quantized: QuantizedWeight | None = None
         self.register_parameter("weight", None)  # (out, in)
         self.register_parameter("bias", None)  # (out,)
         self.lora_A: nn.Linear | None = None
@@ -48,8 +48,8 @@ class Linear(nn.Module):
 
     @property
     def is_quantized(self) -> bool:
-        """Return True if W is stored in NF4."""
-        return self.nf4 is not None
+        """Return True if W is stored in few bits."""
+        return self.quantized is not None
 
     @property
     def rank(self) -> int:
@@ -59,7 +59,7 @@ class Linear(nn.Module):
     def weight_as(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the frozen weight (out, in) in dtype, written into `out` if `out` is given."""
         if self.is_quantized:
-            return self.nf4.dequantize(dtype, out)
+            return self.quantized.dequantize(dtype, out)
         weight = self.weight.detach()
         return weight.to(dtype) if out is None else out.copy_(weight)
 
@@ -122,7 +122,7 @@ class FusedLinear:
 
     @property
     def needs_no_buffer(self) -> bool:
-        """Return True if the stored weight is used directly: one linear, no adapter, no NF4."""
+        """Return True if the stored weight is used directly: one plain linear, no adapter."""
         first = self.linears[0]
         return len(self.linears) == 1 and not first.rank and not first.is_quantized
 
@@ -178,12 +178,18 @@ class FusedLinear:
     def dequantize_into_(self, weight: Tensor) -> None:
         """Write the frozen weights into their part of an extended weight."""
         frozen = weight[: self.out_features, : self.in_features]
-        if all(linear.is_quantized for linear in self.linears):
-            dequantize_nf4([linear.nf4 for linear in self.linears], weight.dtype, out=frozen)
-            return
-        parts = frozen.split([linear.out_features for linear in self.linears])
-        for linear, part in zip(self.linears, parts, strict=True):
-            linear.weight_as(weight.dtype, out=part)
+        row = 0
+        for kind, linears in groupby(self.linears, lambda linear: type(linear.quantized)):
+            linears = list(linears)
+            sizes = [linear.out_features for linear in linears]
+            rows = frozen[row : row + sum(sizes)]
+            row += sum(sizes)
+            if issubclass(kind, QuantizedWeight):
+                stacked = [linear.quantized for linear in linears]
+                kind.dequantize_stacked(stacked, weight.dtype, out=rows)
+            else:
+                for linear, part in zip(linears, rows.split(sizes), strict=True):
+                    linear.weight_as(weight.dtype, out=part)
 
     def lora_write_args(self, weight: Tensor) -> tuple[Tensor, list, int, int]:
         """Return the target with which `write_adapters_` writes A and B into an extended weight."""

@@ -18,13 +18,15 @@ A value in the middle of two code values takes the lower index, as in bitsandbyt
 values equal those of bitsandbytes bit for bit.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from minitune.kernels.backend import cdiv
-from minitune.kernels.dequantize import QuantizedWeight, dequantize_nf4
+from minitune.kernels.dequantize_nf4 import NF4Storage, dequantize_nf4
+from minitune.model.quantized_weight import QuantizedWeight
 
 # fmt: off
 CODE = (
@@ -77,7 +79,7 @@ def _nearest(values: Tensor, code: Tensor) -> Tensor:
     return torch.bucketize(values, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
-class NF4(QuantizedWeight):
+class NF4(NF4Storage, QuantizedWeight):
     """A quantised weight (out_features, in_features).
 
     If `nested_absmax` is None, the scales are plain float32.
@@ -128,15 +130,27 @@ class NF4(QuantizedWeight):
         )
 
     @property
+    def format(self) -> str:
+        """Return the name of the format."""
+        return "NF4"
+
+    @property
     def nbytes(self) -> int:
         """Return the bytes of the indices and scales."""
         tensors = (self.packed, self.absmax, self.nested_absmax)
         return sum(t.nbytes for t in tensors if t is not None)
 
-    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Return the weight (out_features, in_features) in dtype, written into `out` if given."""
-        with torch.cuda.device_of(self.packed):  # Triton launches on the current device
-            return dequantize_nf4(self, dtype, out)
+    def empty_like(self, device: torch.device) -> "NF4":
+        """Return a weight of this shape on the device, with any values."""
+        return self.empty(self.shape, device)
+
+    @classmethod
+    def dequantize_stacked(
+        cls, weights: Sequence["NF4"], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Return weights one below the other in dtype, written into `out` if given."""
+        with torch.cuda.device_of(weights[0].packed):  # Triton launches on the current device
+            return dequantize_nf4(weights, dtype, out)
 
 
 def _quantize_scales(scales: Tensor, dynamic: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,6 @@ def _model_rows(model: CausalLM) -> list[tuple[str, str]]:
     """Return the lines on the model, its adapter and how it computes, as (label, text)."""
     total = model.num_parameters()
     trainable = sum(p.numel() for _, p in model.trainable_parameters())
-    quantized = any(linear.is_quantized for _, linear in model.linears())
     lora = model.lora
     saved = SAVED_ACTIVATIONS.get(model.planner.level, "saved in part")
     device = str(model.device)
@@ -77,7 +76,7 @@ def _model_rows(model: CausalLM) -> list[tuple[str, str]]:
         (
             "model",
             f"{model.name}: {total / 1e6:,.1f} M parameters, {storage_bytes(model) / 1e6:,.0f} MB, "
-            f"linears {'NF4' if quantized else '16-bit'}",
+            f"linears {' and '.join(model.weight_formats) or '16-bit'}",
         ),
         (
             "adapter",
@@ -96,8 +95,9 @@ def storage_bytes(model: CausalLM) -> int:
     """Return the bytes of the base model's weights as stored; tied weights count once."""
     adapter = {id(p) for _, p in model.trainable_parameters()}
     base = [p for p in model.parameters() if id(p) not in adapter]
-    quantized = [linear for _, linear in model.linears() if linear.is_quantized]
-    return sum(p.nbytes for p in base) + sum(linear.nf4.nbytes for linear in quantized)
+    modules = [module for module in model.modules() if getattr(module, "quantized", None)]
+    quantized = {id(module.quantized): module.quantized.nbytes for module in modules}
+    return sum(p.nbytes for p in base) + sum(quantized.values())
 
 
 def _data_rows(label: str, data: TokenizedDataset) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
@@ -33,9 +33,8 @@ from minitune.kernels.backend import accumulator
 from minitune.kernels.cross_entropy import logits_tile_rows
 from minitune.model.causal_lm import CausalLM
 from minitune.model.decoder_layer import DecoderLayer
-from minitune.model.linear import Linear
 from minitune.model.loss import LossRows
-from minitune.model.nf4 import NF4
+from minitune.model.quantized_weight import set_frozen_weight
 from minitune.progress import ProgressBar
 
 CHECKED_SAMPLES, CHECKED_TOKENS = 8, 2048
@@ -142,7 +141,7 @@ def check_base(
         perplexity_16bit=math.exp(loss_16bit),
         perplexity_nf4=math.exp(loss_nf4),
         bytes_16bit=sum(2 * linear.in_features * linear.out_features for linear in quantized),
-        bytes_nf4=sum(linear.nf4.nbytes for linear in quantized),
+        bytes_nf4=sum(linear.quantized.nbytes for linear in quantized),
     )
 
 
@@ -151,7 +150,12 @@ def _stored_weights(model: CausalLM) -> SafetensorsFolder:
 
     Raises: ValueError if the model has no NF4 weights, or the folder no 16-bit weights.
     """
-    if not any(linear.is_quantized for _, linear in model.linears()):
+    if model.gguf is not None:
+        raise ValueError(
+            f"the base is {model.gguf}, which is trained on as it is served, so there is nothing "
+            "to check"
+        )
+    if not model.is_nf4:
         raise ValueError("the base is in 16 bit, not in NF4, so there is nothing to check")
     stored = open_weights(model.folder, model.config)
     if stored.prequantized:
@@ -174,10 +178,10 @@ def _weights_of_folder(model: CausalLM, stored: SafetensorsFolder) -> Iterator[N
             fused.resident_weight = None
             for linear in fused.linears:
                 if linear in names:
-                    ended.callback(_set_weights, linear, linear.nf4, None)
+                    ended.callback(set_frozen_weight, linear, linear.quantized)
                     shape = (linear.out_features, linear.in_features)
                     weight = stored.load(f"{names[linear]}.weight", shape, model.device)
-                    _set_weights(linear, None, nn.Parameter(weight, requires_grad=False))
+                    set_frozen_weight(linear, weight)
 
     def end(*_) -> None:
         ended.close()
@@ -197,11 +201,6 @@ def _counted_layers(model: CausalLM, progress: bool | None) -> Iterator[None]:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(lambda *_: bar.update()))
         yield
-
-
-def _set_weights(linear: Linear, nf4: NF4 | None, weight: nn.Parameter | None) -> None:
-    """Set both forms of a linear's weight, of which one is None."""
-    linear.nf4, linear.weight = nf4, weight
 
 
 def _compare(model: CausalLM, s_16bit: Tensor, s_nf4: Tensor, targets: Tensor) -> Tensor:

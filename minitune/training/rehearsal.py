@@ -8,7 +8,7 @@ A kernel depends on more than the model: on the adapter's rank, on lengths and o
 rehearsal takes the usual ones. Other kernels compile at their launch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -28,6 +28,11 @@ from minitune.model.linear import Linear
 from minitune.model.loss import LossRows
 from minitune.model.nf4 import NF4
 from minitune.model.packed_sequences import PackedSequences
+from minitune.model.quantized_weight import (
+    QuantizedWeight,
+    set_frozen_weight,
+    share_frozen_weight,
+)
 from minitune.training.optimizer import FlatAdamW
 
 aten = torch.ops.aten
@@ -71,27 +76,55 @@ class ShapesOnly(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def compile_step_ahead(
-    model: CausalLM, lora: LoraConfig, weight_dtype: torch.dtype, quantized: bool
-) -> None:
+# Function that returns the weight of a tensor's name and shape as a model stores it, on META.
+StoredWeight = Callable[[str, tuple[int, ...]], Tensor | QuantizedWeight]
+
+
+def weights_of_folder(dtype: torch.dtype, is_nf4: bool) -> StoredWeight:
+    """Return the weights of a model that is loaded from a folder.
+
+    dtype: of the weights that are not quantised.
+    is_nf4: True if the linears of the layers are stored in NF4.
+    """
+
+    def stored_weight(name: str, shape: tuple[int, ...]) -> Tensor | QuantizedWeight:
+        if is_nf4 and len(shape) == 2 and name.startswith("model.layers."):
+            return NF4.empty(shape, META)
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    return stored_weight
+
+
+def weights_of_model(model: CausalLM) -> StoredWeight:
+    """Return the weights of a model that is loaded."""
+
+    def stored_weight(name: str, shape: tuple[int, ...]) -> Tensor | QuantizedWeight:
+        module_name, _, kind = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if kind == "weight" and getattr(module, "quantized", None) is not None:
+            return module.quantized.empty_like(META)
+        return torch.empty(shape, dtype=getattr(module, kind).dtype, device=META)
+
+    return stored_weight
+
+
+def compile_step_ahead(model: CausalLM, lora: LoraConfig, stored_weight: StoredWeight) -> None:
     """Begin to compile the kernels of a training step of `model`, which may have no weights yet.
 
     Do nothing without a GPU. The arguments are those of `rehearse_step`.
     """
     if model.device.type == "cuda":
-        compile_ahead(lambda: rehearse_step(model, lora, weight_dtype, quantized), model.device)
+        compile_ahead(lambda: rehearse_step(model, lora, stored_weight), model.device)
 
 
-def rehearse_step(
-    model: CausalLM, lora: LoraConfig, weight_dtype: torch.dtype, quantized: bool
-) -> None:
+def rehearse_step(model: CausalLM, lora: LoraConfig, stored_weight: StoredWeight) -> None:
     """Launch the kernels of a training step on meta tensors. The model itself stays as it is.
 
-    weight_dtype: dtype of the weights that are not quantised.
-    quantized: True if the linears of the layers are stored in NF4.
+    stored_weight: returns a weight with the name and shape of a tensor as the model stores it, on
+        the meta device.
     """
     lengths = [length for length in LENGTHS if length <= max(model.max_seq_length, LENGTHS[0])]
-    twin, layers = _meta_twin(model, lora, weight_dtype, quantized)
+    twin, layers = _meta_twin(model, lora, stored_weight)
     with torch.no_grad(), ShapesOnly():
         for rows, length, level in product(ROWS, lengths, LEVELS):
             _run_passes(twin, layers, rows, length, level)
@@ -117,11 +150,11 @@ def _run_passes(
 
 
 def _meta_twin(
-    model: CausalLM, lora: LoraConfig, weight_dtype: torch.dtype, quantized: bool
+    model: CausalLM, lora: LoraConfig, stored_weight: StoredWeight
 ) -> tuple[CausalLM, list[DecoderLayer]]:
     """Return a model of meta tensors, and one of its layers of each kind, with adapters.
 
-    Only these layers, the embedding, the final norm and the head have weights.
+    Layers whose linears are stored in different formats are of different kinds.
     """
     config, generator = model.config, torch.Generator()
     twin = CausalLM(
@@ -132,24 +165,24 @@ def _meta_twin(
         planner=model.planner,
         attention="triton",
     )
-    kinds = config.kinds_up_to(model.max_seq_length)
-    layers = list(dict(zip(kinds, twin.model.layers, strict=True)).values())
-    needed = {twin.model.embed_tokens, twin.model.norm, twin.lm_head}
-    needed.update(module for layer in layers for module in layer.modules())
-    targets = config.adapted_linears(lora.target_modules)
     for name, shape in config.tensor_shapes().items():
         module_name, _, kind = name.rpartition(".")
-        module = twin.get_submodule(module_name)
-        if module not in needed:
-            continue
-        is_linear = isinstance(module, Linear) and module is not twin.lm_head and kind == "weight"
-        if is_linear and quantized:
-            module.nf4 = NF4.empty(shape, META)
+        module, weight = twin.get_submodule(module_name), stored_weight(name, shape)
+        if kind == "weight":
+            set_frozen_weight(module, weight)
         else:
-            weight = torch.empty(shape, dtype=weight_dtype, device=META)
             setattr(module, kind, nn.Parameter(weight, requires_grad=False))
-        if is_linear and module_name.rpartition(".")[2] in targets:
-            module.add_lora(lora, META, generator)
     if config.tie_word_embeddings:
-        twin.lm_head.weight = twin.model.embed_tokens.weight
-    return twin, layers
+        share_frozen_weight(twin.lm_head, twin.model.embed_tokens)
+    kinds = config.kinds_up_to(model.max_seq_length)
+    layers = {}
+    for kind, layer in zip(kinds, twin.model.layers, strict=True):
+        linears = [linear for fused in layer.fused_linears for linear in fused.linears]
+        formats = tuple(linear.quantized and linear.quantized.format for linear in linears)
+        layers.setdefault((kind, formats), layer)
+    targets = config.adapted_linears(lora.target_modules)
+    for layer in layers.values():
+        for name, module in layer.named_modules():
+            if isinstance(module, Linear) and name.rpartition(".")[2] in targets:
+                module.add_lora(lora, META, generator)
+    return twin, list(layers.values())

@@ -297,7 +297,7 @@ class Trainer(OptimizerSteps):
         if model.device.type == "cuda":
             print_line(labelled("preparing", "compiling kernels and measuring the GPU"))
         self.micro_step.prepare()
-        protected_paths = [model.folder, *self.data.files]
+        protected_paths = [model.gguf or model.folder, *self.data.files]
         self.output, source = open_run_folder(args, resume, protected_paths, self.size.total_steps)
         self.optimizer = FlatAdamW(
             [p for _, p in model.trainable_parameters()],

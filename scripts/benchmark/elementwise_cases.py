@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmark.kernel_cases import BF16, KernelCase, KernelSizes, beside, direct, normal, widened
 from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_
-from minitune.kernels.dequantize import dequantize_nf4
+from minitune.kernels.dequantize_nf4 import dequantize_nf4
 from minitune.kernels.gated_activation import (
     gated_activation,
     gated_activation_backward,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from minitune.kernels.dequantize import QuantizedWeight
+from minitune.kernels.dequantize_nf4 import NF4Storage
 from referees.versions import installed_versions
 
 try:
@@ -50,10 +50,10 @@ def makers(kernel: str) -> dict[str, Callable]:
 # ---- bitsandbytes
 
 
-def bitsandbytes_dequantize(weights: list[list[QuantizedWeight]]) -> Callable:
+def bitsandbytes_dequantize(weights: list[list[NF4Storage]]) -> Callable:
     """Return the dequantisation of each weight by itself."""
 
-    def state(w: QuantizedWeight):
+    def state(w: NF4Storage):
         quant_state = bitsandbytes.functional.QuantState
         nested = quant_state(
             w.nested_absmax, code=w.nested_code, blocksize=w.nested_blocksize, dtype=torch.float32

@@ -199,7 +199,7 @@ def _minitune(name: str, folder: str | Path, max_tokens: int) -> System:
 
 def _nf4_of_minitune(model: LanguageModel) -> dict[str, Tensor]:
     return {
-        f"{name}.{part}": getattr(linear.nf4, part)
+        f"{name}.{part}": getattr(linear.quantized, part)
         for name, linear in model.linears()
         for part in NF4_PARTS
     }

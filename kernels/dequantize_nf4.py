@@ -41,7 +41,7 @@ BLOCKS_PER_PROGRAM = (64, 32, 8)
 
 
 @dataclass
-class QuantizedWeight:
+class NF4Storage:
     """Storage of one 4-bit weight (out_features, in_features).
 
     packed: uint8, two elements a byte.
@@ -272,7 +272,7 @@ def _launch(weights, outs) -> None:
 
 
 def dequantize_nf4(
-    weights: QuantizedWeight | Sequence[QuantizedWeight],
+    weights: NF4Storage | Sequence[NF4Storage],
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -285,7 +285,7 @@ def dequantize_nf4(
 
     Raises: ValueError if a size or dtype does not fit.
     """
-    weights = [weights] if isinstance(weights, QuantizedWeight) else list(weights)
+    weights = [weights] if isinstance(weights, NF4Storage) else list(weights)
     for weight in weights:
         weight.check()
     shapes = [weight.shape for weight in weights]
