@@ -35,6 +35,7 @@ from minitune.data.inspector.token_display import ShownSample, first_samples, sa
 from minitune.data.samples import LabelOptions
 from minitune.data.templates.adapter_template import load_template
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.model_files import model_files
 from minitune.training.run_data import read_datasets
 
 DESCRIPTION = "Show which tokens of a dataset are trained on, and the numbers to check."
@@ -92,10 +93,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 def _show(settings: Settings, count: int, borders: bool, page: str | None) -> int | None:
     run, source = settings.run, find_model(settings.run.model)
-    tokenizer = Tokenizer.from_folder(source.base)
+    folder = model_files(source.base)
+    tokenizer = Tokenizer.from_folder(folder)
     if source.adapter is not None:
         load_template(tokenizer, source.adapter)
-    limit = run.max_seq_length or ModelConfig.from_folder(source.base).default_seq_length
+    limit = run.max_seq_length or ModelConfig.from_folder(folder).default_seq_length
     sft = replace(settings.sft, eval_strategy="no", output_dir=None)  # nothing is written there
     data = read_datasets(run.data, None, tokenizer, sft, max(limit, sft.max_length or 0))
     summary = summarize(data.train, tokenizer, data.max_length)

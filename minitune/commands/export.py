@@ -20,14 +20,13 @@ import torch
 
 from minitune.api import FastLanguageModel
 from minitune.checkpoints.find_model import ModelSource, find_model
-from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.merge import merge_text, merge_to_folder, merged_specs
 from minitune.checkpoints.model_folder import check_new_folder
+from minitune.checkpoints.resolve_model import is_gguf
 from minitune.checkpoints.safetensors_writer import total_bytes
 from minitune.checkpoints.save_4bit import save_4bit
 from minitune.commands.next_commands import after_export
 from minitune.config.cli import CommandParser, in_flags, print_notes, run_command, split_items
-from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_WORDS, MERGE_BASES
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
@@ -35,6 +34,7 @@ from minitune.gguf.export import GGUFExport, plan_conversion, plan_export
 from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.gguf.importance_collection import DEFAULT_TOKENS, importance_from_data
+from minitune.gguf.load import open_base
 from minitune.language_model import LanguageModel
 from minitune.progress import labelled, print_line
 
@@ -131,17 +131,17 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     output, merged, quantized = arguments.output, arguments.merged, arguments.save_4bit
     collects = arguments.imatrix_from is not None
     source = find_model(arguments.model, arguments.adapter)
-    folder = source.base
     _check_4bit(quantized, source)
-    config = ModelConfig.from_folder(folder)
+    config, stored = open_base(source.base)
     print_notes(config.notes)
-    prequantized = open_weights(folder, config).prequantized
+    # Weights of few bits have no folder of 16-bit weights to read tensor by tensor.
+    prequantized = is_gguf(source.base) or stored.prequantized
     use_nf4 = merge_base == "nf4" or quantized is not None
     importance = None if arguments.imatrix is None else read_imatrix(arguments.imatrix)
     needs_model = source.adapter is not None or collects or prequantized or use_nf4
     if merged is None and not needs_model:
         # Tensor by tensor, without a model in memory.
-        planned = plan_conversion(folder, output, methods, importance)
+        planned = plan_conversion(source.base, output, methods, importance)
         return _write(planned.with_modelfiles() if arguments.ollama else planned, arguments)
 
     model, tokenizer = _load(arguments, use_nf4, prequantized)

@@ -22,6 +22,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.config.model_shapes import SHAPES, config_of_shape, nearest_shapes, shape_name
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
 from minitune.device import gib_text
+from minitune.gguf.model_files import model_files
 from minitune.memory.memory_model import Storage
 from minitune.memory.plan import Plan, Workload, plan_table
 from minitune.memory.planner import parse_gradient_checkpointing, plan_memory
@@ -108,8 +109,8 @@ def find_config(model: str) -> tuple[ModelConfig, str]:
 
     Raises: ValueError that names the nearest shapes if there is none.
     """
-    if Path(model).expanduser().is_dir():
-        return ModelConfig.from_folder(find_model(model).base), model
+    if Path(model).expanduser().exists():
+        return ModelConfig.from_folder(model_files(find_model(model).base)), model
     shape = shape_name(model)
     try:
         folder = resolve_model(model)

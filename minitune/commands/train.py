@@ -34,15 +34,14 @@ from minitune.config.training_config import GRADIENT_CHECKPOINTING
 from minitune.data.inspector.token_display import first_samples
 from minitune.data.sources.sources import check_first_records
 from minitune.device import choose_device
-from minitune.gguf.export import check_gguf
-from minitune.gguf.general_metadata import gguf_file_names
+from minitune.gguf.export import check_gguf, gguf_file_names
 from minitune.gguf.model_metadata import check_window
 from minitune.language_model import LanguageModel
 from minitune.progress import labelled, print_line
 from minitune.sft_trainer import SFTTrainer
 from minitune.threads import use_free_cores
 from minitune.training import run_folder
-from minitune.training.check_base import check_base, checked_samples
+from minitune.training.check_base import check_base, checked_samples, nothing_to_check
 from minitune.training.write_models import write_models
 
 
@@ -197,13 +196,13 @@ def _python(value: Any) -> str:
 
 def _print_check(trainer: SFTTrainer) -> None:
     """Print the difference that NF4 makes to the base, or the reason why there is none."""
-    if trainer.model.is_nf4:
+    if (reason := nothing_to_check(trainer.model)) is not None:
+        rows = [("check", reason)]
+    else:
         check = check_base(
             trainer.model, checked_samples(trainer.data.train.samples), progress=True
         )
         rows = [("check", str(check)), ("advice", check.advice)]
-    else:
-        rows = [("check", "the base is not in NF4, so there is nothing to check")]
     for label, text in rows:
         print_line(labelled(label, in_flags(text)))
 
@@ -211,15 +210,15 @@ def _print_check(trainer: SFTTrainer) -> None:
 def _check(settings: Settings) -> None:
     """Raise ValueError for everything that can be found wrong before the model is loaded."""
     run, sft = settings.run, settings.sft
-    folder = resolve_model(run.model)
+    base = resolve_model(run.model)
     data = [*run.data, *run.eval_data]
     if sft.output_dir is not None:
-        names = gguf_file_names(run.model, folder, run.gguf) if run.gguf else []
+        names = gguf_file_names(run.model, base, run.gguf) if run.gguf else []
         if run.merge:
             names.append(run_folder.MERGED)
-        needed = [folder, *data, *([run.adapter] if run.adapter else [])]
+        needed = [base, *data, *([run.adapter] if run.adapter else [])]
         run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, needed, names)
     for path in data:
         check_first_records(path)
     if run.gguf:
-        check_gguf(run.model, folder)
+        check_gguf(run.model, base)

@@ -25,11 +25,14 @@ from minitune.gguf.content import content_metadata, file_content
 from minitune.gguf.general_metadata import (
     adapted_name,
     check_targets,
+    file_name,
     name_of_file,
     organization_and_name,
 )
 from minitune.gguf.importance import ImportanceMatrix, unused_note
+from minitune.gguf.load import embedding_dtype, open_base
 from minitune.gguf.mixtures import gguf_methods
+from minitune.gguf.model_files import model_files
 from minitune.gguf.model_metadata import check_window
 from minitune.gguf.modelfile import modelfiles
 from minitune.gguf.tensor_layout import tensors_of_file
@@ -169,7 +172,7 @@ def plan_export(
 
     device: the device that quantises; None takes the model's.
     """
-    organization, base = organization_and_name(model.name, model.folder)
+    organization, base = organization_and_name(model.name, model.gguf or model.folder)
     methods = gguf_methods(quantization_method, merged_dtype(model) == torch.float16)
     name = adapted_name(base) if model.lora else base
     targets = check_targets(path, name, methods, overwrite)
@@ -246,15 +249,29 @@ def _stored_tensors(
         stored.remap(name)
 
 
-def check_gguf(name: str, folder: Path) -> None:
+def check_gguf(name: str, base: Path) -> None:
     """Check that an adapter on a base model can become a GGUF file, before there is an adapter.
 
-    name: the base model as it was asked for. folder: the base model's folder.
+    name: the base model as it was asked for. base: its folder or GGUF file.
 
     Raises: ValueError if GGUF cannot express the model or the tokenizer.
     """
-    general_name = adapted_name(organization_and_name(name, folder)[1])
+    general_name = adapted_name(organization_and_name(name, base)[1])
+    folder = model_files(base)
     content_metadata(ModelConfig.from_folder(folder), Tokenizer.from_folder(folder), general_name)
+
+
+def gguf_file_names(name: str, base: Path, methods: Sequence[str]) -> list[str]:
+    """Return the names of the files that `export_gguf` writes for an adapter on a base model.
+
+    name: the base model as it was asked for. base: its folder or GGUF file.
+    methods: names of types, as quantization_method of `export_gguf`.
+
+    Raises: ValueError if a type is unknown.
+    """
+    is_float16 = embedding_dtype(open_base(base)[1]) == torch.float16
+    stem = adapted_name(organization_and_name(name, base)[1])
+    return [file_name(stem, method) for method in gguf_methods(methods, is_float16)]
 
 
 # ---- the content of the files

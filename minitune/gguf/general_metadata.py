@@ -5,14 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from minitune.atomic_files import read_json
-from minitune.checkpoints.load_weights import EMBEDDING, open_weights
-from minitune.checkpoints.resolve_model import is_hub_id
-from minitune.config.model_config import ModelConfig
+from minitune.checkpoints.resolve_model import is_gguf, is_hub_id
+from minitune.config.training_config import GGUF_METHODS
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.mixtures import gguf_methods
 from minitune.gguf.writer import MetadataValue
 
 # Key of generation_config.json -> (key below general.sampling, type)
@@ -33,27 +30,20 @@ def adapted_name(base: str) -> str:
     return f"{base}-minitune"
 
 
-def organization_and_name(name: str, folder: Path) -> tuple[str, str]:
+def organization_and_name(name: str, base: Path) -> tuple[str, str]:
     """Return organization and name of a base model.
 
-    A model from the cache is called org/name. Any other has the name of its folder and "" as its
-    organization.
+    A model from the cache is called org/name. Any other has the name of its folder, or of its GGUF
+    file without the type, and "" as its organization.
+
+    name: the base model as it was asked for. base: its folder or GGUF file.
     """
-    if not is_hub_id(name, folder):
-        return "", folder.resolve().name
+    if is_gguf(base):
+        types = "|".join(GGUF_METHODS)
+        return "", re.sub(f"[-._]({types})$", "", base.resolve().stem, flags=re.IGNORECASE)
+    if not is_hub_id(name, base):
+        return "", base.resolve().name
     return name.split("/")[0], name.split("/")[-1]
-
-
-def gguf_file_names(name: str, folder: Path, methods: Sequence[str]) -> list[str]:
-    """Return the names of the files that `export_gguf` writes for an adapter on a base model.
-
-    name: the base model as it was asked for. folder: the base model's folder.
-    methods: names of types, as quantization_method of `export_gguf`.
-
-    Raises: ValueError if a type is unknown.
-    """
-    base = adapted_name(organization_and_name(name, folder)[1])
-    return [file_name(base, method) for method in gguf_methods(methods, holds_float16(folder))]
 
 
 def file_name(name: str, method: str) -> str:
@@ -64,11 +54,6 @@ def file_name(name: str, method: str) -> str:
 def name_of_file(path: Path, method: str) -> str:
     """Return the model's name that a file name has, without suffix and type."""
     return re.sub(f"[-._]{method}$", "", path.stem, flags=re.IGNORECASE)
-
-
-def holds_float16(folder: Path) -> bool:
-    """Return True if the unquantised weights of a folder are float16."""
-    return open_weights(folder, ModelConfig.from_folder(folder)).dtype(EMBEDDING) == torch.float16
 
 
 def check_targets(

@@ -9,12 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minitune.kernels.dequantize_ggml import (
-    GGML_BLOCKS,
-    GgmlStorage,
-    dequantize_ggml,
-    embed_ggml,
-)
+from minitune.kernels.dequantize_ggml import GgmlStorage, dequantize_ggml, embed_ggml
+from minitune.kernels.ggml_reference import BLOCK_SIZES
 from minitune.model.quantized_weight import QuantizedWeight
 
 
@@ -27,13 +23,13 @@ class GgmlWeight(GgmlStorage, QuantizedWeight):
 
         type: name of the type, such as "Q4_K".
         """
-        width, size = GGML_BLOCKS[type]
+        width, size = BLOCK_SIZES[type]
         return cls(blocks, type, (len(blocks), blocks.shape[1] // size * width))
 
     @classmethod
     def empty(cls, shape: tuple[int, int], device: torch.device, type: str) -> "GgmlWeight":
         """Return a weight on the device with any values."""
-        width, size = GGML_BLOCKS[type]
+        width, size = BLOCK_SIZES[type]
         row_bytes = shape[1] // width * size
         blocks = torch.empty((shape[0], row_bytes), dtype=torch.uint8, device=device)
         return cls(blocks, type, shape)

@@ -145,18 +145,22 @@ def check_base(
     )
 
 
+def nothing_to_check(model: CausalLM) -> str | None:
+    """Return the reason why a base has no second form to compare with, or None."""
+    if model.gguf is not None:
+        return f"the base is {model.gguf} as it is served, so there is nothing to check"
+    if not model.is_nf4:
+        return "the base is in 16 bit, not in NF4, so there is nothing to check"
+    return None
+
+
 def _stored_weights(model: CausalLM) -> SafetensorsFolder:
     """Return the weights of the model's folder.
 
     Raises: ValueError if the model has no NF4 weights, or the folder no 16-bit weights.
     """
-    if model.gguf is not None:
-        raise ValueError(
-            f"the base is {model.gguf}, which is trained on as it is served, so there is nothing "
-            "to check"
-        )
-    if not model.is_nf4:
-        raise ValueError("the base is in 16 bit, not in NF4, so there is nothing to check")
+    if (reason := nothing_to_check(model)) is not None:
+        raise ValueError(reason)
     stored = open_weights(model.folder, model.config)
     if stored.prequantized:
         raise ValueError(
