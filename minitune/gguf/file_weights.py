@@ -5,6 +5,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
 from minitune.config.model_config import ModelConfig
+from minitune.device import read_files_ahead
 from minitune.gguf.model_metadata import gguf_name
 from minitune.gguf.quantization.quantize import dequantize
 from minitune.gguf.reader import GgufReader
@@ -21,6 +22,10 @@ class FileWeights:
     def __init__(self, reader: GgufReader, config: ModelConfig):
         self.reader, self.config = reader, config
         self.heads = interleaved_heads(config)
+
+    def read_ahead(self) -> None:
+        """Ask the system to read the file from disk, as `read_files_ahead`."""
+        read_files_ahead([self.reader.path])
 
     def type_of(self, name: str) -> GGMLType:
         """Return the type in which a tensor is stored."""

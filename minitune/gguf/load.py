@@ -14,7 +14,8 @@ from minitune.checkpoints.resolve_model import is_gguf
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.config.model_config import ModelConfig
 from minitune.gguf.file_weights import FileWeights
-from minitune.gguf.model_files import model_files, open_gguf
+from minitune.gguf.model_files import model_files
+from minitune.gguf.open_gguf import open_gguf
 from minitune.gguf.quantization.quantize import FLOAT_DTYPES
 from minitune.model.causal_lm import CausalLM
 from minitune.model.ggml_weight import GgmlWeight

@@ -15,12 +15,12 @@ from typing import Any
 from gguf import TokenType
 
 from minitune.atomic_files import write_json
+from minitune.checkpoints.resolve_model import is_gguf
 from minitune.gguf.check_tensors import TOKENS
 from minitune.gguf.general_metadata import SAMPLING_KEYS
 from minitune.gguf.llama_cpp_specials import END_TOKENS
 from minitune.gguf.open_gguf import named, open_gguf, read_config
 
-SUFFIX = ".gguf"
 # Key below tokenizer.ggml -> key of config.json
 TOKEN_IDS = {"bos": "bos_token_id", "padding": "pad_token_id"}
 END_KEYS = ("eos", "eot", "eom")
@@ -36,9 +36,7 @@ def model_files(base: str | Path) -> Path:
     Raises: ValueError that names the file if it is not a model that this code runs.
     """
     path = Path(base)
-    if path.suffix.lower() != SUFFIX and not path.is_file():
-        return path
-    if path.is_dir():
+    if not is_gguf(path):
         return path
     return _folder_of(path.absolute(), *_version(path))
 
