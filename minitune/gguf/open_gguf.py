@@ -83,6 +83,6 @@ def _check_types(reader: GgufReader) -> None:
         if tensor.type.name not in READ_TYPES:
             raise ValueError(
                 f"the tensor {name} has the type {tensor.type.name}, which is not read; read are "
-                f"{', '.join(READ_TYPES)}; take a file of another type, or make one with llama-quantize from a "
-                "file in F16"
+                f"{', '.join(READ_TYPES)}; take a file of such a type, or make one with "
+                "llama-quantize from the F16 file"
             )
