@@ -1,11 +1,13 @@
-"""Readers of GGUF files for the tests, through gguf-py, and a small file to change."""
+"""GGUF files for the tests: readers through gguf-py, a small file to change, and a tiny base."""
 
 from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFReader
+from tiny import make_tiny_model
 
+from minitune.gguf.export import convert_folder
 from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
 
 LLAMA3_ROPE = {
@@ -35,6 +37,19 @@ def copy_with_keys(source: Path, target: Path, metadata: dict[str, MetadataValue
     keys = {key: value for key, value in metadata.items() if not key.startswith("GGUF.")}
     write_gguf({target: Content(keys, infos)}, values)
     return target
+
+
+def make_tiny_gguf(folder: Path, method: str, **options) -> Path:
+    """Write a tiny random model as a GGUF file, and return the path of the file.
+
+    Rows are 256 values wide, so that every type of llama.cpp fits. The folder `plain` beside the
+    file holds the model before it was quantised.
+
+    method: type of the file, such as "q4_k_m".
+    options: arguments of make_tiny_model.
+    """
+    plain = make_tiny_model(folder / "plain", **({"hidden": 256, "ffn": 256} | options))
+    return convert_folder(plain, folder / f"tiny-{method}.gguf", method, verify=False)
 
 
 HIDDEN, FFN, ROWS = 256, 256, 3
