@@ -9,6 +9,7 @@ from tiny import make_tiny_model
 
 from minitune.commands import export
 from minitune.gguf.export import export_gguf
+from minitune.gguf.lora_adapter import save_gguf_adapter
 
 
 def test_the_command_exports_and_reports_bad_input_in_one_line(tmp_path, capsys):
@@ -48,3 +49,27 @@ def test_an_interrupted_command_ends_with_130_and_says_nothing(monkeypatch, caps
 
     monkeypatch.setattr(export, "export", interrupted)
     assert export.main(["--model", "x"]) == 130 and capsys.readouterr() == ("", "")
+
+
+def test_the_command_writes_the_adapter_alone_and_beside_a_merged_file(tmp_path, capsys):
+    model, _ = load(make_tiny_model(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    expected = save_gguf_adapter(model, tmp_path / "expected.gguf").read_bytes()
+    alone, both, merged = (tmp_path / name for name in ("a.gguf", "b.gguf", "m.gguf"))
+    trained = ["--model", str(tmp_path / "adapter")]
+    capsys.readouterr()
+    assert export.main([*trained, "--gguf-adapter", str(alone)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(alone)] and alone.read_bytes() == expected
+    # The base is no GGUF file yet, so the command that makes it comes first.
+    text = " ".join(err.split())
+    assert f"--output {tmp_path}/base.gguf --quantization-method not_quantized" in text
+    assert f"llama-server -m {tmp_path}/base.gguf --lora {alone}" in text and "merging" not in text
+    arguments = [*trained, "--gguf-adapter", str(both), "--output", str(merged), "--no-verify"]
+    assert export.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(merged), str(both)] and both.read_bytes() == expected
+    assert f"llama-server -m {merged}\n" in err and f"llama-server -m {both}" not in err
+    base = ["--model", str(tmp_path / "base"), "--gguf-adapter", str(tmp_path / "c.gguf")]
+    assert export.main(base) == 2
+    assert "base has none; give the folder of a run or an adapter" in capsys.readouterr().err

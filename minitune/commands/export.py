@@ -6,6 +6,7 @@
     minitune export --model DIR --output x.gguf --quantization-method iq4_xs --imatrix-from FILE
     minitune export --model DIR --output gguf/ --ollama            a Modelfile for Ollama too
     minitune export --model DIR --save-4bit DIR-nf4     the base in NF4, which loads at disk speed
+    minitune export --model runs/1 --gguf-adapter adapter.gguf     the adapter alone, for --lora
 
 Without an adapter the model itself is written. --save-4bit takes no adapter, because an adapter
 does not change its base. To have both in 4 bit, write --merged first and give that folder as
@@ -15,6 +16,7 @@ does not change its base. To have both in 4 bit, write --merged first and give t
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -35,8 +37,11 @@ from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.gguf.importance_collection import DEFAULT_TOKENS, importance_from_data
 from minitune.gguf.load import open_base
+from minitune.gguf.lora_adapter import AdapterExport, plan_gguf_adapter
 from minitune.language_model import LanguageModel
 from minitune.progress import labelled, print_line
+
+RESULTS = ("output", "merged", "gguf_adapter", "save_4bit")  # the flags that name a file or folder
 
 
 def main(argv: Sequence[str] | None = None, program: str = "minitune export") -> int:
@@ -45,10 +50,10 @@ def main(argv: Sequence[str] | None = None, program: str = "minitune export") ->
 
 
 def _run(argv: Sequence[str] | None, program: str) -> None:
-    paths = export(_parser(program).parse_args(argv))
-    for path in paths:
+    exported = export(_parser(program).parse_args(argv))
+    for path in exported.paths:
         print(path, flush=True)
-    if text := after_export(program, paths):
+    if text := after_export(program, exported.paths, exported.adapter):
         print_line(text)
 
 
@@ -81,6 +86,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--ollama", action="store_true", help="write a Modelfile beside each GGUF file"
     )
     parser.add_argument("--merged", type=Path, help="folder for merged 16-bit safetensors")
+    parser.add_argument(
+        "--gguf-adapter",
+        type=Path,
+        metavar="FILE",
+        help="GGUF file (or folder) for the adapter alone, which llama.cpp adds to a base with "
+        "--lora",
+    )
     parser.add_argument(
         "--save-4bit", type=Path, help="folder for the model in NF4, in bitsandbytes' layout"
     )
@@ -121,8 +133,19 @@ def _add_imatrix_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def export(arguments: argparse.Namespace) -> list[Path]:
-    """Write the files that the command line asks for and return their paths.
+class Exported(NamedTuple):
+    """The result of the command.
+
+    paths: the files and folders that were written.
+    adapter: the adapter among them, if there is one.
+    """
+
+    paths: list[Path]
+    adapter: AdapterExport | None = None
+
+
+def export(arguments: argparse.Namespace) -> Exported:
+    """Write the files that the command line asks for.
 
     Raises: ValueError if the command line asks for none, or the model cannot be written.
     """
@@ -131,7 +154,7 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     output, merged, quantized = arguments.output, arguments.merged, arguments.save_4bit
     collects = arguments.imatrix_from is not None
     source = find_model(arguments.model, arguments.adapter)
-    _check_4bit(quantized, source)
+    _check_adapter(arguments, source)
     config, stored = open_base(source.base)
     print_notes(config.notes)
     # Weights of few bits have no folder of 16-bit weights to read tensor by tensor.
@@ -142,7 +165,8 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     if merged is None and not needs_model:
         # Tensor by tensor, without a model in memory.
         planned = plan_conversion(source.base, output, methods, importance)
-        return _write(planned.with_modelfiles() if arguments.ollama else planned, arguments)
+        planned = planned.with_modelfiles() if arguments.ollama else planned
+        return Exported(_write(planned, arguments))
 
     model, tokenizer = _load(arguments, use_nf4, prequantized)
 
@@ -157,6 +181,9 @@ def export(arguments: argparse.Namespace) -> list[Path]:
     for new_folder in filter(None, (merged, quantized)):
         check_new_folder(model, new_folder)
     planned = None if output is None else plan(importance)
+    adapter = None
+    if arguments.gguf_adapter is not None:
+        adapter = plan_gguf_adapter(model, arguments.gguf_adapter)
     if collects:
         data, limit = arguments.imatrix_from, arguments.imatrix_tokens or DEFAULT_TOKENS
         importance = importance_from_data(model, tokenizer, data, limit, progress=True)
@@ -171,17 +198,19 @@ def export(arguments: argparse.Namespace) -> list[Path]:
         paths.append(merge_to_folder(model, merged, tokenizer, merge_base, progress=True))
     if planned is not None:
         paths += _write(planned, arguments)
+    if adapter is not None:
+        paths += adapter.write(progress=True, verify=not arguments.no_verify)
     if quantized is not None:
         paths.append(save_4bit(model, quantized, tokenizer, progress=True))
-    return paths
+    return Exported(paths, adapter)
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ValueError if the flags ask for nothing, or do not belong together."""
-    if arguments.output is arguments.merged is arguments.save_4bit is None:
+    if all(getattr(arguments, name) is None for name in RESULTS):
         raise ValueError(
-            "nothing to write: give --output for a GGUF file, --merged for a 16-bit folder, or "
-            "--save-4bit for one in NF4"
+            "nothing to write: give --output for a GGUF file, --merged for a 16-bit folder, "
+            "--save-4bit for one in NF4, or --gguf-adapter for the adapter as a GGUF file"
         )
     if arguments.output is None and (
         arguments.imatrix is not None or arguments.imatrix_from is not None or arguments.ollama
@@ -196,9 +225,14 @@ def _check(arguments: argparse.Namespace) -> None:
         )
 
 
-def _check_4bit(quantized: Path | None, source: ModelSource) -> None:
-    """Raise ValueError if the model that --save-4bit writes would lose its adapter."""
-    if quantized is not None and source.adapter is not None:
+def _check_adapter(arguments: argparse.Namespace, source: ModelSource) -> None:
+    """Raise ValueError if a result needs an adapter and has none, or would lose it."""
+    if arguments.gguf_adapter is not None and source.adapter is None:
+        raise ValueError(
+            f"--gguf-adapter writes an adapter, and {arguments.model} has none; give the folder of "
+            "a run or an adapter as --model or --adapter"
+        )
+    if arguments.save_4bit is not None and source.adapter is not None:
         raise ValueError(
             "--save-4bit writes the model without an adapter; write --merged first, and then "
             "--save-4bit with the merged folder as --model"

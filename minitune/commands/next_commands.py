@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from minitune.checkpoints.resolve_model import is_gguf
 from minitune.config.training_config import RunConfig
 from minitune.data.records.conversations import (
     conversation_of_alpaca,
@@ -21,6 +22,7 @@ from minitune.data.records.conversations import (
 from minitune.data.records.record_fields import Fields, Reading
 from minitune.data.sources.sources import open_sources
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.lora_adapter import AdapterExport
 from minitune.progress import LABEL_WIDTH, labelled
 from minitune.sft_trainer import SFTTrainer
 
@@ -87,27 +89,46 @@ def after_training(
     return next_text(commands, notes)
 
 
-def after_export(program: str, paths: Sequence[Path]) -> str | None:
+def after_export(
+    program: str, paths: Sequence[Path], adapter: AdapterExport | None = None
+) -> str | None:
     """Return the lines on the next commands for exported files, or None if there are none.
 
     program: this command as the user typed it.
     paths: GGUF files, Modelfiles and folders.
+    adapter: the adapter among the files.
     """
-    gguf = [path for path in paths if path.suffix == ".gguf"]
+    of_adapter = [] if adapter is None else adapter.paths
+    others = [path for path in paths if path not in of_adapter]
+    gguf = [path for path in others if path.suffix == ".gguf"]
     commands, notes = [_llama_server(path) for path in gguf], []
-    modelfiles = [path for path in paths if path.name.endswith("Modelfile")]
+    modelfiles = [path for path in others if path.name.endswith("Modelfile")]
     for path, file in zip(gguf, modelfiles, strict=False):
         commands.append(shlex.join(["ollama", "create", path.stem.lower(), "-f", str(file)]))
     if gguf and not modelfiles:
         notes.append("for Ollama, export with --ollama: it writes a Modelfile beside the file")
-    for folder in paths:
+    if adapter is not None:
+        commands += _serving(program, adapter)
+    for folder in others:
         if folder.is_dir():
             commands.append(command_line(program, "generate", "--model", folder))
     return next_text(commands, notes) if commands else None
 
 
-def _llama_server(path: Path) -> str:
-    return shlex.join(["llama-server", "-m", str(path)])
+def _serving(program: str, adapter: AdapterExport) -> list[str]:
+    """Return the commands that serve a base with an adapter, and first write a missing base."""
+    if is_gguf(adapter.base):
+        return [_llama_server(adapter.base, "--lora", adapter.target)]
+    base = adapter.target.with_name("base.gguf")
+    written = ("--output", base, "--quantization-method", "not_quantized")
+    return [
+        command_line(program, "export", "--model", adapter.base, *written),
+        _llama_server(base, "--lora", adapter.target),
+    ]
+
+
+def _llama_server(path: Path, *arguments: Any) -> str:
+    return shlex.join(["llama-server", "-m", str(path), *map(str, arguments)])
 
 
 def _example_flags(path: str, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:

@@ -28,6 +28,7 @@ from minitune.gguf.general_metadata import (
     file_name,
     name_of_file,
     organization_and_name,
+    origin_metadata,
 )
 from minitune.gguf.importance import ImportanceMatrix, unused_note
 from minitune.gguf.load import embedding_dtype, open_base
@@ -178,12 +179,9 @@ def plan_export(
     targets = check_targets(path, name, methods, overwrite)
     check_window(model.config, model.max_trained_seqlen)
     merged_tensors(model, merge_base)  # refuses before the first tensor
-    origin = {"general.base_model.count": 1, "general.base_model.0.name": base}
-    if organization:
-        origin["general.base_model.0.organization"] = organization
     return _plan(
         dict(zip(methods, targets, strict=True)),
-        origin,
+        origin_metadata(organization, base),
         model.config,
         tokenizer,
         lambda: merged_tensors(model, merge_base),

@@ -9,7 +9,7 @@ from minitune.device import read_files_ahead
 from minitune.gguf.model_metadata import gguf_name
 from minitune.gguf.quantization.quantize import dequantize
 from minitune.gguf.reader import GgufReader
-from minitune.gguf.tensor_layout import interleaved_heads
+from minitune.gguf.tensor_layout import interleaved_heads, separate_rope_rows
 
 
 class FileWeights:
@@ -64,9 +64,7 @@ class FileWeights:
         """Return the rows of a tensor, or the values of a bias, in Hugging Face's order."""
         if not self.is_reordered(name):
             return rows
-        heads = self.heads[name.split(".")[-2]]
-        pairs = rows.unflatten(0, (heads, -1, 2))  # rows 2i and 2i + 1
-        return pairs.transpose(1, 2).reshape(rows.shape)
+        return separate_rope_rows(rows, self.heads[name.split(".")[-2]])
 
     def _stored_name(self, name: str) -> str:
         return gguf_name(name, self.config.architecture)

@@ -46,6 +46,17 @@ def organization_and_name(name: str, base: Path) -> tuple[str, str]:
     return name.split("/")[0], name.split("/")[-1]
 
 
+def origin_metadata(organization: str, base: str) -> dict[str, MetadataValue]:
+    """Return the keys that name the base model of an adapter or of a merged model.
+
+    organization, base: as of `organization_and_name`.
+    """
+    origin = {"general.base_model.count": 1, "general.base_model.0.name": base}
+    if organization:
+        origin["general.base_model.0.organization"] = organization
+    return origin
+
+
 def file_name(name: str, method: str) -> str:
     """Return the name of a model's file of a type."""
     return f"{name}-{method.upper()}.gguf"

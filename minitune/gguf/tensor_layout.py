@@ -42,6 +42,11 @@ def interleave_rope_rows(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 
+def separate_rope_rows(tensor: Tensor, heads: int) -> Tensor:
+    """Return the rows of `interleave_rope_rows` in their order before it."""
+    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
+
+
 def interleaved_heads(config: ModelConfig) -> dict[str, int]:
     """Return linear -> heads, of the linears whose rows are interleaved."""
     if not config.architecture.gguf.llama_layout:

@@ -54,7 +54,7 @@ def verify_files(
     """
     weights = []
     for target, (path, content) in zip(targets, files.items(), strict=True):
-        with _named(target):
+        with named_target(target):
             reader = GgufReader(path)
             _check_head(reader, content.metadata, config)
             with warnings.catch_warnings():
@@ -66,12 +66,12 @@ def verify_files(
         for name, tensor in tensors:
             values = tensor.to(device)
             for target, stored in zip(targets, weights, strict=True):
-                with _named(target):
+                with named_target(target):
                     _check_tensor(stored, name, values)
                 bar.update(stored.nbytes(name))
     sentences = []
     for target, stored in zip(targets, weights, strict=True):
-        with _named(target):
+        with named_target(target):
             compared = compare_with_llama_cpp(stored, tokenizer, device)
         count = len(stored.reader.tensors)
         sentences.append(f"{target}: {count} tensors and the tokenizer; {compared}")
@@ -79,7 +79,7 @@ def verify_files(
 
 
 @contextlib.contextmanager
-def _named(target: Path) -> Iterator[None]:
+def named_target(target: Path) -> Iterator[None]:
     """Put the name of a file before the errors of the block."""
     try:
         yield
@@ -91,15 +91,19 @@ def _check_head(
     reader: GgufReader, metadata: dict[str, MetadataValue], config: ModelConfig
 ) -> None:
     """Check the keys, the names, shapes and types of the tensors, and RoPE's divisors."""
-    found = reader.metadata
-    for key in {**metadata, **found}:
-        if key not in found or key not in metadata or not _same(found[key], metadata[key]):
-            raise ValueError(f"the key {key} is not the one that was to be written")
+    check_keys(reader.metadata, metadata)
     divisors = additional_tensors(config)
     check_tensors(reader, config, {name: tuple(x.shape) for name, x in divisors.items()})
     for name, tensor in divisors.items():
         if not torch.equal(reader.load(name), tensor.float()):
             raise ValueError(f"{name} is not the divisors of the model's RoPE")
+
+
+def check_keys(found: Mapping[str, Any], meant: Mapping[str, MetadataValue]) -> None:
+    """Raise ValueError if the keys of a file are not the ones that were to be written."""
+    for key in {**meant, **found}:
+        if key not in found or key not in meant or not _same(found[key], meant[key]):
+            raise ValueError(f"the key {key} is not the one that was to be written")
 
 
 def _same(found: Any, meant: Any) -> bool:

@@ -13,12 +13,21 @@ FORCED_TOKEN = 20
 
 
 class LlamaCpp:
-    """A llama.cpp server in this process. Tests that make one are skipped without xllamacpp."""
+    """A llama.cpp server in this process. Tests that make one are skipped without xllamacpp.
 
-    def __init__(self, path: Path):
+    path: the model's GGUF file.
+    adapter: the GGUF file of a LoRA adapter.
+    """
+
+    def __init__(self, path: Path, adapter: Path | None = None):
         xllamacpp = pytest.importorskip("xllamacpp")
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
+        if adapter is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+        # Flash attention and a float16 cache, the defaults, move logits of a tiny model by 0.03.
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.n_ctx = CONTEXT
         params.n_parallel = 1
         params.cpuparams.n_threads = 1
