@@ -68,6 +68,7 @@ class SpecialTokens:
         ]
         for text, type in overridden.items():
             types[ids[text]] = type
+        self.types = types  # those that llama.cpp gives the tokens
         cut = [(id, text) for text, id in ids.items() if types[id] in CUT_TYPES]
         cut.sort(key=lambda token: -len(token[1].encode()))
         self._order = {text: rank for rank, (_, text) in enumerate(cut)}
@@ -76,7 +77,7 @@ class SpecialTokens:
         self._lengths: dict[str, set[int]] = {}  # first character -> lengths of the tokens
         for text in self._order:
             self._lengths.setdefault(text[0], set()).add(len(text))
-        self._stripped: set[str] = set()  # tokens that take the white space behind them
+        self.stripped: set[str] = set()  # tokens that take the white space behind them
         if any(phi in name.lower() for phi in PHI_NAMES):
             for text in PHI_TOKENS:
                 if text not in ids:
@@ -84,7 +85,7 @@ class SpecialTokens:
                         f"general.name is {name!r}, and llama.cpp refuses such a file without the "
                         f"token {text!r}; choose a name without phi-3"
                     )
-            self._stripped = {*self._order, "</s>"}.difference(PHI_TOKENS_WITHOUT_RSTRIP)
+            self.stripped = {*self._order, "</s>"}.difference(PHI_TOKENS_WITHOUT_RSTRIP)
 
     def cut(self, text: str, parse_special: bool = True) -> list[str | int]:
         """Return the ids of the tokens in a text, and the stretches of text between them.
@@ -123,7 +124,7 @@ class SpecialTokens:
             if not found:
                 return parts
             parts.append(self._ids[token])
-            rest = right.lstrip(ASCII_SPACE) if token in self._stripped else right
+            rest = right.lstrip(ASCII_SPACE) if token in self.stripped else right
 
 
 def _overridden(

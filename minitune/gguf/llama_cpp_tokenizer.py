@@ -51,11 +51,14 @@ class LlamaCppTokenizer:
             raise ValueError(f"tokenizer.ggml.model is {self.model!r}; known are {known}")
         if missing := REQUIRED_KEYS[self.model] - keys.keys():
             raise ValueError(f"the key tokenizer.ggml.{min(missing)} is missing")
-        self.tokens: list[str] = list(keys["tokens"])
+        self.tokens = [text or f"[EMPTY_{id}]" for id, text in enumerate(keys["tokens"])]
         self._ids = dict(zip(self.tokens, range(len(self.tokens)), strict=True))
         if len(self._ids) < len(self.tokens):
             twice = next(text for id, text in enumerate(self.tokens) if self._ids[text] != id)
-            raise ValueError(f"the token {twice!r} has two ids, and llama.cpp refuses such a file")
+            raise ValueError(
+                f"tokenizer.ggml.tokens: the token {twice!r} has two ids, and llama.cpp refuses "
+                "such a file"
+            )
         self._read_flags(keys)
         self.special = SpecialTokens(self._ids, keys, str(metadata.get("general.name", "")))
         self._known_words: dict[str, list[int]] = {}

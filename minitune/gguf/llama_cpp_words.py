@@ -25,9 +25,8 @@ from functools import cached_property
 
 from minitune.gguf.pre_tokenizers import (
     DEEPSEEK_LLM,
-    GPT_2,
     PRE_TOKENIZERS,
-    PUBLISHED_VOCABULARIES,
+    names_of_rule,
 )
 
 # Unicode category -> (sign of a character beyond ASCII, the category's ASCII characters)
@@ -139,17 +138,16 @@ _OTHER_REGEXES = {
     "viking": (_SENTENCE_PARTS, r"\p{N}"),
 }
 BOS_RULES = ("llama-bpe", "tekken")  # rules with a BOS unless the file says otherwise
+NO_BOS_NAMES = ("glm4", "glm5")  # names of these rules without one
 
 
 def _word_rules() -> Iterator[tuple[str, WordRule]]:
-    """Yield the rule of each name that GGUF export knows."""
+    """Yield the rule of each name that is known here."""
     for (regexes, keeps_tokens), name in PRE_TOKENIZERS.items():
         regexes = _OTHER_REGEXES.get(name, regexes)
-        rule = WordRule(regexes, keeps_tokens, adds_bos=name in BOS_RULES)
-        for alias in (name, *PUBLISHED_VOCABULARIES.get(name, {}).values()):
-            yield alias, rule
-    # of files without a name
-    yield "default", WordRule((r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"))
+        for alias in names_of_rule(name):
+            adds_bos = name in BOS_RULES and alias not in NO_BOS_NAMES
+            yield alias, WordRule(regexes, keeps_tokens, adds_bos)
 
 
 WORD_RULES = dict(_word_rules())

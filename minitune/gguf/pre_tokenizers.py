@@ -6,6 +6,9 @@ tokens silently, so an unknown structure is refused.
 
 llama.cpp has several names for some rules, one for each published vocabulary. A fingerprint of the
 vocabulary tells those apart, as in llama.cpp's converter; any other vocabulary gets the first name.
+
+pre_tokenizer_name   tokenizer.json -> name, for the export
+pre_tokenizer_of     name -> tokenizer.json, for a GGUF file as the base
 """
 
 import hashlib
@@ -13,8 +16,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+
 from minitune.data.tokenization.tokenizer import Tokenizer
 
+DEFAULT_RULE = "default"  # of files that name none
 DIGIT = r"\p{N}"
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -80,6 +87,7 @@ PRE_TOKENIZERS = {
     ((_SENTENCE_PARTS,), False): "poro-chat",
     ((_SENTENCE_PARTS, DIGIT), False): "viking",
     ((r"\p{N}+", r"(?=(\d{3})+(?!\d))"), False): "superbpe",
+    ((r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"), False): DEFAULT_RULE,
 }
 # llama.cpp tells capitals from small letters within A-Z only here, and knows no combining marks.
 APPROXIMATED = ("tekken", "gpt-4o")
@@ -122,6 +130,53 @@ PUBLISHED_VOCABULARIES = {
         "53e325976a6e1423": "granite-docling",
     },
 }
+
+
+# Name of a rule -> llama.cpp's further names for it, which a file may hold. No file written here
+# holds them.
+FURTHER_NAMES = {
+    "llama-bpe": "llama3 llama-v3 falcon-h1 lfm2 jina-v5-nano glm4 glm5",
+    "smaug-bpe": "chatglm-bpe",
+    "qwen2": "kormo stablelm2 hunyuan solar-open grok-2",
+    "gpt-4o": "llama4 kanana2 talkie minimax-m2",
+    "smollm": "codeshell exaone mellum2",
+    "gpt-2": "phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de modern-bert exaone4 olmo jais",
+    "deepseek-v3": "hunyuan-dense joyai-llm hy_v4",
+    "poro-chat": "bloom gpt3-finnish",
+}
+
+
+def names_of_rule(rule: str) -> list[str]:
+    """Return all names that llama.cpp has for a rule of PRE_TOKENIZERS."""
+    published = PUBLISHED_VOCABULARIES.get(rule, {}).values()
+    return [rule, *published, *FURTHER_NAMES.get(rule, "").split()]
+
+
+def pre_tokenizer_of(name: str) -> tuple[PreTokenizer, bool]:
+    """Return the pre-tokenizer and `ignore_merges` of a word rule, from llama.cpp's name.
+
+    The regexes are those of the models' tokenizer.json, also if llama.cpp approximates them.
+
+    Raises: ValueError that lists the known names if the name is none of them.
+    """
+    for (rules, ignore_merges), rule in PRE_TOKENIZERS.items():
+        if name in names_of_rule(rule):
+            has_byte_rule = rules[-1] == GPT_2
+            parts = list(map(_split_part, rules[:-1] if has_byte_rule else rules))
+            byte_level = ByteLevel(add_prefix_space=False, use_regex=has_byte_rule)
+            return Sequence([*parts, byte_level]), ignore_merges
+    known = ", ".join(known for rule in PRE_TOKENIZERS.values() for known in names_of_rule(rule))
+    raise ValueError(
+        f"tokenizer.ggml.pre is {name!r}, and its word rule is not known here; known are {known}; "
+        "train on the folder of the original model instead"
+    )
+
+
+def _split_part(rule: str) -> PreTokenizer:
+    """Return the part of a pre-tokenizer that makes a word of each match of a rule."""
+    if rule == DIGIT:
+        return Digits(individual_digits=True)
+    return Split(Regex(rule), behavior="isolated")
 
 
 def pre_tokenizer_name(path: Path, content: dict) -> str:

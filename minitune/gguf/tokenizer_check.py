@@ -96,7 +96,8 @@ class _Check:
                 raise self._error(f"the token {id} is {text!r} in the file, but was {trained!r}")
         types = self.metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
         for id, token in tokenizer.added_tokens.items():
-            if token.special and types[id] not in (TokenType.CONTROL, TokenType.UNKNOWN):
+            kinds = {types[id], self.file.special.types[id]}  # in the file, in llama.cpp
+            if token.special and kinds.isdisjoint((TokenType.CONTROL, TokenType.UNKNOWN)):
                 raise self._error(
                     f"the special token {token.content!r} has the type {int(types[id])} in the "
                     f"file, expected {int(TokenType.CONTROL)} (control): llama.cpp would show it"

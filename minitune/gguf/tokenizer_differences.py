@@ -38,6 +38,11 @@ def unavoidable_reason(
         return approximation
     if unasked := [token for token in file.special.unasked if token in text]:
         return f"takes {unasked[0]!r} in a text for a control token, whatever the file says"
+    if tokenizer.add_eos_token and difference.file == [*difference.trained, file.eos_token_id]:
+        return (
+            f"adds {file.tokens[file.eos_token_id]!r} behind every prompt, so no conversation goes "
+            "on (let tokenizer.ggml.add_eos_token be false in the file)"
+        )
     composed = unicodedata.normalize("NFC", text)
     if composed != text and _makes(file, composed, difference):
         return "does not compose letters and accents (NFC), as training did"
