@@ -21,6 +21,7 @@ from minitune.kernels import (
     attention,
     backend,
     cross_entropy,
+    dequantize_ggml,
     dequantize_nf4,
     embedding,
     gated_activation,
@@ -30,6 +31,7 @@ from minitune.kernels import (
     rms_norm,
     rope,
 )
+from minitune.kernels.ggml_reference import BLOCK_SIZES
 
 pytest.importorskip("triton")
 import triton
@@ -53,7 +55,9 @@ KERNELS = {
     "_attention_sum",
     "_cross_entropy",
     "_dequantize",
+    "_dequantize_ggml",
     "_embed",
+    "_embed_ggml",
     "_gated_activation_bwd",
     "_gated_activation_fwd",
     "_qk_norm_rope",
@@ -112,6 +116,20 @@ def dequantise_and_write_adapters(t: MetaTensors) -> None:
         weight = t.new(out_features + R, t.D + R)
         targets.append((weight, [adapter] * linears, out_features, t.D))
         lora_linear.write_adapters_(targets)
+
+
+def dequantise_ggml_types(t: MetaTensors) -> None:
+    """Launch the kernels of each GGUF type that a linear or an embedding of the model can have."""
+    ids = t.new(t.N, dtype=torch.int64)
+    for name, (width, size) in BLOCK_SIZES.items():
+        # A type of wide blocks falls back to another one in narrow models.
+        in_features = t.F if t.D % width else t.D
+        blocks = t.new(t.N, in_features // width * size, dtype=torch.uint8)
+        weight = dequantize_ggml.GgmlStorage(blocks, name, (t.N, in_features))
+        for count in (1, 2, 3) if name == "Q4_K" else (2,):
+            out = t.new(count * t.N, in_features + LORA_RANK)[:, :in_features]
+            dequantize_ggml.dequantize_ggml([weight] * count, t.dtype, out=out)
+        dequantize_ggml.embed_ggml(ids, weight, t.dtype, 12.0 if name == "Q6_K" else 1.0)
 
 
 def run_layer(t: MetaTensors) -> None:
@@ -188,6 +206,7 @@ def recorded_launches(arch: int, model: str, dtype: torch.dtype, rows: int) -> d
     backend.shared_memory_limit = lambda device: SHARED_MEMORY[arch] * 1024
     tensors = MetaTensors(model, dtype, rows)
     dequantise_and_write_adapters(tensors)
+    dequantise_ggml_types(tensors)
     run_layer(tensors)
     run_optimizer(tensors)
     return launches
