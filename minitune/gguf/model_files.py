@@ -1,7 +1,8 @@
 """The small files of a model in a GGUF file, in a temporary folder that is read as a model folder.
 
-The folder holds config.json and generation_config.json. The weights stay in the GGUF file. The
-folder has the file's name, so an error that names one of its files names the model too.
+The folder holds config.json, generation_config.json and the files of the tokenizer, which is
+checked to cut texts as llama.cpp does with the file. The weights stay in the GGUF file. The folder
+has the file's name, so an error that names one of its files names the model too.
 """
 
 import atexit
@@ -12,19 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gguf import TokenType
-
 from minitune.atomic_files import write_json
 from minitune.checkpoints.resolve_model import is_gguf
-from minitune.gguf.check_tensors import TOKENS
+from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.file_vocabulary import end_token_ids, special_token_ids
 from minitune.gguf.general_metadata import SAMPLING_KEYS
-from minitune.gguf.llama_cpp_specials import END_TOKENS
 from minitune.gguf.open_gguf import named, open_gguf, read_config
+from minitune.gguf.tokenizer_check import check_tokenizer
+from minitune.gguf.tokenizer_files import tokenizer_files
 
-# Key below tokenizer.ggml -> key of config.json
-TOKEN_IDS = {"bos": "bos_token_id", "padding": "pad_token_id"}
-END_KEYS = ("eos", "eot", "eom")
-CONTROL = int(TokenType.CONTROL)
+NAMED_IDS = ("bos", "pad")  # special tokens whose ids config.json holds, beside the ends of texts
 
 
 def model_files(base: str | Path) -> Path:
@@ -56,7 +54,7 @@ def _folder_of(path: Path, size: int, changed: int) -> Path:
     reader = open_gguf(path)
     config = read_config(reader)
     with named(path):
-        ids = _token_ids(reader.metadata, config["vocab_size"])
+        ids = _token_ids(reader.metadata)
         generation = ids | _sampling(reader.metadata)
     parent = Path(tempfile.mkdtemp(prefix="minitune-"))
     atexit.register(_remove, parent, os.getpid())
@@ -64,6 +62,9 @@ def _folder_of(path: Path, size: int, changed: int) -> Path:
     folder.mkdir()
     write_json(folder / "config.json", config | ids)
     write_json(folder / "generation_config.json", generation)
+    with named(path):
+        tokenizer_files(reader.metadata, folder)
+    check_tokenizer(reader.metadata, Tokenizer.from_folder(folder), path)
     return folder
 
 
@@ -73,33 +74,13 @@ def _remove(folder: Path, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _token_ids(metadata: dict[str, Any], rows: int) -> dict:
-    """Return the ids of bos, pad and of the tokens that end a text.
-
-    llama.cpp also ends a text at some tokens whose texts it knows. They count if the file calls
-    them control tokens, up to the number of tokens that the keys of a file can name.
-    """
-    found: dict = {}
-    for key, name in TOKEN_IDS.items():
-        if (id := _token_id(metadata, key, rows)) is not None:
-            found[name] = id
-    ends = [_token_id(metadata, key, rows) for key in END_KEYS]
-    types = metadata.get("tokenizer.ggml.token_type") or []
-    ids = {text: id for id, text in enumerate(metadata[TOKENS]) if types[id : id + 1] == [CONTROL]}
-    ends += [ids.get(text) for text in END_TOKENS.split()]
-    unique = list(dict.fromkeys(id for id in ends if id is not None))[: len(END_KEYS)]
-    if unique:
-        found["eos_token_id"] = unique[0] if len(unique) == 1 else unique
+def _token_ids(metadata: dict[str, Any]) -> dict:
+    """Return the ids of bos, pad and of the tokens that end a text."""
+    special, ends = special_token_ids(metadata), end_token_ids(metadata)
+    found: dict = {f"{name}_token_id": special[name] for name in NAMED_IDS if name in special}
+    if ends:
+        found["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return found
-
-
-def _token_id(metadata: dict[str, Any], key: str, rows: int) -> int | None:
-    """Return the id of a special token, or None if the file names none."""
-    name = f"tokenizer.ggml.{key}_token_id"
-    id = metadata.get(name)
-    if id is not None and (type(id) is not int or not 0 <= id < rows):
-        raise ValueError(f"{name} is {id!r}; expected an id below {rows}")
-    return id
 
 
 def _sampling(metadata: dict[str, Any]) -> dict:

@@ -21,6 +21,7 @@ A difference is an error, except those that no file can avoid; they are one warn
 
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
@@ -51,21 +52,25 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 DAY = "2026-01-01"  # for templates that write the date
 
 
-def check_tokenizer(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+def check_tokenizer(
+    metadata: Mapping[str, Any], tokenizer: Tokenizer, name: str | Path = ""
+) -> None:
     """Check that llama.cpp cuts texts into the tokens of training.
 
     metadata: the keys of the file, as they will be written, or as gguf's reader gives them.
     tokenizer: the tokenizer that trained.
+    name: the model's name in errors; the tokenizer's folder if it is empty.
 
     Warns if llama.cpp must cut some texts otherwise, whatever the file says.
 
     Raises: ValueError that names the first text that differs, the ids and the remedy.
     """
+    name = name or tokenizer.folder
     try:
         file = LlamaCppTokenizer(metadata)
     except ValueError as error:
-        raise ValueError(f"{tokenizer.folder}: {error}") from None
-    check = _Check(file, metadata, tokenizer)
+        raise ValueError(f"{name}: {error}") from None
+    check = _Check(file, metadata, tokenizer, name)
     check.check_vocabulary()
     check.check_texts()
     check.check_beginnings()
@@ -76,8 +81,14 @@ def check_tokenizer(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> None:
 class _Check:
     """One comparison of a file with a tokenizer."""
 
-    def __init__(self, file: LlamaCppTokenizer, metadata: Mapping[str, Any], tokenizer: Tokenizer):
-        self.file, self.metadata, self.tokenizer = file, metadata, tokenizer
+    def __init__(
+        self,
+        file: LlamaCppTokenizer,
+        metadata: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        name: str | Path,
+    ):
+        self.file, self.metadata, self.tokenizer, self.name = file, metadata, tokenizer, name
         self.unavoidable: dict[str, list[Difference]] = {}  # reason -> differences
 
     # ---- the vocabulary
@@ -224,10 +235,10 @@ class _Check:
         for reason, differences in self.unavoidable.items():
             others = f" and {len(differences) - 1} further ones" if len(differences) > 1 else ""
             warnings.warn(
-                f"{self.tokenizer.folder}: llama.cpp {reason}; of the texts that were compared "
+                f"{self.name}: llama.cpp {reason}; of the texts that were compared "
                 f"{shown(differences[0].text)}{others} become other tokens there than in training",
                 stacklevel=3,
             )
 
     def _error(self, message: str) -> ValueError:
-        return ValueError(f"{self.tokenizer.folder}: {message}")
+        return ValueError(f"{self.name}: {message}")

@@ -97,11 +97,12 @@ def _check_list(key: str, values: Any, types: tuple[type, ...]) -> None:
         raise ValueError(
             f"the key {key} is {values!r:.60}, expected a list of {expected}; {REMEDY}"
         )
-    for index, value in enumerate(values):
-        if type(value) not in types:
-            raise ValueError(
-                f"the key {key} has the entry {index} {value!r:.60}, expected {expected}; {REMEDY}"
-            )
+    if set(map(type, values)) <= set(types):
+        return
+    index, value = next(pair for pair in enumerate(values) if type(pair[1]) not in types)
+    raise ValueError(
+        f"the key {key} has the entry {index} {value!r:.60}, expected {expected}; {REMEDY}"
+    )
 
 
 def _check_lengths(metadata: Mapping[str, Any]) -> None:
@@ -119,15 +120,17 @@ def _check_lengths(metadata: Mapping[str, Any]) -> None:
 
 
 def _check_types_and_scores(metadata: Mapping[str, Any]) -> None:
-    for index, kind in enumerate(metadata.get(f"{PREFIX}token_type", ())):
-        if kind not in TOKEN_TYPES:
-            raise ValueError(
-                f"the key {PREFIX}token_type has the entry {index} {kind}, expected 0 to "
-                f"{max(TOKEN_TYPES)}; {REMEDY}"
-            )
-    for index, score in enumerate(metadata.get(f"{PREFIX}scores", ())):
-        if math.isnan(score):
-            raise ValueError(f"the key {PREFIX}scores has the entry {index} NaN; {REMEDY}")
+    types = metadata.get(f"{PREFIX}token_type", [])
+    if unknown := set(types).difference(TOKEN_TYPES):
+        kind = min(unknown)
+        raise ValueError(
+            f"the key {PREFIX}token_type has the entry {types.index(kind)} {kind}, expected 0 to "
+            f"{max(TOKEN_TYPES)}; {REMEDY}"
+        )
+    scores = metadata.get(f"{PREFIX}scores", [])
+    if any(map(math.isnan, scores)):
+        index = next(index for index, score in enumerate(scores) if math.isnan(score))
+        raise ValueError(f"the key {PREFIX}scores has the entry {index} NaN; {REMEDY}")
 
 
 def _check_merges(metadata: Mapping[str, Any]) -> None:
@@ -135,9 +138,10 @@ def _check_merges(metadata: Mapping[str, Any]) -> None:
     tokens = set(metadata[f"{PREFIX}tokens"])
     for index, merge in enumerate(metadata[f"{PREFIX}merges"]):
         left, _, right = merge.partition(" ")
-        for text in (left, right, left + right):
-            if text not in tokens:
-                raise ValueError(
-                    f"the key {PREFIX}merges has the entry {index} {merge!r:.60}, but {text!r:.60} "
-                    f"is no token; {REMEDY}"
-                )
+        if left in tokens and right in tokens and left + right in tokens:
+            continue
+        text = next(text for text in (left, right, left + right) if text not in tokens)
+        raise ValueError(
+            f"the key {PREFIX}merges has the entry {index} {merge!r:.60}, but {text!r:.60} is no "
+            f"token; {REMEDY}"
+        )
