@@ -33,7 +33,7 @@ from minitune.model.layers import Embedding, LayerContext, new_residual
 from minitune.model.linear import FusedLinear, Linear
 from minitune.model.loss import Head, LossRows, new_logits_buffer, rows_loss
 from minitune.model.norms import RMSNorm
-from minitune.model.packed_sequences import PackedSequences
+from minitune.model.packed_sequences import PackedSequences, pack_batch
 from minitune.model.resident_weights import ResidentWeights
 from minitune.model.rope import RopeTables
 
@@ -217,7 +217,8 @@ class CausalLM(nn.Module):
                 f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} "
                 "differ in shape; each token has one label"
             )
-        ids, positions, mask = self._pack(input_ids.cpu(), attention_mask, position_ids)
+        ids, positions, mask = pack_batch(input_ids.cpu(), attention_mask, position_ids)
+        self.check(ids, positions)
         with torch.autocast(self.device.type, enabled=False), self.as_current_device():
             s = self.residual_stream(ids, positions)
             if labels is None:
@@ -277,34 +278,6 @@ class CausalLM(nn.Module):
     def new_logits_buffer(self, rows: int) -> Tensor:
         """Return a buffer for the logits of a loss over at most `rows` rows, one tile of them."""
         return new_logits_buffer(rows, self.config.vocab_size, self.dtype, self.device)
-
-    def _pack(
-        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the packed ids (N,), their positions (N,), and the mask of real tokens.
-
-        The mask is True for real tokens and shaped like the ids. All three are on the host.
-        """
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        if attention_mask is not None:
-            if attention_mask.shape != ids.shape:
-                raise ValueError(
-                    f"attention_mask {tuple(attention_mask.shape)} and input_ids "
-                    f"{tuple(ids.shape)} differ in shape; each token has one mask value"
-                )
-            mask = attention_mask.cpu().bool()
-        if position_ids is None:
-            positions = (mask.cumsum(-1) - 1)[mask]
-        else:
-            positions = position_ids.cpu().expand(ids.shape)[mask]
-            next_positions = torch.cat([positions.new_full((1,), -1), positions[:-1]]) + 1
-            if not ((positions == 0) | (positions == next_positions)).all():
-                raise ValueError(
-                    "position_ids must count up by one and restart at 0 in each packed sample"
-                )
-        ids = ids[mask]
-        self.check(ids, positions)
-        return ids, positions, mask
 
     def check(self, ids: Tensor, positions: Tensor) -> None:
         """Check packed ids (N,) and positions (N,), both on the host.

@@ -90,3 +90,35 @@ class PackedSequences:
     def to(self, device: torch.device) -> "PackedSequences":
         """Return a copy on the device."""
         return self.of_tensors([t.to(device, non_blocking=True) for t in self.tensors()])
+
+
+def pack_batch(
+    ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the packed ids (N,) of a batch, their positions (N,), and the mask of real tokens.
+
+    The mask is True for real tokens and shaped like the ids. All three are on the host.
+
+    ids: (B, T); or (N,) or (1, N) packed, with position_ids that restart at 0 in each sample.
+    attention_mask: shaped like ids, 0 for padding; None for no padding.
+
+    Raises: ValueError if shapes differ, or positions do not count up within a sample.
+    """
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if attention_mask is not None:
+        if attention_mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} and input_ids "
+                f"{tuple(ids.shape)} differ in shape; each token has one mask value"
+            )
+        mask = attention_mask.cpu().bool()
+    if position_ids is None:
+        positions = (mask.cumsum(-1) - 1)[mask]
+    else:
+        positions = position_ids.cpu().expand(ids.shape)[mask]
+        next_positions = torch.cat([positions.new_full((1,), -1), positions[:-1]]) + 1
+        if not ((positions == 0) | (positions == next_positions)).all():
+            raise ValueError(
+                "position_ids must count up by one and restart at 0 in each packed sample"
+            )
+    return ids[mask], positions, mask
