@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from benchmark.model_shapes import SHAPES
 
+from minitune import device
 from minitune.checkpoints import safetensors_folder
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +145,6 @@ def test_weights_are_read_ahead_unless_they_fill_half_of_the_memory(
 ):
     advice = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advice.append(arguments))
-    monkeypatch.setattr(safetensors_folder, "free_memory", lambda device: free)
+    monkeypatch.setattr(device, "free_memory", lambda device: free)
     safetensors_folder.SafetensorsFolder(smallest).read_ahead()
     assert len(advice) == reads
