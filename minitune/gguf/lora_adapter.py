@@ -151,18 +151,23 @@ def plan_gguf_adapter(model: CausalLM, path: str | Path, overwrite: bool = False
     check_expressible(model.config)
     check_window(model.config, model.max_trained_seqlen)
     base = model.gguf or model.folder
-    organization, base_name = organization_and_name(model.name, base)
-    name = adapted_name(base_name)
+    name = adapted_name(organization_and_name(model.name, base)[1])
     (target,) = check_targets(path, name, [FILE_TYPE], overwrite)
-    parameters = dict(model.trainable_parameters())
+    content = adapter_content(model)
+    require_space(target, content.nbytes)
+    return AdapterExport(target, base, content, model.config, dict(model.trainable_parameters()))
+
+
+def adapter_content(model: CausalLM) -> Content:
+    """Return the keys and the tensors of the file of a model's adapter."""
+    organization, base_name = organization_and_name(model.name, model.gguf or model.folder)
+    origin = origin_metadata(organization, base_name)
+    metadata = adapter_metadata(model.config, model.lora, adapted_name(base_name), origin)
     infos = [
         TensorInfo(adapter_name(key, model.config), tuple(p.shape), GGMLType.F32)
-        for key, p in parameters.items()
+        for key, p in model.trainable_parameters()
     ]
-    origin = origin_metadata(organization, base_name)
-    content = Content(adapter_metadata(model.config, model.lora, name, origin), infos)
-    require_space(target, content.nbytes)
-    return AdapterExport(target, base, content, model.config, parameters)
+    return Content(metadata, infos)
 
 
 def adapter_metadata(

@@ -1,19 +1,12 @@
 """The difference that NF4 makes to a base model, measured on a few training samples.
 
-With the next-token distributions P of the 16-bit base and Q of the NF4 base, over the trained-on
-tokens of some samples:
-
-    KL(P || Q) = mean of sum over v of P[v] (log P[v] - log Q[v])       nats a token
-    top-1      = share of the tokens for which P and Q have the same likeliest token
-    perplexity = exp(mean of -log P[target]), and the same of Q
+The next-token distributions P of the 16-bit base and Q of the NF4 base are compared over the
+trained-on tokens of some samples (model/divergence.py).
 
 The samples run through the model twice, first with its NF4 weights. In the second pass a layer gets
 the 16-bit weights of the model folder when it begins, and its NF4 weights again when it ends. So
 the memory holds the 16-bit linears of one layer at most. Both passes keep their residual streams
 (N, D), and the logits exist for one tile of rows.
-
-Logits are in float32: rounded to bfloat16, they alone would make a KL of about 0.001 nats. The
-softmax is in float64, because the terms of a small KL nearly cancel.
 """
 
 import math
@@ -30,9 +23,9 @@ from minitune.data.batching import collate
 from minitune.data.flat_samples import FlatSamples
 from minitune.data.samples import Sample
 from minitune.kernels.backend import accumulator
-from minitune.kernels.cross_entropy import logits_tile_rows
 from minitune.model.causal_lm import CausalLM
 from minitune.model.decoder_layer import DecoderLayer
+from minitune.model.divergence import compared_rows, comparison_sums, log_probabilities
 from minitune.model.loss import LossRows
 from minitune.model.quantized_weight import set_frozen_weight
 from minitune.progress import ProgressBar
@@ -216,19 +209,9 @@ def _compare(model: CausalLM, s_16bit: Tensor, s_nf4: Tensor, targets: Tensor) -
     weight = model.lm_head.weight_as(accumulator(model.dtype))  # (V, D)
     head = replace(model.head(), weight=weight)
     sums = torch.zeros(4, dtype=torch.float64, device=targets.device)
-    step = logits_tile_rows(len(weight), 32)  # float64: both log probabilities and two temporaries
+    step = compared_rows(len(weight))
     for first in range(0, len(targets), step):
         tile = slice(first, first + step)
-        log_p, log_q = (
-            head.logits(s[tile])[0].double().log_softmax(-1)  # (n, V)
-            for s in (s_16bit, s_nf4)
-        )
-        target = targets[tile, None]
-        rows = (
-            (log_p.exp() * (log_p - log_q)).sum(-1),
-            log_p.argmax(-1) == log_q.argmax(-1),
-            -log_p.gather(1, target)[:, 0],
-            -log_q.gather(1, target)[:, 0],
-        )
-        sums += torch.stack([row.double().sum() for row in rows])
+        log_p, log_q = (log_probabilities(head, s[tile]) for s in (s_16bit, s_nf4))  # (n, V)
+        sums += comparison_sums(log_p, log_q, targets[tile])
     return sums
