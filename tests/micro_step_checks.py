@@ -2,6 +2,7 @@
 
 import torch
 from conftest import GPU
+from gguf_files import make_tiny_gguf
 from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
@@ -99,8 +100,22 @@ BATCHES = [
 def load_wide(folder, max_seq_length):
     """Make a model of WIDE_SHAPE in `folder`, and return it with an adapter of rank 16."""
     make_tiny_model(folder, **WIDE_SHAPE, positions=max_seq_length)
+    return load_with_adapter(folder, max_seq_length)
+
+
+def load_wide_gguf(folder, max_seq_length, **shape):
+    """Make a Q4_K_M file of WIDE_SHAPE in `folder`, and return its model as `load_wide`.
+
+    shape: arguments of make_tiny_model that differ from WIDE_SHAPE.
+    """
+    options = WIDE_SHAPE | {"positions": max_seq_length} | shape
+    return load_with_adapter(make_tiny_gguf(folder, "q4_k_m", **options), max_seq_length)
+
+
+def load_with_adapter(base, max_seq_length):
+    """Return a model in bfloat16 with an adapter of rank 16."""
     model, _ = FastLanguageModel.from_pretrained(
-        folder, max_seq_length=max_seq_length, dtype=torch.bfloat16
+        base, max_seq_length=max_seq_length, dtype=torch.bfloat16
     )
     FastLanguageModel.get_peft_model(model, r=16)
     return model

@@ -1,20 +1,25 @@
 """Tests of the memory model: it agrees with a real model, and with measurements."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from gguf_files import make_tiny_gguf
 from plan_cases import GIB, LONG, SHORT, STATIC
 from tiny import make_tiny_model
 from tiny_families import FAMILIES, make_tiny_family
 
 from minitune import FastLanguageModel
 from minitune.config.architectures import LORA_TARGETS
+from minitune.gguf.load import file_bytes, open_base
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.memory_model import MemoryModel, Storage, static_parts
 from minitune.memory.model_shape import ModelShape
-from minitune.memory.plan import Candidate, Workload
-from minitune.memory.search import evaluate
+from minitune.memory.plan import Candidate, Plan, Workload
+from minitune.memory.planner import Planner
+from minitune.memory.search import evaluate, uniform_plan
+from minitune.memory.stored_weights import StoredWeights
 from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.layers import new_residual
 from minitune.model.packed_sequences import PackedSequences
@@ -49,6 +54,14 @@ def bytes_of(tensors) -> int:
     return sum(t.nbytes for t in tensors)
 
 
+def bytes_of_weights(model) -> int:
+    """Return the bytes of a model's frozen weights; tied weights count once."""
+    modules = [module for module in model.modules() if getattr(module, "quantized", None)]
+    quantized = {id(module.quantized): module.quantized for module in modules}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return bytes_of(frozen) + bytes_of(quantized.values())
+
+
 @pytest.mark.parametrize("case", ONE_CASE_PER_FAMILY)
 @pytest.mark.parametrize("load_in_4bit", [True, False])
 def test_static_bytes_are_those_of_a_loaded_model_of_each_family(tmp_path, case, load_in_4bit):
@@ -56,22 +69,66 @@ def test_static_bytes_are_those_of_a_loaded_model_of_each_family(tmp_path, case,
     model, _ = FastLanguageModel.from_pretrained(
         folder, max_seq_length=200, dtype=torch.float32, load_in_4bit=load_in_4bit, device="cpu"
     )
-    frozen = [*model.parameters()]
-    quantised = [linear.quantized for _, linear in model.linears() if linear.is_quantized]
+    weights = StoredWeights.of_folder(model.config, 4, load_in_4bit)
+    assert StoredWeights.of_model(model).formats == weights.formats
     ropes = [t for rope in model.layer_context.ropes for t in vars(rope).values() if t is not None]
     FastLanguageModel.get_peft_model(model, r=8)
     adapter = [p for _, p in model.trainable_parameters()]
-    sizes = ModelShape.of(model.config, model.lora, 4, model.max_seq_length, "cpu")
-    planned = dict(static_parts(model.config, sizes, model.max_seq_length, Storage(load_in_4bit)))
+    sizes = ModelShape.of(model.config, model.lora, 4, model.max_seq_length, "cpu", weights)
+    planned = dict(static_parts(model.config, sizes, model.max_seq_length))
     # small weights fill their last block of scales in part
     exactly = {"rel": 0.01 if load_in_4bit else 0}
-    assert planned["weights"] == pytest.approx(bytes_of(frozen) + bytes_of(quantised), **exactly)
+    assert planned["weights"] == pytest.approx(bytes_of_weights(model), **exactly)
     assert planned["adapter and its gradient"] == 2 * bytes_of(adapter)
     assert planned["RoPE tables"] == bytes_of(ropes)
     buffers = model.layer_context.weight_buffers.allocate(
         model.model.layers[0].fused_linears, model.dtype, model.device
     )
     assert planned["dequantisation buffer"] == bytes_of(buffers.values())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(
+    ("method", "dtype", "formats", "converts_head"),
+    [
+        ("q4_k_m", torch.float32, ("Q4_K", "Q6_K"), True),
+        ("q8_0", torch.float16, ("Q8_0",), True),
+        ("f16", torch.float16, ("F16",), False),
+        ("f16", torch.float32, ("F16",), True),
+    ],
+)
+def test_the_bytes_of_a_gguf_file_are_those_of_the_loaded_model(
+    tmp_path, method, dtype, formats, converts_head, tie
+):
+    file = make_tiny_gguf(tmp_path, method, tie=tie)
+    model, _ = FastLanguageModel.from_pretrained(file, dtype=dtype, device="cpu")
+    weights = file_bytes(open_base(file)[1], dtype)
+    assert weights.formats == formats
+    assert weights.converts_head == converts_head
+    loaded = StoredWeights.of_model(model)
+    assert replace(loaded, formats=formats) == weights
+    for offload_embedding in (False, True):
+        sizes = ModelShape.of(model.config, None, dtype.itemsize, 256, "cpu", weights)
+        storage = Storage(offload_embedding=offload_embedding)
+        planned = dict(static_parts(model.config, sizes, 256, storage))["weights"]
+        on_host = weights.embedding if offload_embedding and not tie else 0
+        assert planned == bytes_of_weights(model) - on_host
+
+
+def test_a_planner_counts_the_types_of_a_gguf_file(tmp_path):
+    file = make_tiny_gguf(tmp_path, "q4_k_m", tie=False, vocab=4096)
+    model, _ = FastLanguageModel.from_pretrained(file, dtype=torch.float16, device="cpu")
+    plan = Planner(SaveLevel.INPUT).plan_for_tokens(model, 100)
+
+    def planned(weights: StoredWeights) -> Plan:
+        sizes = ModelShape.of(model.config, None, 2, 256, "cpu", weights)
+        static = (("allocated", sizes.weight_buffer_bytes),)
+        return uniform_plan(MemoryModel(sizes, Workload(100, 100)), SaveLevel.INPUT, static)
+
+    weights = file_bytes(open_base(file)[1], torch.float16)
+    assert plan == planned(weights)
+    room_of_the_head = 4096 * 256 * 2  # the loss takes the most memory of this model
+    assert plan.peak == planned(replace(weights, converts_head=False)).peak + room_of_the_head
 
 
 @pytest.mark.parametrize("targets", [LORA_TARGETS, LORA_TARGETS[:4], ("v_proj",)])

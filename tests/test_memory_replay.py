@@ -26,14 +26,18 @@ from minitune.memory.device_rates import DeviceRates
 from minitune.memory.memory_model import MemoryModel
 from minitune.memory.model_shape import ModelShape
 from minitune.memory.plan import Workload
+from minitune.memory.stored_weights import StoredWeights
 from minitune.memory.time_model import LORA_GRADIENT_LAUNCHES, TimeModel
 from minitune.model.activations import SaveLevel
+from minitune.model.causal_lm import CausalLM
 from minitune.model.decoder_layer import DecoderLayer
+from minitune.model.ggml_weight import GgmlWeight
 from minitune.model.layers import LayerContext
 from minitune.model.linear import FusedLinear, Linear
-from minitune.model.loss import Head, LossRows, new_logits_buffer, rows_loss
+from minitune.model.loss import LossRows
 from minitune.model.norms import RMSNorm
 from minitune.model.packed_sequences import PackedSequences
+from minitune.model.quantized_weight import set_frozen_weight
 from minitune.model.rope import RopeTables
 
 pytest.importorskip("triton")
@@ -272,20 +276,27 @@ def test_the_planned_bytes_and_launches_are_those_of_each_familys_layer(recorder
 
 
 @pytest.mark.parametrize("rows", [100, 2048, 8192])
-def test_the_planned_peak_of_the_loss_is_that_of_the_code(recorder, rows):
+@pytest.mark.parametrize("head_type", [None, "Q6_K"])
+def test_the_planned_peak_of_the_loss_is_that_of_the_code(recorder, rows, head_type):
     config = ModelConfig.from_dict(SHAPES["8b"])
-    sizes = ModelShape.of(config, ADAPTERS["all, r 16"], DTYPE.itemsize, max_seq_length=rows)
+    options = {"dtype": DTYPE, "device": META, "max_seq_length": rows, "planner": None}
+    model = CausalLM(config, **options)
     D, V = config.hidden_size, config.vocab_size
-    norm, head = RMSNorm(D, config.rms_norm_eps), empty(V, D)
-    norm.weight = empty(D)
+    head = empty(V, D) if head_type is None else GgmlWeight.empty((V, D), META, head_type)
+    set_frozen_weight(model.lm_head, head)
+    model.model.norm.weight = empty(D)
+    weights = replace(StoredWeights.of_folder(config, 2), converts_head=model.converts_head)
+    assert weights.converts_head == (head_type is not None)
+    lora = ADAPTERS["all, r 16"]
+    sizes = ModelShape.of(config, lora, DTYPE.itemsize, max_seq_length=rows, weights=weights)
+    stored = head if head_type is None else head.blocks
     index = torch.empty(rows, dtype=torch.int64, device=META)
     loss_rows = LossRows(index, index, index[:0])
     dresidual = torch.empty(rows, D, dtype=DTYPE, device=META)
     s = torch.empty(rows, D, device=META)
-    with LiveBytes([norm.weight, head, index, dresidual]) as found:
+    with LiveBytes([model.model.norm.weight, stored, index, dresidual]) as found:
         recorder.mode = found
         found.hold(s)
-        logits_buffer = new_logits_buffer(rows, V, DTYPE, META)
-        rows_loss(s, loss_rows, Head(norm, head), 1.0, dresidual, logits_buffer)
+        model.rows_loss(s, loss_rows, 1.0, dresidual, model.new_loss_buffers(rows))
     planned = MemoryModel(sizes, Workload(rows, max_seqlen=rows)).loss_peak
     assert planned == pytest.approx(found.peak, rel=0.01)  # the last tile has fewer rows

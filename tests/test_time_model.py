@@ -89,3 +89,15 @@ def test_only_layers_without_a_window_and_without_soft_caps_may_use_cudnn():
         replace(LONG, workload=replace(LONG.workload, cudnn=False)), windowed
     )
     assert fastest(with_kinds(LONG, windowed), 11) == fastest(without_cudnn, 11)
+
+
+def test_a_layer_is_dequantised_from_its_stored_bytes_and_a_quantised_head_once():
+    rates = DeviceRates(copy=1.0)
+    values = SHAPE.layer_parameters * SHAPE.itemsize
+    head = SHAPE.V * SHAPE.D * SHAPE.itemsize
+    nf4 = TimeModel(SHORT, rates)
+    stored = replace(SHAPE.weights, linears=32 * 1000, head=2000, converts_head=True)
+    other = TimeModel(replace(SHORT, shape=replace(SHAPE, weights=stored)), rates)
+    assert nf4.dequantise_seconds == pytest.approx(values * (1 + 0.516 / 2), rel=1e-3)
+    assert other.dequantise_seconds == values + 1000
+    assert other.loss_seconds - nf4.loss_seconds == head + 2000

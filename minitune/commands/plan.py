@@ -1,32 +1,34 @@
 """Print the memory and time of a training step, without a GPU and without weights.
 
     minitune plan --model llama-3-8b                  on cards of the usual sizes
-    minitune plan --model DIR --memory-budget 24GiB [--max-seq-length 4096 ...]
+    minitune plan --model DIR|FILE.gguf --memory-budget 24GiB [--max-seq-length 4096 ...]
     minitune plan --list-shapes                       the models that need no folder
 
-The model folder needs config.json only. The shapes of many published models are built in
-(config/model_shapes.py). A folder of the same name wins. `minitune train --plan` takes all flags of
-a training run, `minitune plan` those that a plan depends on.
+The model is a GGUF file, or a folder, which needs config.json only. The shapes of many published
+models are built in (config/model_shapes.py). A folder of the same name wins. `minitune train
+--plan` takes all flags of a training run, `minitune plan` those that a plan depends on.
 """
 
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from minitune.checkpoints.find_model import find_model
-from minitune.checkpoints.resolve_model import resolve_model
+from minitune.checkpoints.resolve_model import is_gguf, resolve_model
 from minitune.config.cli import Settings, parse, print_notes, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.model_shapes import SHAPES, config_of_shape, nearest_shapes, shape_name
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
 from minitune.device import gib_text
-from minitune.gguf.model_files import model_files
+from minitune.gguf.load import file_bytes, open_base
 from minitune.memory.memory_model import Storage
 from minitune.memory.plan import Plan, Workload, plan_table
 from minitune.memory.planner import parse_gradient_checkpointing, plan_memory
 from minitune.memory.search import MemoryBudget
+from minitune.memory.stored_weights import StoredWeights
 from minitune.training.out_of_memory import (
     DEFAULT_MICRO_STEP_TOKENS,
     default_host_budget,
@@ -49,6 +51,7 @@ PLAN_SETTINGS = (
     "r",
     "target_modules",
 )
+COMPUTE_DTYPE = torch.bfloat16  # of a run on a GPU
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GB of the usual cards
 # Share of a card that a run can use: the driver, the CUDA context and the screen take the rest.
 USABLE = 0.95
@@ -86,12 +89,14 @@ def plan(settings: Settings, program: str) -> str:
     model, sft = settings.run.model, settings.sft
     if model is None:
         raise ValueError(
-            f"--model is missing: {program} --model llama-3-8b, or a folder with config.json"
+            f"--model is missing: {program} --model llama-3-8b, or a folder with config.json, or a "
+            "GGUF file"
         )
-    config, label = find_config(model)
+    planned_model = find_planned_model(model, settings.run.load_in_4bit)
+    config = planned_model.config
     print_notes(config.notes)
-    step = PlannedStep(settings, config)
-    head = f"{label}: {_parameters(config) / 1e9:.2f} B parameters"
+    step = PlannedStep(settings, planned_model)
+    head = f"{planned_model.label}: {_parameters(config) / 1e9:.2f} B parameters"
     if sft.memory_budget is None and not torch.cuda.is_available():
         return f"{head}\n{step.table_of_cards()}"
     budget = parse_bytes(sft.memory_budget) if sft.memory_budget else torch.cuda.mem_get_info()[0]
@@ -102,15 +107,40 @@ def plan(settings: Settings, program: str) -> str:
     )
 
 
-def find_config(model: str) -> tuple[ModelConfig, str]:
-    """Return the config of a folder, of an id in the local cache or of a built-in shape.
+class PlannedModel(NamedTuple):
+    """A model to plan for.
 
-    Returns the name for the reader too.
+    config: its shape.
+    weights: its frozen weights as a run stores them.
+    label: its name for the reader.
+    """
+
+    config: ModelConfig
+    weights: StoredWeights
+    label: str
+
+
+def find_planned_model(model: str, load_in_4bit: bool) -> PlannedModel:
+    """Return the model in a GGUF file or a folder, or that of a built-in shape.
 
     Raises: ValueError that names the nearest shapes if there is none.
     """
-    if Path(model).expanduser().exists():
-        return ModelConfig.from_folder(model_files(find_model(model).base)), model
+    if not Path(model).expanduser().exists():
+        config, label = _config_of_name(model)
+    elif is_gguf(base := find_model(model).base):
+        config, stored = open_base(base)
+        return PlannedModel(config, file_bytes(stored, COMPUTE_DTYPE), model)
+    else:
+        config, label = ModelConfig.from_folder(base), model
+    weights = StoredWeights.of_folder(config, COMPUTE_DTYPE.itemsize, load_in_4bit)
+    return PlannedModel(config, weights, label)
+
+
+def _config_of_name(model: str) -> tuple[ModelConfig, str]:
+    """Return the config of an id in the local cache or of a built-in shape, and its label.
+
+    Raises: ValueError that names the nearest shapes if there is none.
+    """
     shape = shape_name(model)
     try:
         folder = resolve_model(model)
@@ -132,27 +162,28 @@ class PlannedStep:
     max_seqlen: tokens of the longest sample.
     """
 
-    def __init__(self, settings: Settings, config: ModelConfig):
+    def __init__(self, settings: Settings, model: PlannedModel):
         """Take the settings that the plan depends on.
 
         Raises: ValueError if the model cannot take samples of that length.
         """
         run, sft = settings.run, settings.sft
-        self._settings, self._config = settings, config
+        self._settings, self._model, config = settings, model, model.config
         self.max_seqlen = sft.max_length or run.max_seq_length or config.default_seq_length
         config.check_seq_length(self.max_seqlen)
         self._level = parse_gradient_checkpointing(
             GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing]
         )
-        self._storage = Storage(run.load_in_4bit, run.offload_embedding, sft.optim == "adamw_8bit")
+        self._storage = Storage(run.offload_embedding, sft.optim == "adamw_8bit")
         self._host = parse_bytes(sft.host_memory) if sft.host_memory else default_host_budget()
 
     def _plan(self, tokens: int, budget: int) -> Plan:
         return plan_memory(
-            self._config,
+            self._model.config,
             self._settings.lora,
             Workload.of_samples(tokens, self.max_seqlen),
             MemoryBudget(budget, self._host),
+            weights=self._model.weights,
             storage=self._storage,
             level=self._level,
         )
@@ -172,10 +203,9 @@ class PlannedStep:
 
     def table_of_cards(self) -> str:
         """Return the plans on cards of the usual sizes, one a line."""
-        run, lora = self._settings.run, self._settings.lora
-        weights = "NF4" if run.load_in_4bit else "16 bit"
+        rank, seqlen = self._settings.lora.r, self.max_seqlen
         lines = [
-            f"linears in {weights}, r {lora.r}, samples of up to {self.max_seqlen:,} tokens"
+            f"linears in {self._model.weights}, r {rank}, samples of up to {seqlen:,} tokens"
             + (f", {gib_text(self._host)} of host memory" if self._host else ""),
             "",
             "card          peak   tokens a pass   tokens/s   host memory",

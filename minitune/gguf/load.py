@@ -4,12 +4,13 @@ The blocks of quantised linears go to the device as they are, with the rows of q
 Face's order. So the model that is trained is the model that llama.cpp serves from the same file.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from minitune.checkpoints.load_weights import EMBEDDING, open_model_folder
+from minitune.checkpoints.load_weights import open_model_folder
 from minitune.checkpoints.resolve_model import is_gguf
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.config.model_config import ModelConfig
@@ -17,6 +18,7 @@ from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.model_files import model_files
 from minitune.gguf.open_gguf import open_gguf
 from minitune.gguf.quantization.quantize import FLOAT_DTYPES
+from minitune.memory.stored_weights import EMBEDDING, HEAD, StoredWeights
 from minitune.model.causal_lm import CausalLM
 from minitune.model.ggml_weight import GgmlWeight
 from minitune.model.quantized_weight import (
@@ -76,6 +78,25 @@ def stored_weight(
     if kind in FLOAT_DTYPES:
         return torch.empty(shape, dtype=FLOAT_DTYPES[kind], device=META)
     return GgmlWeight.empty(shape, META, kind.name)
+
+
+def file_bytes(weights: FileWeights, dtype: torch.dtype) -> StoredWeights:
+    """Return the bytes of a model's weights as they are in the file.
+
+    dtype: the compute dtype.
+    """
+    config = weights.config
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
+    types = Counter()
+    for name, shape in config.tensor_shapes().items():
+        if name not in (EMBEDDING, HEAD) and len(shape) == 2:
+            types[weights.type_of(name).name] += weights.nbytes(name)
+    return StoredWeights.of(
+        config,
+        lambda name, _: weights.nbytes(name),
+        tuple(name for name, _ in types.most_common()),
+        converts_head=FLOAT_DTYPES.get(weights.type_of(head)) != dtype,
+    )
 
 
 def _load(weights: FileWeights, name: str, device: torch.device) -> Tensor | QuantizedWeight:

@@ -12,7 +12,6 @@ sliding window lack; the peak is that of a layer without. The bounds of the samp
 The letters are those of minitune/model/__init__.py: N rows in all, n rows of a tile.
 """
 
-import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.kernels.attention_cudnn import CUDNN_MAX_HEAD_WIDTH, kv_heads_at_once
 from minitune.kernels.attention_dkdv import planned_splits
 from minitune.kernels.cross_entropy import logits_tile_rows
-from minitune.memory.model_shape import NF4_BYTES, ModelShape
+from minitune.memory.model_shape import ModelShape
 from minitune.memory.offload import ALIGN
 from minitune.memory.plan import Candidate, Workload
 from minitune.model.activations import Activations, SaveLevel
@@ -35,14 +34,12 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True)
 class Storage:
-    """Storage options of the tensors that no plan changes.
+    """Storage options of the tensors that no plan changes, beside the form of the weights.
 
-    load_in_4bit: True if the linears are in NF4.
     offload_embedding: True if an embedding that is not the head is in host memory.
     eight_bit_moments: True if the optimizer's moments are in 8 bit.
     """
 
-    load_in_4bit: bool = True
     offload_embedding: bool = False
     eight_bit_moments: bool = False
 
@@ -56,13 +53,10 @@ def static_parts(
     """
     storage = storage or Storage()
     moments = ADAMW_8BIT_BYTES if storage.eight_bit_moments else ADAMW_BYTES
-    linear_bytes = NF4_BYTES if storage.load_in_4bit else shape.itemsize
-    weights = int(shape.layers * shape.layer_parameters * linear_bytes)
-    weights += shape.embedding_bytes  # the head
+    stored = shape.weights
+    weights = stored.linears + stored.head + stored.vectors
     if not shape.tied and not storage.offload_embedding:
-        weights += shape.embedding_bytes
-    vectors = [tensor for tensor in config.tensor_shapes().values() if len(tensor) == 1]
-    weights += sum(map(math.prod, vectors)) * shape.itemsize  # norms and biases
+        weights += stored.embedding
     # cos and sin of each pair of columns; a factor of the queries if these grow
     rope_columns = sum(rope.rotary_dim + (rope.query_growth > 0) for rope in config.ropes)
     return (
@@ -289,7 +283,8 @@ class MemoryModel:
         # Per row: the residual stream in float32 (2 D in 16 bit), its norm, dh in float32 (2 D) and
         # rounded. From the second tile on, the previous tile's dh is still allocated.
         width = (7 if rows < N else 6) * shape.D
-        return rows * (shape.V + width) * shape.itemsize + self.residual_bytes
+        tile = rows * (shape.V + width) * shape.itemsize
+        return tile + shape.head_buffer_bytes + self.residual_bytes
 
     # ---- all layers
 

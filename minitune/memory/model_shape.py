@@ -12,10 +12,7 @@ from minitune.config.layer_kinds import LayerKind
 from minitune.config.model_config import LinearShape, ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.kernels.lora_linear import padded_rank
-from minitune.model.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
-
-# Bytes of a parameter in NF4: half a byte, one byte of scale a block, a float32 for 256 scales.
-NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED_BLOCKSIZE)
+from minitune.memory.stored_weights import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class ModelShape:
     qk_norm: the norm of queries and keys, as in Architecture.
     norms: the norms of a layer by name; None where there is none.
     caps_scores: True if the scores of attention have a soft bound.
+    weights: the bytes of the frozen weights as they are stored.
     qkv, o, gate_up, down: the fused linears of a layer.
     """
 
@@ -79,6 +77,7 @@ class ModelShape:
     qk_norm: str | None
     norms: NormNames
     caps_scores: bool
+    weights: StoredWeights
     qkv: FusedShape
     o: FusedShape
     gate_up: FusedShape
@@ -92,11 +91,13 @@ class ModelShape:
         itemsize: int,
         max_seq_length: int,
         device_type: str = "cuda",
+        weights: StoredWeights | None = None,
     ) -> "ModelShape":
         """Return the shape of a model.
 
         max_seq_length: rows of the longest sample that the model takes; wider windows do not count.
         device_type: decides how ranks are padded.
+        weights: the frozen weights as they are stored; None means linears in NF4.
         """
         if lora is not None:
             lora = replace(lora, target_modules=config.adapted_linears(lora.target_modules))
@@ -114,6 +115,7 @@ class ModelShape:
             qk_norm=config.architecture.qk_norm,
             norms=config.architecture.norms,
             caps_scores=config.score_softcap != 0,
+            weights=weights or StoredWeights.of_folder(config, itemsize),
             **{
                 group: _fused_shape(linears, lora, device_type)
                 for group, linears in config.linear_groups().items()
@@ -171,9 +173,9 @@ class ModelShape:
         return self.itemsize * sum(linear.weight_elements for linear in self.fused)
 
     @property
-    def embedding_bytes(self) -> int:
-        """Return the bytes of the embedding; an untied head has as many again."""
-        return self.V * self.D * self.itemsize
+    def head_buffer_bytes(self) -> int:
+        """Return the bytes of the head that is converted for the loss, or 0."""
+        return self.V * self.D * self.itemsize if self.weights.converts_head else 0
 
 
 def _fused_shape(

@@ -14,6 +14,7 @@ from minitune.memory.memory_model import MemoryModel, Storage, static_parts
 from minitune.memory.model_shape import ModelShape
 from minitune.memory.plan import Plan, Workload
 from minitune.memory.search import MemoryBudget, fastest_plan, uniform_plan
+from minitune.memory.stored_weights import StoredWeights
 from minitune.model.activations import SaveLevel
 from minitune.model.causal_lm import CausalLM
 from minitune.model.packed_sequences import PackedSequences
@@ -47,18 +48,22 @@ def plan_memory(
     workload: Workload,
     budget: MemoryBudget,
     *,
+    weights: StoredWeights | None = None,
     storage: Storage | None = None,
     level: SaveLevel | None = None,
     rates: DeviceRates | None = None,
 ) -> Plan:
     """Return the plan of a micro-step in 16 bit, without a model and without a GPU.
 
-    storage: how weights and moments are stored; by default NF4, with moments in float32.
+    weights: the frozen weights as they are stored; by default linears in NF4.
+    storage: by default the moments are in float32.
     level: SaveLevel of every layer, or None for the fastest plan. If none fits into the budget, the
         result is the plan that needs least memory.
     rates: of the machine; by default those of one H200.
     """
-    shape = ModelShape.of(config, lora, itemsize=2, max_seq_length=workload.max_seqlen)
+    shape = ModelShape.of(
+        config, lora, itemsize=2, max_seq_length=workload.max_seqlen, weights=weights
+    )
     memory = MemoryModel(shape, workload)
     static = static_parts(config, shape, workload.max_seqlen, storage)
     if level is not None:
@@ -89,6 +94,7 @@ class Planner:
         self.host_budget = host_budget
         self.rates: DeviceRates | None = None
         self.largest: Plan | None = None
+        self._weights: StoredWeights | None = None  # of the model, which never change
 
     def measure_rates(self, device: torch.device) -> None:
         """Set `rates` to those of a GPU, if plans depend on them and they are not set yet.
@@ -142,8 +148,15 @@ class Planner:
         cudnn: True if attention may use cuDNN; the other arguments are those of `plan_for`.
         """
         device = model.device
+        if self._weights is None:
+            self._weights = StoredWeights.of_model(model)
         shape = ModelShape.of(
-            model.config, model.lora, model.dtype.itemsize, model.max_seq_length, device.type
+            model.config,
+            model.lora,
+            model.dtype.itemsize,
+            model.max_seq_length,
+            device.type,
+            self._weights,
         )
         memory = MemoryModel(shape, Workload(tokens, max_seqlen or tokens, cudnn))
         allocated = 0

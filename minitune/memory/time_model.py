@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from minitune.config.layer_kinds import LayerKind
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.memory_model import MemoryModel
-from minitune.memory.model_shape import NF4_BYTES
 from minitune.memory.plan import Candidate
 from minitune.model.activations import SaveLevel
 
@@ -238,9 +237,10 @@ class TimeModel:
 
     @property
     def dequantise_seconds(self) -> float:
-        """Return the time to dequantise a layer: NF4 weights are read, plain ones written."""
+        """Return the time to dequantise a layer: stored weights are read, plain ones written."""
         shape = self.memory.shape
-        return shape.layer_parameters * (NF4_BYTES + shape.itemsize) / self.rates.copy
+        written = shape.layer_parameters * shape.itemsize
+        return (shape.weights.linears / shape.layers + written) / self.rates.copy
 
     @property
     def loss_seconds(self) -> float:
@@ -248,7 +248,10 @@ class TimeModel:
         shape, N = self.memory.shape, self.memory.workload.tokens
         # Two matmuls, two operations each: the logits, and the gradient of their input.
         seconds = 4 * N * (shape.D + HEAD_EXTRA_WIDTH) * shape.V / self.rates.matmul
-        return seconds + self._move_seconds(LOGITS_PASSES * shape.V)
+        seconds += self._move_seconds(LOGITS_PASSES * shape.V)
+        if shape.weights.converts_head:
+            seconds += (shape.weights.head + shape.head_buffer_bytes) / self.rates.copy
+        return seconds
 
     def offload_wait(self, candidate: Candidate, forward: float) -> float:
         """Return the time that forward waits for copies to host memory.

@@ -31,7 +31,7 @@ from minitune.model.decoder_layer import DecoderLayer
 from minitune.model.generate import generate
 from minitune.model.layers import Embedding, LayerContext, new_residual
 from minitune.model.linear import FusedLinear, Linear
-from minitune.model.loss import Head, LossRows, new_logits_buffer, rows_loss
+from minitune.model.loss import Head, LossBuffers, LossRows, new_logits_buffer, rows_loss
 from minitune.model.norms import RMSNorm
 from minitune.model.packed_sequences import PackedSequences, pack_batch
 from minitune.model.resident_weights import ResidentWeights
@@ -257,11 +257,19 @@ class CausalLM(nn.Module):
             logits = padded.index_put((rows,), logits)
         return logits.view(*mask.shape, -1)
 
-    def head(self) -> Head:
-        """Return the final norm and the head in the compute dtype."""
+    @property
+    def converts_head(self) -> bool:
+        """Return True if the head is not stored in the compute dtype."""
+        return self.lm_head.is_quantized or self.lm_head.weight.dtype != self.dtype
+
+    def head(self, out: Tensor | None = None) -> Head:
+        """Return the final norm and the head in the compute dtype.
+
+        out: room for a head that is converted (V, D); None makes a new tensor.
+        """
         weight, c = self._resident_head, self.config
         if weight is None:
-            weight = self.lm_head.weight_as(self.dtype)
+            weight = self.lm_head.weight_as(self.dtype, out)
         return Head(self.model.norm, weight, c.logit_multiplier, c.logit_softcap)
 
     def rows_loss(
@@ -270,14 +278,22 @@ class CausalLM(nn.Module):
         loss_rows: LossRows,
         denominator: float | Tensor,
         dresidual: Tensor | None,
-        logits_buffer: Tensor | None = None,
+        buffers: LossBuffers | None = None,
     ) -> Tensor:
-        """Return the loss of s (N, D), as loss.rows_loss."""
-        return rows_loss(s, loss_rows, self.head(), denominator, dresidual, logits_buffer)
+        """Return the loss of s (N, D), as loss.rows_loss.
 
-    def new_logits_buffer(self, rows: int) -> Tensor:
-        """Return a buffer for the logits of a loss over at most `rows` rows, one tile of them."""
-        return new_logits_buffer(rows, self.config.vocab_size, self.dtype, self.device)
+        buffers: from `new_loss_buffers`; None allocates what the loss needs.
+        """
+        logits, room = buffers or (None, None)
+        return rows_loss(s, loss_rows, self.head(room), denominator, dresidual, logits)
+
+    def new_loss_buffers(self, rows: int) -> LossBuffers:
+        """Return the buffers of a loss over at most `rows` rows."""
+        c, head = self.config, None
+        if self.converts_head:
+            shape = (c.vocab_size, c.hidden_size)
+            head = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return LossBuffers(new_logits_buffer(rows, c.vocab_size, self.dtype, self.device), head)
 
     def check(self, ids: Tensor, positions: Tensor) -> None:
         """Check packed ids (N,) and positions (N,), both on the host.

@@ -5,6 +5,7 @@ those of decoder_layer.py; M is the number of labelled rows.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +99,17 @@ class Head:
             ratio = logits / self.softcap
             dlogits = dlogits * (1 - ratio) * (1 + ratio)
         return self.norm.backward(matmul(dlogits, self.weight, None, self.multiplier), s, rstd)
+
+
+class LossBuffers(NamedTuple):
+    """The memory of a loss. No layer runs meanwhile, so layers and losses can share memory.
+
+    logits: a tile of the logits (n, V or more).
+    head: room for the head (V, D) in the compute dtype; None if the head is stored in that dtype.
+    """
+
+    logits: Tensor
+    head: Tensor | None = None
 
 
 def rows_loss(

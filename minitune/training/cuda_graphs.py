@@ -23,7 +23,7 @@ afterwards: it takes about twice the time of an eager step.
 Memory: eager passes and graphs of all sizes share one pool, because one micro-step runs at a time.
 A micro-step larger than all before starts a new pool and drops all graphs, because the allocator
 has split the old pool's blocks for smaller tensors, and larger tensors do not fit into them. The
-logits of the loss lie in the pool too, because no layer runs during the loss.
+buffers of the loss lie in the pool too, because no layer runs during the loss.
 
 A capture that fails poisons PyTorch's allocators (2.11) for the process: everything is launched
 eagerly from then on, and a warning says why. So a capture begins only if there is room for it.
@@ -43,6 +43,7 @@ from torch import Tensor
 from minitune.device import free_memory, gib_text
 from minitune.kernels.backend import cdiv, power_of_two
 from minitune.memory.plan import Plan
+from minitune.model.loss import LossBuffers
 from minitune.model.packed_sequences import PackedSequences
 from minitune.training.forward_backward import ForwardBackward, LossFunction
 
@@ -102,7 +103,7 @@ class CapturedStep:
 
     inputs: ids, positions, start and end, int32 (4, N).
     residual: the residual stream (N, D) at the end of forward.
-    logits_buffer: (rows, V), for the loss between forward and backward.
+    loss_buffers: for the loss between forward and backward.
     pointers: `ForwardBackward.captured_pointers` at the capture.
     """
 
@@ -110,7 +111,7 @@ class CapturedStep:
     backward: torch.cuda.CUDAGraph
     inputs: Tensor
     residual: Tensor
-    logits_buffer: Tensor
+    loss_buffers: LossBuffers
     pointers: list[int]
 
 
@@ -214,7 +215,7 @@ class CUDAGraphCache:
         if captured is not None and captured.pointers == self._passes.captured_pointers():
             captured.inputs.copy_(inputs)
             captured.forward.replay()
-            loss = compute_loss(captured.residual, self._dresidual[:size], captured.logits_buffer)
+            loss = compute_loss(captured.residual, self._dresidual[:size], captured.loss_buffers)
             captured.backward.replay()
             return loss
         plan = self._prepare_pool(packed)
@@ -320,15 +321,16 @@ class CUDAGraphCache:
             with _record_graph(self._pool.id) as forward:
                 s, saved = passes.forward(inputs, packed, plan)
             with torch.cuda.use_mem_pool(self._pool):
-                logits_buffer = passes.model.new_logits_buffer(len(s))
+                buffers = passes.model.new_loss_buffers(len(s))
             residual = UnownedTensor(s).tensor()
-            logits = UnownedTensor(logits_buffer).tensor()
-            del s, logits_buffer  # backward uses their memory, as in the eager pass
+            unowned = (t if t is None else UnownedTensor(t).tensor() for t in buffers)
+            loss_buffers = LossBuffers(*unowned)
+            del s, buffers  # backward uses their memory, as in the eager pass
             with _record_graph(self._pool.id) as backward:
                 passes.backward(dresidual, saved, packed, plan)
         torch.cuda.synchronize()
         pointers = passes.captured_pointers()
-        return CapturedStep(forward, backward, inputs, residual, logits, pointers)
+        return CapturedStep(forward, backward, inputs, residual, loss_buffers, pointers)
 
 
 def _unreserved_memory(device: torch.device) -> int:

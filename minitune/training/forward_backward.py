@@ -21,11 +21,12 @@ from minitune.memory.planner import Planner
 from minitune.model.activations import Activations, SaveLevel
 from minitune.model.causal_lm import CausalLM
 from minitune.model.layers import new_residual
+from minitune.model.loss import LossBuffers
 from minitune.model.packed_sequences import PackedSequences
 from minitune.model.resident_weights import ResidentWeights
 
-# (s, dresidual, logits_buffer) -> loss; fills dresidual
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (s, dresidual, buffers) -> loss; fills dresidual
+LossFunction = Callable[[Tensor, Tensor, LossBuffers], Tensor]
 
 
 class ForwardBackward:
@@ -62,9 +63,9 @@ class ForwardBackward:
             s, saved = self.forward(inputs, packed, plan)
             if dresidual is None:
                 dresidual = self.new_residual_gradient(rows)
-            logits_buffer = self.model.new_logits_buffer(rows)
-        loss = compute_loss(s, dresidual, logits_buffer)
-        del s, logits_buffer  # backward uses their memory
+            buffers = self.model.new_loss_buffers(rows)
+        loss = compute_loss(s, dresidual, buffers)
+        del s, buffers  # backward uses their memory
         with memory_pool():
             self.backward(dresidual, saved, packed, plan)
         return loss

@@ -23,7 +23,7 @@ from minitune.device import to_device_async
 from minitune.kernels.compile_ahead import finish_compiling
 from minitune.memory.planner import Planner
 from minitune.model.causal_lm import CausalLM
-from minitune.model.loss import LossRows
+from minitune.model.loss import LossBuffers, LossRows
 from minitune.model.packed_sequences import PackedSequences
 from minitune.training.cuda_graphs import (
     MAX_CAPTURED_TOKENS,
@@ -102,13 +102,13 @@ class MicroStep:
         size = bucket_size(tokens) if capture else tokens
         self._passes.create_missing_gradients()
 
-        def compute_loss(s: Tensor, dresidual: Tensor, logits_buffer: Tensor) -> Tensor:
+        def compute_loss(s: Tensor, dresidual: Tensor, buffers: LossBuffers) -> Tensor:
             # The host finds the labelled rows here, while the GPU runs the forward pass.
             loss_rows = LossRows.from_labels(
                 batch.labels, batch.position_ids, model.config.vocab_size, size
             )
             ds = dresidual[:, : model.config.hidden_size]
-            return model.rows_loss(s, loss_rows.to(model.device), denominator, ds, logits_buffer)
+            return model.rows_loss(s, loss_rows.to(model.device), denominator, ds, buffers)
 
         run = self._graphs.run if capture else self._run_eager
         try:
