@@ -52,7 +52,7 @@ def make_tiny_gguf(folder: Path, method: str, **options) -> Path:
     return convert_folder(plain, folder / f"tiny-{method}.gguf", method, verify=False)
 
 
-HIDDEN, FFN, ROWS = 256, 256, 3
+HIDDEN, FFN, ROWS = 256, 256, 4
 SMALL_KEYS = {
     "general.architecture": "llama",
     "general.type": "model",
@@ -64,10 +64,11 @@ SMALL_KEYS = {
     "llama.attention.head_count_kv": 1,
     "llama.attention.layer_norm_rms_epsilon": 1e-5,
     "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.tokens": ["a", "b", "</s>"],
-    "tokenizer.ggml.token_type": [1, 1, 3],
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab", "</s>"],
+    "tokenizer.ggml.token_type": [1, 1, 1, 3],
     "tokenizer.ggml.merges": ["a b"],
-    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.eos_token_id": 3,
 }
 SMALL_TENSORS = {
     "token_embd.weight": ((ROWS, HIDDEN), GGMLType.Q4_K),

@@ -107,6 +107,9 @@ def _sizes(
     if heads > hidden:
         raise keys.error("attention.head_count", heads, f"at most the width {hidden}")
     head_dim = keys.whole("attention.key_length", hidden // heads)
+    if head_dim * heads != tensors[last].shape[-1]:
+        width = tensors[last].shape[-1] / heads
+        raise keys.error("attention.key_length", head_dim, f"{width:g} for {heads} heads")
     keys.expect("attention.value_length", head_dim)
     keys.expect("attention.key_length_swa", head_dim)
     keys.expect("attention.value_length_swa", head_dim)
