@@ -1,7 +1,6 @@
 """The config.json of a GGUF file is that of the folder that was exported."""
 
 import dataclasses
-import json
 import warnings
 
 import pytest
@@ -12,7 +11,7 @@ from tiny_families import FAMILIES, make_tiny_family
 
 from minitune.config.model_config import ModelConfig
 from minitune.gguf.export import convert_folder
-from minitune.gguf.model_files import model_files
+from minitune.gguf.open_gguf import open_gguf, read_config
 from minitune.model.rope import RopeTables
 
 # Cases that llama.cpp cannot express (tests/test_gguf_refused.py).
@@ -50,7 +49,8 @@ def exported(folder, path):
 
 def check_same_model(folder, path):
     """Check that the config of a file computes what the config of its folder computes."""
-    ours, theirs = ModelConfig.from_folder(model_files(path)), ModelConfig.from_folder(folder)
+    ours = ModelConfig.from_dict(read_config(open_gguf(path)))
+    theirs = ModelConfig.from_folder(folder)
     kinds = theirs.layer_kinds
     if theirs.architecture.gguf.window is None:  # llama.cpp computes without the window
         kinds = tuple(kind._replace(window=None) for kind in kinds)
@@ -86,7 +86,7 @@ def test_a_llama_comes_back_from_its_file(tmp_path, case):
     folder = make_tiny_model(tmp_path / "base", **LLAMAS[case])
     path = exported(folder, tmp_path / "x.gguf")
     check_same_model(folder, path)
-    raw = json.loads((model_files(path) / "config.json").read_text())
+    raw = read_config(open_gguf(path))
     assert raw["rms_norm_eps"] == 1e-5
     if case == "llama3":
         assert raw["rope_scaling"] == LLAMA3_ROPE
