@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from benchmark import elementwise_cases, matmul_cases, table
+from benchmark import dequantize_cases, elementwise_cases, matmul_cases, table
 from benchmark.cases import CASES
 from benchmark.kernel_timing import KernelSizes, time_kernels
 from benchmark.model_shapes import SHAPES
@@ -50,7 +50,7 @@ MODES = {
     "model": None,
 }
 NOT_OF_MODEL = {"rows", "no_peers", "no_compile"}
-KERNEL_GROUPS = (*elementwise_cases.GROUPS, *matmul_cases.GROUPS)
+KERNEL_GROUPS = (*dequantize_cases.GROUPS, *elementwise_cases.GROUPS, *matmul_cases.GROUPS)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -113,12 +113,13 @@ def test_the_kernel_table_marks_wrong_kernels_and_missing_columns():
         "error": {"ours": 2e-2, "eager": 1e-3},
         "right": False,
         "unit": "copy",
+        "rate": 3.53e12,
         "of_peak": 0.84,
         "faster": 4.7,
     }
     line = kernel_timing.kernel_table([record]).splitlines()[-1].split()
     assert line[4:] == [
-        *("0.0190", "0.84", "copy", "0.0900", "-", "-", "-", "-", "-"),
+        *("0.0190", "3.53", "TB/s", "0.84", "copy", "0.0900", "-", "-", "-", "-", "-"),
         *("4.70", "2.0e-02", "WRONG", "1.0e-03"),
     ]
 

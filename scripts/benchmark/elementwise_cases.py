@@ -1,4 +1,4 @@
-"""Timed kernels that memory bandwidth bounds: dequantisation, norms, RoPE, SwiGLU, optimizer.
+"""Timed kernels that memory bandwidth bounds: norms, RoPE, SwiGLU, optimizer.
 
 Each public kernel has the same work in plain PyTorch beside it.
 """
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from benchmark.kernel_cases import BF16, KernelCase, KernelSizes, beside, direct, normal, widened
 from minitune.kernels.adamw import MOMENT_BLOCKSIZE, adamw_, adamw_8bit_
-from minitune.kernels.dequantize_nf4 import dequantize_nf4
 from minitune.kernels.gated_activation import (
     gated_activation,
     gated_activation_backward,
@@ -19,7 +18,6 @@ from minitune.kernels.gated_activation import (
     gated_activation_reference,
 )
 from minitune.kernels.global_norm import global_norm
-from minitune.kernels.lora_linear import padded_rank
 from minitune.kernels.rms_norm import (
     add_rms_norm_,
     add_rms_norm_reference_,
@@ -29,8 +27,6 @@ from minitune.kernels.rms_norm import (
     rms_norm_reference,
 )
 from minitune.kernels.rope import rope_, rope_reference_
-from minitune.model.nf4 import BLOCKSIZE as NF4_BLOCKSIZE
-from minitune.model.nf4 import NESTED_BLOCKSIZE, NF4, dynamic_map, nf4_code
 from minitune.training.optimizer import moment_tables
 
 EPS = 1e-5
@@ -42,73 +38,6 @@ ADAMW = {
     "weight_decay": 0.0,
     "max_grad_norm": 0.0,
 }
-
-
-# ---- dequantisation
-
-
-def dequantize_cases(s: KernelSizes, device: str) -> Iterator[KernelCase]:
-    """Yield a layer's seven linears, as a step dequantises them.
-
-    Linears that share an input go into one buffer, with columns for the LoRA rank.
-    """
-    groups = [([(out, width) for out in outs], width) for outs, width in s.linears.values()]
-    count = sum(out * width for shapes, _ in groups for out, width in shapes)
-
-    def inputs() -> tuple:
-        return ([[_random_nf4(shape, device) for shape in shapes] for shapes, _ in groups],)
-
-    def ours(weights: list[list[NF4]]) -> list[Tensor]:
-        found = []
-        for group, (shapes, width) in zip(weights, groups, strict=True):
-            rows = [out for out, _ in shapes]
-            columns = width + padded_rank(s.R * len(rows))
-            buffer = torch.empty(sum(rows), columns, device=device, dtype=BF16)
-            found += dequantize_nf4(group, BF16, out=buffer[:, :width]).split(rows)
-        return found
-
-    def reference(unpack: Callable, dtype: torch.dtype = BF16) -> Callable:
-        return lambda weights: [_unpacked(w, unpack, dtype) for group in weights for w in group]
-
-    yield KernelCase(
-        kernel="dequantize_nf4",
-        shape=f"7 linears, {count / 1e6:.0f} M",
-        inputs=inputs,
-        exact=reference(_unpack, torch.float32),
-        work=count * (0.5 + 1 / NF4_BLOCKSIZE + BF16.itemsize),
-        unit="copy",
-        makers={
-            "ours": direct(ours),
-            "eager": direct(reference(_unpack)),
-            "compile": direct(reference(torch.compile(_unpack, dynamic=False))),
-        },
-    )
-
-
-def _unpacked(w: NF4, unpack: Callable, dtype: torch.dtype) -> Tensor:
-    parts = (w.packed, w.absmax, w.code, w.nested_absmax, w.nested_code, w.nested_offset)
-    return unpack(*parts, dtype).view(w.shape)
-
-
-def _unpack(packed, absmax, code, nested_absmax, nested_code, nested_offset, dtype):
-    coarse = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
-    scale = nested_code[absmax.int()] * coarse + nested_offset
-    nibbles = torch.stack([packed >> 4, packed & 15], dim=1).view(-1, NF4_BLOCKSIZE)
-    return (code[nibbles.int()] * scale[:, None]).to(dtype)
-
-
-def _random_nf4(shape: tuple[int, int], device: str) -> NF4:
-    count = shape[0] * shape[1]
-    blocks = count // NF4_BLOCKSIZE
-    return NF4(
-        packed=torch.randint(0, 256, (count // 2,), dtype=torch.uint8, device=device),
-        absmax=torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device),
-        code=nf4_code(torch.device(device)),
-        shape=shape,
-        nested_absmax=torch.rand(-(-blocks // NESTED_BLOCKSIZE), device=device),
-        nested_code=dynamic_map(torch.device(device)),
-        nested_offset=torch.tensor(0.1, device=device),
-    )
 
 
 # ---- norms, RoPE, SwiGLU
@@ -284,4 +213,4 @@ def _torch_adamw(values: Tensor, grads: Tensor, *rest: Tensor) -> Callable[[], T
     return run
 
 
-GROUPS = (dequantize_cases, norm_cases, rope_cases, swiglu_cases, optimizer_cases)
+GROUPS = (norm_cases, rope_cases, swiglu_cases, optimizer_cases)

@@ -1,6 +1,7 @@
 """The cases of `bench.py --kernels`: a kernel at one shape, and makers of the calls to time.
 
-elementwise_cases.py and matmul_cases.py list the cases, kernel_timing.py checks and times them.
+dequantize_cases.py, elementwise_cases.py and matmul_cases.py list the cases, kernel_timing.py
+checks and times them.
 """
 
 from collections.abc import Callable, Iterator

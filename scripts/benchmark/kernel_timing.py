@@ -36,6 +36,7 @@ from benchmark.kernel_cases import BF16, CaseGroup, KernelCase, KernelSizes, Mak
 from benchmark.table import emit, tell, text_table
 
 COLUMNS = ("eager", "compile", "Liger", "bitsandbytes", "flash", "cuDNN")  # beside ours
+RATE_UNITS = {"copy": "TB/s", "matmul": "TFLOP/s"}
 # The limit of our error: twice eager's, or NOISE, which float32's rounding explains. Without an
 # eager column it is BF16_ROUNDING, which bfloat16's rounding explains.
 ALLOWED, NOISE, BF16_ROUNDING = 2.0, 1e-5, 1e-2
@@ -208,9 +209,11 @@ def time_kernels(
             best = min(
                 (ms for column, ms in record["ms"].items() if column != "ours"), default=None
             )
+            rate = case.work / record["ms"]["ours"] * 1e3
             record |= {
                 "unit": case.unit,
-                "of_peak": case.work / record["ms"]["ours"] * 1e3 / rates[case.unit],
+                "rate": rate,
+                "of_peak": rate / rates[case.unit],
                 "faster": best and best / record["ms"]["ours"],
             }
             records.append(record)
@@ -264,8 +267,9 @@ def _title(machine: dict[str, Any], rates: dict[str, float]) -> str:
 
 
 def kernel_table(records: Sequence[dict[str, Any]]) -> str:
-    """Return the table of kernels: milliseconds by column, share of the peak, and errors."""
-    header = ["kernel", "shape", "ours", "of peak", *COLUMNS, "faster", "error", "eager's error"]
+    """Return the table of kernels: milliseconds by column, rate, share of the peak, and errors."""
+    header = ["kernel", "shape", "ours", "rate", "of peak"]
+    header += [*COLUMNS, "faster", "error", "eager's error"]
     rows = []
     for record in records:
         ms, error = record["ms"], record["error"]
@@ -274,7 +278,8 @@ def kernel_table(records: Sequence[dict[str, Any]]) -> str:
         errors = [f"{error[c]:.1e}" if c in error else None for c in ("ours", "eager")]
         if not record["right"]:
             errors[0] += " WRONG"
+        rate = f"{record['rate'] / 1e12:.2f} {RATE_UNITS[record['unit']]}"
         peak = f"{record['of_peak']:.2f} {record['unit']}"
         shape = (record["kernel"], record["shape"])
-        rows.append([*shape, f"{ms['ours']:.4f}", peak, *others, faster, *errors])
+        rows.append([*shape, f"{ms['ours']:.4f}", rate, peak, *others, faster, *errors])
     return text_table(header, rows)
