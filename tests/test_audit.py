@@ -240,8 +240,12 @@ def test_bad_arguments_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.jsonl"):
         audit_merges(model, tokenizer, tmp_path / "nowhere.jsonl")
     in_16_bit, _ = load(tmp_path / "adapter", lora=False, load_in_4bit=False)
-    with pytest.raises(ValueError, match="trained on NF4 weights, and the model has none"):
+    with pytest.raises(ValueError, match=r"NF4 weights, and the model holds 16-bit.*4bit=True"):
         audit_merges(in_16_bit, tokenizer, RECORDS)
+    in_16_bit.save_pretrained(tmp_path / "other")
+    in_nf4, _ = load(tmp_path / "other", lora=False)
+    with pytest.raises(ValueError, match=r"16-bit weights, and the model holds NF4.*4bit=False"):
+        audit_merges(in_nf4, tokenizer, RECORDS)
     merge_to_folder(model, tmp_path / "merged", tokenizer)
     again, _ = load(tmp_path / "merged", lora=False)
     again.load_adapter(tmp_path / "adapter")

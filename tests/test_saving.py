@@ -90,7 +90,7 @@ def test_an_adapter_remembers_that_it_was_trained_on_nf4(tiny, tmp_path):
     for form, load_in_4bit in (("nf4", True), ("16bit", False)):
         trained(tiny, load_in_4bit=load_in_4bit)[0].save_pretrained(tmp_path / form)
         again, _ = load(tmp_path / form, load_in_4bit=False)
-        assert again.lora_on_nf4 is load_in_4bit
+        assert again.lora_base == form
         text = merge_text(again, "auto")
         assert text.endswith('; merge_base="nf4" answers as in training') is load_in_4bit
     assert merge_text(load(tiny)[0], "auto") == f"without an adapter: the 16-bit weights of {tiny}"

@@ -33,7 +33,7 @@ from minitune.model.causal_lm import CausalLM
 
 PREFIX = "base_model.model."
 BASE_FORM = "minitune.base"  # in the metadata: the weights that it was trained on
-NF4_BASE, GGUF_BASE = "nf4", "gguf"
+NF4_BASE, GGUF_BASE, BASE_16BIT = "nf4", "gguf", "16bit"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 # Wrapper -> the name of the text model's module in it, in transformers 5
@@ -91,16 +91,16 @@ def write_adapter_files(model: CausalLM, folder: Path) -> None:
         PREFIX + decoder + name.removeprefix("model"): p.detach().cpu().contiguous()
         for name, p in model.trainable_parameters()
     }
-    metadata = {"format": "pt", BASE_FORM: _base_form(model)}
+    metadata = {"format": "pt", BASE_FORM: base_form(model)}
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     write_safetensors(folder / WEIGHTS, specs, iter(tensors.items()), metadata)
 
 
-def _base_form(model: CausalLM) -> str:
-    """Return the form of the weights that the adapter is trained on."""
+def base_form(model: CausalLM) -> str:
+    """Return the form of the model's weights, on which an adapter is trained."""
     if model.gguf is not None:
         return GGUF_BASE
-    return NF4_BASE if model.is_nf4 else "16bit"
+    return NF4_BASE if model.is_nf4 else BASE_16BIT
 
 
 def load_adapter(model: CausalLM, folder: str | Path) -> None:
@@ -143,7 +143,15 @@ def _load_adapter(model: CausalLM, folder: str | Path, may_replace: bool) -> Non
         for name, p in model.trainable_parameters():
             p.copy_(tensors[name])
     model.lora_dropout = peft_config.get("lora_dropout") or 0.0
-    model.lora_on_nf4 = read_metadata(Path(folder) / WEIGHTS).get(BASE_FORM) == NF4_BASE
+    model.lora_base = read_base_form(folder)
+
+
+def read_base_form(folder: str | Path) -> str | None:
+    """Return the form of the weights that an adapter was trained on, as `base_form`.
+
+    None if the file does not say, because another program wrote the adapter.
+    """
+    return read_metadata(Path(folder) / WEIGHTS).get(BASE_FORM)
 
 
 def _read_adapter(

@@ -99,7 +99,7 @@ def merge_text(model: CausalLM, merge_base: str) -> str:
     if model.lora is None:
         return f"without an adapter: the {form} weights of {model.name}"
     text = f"the adapter into the {form} weights of {model.name}"
-    if original and (model.lora_on_nf4 or model.is_nf4):
+    if original and (model.lora_base == "nf4" or model.is_nf4):
         text += '; merge_base="nf4" answers as in training'
     return text
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from minitune.checkpoints.adapter import BASE_16BIT, GGUF_BASE, NF4_BASE, base_form
 from minitune.checkpoints.merge import merged_dtype
 from minitune.data.batching import collate
 from minitune.data.flat_samples import FlatSamples
@@ -26,7 +27,7 @@ from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.gguf.audit_pass import Quantizer, compare_ways
 from minitune.gguf.audit_table import MEASURABLE_DIVERGENCE, AuditRow, MergeAudit
-from minitune.gguf.audit_ways import shipped_ways
+from minitune.gguf.audit_ways import Way, shipped_ways
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.gguf.mixtures import gguf_methods
 from minitune.model.causal_lm import CausalLM
@@ -34,6 +35,16 @@ from minitune.model.loss import LossRows
 from minitune.progress import ProgressBar
 
 DEFAULT_TOKENS = 4096
+FORMS = {
+    NF4_BASE: "NF4 weights",
+    BASE_16BIT: "16-bit weights",
+    GGUF_BASE: "the weights of a GGUF file",
+}
+REMEDIES = {
+    NF4_BASE: "load it with load_in_4bit=True",
+    BASE_16BIT: "load it with load_in_4bit=False",
+    GGUF_BASE: "load that file",
+}
 
 
 def audit_merges(
@@ -75,19 +86,7 @@ def audit_merges(
     rows = LossRows.from_labels(batch.labels, positions, model.config.vocab_size, len(ids))
     quantizer = Quantizer.for_ways(model, ways, importance)
     sums = compare_ways(model, ways, ids, positions, rows, quantizer, progress)
-    means = [(total / len(rows)).tolist() for total in sums]
-    base = means[1][0]
-    found = [
-        AuditRow(
-            way.label,
-            way.nbytes,
-            divergence,
-            agreement,
-            math.exp(loss),
-            1 - divergence / base if base >= MEASURABLE_DIVERGENCE else None,
-        )
-        for way, (divergence, agreement, _, loss) in zip(ways, means, strict=True)
-    ]
+    found = _rows(ways, [(total / len(rows)).tolist() for total in sums])
     return MergeAudit(
         trained=found[0],
         base=found[1],
@@ -99,6 +98,25 @@ def audit_merges(
         left_out=len(dataset.samples) - len(samples),
         cut=dataset.truncated,
     )
+
+
+def _rows(ways: Sequence[Way], means: Sequence[list[float]]) -> list[AuditRow]:
+    """Return the rows of the table; the second way is the base.
+
+    means: KL, top-1 agreement, loss as trained and loss of each way.
+    """
+    lost = means[1][0]  # by leaving out the whole fine-tune
+    return [
+        AuditRow(
+            way.label,
+            way.nbytes,
+            divergence,
+            agreement,
+            math.exp(loss),
+            1 - divergence / lost if lost >= MEASURABLE_DIVERGENCE else None,
+        )
+        for way, (divergence, agreement, _, loss) in zip(ways, means, strict=True)
+    ]
 
 
 def audited_samples(samples: FlatSamples, max_tokens: int) -> list[Sample]:
@@ -123,8 +141,10 @@ def _check(model: CausalLM, max_tokens: int) -> None:
             "the model has no adapter, so there is no fine-tune to audit; load the folder of the "
             "run or the adapter"
         )
-    if model.lora_on_nf4 and not model.is_nf4:
+    held = base_form(model)
+    if model.lora_base not in (None, held):
         raise ValueError(
-            "the adapter was trained on NF4 weights, and the model has none; load it with "
-            "load_in_4bit=True, to compare with the model as trained"
+            f"the adapter was trained on {FORMS[model.lora_base]}, and the model holds "
+            f"{FORMS[held]}; {REMEDIES[model.lora_base]}, because the audit compares with the "
+            "model as trained"
         )

@@ -20,7 +20,7 @@ def remove_lora_(model: CausalLM) -> None:
         fused.resident_weight = None
     model.layer_context.weight_buffers.clear()
     model.lora = model.lora_seed = None
-    model.lora_dropout, model.lora_on_nf4 = 0.0, False
+    model.lora_dropout, model.lora_base = 0.0, None
     model.adapters_removed += 1
 
 

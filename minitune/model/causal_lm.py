@@ -88,7 +88,8 @@ class CausalLM(nn.Module):
     windows: the sliding windows that a sample of max_seq_length reaches beyond, in tokens.
     lora_seed: the seed that drew the adapter's A.
     lora_dropout: the dropout that a loaded adapter was trained with; not applied here.
-    lora_on_nf4: True if a loaded adapter was trained on NF4 weights.
+    lora_base: form of the weights that a loaded adapter was trained on: "nf4", "gguf" or "16bit";
+        None if its file does not say, or if training went on here.
     folder: the folder of config.json and the tokenizer.
     gguf: the GGUF file of the weights; None if the folder holds them.
     adapters_removed: number of adapters that another one replaced.
@@ -122,7 +123,7 @@ class CausalLM(nn.Module):
         self.lora: LoraConfig | None = None
         self.lora_seed: int | None = None
         self.lora_dropout = 0.0
-        self.lora_on_nf4 = False
+        self.lora_base: str | None = None
         self.adapters_removed = 0
         self.max_trained_seqlen = 0
         self._resident_head: Tensor | None = None  # while it stays dequantised

@@ -83,6 +83,7 @@ class Trainer(OptimizerSteps):
         """
         source = self._begin(resume_from_checkpoint)
         self.model.max_trained_seqlen = self.data.max_seqlen
+        self.model.lora_base = None  # the loaded adapter's; this base counts from now on
         p, total_steps = self.progress, self.size.total_steps
         show_bar = not self.args.disable_tqdm
         with (
