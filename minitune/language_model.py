@@ -31,6 +31,7 @@ from minitune.device import choose_device
 from minitune.gguf.export import export_gguf
 from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import ImportanceMatrix
+from minitune.gguf.lora_adapter import save_gguf_adapter
 from minitune.model.adapter_switch import without_lora
 from minitune.model.causal_lm import CausalLM
 from minitune.progress import labelled, print_line
@@ -51,9 +52,11 @@ ABSENT = {
     "fast_generate": "there is no vLLM; use model.generate",
     "save_lora": "use model.save_pretrained(folder)",
     "load_lora": "use model.load_adapter(folder), and generate with the model",
+    "save_pretrained_ggml": "use save_pretrained_gguf(folder, tokenizer, save_method='lora')",
     "push_to_hub": "nothing is uploaded; save, and use `hf upload` on the folder",
     "push_to_hub_merged": "nothing is uploaded; use save_pretrained_merged and `hf upload`",
     "push_to_hub_gguf": "nothing is uploaded; use save_pretrained_gguf and `hf upload`",
+    "push_to_hub_ggml": "nothing is uploaded; use save_pretrained_gguf and `hf upload`",
 }
 
 
@@ -222,24 +225,27 @@ class LanguageModel(CausalLM):
         self,
         folder: str | Path,
         tokenizer: Tokenizer | None = None,
-        quantization_method: str | Sequence[str] = "q8_0",
+        quantization_method: str | Sequence[str] | None = None,
         merge_base: str = "auto",
         progress: bool | None = None,
         imatrix: str | Path | ImportanceMatrix | None = None,
         ollama: bool = False,
         verify: bool = True,
+        save_method: str | None = None,
     ) -> Path | list[Path]:
         """Write the merged model into a folder as GGUF files of one or several types, in one pass.
 
         tokenizer: the tokenizer to write; None takes that of the model's folder.
-        quantization_method: a type such as "q4_k_m", or a list of types, in upper or lower case.
-            config/training_config.py lists the types and their aliases.
+        quantization_method: a type such as "q4_k_m", or a list of types, in upper or lower case;
+            None takes "q8_0". config/training_config.py lists the types and their aliases.
         merge_base: as in `save_pretrained_merged`, which prints the base too.
         progress: show bars, and say what was verified; as in `from_pretrained`.
         imatrix: the importance matrix that the quantisers use: a file in one of llama.cpp's forms,
             or the result of `minitune.gguf.importance_collection.importance_from_data`.
         ollama: write a Modelfile beside each file, for `ollama create`.
         verify: check each file before it gets its name (gguf/verify.py).
+        save_method: "lora" writes the adapter alone, in float32, as gguf/lora_adapter.py does. It
+            takes no merge_base, no imatrix and no quantization_method but "f32".
 
         Returns: the path of the file, or a list of paths if `quantization_method` is a list.
 
@@ -247,6 +253,13 @@ class LanguageModel(CausalLM):
             tokenizer, if the importance matrix is damaged or another model's, or if Ollama's
             templates cannot express the chat template.
         """
+        if save_method == "lora":
+            _check_unmerged(quantization_method, merge_base, imatrix)
+            return save_gguf_adapter(
+                self, folder, tokenizer, progress=progress, verify=verify, ollama=ollama
+            )
+        if save_method is not None:
+            _check_save_method(save_method)
         if isinstance(imatrix, str | Path):
             imatrix = read_imatrix(imatrix)
         print_line(labelled("merging", merge_text(self, merge_base)))
@@ -254,12 +267,31 @@ class LanguageModel(CausalLM):
             self,
             folder,
             tokenizer or Tokenizer.from_folder(self.folder),
-            quantization_method,
+            "q8_0" if quantization_method is None else quantization_method,
             merge_base,
             importance=imatrix,
             progress=progress,
             verify=verify,
             ollama=ollama,
+        )
+
+
+def _check_unmerged(
+    quantization_method: str | Sequence[str] | None,
+    merge_base: str,
+    imatrix: str | Path | ImportanceMatrix | None,
+) -> None:
+    """Raise ValueError if an argument of a merge is set for an adapter that is written alone."""
+    if quantization_method not in (None, "f32", ["f32"]):
+        raise ValueError(
+            f"quantization_method {quantization_method!r}: an adapter is written in float32, as it "
+            "was trained; leave quantization_method out with save_method='lora'"
+        )
+    if merge_base != "auto" or imatrix is not None:
+        name = "imatrix" if imatrix is not None else "merge_base"
+        raise ValueError(
+            f"{name} belongs to a merged model; leave it out with save_method='lora', which writes "
+            "the adapter alone"
         )
 
 

@@ -4,15 +4,17 @@ import warnings
 
 import pytest
 import torch
-from gguf_files import metadata_of, tensors_of
+from gguf_files import make_tiny_gguf, metadata_of, tensors_of
 from referees.llama_cpp import LlamaCpp
 from tiny import draw_adapter, make_tiny_model
 from tiny_families import make_tiny_family
 
-from minitune import FastLanguageModel
+from minitune import FastLanguageModel, get_chat_template
+from minitune.commands.next_commands import after_export
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf import lora_adapter
 from minitune.gguf.export import convert_folder
-from minitune.gguf.lora_adapter import save_gguf_adapter
+from minitune.gguf.lora_adapter import plan_gguf_adapter, save_gguf_adapter
 
 # case of tiny_families.py -> True for rsLoRA
 CASES = {
@@ -140,3 +142,72 @@ def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"blk\.0\.attn_q\.weight\.lora_a: a weight is nan"):
         save_gguf_adapter(model, tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_save_pretrained_gguf_writes_the_adapter_with_save_method_lora(tmp_path):
+    model = load(make_tiny_model(tmp_path / "base"))
+    expected = save_gguf_adapter(model, tmp_path / "expected.gguf").read_bytes()
+    path = model.save_pretrained_gguf(tmp_path / "out", save_method="lora")
+    assert path.parent == tmp_path / "out" and path.read_bytes() == expected
+    file = tmp_path / "a.gguf"
+    for settings, message in (
+        ({"quantization_method": "q4_k_m"}, "'q4_k_m': an adapter is written in float32"),
+        ({"merge_base": "nf4"}, "merge_base belongs to a merged model"),
+        ({"imatrix": "x.gguf"}, "imatrix belongs to a merged model"),
+        ({"ollama": True}, r"base is none; export the base .* ollama=True then"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained_gguf(file, save_method="lora", **settings)
+    with pytest.raises(ValueError, match="save_method 'x' does not exist"):
+        model.save_pretrained_gguf(file, save_method="x")
+    with pytest.raises(AttributeError, match="save_method='lora'"):
+        model.save_pretrained_ggml(file)
+    assert not file.exists()
+    assert model.save_pretrained_gguf(file, quantization_method="f32", save_method="lora") == file
+
+
+def test_an_assigned_chat_template_is_written_beside_the_adapter(tmp_path):
+    folder = make_tiny_model(tmp_path / "base")
+    model, tokenizer = load(folder), Tokenizer.from_folder(folder)
+    save_gguf_adapter(model, tmp_path / "plain" / "a.gguf", tokenizer)
+    assert [path.name for path in (tmp_path / "plain").iterdir()] == ["a.gguf"]
+    tokenizer = get_chat_template(tokenizer, "chatml")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    plan = plan_gguf_adapter(model, tmp_path / "a.gguf", tokenizer)
+    template = tmp_path / "a.jinja"
+    assert plan.write() == plan.paths == [tmp_path / "a.gguf", template]
+    assert template.read_text(encoding="utf-8") == tokenizer.chat_template["default"]
+    shown = after_export("minitune export", plan.paths, plan)
+    assert shown.endswith(f"--lora {plan.target} --jinja --chat-template-file {template}")
+    with pytest.raises(ValueError, match=r"a\.jinja: exists"):
+        plan.target.unlink()
+        save_gguf_adapter(model, plan.target, tokenizer)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_modelfile_of_an_adapter_begins_with_the_base_that_was_trained_on(tmp_path, beside):
+    base = make_tiny_gguf(tmp_path, "q8_0")
+    model = load(base)
+    target = (tmp_path if beside else tmp_path / "out") / "My Adapter.gguf"
+    with pytest.warns(match=r"up to version 0\.34\.0"):
+        plan = plan_gguf_adapter(model, target, ollama=True)
+    modelfile = target.with_suffix(".Modelfile")
+    assert plan.write() == [target, modelfile]
+    lines = modelfile.read_text(encoding="utf-8").splitlines()
+    start = "./tiny-q8_0.gguf" if beside else str(base)
+    assert lines[:2] == [f"FROM {start}", "ADAPTER ./My Adapter.gguf"]
+    assert lines[2].startswith('TEMPLATE """') and 'PARAMETER stop "<|im_end|>"' in lines
+    shown = after_export("minitune export", plan.paths, plan)
+    assert f"llama-server -m {base} --lora '{target}'" in shown
+    assert f"ollama create 'my adapter' -f '{modelfile}'" in shown and "note" not in shown
+
+
+def test_an_adapter_as_a_gguf_file_is_not_taken_for_a_model_or_an_adapter(tmp_path):
+    folder = make_tiny_model(tmp_path / "base")
+    path = save_gguf_adapter(load(folder), tmp_path / "a.gguf")
+    with pytest.raises(ValueError, match=r"a\.gguf: is an adapter; give the file of the model"):
+        FastLanguageModel.from_pretrained(path, device="cpu")
+    with pytest.raises(ValueError, match=r"a\.gguf is a GGUF file, .*adapter in PEFT's format"):
+        FastLanguageModel.from_pretrained(folder, adapter=path, device="cpu")
+    with pytest.raises(ValueError, match=r"a\.gguf is a GGUF file, .*adapter in PEFT's format"):
+        load(folder).load_adapter(path)

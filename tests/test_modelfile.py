@@ -97,7 +97,7 @@ def test_the_written_template_gives_the_texts_of_the_chat_template(name, adds_bo
     tokenizer = TokenizerOfTemplate(source)
     found = ollama_template(tokenizer, adds_bos)
     assert (found.form, found.system) == (form, system)
-    written = commands(modelfile("tiny-Q8_0.gguf", found))
+    written = commands(modelfile("./tiny-Q8_0.gguf", found))
     assert written["FROM"] == ["./tiny-Q8_0.gguf"]
     assert written.get("SYSTEM", []) == ([system] if system else [])
     assert EOS in written["PARAMETER stop"]
@@ -127,7 +127,7 @@ def test_the_written_template_gives_the_texts_of_the_chat_template(name, adds_bo
 )
 def test_answers_stop_at_the_marks_of_the_form_and_at_every_end_token(name, stops):
     found = ollama_template(TokenizerOfTemplate(ACCEPTED[name][0]), adds_bos=True)
-    assert commands(modelfile("x.gguf", found))["PARAMETER stop"] == stops
+    assert commands(modelfile("./x.gguf", found))["PARAMETER stop"] == stops
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_other_templates_are_refused_with_the_reason(source, reason):
 )
 def test_a_text_that_ollama_would_read_differently_is_refused(system, reason):
     with pytest.raises(ValueError, match=reason):
-        modelfile("x.gguf", OllamaTemplate("ChatML", "{{ .System }}", system, ()))
+        modelfile("./x.gguf", OllamaTemplate("ChatML", "{{ .System }}", system, ()))
 
 
 # ---- the template language

@@ -112,7 +112,9 @@ def export(arguments: argparse.Namespace) -> Exported:
     planned = None if output is None else plan(importance)
     adapter = None
     if arguments.gguf_adapter is not None:
-        adapter = plan_gguf_adapter(model, arguments.gguf_adapter)
+        adapter = plan_gguf_adapter(
+            model, arguments.gguf_adapter, tokenizer, ollama=arguments.ollama
+        )
     if collects:
         importance = _collect(arguments, model, tokenizer)
         planned = None if output is None else plan(importance)

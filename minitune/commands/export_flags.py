@@ -121,8 +121,10 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "--imatrix and --imatrix-from need --output or --audit: GGUF types use them"
         )
-    if arguments.ollama and arguments.output is None:
-        raise ValueError("--ollama needs --output: it writes a Modelfile beside each GGUF file")
+    if arguments.ollama and arguments.output is arguments.gguf_adapter is None:
+        raise ValueError(
+            "--ollama needs --output or --gguf-adapter: it writes a Modelfile beside each GGUF file"
+        )
     for flag, data in (("imatrix_tokens", "imatrix_from"), ("audit_tokens", "audit")):
         tokens = getattr(arguments, flag)
         if tokens is not None and (getattr(arguments, data) is None or tokens < 1):

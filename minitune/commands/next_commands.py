@@ -22,7 +22,7 @@ from minitune.data.records.conversations import (
 from minitune.data.records.record_fields import Fields, Reading
 from minitune.data.sources.sources import open_sources
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.lora_adapter import AdapterExport
+from minitune.gguf.lora_adapter import TEMPLATE_SUFFIX, AdapterExport
 from minitune.progress import LABEL_WIDTH, labelled
 from minitune.sft_trainer import SFTTrainer
 
@@ -34,6 +34,7 @@ READERS = {
 }
 LONGEST_TEXT = 300  # characters of a prompt or a system message on a command line
 EXPORTED_TYPE = "q4_k_m"
+MODELFILE = "Modelfile"
 
 
 def command_line(program: str, command: str, *arguments: Any) -> str:
@@ -102,9 +103,9 @@ def after_export(
     others = [path for path in paths if path not in of_adapter]
     gguf = [path for path in others if path.suffix == ".gguf"]
     commands, notes = [_llama_server(path) for path in gguf], []
-    modelfiles = [path for path in others if path.name.endswith("Modelfile")]
+    modelfiles = [path for path in others if path.name.endswith(MODELFILE)]
     for path, file in zip(gguf, modelfiles, strict=False):
-        commands.append(shlex.join(["ollama", "create", path.stem.lower(), "-f", str(file)]))
+        commands.append(_ollama_create(path, file))
     if gguf and not modelfiles:
         notes.append("for Ollama, export with --ollama: it writes a Modelfile beside the file")
     if adapter is not None:
@@ -117,14 +118,28 @@ def after_export(
 
 def _serving(program: str, adapter: AdapterExport) -> list[str]:
     """Return the commands that serve a base with an adapter, and first write a missing base."""
-    if is_gguf(adapter.base):
-        return [_llama_server(adapter.base, "--lora", adapter.target)]
-    base = adapter.target.with_name("base.gguf")
-    written = ("--output", base, "--quantization-method", "not_quantized")
-    return [
-        command_line(program, "export", "--model", adapter.base, *written),
-        _llama_server(base, "--lora", adapter.target),
+    base, served = adapter.base, ["--lora", adapter.target]
+    for path in adapter.texts:
+        if path.suffix == TEMPLATE_SUFFIX:
+            served += ["--jinja", "--chat-template-file", path]
+    if is_gguf(base):
+        commands = [_llama_server(base, *served)]
+    else:
+        written = adapter.target.with_name("base.gguf")
+        output = ("--output", written, "--quantization-method", "not_quantized")
+        commands = [
+            command_line(program, "export", "--model", base, *output),
+            _llama_server(written, *served),
+        ]
+    return commands + [
+        _ollama_create(adapter.target, path)
+        for path in adapter.texts
+        if path.name.endswith(MODELFILE)
     ]
+
+
+def _ollama_create(gguf: Path, modelfile: Path) -> str:
+    return shlex.join(["ollama", "create", gguf.stem.lower(), "-f", str(modelfile)])
 
 
 def _llama_server(path: Path, *arguments: Any) -> str:

@@ -24,8 +24,11 @@ from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
 from minitune.atomic_files import atomic_files, require_space
+from minitune.checkpoints.resolve_model import is_gguf
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
+from minitune.data.templates.chat_template import DEFAULT
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.general_metadata import (
     adapted_name,
     check_targets,
@@ -34,12 +37,14 @@ from minitune.gguf.general_metadata import (
 )
 from minitune.gguf.mixtures import QUANTIZATION_METHODS
 from minitune.gguf.model_metadata import check_expressible, check_window, gguf_name
+from minitune.gguf.modelfile import adapter_modelfile
 from minitune.gguf.reader import GgufReader
 from minitune.gguf.tensor_layout import (
     interleave_rope_rows,
     interleaved_heads,
     separate_rope_rows,
 )
+from minitune.gguf.tokenizer_metadata import adds_bos
 from minitune.gguf.verify import check_keys, named_target
 from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
 from minitune.model.causal_lm import CausalLM
@@ -47,6 +52,7 @@ from minitune.progress import is_shown, labelled, print_line
 
 TYPE = "f32"  # of the tensors
 FILE_TYPE = f"{TYPE}-lora"  # at the end of a file's name
+TEMPLATE_SUFFIX = ".jinja"
 # PEFT's ending of a parameter's name -> llama.cpp's
 FACTORS = {".lora_A.weight": ".weight.lora_a", ".lora_B.weight": ".weight.lora_b"}
 
@@ -127,22 +133,42 @@ class AdapterExport:
 
 
 def save_gguf_adapter(
-    model: CausalLM, path: str | Path, overwrite: bool = False, verify: bool = True
+    model: CausalLM,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    verify: bool = True,
+    ollama: bool = False,
 ) -> Path:
     """Write the model's adapter as a GGUF file and return the file.
 
+    A chat template that was assigned to the tokenizer is missing in the base's GGUF file. It is
+    written beside the adapter as NAME.jinja, for llama-server's --chat-template-file.
+
     path: a file name that ends in .gguf, or a folder for a file named after the base model.
-    overwrite: replace an existing file once the new one is complete.
+    tokenizer: the tokenizer of the training; None takes the base's.
+    overwrite: replace existing files once the new ones are complete.
+    progress: say what was verified, as in progress.py.
     verify: read the file back, and compare each key and each value.
+    ollama: write a Modelfile beside the file too.
 
-    Raises: ValueError if the model has no adapter, the file exists (unless `overwrite`), or
-        llama.cpp cannot run the model.
+    Raises: ValueError if the model has no adapter, a file exists (unless `overwrite`), or llama.cpp
+        cannot run the model. With `ollama`, also if the base is no GGUF file or Ollama's templates
+        cannot express the chat template.
     """
-    return plan_gguf_adapter(model, path, overwrite).write(verify=verify)[0]
+    plan = plan_gguf_adapter(model, path, tokenizer, overwrite, ollama)
+    return plan.write(progress, verify)[0]
 
 
-def plan_gguf_adapter(model: CausalLM, path: str | Path, overwrite: bool = False) -> AdapterExport:
-    """Check an export as `save_gguf_adapter` does, without writing, and return the file."""
+def plan_gguf_adapter(
+    model: CausalLM,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+    ollama: bool = False,
+) -> AdapterExport:
+    """Check an export as `save_gguf_adapter` does, without writing, and return its files."""
     if model.lora is None:
         raise ValueError(
             "the model has no adapter to write as a GGUF file; attach one with "
@@ -153,9 +179,17 @@ def plan_gguf_adapter(model: CausalLM, path: str | Path, overwrite: bool = False
     base = model.gguf or model.folder
     name = adapted_name(organization_and_name(model.name, base)[1])
     (target,) = check_targets(path, name, [FILE_TYPE], overwrite)
+    tokenizer = tokenizer or Tokenizer.from_folder(model.folder)
+    texts = _template_file(target, tokenizer)
+    if ollama:
+        texts |= _modelfile(target, base, model.config, tokenizer)
+    for text in texts:
+        if text.exists() and not overwrite:
+            raise ValueError(f"{text}: exists; remove it or choose another name")
     content = adapter_content(model)
     require_space(target, content.nbytes)
-    return AdapterExport(target, base, content, model.config, dict(model.trainable_parameters()))
+    parameters = dict(model.trainable_parameters())
+    return AdapterExport(target, base, content, model.config, parameters, texts)
 
 
 def adapter_content(model: CausalLM) -> Content:
@@ -168,6 +202,33 @@ def adapter_content(model: CausalLM) -> Content:
         for key, p in model.trainable_parameters()
     ]
     return Content(metadata, infos)
+
+
+def _template_file(target: Path, tokenizer: Tokenizer) -> dict[Path, str]:
+    """Return path -> content of the chat template, if the base's GGUF file has another one."""
+    if not tokenizer.template_was_assigned or tokenizer.chat_template is None:
+        return {}
+    templates = tokenizer.chat_template
+    text = templates if isinstance(templates, str) else templates[DEFAULT]
+    return {target.with_suffix(TEMPLATE_SUFFIX): text}
+
+
+def _modelfile(
+    target: Path, base: Path, config: ModelConfig, tokenizer: Tokenizer
+) -> dict[Path, str]:
+    """Return path -> content of the Modelfile.
+
+    Raises: ValueError if the base is no GGUF file or Ollama's templates cannot express the chat
+        template.
+    """
+    if not is_gguf(base):
+        raise ValueError(
+            f"a Modelfile begins with the GGUF file of the base, and {base} is none; export the "
+            "base without the adapter as a GGUF file, load that file with this adapter, and write "
+            "the adapter with ollama=True then"
+        )
+    architecture = config.architecture.gguf.name
+    return adapter_modelfile(target, base, architecture, tokenizer, adds_bos(tokenizer))
 
 
 def adapter_metadata(

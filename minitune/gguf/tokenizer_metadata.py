@@ -74,6 +74,11 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, 
     return metadata | general_name | _chat_templates(tokenizer.chat_template)
 
 
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Return True if the tokenizer begins a text with the BOS."""
+    return tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+
+
 def _general_name(tokenizer: Tokenizer, name: str) -> dict[str, MetadataValue]:
     """Return another general.name if llama.cpp needs it.
 
@@ -141,7 +146,7 @@ def _special_tokens(tokenizer: Tokenizer, content: dict) -> dict[str, MetadataVa
     }
     # llama.cpp has to add the same BOS as the tokenizer. It must never add an EOS, and adds none
     # without a key: the texts that it gets are prompts, even if training texts end with one.
-    metadata["tokenizer.ggml.add_bos_token"] = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    metadata["tokenizer.ggml.add_bos_token"] = adds_bos(tokenizer)
     config = read_json(tokenizer.folder / CONFIG, default={})
     processors = flattened(content.get("post_processor") or {}, "processors")
     if "add_eos_token" in config or any(part["type"] == "ByteLevel" for part in processors):
