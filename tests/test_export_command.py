@@ -70,6 +70,11 @@ def test_the_command_writes_the_adapter_alone_and_beside_a_merged_file(tmp_path,
     out, err = capsys.readouterr()
     assert out.splitlines() == [str(merged), str(both)] and both.read_bytes() == expected
     assert f"llama-server -m {merged}\n" in err and f"llama-server -m {both}" not in err
+    same = [*trained, "--gguf-adapter", str(tmp_path / "c.gguf")]
+    assert export.main([*same, "--output", str(tmp_path / "c.gguf")]) == 2
+    assert "--output and --gguf-adapter name the same file" in capsys.readouterr().err
+    assert export.main([*same, "--ollama"]) == 2
+    assert "and write the adapter with --ollama then" in " ".join(capsys.readouterr().err.split())
     base = ["--model", str(tmp_path / "base"), "--gguf-adapter", str(tmp_path / "c.gguf")]
     assert export.main(base) == 2
     assert "base has none; give the folder of a run or an adapter" in capsys.readouterr().err

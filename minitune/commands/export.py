@@ -110,11 +110,7 @@ def export(arguments: argparse.Namespace) -> Exported:
     for new_folder in filter(None, (merged, quantized)):
         check_new_folder(model, new_folder)
     planned = None if output is None else plan(importance)
-    adapter = None
-    if arguments.gguf_adapter is not None:
-        adapter = plan_gguf_adapter(
-            model, arguments.gguf_adapter, tokenizer, ollama=arguments.ollama
-        )
+    adapter = _plan_adapter(arguments, model, tokenizer, planned)
     if collects:
         importance = _collect(arguments, model, tokenizer)
         planned = None if output is None else plan(importance)
@@ -135,6 +131,26 @@ def export(arguments: argparse.Namespace) -> Exported:
     if quantized is not None:
         paths.append(save_4bit(model, quantized, tokenizer, progress=True))
     return Exported(paths, adapter)
+
+
+def _plan_adapter(
+    arguments: argparse.Namespace,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    planned: GGUFExport | None,
+) -> AdapterExport | None:
+    """Return the export of --gguf-adapter, or None without the flag.
+
+    planned: the merged GGUF files of the same command.
+
+    Raises: ValueError if llama.cpp cannot use the adapter, or a file exists.
+    """
+    if arguments.gguf_adapter is None:
+        return None
+    adapter = plan_gguf_adapter(model, arguments.gguf_adapter, tokenizer, ollama=arguments.ollama)
+    if planned is not None and adapter.target in planned.targets:
+        raise ValueError(f"{adapter.target}: --output and --gguf-adapter name the same file")
+    return adapter
 
 
 def _collect(

@@ -61,7 +61,7 @@ def adapter_modelfile(
     """
     warnings.warn(
         "Ollama makes models with ADAPTER up to version 0.34.0; with a later one, export the "
-        "merged model, or start llama-server with --lora",
+        "merged model, or serve base and adapter with llama-server",
         stacklevel=4,
     )
     if architecture in OWN_ENGINE:
