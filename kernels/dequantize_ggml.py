@@ -32,8 +32,8 @@ CHUNK_VALUES = 1 << 18
 PART = 8  # values
 ADDRESS_MULTIPLE = 8  # bytes; the longest load of a block
 # Parts a program: the largest number that fits into one row of the weight.
-PARTS_PER_PROGRAM = (512, 256, 128, 64)
-PARTS_PER_THREAD = 4
+PARTS_PER_PROGRAM = (256, 128, 64)
+PARTS_PER_THREAD = 2
 
 
 @dataclass

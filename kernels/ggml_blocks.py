@@ -8,7 +8,8 @@ Each type has a function from a part's block to
 
     levels    uint64 (T,), the levels of the T parts
     scale     float32 (T,), which multiplies a level
-    addend    float32 (T,), which is added afterwards; 0.0 if the type has none
+    minimum   float32 (T,), which is added to the product, or subtracted from it (K types); 0.0 if
+              the type has none
 
 All addresses of a load of 2, 4 or 8 bytes are multiples of 2, 4 or 8 if the blocks begin at a
 multiple of 8 bytes.
@@ -16,7 +17,7 @@ multiple of 8 bytes.
 
 from .backend import tl, triton
 
-# Numbers that are subtracted from the levels, which are not negative. The other types have addends.
+# Numbers that are subtracted from the levels, which are not negative. The other types have minima.
 OFFSETS = {
     "Q8_0": 128,
     "Q4_0": 8,
@@ -38,35 +39,38 @@ def block_values(block_ptr, part, TYPE: tl.constexpr, OFFSET: tl.constexpr):
     OFFSET: the type's number in OFFSETS, otherwise 0.
     """
     if TYPE == "Q8_0":
-        levels, scale, addend = _q8_0(block_ptr, part)
+        levels, scale, minimum = _q8_0(block_ptr, part)
     elif TYPE == "Q4_0" or TYPE == "IQ4_NL":
-        levels, scale, addend = _q4_0(block_ptr, part)
+        levels, scale, minimum = _q4_0(block_ptr, part)
     elif TYPE == "Q4_1":
-        levels, scale, addend = _q4_1(block_ptr, part)
+        levels, scale, minimum = _q4_1(block_ptr, part)
     elif TYPE == "Q5_0":
-        levels, scale, addend = _q5_0(block_ptr, part)
+        levels, scale, minimum = _q5_0(block_ptr, part)
     elif TYPE == "Q5_1":
-        levels, scale, addend = _q5_1(block_ptr, part)
+        levels, scale, minimum = _q5_1(block_ptr, part)
     elif TYPE == "Q2_K":
-        levels, scale, addend = _q2_k(block_ptr, part)
+        levels, scale, minimum = _q2_k(block_ptr, part)
     elif TYPE == "Q3_K":
-        levels, scale, addend = _q3_k(block_ptr, part)
+        levels, scale, minimum = _q3_k(block_ptr, part)
     elif TYPE == "Q4_K":
-        levels, scale, addend = _q4_k(block_ptr, part)
+        levels, scale, minimum = _q4_k(block_ptr, part)
     elif TYPE == "Q5_K":
-        levels, scale, addend = _q5_k(block_ptr, part)
+        levels, scale, minimum = _q5_k(block_ptr, part)
     elif TYPE == "Q6_K":
-        levels, scale, addend = _q6_k(block_ptr, part)
+        levels, scale, minimum = _q6_k(block_ptr, part)
     else:
         tl.static_assert(TYPE == "IQ4_XS")
-        levels, scale, addend = _iq4_xs(block_ptr, part)
+        levels, scale, minimum = _iq4_xs(block_ptr, part)
 
     level = (levels[:, None] >> (8 * tl.arange(0, 8)[None, :])) & 255
     if TYPE == "IQ4_NL" or TYPE == "IQ4_XS":
         level = _iq4_value(level)
     value = (level.to(tl.int32) - OFFSET).to(tl.float32) * scale[:, None]
-    if OFFSET == 0:
-        value += addend[:, None]
+    # A negated minimum of 0 would add +0, and change the sign of a product of -0.
+    if TYPE == "Q4_1" or TYPE == "Q5_1":
+        value += minimum[:, None]
+    elif OFFSET == 0:
+        value -= minimum[:, None]
     return value
 
 
@@ -106,38 +110,38 @@ def _q2_k(block_ptr, part):
     levels = _pairs(block_ptr + 16, part, 4)
     scale = _byte(block_ptr + (part >> 1))
     minimum = _float16(block_ptr + 82) * (scale >> 4).to(tl.float32)
-    return levels, _float16(block_ptr + 80) * (scale & 15).to(tl.float32), -minimum
+    return levels, _float16(block_ptr + 80) * (scale & 15).to(tl.float32), minimum
 
 
 @triton.jit
 def _q3_k(block_ptr, part):
-    third = _fields(_eight_bytes(block_ptr + 8 * (part & 3), 2), part >> 2, 1)
+    third = _fields(_eight_bytes_inside(block_ptr + 8 * (part & 3)), part >> 2, 1)
     sub = part >> 1  # sub-block of 16 values
     low = _byte(block_ptr + 96 + (sub & 7)) >> (sub >> 3 << 2)
     high = _byte(block_ptr + 104 + (sub & 3)) >> (sub >> 2 << 1)
     scale = ((low & 15) | ((high & 3) << 4)) - 32
-    levels = _pairs(block_ptr + 32, part, 2) | (third << 2)
+    levels = _pairs(block_ptr + 32, part, 0) | (third << 2)
     return levels, _float16(block_ptr + 108) * scale.to(tl.float32), 0.0
 
 
 @triton.jit
 def _q4_k(block_ptr, part):
     scale, minimum = _scale_and_minimum(block_ptr, part >> 2)
-    return _nibbles_of_32(block_ptr + 16, part), scale, -minimum
+    return _nibbles_of_32(block_ptr + 16, part), scale, minimum
 
 
 @triton.jit
 def _q5_k(block_ptr, part):
     scale, minimum = _scale_and_minimum(block_ptr, part >> 2)
     fifth = _fields(_eight_bytes(block_ptr + 16 + 8 * (part & 3), 8), part >> 2, 1)
-    return _nibbles_of_32(block_ptr + 48, part) | (fifth << 4), scale, -minimum
+    return _nibbles_of_32(block_ptr + 48, part) | (fifth << 4), scale, minimum
 
 
 @triton.jit
 def _q6_k(block_ptr, part):
     at = 64 * (part >> 4) + 8 * (part & 7)
-    low = _fields(_eight_bytes(block_ptr + at, 2), (part >> 3 & 1) << 2, 15)
-    levels = low | (_pairs(block_ptr + 128, part, 2) << 4)
+    low = _fields(_eight_bytes_inside(block_ptr + at), (part >> 3 & 1) << 2, 15)
+    levels = low | (_pairs(block_ptr + 128, part, 0) << 4)
     scale = tl.load(block_ptr + 192 + (part >> 1)).to(tl.int8, bitcast=True)
     return levels, _float16(block_ptr + 208) * scale.to(tl.float32), 0.0
 
@@ -182,7 +186,11 @@ def _nibbles_of_32(ptr, part):
 def _pairs(ptr, part, ALIGNMENT: tl.constexpr):
     """Return levels of two bits of runs of 128, whose quarters lie one above the other."""
     at = 32 * (part >> 4) + 8 * (part & 3)
-    return _fields(_eight_bytes(ptr + at, ALIGNMENT), (part >> 2 & 3) << 1, 3)
+    if ALIGNMENT == 0:
+        word = _eight_bytes_inside(ptr + at)
+    else:
+        word = _eight_bytes(ptr + at, ALIGNMENT)
+    return _fields(word, (part >> 2 & 3) << 1, 3)
 
 
 @triton.jit
@@ -231,6 +239,22 @@ def _eight_bytes(ptr, ALIGNMENT: tl.constexpr):
         high = tl.load(halves_ptr + 2).to(tl.uint32) | (tl.load(halves_ptr + 3).to(tl.uint32) << 16)
         word = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
     return word
+
+
+@triton.jit
+def _eight_bytes_inside(ptr):
+    """Return the eight bytes at each even address as a uint64, the first byte lowest.
+
+    Up to four bytes behind them are loaded too, so they must lie inside of the block. Three loads
+    of four bytes are faster than four of two.
+    """
+    before = (ptr.to(tl.uint64) & 2).to(tl.int32)  # bytes that are loaded and not returned
+    words_ptr = (ptr - before).to(tl.pointer_type(tl.uint32))
+    shift = (8 * before).to(tl.uint32)
+    first, second, third = tl.load(words_ptr), tl.load(words_ptr + 1), tl.load(words_ptr + 2)
+    low = (first >> shift) | ((second << 1) << (31 - shift))
+    high = (second >> shift) | ((third << 1) << (31 - shift))
+    return low.to(tl.uint64) | (high.to(tl.uint64) << 32)
 
 
 @triton.jit
