@@ -40,6 +40,7 @@ from minitune.checkpoints.resolve_model import resolve_model
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import parse_bytes
+from minitune.gguf.model_files import model_files
 
 PEER_CHECKPOINTING = {"true": "default", "auto": "default", "false": "none"}
 # The flags of each mode; --model takes all but NOT_OF_MODEL.
@@ -151,7 +152,7 @@ def _complete_step(a: argparse.Namespace) -> None:
     if a.short and a.steps <= a.warmup:
         raise ValueError(f"--steps {a.steps} of --short are all in the {a.warmup} of --warmup")
     # Checked here, because a peer would need a minute to find it.
-    limit = ModelConfig.from_folder(resolve_model(a.model)).max_position_embeddings
+    limit = ModelConfig.from_folder(model_files(resolve_model(a.model))).max_position_embeddings
     if a.tokens > limit:
         raise ValueError(f"--tokens {a.tokens} is more than the {limit} positions of {a.model}")
 
