@@ -95,7 +95,7 @@ def merge_text(model: CausalLM, merge_base: str) -> str:
     Raises: ValueError if `merge_base` is not available.
     """
     original = _use_original(model, _stored_weights(model), merge_base)
-    form = "16-bit" if original else " and ".join(model.weight_formats)
+    form = "16-bit" if original else model.formats_text
     if model.lora is None:
         return f"without an adapter: the {form} weights of {model.name}"
     text = f"the adapter into the {form} weights of {model.name}"

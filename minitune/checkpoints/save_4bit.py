@@ -42,8 +42,9 @@ def save_4bit(
     check_new_folder(model, folder)
     if model.gguf is not None:
         raise ValueError(
-            f"{folder}: the weights are those of {model.gguf}, not NF4; write them in 16 bit with "
-            "save_pretrained_merged, load that folder with load_in_4bit=True, and save it"
+            f"{folder}: the weights are those of {model.gguf}, not NF4; write them as a folder of "
+            "16 bit first (save_pretrained_merged, or `minitune export --merged DIR`), and save "
+            "that folder in 4 bit"
         )
     if not model.is_nf4:
         raise ValueError(

@@ -4,9 +4,10 @@
     minitune data show --config run.toml --html FILE      the same as one offline page
     minitune data --model DIR --data FILE                 the summary alone
 
-The model folder needs config.json and the tokenizer only. In a terminal, trained-on tokens are
-green (NO_COLOR turns colours off); elsewhere they stand between [[ and ]]. Bad lines are listed,
-and the exit code is then 2. The flags on records are those of `minitune train`.
+A model folder needs config.json and the tokenizer only; a GGUF file holds both. In a terminal,
+trained-on tokens are green (NO_COLOR turns colours off); elsewhere they stand between [[ and ]].
+Bad lines are listed, and the exit code is then 2. The flags on records are those of `minitune
+train`.
 """
 
 import argparse

@@ -22,8 +22,8 @@ def export_parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         required=True,
-        help="model folder, or org/name in the local Hugging Face cache; or the folder of a run or "
-        "an adapter, with its base",
+        help="model folder, GGUF file, or org/name in the local Hugging Face cache; or the folder "
+        "of a run or an adapter, with its base",
     )
     parser.add_argument(
         "--adapter", type=Path, help="folder of the run or the adapter to merge into --model"

@@ -47,8 +47,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         required=True,
-        help="model folder, or org/name in the local Hugging Face cache; or the folder of a run or "
-        "an adapter, with its base",
+        help="model folder, GGUF file, or org/name in the local Hugging Face cache; or the folder "
+        "of a run or an adapter, with its base",
     )
     parser.add_argument("--adapter", help="folder of a run or an adapter, if --model is its base")
     parser.add_argument("--prompt", help="the prompt; default: lines from the terminal or a pipe")

@@ -35,6 +35,7 @@ READERS = {
 LONGEST_TEXT = 300  # characters of a prompt or a system message on a command line
 EXPORTED_TYPE = "q4_k_m"
 MODELFILE = "Modelfile"
+GGUF_ADAPTER = "adapter.gguf"
 
 
 def command_line(program: str, command: str, *arguments: Any) -> str:
@@ -84,6 +85,11 @@ def after_training(
     gguf = [path for path in models if path.suffix == ".gguf"]
     if gguf:
         commands.append(_llama_server(gguf[0]))
+    elif model.gguf is not None:  # the adapter on this file is the model as it was trained
+        adapter = trainer.output / GGUF_ADAPTER
+        more = ("--model", trainer.output, "--gguf-adapter", adapter)
+        commands.append(command_line(program, "export", *more))
+        commands.append(_llama_server(model.gguf, "--lora", adapter))
     else:
         more = ("--output", trainer.output / "gguf", "--quantization-method", EXPORTED_TYPE)
         commands.append(command_line(program, "export", "--model", trainer.output, *more))

@@ -95,10 +95,11 @@ def train(settings: Settings, program: str) -> None:
     trainer, run = prepare(settings), settings.run
     if run.gguf:
         check_window(trainer.model.config, trainer.data.max_seqlen)
+    merges = run.merge or run.gguf
+    text = in_flags(merge_text(trainer.model, run.merge_base)) if merges else ""
     trainer.program = command_line(program, "train")
     trainer.train()
-    if run.merge or run.gguf:
-        text = in_flags(merge_text(trainer.model, run.merge_base))
+    if merges:
         print_line(labelled("merging", text))
     models = write_models(
         trainer.model,

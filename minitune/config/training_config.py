@@ -115,8 +115,8 @@ class RunConfig:
 
     model: str | None = setting(
         None,
-        "model folder, or an org/name id in the local Hugging Face cache; or the folder of a run "
-        "or an adapter, which is then trained further",
+        "model folder, GGUF file, or an org/name id in the local Hugging Face cache; or the folder "
+        "of a run or an adapter, which is then trained further",
     )
     adapter: str | None = setting(
         None, "folder of a run or an adapter to train further, if the model is its base"
@@ -128,7 +128,10 @@ class RunConfig:
     max_seq_length: int | None = setting(
         None, "tokens of the longest sample; default: 2048, or the model's limit if less", minimum=2
     )
-    load_in_4bit: bool = setting(True, "hold the frozen linears in NF4 (QLoRA), not in 16 bit")
+    load_in_4bit: bool = setting(
+        True,
+        "hold the frozen linears in NF4 (QLoRA), not in 16 bit; a GGUF file keeps its own types",
+    )
     dtype: str | None = setting(None, "compute dtype; default by device", choices=DTYPES)
     offload_embedding: bool = setting(
         False, "hold the embedding in host memory; a GPU reads its rows from there"

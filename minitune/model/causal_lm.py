@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from minitune.config.loading_arguments import CALLING
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.device import free_memory
-from minitune.model.activations import LayerPlan, SaveLevel
+from minitune.model.activations import SaveLevel
 from minitune.model.autograd import LogitsNode, LossNode
 from minitune.model.decoder_layer import DecoderLayer
 from minitune.model.generate import generate
@@ -36,6 +36,7 @@ from minitune.model.norms import RMSNorm
 from minitune.model.packed_sequences import PackedSequences, pack_batch
 from minitune.model.resident_weights import ResidentWeights
 from minitune.model.rope import RopeTables
+from minitune.model.step_planner import StepPlanner
 
 EVALUATION_TILE_ROWS = 2048
 
@@ -49,25 +50,6 @@ class Output:
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-
-
-# The model asks a planner which activations to save. Planners know the memory of a GPU and live in
-# minitune/memory, above this folder, so the model names only the methods that it calls.
-
-
-class StepPlanner(Protocol):
-    """A planner of forward and backward passes, such as memory/planner.py's Planner."""
-
-    def plan_for(self, model: "CausalLM", packed: PackedSequences) -> "StepPlan": ...
-
-
-class StepPlan(Protocol):
-    """The plan of one forward and backward pass, such as memory/plan.py's Plan."""
-
-    layers: tuple[LayerPlan, ...]
-    tile_rows: int | None
-
-    def select_attention(self, packed: PackedSequences) -> PackedSequences: ...
 
 
 class Decoder(nn.Module):
@@ -157,6 +139,14 @@ class CausalLM(nn.Module):
             if linear.is_quantized:
                 nbytes[linear.quantized.format] += linear.quantized.nbytes
         return tuple(name for name, _ in nbytes.most_common())
+
+    @property
+    def formats_text(self) -> str:
+        """Return the formats of the linears in words, such as "Q4_K and Q6_K" or "16-bit"."""
+        if self.weight_formats:
+            return " and ".join(self.weight_formats)
+        _, first = next(self.linears())
+        return f"{8 * first.weight.dtype.itemsize}-bit"
 
     @property
     def is_nf4(self) -> bool:
@@ -292,8 +282,7 @@ class CausalLM(nn.Module):
         """Return the buffers of a loss over at most `rows` rows."""
         c, head = self.config, None
         if self.converts_head:
-            shape = (c.vocab_size, c.hidden_size)
-            head = torch.empty(shape, dtype=self.dtype, device=self.device)
+            head = torch.empty(self.model.embed_tokens.shape, dtype=self.dtype, device=self.device)
         return LossBuffers(new_logits_buffer(rows, c.vocab_size, self.dtype, self.device), head)
 
     def check(self, ids: Tensor, positions: Tensor) -> None:
@@ -334,10 +323,7 @@ class CausalLM(nn.Module):
 
     @contextlib.contextmanager
     def resident_weights(self) -> Iterator[None]:
-        """Keep all linears and the head dequantised in the compute dtype meanwhile.
-
-        No number changes.
-        """
+        """Keep all linears and the head dequantised meanwhile; no number changes."""
         weights = ResidentWeights(self.dtype, self.device)
         head = self._resident_head
         try:

@@ -76,7 +76,7 @@ def _model_rows(model: CausalLM) -> list[tuple[str, str]]:
         (
             "model",
             f"{model.name}: {total / 1e6:,.1f} M parameters, {storage_bytes(model) / 1e6:,.0f} MB, "
-            f"linears {' and '.join(model.weight_formats) or '16-bit'}",
+            f"linears {model.formats_text}",
         ),
         (
             "adapter",

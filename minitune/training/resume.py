@@ -41,6 +41,7 @@ from minitune.training.run_data import RunData
 SAME_ORDER = ("seed", "samples_per_step", "packing", "max_length", "data")
 SAME_MATHEMATICS = (
     "model",
+    "gguf_bytes",
     "load_in_4bit",
     "dtype",
     "learning_rate",
@@ -86,7 +87,7 @@ def resolve_run_config(
         data=data,
         eval_data=eval_data,
         max_seq_length=model.max_seq_length,
-        load_in_4bit=model.is_nf4,
+        load_in_4bit=bool(model.weight_formats),
         dtype=str(model.dtype).removeprefix("torch."),
         offload_embedding=model.model.embed_tokens.table.device.type != model.device.type,
         use_gradient_checkpointing=checkpointing_word(model.planner.level),
@@ -113,7 +114,8 @@ def run_identity(model: CausalLM, args: SFTConfig, size: RunSize, data: RunData)
         "total_steps": size.total_steps,
         "data": data.train.samples.fingerprint(),
         "model": with_absolute_paths({"model": model.name})["model"],
-        "load_in_4bit": model.is_nf4,
+        "gguf_bytes": None if model.gguf is None else model.gguf.stat().st_size,
+        "load_in_4bit": bool(model.weight_formats),
         "dtype": str(model.dtype).removeprefix("torch."),
         "use_gradient_checkpointing": checkpointing_word(model.planner.level),
         "attention": model.layer_context.attention,

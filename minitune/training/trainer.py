@@ -204,12 +204,14 @@ class Trainer(OptimizerSteps):
 
     def _oom_advice(self) -> str:
         """Return a text with the failed step, the settings to change and the last checkpoint."""
-        config = self.run_config
+        config, nf4 = self.run_config, ""
+        if self.model.gguf is None:
+            nf4 = f" or load_in_4bit to true (it is {config.load_in_4bit})"
         return (
             f"step {self.progress.step + 1}; lower micro_step_tokens ({self.micro_step_tokens}) "
             f"or max_length ({self.data.max_length}), or set use_gradient_checkpointing to true "
-            f"(it is {config.use_gradient_checkpointing}) or load_in_4bit to true (it is "
-            f"{config.load_in_4bit}); last checkpoint: {self._last_checkpoint()}"
+            f"(it is {config.use_gradient_checkpointing}){nf4}; "
+            f"last checkpoint: {self._last_checkpoint()}"
         )
 
     def _last_checkpoint(self) -> str:

@@ -19,7 +19,7 @@ from minitune.config.cli.settings import known_settings
 from minitune.config.cli.wrong_flags import suggestion
 from minitune.config.training_config import PATHS
 
-FOLDERS = ("model", "adapter")  # paths of folders, of which `model` may be an id instead
+MODELS = ("model", "adapter")  # folders or GGUF files; `model` may be an id instead
 METRICS = "metrics.jsonl"  # beside a config.toml that a run wrote
 
 
@@ -49,13 +49,13 @@ def with_absolute_paths(values: dict[str, Any], folder: str | Path = ".") -> dic
     folder: the folder that relative paths are relative to.
     """
     values = dict(values)
-    for name in ("output_dir", *PATHS, *FOLDERS):
+    for name in ("output_dir", *PATHS, *MODELS):
         value = values.get(name)
         if isinstance(value, list | tuple):
             values[name] = tuple(
                 _absolute(item, folder) if isinstance(item, str) else item for item in value
             )
-        elif isinstance(value, str) and (name != "model" or _is_folder(value, folder)):
+        elif isinstance(value, str) and (name != "model" or _exists(value, folder)):
             values[name] = _absolute(value, folder)
     return values
 
@@ -64,8 +64,8 @@ def _absolute(path: str, folder: str | Path) -> str:
     return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
 
 
-def _is_folder(path: str, folder: str | Path) -> bool:
-    return os.path.isdir(_absolute(path, folder))
+def _exists(path: str, folder: str | Path) -> bool:
+    return os.path.exists(_absolute(path, folder))
 
 
 def _folder_of_paths(path: Path, values: dict[str, Any]) -> Path:
