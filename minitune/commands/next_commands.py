@@ -89,7 +89,9 @@ def after_training(
         adapter = trainer.output / GGUF_ADAPTER
         more = ("--model", trainer.output, "--gguf-adapter", adapter)
         commands.append(command_line(program, "export", *more))
-        commands.append(_llama_server(model.gguf, "--lora", adapter))
+        # An assigned chat template is a file of that export, which shows the whole command.
+        if not trainer.processing_class.template_was_assigned:
+            commands.append(_llama_server(model.gguf, "--lora", adapter))
     else:
         more = ("--output", trainer.output / "gguf", "--quantization-method", EXPORTED_TYPE)
         commands.append(command_line(program, "export", "--model", trainer.output, *more))
