@@ -177,11 +177,12 @@ def _windows(keys: ArchitectureKeys, family: Architecture, layers: int) -> dict:
 
 def _local_rope(keys: ArchitectureKeys, family: Architecture, config: dict) -> dict:
     """Return the rotation of sliding layers, if a family has one."""
-    theta, key = config["rope_theta"], "rope.freq_base_swa"
+    theta, scaling, key = config["rope_theta"], config["rope_scaling"], "rope.freq_base_swa"
     if not family.gguf.local_theta:
         keys.expect(key, theta)
-        return {}
-    scaling = config["rope_scaling"]
+        plain = {"rope_type": "default", "rope_theta": theta}
+        both = {FULL: plain | (scaling or {}), SLIDING: plain}
+        return {"rope_scaling": None, "rope_parameters": both} if family.two_ropes else {}
     is_yarn = scaling is not None and scaling["rope_type"] != "linear"
     if is_yarn and SLIDING in config.get("layer_types", ()):
         raise keys.error("rope.scaling.type", scaling["rope_type"], "linear, or no sliding layers")

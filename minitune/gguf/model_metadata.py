@@ -123,8 +123,9 @@ def _rope_scaling_metadata(config: ModelConfig) -> dict[str, MetadataValue]:
         original = original or with_defaults(config.raw, family.model_type)[ORIGINAL]
     if original and rope.kind != "llama3":
         metadata["rope.scaling.original_context_length"] = int(original)
+    if rope.kind in ("linear", "yarn") or (rope.kind == "longrope" and not family.partial_rotary):
+        metadata["rope.scaling.type"] = rope.kind  # Phi-3's divisors count without the key
     if rope.kind in ("linear", "yarn"):
-        metadata["rope.scaling.type"] = rope.kind
         metadata["rope.scaling.factor"] = float(scaling["factor"])
     if rope.kind == "yarn":
         for key in ("beta_fast", "beta_slow", "attention_factor"):

@@ -7,7 +7,8 @@ that the converter needs and that are not installed here, such as protobuf.
 
 A case is a tiny random model of a family (tests/tiny_families.py) with a published vocabulary. A
 line of the output is a case: its number of keys and tensors, the deliberate differences, and every
-other difference. The exit code is 1 if there is any other difference.
+other difference. A config.json that is read from the converter's file must describe the model of
+the folder. The exit code is 1 if there is any other difference.
 """
 
 import argparse
@@ -23,10 +24,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from gguf_files import LLAMA3_ROPE  # noqa: E402
+from same_models import check_same_model  # noqa: E402
 from tiny import make_tiny_model  # noqa: E402
-from tiny_families import FAMILIES, make_tiny_family  # noqa: E402
+from tiny_families import FAMILIES, YARN, make_tiny_family  # noqa: E402
 
+from minitune.config.model_config import ModelConfig  # noqa: E402
 from minitune.gguf.export import convert_folder  # noqa: E402
+from minitune.gguf.open_gguf import open_gguf, read_config  # noqa: E402
 from referees.gguf_reading import GGUFContent, read_gguf  # noqa: E402
 from referees.package_vocabularies import read_vocabulary, write_tokenizer_files  # noqa: E402
 
@@ -55,6 +60,12 @@ DELIBERATE = (
         "the order of the layers; the converter has the order of the safetensors files",
     ),
 )
+LLAMAS = {
+    "llama": {},
+    "llama with llama3's RoPE": {"rope_scaling": LLAMA3_ROPE, "head_dim": 64},
+    "llama with YaRN": {"rope_scaling": YARN},
+}
+ROUNDING = 1e-4  # of cos and sin: the converter computes llama3's divisors in another precision
 FILES = ("tokenizer.json", "tokenizer.model", "generation_config.json")
 AS_JSON = " as json"
 # Vocabulary of each family -> form, for the families of tiny_families.py.
@@ -77,6 +88,7 @@ FAMILY_VOCABULARIES = {
 def cases() -> dict[str, tuple[str, str]]:
     """Return name of a case -> (case of tiny_families.py or "llama", vocabulary)."""
     found = {f"llama, {name}": ("llama", name) for name in FAMILY_VOCABULARIES["llama"]}
+    found |= {f"{case}, llama-bpe": (case, "llama-bpe") for case in LLAMAS}
     for case, (model_type, _) in FAMILIES.items():
         for name in FAMILY_VOCABULARIES[model_type]:
             found[f"{case}, {name}"] = (case, name)
@@ -88,8 +100,8 @@ def write_case(models: Path, case: str, vocabulary: str, folder: Path) -> None:
     name = vocabulary.removesuffix(AS_JSON)
     keys = read_vocabulary(models, name)
     rows = len(keys["tokens"])
-    if case == "llama":
-        make_tiny_model(folder, vocab=rows)
+    if case in LLAMAS:
+        make_tiny_model(folder, vocab=rows, **LLAMAS[case])
     else:
         make_tiny_family(folder, case, vocab_size=rows)
     for file in FILES:
@@ -156,6 +168,16 @@ def differing_tensors(ours: GGUFContent, theirs: GGUFContent) -> dict[str, str]:
     return found
 
 
+def differing_config(path: Path, folder: Path) -> dict[str, str]:
+    """Return "config.json" -> difference, if a file's config is not the one of the folder."""
+    try:
+        config = ModelConfig.from_dict(read_config(open_gguf(path)))
+        check_same_model(config, ModelConfig.from_folder(folder), ROUNDING)
+    except (ValueError, AssertionError) as error:
+        return {"config.json": str(error)}
+    return {}
+
+
 def compare(options: argparse.Namespace, name: str, case: str, vocabulary: str) -> bool:
     """Print the line of a case, and return True if nothing differs but by intention."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -173,6 +195,7 @@ def compare(options: argparse.Namespace, name: str, case: str, vocabulary: str) 
             return True
         here, there = read_gguf(ours), read_gguf(theirs)
         found = differing_keys(here, there) | differing_tensors(here, there)
+        found |= differing_config(theirs, folder)
     deliberate = [
         key
         for key in found
