@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 # One thread a worker: pytest runs one worker a core, and OpenMP's threads spin while they wait.
@@ -67,13 +68,24 @@ def smollm2() -> Path:
 
     Skips the test if there is no network.
     """
-    root = Path(__file__).parents[1]
     from demonstration.smollm2 import DEFAULT, fetch
 
+    return _fetched(fetch, DEFAULT)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """Return the GGUF file that the one real model comes from, as `smollm2`."""
+    from demonstration.smollm2 import DEFAULT_GGUF, fetch_gguf
+
+    return _fetched(fetch_gguf, DEFAULT_GGUF)
+
+
+def _fetched(fetch: Callable[[Path], Path], target: Path) -> Path:
     try:
         with (Path(tempfile.gettempdir()) / "minitune-smollm2.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the other worker may be fetching it
-            return fetch(root / DEFAULT)
+            return fetch(Path(__file__).parents[1] / target)
     except ValueError as error:
         pytest.skip(f"SmolLM2 is not to be had here: {error}")
 

@@ -70,8 +70,9 @@ def hf_twin(model, folder):
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
-        for name, linear in model.linears():
-            hf.get_submodule(name).weight.copy_(linear.weight_as(torch.float32))
+        for name, module in model.named_modules():
+            if (quantized := getattr(module, "quantized", None)) is not None:
+                hf.get_submodule(name).weight.copy_(quantized.dequantize(torch.float32))
     lora = model.lora
     config = peft.LoraConfig(
         r=lora.r,
