@@ -41,19 +41,23 @@ class LlamaCpp:
 
     def next_log_probabilities(self, ids: list[int], vocab: int) -> Tensor:
         """Return the log probability (vocab,) of every token after the prompt `ids`."""
+        values = self.likeliest(ids, vocab)
+        return torch.tensor([values[id] for id in range(vocab)])
+
+    def likeliest(self, ids: list[int], count: int) -> dict[int, float]:
+        """Return token -> log probability of the likeliest tokens after the prompt `ids`."""
         # The reply has no entry for a token that ends inside a character, so a bias forces a whole
         # one to come next. The reported probabilities are those without the bias.
         request = {
             "prompt": ids,
             "max_tokens": 1,
             "temperature": 0,
-            "n_probs": vocab,
+            "n_probs": count,
             "logit_bias": [[FORCED_TOKEN, 1000]],
         }
         reply = self.server.handle_completions(request)
         step = reply["choices"][0]["logprobs"]["content"][0]
-        values = {token["id"]: token["logprob"] for token in step["top_logprobs"]}
-        return torch.tensor([values[id] for id in range(vocab)])
+        return {token["id"]: token["logprob"] for token in step["top_logprobs"]}
 
     def answer(self, ids: list[int], tokens: int) -> str:
         """Return the text of a greedy continuation of `ids`."""
