@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from gguf_files import make_tiny_gguf
 from micro_step_checks import (
     BATCHES,
     GRAPH_SHAPE,
@@ -80,6 +81,17 @@ def test_a_replayed_graph_gives_the_bits_of_the_eager_pass_and_waits_for_nothing
 
 def test_sizes_may_come_in_any_order_larger_ones_after_smaller(micro_step, eager):
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [1, 1, 0, 0]):
+        found = results(micro_step, [BATCHES[i] for i in order])
+        assert_same_bits(found, [eager[i] for i in order])
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_graphs_of_a_gguf_base_give_the_bits_of_eager_micro_steps(tmp_path, tie):
+    file = make_tiny_gguf(tmp_path, "q4_k_m", **GRAPH_SHAPE, tie=tie)
+    model = load(file, dtype=torch.bfloat16)
+    eager = results(MicroStep(model, capture=False), BATCHES)
+    micro_step = MicroStep(model)
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
         found = results(micro_step, [BATCHES[i] for i in order])
         assert_same_bits(found, [eager[i] for i in order])
 

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from gguf_files import make_tiny_gguf
 from micro_step_checks import (
     DEVICE,
     FixedPlanner,
@@ -61,6 +62,15 @@ def test_a_micro_step_gives_the_bits_of_autograd(tmp_path, level):
     micro_step(batch, 50)
     micro_step(batch, 50)
     assert torch.allclose(gradients(model), 2 * found)  # gradients add up
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_micro_step_with_room_for_a_quantised_head_gives_the_bits_of_autograd(tmp_path, tie):
+    model = load(make_tiny_gguf(tmp_path, "q4_k_m", tie=tie))
+    assert model.new_loss_buffers(8).head.shape == (512, 256)
+    batch = collate(random_samples([40, 9, 30]))
+    found = results(MicroStep(model, capture=False), [batch])
+    assert_same_bits(found, [autograd_results(model, batch, 50)])
 
 
 @pytest.mark.parametrize("part", [1, 3, 5])
