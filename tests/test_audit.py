@@ -88,12 +88,12 @@ def test_the_rows_of_merged_folders_are_the_numbers_of_the_loaded_folders(tmp_pa
         assert row.nbytes == pytest.approx(size, rel=0.05)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "granite tied"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_rows_of_gguf_files_are_the_numbers_of_the_written_files(tmp_path, family):
     if family == "llama":
-        folder, methods = make_tiny_model(tmp_path / "base", **WIDE), ["q4_k_m", "q2_k", "bf16"]
+        folder, methods = make_tiny_model(tmp_path / "base", **WIDE), ["q4_k_m", "bf16"]
     else:
-        folder, methods = make_tiny_family(tmp_path / "base", family), ["q8_0", "q4_0"]
+        folder, methods = make_tiny_family(tmp_path / "base", family), ["q4_0"]
     model, tokenizer = load(folder)
     audit = rows_of(audit_merges(model, tokenizer, RECORDS, methods))
     samples = samples_of(model, tokenizer)

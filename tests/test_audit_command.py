@@ -1,13 +1,17 @@
 """The export command audits the ways to ship an adapter, with or without writing files."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 from test_merge import load
 from tiny import make_tiny_model
 
 from minitune.commands import export
+from minitune.commands.next_commands import after_audit
 from minitune.gguf.audit import audit_merges
+from minitune.gguf.audit_table import AuditRow, MergeAudit
 
 TEXTS = ["Twelve blue lamps go to Lisbon on Friday.", "The invoice follows by letter."]
 
@@ -36,12 +40,47 @@ def test_the_command_prints_the_audit_on_the_base_of_the_training_and_writes_not
 ):
     monkeypatch.chdir(tmp_path)
     methods = ("--quantization-method", "q8_0", "q4_0")
-    code, out, _ = run(capsys, "--model", tiny / form, "--audit", tiny / "heldout.jsonl", *methods)
+    code, out, err = run(
+        capsys, "--model", tiny / form, "--audit", tiny / "heldout.jsonl", *methods
+    )
     assert code == 0 and list(tmp_path.iterdir()) == []
     model, tokenizer = load(tiny / form, lora=False, load_in_4bit=form == "nf4")
     audit = audit_merges(model, tokenizer, tiny / "heldout.jsonl", ["q8_0", "q4_0"])
     assert out == f"{audit}\n"
     assert ("as trained (NF4 + adapter)" in out) == (form == "nf4")
+    # The next command writes the recommended way.
+    command = shlex.split(err.splitlines()[-1].removeprefix("next"))
+    code, out, _ = run(capsys, *command[command.index("export") + 1 :])
+    assert code == 0
+    (path,) = out.splitlines()
+    way = audit.recommended
+    assert path.endswith(f"-{way.method.upper()}.gguf")
+    assert Path(path).stat().st_size == way.nbytes
+
+
+@pytest.mark.parametrize(
+    ("way", "commands"),
+    [
+        ((None, "nf4"), ["--model runs/1 --merge-base nf4 --merged merged"]),
+        ((None, "original"), ["--model runs/1 --merged merged"]),
+        (("q4_0", "auto"), ["--model runs/1 --output gguf --quantization-method q4_0 --imatrix i"]),
+        (
+            ("q4_0", None),
+            [
+                "--model runs/1 --gguf-adapter gguf",
+                "--model base --output gguf --quantization-method q4_0 --imatrix i",
+            ],
+        ),
+        ((None, None), ["--model runs/1 --gguf-adapter gguf"]),
+    ],
+)
+def test_the_next_commands_write_the_recommended_way(way, commands):
+    parser = export.export_parser("minitune export")
+    arguments = parser.parse_args(["--model", "runs/1", "--audit", "d", "--imatrix", "i"])
+    row = AuditRow("way", 1, 0.0, 1.0, 1.0, 1.0, *way)
+    audit = MergeAudit(row, row, (row,), 1, 1, 1)
+    lines = after_audit("minitune export", arguments, audit, Path("base")).splitlines()
+    assert [line.split(" export ")[1] for line in lines] == commands
 
 
 def test_with_an_output_the_written_types_are_audited_first(tiny, tmp_path, capsys):

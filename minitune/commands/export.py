@@ -31,12 +31,13 @@ from minitune.checkpoints.resolve_model import is_gguf
 from minitune.checkpoints.safetensors_writer import total_bytes
 from minitune.checkpoints.save_4bit import save_4bit
 from minitune.commands.export_flags import check_adapter_flags, check_flags, export_parser
-from minitune.commands.next_commands import after_export
+from minitune.commands.next_commands import after_audit, after_export
 from minitune.config.cli import in_flags, print_notes, run_command, split_items
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
 from minitune.gguf.audit import DEFAULT_TOKENS as AUDIT_TOKENS
 from minitune.gguf.audit import audit_merges
+from minitune.gguf.audit_table import MergeAudit
 from minitune.gguf.export import GGUFExport, plan_conversion, plan_export
 from minitune.gguf.imatrix_files import read_imatrix
 from minitune.gguf.importance import ImportanceMatrix
@@ -53,10 +54,15 @@ def main(argv: Sequence[str] | None = None, program: str = "minitune export") ->
 
 
 def _run(argv: Sequence[str] | None, program: str) -> None:
-    exported = export(export_parser(program).parse_args(argv))
+    arguments = export_parser(program).parse_args(argv)
+    exported = export(arguments)
     for path in exported.paths:
         print(path, flush=True)
-    if text := after_export(program, exported.paths, exported.adapter):
+    if exported.paths:
+        text = after_export(program, exported.paths, exported.adapter)
+    else:
+        text = after_audit(program, arguments, exported.audit, exported.base)
+    if text:
         print_line(text)
 
 
@@ -64,17 +70,21 @@ class Exported(NamedTuple):
     """The result of the command.
 
     paths: the files and folders that were written.
-    adapter: the adapter among them, if there is one.
+    base: folder or GGUF file of the base model.
+    adapter: the adapter among the files, if there is one.
+    audit: the audit that was printed, if there is one.
     """
 
     paths: list[Path]
+    base: Path
     adapter: AdapterExport | None = None
+    audit: MergeAudit | None = None
 
 
 def export(arguments: argparse.Namespace) -> Exported:
-    """Write the files that the command line asks for.
+    """Print the audit and write the files that the command line asks for.
 
-    Raises: ValueError if the command line asks for none, or the model cannot be written.
+    Raises: ValueError if the command line asks for nothing, or the model cannot be written.
     """
     check_flags(arguments)
     methods, merge_base = split_items(arguments.quantization_method), arguments.merge_base
@@ -95,8 +105,7 @@ def export(arguments: argparse.Namespace) -> Exported:
         # Tensor by tensor, without a model in memory.
         planned = plan_conversion(source.base, output, methods, importance)
         planned = planned.with_modelfiles() if arguments.ollama else planned
-        return Exported(_write(planned, arguments))
-
+        return Exported(_write(planned, arguments), source.base)
     model, tokenizer = _load(arguments, use_nf4, prequantized)
 
     def plan(importance: ImportanceMatrix | None) -> GGUFExport:
@@ -114,9 +123,7 @@ def export(arguments: argparse.Namespace) -> Exported:
     if collects:
         importance = _collect(arguments, model, tokenizer)
         planned = None if output is None else plan(importance)
-    if arguments.audit is not None:
-        data, limit = arguments.audit, arguments.audit_tokens or AUDIT_TOKENS
-        print(audit_merges(model, tokenizer, data, methods, limit, importance, progress=True))
+    audit = None if arguments.audit is None else _audit(arguments, model, tokenizer, importance)
     if merged is not None and planned is not None:
         planned.check_space({merged: total_bytes(merged_specs(model))})
     paths = []
@@ -130,7 +137,7 @@ def export(arguments: argparse.Namespace) -> Exported:
         paths += adapter.write(progress=True, verify=not arguments.no_verify)
     if quantized is not None:
         paths.append(save_4bit(model, quantized, tokenizer, progress=True))
-    return Exported(paths, adapter)
+    return Exported(paths, source.base, adapter, audit)
 
 
 def _plan_adapter(
@@ -161,6 +168,20 @@ def _collect(
     importance = importance_from_data(model, tokenizer, data, limit, progress=True)
     print_line(labelled("imatrix", importance))
     return importance
+
+
+def _audit(
+    arguments: argparse.Namespace,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    importance: ImportanceMatrix | None,
+) -> MergeAudit:
+    """Print the audit on the samples of --audit, and return it."""
+    methods = split_items(arguments.quantization_method)
+    data, limit = arguments.audit, arguments.audit_tokens or AUDIT_TOKENS
+    audit = audit_merges(model, tokenizer, data, methods, limit, importance, progress=True)
+    print(audit, flush=True)
+    return audit
 
 
 def _trained_on_nf4(source: ModelSource, merge_base: str) -> bool:

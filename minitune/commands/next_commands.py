@@ -6,6 +6,7 @@
 They can be pasted: every word is quoted for a shell, and no line is wrapped.
 """
 
+import argparse
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from minitune.data.records.conversations import (
 from minitune.data.records.record_fields import Fields, Reading
 from minitune.data.sources.sources import open_sources
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.audit_table import MergeAudit
 from minitune.gguf.lora_adapter import TEMPLATE_SUFFIX, AdapterExport
 from minitune.progress import LABEL_WIDTH, labelled
 from minitune.sft_trainer import SFTTrainer
@@ -36,6 +38,7 @@ LONGEST_TEXT = 300  # characters of a prompt or a system message on a command li
 EXPORTED_TYPE = "q4_k_m"
 MODELFILE = "Modelfile"
 GGUF_ADAPTER = "adapter.gguf"
+AUDITED_FOLDER = "gguf"  # for the files of the way that an audit recommends
 
 
 def command_line(program: str, command: str, *arguments: Any) -> str:
@@ -122,6 +125,34 @@ def after_export(
         if folder.is_dir():
             commands.append(command_line(program, "generate", "--model", folder))
     return next_text(commands, notes) if commands else None
+
+
+def after_audit(program: str, arguments: argparse.Namespace, audit: MergeAudit, base: Path) -> str:
+    """Return the lines on the commands that write the recommended way, or "" if there is none.
+
+    program: this command as the user typed it.
+    arguments: its flags.
+    base: folder or GGUF file of the base model.
+    """
+    row = audit.recommended
+    if row is None:
+        return ""
+    model = ["--model", arguments.model]
+    if arguments.adapter is not None:
+        model += ["--adapter", arguments.adapter]
+    file = ["--output", AUDITED_FOLDER, "--quantization-method", row.method]
+    if arguments.imatrix is not None:
+        file += ["--imatrix", arguments.imatrix]
+    if arguments.imatrix_from is not None:
+        file += ["--imatrix-from", *arguments.imatrix_from]
+    if row.merge_base is None:
+        commands = [command_line(program, "export", *model, "--gguf-adapter", AUDITED_FOLDER)]
+        if row.method is not None:
+            commands.append(command_line(program, "export", "--model", base, *file))
+        return next_text(commands)
+    merge = ["--merge-base", row.merge_base] if row.merge_base == "nf4" else []
+    written = ["--merged", "merged"] if row.method is None else file
+    return next_text([command_line(program, "export", *model, *merge, *written)])
 
 
 def _serving(program: str, adapter: AdapterExport) -> list[str]:

@@ -27,7 +27,7 @@ from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.gguf.audit_pass import Quantizer, compare_ways
 from minitune.gguf.audit_table import MEASURABLE_DIVERGENCE, AuditRow, MergeAudit
-from minitune.gguf.audit_ways import Way, shipped_ways
+from minitune.gguf.audit_ways import BASE, TRAINED, Way, shipped_ways
 from minitune.gguf.importance import ImportanceMatrix
 from minitune.gguf.mixtures import gguf_methods
 from minitune.model.causal_lm import CausalLM
@@ -114,6 +114,8 @@ def _rows(ways: Sequence[Way], means: Sequence[list[float]]) -> list[AuditRow]:
             agreement,
             math.exp(loss),
             1 - divergence / lost if lost >= MEASURABLE_DIVERGENCE else None,
+            way.method,
+            None if way.source in (TRAINED, BASE) else way.source,
         )
         for way, (divergence, agreement, _, loss) in zip(ways, means, strict=True)
     ]

@@ -116,7 +116,7 @@ def _as_trained(model: CausalLM, name: str) -> Tensor:
     if quantized is not None:
         # NF4 in the compute dtype, but the types of GGUF files as llama.cpp has them.
         return quantized.dequantize(torch.float32 if model.gguf else model.dtype)
-    return getattr(module, kind).detach().to(model.device)
+    return getattr(module, kind).detach()
 
 
 class _Weights:
@@ -202,9 +202,10 @@ def _embed(
 ) -> list[Tensor]:
     """Return the residual stream (N, D) of each way before the first layer."""
     used, index = ids.unique(return_inverse=True)
-    used, index = used.to(model.device), index.to(model.device)
-    rows = {key: tensor[used] for key, tensor in embedding.items()}
-    weights = _Weights(model, rows, quantizer)
+    rows = {  # the table may be in host memory
+        key: tensor[used.to(tensor.device)].to(model.device) for key, tensor in embedding.items()
+    }
+    weights, index = _Weights(model, rows, quantizer), index.to(model.device)
     return [streamed.embed(weights.of(way, EMBEDDING)[index]) for way in ways]
 
 
@@ -220,7 +221,6 @@ def _compare(
     Two heads are in memory at a time. The log probabilities of the first way are computed once for
     all ways that share a head.
     """
-
     sums = [torch.zeros(4, dtype=torch.float64, device=targets.device) for _ in ways]
     reference = streamed.head(partial(weights.of, ways[0]))
     step = compared_rows(len(reference.weight))

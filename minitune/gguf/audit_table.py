@@ -23,6 +23,8 @@ class AuditRow:
     survival: share of the fine-tune that survives, 1 - KL(trained || way) / KL(trained || base);
         negative if the way is further from the trained model than the base is. None if the
         fine-tune changed nothing measurable.
+    method: type of its GGUF file, or None.
+    merge_base: base of the merge, as in checkpoints/merge.py, or None if nothing is merged.
     """
 
     way: str
@@ -31,6 +33,8 @@ class AuditRow:
     agreement: float
     perplexity: float
     survival: float | None
+    method: str | None = None
+    merge_base: str | None = None
 
     def __str__(self) -> str:
         survival = "-" if self.survival is None else f"{100 * self.survival:.1f}%"

@@ -45,6 +45,7 @@ class Way:
     label: its name in the table.
     source: the weights that it begins with: TRAINED, BASE, or a merge base of merge.py.
     nbytes: bytes of its files, or of the weights in memory for the model as trained.
+    method: type of its GGUF file, or None.
     has_adapter: True if the adapter is added to the weights at run time.
     types: Hugging Face's name of a tensor -> its storage type; other tensors stay as they are.
     """
@@ -52,6 +53,7 @@ class Way:
     label: str
     source: str
     nbytes: int
+    method: str | None = None
     has_adapter: bool = False
     types: Mapping[str, GGMLType] = field(default_factory=dict)
 
@@ -83,7 +85,7 @@ def shipped_ways(
     folder_bytes, adapter_bytes = total_bytes(merged_specs(model)), adapter_content(model).nbytes
     base_bytes = _base_bytes(model)
     ways = [
-        Way(_trained_label(model), TRAINED, base_bytes + adapter_bytes, True),
+        Way(_trained_label(model), TRAINED, base_bytes + adapter_bytes, has_adapter=True),
         Way("base without the adapter", TRAINED, base_bytes),
     ]
     for source in merge_sources(model):
@@ -91,13 +93,15 @@ def shipped_ways(
         ways.append(Way(f"{label}, folder", source, folder_bytes))
         for method, content in merged.items():
             types = _types(model, content)
-            ways.append(Way(f"{label}, {method.upper()}", source, content.nbytes, types=types))
+            name = f"{label}, {method.upper()}"
+            ways.append(Way(name, source, content.nbytes, method, types=types))
     if model.gguf is not None:
         return ways
     alone = _contents(model, tokenizer, methods, base, {}, importance)
     for method, content in alone.items():
-        label, nbytes = f"{method.upper()} base + adapter", content.nbytes + adapter_bytes
-        ways.append(Way(label, BASE, nbytes, True, _types(model, content)))
+        types, nbytes = _types(model, content), content.nbytes + adapter_bytes
+        name = f"{method.upper()} base + adapter"
+        ways.append(Way(name, BASE, nbytes, method, has_adapter=True, types=types))
     return ways
 
 
