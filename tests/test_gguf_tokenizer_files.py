@@ -146,6 +146,8 @@ def test_pieces_merge_by_any_scores_as_in_llama_cpp(tmp_path, scores, prefix):
     keys[f"{G}add_space_prefix"] = prefix
     for index, text, kind in ((400, "<|user|>", 3), (401, "<tool>", 4), (402, "   ", 4)):
         keys[f"{G}tokens"][index], keys[f"{G}token_type"][index] = text, kind
+    for index, kind in ((270, 4), (280, 5)):  # merges still make these pieces
+        keys[f"{G}token_type"][index] = kind
     path = copy_with_keys(path, tmp_path / "x.gguf", keys)
     tokenizer, llama_cpp = rebuilt(keys, tmp_path / "files"), LlamaCpp(path)
     check_tokenizer(keys, tokenizer)

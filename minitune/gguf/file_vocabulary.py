@@ -12,7 +12,7 @@ from minitune.gguf.tokenizer_keys import (
     PREFIX,
     REMEDY,
     check_tokenizer_keys,
-    check_tokenizer_model,
+    check_vocabulary_kind,
     checked_id,
 )
 from minitune.gguf.tokenizer_metadata import OTHER_ENDS, SPECIAL_TOKEN_NAMES, UNKNOWN_ID
@@ -79,7 +79,7 @@ def special_token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
 
     Raises: ValueError that names the key if an id is none of the vocabulary.
     """
-    check_tokenizer_model(metadata)
+    check_vocabulary_kind(metadata)
     ids: dict[str, int] = {}
     if metadata[f"{PREFIX}model"] == SENTENCEPIECE:
         bos, eos = DEFAULT_IDS[SENTENCEPIECE]

@@ -32,7 +32,7 @@ from minitune.gguf.file_vocabulary import FileVocabulary
 from minitune.gguf.llama_cpp_tokenizer import SENTENCEPIECE
 from minitune.gguf.pre_tokenizers import pre_tokenizer_of
 from minitune.gguf.sentencepiece_writer import sentencepiece_model
-from minitune.gguf.tokenizer_keys import PREFIX, REMEDY, TEMPLATE_KEY, TEMPLATE_NAMES
+from minitune.gguf.tokenizer_keys import PREFIX, REMEDY, TEMPLATE_KEY, TEMPLATE_NAMES, check_list
 from minitune.gguf.vocabulary import BYTE_PIECE, BYTES
 
 ALWAYS_NAMED = ("bos", "eos", "unk", "pad")  # in tokenizer_config.json; null if there is none
@@ -88,8 +88,9 @@ def _chat_template(metadata: Mapping[str, Any]) -> dict[str, Any]:
     keys = {key.removeprefix(prefix): key for key in metadata if key.startswith(prefix)}
     if keys or TEMPLATE_KEY in metadata:
         keys = {DEFAULT: TEMPLATE_KEY, **keys}
-    for name in metadata.get(TEMPLATE_NAMES, ()):
-        keys.setdefault(name, f"{prefix}{name}")
+    if TEMPLATE_NAMES in metadata:
+        check_list(metadata, TEMPLATE_NAMES, (str,))
+        keys |= {name: f"{prefix}{name}" for name in metadata[TEMPLATE_NAMES]}
     for key in keys.values():
         if not isinstance(metadata.get(key), str):
             found = f"{metadata[key]!r:.60}, expected text" if key in metadata else "missing"
@@ -154,18 +155,9 @@ def _sentencepiece(vocabulary: FileVocabulary) -> bytes:
 def _piece_types(vocabulary: FileVocabulary) -> list[int]:
     """Return the type of each piece.
 
-    Any piece that is not cut out of a text is a normal one, because llama.cpp merges its parts.
-
     Raises: ValueError if the unknown token or the piece of a byte is missing.
     """
-    types = [int(TokenType.NORMAL)] * len(vocabulary.tokens)
-    for index, text in enumerate(vocabulary.tokens):
-        if index in vocabulary.added:
-            types[index] = TokenType.CONTROL
-        elif BYTE_PIECE.fullmatch(text):
-            types[index] = TokenType.BYTE
-        elif vocabulary.is_placeholder(index):
-            types[index] = TokenType.UNUSED
+    types = [_piece_type(vocabulary, index) for index in range(len(vocabulary.tokens))]
     found = types.count(TokenType.BYTE)
     if found != BYTES:
         raise ValueError(
@@ -173,13 +165,25 @@ def _piece_types(vocabulary: FileVocabulary) -> list[int]:
             f"which llama.cpp fails on characters that the vocabulary lacks; {REMEDY}"
         )
     unknown = vocabulary.ids["unk"]
-    if unknown not in vocabulary.added:
+    if types[unknown] != TokenType.CONTROL:
         raise ValueError(
             f"the key {PREFIX}token_type gives the unknown token {unknown} "
             f"{vocabulary.tokens[unknown]!r:.60} the type of an ordinary one; {REMEDY}"
         )
     types[unknown] = TokenType.UNKNOWN
     return types
+
+
+def _piece_type(vocabulary: FileVocabulary, index: int) -> int:
+    """Return the type of a piece.
+
+    Unused and user-defined pieces are normal ones, because llama.cpp lets them result from merges.
+    """
+    if index in vocabulary.added and vocabulary.added[index].special:
+        return TokenType.CONTROL
+    if BYTE_PIECE.fullmatch(vocabulary.tokens[index]):
+        return TokenType.BYTE
+    return TokenType.UNUSED if vocabulary.is_placeholder(index) else TokenType.NORMAL
 
 
 def _sentencepiece_config(vocabulary: FileVocabulary) -> dict[str, Any]:

@@ -42,14 +42,7 @@ def check_tokenizer_keys(metadata: Mapping[str, Any]) -> None:
 
     Raises: ValueError that names the key, the value and the remedy.
     """
-    check_tokenizer_model(metadata)
-    model = metadata[f"{PREFIX}model"]
-    for name in REQUIRED_LISTS[model]:
-        if f"{PREFIX}{name}" not in metadata:
-            raise ValueError(f"the key {PREFIX}{name} is missing; {REMEDY}")
-    for name, types in LIST_TYPES.items():
-        if f"{PREFIX}{name}" in metadata:
-            _check_list(f"{PREFIX}{name}", metadata[f"{PREFIX}{name}"], types)
+    check_vocabulary_kind(metadata)
     _check_lengths(metadata)
     for key, value in metadata.items():
         if key.startswith(PREFIX) and key.endswith("_token_id"):
@@ -57,22 +50,27 @@ def check_tokenizer_keys(metadata: Mapping[str, Any]) -> None:
         if key.removeprefix(PREFIX) in FLAGS and not isinstance(value, bool):
             raise ValueError(f"the key {key} is {value!r:.60}, expected true or false; {REMEDY}")
     _check_types_and_scores(metadata)
-    if model == "gpt2":
+    if metadata[f"{PREFIX}model"] == "gpt2":
         _check_merges(metadata)
 
 
-def check_tokenizer_model(metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError if no tokenizer can be made of this kind of vocabulary."""
+def check_vocabulary_kind(metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError if no tokenizer can be made of the kind of vocabulary, or a list is none."""
     model = metadata.get(f"{PREFIX}model")
     if model is None:
         raise ValueError(f"the key {PREFIX}model is missing, so the file has no tokenizer")
-    if model not in REQUIRED_LISTS:
-        kind = f" ({OTHER_MODELS[model]})" if model in OTHER_MODELS else ""
+    if not isinstance(model, str) or model not in REQUIRED_LISTS:
+        kind = f" ({OTHER_MODELS[model]})" if str(model) in OTHER_MODELS else ""
         raise ValueError(
             f"{PREFIX}model is {model!r:.60}{kind}; a tokenizer is made of "
             f"{' and '.join(map(repr, REQUIRED_LISTS))}; train on the folder of the original "
             "model, with its tokenizer.json or tokenizer.model, instead"
         )
+    for name, types in LIST_TYPES.items():
+        if name in REQUIRED_LISTS[model] or f"{PREFIX}{name}" in metadata:
+            check_list(metadata, f"{PREFIX}{name}", types)
+    if not metadata[f"{PREFIX}tokens"]:
+        raise ValueError(f"the key {PREFIX}tokens is an empty list; {REMEDY}")
 
 
 def checked_id(metadata: Mapping[str, Any], key: str) -> int | None:
@@ -91,8 +89,11 @@ def checked_id(metadata: Mapping[str, Any], key: str) -> int | None:
     return index
 
 
-def _check_list(key: str, values: Any, types: tuple[type, ...]) -> None:
-    expected = " or ".join(type.__name__ for type in types)
+def check_list(metadata: Mapping[str, Any], key: str, types: tuple[type, ...]) -> None:
+    """Raise ValueError if a key is missing, or no list whose entries have one of the types."""
+    if key not in metadata:
+        raise ValueError(f"the key {key} is missing; {REMEDY}")
+    values, expected = metadata[key], " or ".join(type.__name__ for type in types)
     if not isinstance(values, list):
         raise ValueError(
             f"the key {key} is {values!r:.60}, expected a list of {expected}; {REMEDY}"
@@ -108,8 +109,6 @@ def _check_list(key: str, values: Any, types: tuple[type, ...]) -> None:
 def _check_lengths(metadata: Mapping[str, Any]) -> None:
     """Raise ValueError if a token lacks its type or score."""
     count = len(metadata[f"{PREFIX}tokens"])
-    if not count:
-        raise ValueError(f"the key {PREFIX}tokens is an empty list; {REMEDY}")
     for name in ("token_type", "scores"):
         values = metadata.get(f"{PREFIX}{name}")
         if values is not None and len(values) < count:
