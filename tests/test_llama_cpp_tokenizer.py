@@ -3,16 +3,19 @@
 from random import Random
 
 import pytest
+import tokenizers
 from gguf_files import copy_with_keys, metadata_of
 from random_texts import WORDS, random_text
 from referees.llama_cpp import LlamaCpp
 from test_gguf_tokenizer import edit_config
 from tiny import TEXTS, make_tiny_model
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
+from tokenizers import AddedToken, pre_tokenizers, trainers
 
+from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.export import convert_folder
 from minitune.gguf.llama_cpp_tokenizer import LlamaCppTokenizer
 from minitune.gguf.llama_cpp_words import WORD_RULES
+from minitune.gguf.tokenizer_files import tokenizer_files
 
 ROWS = 1024
 ONE_NAME_A_RULE = list({rule: name for name, rule in WORD_RULES.items()}.values())
@@ -33,7 +36,7 @@ def across_words(tmp_path_factory):
     """Return a file with a byte-level vocabulary whose merges cross the borders of words."""
     folder = make_tiny_model(tmp_path_factory.mktemp("words") / "base", vocab=ROWS)
     path = folder / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
     rule = tokenizer.pre_tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
@@ -54,6 +57,17 @@ def test_every_word_rule_gives_llama_cpps_ids(tmp_path, across_words, name):
     metadata = metadata_of(across_words) | {"tokenizer.ggml.pre": name}
     path = copy_with_keys(across_words, tmp_path / "x.gguf", metadata)
     check_alike(path, Random(name))
+
+
+@pytest.mark.parametrize("name", ONE_NAME_A_RULE)
+def test_the_tokenizer_made_of_a_file_cuts_words_by_every_rule(tmp_path, across_words, name):
+    metadata = metadata_of(across_words) | {"tokenizer.ggml.pre": name}
+    tokenizer_files(metadata, tmp_path)
+    file, tokenizer = LlamaCppTokenizer(metadata), Tokenizer.from_folder(tmp_path)
+    rng = Random(name)
+    for _ in range(200):
+        text = random_text(rng, ["<tool>", "  ", "<|im_end|>"])
+        assert tokenizer.encode_batch([text])[0] == file.encode(text, add_special=False), repr(text)
 
 
 @pytest.mark.parametrize("space_prefix", [True, False])

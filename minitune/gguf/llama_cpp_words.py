@@ -1,6 +1,6 @@
 r"""The word rules of pre_tokenizers.py as llama.cpp applies them.
 
-Most rules are those of tokenizer.json; llama.cpp approximates the others (`_OTHER_REGEXES`).
+Most rules are those of tokenizer.json; llama.cpp approximates the others (`LLAMA_CPP_REGEXES`).
 A rule is a list of regexes, and each regex cuts the words of the regex before. A match is a word,
 and so is the text between two matches.
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from minitune.gguf.pre_tokenizers import (
-    DEEPSEEK_LLM,
+    LLAMA_CPP_REGEXES,
     PRE_TOKENIZERS,
     names_of_rule,
 )
@@ -116,27 +116,6 @@ def _compiled(expression: str) -> re.Pattern:
     return re.compile(text, re.ASCII)
 
 
-# llama.cpp tells capitals from small letters within A-Z only, and marks are no part of a word here.
-_NO_SMALL, _NO_CAPITAL = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
-_BEFORE = r"[^\r\n\p{L}\p{N}]?"
-_SENTENCE_PARTS = " ?[^(\\s|.,!?…。，、।۔،)]+"
-
-
-def _cased(ending: str, numbers: str) -> str:
-    return (
-        rf"{_BEFORE}{_NO_SMALL}*{_NO_CAPITAL}+{ending}|{_BEFORE}{_NO_SMALL}+{_NO_CAPITAL}*{ending}|"
-        rf"{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-
-
-# llama.cpp's regexes of the rules that are not those of tokenizer.json
-_OTHER_REGEXES = {
-    "tekken": (_cased("", r"\p{N}"),),
-    "gpt-4o": (_cased(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{N}{1,3}"),),
-    "deepseek-llm": (*DEEPSEEK_LLM[:-1], r"\p{N}+"),
-    "poro-chat": (_SENTENCE_PARTS,),
-    "viking": (_SENTENCE_PARTS, r"\p{N}"),
-}
 BOS_RULES = ("llama-bpe", "tekken")  # rules with a BOS unless the file says otherwise
 NO_BOS_NAMES = ("glm4", "glm5")  # names of these rules without one
 
@@ -144,7 +123,7 @@ NO_BOS_NAMES = ("glm4", "glm5")  # names of these rules without one
 def _word_rules() -> Iterator[tuple[str, WordRule]]:
     """Yield the rule of each name that is known here."""
     for (regexes, keeps_tokens), name in PRE_TOKENIZERS.items():
-        regexes = _OTHER_REGEXES.get(name, regexes)
+        regexes = LLAMA_CPP_REGEXES.get(name, regexes)
         for alias in names_of_rule(name):
             adds_bos = name in BOS_RULES and alias not in NO_BOS_NAMES
             yield alias, WordRule(regexes, keeps_tokens, adds_bos)

@@ -35,34 +35,46 @@ _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _MARKED_WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|"
 _MARKED_REST = r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES
 _SENTENCE_PARTS = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+_LLAMA_CPP_SENTENCE_PARTS = r" ?[^(\s|.,!?…。，、।۔،)]+"
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + _SPACES,
 )
-_EAST_ASIAN = "[一-龥\u0800-一가-\ud7ff]+"
+_EAST_ASIAN = "[一-龥\u0800-一가-\ud7ff]"
+_SIGNS = "[!-/:-~！-／：-～‘-‟\u3000-。]"
 # Letters of DeepSeek LLM: Latin, Greek, Cyrillic and others that have small and capital forms.
 _CASED_LETTERS = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ"
     "-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉ"
     "ⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
-DEEPSEEK_LLM = (
+_DEEPSEEK_LLM = (
     r"[\r\n]",
     rf"\s?[{_CASED_LETTERS}]+",
-    "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+    rf"\s?{_SIGNS}+",
     r"\s+$",
-    _EAST_ASIAN,
+    rf"{_EAST_ASIAN}+",
     DIGIT,
 )
-_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, DIGIT)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", rf"{_EAST_ASIAN}+", DIGIT)
+# llama.cpp keeps white space beyond ASCII out of the ranges of characters.
+_NO_SPACE = r"(?!\s)"
 _SEED_CODER = _CONTRACTIONS + _WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + _SPACES
 
 
 def _spelling(regex: str) -> str:
     r"""Return a regex in the spelling of the table, with line ends as \r and \n."""
     return regex.replace("\r", r"\r").replace("\n", r"\n")
+
+
+def _approximately_cased(ending: str, numbers: str) -> str:
+    """Return llama.cpp's regex of words that begin with capitals and end in small letters."""
+    before, no_small = r"[^\r\n\p{L}\p{N}]?", r"(?:(?=\p{L})[^a-z])"
+    no_capital = r"(?:(?=\p{L})[^A-Z])"
+    words = f"{before}{no_small}*{no_capital}+{ending}|{before}{no_small}+{no_capital}*{ending}"
+    return f"{words}|{numbers}{_REST_WITH_SLASH}"
 
 
 # (rules before the byte level, True if a word that is a token skips the merges) -> llama.cpp's name
@@ -81,13 +93,28 @@ PRE_TOKENIZERS = {
     ): "gpt-4o",
     ((DIGIT, GPT_2), False): "smollm",
     ((GPT_2,), False): "gpt-2",
-    (DEEPSEEK_LLM, False): "deepseek-llm",
+    (_DEEPSEEK_LLM, False): "deepseek-llm",
     (_DEEPSEEK_CODER, False): "deepseek-coder",
     (_DEEPSEEK_V3, False): "deepseek-v3",
     ((_SENTENCE_PARTS,), False): "poro-chat",
     ((_SENTENCE_PARTS, DIGIT), False): "viking",
     ((r"\p{N}+", r"(?=(\d{3})+(?!\d))"), False): "superbpe",
     ((r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"), False): DEFAULT_RULE,
+}
+# Name of a rule -> llama.cpp's regexes of the rule, if they are not those of tokenizer.json.
+LLAMA_CPP_REGEXES = {
+    "tekken": (_approximately_cased("", r"\p{N}"),),
+    "gpt-4o": (_approximately_cased(_ENDING, r"\p{N}{1,3}"),),
+    "deepseek-llm": (
+        *_DEEPSEEK_LLM[:2],
+        rf"\s?(?:{_NO_SPACE}{_SIGNS})+",
+        r"\s+$",
+        rf"(?:{_NO_SPACE}{_EAST_ASIAN})+",
+        r"\p{N}+",
+    ),
+    "deepseek-coder": (*_DEEPSEEK_CODER[:-2], rf"(?:{_NO_SPACE}{_EAST_ASIAN})+", DIGIT),
+    "poro-chat": (_LLAMA_CPP_SENTENCE_PARTS,),
+    "viking": (_LLAMA_CPP_SENTENCE_PARTS, DIGIT),
 }
 # llama.cpp tells capitals from small letters within A-Z only here, and knows no combining marks.
 APPROXIMATED = ("tekken", "gpt-4o")
@@ -155,12 +182,13 @@ def names_of_rule(rule: str) -> list[str]:
 def pre_tokenizer_of(name: str) -> tuple[PreTokenizer, bool]:
     """Return the pre-tokenizer and `ignore_merges` of a word rule, from llama.cpp's name.
 
-    The regexes are those of the models' tokenizer.json, also if llama.cpp approximates them.
+    The regexes are those of the models' tokenizer.json, unless llama.cpp has other ones.
 
     Raises: ValueError that lists the known names if the name is none of them.
     """
     for (rules, ignore_merges), rule in PRE_TOKENIZERS.items():
         if name in names_of_rule(rule):
+            rules = LLAMA_CPP_REGEXES.get(rule, rules)
             has_byte_rule = rules[-1] == GPT_2
             parts = list(map(_split_part, rules[:-1] if has_byte_rule else rules))
             byte_level = ByteLevel(add_prefix_space=False, use_regex=has_byte_rule)
@@ -191,7 +219,7 @@ def pre_tokenizer_name(path: Path, content: dict) -> str:
     *splits, last = list(flattened(pre, "pretokenizers")) or [{}]
     rules = [rule for part in splits for rule in _word_rules(part)] + _word_rules(last, True)
     ignore_merges = bool(content["model"].get("ignore_merges"))
-    name = PRE_TOKENIZERS.get((tuple(rules), ignore_merges))
+    name = _name_of((tuple(rules), ignore_merges))
     if name is None or last.get("type") != "ByteLevel":
         known = ", ".join(PRE_TOKENIZERS.values())
         raise ValueError(
@@ -200,6 +228,14 @@ def pre_tokenizer_name(path: Path, content: dict) -> str:
             f"ignore_merges {json.dumps(ignore_merges)}; save the merged folder instead"
         )
     return name
+
+
+def _name_of(key: tuple[tuple[str, ...], bool]) -> str | None:
+    """Return the name of a key of PRE_TOKENIZERS, or of the key with llama.cpp's own regexes."""
+    for (rules, ignore_merges), name in PRE_TOKENIZERS.items():
+        if key in ((rules, ignore_merges), (LLAMA_CPP_REGEXES.get(name), ignore_merges)):
+            return name
+    return None
 
 
 def published_name(rule: str, tokenizer: Tokenizer) -> str:

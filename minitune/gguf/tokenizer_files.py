@@ -6,9 +6,8 @@
          equal for real scores and for scores that are minus the rank of a merge. The merges of a
          tokenizer.json would need an order among pieces of equal scores, which the file lacks.
 
-The tokens are those of llama.cpp, except those of the word rules that llama.cpp only approximates:
-their words are cut as in the original model (APPROXIMATED in pre_tokenizers.py). Three facts of the
-original files are lost, because a GGUF file does not hold them:
+The tokens are those of llama.cpp, also for the word rules that llama.cpp only approximates. Three
+facts of the original files are lost, because a GGUF file does not hold them:
 
 - Texts are not normalised. Qwen's own tokenizer composes accents (NFC), llama.cpp does not.
 - Added tokens have no flags but those of Phi-3.
