@@ -36,7 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "nextn_predict_layers": (0,),
     "pooling_type": (-1, 0),
     "residual_scale": (0, 1),
-    "use_parallel_residual": (False,),
+    "use_parallel_residual": (),  # older Qwen 2 files have it; no supported family computes so
 }
 
 

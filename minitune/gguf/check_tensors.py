@@ -32,8 +32,9 @@ def check_tensors(
             raise ValueError(f"{name} has the shape {tensor.shape}; expected {expected[name]}")
         if len(tensor.shape) == 1 and tensor.type != GGMLType.F32:
             raise ValueError(f"{name} is {tensor.type.name}; llama.cpp expects F32")
-    tokens = reader.metadata.get(TOKENS, ())
-    if len(tokens) != config.vocab_size:
+    tokens = reader.metadata.get(TOKENS)
+    count = len(tokens) if isinstance(tokens, list) else 0
+    if count != config.vocab_size:
         raise ValueError(
-            f"there are {len(tokens)} tokens, but the embedding has {config.vocab_size} rows"
+            f"there are {count} tokens, but the embedding has {config.vocab_size} rows"
         )

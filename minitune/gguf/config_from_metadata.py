@@ -80,7 +80,7 @@ def supported_architecture(metadata: dict[str, Any]) -> str:
     Raises: ValueError that lists the supported ones if it is another.
     """
     name = metadata.get("general.architecture")
-    if name not in MODEL_TYPES:
+    if not isinstance(name, str) or name not in MODEL_TYPES:
         found = "is missing" if name is None else f"{name!r} is not supported"
         raise ValueError(f"general.architecture {found}; supported are {', '.join(MODEL_TYPES)}")
     return name

@@ -6,6 +6,7 @@ has the file's name, so an error that names one of its files names the model too
 """
 
 import atexit
+import math
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 from minitune.atomic_files import write_json
 from minitune.checkpoints.resolve_model import is_gguf
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.architecture_keys import shortest
 from minitune.gguf.file_vocabulary import end_token_ids, special_token_ids
 from minitune.gguf.general_metadata import SAMPLING_KEYS
 from minitune.gguf.open_gguf import named, open_gguf, read_config
@@ -84,9 +86,16 @@ def _token_ids(metadata: dict[str, Any]) -> dict:
 
 
 def _sampling(metadata: dict[str, Any]) -> dict:
-    """Return the sampling defaults of generation_config.json."""
+    """Return the sampling defaults of generation_config.json.
+
+    Raises: ValueError if a default is not a number.
+    """
     found = {}
     for name, (key, _) in SAMPLING_KEYS.items():
-        if (value := metadata.get(f"general.sampling.{key}")) is not None:
-            found[name] = value
+        value = metadata.get(f"general.sampling.{key}")
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"general.sampling.{key} is {value!r}; expected a number")
+        found[name] = value if type(value) is int else shortest(value)
     return found

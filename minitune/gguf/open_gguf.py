@@ -63,7 +63,7 @@ def _check_kind(reader: GgufReader) -> None:
     """Raise ValueError if the file is not a whole model."""
     metadata = reader.metadata
     parts = metadata.get("split.count", 0)
-    if parts > 1:
+    if parts not in (0, 1):
         raise ValueError(
             f"is one of {parts} parts of a model; join them with "
             "llama-gguf-split --merge FIRST-PART MODEL.gguf"
@@ -72,7 +72,8 @@ def _check_kind(reader: GgufReader) -> None:
     if metadata.get("general.architecture") == PROJECTOR:
         kind = "mmproj"
     if kind != "model":
-        raise ValueError(f"is {OTHER_KINDS.get(kind, f'of general.type {kind!r}; expected model')}")
+        found = OTHER_KINDS.get(str(kind), f"of general.type {kind!r}; expected model")
+        raise ValueError(f"is {found}")
     if not reader.tensors:
         raise ValueError("holds no tensors, only a vocabulary; give the file of the whole model")
 
