@@ -255,6 +255,15 @@ def test_loading_arguments_that_a_file_cannot_follow_are_refused(base, options, 
         FastLanguageModel.from_pretrained(base, device="cpu", **options)
 
 
+def test_a_missing_file_is_named_with_those_beside_it(base):
+    message = rf"^GGUF file .*bas\.gguf does not exist; {base.parent} holds base\.gguf$"
+    with pytest.raises(ValueError, match=message):
+        FastLanguageModel.from_pretrained(base.with_name("bas.gguf"))
+    message = r"^GGUF file nowhere/base\.gguf does not exist$"
+    with pytest.raises(ValueError, match=message):
+        FastLanguageModel.from_pretrained("nowhere/base.gguf")
+
+
 def test_a_command_refuses_before_it_trains(base, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(on_base(base, output, "--merge", "--merge-base", "nf4")) == 2

@@ -32,6 +32,8 @@ def resolve_model(name: str | Path, kind: str = "model") -> Path:
                 f"{kind} in PEFT's format"
             )
         return folder
+    if is_gguf(folder):
+        raise ValueError(f"GGUF file {name} does not exist{_neighbours(folder)}")
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or str(name).startswith((".", "~")):
         raise ValueError(f"{kind} folder {name} does not exist{_neighbours(folder)}")
@@ -56,11 +58,12 @@ def is_gguf(path: Path) -> bool:
 
 
 def _neighbours(folder: Path) -> str:
-    """Return the end of an error about a missing folder: the folders beside it."""
+    """Return the end of an error about a missing folder or GGUF file: its like beside it."""
     if not folder.parent.is_dir():
         return ""
-    beside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[0] != ".")
-    return f"; {folder.parent.resolve()} holds {', '.join(beside[:8]) or 'no folder'}"
+    wanted, kind = (is_gguf, "GGUF file") if is_gguf(folder) else (Path.is_dir, "folder")
+    beside = sorted(p.name for p in folder.parent.iterdir() if wanted(p) and p.name[0] != ".")
+    return f"; {folder.parent.resolve()} holds {', '.join(beside[:8]) or f'no {kind}'}"
 
 
 def hub_entry(name: str) -> str:
