@@ -8,6 +8,7 @@ from gguf import GGUFReader
 from tiny import make_tiny_model
 
 from minitune.gguf.export import convert_folder
+from minitune.gguf.reader import GgufReader
 from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
 
 LLAMA3_ROPE = {
@@ -36,6 +37,15 @@ def copy_with_keys(source: Path, target: Path, metadata: dict[str, MetadataValue
     values = [torch.from_numpy(x.data.copy()) for x in tensors]
     keys = {key: value for key, value in metadata.items() if not key.startswith("GGUF.")}
     write_gguf({target: Content(keys, infos)}, values)
+    return target
+
+
+def dequantised(source: Path, target: Path) -> Path:
+    """Write the tensors of a GGUF file in float32, and return the new file."""
+    reader = GgufReader(source)
+    infos = [TensorInfo(x.name, x.shape, GGMLType.F32) for x in reader.tensors.values()]
+    content = Content(reader.metadata | {"general.file_type": 0}, infos)
+    write_gguf({target: content}, map(reader.load, reader.tensors), progress=False)
     return target
 
 

@@ -26,13 +26,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from demonstration import demo  # noqa: E402
-from gguf import GGMLQuantizationType as GGMLType  # noqa: E402
+from gguf_files import dequantised  # noqa: E402
 
 from minitune import FastLanguageModel  # noqa: E402
 from minitune.data.sources.sources import load_dataset  # noqa: E402
 from minitune.gguf.lora_adapter import save_gguf_adapter  # noqa: E402
-from minitune.gguf.reader import GgufReader  # noqa: E402
-from minitune.gguf.writer import Content, TensorInfo, write_gguf  # noqa: E402
 from minitune.language_model import LanguageModel  # noqa: E402
 from referees.llama_cpp import LlamaCpp  # noqa: E402
 
@@ -77,15 +75,6 @@ def main() -> None:
                     print(f"  {row}: {answer}\n      not {text}")
                     line = difference(llama_cpp, model, prompts[row], ours[row])
                     print(f"      {line}", flush=True)
-
-
-def dequantised(source: Path, target: Path) -> Path:
-    """Write the tensors of a GGUF file in float32, and return the new file."""
-    reader = GgufReader(source)
-    infos = [TensorInfo(x.name, x.shape, GGMLType.F32) for x in reader.tensors.values()]
-    content = Content(reader.metadata | {"general.file_type": 0}, infos)
-    write_gguf({target: content}, map(reader.load, reader.tensors), progress=False)
-    return target
 
 
 def difference(
