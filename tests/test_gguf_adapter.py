@@ -128,6 +128,29 @@ def test_a_missing_adapter_an_existing_file_and_a_foreign_layout_are_refused(tmp
     assert not (tmp_path / "b.gguf").exists()
 
 
+def test_an_adapter_that_was_trained_on_other_weights_than_the_bases_is_warned_of(tmp_path):
+    base = make_tiny_gguf(tmp_path, "q8_0")
+    plain, path = tmp_path / "plain", tmp_path / "a.gguf"
+    for trained_on, served_with, message in (
+        ({}, base, None),
+        ({}, plain, "the weights of a GGUF file; .*take the file of the training"),
+        ({"load_in_4bit": False}, plain, None),
+        ({"load_in_4bit": False}, base, "16-bit weights; .*take the 16-bit weights"),
+        ({"load_in_4bit": True}, plain, 'NF4 weights; .*merge_base="nf4" answers as in training'),
+    ):
+        start = plain if trained_on else base
+        model, _ = FastLanguageModel.from_pretrained(start, device="cpu", **trained_on)
+        FastLanguageModel.get_peft_model(model, r=2).save_pretrained(tmp_path / "adapter")
+        model, _ = FastLanguageModel.from_pretrained(
+            served_with, adapter=tmp_path / "adapter", device="cpu", load_in_4bit=False
+        )
+        warned = pytest.warns(match=message) if message else warnings.catch_warnings()
+        with warned:
+            if message is None:
+                warnings.simplefilter("error")
+            save_gguf_adapter(model, path, overwrite=True)
+
+
 def test_training_beyond_a_window_that_llama_cpp_ignores_is_refused(tmp_path):
     model = load(make_tiny_family(tmp_path / "m", "mistral with a window"))
     model.max_trained_seqlen = 14

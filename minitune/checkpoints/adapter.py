@@ -34,6 +34,11 @@ from minitune.model.causal_lm import CausalLM
 PREFIX = "base_model.model."
 BASE_FORM = "minitune.base"  # in the metadata: the weights that it was trained on
 NF4_BASE, GGUF_BASE, BASE_16BIT = "nf4", "gguf", "16bit"
+BASE_TEXTS = {
+    NF4_BASE: "NF4 weights",
+    BASE_16BIT: "16-bit weights",
+    GGUF_BASE: "the weights of a GGUF file",
+}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 # Wrapper -> the name of the text model's module in it, in transformers 5

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from minitune.checkpoints.adapter import BASE_16BIT, GGUF_BASE, NF4_BASE, base_form
+from minitune.checkpoints.adapter import BASE_16BIT, BASE_TEXTS, GGUF_BASE, NF4_BASE, base_form
 from minitune.checkpoints.merge import merged_dtype
 from minitune.data.batching import collate
 from minitune.data.flat_samples import FlatSamples
@@ -35,11 +35,6 @@ from minitune.model.loss import LossRows
 from minitune.progress import ProgressBar
 
 DEFAULT_TOKENS = 4096
-FORMS = {
-    NF4_BASE: "NF4 weights",
-    BASE_16BIT: "16-bit weights",
-    GGUF_BASE: "the weights of a GGUF file",
-}
 REMEDIES = {
     NF4_BASE: "load it with load_in_4bit=True",
     BASE_16BIT: "load it with load_in_4bit=False",
@@ -146,7 +141,7 @@ def _check(model: CausalLM, max_tokens: int) -> None:
     held = base_form(model)
     if model.lora_base not in (None, held):
         raise ValueError(
-            f"the adapter was trained on {FORMS[model.lora_base]}, and the model holds "
-            f"{FORMS[held]}; {REMEDIES[model.lora_base]}, because the audit compares with the "
+            f"the adapter was trained on {BASE_TEXTS[model.lora_base]}, and the model holds "
+            f"{BASE_TEXTS[held]}; {REMEDIES[model.lora_base]}, because the audit compares with the "
             "model as trained"
         )

@@ -15,6 +15,7 @@ architecture and the shapes. It does not check that the base is the one of the t
 general.base_model.0.name tells a person.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,13 @@ from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
 from minitune.atomic_files import atomic_files, require_space
+from minitune.checkpoints.adapter import (
+    BASE_16BIT,
+    BASE_TEXTS,
+    GGUF_BASE,
+    NF4_BASE,
+    base_form,
+)
 from minitune.checkpoints.resolve_model import is_gguf
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
@@ -53,6 +61,12 @@ from minitune.progress import is_shown, labelled, print_line
 TYPE = "f32"  # of the tensors
 FILE_TYPE = f"{TYPE}-lora"  # at the end of a file's name
 TEMPLATE_SUFFIX = ".jinja"
+# Form of the weights that an adapter was trained on -> the way to the answers of the training
+OTHER_BASES = {
+    NF4_BASE: 'an export of the merged model with merge_base="nf4" answers as in training',
+    BASE_16BIT: "take the 16-bit weights as a GGUF file",
+    GGUF_BASE: "take the file of the training",
+}
 # PEFT's ending of a parameter's name -> llama.cpp's
 FACTORS = {".lora_A.weight": ".weight.lora_a", ".lora_B.weight": ".weight.lora_b"}
 
@@ -188,6 +202,7 @@ def plan_gguf_adapter(
             raise ValueError(f"{text}: exists; remove it or choose another name")
     content = adapter_content(model)
     require_space(target, content.nbytes)
+    _warn_of_other_base(model)
     parameters = dict(model.trainable_parameters())
     return AdapterExport(target, base, content, model.config, parameters, texts)
 
@@ -202,6 +217,17 @@ def adapter_content(model: CausalLM) -> Content:
         for key, p in model.trainable_parameters()
     ]
     return Content(metadata, infos)
+
+
+def _warn_of_other_base(model: CausalLM) -> None:
+    """Warn if a GGUF file as the base would not be the weights that the adapter was trained on."""
+    form = model.lora_base or base_form(model)
+    if form == NF4_BASE or (form == GGUF_BASE) != (model.gguf is not None):
+        warnings.warn(
+            f"the adapter was trained on {BASE_TEXTS[form]}; with other weights in the base's GGUF "
+            f"file it answers differently; {OTHER_BASES[form]}",
+            stacklevel=4,
+        )
 
 
 def _template_file(target: Path, tokenizer: Tokenizer) -> dict[Path, str]:
