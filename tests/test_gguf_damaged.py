@@ -59,7 +59,7 @@ def test_a_damaged_file_is_read_or_refused_by_name(tmp_path):
         path.write_bytes(damaged)
         os.truncate(path, max(length, len(damaged)))  # the data are zeros
         read += read_or_refuse(path)
-    assert 20 < read < 1000
+    assert 0 < read < 1000
 
 
 KEYS = {
