@@ -269,7 +269,7 @@ def test_the_smallest_way_that_keeps_95_percent_is_recommended():
     audit = table(("large", 300, 0.001), ("good", 100, 0.05), ("small", 50, 0.051))
     assert audit.recommended.way == "good"
     assert audit.recommendation == (
-        "Choose good: the smallest way that keeps at least 95%. It keeps 95.0% of the fine-tune in "
+        "Choose good, the smallest way that keeps at least 95%: it keeps 95.0% of the fine-tune in "
         "100.0 MB, perplexity 2.500 against 2.500 as trained."
     )
 
@@ -278,15 +278,17 @@ def test_without_a_good_way_the_one_that_keeps_most_is_recommended():
     audit = table(("a", 300, 0.2), ("b", 100, 0.4), ("c", 50, 1.5))
     assert audit.recommended.way == "a"
     assert audit.recommendation.startswith("No way keeps 95% of the fine-tune; choose a, which")
-    assert str(audit).splitlines()[-3].split()[-1] == "-50.0%"
+    (negative,) = [line for line in str(audit).splitlines() if line.startswith("c ")]
+    assert negative.split()[-1] == "-50.0%"
 
 
-def test_the_table_fits_into_80_columns(tmp_path):
+def test_the_table_fits_into_80_columns(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     model, tokenizer = load(make_tiny_model(tmp_path / "base", **WIDE))
     audit = audit_merges(model, tokenizer, RECORDS, ["iq4_nl", "q4_k_m"])
     lines = str(audit).splitlines()
     assert lines[0] == f"4 samples, {audit.tokens} trained-on of {audit.context} tokens"
-    assert max(map(len, lines[:-1])) <= 80
+    assert max(map(len, lines)) <= 80
     huge = AuditRow("merged on 16 bit, Q4_K_M", 10**12, 12.3456, 1.0, 1e30, -1234.5)
     assert len(str(huge)) <= 80
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minitune.progress import wrapped
+
 # Rounding a merge to bfloat16 alone gives a KL of about this, in nats a token.
 MEASURABLE_DIVERGENCE = 1e-4
 GOOD_SURVIVAL = 0.95
@@ -100,8 +102,8 @@ class MergeAudit:
         )
         if row.survival >= GOOD_SURVIVAL:
             return (
-                f"Choose {row.way}: the smallest way that keeps at least "
-                f"{GOOD_SURVIVAL:.0%}. It keeps {facts}."
+                f"Choose {row.way}, the smallest way that keeps at least {GOOD_SURVIVAL:.0%}: it "
+                f"keeps {facts}."
             )
         return (
             f"No way keeps {GOOD_SURVIVAL:.0%} of the fine-tune; choose {row.way}, which keeps "
@@ -111,7 +113,7 @@ class MergeAudit:
     def __str__(self) -> str:
         lines = [self._data(), "", _line("", COLUMNS)]
         lines += map(str, (self.trained, self.base, *self.rows))
-        return "\n".join([*lines, "", self.recommendation])
+        return "\n".join([*lines, "", wrapped(self.recommendation)])
 
     def _data(self) -> str:
         """Return a line about the text."""
