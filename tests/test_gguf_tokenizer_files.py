@@ -16,6 +16,7 @@ from minitune.gguf.export import convert_folder
 from minitune.gguf.file_vocabulary import end_token_ids
 from minitune.gguf.llama_cpp_tokenizer import LlamaCppTokenizer
 from minitune.gguf.llama_cpp_words import WORD_RULES
+from minitune.gguf.model_files import model_files
 from minitune.gguf.pre_tokenizers import PRE_TOKENIZERS, names_of_rule, pre_tokenizer_name
 from minitune.gguf.tokenizer_check import check_tokenizer
 from minitune.gguf.tokenizer_files import tokenizer_files
@@ -287,6 +288,24 @@ def test_a_damaged_key_is_an_error_that_names_the_key(tmp_path, name):
     _, keys = keys_of(make_tiny_model(tmp_path / "base", tokenizer=kind, vocab=ROWS))
     with pytest.raises(ValueError, match=message):
         tokenizer_files(keys | damage(keys), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("unknown_token_id", 3, "the key tokenizer.ggml.token_type gives the unknown token 3"),
+        ("eos_token_id", 3, "the EOS token is 3 '<0x00>' in the file, but 2 '</s>' in training"),
+    ],
+)
+def test_a_base_whose_tokenizer_is_damaged_is_refused_by_the_name_of_its_file(
+    tmp_path, key, value, message
+):
+    folder = make_tiny_model(tmp_path / "base", tokenizer="spm", vocab=ROWS)
+    path = convert_folder(folder, tmp_path / "whole.gguf", "f32")
+    keys = metadata_of(path) | {f"{G}{key}": value}
+    path = copy_with_keys(path, tmp_path / "x.gguf", keys)
+    with pytest.raises(ValueError, match=rf"^\S*/x\.gguf: {message}"):
+        model_files(path)
 
 
 @pytest.mark.parametrize("key", ["model", "tokens", "merges"])

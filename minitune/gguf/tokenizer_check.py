@@ -39,6 +39,7 @@ from minitune.gguf.tokenizer_differences import (
     shown_token,
     unavoidable_reason,
 )
+from minitune.gguf.tokenizer_keys import TEMPLATE_KEY
 from minitune.gguf.tokenizer_texts import (
     BEGINNINGS,
     CONVERSATIONS,
@@ -48,7 +49,6 @@ from minitune.gguf.tokenizer_texts import (
 )
 
 SAMPLED_TOKENS = 2048
-TEMPLATE_KEY = "tokenizer.chat_template"
 DAY = "2026-01-01"  # for templates that write the date
 
 
