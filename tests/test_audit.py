@@ -205,6 +205,7 @@ def test_more_tokens_than_the_limit_leave_out_whole_samples_and_the_table_says_s
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
     model.max_seq_length = 64
     records = [{"text": f"{i} lamps"} for i in range(40)] + [{"text": " ".join(TEXTS) * 4}]
+    records.append({"input_ids": [3, 4], "labels": [-100, -100]})
     samples = tokenize_dataset(records, tokenizer, 64).samples
     audit = audit_merges(model, tokenizer, records, "f32", max_tokens=60)
     chosen = audited_samples(samples, 60)
@@ -213,6 +214,7 @@ def test_more_tokens_than_the_limit_leave_out_whole_samples_and_the_table_says_s
     firsts = [int(sample.input_ids[0]) for sample in chosen]
     assert firsts != [int(samples[i].input_ids[0]) for i in range(len(chosen))]
     assert f"; {audit.left_out} samples left out (token limit); 1 cut to length" in str(audit)
+    assert "; 1 without a trained-on token\n" in str(audit)
     assert len(audited_samples(samples, 1)) == 1
     assert len(audited_samples(samples, 10_000)) == 41
 

@@ -145,6 +145,8 @@ def after_audit(program: str, arguments: argparse.Namespace, audit: MergeAudit, 
         file += ["--imatrix", arguments.imatrix]
     if arguments.imatrix_from is not None:
         file += ["--imatrix-from", *arguments.imatrix_from]
+    if arguments.imatrix_tokens is not None:
+        file += ["--imatrix-tokens", arguments.imatrix_tokens]
     if row.merge_base is None:
         commands = [command_line(program, "export", *model, "--gguf-adapter", AUDITED_FOLDER)]
         if row.method is not None:

@@ -92,6 +92,7 @@ def audit_merges(
         trained_ships=model.gguf is not None,
         left_out=len(dataset.samples) - len(samples),
         cut=dataset.truncated,
+        untrained=dataset.skipped,
     )
 
 

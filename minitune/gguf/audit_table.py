@@ -61,6 +61,7 @@ class MergeAudit:
         adapter.
     left_out: samples of the data that were not used.
     cut: samples of the data that were cut to length.
+    untrained: samples of the data without a trained-on token, which are left out.
     """
 
     trained: AuditRow
@@ -72,6 +73,7 @@ class MergeAudit:
     trained_ships: bool = False
     left_out: int = 0
     cut: int = 0
+    untrained: int = 0
 
     @property
     def recommended(self) -> AuditRow | None:
@@ -111,7 +113,7 @@ class MergeAudit:
         )
 
     def __str__(self) -> str:
-        lines = [self._data(), "", _line("", COLUMNS)]
+        lines = [wrapped(self._data()), "", _line("", COLUMNS)]
         lines += map(str, (self.trained, self.base, *self.rows))
         return "\n".join([*lines, "", wrapped(self.recommendation)])
 
@@ -122,6 +124,8 @@ class MergeAudit:
             line += f"; {self.left_out:,} samples left out (token limit)"
         if self.cut:
             line += f"; {self.cut:,} cut to length"
+        if self.untrained:
+            line += f"; {self.untrained:,} without a trained-on token"
         return line
 
 
