@@ -198,17 +198,16 @@ def test_added_tokens_have_the_types_of_llama_cpps_converter(tmp_path, kind):
         assert types[0] == CONTROL and metadata["tokenizer.ggml.scores"][400] == -1000.0
 
 
-def test_three_tokens_may_end_a_text_and_more_are_refused(tmp_path):
-    folder = make_tiny_model(tmp_path / "base")
-    generation = {"eos_token_id": [2, 0, 7]}
-    (folder / "generation_config.json").write_text(json.dumps(generation))
-    metadata = metadata_for(folder)
-    ends = [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
-    assert ends == [2, 0, 7]
-    generation["eos_token_id"].append(8)
-    (folder / "generation_config.json").write_text(json.dumps(generation))
+def test_three_tokens_may_end_a_text_beside_those_that_llama_cpp_knows(tmp_path):
+    folder = make_tiny_model(tmp_path / "base")  # llama.cpp knows <|endoftext|>, the id 0
+    for ids, named in (([2, 0, 7], [2, 0, 7]), ([2, 0, 7, 8], [2, 7, 8])):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        metadata = metadata_for(folder)
+        ends = [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
+        assert ends == named
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 7, 8, 9]}))
     with pytest.raises(
-        ValueError, match=r"4 tokens end a generation \('<\|im_end\|>', .*names thre"
+        ValueError, match=r"5 tokens end a generation \('<\|im_end\|>', .*names thre"
     ):
         metadata_for(folder)
 

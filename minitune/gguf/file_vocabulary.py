@@ -6,7 +6,7 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import AddedToken
 
-from minitune.gguf.llama_cpp_specials import CUT_TYPES, END_TOKENS
+from minitune.gguf.llama_cpp_specials import CUT_TYPES, known_ends
 from minitune.gguf.llama_cpp_tokenizer import DEFAULT_IDS, SENTENCEPIECE, LlamaCppTokenizer
 from minitune.gguf.tokenizer_keys import (
     PREFIX,
@@ -95,18 +95,14 @@ def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
     """Return the ids of the tokens that end a generation: the EOS first, then those of turns.
 
     llama.cpp also ends a text at some tokens whose texts it knows. They count if the file calls
-    them control tokens, up to the number of tokens that the keys of a file can name.
+    them control tokens.
 
     Raises: ValueError that names the key if an id is none of the vocabulary.
     """
-    named = [special_token_ids(metadata).get("eos")]
-    named += [checked_id(metadata, f"{PREFIX}{name}_token_id") for name in OTHER_ENDS]
-    types = metadata.get(f"{PREFIX}token_type", ())
-    control = {
-        text: index
-        for index, (text, kind) in enumerate(zip(metadata[f"{PREFIX}tokens"], types, strict=False))
-        if kind == TokenType.CONTROL
-    }
-    known = [control.get(text) for text in END_TOKENS.split()]
-    unique = dict.fromkeys(index for index in (*named, *known) if index is not None)
-    return list(unique)[: len(named)]
+    ends = [special_token_ids(metadata).get("eos")]
+    ends += [checked_id(metadata, f"{PREFIX}{name}_token_id") for name in OTHER_ENDS]
+    types = metadata.get(f"{PREFIX}token_type", [])
+    ids = {text: index for index, text in enumerate(metadata[f"{PREFIX}tokens"])}
+    known = map(ids.get, known_ends(ids))
+    ends += [index for index in known if types[index : index + 1] == [TokenType.CONTROL]]
+    return list(dict.fromkeys(index for index in ends if index is not None))

@@ -4,7 +4,7 @@ They are the control, user-defined and unknown tokens of the file. llama.cpp ove
 some tokens, whose texts it knows. The name of the model decides if white space behind them is cut.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gguf import TokenType
@@ -30,13 +30,15 @@ FILL_IN_TOKENS = {
 }
 OLD_FILL_IN_KEYS = {"fim_pre": "prefix", "fim_suf": "suffix", "fim_mid": "middle"}
 SHOWN_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # user-defined
-# If the vocabulary has all tokens of a group, "<|end|>" is user-defined.
+# If the vocabulary has all tokens of a group, "<|end|>" ends no text.
 NO_END_GROUPS = (
     {"<|return|>", "<|call|>"},
     {"<|return|>", "<|calls|>"},
     {"<|call|>", "<|flush|>"},
     {"<|calls|>", "<|flush|>"},
 )
+# Types of the tokens that some vocabularies have as no end.
+NO_END_TYPES = {"<|end|>": TokenType.USER_DEFINED, "</s>": TokenType.NORMAL}
 PHI_NAMES = ("phi-3", "phi3")
 # Phi-3's tokens that keep the white space behind them, and the tokens that it must have.
 PHI_TOKENS_WITHOUT_RSTRIP = ("<unk>", "<s>", "<|endoftext|>")
@@ -127,6 +129,16 @@ class SpecialTokens:
             rest = right.lstrip(ASCII_SPACE) if token in self.stripped else right
 
 
+def known_ends(tokens: Collection[str]) -> list[str]:
+    """Return the tokens of a vocabulary at which llama.cpp ends a text because of their texts."""
+    ends = [text for text in END_TOKENS.split() if text in tokens]
+    if any(all(text in tokens for text in group) for group in NO_END_GROUPS):
+        ends = [text for text in ends if text != "<|end|>"]
+    if "<|tool_response>" in tokens:  # Gemma 4
+        ends = [text for text in ends if text != "</s>"]
+    return ends
+
+
 def _overridden(
     ids: Mapping[str, int], keys: Mapping[str, Any], types: list[int]
 ) -> dict[str, int]:
@@ -147,10 +159,10 @@ def _overridden(
                 f"llama.cpp makes one of {', '.join(group)} a control token, and which one is not "
                 f"known; name it with the key tokenizer.ggml.{key}_token_id"
             )
-    found |= {text: TokenType.CONTROL for text in END_TOKENS.split() if text in ids}
+    ends = known_ends(ids)
+    found |= dict.fromkeys(ends, TokenType.CONTROL)
     found |= {text: TokenType.USER_DEFINED for text in SHOWN_TOKENS if text in ids}
-    if "<|end|>" in ids and any(group <= ids.keys() for group in NO_END_GROUPS):
-        found["<|end|>"] = TokenType.USER_DEFINED
-    if "<|tool_response>" in ids and "</s>" in ids:  # Gemma 4
-        found["</s>"] = TokenType.NORMAL
+    for text, type in NO_END_TYPES.items():
+        if text in ids and text not in ends:
+            found[text] = type
     return found

@@ -19,7 +19,11 @@ from minitune.atomic_files import read_json
 from minitune.data.templates.chat_template import DEFAULT
 from minitune.data.templates.folder_templates import Templates
 from minitune.data.tokenization.tokenizer import CONFIG, Tokenizer, check_vocabulary
-from minitune.gguf.llama_cpp_specials import PHI_TOKENS, PHI_TOKENS_WITHOUT_RSTRIP
+from minitune.gguf.llama_cpp_specials import (
+    PHI_TOKENS,
+    PHI_TOKENS_WITHOUT_RSTRIP,
+    known_ends,
+)
 from minitune.gguf.pre_tokenizers import flattened
 from minitune.gguf.vocabulary import (
     byte_fallback_metadata,
@@ -42,7 +46,8 @@ SPECIAL_TOKEN_NAMES = {
     "mask": "mask",
 }
 UNKNOWN_ID = 0  # llama.cpp's for SentencePiece's pieces, if no key says otherwise
-OTHER_ENDS = ("eot", "eom")  # keys of the tokens that end a text beside the EOS
+# Keys of the tokens that end a text beside the EOS. llama.cpp knows further ends by their texts.
+OTHER_ENDS = ("eot", "eom")
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, MetadataValue]:
@@ -54,7 +59,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, name: str) -> dict[str, 
     Warns if llama.cpp needs another general.name.
 
     Raises: ValueError if the tokenizer has more tokens than rows, has a token twice, has no end
-        token or more than three, or is of a kind that llama.cpp lacks.
+        token or too many, or is of a kind that llama.cpp lacks.
     """
     check_vocabulary(tokenizer, rows)
     general_name = _general_name(tokenizer, name)
@@ -133,11 +138,15 @@ def _special_tokens(tokenizer: Tokenizer, content: dict) -> dict[str, MetadataVa
         del special["unk"]
     ends = [id for id in tokenizer.eos_token_ids if id != tokenizer.eos_token_id]
     if len(ends) > len(OTHER_ENDS):
+        known = known_ends({tokenizer.id_to_token(id) for id in range(tokenizer.id_count)})
+        ends = [id for id in ends if tokenizer.id_to_token(id) not in known]
+    if len(ends) > len(OTHER_ENDS):
         texts = ", ".join(repr(tokenizer.id_to_token(id)) for id in tokenizer.eos_token_ids)
         raise ValueError(
-            f"{tokenizer.folder}: {len(ends) + 1} tokens end a generation ({texts}), but a GGUF "
-            "file names three; remove the least important from eos_token_id in "
-            "generation_config.json and config.json"
+            f"{tokenizer.folder}: {len(tokenizer.eos_token_ids)} tokens end a generation "
+            f"({texts}), but a GGUF file names three beside those that llama.cpp knows by their "
+            "texts; remove the least important from eos_token_id in generation_config.json and "
+            "config.json"
         )
     ids = {SPECIAL_TOKEN_NAMES[n]: id for n, id in special.items() if n in SPECIAL_TOKEN_NAMES}
     ids |= dict(zip(OTHER_ENDS, ends, strict=False))
