@@ -63,6 +63,16 @@ CASES = {
         },
         {},
     ),
+    "growing queries with a linear scaling": (
+        "ministral3",
+        {"rope.scaling.type": "linear", "rope.scaling.yarn_log_multiplier": None, **NO_BETAS},
+        {},
+    ),
+    "growing queries with divisors": (
+        "ministral3",
+        {"rope.scaling.type": "none", "rope.scaling.yarn_log_multiplier": None, **NO_BETAS},
+        {"rope_freqs.weight": torch.linspace(1, 9, 12)},
+    ),
     "Granite without its scales": (
         "granite",
         {"attention.scale": None, "embedding_scale": None, "residual_scale": None},

@@ -56,16 +56,13 @@ def rope_fields(
         fields["partial_rotary_factor"] = _fraction(rotary_dim, head_dim)
     keys.expect("rope.dimension_count_swa", rotary_dim)
     original = keys.whole("rope.scaling.original_context_length", positions)
-    rope = RopeConfig(theta, rotary_dim, None)
-    scaling = _Scaling(keys, family, rope, original, positions)
-    found = scaling.read(divisors)
-    if family.query_growth:
-        growth = keys.number("attention.temperature_scale", 0.0)
-        if growth and found is None:
-            found = scaling.listed(torch.ones(rotary_dim // 2), 1.0)
-        if growth:
-            found |= {QUERY_GROWTH: growth}
-        found = found or {"rope_type": "default", "rope_theta": theta}
+    growth = keys.number("attention.temperature_scale", 0.0) if family.query_growth else 0.0
+    rope = RopeConfig(theta, rotary_dim, None, growth)
+    found = _Scaling(keys, family, rope, original, positions).read(divisors)
+    if growth:
+        found |= {QUERY_GROWTH: growth}
+    elif family.query_growth and found is None:  # a missing scaling stands for Ministral's own
+        found = {"rope_type": "default", "rope_theta": theta}
     if family.partial_rotary:
         fields[ORIGINAL] = original
     fields["rope_scaling"] = found
@@ -81,7 +78,7 @@ def _fraction(rotary_dim: int, head_dim: int) -> float:
 class _Scaling:
     """The scaling of a file's rotation.
 
-    rope: the rotation without its scaling.
+    rope: the rotation without its scaling, with the growth of its queries.
     original, positions: the context before and after the scaling, tokens.
     """
 
@@ -114,14 +111,14 @@ class _Scaling:
         if len(lists) == 2:
             scaled = {key: self._numbers(values * factor) for key, values in lists.items()}
             return self._longrope(scaled, attention)
-        if ROPE_FREQS in lists and factor == attention == 1:
-            return self._llama3(lists[ROPE_FREQS])
-        values = lists.get(ROPE_FREQS, torch.ones(self.rope.rotary_dim // 2)) * factor
-        if attention != 1 or ROPE_FREQS in lists:
-            return self.listed(values, attention)
-        return None if factor == 1 else {"rope_type": "linear", "factor": factor}
+        freqs = lists.get(ROPE_FREQS, torch.ones(self.rope.rotary_dim // 2))
+        if attention != 1 or self.rope.query_growth:  # only a list comes with an original context
+            return self._listed(freqs * factor, attention)
+        if (freqs == 1).all():
+            return None if factor == 1 else {"rope_type": "linear", "factor": factor}
+        return self._llama3(freqs) if factor == 1 else self._listed(freqs * factor, attention)
 
-    def listed(self, divisors: Tensor, attention: float) -> dict:
+    def _listed(self, divisors: Tensor, attention: float) -> dict:
         """Return the scaling that divides by given divisors in every context.
 
         attention: factor of cos and sin.
@@ -160,10 +157,8 @@ class _Scaling:
     def _numbers(self, divisors: Tensor) -> list[float]:
         return [shortest(value) for value in divisors.tolist()]
 
-    def _llama3(self, divisors: Tensor) -> dict | None:
+    def _llama3(self, divisors: Tensor) -> dict:
         """Return llama3's scaling if it has these divisors, otherwise their list."""
-        if (divisors == 1).all():
-            return None
         factor = shortest(divisors.max().item())
         for original in LLAMA3_CONTEXTS:
             scaling = {
@@ -176,7 +171,7 @@ class _Scaling:
             rope = RopeConfig(self.rope.theta, self.rope.rotary_dim, scaling)
             if torch.allclose(rope_divisors(rope, self.positions), divisors, ROUNDING, 0.0):
                 return scaling
-        return self.listed(divisors, 1.0)
+        return self._listed(divisors, 1.0)
 
     def _yarn(self, factor: float, attention: float) -> dict:
         """Return YaRN's scaling with the values that llama.cpp computes with."""
