@@ -16,6 +16,7 @@ range of columns of a wider tensor that also holds a LoRA branch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -23,7 +24,7 @@ import torch
 from . import backend
 from .backend import cdiv, power_of_two, tl, triton
 from .ggml_blocks import OFFSETS, block_values
-from .ggml_reference import BLOCK_DEQUANTIZERS, BLOCK_SIZES
+from .ggml_reference import BLOCK_DEQUANTIZERS, BLOCK_SIZES, IQ4_VALUES
 
 PROFILE_GROUP = "dequantisation"
 
@@ -101,6 +102,7 @@ def _dequantize_ggml(
     out_ptrs,
     counts,
     first_programs,
+    table_ptr,
     row_parts,
     out_row_stride,
     WEIGHTS: tl.constexpr,
@@ -135,7 +137,7 @@ def _dequantize_ggml(
 
     blocks_ptr += (first // BLOCK_PARTS).to(tl.int64) * BLOCK_BYTES
     block_ptr = blocks_ptr + part // BLOCK_PARTS * BLOCK_BYTES
-    value = block_values(block_ptr, part % BLOCK_PARTS, TYPE, OFFSET)
+    value = block_values(block_ptr, part % BLOCK_PARTS, table_ptr, TYPE, OFFSET)
 
     row, column = first // row_parts, first % row_parts
     out_ptr += row.to(tl.int64) * out_row_stride + 8 * column
@@ -153,6 +155,7 @@ def _embed_ggml(
     ids_ptr,
     blocks_ptr,
     y_ptr,
+    table_ptr,
     row_parts,
     MULTIPLIER: tl.constexpr,
     TYPE: tl.constexpr,
@@ -170,7 +173,7 @@ def _embed_ggml(
     table_row = tl.load(ids_ptr + row).to(tl.int64)
     blocks_ptr += table_row * (row_parts // BLOCK_PARTS * BLOCK_BYTES)
     block_ptr = blocks_ptr + part // BLOCK_PARTS * BLOCK_BYTES
-    value = block_values(block_ptr, part % BLOCK_PARTS, TYPE, OFFSET)
+    value = block_values(block_ptr, part % BLOCK_PARTS, table_ptr, TYPE, OFFSET)
     if MULTIPLIER != 1.0:
         value *= MULTIPLIER
     to = 8 * part[:, None] + tl.arange(0, 8)[None, :]
@@ -186,6 +189,14 @@ def _constants(kind: str) -> dict[str, int | str]:
         "BLOCK_BYTES": block_bytes,
         "OFFSET": OFFSETS.get(kind, 0),
     }
+
+
+@cache
+def _table(kind: str, device: torch.device) -> torch.Tensor | None:
+    """Return the values that a type's levels are indices of, float32 (16,), or None."""
+    if kind not in ("IQ4_NL", "IQ4_XS"):
+        return None
+    return torch.tensor(IQ4_VALUES, dtype=torch.float32, device=device)
 
 
 def _options(parts: int) -> dict[str, int | bool]:
@@ -219,6 +230,7 @@ def _launch(weights, outs) -> None:
         tuple(outs),
         tuple(counts),
         tuple(accumulate(programs, initial=0))[:-1],
+        _table(weights[0].type, outs[0].device),
         row_parts,
         outs[0].stride(0),
         WEIGHTS=len(weights),
@@ -284,6 +296,7 @@ def embed_ggml(
             ids,
             weight.blocks,
             y,
+            _table(weight.type, ids.device),
             row_parts,
             MULTIPLIER=float(multiplier),
             **_constants(weight.type),

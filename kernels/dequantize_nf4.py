@@ -190,8 +190,7 @@ def _dequantize_weight(
         row = pid * BLOCKS // row_blocks
         gap = out_row_stride - in_features  # elements of out between two rows
         out_ptr += first * (2 * HALF) + row.to(tl.int64) * gap
-        # A product keeps what Triton knows of the addresses: it stores 16 bytes a thread.
-        extra = tl.where(block < row_blocks - pid * BLOCKS % row_blocks, 0, 1) * gap
+        extra = tl.where(block < row_blocks - pid * BLOCKS % row_blocks, 0, gap)
         tl.store(out_ptr + (extra[:, None] + at), value)
     else:
         element = first * (2 * HALF) + at

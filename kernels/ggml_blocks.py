@@ -24,17 +24,16 @@ OFFSETS = {
     "Q5_0": 16,
     "Q3_K": 4,
     "Q6_K": 32,
-    "IQ4_NL": 128,
-    "IQ4_XS": 128,
 }
 
 
 @triton.jit
-def block_values(block_ptr, part, TYPE: tl.constexpr, OFFSET: tl.constexpr):
+def block_values(block_ptr, part, table_ptr, TYPE: tl.constexpr, OFFSET: tl.constexpr):
     """Return the values (T, 8) of parts, float32.
 
     block_ptr: address (T,) of each part's block.
     part: number (T,) of the part within its block.
+    table_ptr: the 16 values of IQ4_NL and IQ4_XS, float32; not read for other types.
     TYPE: name of the blocks' type.
     OFFSET: the type's number in OFFSETS, otherwise 0.
     """
@@ -64,12 +63,13 @@ def block_values(block_ptr, part, TYPE: tl.constexpr, OFFSET: tl.constexpr):
 
     level = (levels[:, None] >> (8 * tl.arange(0, 8)[None, :])) & 255
     if TYPE == "IQ4_NL" or TYPE == "IQ4_XS":
-        level = _iq4_value(level)
-    value = (level.to(tl.int32) - OFFSET).to(tl.float32) * scale[:, None]
+        value = tl.load(table_ptr + level.to(tl.int32)) * scale[:, None]
+    else:
+        value = (level.to(tl.int32) - OFFSET).to(tl.float32) * scale[:, None]
     # A negated minimum of 0 would add +0, and change the sign of a product of -0.
     if TYPE == "Q4_1" or TYPE == "Q5_1":
         value += minimum[:, None]
-    elif OFFSET == 0:
+    elif TYPE == "Q2_K" or TYPE == "Q4_K" or TYPE == "Q5_K":
         value -= minimum[:, None]
     return value
 
@@ -212,14 +212,6 @@ def _fields(word, shift, MASK: tl.constexpr):
     """Return the bits of MASK of every byte of uint64 numbers, from bit `shift` of the byte on."""
     FIRST_BITS: tl.constexpr = 0x0101010101010101
     return (word >> shift) & (MASK * FIRST_BITS)
-
-
-@triton.jit
-def _iq4_value(level):
-    """Return the values of IQ4_VALUES plus 128 at the indices `level`."""
-    LOW: tl.constexpr = 0x766A5D4F3F2D1801  # the first eight, a byte each
-    HIGH: tl.constexpr = 0xF1D9C5B5A6998D81
-    return (tl.where(level < 8, LOW, HIGH) >> (8 * (level & 7))) & 255
 
 
 @triton.jit
