@@ -24,9 +24,9 @@ from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 from minitune.device import choose_device, choose_dtype
+from minitune.gguf.base.load import embedding_dtype, load_file_weights, open_base, stored_weight
+from minitune.gguf.base.model_files import model_files
 from minitune.gguf.file_weights import FileWeights
-from minitune.gguf.load import embedding_dtype, load_file_weights, open_base, stored_weight
-from minitune.gguf.model_files import model_files
 from minitune.language_model import LanguageModel
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
 from minitune.model.generation_arguments import read_generation_defaults

@@ -29,8 +29,8 @@ from minitune.data.templates.adapter_template import load_template, read_adapter
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
 from minitune.gguf.export import export_gguf
-from minitune.gguf.imatrix_files import read_imatrix
-from minitune.gguf.importance import ImportanceMatrix
+from minitune.gguf.importance.imatrix_files import read_imatrix
+from minitune.gguf.importance.importance import ImportanceMatrix
 from minitune.gguf.lora_adapter import save_gguf_adapter
 from minitune.model.adapter_switch import without_lora
 from minitune.model.causal_lm import CausalLM
@@ -241,7 +241,7 @@ class LanguageModel(CausalLM):
         merge_base: as in `save_pretrained_merged`, which prints the base too.
         progress: show bars, and say what was verified; as in `from_pretrained`.
         imatrix: the importance matrix that the quantisers use: a file in one of llama.cpp's forms,
-            or the result of `minitune.gguf.importance_collection.importance_from_data`.
+            or the result of `minitune.gguf.importance.importance_collection.importance_from_data`.
         ollama: write a Modelfile beside each file, for `ollama create`.
         verify: check each file before it gets its name (gguf/verify.py).
         save_method: "lora" writes the adapter alone, in float32, as gguf/lora_adapter.py does. It

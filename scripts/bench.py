@@ -40,7 +40,7 @@ from minitune.checkpoints.resolve_model import resolve_model
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import parse_bytes
-from minitune.gguf.model_files import model_files
+from minitune.gguf.base.model_files import model_files
 
 PEER_CHECKPOINTING = {"true": "default", "auto": "default", "false": "none"}
 # The flags of each mode; --model takes all but NOT_OF_MODEL.

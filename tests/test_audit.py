@@ -11,13 +11,13 @@ from tiny_families import make_tiny_family
 from minitune import FastLanguageModel
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.gguf.audit import audit_merges, audited_samples
-from minitune.gguf.audit_table import AuditRow, MergeAudit
+from minitune.gguf.audit.audit_table import AuditRow, MergeAudit
+from minitune.gguf.audit.merge_audit import audit_merges, audited_samples
+from minitune.gguf.base.model_files import model_files
 from minitune.gguf.export import convert_folder, export_gguf
 from minitune.gguf.file_weights import FileWeights
-from minitune.gguf.importance_collection import importance_from_data
+from minitune.gguf.importance.importance_collection import importance_from_data
 from minitune.gguf.lora_adapter import save_gguf_adapter
-from minitune.gguf.model_files import model_files
 from minitune.gguf.reader import GgufReader
 
 TEXTS = [
@@ -194,7 +194,7 @@ def test_the_audit_repeats_and_leaves_the_model_as_it_is(tmp_path):
 def test_long_logits_in_tiles_give_the_same_numbers(tmp_path, monkeypatch):
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
     whole = audit_merges(model, tokenizer, RECORDS, "q4_0")
-    monkeypatch.setattr("minitune.gguf.audit_pass.compared_rows", lambda _: 7)
+    monkeypatch.setattr("minitune.gguf.audit.audit_pass.compared_rows", lambda _: 7)
     tiled = audit_merges(model, tokenizer, RECORDS, "q4_0")
     for row, expected in zip(tiled.rows, whole.rows, strict=True):
         assert row.divergence == pytest.approx(expected.divergence, rel=1e-5)

@@ -10,8 +10,8 @@ from tiny import make_tiny_model
 
 from minitune.commands import export
 from minitune.commands.next_commands import after_audit
-from minitune.gguf.audit import audit_merges
-from minitune.gguf.audit_table import AuditRow, MergeAudit
+from minitune.gguf.audit.audit_table import AuditRow, MergeAudit
+from minitune.gguf.audit.merge_audit import audit_merges
 
 TEXTS = ["Twelve blue lamps go to Lisbon on Friday.", "The invoice follows by letter."]
 

@@ -13,8 +13,8 @@ from minitune.checkpoints.find_model import find_model
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.config.training_config import GGUF_METHODS
 from minitune.data.batching import collate
+from minitune.gguf.base.load import open_base
 from minitune.gguf.export import convert_folder
-from minitune.gguf.load import open_base
 from minitune.model.quantized_weight import set_frozen_weight
 from minitune.training.micro_step import MicroStep
 

@@ -19,8 +19,8 @@ from minitune.commands.__main__ import main
 from minitune.data import token_cache
 from minitune.data.sources.sources import open_sources
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf import model_files as model_files_module
-from minitune.gguf.model_files import model_files
+from minitune.gguf.base import model_files as model_files_module
+from minitune.gguf.base.model_files import model_files
 from minitune.training.check_base import check_base
 from minitune.training.checkpoint import STATE
 

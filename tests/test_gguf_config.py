@@ -15,9 +15,9 @@ from tiny_families import FAMILIES, make_tiny_family
 
 from minitune.config.layer_kinds import FULL, SLIDING
 from minitune.config.model_config import ModelConfig
-from minitune.gguf.config_from_metadata import MODEL_TYPES, config_from_metadata
+from minitune.gguf.base.config_from_metadata import MODEL_TYPES, config_from_metadata
+from minitune.gguf.base.open_gguf import open_gguf, read_config
 from minitune.gguf.export import convert_folder
-from minitune.gguf.open_gguf import open_gguf, read_config
 from minitune.gguf.reader import StoredTensor
 from minitune.model.rope import RopeTables
 

@@ -12,8 +12,8 @@ import pytest
 from gguf import GGMLQuantizationType as GGMLType
 from gguf_files import SMALL_TENSORS, write_small_llama
 
-from minitune.gguf.model_files import model_files
-from minitune.gguf.open_gguf import open_gguf, read_config
+from minitune.gguf.base.model_files import model_files
+from minitune.gguf.base.open_gguf import open_gguf, read_config
 
 EDGES = (0, 1, 0x7F, 0x80, 0xFF)
 LARGE = (1 << 24, (1 << 32) - 1, 1 << 40, 1 << 60, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
@@ -201,7 +201,7 @@ def test_the_small_files_are_made_once_for_a_version_of_a_file(tmp_path):
 def test_the_small_files_are_removed_when_the_process_ends(tmp_path):
     path = write_small_llama(tmp_path / "small.gguf")
     code = (
-        "import os, sys; from minitune.gguf.model_files import model_files; "
+        "import os, sys; from minitune.gguf.base.model_files import model_files; "
         "folder = model_files(sys.argv[1]); print(folder); "
         "child = os.fork(); child or sys.exit(); os.waitpid(child, 0); "
         "print(folder.is_dir())"

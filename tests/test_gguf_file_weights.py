@@ -9,9 +9,9 @@ from tiny import make_tiny_model
 from tiny_families import make_tiny_family
 
 from minitune.config.model_config import ModelConfig
+from minitune.gguf.base.open_gguf import open_gguf, read_config
 from minitune.gguf.export import convert_folder
 from minitune.gguf.file_weights import FileWeights
-from minitune.gguf.open_gguf import open_gguf, read_config
 from minitune.gguf.quantization.quantize import dequantize
 
 # One case for each family, and those with biases and with a head of its own.

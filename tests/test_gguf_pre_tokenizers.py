@@ -10,10 +10,10 @@ from tiny import TEXTS, make_tiny_model
 from tokenizers import pre_tokenizers, trainers
 
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf import pre_tokenizers as rules
 from minitune.gguf.export import convert_folder
-from minitune.gguf.pre_tokenizers import APPROXIMATED, PRE_TOKENIZERS, pre_tokenizer_name
-from minitune.gguf.tokenizer_metadata import tokenizer_metadata
+from minitune.gguf.tokenizer import pre_tokenizers as rules
+from minitune.gguf.tokenizer.pre_tokenizers import APPROXIMATED, PRE_TOKENIZERS, pre_tokenizer_name
+from minitune.gguf.tokenizer.tokenizer_metadata import tokenizer_metadata
 
 QWEN2 = next(key[0][0] for key, name in PRE_TOKENIZERS.items() if name == "qwen2")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}

@@ -9,8 +9,8 @@ from tiny import make_tiny_model
 
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.export import check_gguf, convert_folder
-from minitune.gguf.tokenizer_check import check_tokenizer
-from minitune.gguf.tokenizer_metadata import tokenizer_metadata
+from minitune.gguf.tokenizer.tokenizer_check import check_tokenizer
+from minitune.gguf.tokenizer.tokenizer_metadata import tokenizer_metadata
 
 ROWS = 512
 G = "tokenizer.ggml."

@@ -12,16 +12,16 @@ from tiny import CHATML, make_tiny_model
 from tokenizer_files import TAGGED
 
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.gguf.base.model_files import model_files
 from minitune.gguf.export import convert_folder
-from minitune.gguf.file_vocabulary import end_token_ids
-from minitune.gguf.llama_cpp_tokenizer import LlamaCppTokenizer
-from minitune.gguf.llama_cpp_words import WORD_RULES
-from minitune.gguf.model_files import model_files
-from minitune.gguf.pre_tokenizers import PRE_TOKENIZERS, names_of_rule, pre_tokenizer_name
-from minitune.gguf.tokenizer_check import check_tokenizer
-from minitune.gguf.tokenizer_files import tokenizer_files
-from minitune.gguf.tokenizer_metadata import tokenizer_metadata
-from minitune.gguf.tokenizer_texts import CONVERSATIONS, FIXED_TEXTS, text_around
+from minitune.gguf.tokenizer.file_vocabulary import end_token_ids
+from minitune.gguf.tokenizer.llama_cpp_tokenizer import LlamaCppTokenizer
+from minitune.gguf.tokenizer.llama_cpp_words import WORD_RULES
+from minitune.gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, names_of_rule, pre_tokenizer_name
+from minitune.gguf.tokenizer.tokenizer_check import check_tokenizer
+from minitune.gguf.tokenizer.tokenizer_files import tokenizer_files
+from minitune.gguf.tokenizer.tokenizer_metadata import tokenizer_metadata
+from minitune.gguf.tokenizer.tokenizer_texts import CONVERSATIONS, FIXED_TEXTS, text_around
 
 ROWS = 512
 G = "tokenizer.ggml."

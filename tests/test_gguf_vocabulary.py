@@ -10,7 +10,7 @@ from tiny import TEXTS, make_tiny_model, sentencepiece_model
 
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.export import convert_folder
-from minitune.gguf.tokenizer_metadata import tokenizer_metadata
+from minitune.gguf.tokenizer.tokenizer_metadata import tokenizer_metadata
 
 CONTROL, USER_DEFINED = 3, 4
 SPACE_KEY = "tokenizer.ggml.add_space_prefix"

@@ -10,8 +10,8 @@ from test_merge import load
 from tiny import make_tiny_model
 
 from minitune.commands import export
-from minitune.gguf.imatrix_files import write_imatrix
-from minitune.gguf.importance_collection import importance_from_data
+from minitune.gguf.importance.imatrix_files import write_imatrix
+from minitune.gguf.importance.importance_collection import importance_from_data
 from minitune.gguf.writer import GGMLType
 
 TEXTS = ["Twelve blue lamps go to Lisbon on Friday.", "The invoice follows by letter."]

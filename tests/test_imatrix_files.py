@@ -9,8 +9,8 @@ import torch
 from tiny import make_tiny_model
 
 from minitune.config.model_config import ModelConfig
-from minitune.gguf.imatrix_files import read_imatrix, write_imatrix
-from minitune.gguf.importance import ImportanceMatrix, tensor_widths, unused_note
+from minitune.gguf.importance.imatrix_files import read_imatrix, write_imatrix
+from minitune.gguf.importance.importance import ImportanceMatrix, tensor_widths, unused_note
 from minitune.gguf.writer import GGMLType
 
 KEYS = {"imatrix.datasets": ["calib.txt"], "imatrix.chunk_count": 7, "imatrix.chunk_size": 512}

@@ -9,9 +9,9 @@ from tiny_families import make_tiny_family
 from transformers_twin import batch, hf_twin, load, loss_and_gradient, relative
 
 from minitune import FastLanguageModel
-from minitune.gguf.imatrix_files import read_imatrix
-from minitune.gguf.importance import tensor_widths
-from minitune.gguf.importance_collection import (
+from minitune.gguf.importance.imatrix_files import read_imatrix
+from minitune.gguf.importance.importance import tensor_widths
+from minitune.gguf.importance.importance_collection import (
     BATCH_TOKENS,
     collect_importance,
     importance_from_data,
@@ -105,7 +105,7 @@ def test_the_result_does_not_depend_on_the_batches(tmp_path, monkeypatch):
     samples = random_samples(512, [150] * 20)
     assert sum(map(len, samples)) > BATCH_TOKENS
     whole = collect_importance(model, samples)
-    monkeypatch.setattr("minitune.gguf.importance_collection.BATCH_TOKENS", 100)
+    monkeypatch.setattr("minitune.gguf.importance.importance_collection.BATCH_TOKENS", 100)
     single = collect_importance(model, samples)
     assert whole.tokens == single.tokens == 3000
     for name, values in whole.values.items():
@@ -125,7 +125,7 @@ def test_a_limit_uses_samples_from_all_over_the_data(tmp_path, monkeypatch):
     model, tokenizer = load(make_tiny_model(tmp_path / "base"))
     used = []
     monkeypatch.setattr(
-        "minitune.gguf.importance_collection.collect_importance",
+        "minitune.gguf.importance.importance_collection.collect_importance",
         lambda model, samples, *_: used.append([tuple(ids) for ids in samples]),
     )
     records = [{"text": f"lamp number {i}"} for i in range(40)]

@@ -13,9 +13,9 @@ from tokenizers import AddedToken, pre_tokenizers, trainers
 
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.export import convert_folder
-from minitune.gguf.llama_cpp_tokenizer import LlamaCppTokenizer
-from minitune.gguf.llama_cpp_words import WORD_RULES
-from minitune.gguf.tokenizer_files import tokenizer_files
+from minitune.gguf.tokenizer.llama_cpp_tokenizer import LlamaCppTokenizer
+from minitune.gguf.tokenizer.llama_cpp_words import WORD_RULES
+from minitune.gguf.tokenizer.tokenizer_files import tokenizer_files
 
 ROWS = 1024
 ONE_NAME_A_RULE = list({rule: name for name, rule in WORD_RULES.items()}.values())

@@ -12,7 +12,7 @@ from tiny_families import FAMILIES, make_tiny_family
 
 from minitune import FastLanguageModel
 from minitune.config.architectures import LORA_TARGETS
-from minitune.gguf.load import file_bytes, open_base
+from minitune.gguf.base.load import file_bytes, open_base
 from minitune.memory.device_rates import DeviceRates
 from minitune.memory.memory_model import MemoryModel, Storage, static_parts
 from minitune.memory.model_shape import ModelShape

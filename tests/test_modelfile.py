@@ -9,9 +9,9 @@ from tiny import CHATML, make_tiny_model
 
 from minitune import FastLanguageModel
 from minitune.commands import export
-from minitune.gguf.go_template import render_go_template
-from minitune.gguf.modelfile import modelfile
-from minitune.gguf.ollama_template import OllamaTemplate, ollama_template
+from minitune.gguf.ollama.go_template import render_go_template
+from minitune.gguf.ollama.modelfile import modelfile
+from minitune.gguf.ollama.ollama_template import OllamaTemplate, ollama_template
 
 TURN = "{% for m in messages %}%s{% endfor %}"
 CHATML_TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

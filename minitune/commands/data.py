@@ -36,7 +36,7 @@ from minitune.data.inspector.token_display import ShownSample, first_samples, sa
 from minitune.data.samples import LabelOptions
 from minitune.data.templates.adapter_template import load_template
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.model_files import model_files
+from minitune.gguf.base.model_files import model_files
 from minitune.training.run_data import read_datasets
 
 DESCRIPTION = "Show which tokens of a dataset are trained on, and the numbers to check."

@@ -35,14 +35,14 @@ from minitune.commands.next_commands import after_audit, after_export
 from minitune.config.cli import in_flags, print_notes, run_command, split_items
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
-from minitune.gguf.audit import DEFAULT_TOKENS as AUDIT_TOKENS
-from minitune.gguf.audit import audit_merges
-from minitune.gguf.audit_table import MergeAudit
+from minitune.gguf.audit.audit_table import MergeAudit
+from minitune.gguf.audit.merge_audit import DEFAULT_TOKENS as AUDIT_TOKENS
+from minitune.gguf.audit.merge_audit import audit_merges
+from minitune.gguf.base.load import open_base
 from minitune.gguf.export import GGUFExport, plan_conversion, plan_export
-from minitune.gguf.imatrix_files import read_imatrix
-from minitune.gguf.importance import ImportanceMatrix
-from minitune.gguf.importance_collection import DEFAULT_TOKENS, importance_from_data
-from minitune.gguf.load import open_base
+from minitune.gguf.importance.imatrix_files import read_imatrix
+from minitune.gguf.importance.importance import ImportanceMatrix
+from minitune.gguf.importance.importance_collection import DEFAULT_TOKENS, importance_from_data
 from minitune.gguf.lora_adapter import AdapterExport, plan_gguf_adapter
 from minitune.language_model import LanguageModel
 from minitune.progress import labelled, print_line

@@ -6,8 +6,8 @@ from pathlib import Path
 from minitune.checkpoints.find_model import ModelSource
 from minitune.config.cli import CommandParser, flag_of
 from minitune.config.training_config import GGUF_WORDS, MERGE_BASES
-from minitune.gguf.audit import DEFAULT_TOKENS as AUDIT_TOKENS
-from minitune.gguf.importance_collection import DEFAULT_TOKENS
+from minitune.gguf.audit.merge_audit import DEFAULT_TOKENS as AUDIT_TOKENS
+from minitune.gguf.importance.importance_collection import DEFAULT_TOKENS
 
 # The flags that name a result
 RESULTS = ("output", "merged", "gguf_adapter", "save_4bit", "audit")

@@ -23,7 +23,7 @@ from minitune.data.records.conversations import (
 from minitune.data.records.record_fields import Fields, Reading
 from minitune.data.sources.sources import open_sources
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.audit_table import MergeAudit
+from minitune.gguf.audit.audit_table import MergeAudit
 from minitune.gguf.lora_adapter import TEMPLATE_SUFFIX, AdapterExport
 from minitune.progress import LABEL_WIDTH, labelled
 from minitune.sft_trainer import SFTTrainer

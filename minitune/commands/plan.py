@@ -23,7 +23,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.config.model_shapes import SHAPES, config_of_shape, nearest_shapes, shape_name
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
 from minitune.device import gib_text
-from minitune.gguf.load import file_bytes, open_base
+from minitune.gguf.base.load import file_bytes, open_base
 from minitune.memory.memory_model import Storage
 from minitune.memory.plan import Plan, Workload, plan_table
 from minitune.memory.planner import parse_gradient_checkpointing, plan_memory

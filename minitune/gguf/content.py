@@ -9,7 +9,7 @@ import math
 from minitune.config.model_config import ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.general_metadata import sampling_metadata, size_label
-from minitune.gguf.importance import ImportanceMatrix
+from minitune.gguf.importance.importance import ImportanceMatrix
 from minitune.gguf.mixtures import QUANTIZATION_METHODS, tensor_types
 from minitune.gguf.model_metadata import (
     additional_tensors,
@@ -17,8 +17,8 @@ from minitune.gguf.model_metadata import (
     gguf_name,
     model_metadata,
 )
-from minitune.gguf.tokenizer_check import check_tokenizer
-from minitune.gguf.tokenizer_metadata import tokenizer_metadata
+from minitune.gguf.tokenizer.tokenizer_check import check_tokenizer
+from minitune.gguf.tokenizer.tokenizer_metadata import tokenizer_metadata
 from minitune.gguf.writer import Content, MetadataValue, TensorInfo
 
 QUANTIZATION_VERSION = 2  # of GGML's quantised types

@@ -21,6 +21,8 @@ from minitune.checkpoints.safetensors_folder import TIED_HEAD, SafetensorsFolder
 from minitune.config.model_config import ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
+from minitune.gguf.base.load import embedding_dtype, open_base
+from minitune.gguf.base.model_files import model_files
 from minitune.gguf.content import content_metadata, file_content
 from minitune.gguf.general_metadata import (
     adapted_name,
@@ -30,12 +32,10 @@ from minitune.gguf.general_metadata import (
     organization_and_name,
     origin_metadata,
 )
-from minitune.gguf.importance import ImportanceMatrix, unused_note
-from minitune.gguf.load import embedding_dtype, open_base
+from minitune.gguf.importance.importance import ImportanceMatrix, unused_note
 from minitune.gguf.mixtures import gguf_methods
-from minitune.gguf.model_files import model_files
 from minitune.gguf.model_metadata import check_window
-from minitune.gguf.modelfile import modelfiles
+from minitune.gguf.ollama.modelfile import modelfiles
 from minitune.gguf.tensor_layout import tensors_of_file
 from minitune.gguf.verify import verify_files
 from minitune.gguf.writer import Content, MetadataValue, write_gguf

@@ -45,14 +45,14 @@ from minitune.gguf.general_metadata import (
 )
 from minitune.gguf.mixtures import QUANTIZATION_METHODS
 from minitune.gguf.model_metadata import check_expressible, check_window, gguf_name
-from minitune.gguf.modelfile import adapter_modelfile
+from minitune.gguf.ollama.modelfile import adapter_modelfile
 from minitune.gguf.reader import GgufReader
 from minitune.gguf.tensor_layout import (
     interleave_rope_rows,
     interleaved_heads,
     separate_rope_rows,
 )
-from minitune.gguf.tokenizer_metadata import adds_bos
+from minitune.gguf.tokenizer.tokenizer_metadata import adds_bos
 from minitune.gguf.verify import check_keys, named_target
 from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
 from minitune.model.causal_lm import CausalLM

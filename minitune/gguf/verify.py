@@ -19,13 +19,13 @@ from torch import Tensor
 
 from minitune.config.model_config import ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.check_tensors import check_tensors
+from minitune.gguf.base.check_tensors import check_tensors
 from minitune.gguf.compare_llama_cpp import compare_with_llama_cpp
 from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.model_metadata import additional_tensors
 from minitune.gguf.quantization.quantize import FLOAT_DTYPES
 from minitune.gguf.reader import GgufReader
-from minitune.gguf.tokenizer_check import check_tokenizer
+from minitune.gguf.tokenizer.tokenizer_check import check_tokenizer
 from minitune.gguf.type_errors import error_limit
 from minitune.gguf.writer import Content, MetadataValue
 from minitune.progress import ProgressBar

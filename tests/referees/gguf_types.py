@@ -24,8 +24,8 @@ from minitune.atomic_files import write_json
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import GGUF_METHODS
 from minitune.gguf.content import file_content
-from minitune.gguf.imatrix_files import write_imatrix
-from minitune.gguf.importance import ImportanceMatrix
+from minitune.gguf.importance.imatrix_files import write_imatrix
+from minitune.gguf.importance.importance import ImportanceMatrix
 from minitune.gguf.model_metadata import model_metadata
 from minitune.gguf.writer import write_gguf
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ollama_chats import CONVERSATIONS, TokenizerOfTemplate, refuses, with_default
 
-from minitune.gguf.ollama_template import ollama_template
+from minitune.gguf.ollama.ollama_template import ollama_template
 
 PROGRAM = """package main
 

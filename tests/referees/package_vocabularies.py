@@ -33,8 +33,8 @@ from tiny import make_tiny_model  # noqa: E402
 
 from minitune.data.tokenization.tokenizer import Tokenizer  # noqa: E402
 from minitune.gguf.export import convert_folder  # noqa: E402
-from minitune.gguf.pre_tokenizers import PRE_TOKENIZERS, PUBLISHED_VOCABULARIES  # noqa: E402
-from minitune.gguf.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED  # noqa: E402
+from minitune.gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, PUBLISHED_VOCABULARIES  # noqa: E402
+from minitune.gguf.tokenizer.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED  # noqa: E402
 from referees.gguf_reading import read_gguf  # noqa: E402
 from referees.llama_cpp import LlamaCpp  # noqa: E402
 from referees.reporting import markdown_table  # noqa: E402

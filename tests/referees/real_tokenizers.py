@@ -46,8 +46,8 @@ from tiny import make_tiny_model  # noqa: E402
 
 from minitune.data.tokenization.tokenizer import Tokenizer  # noqa: E402
 from minitune.gguf.export import convert_folder  # noqa: E402
-from minitune.gguf.llama_cpp_tokenizer import LlamaCppTokenizer  # noqa: E402
-from minitune.gguf.tokenizer_metadata import tokenizer_metadata  # noqa: E402
+from minitune.gguf.tokenizer.llama_cpp_tokenizer import LlamaCppTokenizer  # noqa: E402
+from minitune.gguf.tokenizer.tokenizer_metadata import tokenizer_metadata  # noqa: E402
 from referees.llama_cpp import LlamaCpp  # noqa: E402
 from referees.reporting import markdown_table  # noqa: E402
 from referees.versions import installed_versions  # noqa: E402

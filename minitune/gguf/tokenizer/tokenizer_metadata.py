@@ -19,13 +19,13 @@ from minitune.atomic_files import read_json
 from minitune.data.templates.chat_template import DEFAULT
 from minitune.data.templates.folder_templates import Templates
 from minitune.data.tokenization.tokenizer import CONFIG, Tokenizer, check_vocabulary
-from minitune.gguf.llama_cpp_specials import (
+from minitune.gguf.tokenizer.llama_cpp_specials import (
     PHI_TOKENS,
     PHI_TOKENS_WITHOUT_RSTRIP,
     known_ends,
 )
-from minitune.gguf.pre_tokenizers import flattened
-from minitune.gguf.vocabulary import (
+from minitune.gguf.tokenizer.pre_tokenizers import flattened
+from minitune.gguf.tokenizer.vocabulary import (
     byte_fallback_metadata,
     byte_level_metadata,
     check_model,

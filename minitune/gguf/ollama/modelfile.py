@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.ollama_template import OllamaTemplate, ollama_template
+from minitune.gguf.ollama.ollama_template import OllamaTemplate, ollama_template
 
 OWN_ENGINE = ("gemma3", "mistral3", "qwen3")  # in llama.cpp's names, of the supported families
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from minitune.data.sources.sources import Dataset, file_names
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.gguf.importance import CHUNK_TOKENS, ImportanceMatrix
+from minitune.gguf.importance.importance import CHUNK_TOKENS, ImportanceMatrix
 from minitune.gguf.model_metadata import gguf_name
 from minitune.model.activations import Activations, SaveLevel, row_tiles
 from minitune.model.causal_lm import CausalLM

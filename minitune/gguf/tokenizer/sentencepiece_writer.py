@@ -17,7 +17,7 @@ The fields of the file:
 import struct
 from collections.abc import Mapping, Sequence
 
-from minitune.gguf.vocabulary import BPE
+from minitune.gguf.tokenizer.vocabulary import BPE
 
 SPECIAL_FIELDS = {"unk": 40, "bos": 41, "eos": 42, "pad": 43}
 TEXT_OFFSET = 5  # from the field of a special token's id to that of its text

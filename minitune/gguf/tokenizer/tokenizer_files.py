@@ -27,12 +27,18 @@ from minitune.atomic_files import write_json
 from minitune.data.templates.chat_template import DEFAULT
 from minitune.data.tokenization.added_tokens import FLAGS
 from minitune.data.tokenization.tokenizer import CONFIG
-from minitune.gguf.file_vocabulary import FileVocabulary
-from minitune.gguf.llama_cpp_tokenizer import SENTENCEPIECE
-from minitune.gguf.pre_tokenizers import pre_tokenizer_of
-from minitune.gguf.sentencepiece_writer import sentencepiece_model
-from minitune.gguf.tokenizer_keys import PREFIX, REMEDY, TEMPLATE_KEY, TEMPLATE_NAMES, check_list
-from minitune.gguf.vocabulary import BYTE_PIECE, BYTES
+from minitune.gguf.tokenizer.file_vocabulary import FileVocabulary
+from minitune.gguf.tokenizer.llama_cpp_tokenizer import SENTENCEPIECE
+from minitune.gguf.tokenizer.pre_tokenizers import pre_tokenizer_of
+from minitune.gguf.tokenizer.sentencepiece_writer import sentencepiece_model
+from minitune.gguf.tokenizer.tokenizer_keys import (
+    PREFIX,
+    REMEDY,
+    TEMPLATE_KEY,
+    TEMPLATE_NAMES,
+    check_list,
+)
+from minitune.gguf.tokenizer.vocabulary import BYTE_PIECE, BYTES
 
 ALWAYS_NAMED = ("bos", "eos", "unk", "pad")  # in tokenizer_config.json; null if there is none
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from minitune.data.tokenization.json_backend import byte_level
 from minitune.data.tokenization.sentencepiece_backend import SPACE_MARK
-from minitune.gguf.llama_cpp_specials import SpecialTokens
-from minitune.gguf.llama_cpp_words import WORD_RULES, WordRule
+from minitune.gguf.tokenizer.llama_cpp_specials import SpecialTokens
+from minitune.gguf.tokenizer.llama_cpp_words import WORD_RULES, WordRule
 
 # The ids of BOS and EOS if the file names none.
 DEFAULT_IDS = {"llama": (1, 2), "gpt2": (11, 11)}

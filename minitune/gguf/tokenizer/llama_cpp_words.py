@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from minitune.gguf.pre_tokenizers import (
+from minitune.gguf.tokenizer.pre_tokenizers import (
     LLAMA_CPP_REGEXES,
     PRE_TOKENIZERS,
     names_of_rule,

@@ -24,7 +24,7 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 
 from minitune.atomic_files import atomic_file
-from minitune.gguf.importance import CHUNK_TOKENS, ImportanceMatrix
+from minitune.gguf.importance.importance import CHUNK_TOKENS, ImportanceMatrix
 from minitune.gguf.reader import GgufReader
 from minitune.gguf.writer import Content, TensorInfo, write_gguf
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from minitune.data.templates.chat_template import ChatTemplate
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.go_template import render_go_template
+from minitune.gguf.ollama.go_template import render_go_template
 
 SYSTEM, QUESTION, ANSWER, NEXT = "Rules of the system.", "A question?", "An answer.", "Another one?"
 LONG = 'Two lines,\nand a "quoted" word:\n\n- {braces} & <angles>, 100 %.'

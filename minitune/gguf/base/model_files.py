@@ -17,12 +17,12 @@ from typing import Any
 from minitune.atomic_files import write_json
 from minitune.checkpoints.resolve_model import is_gguf
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.architecture_keys import shortest
-from minitune.gguf.file_vocabulary import end_token_ids, special_token_ids
+from minitune.gguf.base.architecture_keys import shortest
+from minitune.gguf.base.open_gguf import named, open_gguf, read_config
 from minitune.gguf.general_metadata import SAMPLING_KEYS
-from minitune.gguf.open_gguf import named, open_gguf, read_config
-from minitune.gguf.tokenizer_check import check_tokenizer
-from minitune.gguf.tokenizer_files import tokenizer_files
+from minitune.gguf.tokenizer.file_vocabulary import end_token_ids, special_token_ids
+from minitune.gguf.tokenizer.tokenizer_check import check_tokenizer
+from minitune.gguf.tokenizer.tokenizer_files import tokenizer_files
 
 NAMED_IDS = ("bos", "pad")  # special tokens whose ids config.json holds, beside the ends of texts
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitune.config.architectures import Architecture
 from minitune.config.rope_config import QUERY_GROWTH, RopeConfig
-from minitune.gguf.architecture_keys import ArchitectureKeys, shortest
+from minitune.gguf.base.architecture_keys import ArchitectureKeys, shortest
 from minitune.gguf.model_metadata import LLAMA_CPP_YARN, ORIGINAL
 from minitune.model.rope import rope_divisors, rope_scale
 

@@ -6,16 +6,20 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import AddedToken
 
-from minitune.gguf.llama_cpp_specials import CUT_TYPES, known_ends
-from minitune.gguf.llama_cpp_tokenizer import DEFAULT_IDS, SENTENCEPIECE, LlamaCppTokenizer
-from minitune.gguf.tokenizer_keys import (
+from minitune.gguf.tokenizer.llama_cpp_specials import CUT_TYPES, known_ends
+from minitune.gguf.tokenizer.llama_cpp_tokenizer import (
+    DEFAULT_IDS,
+    SENTENCEPIECE,
+    LlamaCppTokenizer,
+)
+from minitune.gguf.tokenizer.tokenizer_keys import (
     PREFIX,
     REMEDY,
     check_tokenizer_keys,
     check_vocabulary_kind,
     checked_id,
 )
-from minitune.gguf.tokenizer_metadata import OTHER_ENDS, SPECIAL_TOKEN_NAMES, UNKNOWN_ID
+from minitune.gguf.tokenizer.tokenizer_metadata import OTHER_ENDS, SPECIAL_TOKEN_NAMES, UNKNOWN_ID
 
 SPECIAL_TYPES = {TokenType.CONTROL, TokenType.UNKNOWN}
 

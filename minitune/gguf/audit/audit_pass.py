@@ -19,8 +19,8 @@ from torch import Tensor
 
 from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.merge import merged_dtype, merged_tensors
-from minitune.gguf.audit_ways import BASE, TRAINED, Way
-from minitune.gguf.importance import ImportanceMatrix
+from minitune.gguf.audit.audit_ways import BASE, TRAINED, Way
+from minitune.gguf.importance.importance import ImportanceMatrix
 from minitune.gguf.model_metadata import gguf_name
 from minitune.gguf.quantization.fusion import choose_steps
 from minitune.gguf.quantization.k_searches import EAGER_STEPS, Steps

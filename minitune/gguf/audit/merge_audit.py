@@ -25,10 +25,10 @@ from minitune.data.samples import Sample
 from minitune.data.sources.sources import Dataset
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
-from minitune.gguf.audit_pass import Quantizer, compare_ways
-from minitune.gguf.audit_table import MEASURABLE_DIVERGENCE, AuditRow, MergeAudit
-from minitune.gguf.audit_ways import BASE, TRAINED, Way, shipped_ways
-from minitune.gguf.importance import ImportanceMatrix
+from minitune.gguf.audit.audit_pass import Quantizer, compare_ways
+from minitune.gguf.audit.audit_table import MEASURABLE_DIVERGENCE, AuditRow, MergeAudit
+from minitune.gguf.audit.audit_ways import BASE, TRAINED, Way, shipped_ways
+from minitune.gguf.importance.importance import ImportanceMatrix
 from minitune.gguf.mixtures import gguf_methods
 from minitune.model.causal_lm import CausalLM
 from minitune.model.loss import LossRows

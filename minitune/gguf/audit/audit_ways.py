@@ -24,7 +24,7 @@ from minitune.checkpoints.safetensors_writer import total_bytes
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.content import content_metadata, file_content
 from minitune.gguf.general_metadata import adapted_name, organization_and_name, origin_metadata
-from minitune.gguf.importance import ImportanceMatrix
+from minitune.gguf.importance.importance import ImportanceMatrix
 from minitune.gguf.lora_adapter import adapter_content
 from minitune.gguf.model_metadata import gguf_name
 from minitune.gguf.writer import Content, MetadataValue

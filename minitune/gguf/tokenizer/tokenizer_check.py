@@ -29,8 +29,8 @@ from gguf import TokenType
 from minitune.data.templates.chat_template import DEFAULT, ChatTemplate
 from minitune.data.tokenization.sentencepiece_backend import SPACE_MARK
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.llama_cpp_tokenizer import LlamaCppTokenizer
-from minitune.gguf.tokenizer_differences import (
+from minitune.gguf.tokenizer.llama_cpp_tokenizer import LlamaCppTokenizer
+from minitune.gguf.tokenizer.tokenizer_differences import (
     Difference,
     first_difference,
     likely_reason,
@@ -39,8 +39,8 @@ from minitune.gguf.tokenizer_differences import (
     shown_token,
     unavoidable_reason,
 )
-from minitune.gguf.tokenizer_keys import TEMPLATE_KEY
-from minitune.gguf.tokenizer_texts import (
+from minitune.gguf.tokenizer.tokenizer_keys import TEMPLATE_KEY
+from minitune.gguf.tokenizer.tokenizer_texts import (
     BEGINNINGS,
     CONVERSATIONS,
     FIXED_TEXTS,

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitune.config.model_config import ModelConfig
-from minitune.gguf.check_tensors import check_tensors
-from minitune.gguf.config_from_metadata import config_from_metadata, supported_architecture
+from minitune.gguf.base.check_tensors import check_tensors
+from minitune.gguf.base.config_from_metadata import config_from_metadata, supported_architecture
+from minitune.gguf.base.rope_from_metadata import ROPE_TENSORS
 from minitune.gguf.quantization.quantize import FLOAT_DTYPES
 from minitune.gguf.reader import GgufReader
-from minitune.gguf.rope_from_metadata import ROPE_TENSORS
 from minitune.kernels.ggml_reference import BLOCK_DEQUANTIZERS
 
 READ_TYPES = (*(kind.name for kind in FLOAT_DTYPES), *BLOCK_DEQUANTIZERS)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from minitune.config.visible_text import on_one_line
 from minitune.data.tokenization.sentencepiece_backend import SPACE_MARK
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.llama_cpp_specials import PHI_TOKENS_WITHOUT_RSTRIP
-from minitune.gguf.llama_cpp_tokenizer import SENTENCEPIECE, LlamaCppTokenizer
-from minitune.gguf.pre_tokenizers import APPROXIMATED
-from minitune.gguf.tokenizer_texts import text_around
+from minitune.gguf.tokenizer.llama_cpp_specials import PHI_TOKENS_WITHOUT_RSTRIP
+from minitune.gguf.tokenizer.llama_cpp_tokenizer import SENTENCEPIECE, LlamaCppTokenizer
+from minitune.gguf.tokenizer.pre_tokenizers import APPROXIMATED
+from minitune.gguf.tokenizer.tokenizer_texts import text_around
 
 SHOWN_IDS = 3  # on each side of the first difference
 SHOWN_CHARACTERS = 80

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from minitune.config.architectures import ARCHITECTURES, Architecture
 from minitune.config.layer_kinds import FULL, SLIDING, periodic
-from minitune.gguf.architecture_keys import ArchitectureKeys
+from minitune.gguf.base.architecture_keys import ArchitectureKeys
+from minitune.gguf.base.rope_from_metadata import rope_fields
 from minitune.gguf.model_metadata import GEMMA_27B_LAYERS, UNROTATED_PERIOD
 from minitune.gguf.reader import StoredTensor
-from minitune.gguf.rope_from_metadata import rope_fields
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 # general.architecture -> model_type of config.json; OLMo 2 with a sliding window is OLMo 3.

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from minitune.data.tokenization.sentencepiece_backend import SPACE_MARK
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.gguf.pre_tokenizers import (
+from minitune.gguf.tokenizer.pre_tokenizers import (
     check_normalizer,
     flattened,
     pre_tokenizer_name,

@@ -1,0 +1,1 @@
+"""The merge audit: how much of a fine-tune each way to ship it keeps."""

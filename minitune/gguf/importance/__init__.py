@@ -1,0 +1,1 @@
+"""Importance matrices: collected, read from files, and given to the quantisers."""

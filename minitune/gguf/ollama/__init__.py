@@ -1,0 +1,1 @@
+"""Modelfiles for Ollama, with chat templates in Go's language."""

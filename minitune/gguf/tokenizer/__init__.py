@@ -1,0 +1,1 @@
+"""Tokenizers in GGUF files: written, read back, and compared with llama.cpp's own rules."""
