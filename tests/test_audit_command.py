@@ -123,7 +123,10 @@ def test_flags_that_do_not_belong_together_are_refused(tiny, capsys):
         (("--model", tiny / "nf4", "--audit-tokens", "9"), "nothing to write"),
         (("--model", tiny / "nf4", *audit, "--audit-tokens", "0"), "expected at least 1, together"),
         (("--model", tiny / "nf4", *audit, "--ollama"), "--ollama needs --output"),
-        (("--model", tiny / "nf4", "--imatrix", data, "--merged", "x"), "need --output or --audit"),
+        (
+            ("--model", tiny / "nf4", "--imatrix", data, "--merged", "x"),
+            "--imatrix needs --output",
+        ),
         (("--model", tiny / "16bit", *audit, "--merge-base", "nf4"), "leave --merge-base out"),
         (("--model", tiny / "nf4", "--audit", tiny / "nowhere.jsonl"), "nowhere.jsonl"),
         (("--model", tiny / "nf4", *audit, "--quantization-method", "q9"), "is not supported"),

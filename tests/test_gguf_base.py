@@ -147,7 +147,8 @@ def test_a_gpu_trains_in_graphs_on_a_file_as_a_cpu_does(tmp_path, method, tie):
         found.append(flat_gradient(model).cpu())
     assert relative(found[1], found[0]) < 1e-4
     model = load_on(path, torch.bfloat16, "cuda")
-    steps = [collate(random_samples([40, 200, 9], model.config.vocab_size))] * 2
+    # 256 rows, a size that graphs have: cuBLAS may sum a padded step in another order.
+    steps = [collate(random_samples([40, 200, 16], model.config.vocab_size))] * 2
     eager, replayed = (results(MicroStep(model, capture=x), steps) for x in (False, True))
     assert_same_bits(replayed, eager)
 

@@ -89,10 +89,12 @@ def test_sizes_may_come_in_any_order_larger_ones_after_smaller(micro_step, eager
 def test_graphs_of_a_gguf_base_give_the_bits_of_eager_micro_steps(tmp_path, tie):
     file = make_tiny_gguf(tmp_path, "q4_k_m", **GRAPH_SHAPE, tie=tie)
     model = load(file, dtype=torch.bfloat16)
-    eager = results(MicroStep(model, capture=False), BATCHES)
+    # Of sizes that graphs have: cuBLAS may sum a padded step in another order.
+    batches = [collate(random_samples(lengths)) for lengths in ([200, 250, 100, 90], [128, 128])]
+    eager = results(MicroStep(model, capture=False), batches)
     micro_step = MicroStep(model)
-    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-        found = results(micro_step, [BATCHES[i] for i in order])
+    for order in ([0, 1], [1, 0, 1]):
+        found = results(micro_step, [batches[i] for i in order])
         assert_same_bits(found, [eager[i] for i in order])
 
 

@@ -30,9 +30,14 @@ from minitune.checkpoints.model_folder import check_new_folder
 from minitune.checkpoints.resolve_model import is_gguf
 from minitune.checkpoints.safetensors_writer import total_bytes
 from minitune.checkpoints.save_4bit import save_4bit
-from minitune.commands.export_flags import check_adapter_flags, check_flags, export_parser
+from minitune.commands.export_flags import (
+    check_adapter_flags,
+    check_flags,
+    export_parser,
+    methods_of,
+)
 from minitune.commands.next_commands import after_audit, after_export
-from minitune.config.cli import in_flags, print_notes, run_command, split_items
+from minitune.config.cli import in_flags, print_notes, run_command
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
 from minitune.gguf.audit.audit_table import MergeAudit
@@ -87,7 +92,8 @@ def export(arguments: argparse.Namespace) -> Exported:
     Raises: ValueError if the command line asks for nothing, or the model cannot be written.
     """
     check_flags(arguments)
-    methods, merge_base = split_items(arguments.quantization_method), arguments.merge_base
+    methods = methods_of(arguments)
+    merge_base = arguments.merge_base
     output, merged, quantized = arguments.output, arguments.merged, arguments.save_4bit
     collects = arguments.imatrix_from is not None
     source = find_model(arguments.model, arguments.adapter)
@@ -177,7 +183,7 @@ def _audit(
     importance: ImportanceMatrix | None,
 ) -> MergeAudit:
     """Print the audit on the samples of --audit, and return it."""
-    methods = split_items(arguments.quantization_method)
+    methods = methods_of(arguments)
     data, limit = arguments.audit, arguments.audit_tokens or AUDIT_TOKENS
     audit = audit_merges(model, tokenizer, data, methods, limit, importance, progress=True)
     print(audit, flush=True)
@@ -216,15 +222,15 @@ def _load(
 ) -> tuple[LanguageModel, Tokenizer]:
     """Return the model with its adapter, and the tokenizer with the adapter's chat template."""
     # 16-bit weights stay in their files until they are merged one at a time, so the CPU suffices.
-    # NF4 weights are quantised first, which a GPU does faster. FP8 weights would take twice the
-    # memory in float32, and a merge reads them again. An importance matrix and an audit take
-    # forward passes.
+    # A GPU is faster at quantising to NF4 first, and at dequantising weights of few bits. FP8
+    # weights would take twice the memory in float32, and a merge reads them again. An importance
+    # matrix and an audit take forward passes.
     computes = arguments.imatrix_from is not None or arguments.audit is not None
     return FastLanguageModel.from_pretrained(
         arguments.model,
         max_seq_length=None,
         dtype=None if use_nf4 or prequantized or computes else torch.bfloat16,
         load_in_4bit=use_nf4,
-        device=None if use_nf4 or computes else "cpu",
+        device=None if use_nf4 or prequantized or computes else "cpu",
         adapter=arguments.adapter,
     )

@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 
 from minitune.checkpoints.find_model import ModelSource
-from minitune.config.cli import CommandParser, flag_of
+from minitune.config.cli import CommandParser, flag_of, split_items
 from minitune.config.training_config import GGUF_WORDS, MERGE_BASES
 from minitune.gguf.audit.merge_audit import DEFAULT_TOKENS as AUDIT_TOKENS
 from minitune.gguf.importance.importance_collection import DEFAULT_TOKENS
 
+DEFAULT_METHOD = "q8_0"
 # The flags that name a result
 RESULTS = ("output", "merged", "gguf_adapter", "save_4bit", "audit")
 
@@ -34,9 +35,8 @@ def export_parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--quantization-method",
         nargs="+",
-        default=["q8_0"],
         metavar="TYPE",
-        help=f"types of the GGUF files: {', '.join(GGUF_WORDS)} (default: q8_0)",
+        help=f"types of the GGUF files: {', '.join(GGUF_WORDS)} (default: {DEFAULT_METHOD})",
     )
     _add_imatrix_flags(parser)
     parser.add_argument(
@@ -108,6 +108,11 @@ def _add_audit_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def methods_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the types of the GGUF files to write or to audit."""
+    return split_items(arguments.quantization_method or [DEFAULT_METHOD])
+
+
 def check_flags(arguments: argparse.Namespace) -> None:
     """Raise ValueError if the flags ask for nothing, or do not belong together."""
     if all(getattr(arguments, name) is None for name in RESULTS):
@@ -116,11 +121,15 @@ def check_flags(arguments: argparse.Namespace) -> None:
             "--save-4bit for one in NF4, --gguf-adapter for the adapter as a GGUF file, or "
             "--audit to compare them without writing"
         )
-    has_imatrix = arguments.imatrix is not None or arguments.imatrix_from is not None
-    if has_imatrix and arguments.output is arguments.audit is None:
-        raise ValueError(
-            "--imatrix and --imatrix-from need --output or --audit: GGUF types use them"
-        )
+    if arguments.output is arguments.audit is None:
+        for name in ("imatrix", "imatrix_from", "quantization_method"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"{flag_of(name)} needs --output or --audit: GGUF types use it")
+        if arguments.merge_base != "auto" and arguments.merged is None:
+            raise ValueError(
+                f"--merge-base {arguments.merge_base} needs --output, --merged or --audit: nothing "
+                "else is merged"
+            )
     if arguments.ollama and arguments.output is arguments.gguf_adapter is None:
         raise ValueError(
             "--ollama needs --output or --gguf-adapter: it writes a Modelfile beside each GGUF file"

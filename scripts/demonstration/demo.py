@@ -15,6 +15,7 @@ from pathlib import Path
 
 from demonstration import smollm2
 from minitune.checkpoints.merge import merge_text
+from minitune.checkpoints.resolve_model import is_gguf
 from minitune.commands.next_commands import after_training
 from minitune.config.cli import Settings, in_flags
 from minitune.data.sources.sources import load_dataset
@@ -128,7 +129,9 @@ def run(settings: Settings, prepare: Callable[[Settings], SFTTrainer]) -> None:
     )
     folder = settings.run.model or str(smollm2.fetch())
     settings = settings._replace(run=replace(settings.run, model=folder), sft=sft)
-    phases.begin("load", f"{folder}, quantising its linears to NF4")
+    is_nf4 = settings.run.load_in_4bit and not is_gguf(Path(folder))
+    form = "quantising its linears to NF4" if is_nf4 else "with its weights as they are stored"
+    phases.begin("load", f"{folder}, {form}")
     trainer = prepare(settings)
     model, tokenizer = trainer.model, trainer.processing_class
     records = [record for _, record in load_dataset(DATA / "heldout.jsonl")]
