@@ -1,4 +1,4 @@
-"""LoRA and QLoRA training of Llama, Qwen, Gemma and others, from a checkpoint folder to GGUF.
+"""LoRA and QLoRA training of Llama, Qwen, Gemma and others, on model folders and GGUF files.
 
 Usage: from minitune import FastLanguageModel, SFTTrainer, SFTConfig
 """

@@ -14,13 +14,13 @@ import torch
 
 from minitune.checkpoints.adapter import check_adapter
 from minitune.checkpoints.find_model import ModelSource, find_model
-from minitune.checkpoints.load_weights import EMBEDDING, load_weights
+from minitune.checkpoints.load_weights import load_weights
 from minitune.checkpoints.resolve_model import is_gguf
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.foreign_arguments import foreign_arguments
 from minitune.config.loading_arguments import ATTACHING, ATTACHING_CONFIG, LOADING, PREPARING
-from minitune.config.model_config import ModelConfig
+from minitune.config.model_config import EMBEDDING, ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 from minitune.device import choose_device, choose_dtype

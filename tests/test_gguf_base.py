@@ -1,5 +1,7 @@
 """A GGUF file as the base: what is trained is what llama.cpp serves from the file."""
 
+import shutil
+
 import pytest
 import torch
 from gguf_files import make_tiny_gguf
@@ -14,7 +16,8 @@ from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.config.training_config import GGUF_METHODS
 from minitune.data.batching import collate
 from minitune.gguf.base.load import open_base
-from minitune.gguf.export import convert_folder
+from minitune.gguf.export import convert_folder, export_gguf
+from minitune.gguf.lora_adapter import save_gguf_adapter
 from minitune.model.quantized_weight import set_frozen_weight
 from minitune.training.micro_step import MicroStep
 
@@ -132,6 +135,40 @@ def test_an_adapter_names_the_file_and_finds_it_again(tmp_path):
     ids, _ = batch(model)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_link_in_hugging_faces_cache_keeps_its_name(tmp_path):
+    blob, link = tmp_path / "blobs" / "0a1b", tmp_path / "snapshots" / "tiny-Q8_0.GGUF"
+    blob.parent.mkdir()
+    link.parent.mkdir()
+    make_tiny_gguf(tmp_path, "q8_0").rename(blob)
+    link.symlink_to(blob)
+    model, tokenizer = load(link)
+    model.save_pretrained(tmp_path / "adapter")
+    assert find_model(tmp_path / "adapter").base == link
+    path = model.save_pretrained_gguf(blob.parent, tokenizer, save_method="lora", ollama=True)
+    assert path == blob.with_name("tiny-minitune-F32-LORA.gguf")
+    assert path.with_suffix(".Modelfile").read_text().startswith(f"FROM {link}\n")
+    with pytest.raises(
+        ValueError, match=r"is a file; .* or a GGUF file, whose name ends in \.gguf"
+    ):
+        find_model(blob)
+
+
+def test_no_export_replaces_the_file_of_the_base(tmp_path):
+    path = make_tiny_gguf(tmp_path, "q8_0")
+    model, tokenizer = load(path)
+    for write in (save_gguf_adapter, export_gguf):
+        with pytest.raises(ValueError, match="is the base model's own file"):
+            write(model, path, tokenizer, overwrite=True)
+
+
+def test_a_tokenizer_whose_folder_is_gone_is_not_saved_without_its_files(tmp_path):
+    model, tokenizer = load(make_tiny_gguf(tmp_path, "q8_0"))
+    shutil.rmtree(model.folder)
+    with pytest.raises(ValueError, match="was removed meanwhile; load the model again"):
+        model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.gpu

@@ -255,13 +255,15 @@ def test_loading_arguments_that_a_file_cannot_follow_are_refused(base, options, 
         FastLanguageModel.from_pretrained(base, device="cpu", **options)
 
 
-def test_a_missing_file_is_named_with_those_beside_it(base):
+def test_a_missing_file_is_named_with_those_beside_it(base, capsys):
     message = rf"^GGUF file .*bas\.gguf does not exist; {base.parent} holds base\.gguf$"
     with pytest.raises(ValueError, match=message):
         FastLanguageModel.from_pretrained(base.with_name("bas.gguf"))
     message = r"^GGUF file nowhere/base\.gguf does not exist$"
     with pytest.raises(ValueError, match=message):
         FastLanguageModel.from_pretrained("nowhere/base.gguf")
+    assert main(["plan", "--model", "nowhere/base.gguf"]) == 2
+    assert "GGUF file nowhere/base.gguf does not exist" in capsys.readouterr().err
 
 
 def test_a_command_refuses_before_it_trains(base, tmp_path, capsys):

@@ -90,7 +90,8 @@ def write_adapter_files(model: CausalLM, folder: Path) -> None:
     decoder = _decoder_name(model.config)
     base = model.name
     if not is_hub_id(model.name, model.folder):
-        base = str((model.gguf or model.folder).resolve())
+        # A GGUF file keeps its name: in Hugging Face's cache it is a link to a file without suffix.
+        base = str(model.gguf or model.folder.resolve())
     write_json(folder / CONFIG, _peft_config(base, model.lora, decoder))
     tensors = {
         PREFIX + decoder + name.removeprefix("model"): p.detach().cpu().contiguous()

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from minitune.checkpoints.bitsandbytes_nf4 import check_bitsandbytes, quantized_linears, read_nf4
 from minitune.checkpoints.fp8 import FP8_METHODS, REMEDY, Block, Fp8Folder, block_of
 from minitune.checkpoints.safetensors_folder import NOT_WEIGHTS, TIED_HEAD, SafetensorsFolder
-from minitune.config.model_config import ModelConfig
+from minitune.config.model_config import EMBEDDING, ModelConfig
 from minitune.model.causal_lm import CausalLM
 from minitune.model.linear import Linear
 from minitune.model.nf4 import BLOCKSIZE, NF4
 from minitune.model.quantized_weight import share_frozen_weight
 from minitune.progress import ProgressBar
-
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def open_model_folder(folder: Path) -> tuple[ModelConfig, SafetensorsFolder]:

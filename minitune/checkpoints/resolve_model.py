@@ -25,7 +25,8 @@ def resolve_model(name: str | Path, kind: str = "model") -> Path:
         return folder
     if folder.is_file():
         if not is_gguf(folder):
-            raise ValueError(f"{name} is a file; give the folder of the {kind}")
+            gguf = f", or a GGUF file, whose name ends in {GGUF_SUFFIX}" if kind == "model" else ""
+            raise ValueError(f"{name} is a file; give the folder of the {kind}{gguf}")
         if kind != "model":
             raise ValueError(
                 f"{name} is a GGUF file, which llama.cpp reads as it is; give the folder of the "

@@ -85,7 +85,7 @@ def after_training(
         example, notes = _example_flags(files[0], trainer.processing_class)
         words += example
     commands = [command_line(program, "generate", *words)]
-    gguf = [path for path in models if path.suffix == ".gguf"]
+    gguf = [path for path in models if is_gguf(path)]
     if gguf:
         commands.append(_llama_server(gguf[0]))
     elif model.gguf is not None:  # the adapter on this file is the model as it was trained
@@ -112,7 +112,7 @@ def after_export(
     """
     of_adapter = [] if adapter is None else adapter.paths
     others = [path for path in paths if path not in of_adapter]
-    gguf = [path for path in others if path.suffix == ".gguf"]
+    gguf = [path for path in others if is_gguf(path)]
     commands, notes = [_llama_server(path) for path in gguf], []
     modelfiles = [path for path in others if path.name.endswith(MODELFILE)]
     for path, file in zip(gguf, modelfiles, strict=False):

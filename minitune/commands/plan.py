@@ -145,6 +145,8 @@ def _config_of_name(model: str) -> tuple[ModelConfig, str]:
     try:
         folder = resolve_model(model)
     except ValueError:
+        if is_gguf(Path(model)):
+            raise  # no shape is called so
         if shape is not None:
             own = "" if shape == model else f", that of {shape}"
             return config_of_shape(shape), f"{model} (built-in shape{own})"

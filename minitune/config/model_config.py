@@ -16,6 +16,7 @@ from minitune.config.loading_arguments import CONFIG_ATTRIBUTES
 from minitune.config.rope_config import RopeConfig, RopeReader
 from minitune.config.text_config import is_wrapper, text_config
 
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 DEFAULT_MAX_SEQ_LENGTH = 2048
 DROPOUT_KEYS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 # The names that config.json has for each activation.
@@ -213,12 +214,12 @@ class ModelConfig:
             for norm, width in zip(HEAD_NORMS, self.head_norm_sizes(), strict=True):
                 layer[f"{norm}.weight"] = (width,)
 
-        shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        shapes = {EMBEDDING: (self.vocab_size, self.hidden_size)}
         for i in range(self.num_hidden_layers):
             shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-        shapes["model.norm.weight"] = (self.hidden_size,)
+        shapes[NORM] = (self.hidden_size,)
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+            shapes[HEAD] = (self.vocab_size, self.hidden_size)
         return shapes
 
     @classmethod

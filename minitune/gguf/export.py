@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from minitune.atomic_files import atomic_files, require_space_together
-from minitune.checkpoints.load_weights import EMBEDDING, check_all_known, open_model_folder
+from minitune.checkpoints.load_weights import check_all_known, open_model_folder
 from minitune.checkpoints.merge import merged_dtype, merged_tensors
 from minitune.checkpoints.safetensors_folder import TIED_HEAD, SafetensorsFolder
-from minitune.config.model_config import ModelConfig
+from minitune.config.model_config import EMBEDDING, ModelConfig
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
 from minitune.gguf.base.load import embedding_dtype, open_base
@@ -176,7 +176,7 @@ def plan_export(
     organization, base = organization_and_name(model.name, model.gguf or model.folder)
     methods = gguf_methods(quantization_method, merged_dtype(model) == torch.float16)
     name = adapted_name(base) if model.lora else base
-    targets = check_targets(path, name, methods, overwrite)
+    targets = check_targets(path, name, methods, overwrite, model.gguf)
     check_window(model.config, model.max_trained_seqlen)
     merged_tensors(model, merge_base)  # refuses before the first tensor
     return _plan(

@@ -40,7 +40,7 @@ def organization_and_name(name: str, base: Path) -> tuple[str, str]:
     """
     if is_gguf(base):
         types = "|".join(GGUF_METHODS)
-        return "", re.sub(f"[-._]({types})$", "", base.resolve().stem, flags=re.IGNORECASE)
+        return "", re.sub(f"[-._]({types})$", "", base.stem, flags=re.IGNORECASE)
     if not is_hub_id(name, base):
         return "", base.resolve().name
     return name.split("/")[0], name.split("/")[-1]
@@ -68,18 +68,23 @@ def name_of_file(path: Path, method: str) -> str:
 
 
 def check_targets(
-    path: str | Path, name: str, methods: Sequence[str], overwrite: bool = False
+    path: str | Path,
+    name: str,
+    methods: Sequence[str],
+    overwrite: bool = False,
+    base: Path | None = None,
 ) -> list[Path]:
     """Return the file of each type.
 
     path: a folder, or a file name that ends in .gguf if there is one type.
     name: the model's name, for the names of files in a folder.
     overwrite: accept that a file exists.
+    base: the GGUF file of the base model, which is never replaced; None if there is none.
 
-    Raises: ValueError if a file exists, or the path does not fit the types.
+    Raises: ValueError if a file exists or is the base, or the path does not fit the types.
     """
     path = Path(path)
-    if path.suffix != ".gguf":
+    if not is_gguf(path):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path}: is a file; give a folder, or a file name that ends in .gguf")
         targets = [path / file_name(name, method) for method in methods]
@@ -91,6 +96,8 @@ def check_targets(
     else:
         targets = [path]
     for target in targets:
+        if base is not None and target.resolve() == base.resolve():
+            raise ValueError(f"{target}: is the base model's own file; choose another name")
         if target.exists() and not overwrite:
             raise ValueError(f"{target}: exists; remove it or choose another name")
     return targets

@@ -192,7 +192,7 @@ def plan_gguf_adapter(
     check_window(model.config, model.max_trained_seqlen)
     base = model.gguf or model.folder
     name = adapted_name(organization_and_name(model.name, base)[1])
-    (target,) = check_targets(path, name, [FILE_TYPE], overwrite)
+    (target,) = check_targets(path, name, [FILE_TYPE], overwrite, model.gguf)
     tokenizer = tokenizer or Tokenizer.from_folder(model.folder)
     texts = _template_file(target, tokenizer)
     if ollama:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minitune.config.model_config import EMBEDDING
 from minitune.gguf.file_weights import FileWeights
-from minitune.gguf.streamed_model import EMBEDDING, StreamedModel
+from minitune.gguf.streamed_model import StreamedModel
 
 
 @torch.no_grad()

@@ -9,15 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from minitune.config.model_config import ModelConfig
+from minitune.config.model_config import EMBEDDING, HEAD, NORM, ModelConfig
 from minitune.model.activations import SaveLevel
 from minitune.model.causal_lm import EVALUATION_TILE_ROWS, CausalLM
 from minitune.model.layers import new_residual
 from minitune.model.loss import Head
 from minitune.model.norms import RMSNorm
 from minitune.model.packed_sequences import PackedSequences
-
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 Load = Callable[[str], Tensor]  # Hugging Face's name -> tensor on the device
 

@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minitune.config.model_config import ModelConfig
+from minitune.config.model_config import EMBEDDING, HEAD, ModelConfig
 from minitune.model.causal_lm import CausalLM
 from minitune.model.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
 
 # Bytes of a parameter in NF4: half a byte, one byte of scale a block, a float32 for 256 scales.
 NF4_BYTES = 0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED_BLOCKSIZE)
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)

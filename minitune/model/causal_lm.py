@@ -325,14 +325,14 @@ class CausalLM(nn.Module):
     def resident_weights(self) -> Iterator[None]:
         """Keep all linears and the head dequantised meanwhile; no number changes."""
         weights = ResidentWeights(self.dtype, self.device)
-        head = self._resident_head
+        owns_head = self._resident_head is None
         try:
             weights.keep_only(self.fused_linears())
             self._resident_head = self.head().weight
             yield
         finally:
             weights.keep_only(())
-            self._resident_head = head
+            self._resident_head = None if owns_head else self._resident_head
 
     def resident_weights_if_they_fit(self) -> contextlib.AbstractContextManager:
         """Return `resident_weights()` if they take less than half of the free memory."""

@@ -1,4 +1,4 @@
-"""Weights that stay dequantised in memory, beside their NF4 form."""
+"""Weights that stay dequantised in memory, beside their quantised form."""
 
 from collections.abc import Iterable
 

@@ -269,7 +269,11 @@ class Tokenizer(TokenizerCalls):
 
         A chat template or a setting that was assigned, such as pad_token, is written instead of
         the original one.
+
+        Raises: ValueError if the files were removed since they were read.
         """
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder}: was removed meanwhile; load the model again")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:

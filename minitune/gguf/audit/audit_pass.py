@@ -19,13 +19,14 @@ from torch import Tensor
 
 from minitune.checkpoints.load_weights import open_weights
 from minitune.checkpoints.merge import merged_dtype, merged_tensors
+from minitune.config.model_config import EMBEDDING, NORM
 from minitune.gguf.audit.audit_ways import BASE, TRAINED, Way
 from minitune.gguf.importance.importance import ImportanceMatrix
 from minitune.gguf.model_metadata import gguf_name
 from minitune.gguf.quantization.fusion import choose_steps
 from minitune.gguf.quantization.k_searches import EAGER_STEPS, Steps
 from minitune.gguf.quantization.quantize import dequantize, quantize
-from minitune.gguf.streamed_model import EMBEDDING, NORM, StreamedModel
+from minitune.gguf.streamed_model import StreamedModel
 from minitune.model.causal_lm import CausalLM
 from minitune.model.divergence import compared_rows, comparison_sums, log_probabilities
 from minitune.model.loss import LossRows

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from minitune.checkpoints.load_weights import open_model_folder
 from minitune.checkpoints.resolve_model import is_gguf
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
-from minitune.config.model_config import ModelConfig
+from minitune.config.model_config import EMBEDDING, HEAD, ModelConfig
 from minitune.gguf.base.model_files import model_files
 from minitune.gguf.base.open_gguf import open_gguf
 from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.quantization.quantize import FLOAT_DTYPES
-from minitune.memory.stored_weights import EMBEDDING, HEAD, StoredWeights
+from minitune.memory.stored_weights import StoredWeights
 from minitune.model.causal_lm import CausalLM
 from minitune.model.ggml_weight import GgmlWeight
 from minitune.model.quantized_weight import (

@@ -70,8 +70,8 @@ def adapter_modelfile(
             "not yet implemented'; export the merged model for them",
             stacklevel=4,
         )
-    beside = base.resolve().parent == adapter.resolve().parent
-    start = f"./{base.name}" if beside else str(base.resolve())
+    beside = base.parent.resolve() == adapter.parent.resolve()
+    start = f"./{base.name}" if beside else str(base.absolute())
     template = _template(tokenizer, adds_bos)
     return {adapter.with_suffix(".Modelfile"): modelfile(start, template, f"./{adapter.name}")}
 
