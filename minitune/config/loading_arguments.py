@@ -28,7 +28,7 @@ LOADING = {
         "a folder of FP8 weights is read, with load_in_4bit=True or False", (False, None)
     ),
     "quantization_config": Foreign("use load_in_4bit=True, which is NF4"),
-    "qat_scheme": Foreign("there is no training for another type than NF4 and 16 bit"),
+    "qat_scheme": Foreign("training rounds no weights; a GGUF file of that type can be the base"),
     "float32_mixed_precision": Foreign("adapters are always in float32", neutral=ANYTHING),
     # training
     "full_finetuning": Foreign(_ADAPTERS_ONLY, (False, None)),
@@ -94,7 +94,7 @@ LORA = {
     "base_model_name_or_path": Foreign("the model's own name is saved", neutral=ANYTHING),
     "revision": Foreign("the model's own folder is saved"),
     "auto_mapping": Foreign("PEFT finds the class from task_type"),
-    "qat_scheme": Foreign("there is no training for another type than NF4 and 16 bit"),
+    "qat_scheme": Foreign("training rounds no weights; a GGUF file of that type can be the base"),
     "peft_version": Foreign("it changes no adapter", neutral=ANYTHING),
     "runtime_config": Foreign("it changes no adapter", neutral=ANYTHING),
     "qalora_group_size": Foreign("QALoRA is not used", neutral=ANYTHING),

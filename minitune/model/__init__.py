@@ -1,4 +1,4 @@
-"""The model: NF4 linears with LoRA branches, the hand-written decoder layer, loss and generation.
+"""The model: quantised linears with LoRA branches, hand-written decoder layer, loss, generation.
 
 May import: kernels, device.py, atomic_files.py, config.
 
