@@ -8,6 +8,7 @@ import pytest
 from tiny import make_tiny_model
 
 from minitune.commands.__main__ import main
+from minitune.gguf.export import convert_folder
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,9 +22,10 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """Change to a folder with the README's model and data; the model is a tiny one."""
+    """Change to a folder with the README's model, GGUF file and data; the model is a tiny one."""
     monkeypatch.chdir(tmp_path)
     make_tiny_model(tmp_path / MODEL)
+    convert_folder(tmp_path / MODEL, tmp_path / f"{MODEL}.Q4_1.gguf", "q4_1", verify=False)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     return tmp_path
 
