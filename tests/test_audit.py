@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from test_merge import load, write_prequantized
-from tiny import draw_adapter, make_tiny_model, write_tokenizer
+from tiny import draw_adapter, make_tiny_model
 from tiny_families import make_tiny_family
 
 from minitune import FastLanguageModel
@@ -13,7 +13,6 @@ from minitune.checkpoints.merge import merge_to_folder
 from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.gguf.audit.audit_table import AuditRow, MergeAudit
 from minitune.gguf.audit.merge_audit import audit_merges, audited_samples
-from minitune.gguf.base.model_files import model_files
 from minitune.gguf.export import convert_folder, export_gguf
 from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.importance.importance_collection import importance_from_data
@@ -163,7 +162,6 @@ def test_a_base_of_4_bit_weights_is_audited_on_these(tmp_path):
 def test_a_gguf_base_and_its_adapter_are_the_model_as_trained(tmp_path):
     folder = make_tiny_model(tmp_path / "base", **WIDE)
     file = convert_folder(folder, tmp_path / "base.gguf", "q4_k_m", verify=False)
-    write_tokenizer(model_files(file))
     model, tokenizer = load(file)
     audit = audit_merges(model, tokenizer, RECORDS, ["q8_0", "q4_k_m"])
     trained = audit.trained
