@@ -247,6 +247,7 @@ def test_what_a_gguf_file_has_no_weights_for_is_refused_with_the_remedy(base, tm
             {"load_in_16bit": True, "load_in_4bit": False},
             "load_in_16bit=True: .*in the types that it has; .*save_pretrained_merged",
         ),
+        ({"gguf_file": "base.gguf"}, "give the path of the GGUF file itself as model_name"),
         ({"offload_embedding": True}, "offload_embedding is not available: the head of this model"),
     ],
 )

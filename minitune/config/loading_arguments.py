@@ -28,6 +28,7 @@ LOADING = {
         "a folder of FP8 weights is read, with load_in_4bit=True or False", (False, None)
     ),
     "quantization_config": Foreign("use load_in_4bit=True, which is NF4"),
+    "gguf_file": Foreign("give the path of the GGUF file itself as model_name"),
     "qat_scheme": Foreign("training rounds no weights; a GGUF file of that type can be the base"),
     "float32_mixed_precision": Foreign("adapters are always in float32", neutral=ANYTHING),
     # training
