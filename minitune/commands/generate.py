@@ -75,7 +75,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--top-k", type=int, default=0, help="draw from the likeliest tokens only; 0: all (default)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
-    parser.add_argument("--no-load-in-4bit", action="store_true", help="hold the linears in 16 bit")
+    parser.add_argument(
+        "--no-load-in-4bit",
+        action="store_true",
+        help="hold the linears in 16 bit; a GGUF file keeps its own types",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     return parser
 

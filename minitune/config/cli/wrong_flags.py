@@ -30,9 +30,8 @@ TEMPLATE = (
 # Names without their dashes -> the remedies.
 MEANINGS: dict[str, tuple[str, ...]] = {
     # model and data
-    "m base-model model-name model-path model-name-or-path model-id pretrained-model hf-model": (
-        "--model",
-    ),
+    "m base base-model model-name model-path model-name-or-path model-id pretrained-model hf-model "
+    "gguf-file hf-file lora-base": ("--model",),
     "tokenizer tokenizer-path tokenizer-name": ("the tokenizer of the model folder is used",),
     "d f dataset datasets dataset-name dataset-path data-path data-file data-dir train train-data "
     "train-file train-files train-dataset training-data input-file": (
@@ -156,7 +155,7 @@ MEANINGS: dict[str, tuple[str, ...]] = {
     # generation and export
     "p question input text ask user": ("--prompt",),
     "sys system-prompt system-message": ("--system",),
-    "n-predict max-tokens max-length max-new new-tokens num-predict": ("--max-new-tokens",),
+    "n-predict predict max-tokens max-length max-new new-tokens num-predict": ("--max-new-tokens",),
     "temp t": ("--temperature",),
     "topp nucleus": ("--top-p",),
     "topk": ("--top-k",),
@@ -168,6 +167,12 @@ MEANINGS: dict[str, tuple[str, ...]] = {
         "--gguf",
     ),
     "output-dir": ("--output",),
+    "lora-out save-lora": ("--gguf-adapter", "--output-dir"),
+    "save-method": (
+        "--merged for a 16-bit folder, --output for a GGUF file, --gguf-adapter for the adapter",
+        "--merge for a 16-bit folder, --gguf for GGUF files",
+    ),
+    "ngl n-gpu-layers gpu-layers": ("the whole model is on one device, which --device names",),
     "modelfile": ("--ollama",),
     "calibration calib-data imatrix-data": ("--imatrix-from",),
     "no-check skip-verify": ("--no-verify",),
