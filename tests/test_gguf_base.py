@@ -1,6 +1,7 @@
 """A GGUF file as the base: what is trained is what llama.cpp serves from the file."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -169,6 +170,18 @@ def test_a_tokenizer_whose_folder_is_gone_is_not_saved_without_its_files(tmp_pat
     with pytest.raises(ValueError, match="was removed meanwhile; load the model again"):
         model.save_pretrained_merged(tmp_path / "merged", tokenizer)
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_on_a_file_that_it_was_not_trained_on_gets_a_warning(tmp_path):
+    first, second = (make_tiny_gguf(tmp_path / name, name) for name in ("q4_1", "q8_0"))
+    model, _ = load(first)
+    model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(tmp_path / "adapter")
+    other, _ = load(second, with_adapter=False)
+    with pytest.warns(UserWarning, match=r"trained on .*tiny-q4_1.gguf, and the model is .*q8_0"):
+        other.load_adapter(tmp_path / "adapter")
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ PEFT finds its modules there. It loads onto the wrapper and onto a plain text mo
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def _load_adapter(model: CausalLM, folder: str | Path, may_replace: bool) -> Non
         remove_lora_(model)
     if model.lora is None:
         model.add_lora(lora)
+    _warn_of_other_file(model, folder, peft_config.get("base_model_name_or_path"))
     with torch.no_grad():
         for name, p in model.trainable_parameters():
             p.copy_(tensors[name])
@@ -158,6 +160,19 @@ def read_base_form(folder: str | Path) -> str | None:
     None if the file does not say, because another program wrote the adapter.
     """
     return read_metadata(Path(folder) / WEIGHTS).get(BASE_FORM)
+
+
+def _warn_of_other_file(model: CausalLM, folder: str | Path, base: Any) -> None:
+    """Warn if the model is a GGUF file, and the adapter was trained on something of another name.
+
+    base: the base that the adapter names.
+    """
+    if model.gguf is not None and Path(str(base)).name != model.gguf.name:
+        warnings.warn(
+            f"{folder}: the adapter was trained on {base}, and the model is {model.gguf}, whose "
+            "weights are rounded otherwise or may hold the adapter already",
+            stacklevel=2,
+        )
 
 
 def _read_adapter(
