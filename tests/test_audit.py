@@ -293,6 +293,10 @@ def test_the_table_fits_into_80_columns(tmp_path, monkeypatch):
     assert len(str(huge)) <= 80
 
 
+def test_a_survival_that_rounds_to_zero_has_no_sign():
+    assert str(AuditRow("merged, Q4_1", 10**8, 0.01, 0.9, 2.5, -1e-6)).endswith("  0.0%")
+
+
 def test_the_drawn_adapter_of_these_tests_changes_the_base(tmp_path):
     model, tokenizer = load(make_tiny_model(tmp_path / "base"), load_in_4bit=False)
     draw_adapter(model, b=0.001)

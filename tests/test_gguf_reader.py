@@ -80,7 +80,7 @@ def test_a_file_that_ends_early_is_refused_by_name_wherever_it_ends(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"GGML" + bytes(20), "is not a GGUF file"),
+        (b"GGML" + bytes(20), "is not a GGUF file, which begins with the bytes GGUF; fetch"),
         (b"GGUF" + struct.pack("<Iqq", 1, 0, 0), "version 1"),
         (b"GGUF" + struct.pack(">Iqq", 3, 0, 0), "little-endian"),
         (b"GGUF" + struct.pack("<IqqQ", 3, 0, 1, 1) + b"a" + struct.pack("<I", 99), "99"),

@@ -81,7 +81,7 @@ class GgufReader:
             with self.path.open("rb") as file:
                 self.size = self.path.stat().st_size
                 if not self.size:
-                    raise self._error("is empty")
+                    raise self._error("is empty; fetch the file again")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     self.metadata, self.tensors = self._parse(_Cursor(content))
         except EOFError:
@@ -113,7 +113,9 @@ class GgufReader:
     def _parse(self, cursor: "_Cursor") -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         """Return the keys and the tensors of a head."""
         if cursor.take(4) != MAGIC:
-            raise self._error("is not a GGUF file")
+            raise self._error(
+                "is not a GGUF file, which begins with the bytes GGUF; fetch the file again"
+            )
         version, tensors, keys = cursor.unpack("<IQQ")
         if version not in VERSIONS:
             raise self._error(

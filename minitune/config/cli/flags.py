@@ -45,7 +45,7 @@ TRAIN_DESCRIPTION = "Train a LoRA adapter on one GPU or on the CPU. Needs --mode
 # Switches of a command that are no settings and no TOML keys.
 SWITCHES = {
     "demo": "fetch a small model, train it on a shipped task, and show the result",
-    "plan": "print the memory and time of a step, from config.json alone, and exit",
+    "plan": "print the memory and time of a step, without reading weights, and exit",
     "eval_only": "print the loss of --model on --eval-data and exit; a run has its own data",
     "list_shapes": "list the models whose shapes are built in, and exit",
 }

@@ -39,7 +39,7 @@ class AuditRow:
     merge_base: str | None = None
 
     def __str__(self) -> str:
-        survival = "-" if self.survival is None else f"{100 * self.survival:.1f}%"
+        survival = "-" if self.survival is None else f"{100 * self.survival:z.1f}%"
         cells = (
             _size(self.nbytes),
             f"{self.divergence:.4f}",
