@@ -92,8 +92,7 @@ class FastLanguageModel:
         _check_bits(load_in_16bit, load_in_4bit, source.base)
         _check_adapter(config, source)
         stored.read_ahead()
-        tokenizer = Tokenizer.from_folder(model_files(source.base))
-        check_vocabulary(tokenizer, config.vocab_size)
+        tokenizer = _read_tokenizer(source.base, config)
         model = _new_model(
             source,
             config,
@@ -211,6 +210,17 @@ def _attach(model: LanguageModel, lora: LoraConfig, seed: int) -> None:
             "further without get_peft_model, or load the base model again to attach a new one"
         )
     warnings.warn("the model has this adapter already, and it stays as it is", stacklevel=4)
+
+
+def _read_tokenizer(base: Path, config: ModelConfig) -> Tokenizer:
+    """Return the tokenizer of a folder or a GGUF file, after a check against the embedding.
+
+    Raises: ValueError if the tokenizer is missing, or has more tokens than the embedding has rows.
+    """
+    tokenizer = Tokenizer.from_folder(model_files(base))
+    tokenizer.name_or_path = str(base)  # not the temporary folder of a GGUF file
+    check_vocabulary(tokenizer, config.vocab_size)
+    return tokenizer
 
 
 def _new_model(source: ModelSource, config: ModelConfig, **options: Any) -> LanguageModel:

@@ -59,6 +59,7 @@ PROBE = [{"role": "user", "content": "A question?"}, {"role": "assistant", "cont
 class Tokenizer(TokenizerCalls):
     """The tokenizer of a model folder; `Tokenizer.from_folder` makes one.
 
+    name_or_path: the model's folder or GGUF file as text.
     declared_ids: ids that the files beside the vocabulary name.
     adds_prefix_space: True if a text gets a space before it.
     prefixes_each_stretch: True if the text behind a special token gets one too.
@@ -72,6 +73,7 @@ class Tokenizer(TokenizerCalls):
         declared: DeclaredTokens,
     ):
         self.folder, self._backend, self._declared = folder, backend, declared
+        self.name_or_path = str(folder)
         self._files = files
         self.id_count: int = backend.id_count  # highest id + 1, added tokens included
         self.vocab_size: int = backend.vocab_size  # tokens without added ones, as in transformers
@@ -206,10 +208,10 @@ class Tokenizer(TokenizerCalls):
         """
         if self.chat_template is None:
             raise ValueError(
-                f"{self.folder}: this tokenizer has no chat template; use the instruction-tuned "
-                f"model of the same family, put a {TEMPLATE_FILE} there (the template of a "
-                "chat_template.json is a processor's), or train on plain text or prompt and "
-                "completion"
+                f"{self.name_or_path}: this tokenizer has no chat template; use the "
+                f"instruction-tuned model of the same family, put a {TEMPLATE_FILE} into the model "
+                "folder (the template of a chat_template.json is a processor's), set one with "
+                "get_chat_template, or train on plain text or prompt and completion"
             )
         stops = tuple(map(self._backend.id_to_token, self.eos_token_ids))
         return self._compiled(self.chat_template, stops)
@@ -258,11 +260,6 @@ class Tokenizer(TokenizerCalls):
     def __len__(self) -> int:
         """Return the number of tokens, added tokens included."""
         return self._backend.size
-
-    @property
-    def name_or_path(self) -> str:
-        """Return the model folder as text."""
-        return str(self.folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the tokenizer's files, byte for byte.

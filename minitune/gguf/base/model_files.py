@@ -5,12 +5,11 @@ checked to cut texts as llama.cpp does with the file. The weights stay in the GG
 has the file's name, so an error that names one of its files names the model too.
 """
 
-import atexit
 import math
-import os
 import shutil
 import tempfile
 from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,8 @@ def _folder_of(path: Path, size: int, changed: int) -> Path:
         ids = _token_ids(reader.metadata)
         generation = ids | _sampling(reader.metadata)
     parent = Path(tempfile.mkdtemp(prefix="minitune-"))
-    atexit.register(_remove, parent, os.getpid())
+    # Finalize runs at the end of a forked process too, and only in the process that made it.
+    Finalize(None, shutil.rmtree, args=(parent, True), exitpriority=0)
     folder = parent / path.name
     folder.mkdir()
     write_json(folder / "config.json", config | ids)
@@ -68,12 +68,6 @@ def _folder_of(path: Path, size: int, changed: int) -> Path:
         tokenizer_files(reader.metadata, folder)
     check_tokenizer(reader.metadata, Tokenizer.from_folder(folder), path)
     return folder
-
-
-def _remove(folder: Path, process: int) -> None:
-    """Remove a folder, unless this is a fork of the process that made it."""
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _token_ids(metadata: dict[str, Any]) -> dict:
