@@ -187,7 +187,9 @@ def run_optimizer(t: MetaTensors) -> None:
     adamw.adamw_8bit_(flat, flat, codes, codes, absmax, absmax, tables, norm, **settings)
 
 
-def recorded_launches(arch: int, model: str, dtype: torch.dtype, rows: int) -> dict[str, tuple]:
+def recorded_launches(
+    arch: int, model: str, dtype: torch.dtype, rows: int, ggml_types: Iterable[str]
+) -> dict[str, tuple]:
     """Return name -> (source, target, options) of each distinct launch."""
     target = GPUTarget("cuda", arch, 32)
     compiler = make_backend(target)
@@ -210,9 +212,7 @@ def recorded_launches(arch: int, model: str, dtype: torch.dtype, rows: int) -> d
     backend.shared_memory_limit = lambda device: SHARED_MEMORY[arch] * 1024
     tensors = MetaTensors(model, dtype, rows)
     dequantise_and_write_adapters(tensors)
-    # The code of a type hardly depends on the model.
-    is_first = (model, dtype, rows) == CASES[0]
-    dequantise_ggml_types(tensors, BLOCK_SIZES if is_first else EMBEDDING_TYPES)
+    dequantise_ggml_types(tensors, ggml_types)
     run_layer(tensors)
     run_optimizer(tensors)
     return launches
@@ -225,7 +225,10 @@ def compile_all(arch: int, first: int | None) -> dict[str, int]:
     """
     launches = {}
     for case in [*CASES, *MORE_CASES.get(arch, ())][:first]:
-        launches |= recorded_launches(arch, *case)
+        # The code of a type hardly depends on the model: one compiles all types.
+        all_types = case == CASES[0] and first is None
+        types = BLOCK_SIZES if all_types else EMBEDDING_TYPES
+        launches |= recorded_launches(arch, *case, types)
     return {
         name: triton.compile(source, target=target, options=options).metadata.shared
         for name, (source, target, options) in launches.items()
