@@ -28,7 +28,7 @@ from tiny_families import FAMILIES, make_tiny_family  # noqa: E402
 from minitune import FastLanguageModel  # noqa: E402
 from minitune.gguf.lora_adapter import save_gguf_adapter  # noqa: E402
 from minitune.language_model import LanguageModel  # noqa: E402
-from referees.converter import differing_keys, differing_tensors  # noqa: E402
+from referees.converter import differing_keys, differing_tensors, report  # noqa: E402
 from referees.gguf_reading import read_gguf  # noqa: E402
 
 # (key, reason); the key of rsLoRA's alpha is one of DELIBERATE_RSLORA
@@ -95,15 +95,7 @@ def compare(llama_cpp: Path, case: str, use_rslora: bool) -> bool:
         found = differing_keys(here, there) | differing_tensors(here, there)
     expected = DELIBERATE + (DELIBERATE_RSLORA if use_rslora else ())
     deliberate = [key for key in found if any(re.fullmatch(form, key) for form, _ in expected)]
-    print(
-        f"{name}: {len(here.keys)} keys, {len(here.tensors)} tensors; deliberate: "
-        f"{', '.join(deliberate) or 'none'}; other: {len(found) - len(deliberate)}",
-        flush=True,
-    )
-    for key, text in found.items():
-        if key not in deliberate:
-            print(f"    {key}: {text}", flush=True)
-    return len(found) == len(deliberate)
+    return report(name, here, found, deliberate)
 
 
 def main() -> None:

@@ -178,6 +178,24 @@ def differing_config(path: Path, folder: Path) -> dict[str, str]:
     return {}
 
 
+def report(name: str, here: GGUFContent, found: dict[str, str], deliberate: list[str]) -> bool:
+    """Print the line of a case, and return True if nothing differs but by intention.
+
+    here: the keys and tensors of our file.
+    found: key -> its difference.
+    deliberate: the keys that differ by intention.
+    """
+    print(
+        f"{name}: {len(here.keys)} keys, {len(here.tensors)} tensors; deliberate: "
+        f"{', '.join(deliberate) or 'none'}; other: {len(found) - len(deliberate)}",
+        flush=True,
+    )
+    for key, text in found.items():
+        if key not in deliberate:
+            print(f"    {key}: {text}", flush=True)
+    return len(found) == len(deliberate)
+
+
 def compare(options: argparse.Namespace, name: str, case: str, vocabulary: str) -> bool:
     """Print the line of a case, and return True if nothing differs but by intention."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -201,15 +219,7 @@ def compare(options: argparse.Namespace, name: str, case: str, vocabulary: str) 
         for key in found
         if any(part in name and re.fullmatch(form, key) for part, form, _ in DELIBERATE)
     ]
-    print(
-        f"{name}: {len(here.keys)} keys, {len(here.tensors)} tensors; deliberate: "
-        f"{', '.join(deliberate) or 'none'}; other: {len(found) - len(deliberate)}",
-        flush=True,
-    )
-    for key, text in found.items():
-        if key not in deliberate:
-            print(f"    {key}: {text}", flush=True)
-    return len(found) == len(deliberate)
+    return report(name, here, found, deliberate)
 
 
 def main() -> None:
