@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and one reader for JSON files.
+"""Files and folders that are written whole or not at all.
 
 A writer fills a partial file or folder beside the destination. The partial one is flushed to disk
 with fsync before it is renamed. After an interruption, a full disk or a power loss, the destination
@@ -20,32 +20,6 @@ from safetensors import SafetensorError
 
 # Some file systems cannot open or flush a folder; the files in it are flushed all the same.
 UNFLUSHABLE_FOLDER_ERRORS = (errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
-
-
-def read_json(path: str | Path, *, default: dict | None = None, hint: str = "") -> dict[str, Any]:
-    """Return the object that a JSON file in UTF-8 holds.
-
-    default: result if there is no such file; None makes a missing file an error.
-    hint: remedy that the error for a missing file adds.
-
-    Raises: ValueError naming the file if it is missing, unreadable, not JSON or not an object.
-    """
-    path = Path(path)
-    if default is not None and not path.is_file():
-        return default
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found{hint and f'; {hint}'}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: could not be read ({error.strerror or error})") from None
-    except RecursionError:
-        raise ValueError(f"{path}: not JSON that can be read: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON that can be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")
-    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,14 +1,11 @@
-"""Files and folders are written whole or not at all; JSON files are read or refused by name."""
+"""Files and folders are written whole or not at all."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 from full_disk import files_limited_to
 
-from minitune import atomic_files
-from minitune.atomic_files import atomic_file, atomic_folder, atomic_write_text, read_json
+from minitune.atomic_files import atomic_file, atomic_folder, atomic_write_text
 
 
 @pytest.fixture
@@ -135,43 +132,3 @@ def test_a_whole_folder_may_replace_all_that_was_there_and_does_so_only_when_it_
         (partial / "model.safetensors").write_text("new")
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"{", "not JSON that can be read: Expecting"),
-        (b"[" * 100_000, "not JSON that can be read: nested too deeply"),
-        (b'{"name": "\xff"}', "not JSON that can be read: 'utf-8' codec"),
-        (b"[1]", "holds a list, not an object"),
-        (b"null", "holds a NoneType, not an object"),
-    ],
-    ids=["truncated", "nested", "not UTF-8", "list", "null"],
-)
-def test_a_json_file_that_holds_no_object_is_refused_by_name(tmp_path, content, message):
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match=f"a.json: {message}"):
-        read_json(tmp_path / "a.json")
-
-
-def test_a_json_file_is_read_as_utf_8_whatever_the_locale(tmp_path):
-    (tmp_path / "a.json").write_bytes('{"name": "Köln"}'.encode())
-    code = f"""import runpy
-read_json = runpy.run_path({atomic_files.__file__!r})["read_json"]
-print(ascii(read_json("a.json")))"""
-    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | ascii_locale,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "{'name': 'K\\xf6ln'}\n"
-
-
-def test_a_missing_json_file_is_an_error_with_a_hint_or_the_default(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.json: not found; copy it here$"):
-        read_json(tmp_path / "a.json", hint="copy it here")
-    assert read_json(tmp_path / "a.json", default={}) == {}

@@ -133,7 +133,7 @@ BROKEN_FILES = [
         {"vocab.json": "{}", "merges.txt": ""},
         "convert vocab.json and merges.txt to",
     ),
-    ({CONFIG: "[" * 100_000}, "tokenizer_config.json: not JSON that can be read"),
+    ({CONFIG: "[" * 100_000}, "tokenizer_config.json: JSON that is nested too deeply"),
     ({CONFIG: '{"chat_template": 3}'}, "chat_template is a int, not a text"),
     ({CONFIG: '{"chat_template": [{"name": "rag"}]}'}, "entry of chat_template is {'name': 'rag'}"),
 ]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitune.atomic_files import atomic_folder, read_json, write_json
+from minitune.atomic_files import atomic_folder, write_json
 from minitune.checkpoints.resolve_model import is_hub_id
 from minitune.checkpoints.safetensors_folder import (
     read_metadata,
@@ -31,6 +31,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.model.adapter_switch import remove_lora_
 from minitune.model.causal_lm import CausalLM
+from minitune.read_files import read_json
 
 PREFIX = "base_model.model."
 BASE_FORM = "minitune.base"  # in the metadata: the weights that it was trained on

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitune.atomic_files import read_json
 from minitune.device import read_files_ahead
+from minitune.read_files import read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Endings of constants that old writers saved or listed beside the weights; not loaded.

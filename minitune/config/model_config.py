@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from minitune.atomic_files import read_json
 from minitune.config.architectures import ARCHITECTURES, HEAD_NORMS, Architecture
 from minitune.config.config_values import read_value
 from minitune.config.family_defaults import with_defaults
@@ -15,6 +14,7 @@ from minitune.config.layer_kinds import LayerKind, read_layer_kinds
 from minitune.config.loading_arguments import CONFIG_ATTRIBUTES
 from minitune.config.rope_config import RopeConfig, RopeReader
 from minitune.config.text_config import is_wrapper, text_config
+from minitune.read_files import read_json
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 DEFAULT_MAX_SEQ_LENGTH = 2048

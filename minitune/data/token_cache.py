@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from minitune.atomic_files import atomic_folder, read_json, write_json
+from minitune.atomic_files import atomic_folder, write_json
 from minitune.data.dataset_report import DatasetReport
 from minitune.data.flat_samples import (
     SAMPLE_COLUMNS,
@@ -39,6 +39,7 @@ from minitune.data.flat_samples import (
 from minitune.data.sources.sources import Source
 from minitune.data.tokenization.tokenizer import FILES, READ_JSON_FILES, Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
+from minitune.read_files import read_json
 
 FORMAT = 1
 FOLDER = "tokenized"  # in the run folder

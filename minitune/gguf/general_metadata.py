@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minitune.atomic_files import read_json
 from minitune.checkpoints.resolve_model import is_gguf, is_hub_id
 from minitune.config.training_config import GGUF_METHODS
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.writer import MetadataValue
+from minitune.read_files import read_json
 
 # Key of generation_config.json -> (key below general.sampling, type)
 SAMPLING_KEYS = {

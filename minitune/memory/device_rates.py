@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from minitune.atomic_files import atomic_write_text, read_json
+from minitune.atomic_files import atomic_write_text
+from minitune.read_files import read_json
 
 SUSTAINED_MATMUL = 0.94  # of a short burst, on an H200, whose clock falls under load
 COPY_EFFICIENCY = 0.83  # of a large copy, reached by kernels of one layer's size

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minitune.atomic_files import read_json
 from minitune.config.foreign_arguments import ANYTHING, Foreign, Renamed
 from minitune.model.sampling import SamplingConfig
+from minitune.read_files import read_json
 
 # With do_sample; generation_config.json and the call override them.
 SAMPLING_DEFAULTS = {

@@ -14,10 +14,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from minitune.atomic_files import atomic_folder, read_json, write_json
+from minitune.atomic_files import atomic_folder, write_json
 from minitune.checkpoints.adapter import load_adapter_values, write_adapter_files
 from minitune.checkpoints.safetensors_folder import read_safetensors
 from minitune.model.causal_lm import CausalLM
+from minitune.read_files import read_json
 from minitune.training.optimizer import FlatAdamW
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -97,7 +98,8 @@ def read_state(folder: str | Path, **required: type) -> dict[str, Any]:
     Raises: ValueError if the file is missing or broken, or lacks a required key.
     """
     path = Path(folder) / STATE
-    state = read_json(path, hint=f"a checkpoint to resume from holds {STATE} and {OPTIMIZER}")
+    hint = f"a checkpoint to resume from holds {STATE} and {OPTIMIZER}"
+    state = read_json(path, hint=hint, finite=False)  # a callback may keep an infinite value
     for name, expected in {"optimizer_steps": int, **required}.items():
         if not isinstance(state.get(name), expected):
             found = f"is {state[name]!r}" if name in state else "is missing"

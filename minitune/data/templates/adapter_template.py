@@ -6,7 +6,7 @@ rendered with another template than the trained one get worse answers, without a
 
 from pathlib import Path
 
-from minitune.atomic_files import os_errors_as_value_error, read_json
+from minitune.atomic_files import os_errors_as_value_error
 from minitune.data.templates.folder_templates import (
     TEMPLATE_FILE,
     Templates,
@@ -14,6 +14,7 @@ from minitune.data.templates.folder_templates import (
     write_templates,
 )
 from minitune.data.tokenization.tokenizer import CONFIG, Tokenizer
+from minitune.read_files import read_json
 
 
 def save_template(tokenizer: Tokenizer, adapter: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from minitune.atomic_files import read_json, write_json
+from minitune.atomic_files import write_json
 from minitune.data.templates.chat_template import ChatTemplate
 from minitune.data.templates.folder_templates import (
     TEMPLATE_FILE,
@@ -45,6 +45,7 @@ from minitune.data.tokenization.tokenizer_config import (
     check_prefix_space,
     ignored_keys,
 )
+from minitune.read_files import read_json
 
 CONFIG = "tokenizer_config.json"
 JSON_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json", "generation_config.json")

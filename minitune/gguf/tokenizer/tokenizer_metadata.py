@@ -15,7 +15,6 @@ tests/referees/converter.py lists.
 import re
 import warnings
 
-from minitune.atomic_files import read_json
 from minitune.data.templates.chat_template import DEFAULT
 from minitune.data.templates.folder_templates import Templates
 from minitune.data.tokenization.tokenizer import CONFIG, Tokenizer, check_vocabulary
@@ -33,6 +32,7 @@ from minitune.gguf.tokenizer.vocabulary import (
     sentencepiece_metadata,
 )
 from minitune.gguf.writer import MetadataValue
+from minitune.read_files import read_json
 
 # A name with one of these makes llama.cpp take the white space behind added tokens with them.
 PHI_NAME = re.compile(r"phi(-?)3", re.IGNORECASE)
