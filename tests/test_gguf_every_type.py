@@ -46,25 +46,27 @@ def random_prompts():
     return [ids[:length] for length in (1, 7, 40)]
 
 
-def check_every_type(folder, output, prompts):
-    paths = convert_folder(folder, output, list(GGUF_METHODS), verify=False)
-    for method, path in zip(GGUF_METHODS, paths, strict=True):
+def check_types(folder, output, prompts, methods=tuple(GGUF_METHODS)):
+    paths = convert_folder(folder, output, list(methods), verify=False)
+    for method, path in zip(methods, paths, strict=True):
         found = divergences(path, folder, prompts).mean().item()
         assert found < LIMITS.get(method, QUANTIZED_LIMIT), (method, found)
 
 
 def test_llama_3_with_rope_scaling_and_a_head_of_its_own(tmp_path):
     folder = make_tiny_model(tmp_path / "base", rope_scaling=LLAMA3_ROPE, **LLAMA)
-    check_every_type(folder, tmp_path, random_prompts())
+    check_types(folder, tmp_path, random_prompts())
 
 
 @pytest.mark.parametrize("case", ["qwen3", "qwen3 tied"])
 def test_qwen3(tmp_path, case):
     folder = make_tiny_family(tmp_path / "base", case, **QWEN)
-    check_every_type(folder, tmp_path, random_prompts())
+    check_types(folder, tmp_path, random_prompts())
 
 
 @pytest.mark.slow
 def test_smollm2(tmp_path, smollm2):
-    # A text: on random tokens the rounding of activations alone makes 0.03.
-    check_every_type(smollm2, tmp_path, [Tokenizer.from_folder(smollm2).encode(TEXT)])
+    # A text: on random tokens the rounding of activations alone makes 0.03. The rows of 576 values
+    # let the K types fall back to others.
+    prompts = [Tokenizer.from_folder(smollm2).encode(TEXT)]
+    check_types(smollm2, tmp_path, prompts, ("f16", "q8_0", "q4_0", "q5_1", "q3_k_m", "q4_k_m"))
