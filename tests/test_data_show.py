@@ -207,7 +207,7 @@ def test_show_writes_nothing_beside_the_run(show, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--n", "-1"), "--n is -1; expected the number of samples"),
+        (("--n", "-1"), "--n is -1; expected a whole number from 0"),
         (("--html", "data.jsonl"), "--html is data.jsonl; expected a file name that ends in .html"),
         (("--show", "3"), "`minitune data show --n 3` shows"),
         (("--max-lenght", "3"), "did you mean --max-length"),

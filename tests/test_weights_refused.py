@@ -261,7 +261,9 @@ def test_a_broken_index_is_refused_by_name(tmp_path, damage):
 
 CONFIGS = {
     "holds a list, not an object": [],
-    "num_attention_heads is 0; expected a whole number above 0": {"num_attention_heads": 0},
+    "num_attention_heads is 0; expected a whole number from 1 to 1048576": {
+        "num_attention_heads": 0
+    },
     "vocab_size is True; expected a whole number": {"vocab_size": True},
     "head_dim is '16'; expected a whole number": {"head_dim": "16"},
     "head_dim 20 is not supported; attention takes multiples of 8": {"head_dim": 20},
@@ -285,8 +287,11 @@ CONFIGS = {
         "use_sliding_window": True,
         "layer_types": ["full_attention", "linear_attention"],
     },
-    "no_rope_layers has 2; expected 0 or 1": {"model_type": "smollm3", "no_rope_layers": [1, 2]},
-    "attention_multiplier is 0; expected a number above 0": {
+    "no_rope_layers is 2; expected a whole number from 0 to 1": {
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 2],
+    },
+    "attention_multiplier is 0; expected a number from 1e-06 to 1e\\+06": {
         "model_type": "granite",
         "attention_multiplier": 0,
     },

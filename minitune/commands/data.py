@@ -22,6 +22,7 @@ from minitune.atomic_files import atomic_write_text
 from minitune.checkpoints.find_model import find_model
 from minitune.config.cli import (
     Settings,
+    bounded,
     in_flags,
     parse_flags,
     run_command,
@@ -29,6 +30,7 @@ from minitune.config.cli import (
     settings_parser,
 )
 from minitune.config.model_config import ModelConfig
+from minitune.config.numbers import whole
 from minitune.data.inspector.dataset_summary import summarize
 from minitune.data.inspector.html_page import html_page
 from minitune.data.inspector.summary_text import summary_text
@@ -66,8 +68,6 @@ def _run(argv: Sequence[str], program: str) -> int | None:
     flags = parse_flags(_parser(program), argv[1:] if shows_samples else argv)
     count = flags.pop("n", SHOWN_SAMPLES if shows_samples else 0)
     borders, page = flags.pop("tokens", False), flags.pop("html", None)
-    if count < 0:
-        raise ValueError(f"--n is {count}; expected the number of samples to show")
     if page is not None and Path(page).suffix not in (".html", ".htm"):
         raise ValueError(f"--html is {page}; expected a file name that ends in .html")
     settings = settings_from_flags(flags)
@@ -81,7 +81,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser = settings_parser(f"{program} [show]", DESCRIPTION, names=DATA_SETTINGS)
     parser.add_argument(
         "--n",
-        type=int,
+        type=bounded(whole()),
         metavar="N",
         help=f"show the first N samples (default: {SHOWN_SAMPLES}, without `show` 0)",
     )

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from minitune.checkpoints.find_model import ModelSource
-from minitune.config.cli import CommandParser, flag_of, split_items
+from minitune.config.cli import CommandParser, bounded, flag_of, split_items
+from minitune.config.numbers import whole
 from minitune.config.training_config import GGUF_WORDS, MERGE_BASES
 from minitune.gguf.audit.merge_audit import DEFAULT_TOKENS as AUDIT_TOKENS
 from minitune.gguf.importance.importance_collection import DEFAULT_TOKENS
@@ -85,7 +86,7 @@ def _add_imatrix_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--imatrix-tokens",
-        type=int,
+        type=bounded(whole()),
         metavar="N",
         help=f"tokens of --imatrix-from to use (default: {DEFAULT_TOKENS})",
     )
@@ -102,7 +103,7 @@ def _add_audit_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--audit-tokens",
-        type=int,
+        type=bounded(whole()),
         metavar="N",
         help=f"tokens of --audit to use (default: {AUDIT_TOKENS})",
     )

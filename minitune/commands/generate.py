@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from minitune.api import FastLanguageModel
-from minitune.config.cli import CommandParser, print_notes, run_command
+from minitune.config.cli import CommandParser, bounded, print_notes, run_command
+from minitune.config.numbers import number, whole
+from minitune.config.training_config import MAX_SEQ_LENGTH, SEEDS
 from minitune.data.text_streamer import TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
@@ -57,24 +59,37 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
     )
     parser.add_argument(
-        "--max-seq-length", type=int, help="prompt and answer together, in tokens (default: 2048)"
+        "--max-seq-length",
+        type=bounded(whole(1, MAX_SEQ_LENGTH)),
+        help="prompt and answer together, in tokens (default: 2048)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)"
+        "--max-new-tokens",
+        type=bounded(whole(1)),
+        default=256,
+        help="length of an answer (default: 256)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
+        "--temperature",
+        type=bounded(number(0)),
+        default=0.0,
+        help="0 takes the likeliest token (default)",
     )
     parser.add_argument(
         "--top-p",
-        type=float,
+        type=bounded(number(0, 1)),
         default=1.0,
         help="draw from the fewest tokens that reach this probability (default: 1.0)",
     )
     parser.add_argument(
-        "--top-k", type=int, default=0, help="draw from the likeliest tokens only; 0: all (default)"
+        "--top-k",
+        type=bounded(whole()),
+        default=0,
+        help="draw from the likeliest tokens only; 0: all (default)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    parser.add_argument(
+        "--seed", type=bounded(SEEDS), default=0, help="seed of the draws (default: 0)"
+    )
     parser.add_argument(
         "--no-load-in-4bit",
         action="store_true",

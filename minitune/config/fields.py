@@ -3,10 +3,11 @@
 Command-line flags and TOML keys are built from these fields (cli.py).
 """
 
-import math
 from dataclasses import Field, field, fields
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
+
+from minitune.config.numbers import LARGEST_WHOLE, shown
 
 TYPE_NAMES = {
     int: "a whole number",
@@ -21,6 +22,11 @@ LIMITS = {
     "greater_than": (lambda value, limit: value > limit, "more than"),
     "less_than": (lambda value, limit: value < limit, "less than"),
     "maximum": (lambda value, limit: value <= limit, "at most"),
+}
+# Limits of a number whose field gives none. Float32 holds the product of two of the largest ones.
+DEFAULT_LIMITS: dict[type, dict[str, float]] = {
+    int: {"minimum": -LARGEST_WHOLE, "maximum": LARGEST_WHOLE},
+    float: {"minimum": -1e15, "maximum": 1e15},
 }
 
 
@@ -59,17 +65,17 @@ def check_settings(settings: Any) -> None:
 
 def _check_list(item: Field, value: Any, kind: type) -> None:
     if not isinstance(value, tuple):
-        raise ValueError(f"{item.name} is {value!r}; expected a list of {LIST_NAMES[kind]}")
+        raise ValueError(f"{item.name} is {shown(value)}; expected a list of {LIST_NAMES[kind]}")
     if kind is float:
         for number in value:
             _check_value(item, number, (float,))
         return
     if not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{item.name} is {value!r}; expected a list of {LIST_NAMES[kind]}")
+        raise ValueError(f"{item.name} is {shown(value)}; expected a list of {LIST_NAMES[kind]}")
     choices = item.metadata.get("choices")
     wrong = [name for name in value if choices and name not in choices]
     if wrong:
-        raise ValueError(f"{item.name} names {wrong[0]!r}; choose from {', '.join(choices)}")
+        raise ValueError(f"{item.name} names {shown(wrong[0])}; choose from {', '.join(choices)}")
 
 
 def _check_value(item: Field, value: Any, types: tuple[type, ...]) -> None:
@@ -80,15 +86,18 @@ def _check_value(item: Field, value: Any, types: tuple[type, ...]) -> None:
         fits = isinstance(value, types) or (float in types and is_number)
     if not fits:
         expected = " or ".join(TYPE_NAMES.get(kind, kind.__name__) for kind in types)
-        raise ValueError(f"{item.name} is {value!r}; expected {expected}")
-    if is_number and not math.isfinite(value):
+        raise ValueError(f"{item.name} is {shown(value)}; expected {expected}")
+    if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"{item.name} is {value!r}; expected a finite number")
     choices = item.metadata.get("choices")
     if choices and value not in choices:
         raise ValueError(
-            f"{item.name} is {value!r}; expected one of {', '.join(map(str, choices))}"
+            f"{item.name} is {shown(value)}; expected one of {', '.join(map(str, choices))}"
         )
-    for name, limit in item.metadata.get("limits", {}).items():
+    limits = item.metadata.get("limits", {})
+    if is_number:
+        limits = DEFAULT_LIMITS[float if float in types else int] | limits
+    for name, limit in limits.items():
         holds, words = LIMITS[name]
         if not holds(value, limit):
-            raise ValueError(f"{item.name} is {value!r}; expected {words} {limit}")
+            raise ValueError(f"{item.name} is {shown(value)}; expected {words} {limit}")

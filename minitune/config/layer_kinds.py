@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from minitune.config.architectures import Architecture
-from minitune.config.config_values import read_list, read_value
+from minitune.config.config_values import read_flag, read_list, read_number
+from minitune.config.numbers import check_number, shown, whole
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -47,9 +48,9 @@ def _window(family: Architecture, raw: dict) -> int | None:
     """Return the tokens that a sliding layer sees, or None if no layer slides."""
     if family.sliding_layers == "none":
         return None
-    if family.window_switch is not None and not read_value(raw, family.window_switch, bool, False):
+    if family.window_switch is not None and not read_flag(raw, family.window_switch, False):
         return None
-    return read_value(raw, "sliding_window", int, 0) or None
+    return read_number(raw, "sliding_window", 0) or None
 
 
 def _sliding_layers(family: Architecture, raw: dict, rotated: list[bool]) -> list[bool]:
@@ -63,25 +64,16 @@ def _sliding_layers(family: Architecture, raw: dict, rotated: list[bool]) -> lis
         )
     if types is not None:
         if wrong := [kind for kind in types if kind not in (FULL, SLIDING)]:
-            raise ValueError(f"layer_types has {wrong[0]!r}; expected {FULL!r} or {SLIDING!r}")
+            raise ValueError(f"layer_types has {shown(wrong[0])}; expected {FULL!r} or {SLIDING!r}")
         return [kind == SLIDING for kind in types]
     if family.sliding_layers == "unrotated":
         return [not rotates for rotates in rotated]
     if family.sliding_layers == "periodic":
-        return periodic(layers, read_value(raw, "sliding_window_pattern", int))
+        return periodic(layers, read_number(raw, "sliding_window_pattern"))
     if family.sliding_layers == "last":
-        return [i >= _first_sliding_layer(raw) for i in range(layers)]
+        first = read_number(raw, "max_window_layers")
+        return [i >= first for i in range(layers)]
     return [True] * layers
-
-
-def _first_sliding_layer(raw: dict) -> int:
-    first = raw.get("max_window_layers")
-    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        raise ValueError(
-            f"max_window_layers is {first!r}; expected a whole number, because sliding_window "
-            "counts from that layer on"
-        )
-    return first
 
 
 def _rotated_layers(family: Architecture, raw: dict, layers: int) -> list[bool]:
@@ -90,7 +82,5 @@ def _rotated_layers(family: Architecture, raw: dict, layers: int) -> list[bool]:
         return [True] * layers
     listed = read_list(raw, "no_rope_layers", layers)
     if listed is not None:  # despite its name, 1 stands for a layer with RoPE
-        if wrong := [value for value in listed if value not in (0, 1)]:
-            raise ValueError(f"no_rope_layers has {wrong[0]!r}; expected 0 or 1")
-        return [bool(value) for value in listed]
-    return periodic(layers, read_value(raw, family.unrotated_period_key, int))
+        return [bool(check_number("no_rope_layers", value, whole(0, 1))) for value in listed]
+    return periodic(layers, read_number(raw, family.unrotated_period_key))

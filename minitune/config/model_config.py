@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitune.config.architectures import ARCHITECTURES, HEAD_NORMS, Architecture
-from minitune.config.config_values import read_value
+from minitune.config.config_values import read_flag, read_number
 from minitune.config.family_defaults import with_defaults
 from minitune.config.foreign_arguments import foreign_attributes
 from minitune.config.layer_kinds import LayerKind, read_layer_kinds
 from minitune.config.loading_arguments import CONFIG_ATTRIBUTES
+from minitune.config.numbers import shown
 from minitune.config.rope_config import RopeConfig, RopeReader
 from minitune.config.text_config import is_wrapper, text_config
 from minitune.read_files import read_json
@@ -85,11 +86,7 @@ class ModelConfig:
             raise ValueError(
                 f"num_attention_heads {H} is not a multiple of num_key_value_heads {G}"
             )
-        if self.head_dim % 8 or self.head_dim > 256:
-            raise ValueError(
-                f"head_dim {self.head_dim} is not supported; "
-                "attention takes multiples of 8 up to 256"
-            )
+        _check_head_dim(self.head_dim)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -101,7 +98,7 @@ class ModelConfig:
                 f"{self.architecture.model_type}, is used and its other parts are left out"
             )
         found += [
-            f"{key} {self.raw[key]} of config.json is not applied in training"
+            f"{key} {shown(self.raw[key])} of config.json is not applied in training"
             for key in DROPOUT_KEYS
             if self.raw.get(key)
         ]
@@ -115,9 +112,14 @@ class ModelConfig:
     def check_seq_length(self, max_seq_length: int) -> None:
         """Raise ValueError if the model cannot take samples of `max_seq_length` tokens."""
         positions = self.max_position_embeddings
+        if type(max_seq_length) is not int:
+            raise ValueError(
+                f"max_seq_length is {shown(max_seq_length)}; expected a whole number of tokens"
+            )
         if not 0 < max_seq_length <= positions:
             raise ValueError(
-                f"max_seq_length {max_seq_length} is not within the model's {positions} positions"
+                f"max_seq_length {shown(max_seq_length)} is not within the model's "
+                f"{positions} positions"
             )
 
     def kinds_up_to(self, max_seq_length: int) -> tuple[LayerKind, ...]:
@@ -256,35 +258,35 @@ class ModelConfig:
 
 def _read_config(family: Architecture, values: dict, raw: dict) -> ModelConfig:
     """Return the config of a model; `values` are those of `raw` with the family's defaults."""
-    hidden = read_value(values, "hidden_size", int)
-    heads = read_value(values, "num_attention_heads", int)
-    layers = read_value(values, "num_hidden_layers", int)
-    head_dim = read_value(values, "head_dim", int, hidden // heads)
-    positions = read_value(values, "max_position_embeddings", int, 2048)
+    hidden = read_number(values, "hidden_size")
+    heads = read_number(values, "num_attention_heads")
+    layers = read_number(values, "num_hidden_layers")
+    head_dim = _check_head_dim(read_number(values, "head_dim", hidden // heads))
+    positions = read_number(values, "max_position_embeddings", 2048)
     scale, embedding, residual, logits = head_dim**-0.5, 1.0, 1.0, 1.0
     score_softcap = logit_softcap = 0.0
     if family.query_scalar_key is not None:
-        scale = read_value(values, family.query_scalar_key, float) ** -0.5
+        scale = read_number(values, family.query_scalar_key) ** -0.5
     if family.scales_embedding:
         embedding = hidden**0.5
     if family.soft_caps:
-        score_softcap = float(read_value(values, "attn_logit_softcapping", float, 0.0))
-        logit_softcap = float(read_value(values, "final_logit_softcapping", float, 0.0))
+        score_softcap = float(read_number(values, "attn_logit_softcapping", 0.0))
+        logit_softcap = float(read_number(values, "final_logit_softcapping", 0.0))
     if family.multipliers:
-        scale = float(read_value(values, "attention_multiplier", float, 1.0))
-        embedding = float(read_value(values, "embedding_multiplier", float, 1.0))
-        residual = float(read_value(values, "residual_multiplier", float, 1.0))
-        logits = 1 / read_value(values, "logits_scaling", float, 1.0)
+        scale = float(read_number(values, "attention_multiplier", 1.0))
+        embedding = float(read_number(values, "embedding_multiplier", 1.0))
+        residual = float(read_number(values, "residual_multiplier", 1.0))
+        logits = 1 / read_number(values, "logits_scaling", 1.0)
     return ModelConfig(
-        vocab_size=read_value(values, "vocab_size", int),
+        vocab_size=read_number(values, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=read_value(values, "intermediate_size", int),
+        intermediate_size=read_number(values, "intermediate_size"),
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=read_value(values, "num_key_value_heads", int, heads),
+        num_key_value_heads=read_number(values, "num_key_value_heads", heads),
         head_dim=head_dim,
         max_position_embeddings=positions,
-        rms_norm_eps=read_value(values, "rms_norm_eps", float, 1e-6),
+        rms_norm_eps=read_number(values, "rms_norm_eps", 1e-6),
         ropes=RopeReader(family, values, head_dim, positions).read_all(),
         layer_kinds=read_layer_kinds(family, values, layers),
         attention_scale=scale,
@@ -293,7 +295,7 @@ def _read_config(family: Architecture, values: dict, raw: dict) -> ModelConfig:
         embedding_multiplier=embedding,
         residual_multiplier=residual,
         logit_multiplier=logits,
-        tie_word_embeddings=read_value(values, "tie_word_embeddings", bool, False),
+        tie_word_embeddings=read_flag(values, "tie_word_embeddings", False),
         qkv_bias=_fixed_or_read(family.qkv_bias, values, "attention_bias"),
         o_bias=_fixed_or_read(family.o_bias, values, "attention_bias"),
         mlp_bias=_fixed_or_read(family.mlp_bias, values, "mlp_bias"),
@@ -302,27 +304,36 @@ def _read_config(family: Architecture, values: dict, raw: dict) -> ModelConfig:
     )
 
 
+def _check_head_dim(head_dim: int) -> int:
+    """Return the width of a head. Raise ValueError if attention does not take it."""
+    if not 0 < head_dim <= 256 or head_dim % 8:
+        raise ValueError(
+            f"head_dim {head_dim} is not supported; attention takes multiples of 8 up to 256"
+        )
+    return head_dim
+
+
 def _architecture(raw: dict) -> Architecture:
     """Return the family of a config.json, after a check of the values that the family fixes."""
     model_type = raw.get("model_type")
-    family = ARCHITECTURES.get(str(model_type))
+    family = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         supported = f"supported are {', '.join(ARCHITECTURES)}"
-        if alike := difflib.get_close_matches(str(model_type), ARCHITECTURES, n=1):
+        if alike := difflib.get_close_matches(shown(model_type), ARCHITECTURES, n=1):
             supported += f"; the nearest is {alike[0]}"
-        raise ValueError(f"model_type {model_type!r} is not supported; {supported}")
+        raise ValueError(f"model_type {shown(model_type)} is not supported; {supported}")
     accepted = ACTIVATION_NAMES[family.activation]
     if (activation := raw.get(family.activation_key, accepted[0])) not in accepted:
         raise ValueError(
-            f"{family.activation_key} {activation!r} is not supported; "
+            f"{family.activation_key} {shown(activation)} is not supported; "
             f"models of type {model_type} use {accepted[0]!r}"
         )
     for key in family.refused:
         if raw.get(key):
-            raise ValueError(f"{key} {raw[key]!r} is not supported; expected none")
+            raise ValueError(f"{key} {shown(raw[key])} is not supported; expected none")
     return family
 
 
 def _fixed_or_read(fixed: bool | None, raw: dict, name: str) -> bool:
     """Return a family's fixed value, or config.json's if the family leaves it open."""
-    return read_value(raw, name, bool, False) if fixed is None else fixed
+    return read_flag(raw, name, False) if fixed is None else fixed

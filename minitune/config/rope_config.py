@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from minitune.config.architectures import Architecture
-from minitune.config.config_values import read_numbers, read_value
+from minitune.config.config_values import read_flag, read_number, read_numbers
 from minitune.config.family_defaults import ROPE_KEYS
 from minitune.config.layer_kinds import FULL, SLIDING
+from minitune.config.numbers import shown
 
 # Kind of scaling -> the numbers that it needs, and those that may be missing; 0 stands for these.
 REQUIRED_KEYS = {
@@ -83,7 +84,7 @@ class RopeReader(NamedTuple):
         new, old = (self.raw.get(key) or {} for key in ROPE_KEYS)
         for key, value in zip(ROPE_KEYS, (new, old), strict=True):
             if not isinstance(value, dict):
-                raise ValueError(f"{key} is {value!r}; expected an object")
+                raise ValueError(f"{key} is {shown(value)}; expected an object")
         same = new.get(FULL) or new
         if new and (differing := [key for key in old if old[key] != same.get(key)]):
             raise ValueError(
@@ -95,21 +96,21 @@ class RopeReader(NamedTuple):
     def _read(self, parameters: dict) -> RopeConfig:
         """Return the rotation of some layers."""
         raw = self.raw
-        default_theta = read_value(raw, "rope_theta", float, 10000.0)
-        theta = float(read_value(parameters, "rope_theta", float, default_theta))
+        default_theta = read_number(raw, "rope_theta", 10000.0)
+        theta = float(read_number(parameters, "rope_theta", default_theta))
         rotary_dim = self._rotary_dim(parameters)
         scaling = self._scaling(parameters, rotary_dim)
         growth = 0.0
         if self.family.query_growth:
-            growth = float(read_value(parameters, QUERY_GROWTH, float, 0.0))
+            growth = float(read_number(parameters, QUERY_GROWTH, 0.0))
         if growth and scaling is None:
             raise ValueError(f"{QUERY_GROWTH} is {growth}, but there is no rope scaling to go with")
         return RopeConfig(theta, rotary_dim, scaling, growth)
 
     def _rotary_dim(self, parameters: dict) -> int:
         """Return the rotated columns of a head."""
-        outer = read_value(self.raw, "partial_rotary_factor", float, 1.0)
-        fraction = read_value(parameters, "partial_rotary_factor", float, outer)
+        outer = read_number(self.raw, "partial_rotary_factor", 1.0)
+        fraction = read_number(parameters, "partial_rotary_factor", outer)
         if fraction == 1:
             return self.head_dim
         rotary_dim = int(self.head_dim * fraction)
@@ -128,25 +129,28 @@ class RopeReader(NamedTuple):
     def _scaling(self, parameters: dict, rotary_dim: int) -> dict | None:
         """Return the kind of the scaling and its numbers, or None without one."""
         kind = parameters.get("rope_type") or parameters.get("type") or "default"
-        kind = self.family.rope_type_names.get(str(kind), kind)
+        kind = self.family.rope_type_names.get(str(kind), str(kind))
         if kind == "default":
             return None
-        if str(kind) not in REQUIRED_KEYS:
+        if kind not in REQUIRED_KEYS:
             raise ValueError(
-                f"rope scaling {kind!r} is not supported; "
+                f"rope scaling {shown(kind)} is not supported; "
                 f"supported are default, {', '.join(REQUIRED_KEYS)}"
             )
-        if not read_value(parameters, "truncate", bool, True):
+        if not read_flag(parameters, "truncate", True):
             raise ValueError("truncate false of rope scaling is not supported; only true is")
         # Phi-3 has this field beside the scaling, not in it.
         original = "original_max_position_embeddings"
         outer = {original: self.raw[original]} if self.raw.get(original) else {}
         parameters = parameters | outer
-        values: dict = {
-            key: float(read_value(parameters, key, float)) for key in REQUIRED_KEYS[kind]
-        }
+        values: dict = {key: float(read_number(parameters, key)) for key in REQUIRED_KEYS[kind]}
+        if kind == "llama3" and not values["low_freq_factor"] < values["high_freq_factor"]:
+            raise ValueError(
+                f"high_freq_factor is {values['high_freq_factor']:g}; expected more than the "
+                f"low_freq_factor {values['low_freq_factor']:g}"
+            )
         for key in OPTIONAL_KEYS.get(kind, ()):
-            values[key] = float(read_value(parameters, key, float, 0.0))
+            values[key] = float(read_number(parameters, key, 0.0))
         if kind == "longrope":
             for key in DIVISOR_LISTS:
                 values[key] = read_numbers(parameters, key, rotary_dim // 2)

@@ -11,6 +11,7 @@ from minitune.config.foreign_settings import FOREIGN_SETTINGS, plain_word
 from minitune.config.training_config import (
     DROPPED_TEXT,
     INTERVALS,
+    MAX_SEQ_LENGTH,
     OPTIMIZERS,
     REPORTS,
     SAVE_STRATEGIES,
@@ -18,6 +19,7 @@ from minitune.config.training_config import (
     parse_bytes,
 )
 
+MAX_DATA_WEIGHT = 1000  # copies of a source's samples
 # transformers' name of an optimizer -> the same optimizer here
 OPTIMIZER_ALIASES = {"adamw_bnb_8bit": "adamw_8bit"}
 # Paged optimizers move their moments to host memory if the GPU is full. Those of an adapter in 8
@@ -92,7 +94,10 @@ class SFTConfig:
         1.0, "largest global norm of the gradient; 0 turns clipping off", minimum=0
     )
     max_length: int | None = setting(
-        None, "longer samples are cut to this many tokens; default max_seq_length", minimum=2
+        None,
+        "longer samples are cut to this many tokens; default max_seq_length",
+        minimum=2,
+        maximum=MAX_SEQ_LENGTH,
     )
     packing: bool = setting(
         False, "fill rows of max_length with whole samples, and count rows instead of samples"
@@ -129,6 +134,7 @@ class SFTConfig:
         (),
         "a number for each file of the training data: 2 takes its samples twice, 0.5 takes half",
         greater_than=0,
+        maximum=MAX_DATA_WEIGHT,
     )
     instruction_part: str | None = setting(
         None, "text before each instruction of plain texts; needs response_part"

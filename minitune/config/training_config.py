@@ -8,6 +8,7 @@ from minitune.config.architectures import ALL_TARGETS, LORA_TARGETS
 from minitune.config.fields import check_settings, setting
 from minitune.config.foreign_arguments import foreign_arguments
 from minitune.config.loading_arguments import LORA
+from minitune.config.numbers import Bounds, shown
 
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "inverse_sqrt"),
@@ -45,6 +46,10 @@ GRADIENT_CHECKPOINTING: dict[str, bool | str] = {
     "true": True,
     "false": False,
 }
+MAX_SEQ_LENGTH = 1 << 24  # tokens; the longest published context has 10,485,760
+MAX_RANK = 1 << 16
+SEEDS = Bounds(int, -(2**63), 2**64 - 1)  # of torch's generators
+MAX_BYTES = 1 << 60
 SIZE_UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -55,8 +60,11 @@ def parse_bytes(size: str) -> int:
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(B|MB|GB|MiB|GiB)", size)
     if not found:
-        raise ValueError(f"{size!r} is not a size; write it as 24GiB or 800MB")
-    return int(float(found[1]) * SIZE_UNITS[found[2]])
+        raise ValueError(f"{shown(size)} is not a size; write it as 24GiB or 800MB")
+    nbytes = float(found[1]) * SIZE_UNITS[found[2]]
+    if nbytes > MAX_BYTES:
+        raise ValueError(f"{shown(size)} is more than any machine has; write it as 24GiB or 800MB")
+    return int(nbytes)
 
 
 FROZEN_MODULES = ("embed_tokens", "lm_head")  # that other libraries can train
@@ -71,7 +79,7 @@ class LoraConfig:
     None for all linears.
     """
 
-    r: int = setting(16, "rank of the adapter", minimum=1)
+    r: int = setting(16, "rank of the adapter", minimum=1, maximum=MAX_RANK)
     lora_alpha: float = setting(
         16, "scale of the adapter: lora_alpha / r times B A x", greater_than=0
     )
@@ -126,7 +134,10 @@ class RunConfig:
     )
     eval_data: tuple[str, ...] = setting((), "evaluation data, in the same formats")
     max_seq_length: int | None = setting(
-        None, "tokens of the longest sample; default: 2048, or the model's limit if less", minimum=2
+        None,
+        "tokens of the longest sample; default: 2048, or the model's limit if less",
+        minimum=2,
+        maximum=MAX_SEQ_LENGTH,
     )
     load_in_4bit: bool = setting(
         True,
@@ -142,8 +153,8 @@ class RunConfig:
     random_state: int | None = setting(
         None,
         "seed of the adapter's initial values; default: seed",
-        minimum=-(2**63),
-        maximum=2**64 - 1,
+        minimum=SEEDS.minimum,
+        maximum=SEEDS.maximum,
     )
     device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     merge: bool = setting(False, "write the merged 16-bit model to OUTPUT_DIR/merged at the end")

@@ -10,6 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minitune.config.numbers import SMALLEST_FACTOR, check_number, number, whole
+
+BOUNDS = {
+    "temperature": number(0),
+    "top_k": whole(),
+    "top_p": number(SMALLEST_FACTOR, 1),
+    "min_p": number(0, 1),
+    "repetition_penalty": number(),
+}
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -30,20 +40,10 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        valid = {
-            "temperature >= 0": self.temperature >= 0,
-            "a whole top_k >= 0": self.top_k >= 0 and self.top_k == int(self.top_k),
-            "0 < top_p <= 1": 0 < self.top_p <= 1,
-            "0 <= min_p <= 1": 0 <= self.min_p <= 1,
-            "repetition_penalty > 0": self.repetition_penalty > 0,
-        }
-        wrong = [expected for expected, holds in valid.items() if not holds]
-        if wrong:
-            raise ValueError(
-                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, "
-                f"min_p {self.min_p}, repetition_penalty {self.repetition_penalty}; "
-                f"expected {', '.join(wrong)}"
-            )
+        for name, bounds in BOUNDS.items():
+            check_number(name, getattr(self, name), bounds)
+        if self.temperature:  # a smaller divisor would make the logits infinite
+            check_number("temperature", self.temperature, number())
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities (B, V) of logits (B, V) in float32, at a temperature above 0."""

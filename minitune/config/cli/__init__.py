@@ -13,6 +13,7 @@ own name. `config.toml` in a run folder is such a file: `--config runs/1/config.
 
 from minitune.config.cli.flags import (
     CommandParser,
+    bounded,
     parse,
     parse_flags,
     settings_from_flags,
@@ -28,6 +29,7 @@ __all__ = [
     "CommandParser",
     "Settings",
     "as_dict",
+    "bounded",
     "flag_of",
     "in_flags",
     "parse",

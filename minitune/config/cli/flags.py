@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from minitune.config.architectures import LORA_TARGETS
@@ -11,6 +11,7 @@ from minitune.config.cli.running import in_flags
 from minitune.config.cli.settings import GROUPS, KnownSetting, Settings, flag_of, known_settings
 from minitune.config.cli.toml_files import read_toml
 from minitune.config.cli.wrong_flags import wrong_flag_hint
+from minitune.config.numbers import Bounds, shown
 from minitune.config.training_config import PATHS
 
 ALL_LINEAR = "all-linear"
@@ -49,11 +50,13 @@ SWITCHES = {
     "eval_only": "print the loss of --model on --eval-data and exit; a run has its own data",
     "list_shapes": "list the models whose shapes are built in, and exit",
 }
+MAX_VALUE = 500  # characters of a value in a message
 # Messages of argparse -> a sentence. The first group is the argument, with all its flags.
 MESSAGES = {
     r"argument (\S+): expected (?:one|at least one|\d+) arguments?": "{0} needs a value",
     r"argument (\S+): invalid int value: (.*)": "{0} is {1}; expected a whole number",
     r"argument (\S+): invalid float value: (.*)": "{0} is {1}; expected a number",
+    r"argument (\S+): (is .*; expected .*)": "{0} {1}",
     r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)": "{0} is {1}; choose from {2}",
     r"argument (\S+): ignored explicit argument (.*)": "{0} takes no value, but {1} follows it",
     r"argument (\S+): not allowed with argument (\S+)": "{0} and {1} exclude each other",
@@ -74,7 +77,7 @@ class CommandParser(argparse.ArgumentParser):
         """Raise the message as a ValueError; `run_command` prints it."""
         for pattern, sentence in MESSAGES.items():
             if found := re.fullmatch(pattern, message):
-                first, *others = (group.replace("'", "") for group in found.groups())
+                first, *others = (_shortened(group) for group in found.groups())
                 flag = first.split("/")[0]
                 raise ValueError(sentence.format(flag, *others) + self._end(flag, sentence))
         raise ValueError(message)
@@ -194,6 +197,27 @@ def settings_from_flags(
             raise ValueError(f"{config}: {error}") from None
         raise
     return Settings(**configs, **switches, given=frozenset(given), flags=frozenset(flags))
+
+
+def _shortened(text: str) -> str:
+    """Return a part of a message of argparse without quotes, and never long."""
+    text = text.replace("'", "")
+    return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 3]}..."
+
+
+def bounded(bounds: Bounds) -> Callable[[str], float]:
+    """Return a `type` of argparse: the number of a text, which lies within the bounds."""
+
+    def read(text: str) -> float:
+        try:
+            value = bounds.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text}; expected {bounds}") from None
+        if not bounds.hold(value):
+            raise argparse.ArgumentTypeError(f"is {shown(value)}; expected {bounds}")
+        return value
+
+    return read
 
 
 def _list_items(name: str, values: list) -> list:
