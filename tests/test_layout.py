@@ -31,7 +31,8 @@ BELOW = {  # folder or top-level file -> the parts of the package that it may im
     "language_model": f"{ENGINE} training",
     "api": f"{ENGINE} training language_model",
     "sft_trainer": f"{ENGINE} training language_model api",
-    "commands": f"{ENGINE} training language_model api sft_trainer",
+    "doctor": f"{ENGINE} training language_model api sft_trainer",
+    "commands": f"{ENGINE} training language_model api sft_trainer doctor",
 }
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "minitune", "kernels", "scripts", "tests"}
 PACKAGE = sorted((ROOT / "minitune").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))

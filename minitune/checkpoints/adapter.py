@@ -130,12 +130,14 @@ def load_adapter_values(model: CausalLM, folder: str | Path) -> None:
     _load_adapter(model, folder, may_replace=False)
 
 
-def check_adapter(config: ModelConfig, folder: str | Path) -> None:
-    """Check that the adapter of `folder` fits a model, whose weights need not be loaded.
+def check_adapter(config: ModelConfig, folder: str | Path) -> LoraConfig:
+    """Return the settings of the adapter in `folder`, which must fit a model.
+
+    The model's weights need not be loaded.
 
     Raises: ValueError as `load_adapter`.
     """
-    _read_adapter(config, folder)
+    return _read_adapter(config, folder)[0]
 
 
 def _load_adapter(model: CausalLM, folder: str | Path, may_replace: bool) -> None:

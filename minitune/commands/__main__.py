@@ -7,17 +7,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from minitune.commands import data, export, generate, plan, train
+from minitune.commands import data, doctor, export, generate, plan, train
 from minitune.config.cli import run_command, suggestion
 from minitune.progress import wrapped
 
 COMMANDS = {
-    module.__name__.rpartition(".")[2]: module for module in (train, generate, export, plan, data)
+    module.__name__.rpartition(".")[2]: module
+    for module in (train, generate, export, plan, data, doctor)
 }
 # The usual order of the work, in commands that can be typed.
 FIRST_STEPS = """\
 minitune plan --model llama-3-8b            memory and time, without weights
 minitune data show --model DIR --data FILE  the tokens that are trained on
+minitune doctor --model DIR                 checks this machine with the model
 minitune train --model DIR --data FILE      writes runs/1, shows the next step
 minitune COMMAND --help                     all flags of a command
 minitune --version                          versions to name in a report"""

@@ -198,6 +198,7 @@ OTHER_COMMANDS = {
     "html": "data show",
     "tokens": "data show",
     "list-shapes": "plan",
+    "json": "doctor",
 }
 
 
