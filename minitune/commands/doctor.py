@@ -18,6 +18,7 @@ from typing import Any
 from minitune.checkpoints.find_model import find_model
 from minitune.config.cli import (
     Settings,
+    in_flags,
     parse_flags,
     run_command,
     settings_from_flags,
@@ -90,7 +91,7 @@ def _request(settings: Settings) -> Request:
 
 
 def _show(row: Row) -> None:
-    print(row.line(), flush=True)
+    print(in_flags(row.line()), flush=True)
 
 
 def _show_nothing(_: Row) -> None:

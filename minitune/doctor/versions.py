@@ -2,7 +2,6 @@
 
 import platform
 import re
-import tomllib
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from minitune.doctor.report import Finding, judged, skipped
 from minitune.kernels.optional_triton import triton
+from minitune.read_files import read_toml
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"  # of a checkout
 NAME = "minitune"
@@ -35,7 +35,7 @@ def stated_bounds() -> dict[str, str]:
     They come from pyproject.toml in a checkout, and otherwise from the installed metadata.
     """
     if PYPROJECT.is_file():
-        project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+        project = read_toml(PYPROJECT)["project"]
         optional = project.get("optional-dependencies", {}).values()
         requirements = [*project["dependencies"], *(text for part in optional for text in part)]
         python = project["requires-python"]
