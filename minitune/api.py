@@ -23,7 +23,7 @@ from minitune.config.loading_arguments import ATTACHING, ATTACHING_CONFIG, LOADI
 from minitune.config.model_config import EMBEDDING, ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
-from minitune.device import choose_device, choose_dtype
+from minitune.device import check_torch_defaults, choose_device, choose_dtype
 from minitune.gguf.base.load import embedding_dtype, load_file_weights, open_base, stored_weight
 from minitune.gguf.base.model_files import model_files
 from minitune.gguf.file_weights import FileWeights
@@ -83,6 +83,7 @@ class FastLanguageModel:
 
         Raises: ValueError that names the argument, file or tensor at fault.
         """
+        check_torch_defaults()
         source = find_model(model_name, adapter)
         config, stored = open_base(source.base)
         device = choose_device(_mapped_device(device, device_map))

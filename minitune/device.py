@@ -26,6 +26,24 @@ _pinned: dict[int, int] = {}  # address -> bytes
 _most_pinned = 0
 
 
+def check_torch_defaults() -> None:
+    """Check that PyTorch makes tensors in float32 and on the host unless told otherwise.
+
+    Raises: ValueError if torch.set_default_dtype or torch.set_default_device changed that.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    if dtype != torch.float32:
+        raise ValueError(
+            f"torch's default dtype is {dtype}; call torch.set_default_dtype(torch.float32), and "
+            "choose the model's dtype with from_pretrained(dtype=...)"
+        )
+    if device.type != "cpu":
+        raise ValueError(
+            f"torch's default device is {device}; call torch.set_default_device(None), and choose "
+            "the model's device with from_pretrained(device=...)"
+        )
+
+
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """Return a device that can be used; a CUDA device always has an index.
 

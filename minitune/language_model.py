@@ -108,9 +108,10 @@ class LanguageModel(CausalLM):
         return without_lora(self)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the number of the adapter's parameters, and of all parameters with them."""
+        """Return the numbers of trainable parameters and of all, as PEFT counts them."""
         trainable = sum(p.numel() for _, p in self.trainable_parameters())
-        return trainable, self.num_parameters() + trainable
+        adapter = sum(p.numel() for _, p in self.adapter_parameters())
+        return trainable, self.num_parameters() + adapter
 
     def print_trainable_parameters(self) -> None:
         """Print both numbers of `get_nb_trainable_parameters`, as PEFT does."""

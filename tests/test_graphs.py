@@ -128,6 +128,28 @@ def test_gradients_and_adapters_at_new_addresses_are_noticed(micro_step, model, 
     assert_same_bits(results(micro_step, BATCHES[:2]), eager[:2])
 
 
+def test_parameters_that_are_frozen_or_not_between_replays_are_noticed(micro_step, model, eager):
+    assert_same_bits(results(micro_step, BATCHES[:2]), eager[:2])
+    frozen = [p for name, p in model.adapter_parameters() if "lora_A" in name or "layers.1" in name]
+    for p in frozen:
+        p.requires_grad_(False)
+        p.grad = None
+    expected = results(MicroStep(model, capture=False), BATCHES[:2])
+    for _ in range(2):  # captured, then replayed
+        assert_same_bits(results(micro_step, BATCHES[:2]), expected)
+    assert all(p.grad is None for p in frozen)
+    for p in frozen:
+        p.requires_grad_(True)
+    for _ in range(2):
+        assert_same_bits(results(micro_step, BATCHES[:2]), eager[:2])
+
+
+def test_a_micro_step_in_inference_mode_is_one_outside(micro_step, eager):
+    with torch.inference_mode():
+        assert_same_bits(results(micro_step, BATCHES[:2]), eager[:2])
+    assert_same_bits(results(micro_step, BATCHES[:2]), eager[:2])
+
+
 def test_evaluation_generation_and_resident_weights_between_replays_disturb_nothing(
     micro_step, model, eager
 ):

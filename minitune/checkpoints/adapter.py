@@ -97,7 +97,7 @@ def write_adapter_files(model: CausalLM, folder: Path) -> None:
     write_json(folder / CONFIG, _peft_config(base, model.lora, decoder))
     tensors = {
         PREFIX + decoder + name.removeprefix("model"): p.detach().cpu().contiguous()
-        for name, p in model.trainable_parameters()
+        for name, p in model.adapter_parameters()
     }
     metadata = {"format": "pt", BASE_FORM: base_form(model)}
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -151,7 +151,7 @@ def _load_adapter(model: CausalLM, folder: str | Path, may_replace: bool) -> Non
         model.add_lora(lora)
     _warn_of_other_file(model, folder, peft_config.get("base_model_name_or_path"))
     with torch.no_grad():
-        for name, p in model.trainable_parameters():
+        for name, p in model.adapter_parameters():
             p.copy_(tensors[name])
     model.lora_dropout = peft_config.get("lora_dropout") or 0.0
     model.lora_base = read_base_form(folder)

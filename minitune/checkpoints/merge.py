@@ -216,7 +216,8 @@ def _merged_weight(
     if linear.lora_A is None:
         return base
     A, B = (factor.float() for factor in linear.adapter())
-    return torch.addmm(base.float(), B, A, alpha=linear.scaling)
+    with model.as_current_device():  # ignores the caller's autocast
+        return torch.addmm(base.float(), B, A, alpha=linear.scaling)
 
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:

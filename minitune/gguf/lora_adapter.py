@@ -203,7 +203,7 @@ def plan_gguf_adapter(
     content = adapter_content(model)
     require_space(target, content.nbytes)
     _warn_of_other_base(model)
-    parameters = dict(model.trainable_parameters())
+    parameters = dict(model.adapter_parameters())
     return AdapterExport(target, base, content, model.config, parameters, texts)
 
 
@@ -214,7 +214,7 @@ def adapter_content(model: CausalLM) -> Content:
     metadata = adapter_metadata(model.config, model.lora, adapted_name(base_name), origin)
     infos = [
         TensorInfo(adapter_name(key, model.config), tuple(p.shape), GGMLType.F32)
-        for key, p in model.trainable_parameters()
+        for key, p in model.adapter_parameters()
     ]
     return Content(metadata, infos)
 

@@ -2,16 +2,21 @@
 
 Each function is one node of the graph of `model(...).loss.backward()`. The trainer does without
 them: a micro-step calls the passes directly.
+
+Forward and backward ignore autocast, which would change the dtypes that the kernels expect. The
+passes are written out for one derivative, so a gradient cannot be differentiated again.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minitune.kernels.backend import accumulator
 from minitune.model.activations import Activations, SaveLevel
 from minitune.model.layers import LayerContext
 from minitune.model.loss import Head, LossRows
 from minitune.model.packed_sequences import PackedSequences
+from minitune.model.unchanged_tensors import UnchangedTensors, tensors_read
 
 
 class DecoderLayerNode(torch.autograd.Function):
@@ -28,6 +33,7 @@ class DecoderLayerNode(torch.autograd.Function):
         tile_rows: int | None,
         *lora_parameters: Tensor,
     ):
+        ctx.read = UnchangedTensors(layer, tensors_read(layer))
         y = s.clone()
         saved = layer.forward_saving_(y, packed, context, level, tile_rows).tensors()
         ctx.layer, ctx.packed, ctx.context, ctx.tile_rows = layer, packed, context, tile_rows
@@ -36,14 +42,17 @@ class DecoderLayerNode(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         layer, D = ctx.layer, ctx.layer.D
+        ctx.read.check(tensors_read(layer))
         a = Activations(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
         dresidual = layer.new_residual_gradient(len(dy), ctx.context.dtype, dy.device)
         dresidual[:, :D] = dy
-        gradients = layer.backward_(
-            dresidual, a, ctx.packed, ctx.context, ctx.tile_rows, need_dx=ctx.needs_input_grad[0]
-        )
+        with torch.autocast(dy.device.type, enabled=False):
+            gradients = layer.backward_(
+                dresidual, a, ctx.packed, ctx.context, ctx.tile_rows, ctx.needs_input_grad[0]
+            )
         return dresidual[:, :D].to(dy.dtype), None, None, None, None, None, *gradients
 
 
@@ -59,6 +68,7 @@ class LossNode(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor):
         (dresidual,) = ctx.saved_tensors
         ds = (dresidual * dloss.to(dresidual.dtype)).to(accumulator(dresidual.dtype))
@@ -72,10 +82,14 @@ class LogitsNode(torch.autograd.Function):
     def forward(ctx, s: Tensor, head: Head):
         logits, rstd = head.logits(s)
         ctx.head = head
+        ctx.read = UnchangedTensors(head.norm, (head.norm.weight, head.weight))
         ctx.save_for_backward(s, rstd, logits if head.softcap else None)
         return logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlogits: Tensor):
         s, rstd, logits = ctx.saved_tensors
-        return ctx.head.logits_backward(dlogits, logits, s, rstd).to(s.dtype), None
+        ctx.read.check((ctx.head.norm.weight, ctx.head.weight))
+        with torch.autocast(dlogits.device.type, enabled=False):
+            return ctx.head.logits_backward(dlogits, logits, s, rstd).to(s.dtype), None

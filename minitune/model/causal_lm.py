@@ -8,10 +8,10 @@ nothing from the device.
 The dimension letters are those of minitune/model/__init__.py.
 """
 
-import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from minitune.config.layer_kinds import LayerKind
 from minitune.config.loading_arguments import CALLING
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
-from minitune.device import free_memory
+from minitune.device import check_torch_defaults, free_memory
 from minitune.model.activations import SaveLevel
 from minitune.model.autograd import LogitsNode, LossNode
 from minitune.model.decoder_layer import DecoderLayer
+from minitune.model.fixed_module import FixedModule, UnhookedModule
 from minitune.model.generate import generate
 from minitune.model.layers import Embedding, LayerContext, new_residual
 from minitune.model.linear import FusedLinear, Linear
@@ -52,7 +53,7 @@ class Output:
     logits: Tensor | None = None
 
 
-class Decoder(nn.Module):
+class Decoder(UnhookedModule):
     """Embedding, decoder layers and final norm, under the names of the checkpoint's tensors."""
 
     def __init__(self, c: ModelConfig, kinds: Sequence[LayerKind]):
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.architecture.norm_offset)
 
 
-class CausalLM(nn.Module):
+class CausalLM(FixedModule):
     """A causal language model with a frozen base.
 
     `FastLanguageModel.from_pretrained` builds the model and fills its weights.
@@ -115,12 +116,6 @@ class CausalLM(nn.Module):
         self.eos_token_ids: tuple[int, ...] = ()
         self.generation_defaults: dict[str, Any] = {}
 
-    def _apply(self, fn, recurse=True):
-        raise ValueError(
-            "the model stays on its device and in its dtype; "
-            "choose both with from_pretrained(device=..., dtype=...)"
-        )
-
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Yield the full name and the module of each adaptable linear, layer by layer."""
         for name, module in self.named_modules():
@@ -160,6 +155,7 @@ class CausalLM(nn.Module):
 
     # ---- adapter
 
+    @torch.inference_mode(False)  # else its parameters could not be trained
     def add_lora(self, lora: LoraConfig, seed: int = 3407) -> None:
         """Attach LoRA branches that change nothing yet. The same seed draws the same A.
 
@@ -176,9 +172,13 @@ class CausalLM(nn.Module):
                 linear.add_lora(lora, self.device, generator)
         self.lora, self.lora_seed = lora, seed
 
-    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the trainable parameters under PEFT's names, always in the same order."""
+    def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the adapter's parameters under PEFT's names, always in the same order."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the adapter's parameters that requires_grad_(False) does not freeze."""
+        return [(name, p) for name, p in self.adapter_parameters() if p.requires_grad]
 
     # ---- forward
 
@@ -208,18 +208,17 @@ class CausalLM(nn.Module):
                 f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} "
                 "differ in shape; each token has one label"
             )
+        check_torch_defaults()
         ids, positions, mask = pack_batch(input_ids.cpu(), attention_mask, position_ids)
         self.check(ids, positions)
-        with torch.autocast(self.device.type, enabled=False), self.as_current_device():
+        with self.as_current_device():
             s = self.residual_stream(ids, positions)
             if labels is None:
                 return Output(logits=self._logits(s, mask))
-            loss_rows = LossRows.from_labels(
-                labels.cpu()[mask], positions, self.config.vocab_size, len(ids)
-            )
-            denominator = num_items_in_batch
-            if denominator is None:
-                denominator = max(1, len(loss_rows))
+            targets, vocab = labels.cpu()[mask], self.config.vocab_size
+            loss_rows = LossRows.from_labels(targets, positions, vocab, len(ids))
+            count, given = max(1, len(loss_rows)), num_items_in_batch
+            denominator = count if given is None else given
             return Output(loss=LossNode.apply(s, self, loss_rows.to(self.device), denominator))
 
     def residual_stream(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -321,7 +320,7 @@ class CausalLM(nn.Module):
 
     # ---- device and weights
 
-    @contextlib.contextmanager
+    @contextmanager
     def resident_weights(self) -> Iterator[None]:
         """Keep all linears and the head dequantised meanwhile; no number changes."""
         weights = ResidentWeights(self.dtype, self.device)
@@ -334,17 +333,18 @@ class CausalLM(nn.Module):
             weights.keep_only(())
             self._resident_head = None if owns_head else self._resident_head
 
-    def resident_weights_if_they_fit(self) -> contextlib.AbstractContextManager:
+    def resident_weights_if_they_fit(self) -> AbstractContextManager:
         """Return `resident_weights()` if they take less than half of the free memory."""
         shapes = [fused.weight_shape for fused in self.fused_linears()]
         elements = sum(map(math.prod, [self.model.embed_tokens.shape, *shapes]))
         fits = elements * self.dtype.itemsize < free_memory(self.device) / 2
-        return self.resident_weights() if fits else contextlib.nullcontext()
+        return self.resident_weights() if fits else nullcontext()
 
-    def as_current_device(self) -> contextlib.AbstractContextManager:
-        """Return a context with the model's GPU as the current device, on which Triton launches."""
-        if self.device.type == "cuda":
-            return torch.cuda.device(self.device)
-        return contextlib.nullcontext()
+    @contextmanager
+    def as_current_device(self) -> Iterator[None]:
+        """Make the model's GPU the current device, on which Triton launches; ignore autocast."""
+        gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with gpu, torch.autocast(self.device.type, enabled=False):
+            yield
 
     generate = generate

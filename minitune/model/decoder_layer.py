@@ -31,20 +31,21 @@ from minitune.config.model_config import ModelConfig
 from minitune.kernels.gated_activation import gated_activation, gated_activation_backward
 from minitune.model.activations import Activations, SaveLevel, row_tiles
 from minitune.model.autograd import DecoderLayerNode
+from minitune.model.fixed_module import FixedModule, UnhookedModule
 from minitune.model.layers import Attention, LayerContext, LayerPass
 from minitune.model.linear import FusedLinear, Linear, LoraGradients
 from minitune.model.norms import LayerNorms
 from minitune.model.packed_sequences import PackedSequences
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(FixedModule):
     """One decoder layer. The names of its modules are those of the checkpoint's tensors."""
 
     def __init__(self, c: ModelConfig, kind: LayerKind):
         super().__init__()
         self.D, self.F = c.hidden_size, c.intermediate_size
         self.self_attn = Attention(c, kind)
-        self.mlp = nn.Module()  # of the linears mlp.*
+        self.mlp = UnhookedModule()  # of the linears mlp.*
         self.activation = c.architecture.activation
         self.norms = LayerNorms.add_to(self, c)
 
@@ -199,8 +200,10 @@ class DecoderLayer(nn.Module):
         context: LayerContext,
         tile_rows: int | None = None,
         need_dx: bool = True,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         """Turn dy into dx in place, and return dA and dB of each adapted linear in turn.
+
+        A and B of a fused linear whose adapters are all frozen get None.
 
         dresidual: (N, D + R), from `new_residual_gradient`. Its first D columns hold dy before and
             dx after; in between they hold the gradient of x + o. The other columns are scratch.
@@ -208,7 +211,7 @@ class DecoderLayer(nn.Module):
         need_dx: False in the first layer, below which nothing is trained.
         """
         with context.layer_pass(self.fused_linears, packed, tile_rows) as p:
-            gradients = LoraGradients()
+            gradients = LoraGradients(self.fused_linears)
             if a.qkv is None:
                 a.qkv = self.compute_qkv(a.x, p, saved_lora=a.qkv_lora)
             if a.attn is None:
@@ -225,7 +228,7 @@ class DecoderLayer(nn.Module):
                 self._backward_to_input_(
                     dresidual[rows], dqkv[rows], a.rows(rows), p, gradients, need_dx
                 )
-        return gradients.of(self.fused_linears)
+        return gradients.in_turn()
 
     def _backward_to_attention_(
         self,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minitune.config.foreign_arguments import foreign_arguments
+from minitune.device import check_torch_defaults
 from minitune.model.cached_decoding import decode
 from minitune.model.generation_arguments import (
     FOREIGN,
@@ -74,8 +75,10 @@ def generate(
     streamer: receives the only prompt and its new tokens, and an end token that the result has.
     on_token: called as on_token(i, token) for each new token of answer i, except its end token.
 
-    Raises: ValueError if a prompt is missing, empty or too long, or if a setting is out of range.
+    Raises: ValueError if a prompt is missing, empty or too long, if a setting is out of range, or
+        if PyTorch's default dtype or device was changed.
     """
+    check_torch_defaults()
     defaults = model.generation_defaults
     ends = model.eos_token_ids if eos_token_ids is None else eos_token_ids
     ends = (ends,) if isinstance(ends, int) else tuple(ends)

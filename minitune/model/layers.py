@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minitune.config.layer_kinds import LayerKind
 from minitune.config.model_config import ModelConfig
@@ -20,6 +20,7 @@ from minitune.kernels.backend import accumulator
 from minitune.kernels.embedding import embed
 from minitune.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward_
 from minitune.kernels.rope import rope_
+from minitune.model.fixed_module import UnhookedModule
 from minitune.model.ggml_weight import GgmlWeight
 from minitune.model.linear import FusedLinear
 from minitune.model.norms import RMSNorm
@@ -34,7 +35,7 @@ def new_residual(x: Tensor) -> Tensor:
     return x.to(accumulator(x.dtype), copy=True)
 
 
-class Embedding(nn.Module):
+class Embedding(UnhookedModule):
     """The embedding table (V, D), on the model's device or in pinned host memory.
 
     The loader sets `quantized` if the table is stored in few bits, and `weight` otherwise.
@@ -71,7 +72,7 @@ class Embedding(nn.Module):
         set_frozen_weight(self, table)
 
 
-class Attention(nn.Module):
+class Attention(UnhookedModule):
     """The attention heads of a layer. DecoderLayer adds the linears of q, k, v and o.
 
     q and k are rotated by RoPE in place, in the projection's output qkv. With `qk_norm` each head

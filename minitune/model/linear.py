@@ -23,10 +23,11 @@ from minitune.kernels.lora_linear import (
     lora_linear_backward_,
     padded_rank,
 )
+from minitune.model.fixed_module import NamedLinear, UnhookedModule
 from minitune.model.quantized_weight import QuantizedWeight
 
 
-class Linear(nn.Module):
+class Linear(UnhookedModule):
     """A frozen linear with an optional LoRA branch: y = W x + bias + scaling * B A x.
 
     The loader sets `quantized` if W is stored in few bits, and `weight` otherwise. A (r, in) and
@@ -63,6 +64,11 @@ class Linear(nn.Module):
         weight = self.weight.detach()
         return weight.to(dtype) if out is None else out.copy_(weight)
 
+    def frozen_tensors(self) -> list[Tensor]:
+        """Return the tensors of W and of the bias."""
+        parts = vars(self.quantized).values() if self.is_quantized else [self.weight]
+        return [part for part in (*parts, self.bias) if isinstance(part, Tensor)]
+
     def adapter(self) -> tuple[Tensor | None, Tensor | None]:
         """Return A (r, in) and B (out, r), or (None, None) without an adapter."""
         if self.lora_A is None:
@@ -84,9 +90,9 @@ class Linear(nn.Module):
         self.scaling = lora.scaling
 
 
-def _meta_linear(in_features: int, out_features: int) -> nn.Linear:
+def _meta_linear(in_features: int, out_features: int) -> NamedLinear:
     """Return a float32 linear without bias and without memory, which gives a weight its name."""
-    return nn.Linear(in_features, out_features, bias=False, device="meta", dtype=torch.float32)
+    return NamedLinear(in_features, out_features, bias=False, device="meta", dtype=torch.float32)
 
 
 class FusedLinear:
@@ -110,6 +116,12 @@ class FusedLinear:
     def adapted(self) -> list[Linear]:
         """Return the linears that have an adapter."""
         return [linear for linear in self.linears if linear.rank]
+
+    @property
+    def is_trained(self) -> bool:
+        """Return True if an adapter has a parameter that is not frozen."""
+        factors = [factor for x in self.adapted for factor in (x.lora_A, x.lora_B)]
+        return any(factor.weight.requires_grad for factor in factors)
 
     @property
     def lora_columns(self) -> int:
@@ -160,7 +172,8 @@ class FusedLinear:
 
     def new_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a buffer for the extended weight, with zeros outside of W, A and B."""
-        return torch.zeros(self.weight_shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # the buffer outlives the caller's inference mode
+            return torch.zeros(self.weight_shape, dtype=dtype, device=device)
 
     # ---- the extended weight
 
@@ -268,14 +281,19 @@ def _empty(like: Tensor, columns: int) -> Tensor:
 
 
 class LoraGradients:
-    """The gradients of A and B, summed over the tiles of a layer."""
+    """The gradients of A and B, summed over the tiles of a layer.
 
-    def __init__(self):
+    A fused linear whose adapters are all frozen gets none.
+    """
+
+    def __init__(self, fused_linears: Sequence[FusedLinear]):
+        self._fused_linears = fused_linears
+        self._trained = {fused for fused in fused_linears if fused.is_trained}
         self._sums: dict[FusedLinear, list[Tensor]] = {}
 
     def add(self, fused: FusedLinear, dy: Tensor, x: Tensor) -> None:
         """Add the part of one tile, dy (n, out + R) and x (n, in + R) with filled LoRA columns."""
-        if not fused.lora_columns:
+        if fused not in self._trained:
             return
         gradients = [g for pair in fused.gradients(dy, x) for g in pair]
         if fused in self._sums:
@@ -283,6 +301,9 @@ class LoraGradients:
         else:
             self._sums[fused] = gradients
 
-    def of(self, fused_linears: Sequence[FusedLinear]) -> list[Tensor]:
-        """Return dA and dB of each adapted linear in turn."""
-        return [g for fused in fused_linears for g in self._sums.get(fused, ())]
+    def in_turn(self) -> list[Tensor | None]:
+        """Return dA and dB of each adapted linear in turn, or None in the place of each."""
+        gradients: list[Tensor | None] = []
+        for fused in self._fused_linears:
+            gradients += self._sums.get(fused) or [None] * (2 * len(fused.adapted))
+        return gradients

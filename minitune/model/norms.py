@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from minitune.config.model_config import ModelConfig
 from minitune.kernels.rms_norm import add_rms_norm_, rms_norm, rms_norm_backward
+from minitune.model.fixed_module import UnhookedModule
 from minitune.model.linear import FusedLinear
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(UnhookedModule):
     """RMSNorm: x / sqrt(mean(x^2) + eps) * (weight + offset), for each row of x (N, D)."""
 
     is_norm = True

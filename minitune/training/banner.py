@@ -93,7 +93,7 @@ def _model_rows(model: CausalLM) -> list[tuple[str, str]]:
 
 def storage_bytes(model: CausalLM) -> int:
     """Return the bytes of the base model's weights as stored; tied weights count once."""
-    adapter = {id(p) for _, p in model.trainable_parameters()}
+    adapter = {id(p) for _, p in model.adapter_parameters()}
     base = [p for p in model.parameters() if id(p) not in adapter]
     modules = [module for module in model.modules() if getattr(module, "quantized", None)]
     quantized = {id(module.quantized): module.quantized.nbytes for module in modules}

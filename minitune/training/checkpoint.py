@@ -87,7 +87,8 @@ def save_checkpoint(
         write_adapter_files(model, partial)
         moments = {name: tensor.cpu() for name, tensor in optimizer.state_dict().items()}
         save_file(moments, partial / OPTIMIZER)
-        write_json(partial / STATE, {**state, "optimizer_steps": optimizer.steps})
+        counts = {"optimizer_steps": optimizer.steps, "frozen": _frozen_parameters(model)}
+        write_json(partial / STATE, {**state, **counts})
 
 
 def read_state(folder: str | Path, **required: type) -> dict[str, Any]:
@@ -113,7 +114,30 @@ def load_checkpoint(model: CausalLM, optimizer: FlatAdamW, folder: str | Path) -
     Raises: ValueError that names the file or the setting that does not fit.
     """
     state, path = read_state(folder), Path(folder) / OPTIMIZER
+    _check_frozen(model, state.get("frozen", []), Path(folder) / STATE)
     moments = read_safetensors(path)
     load_adapter_values(model, folder)
     optimizer.load_state_dict(moments, state["optimizer_steps"])
     return state
+
+
+def _frozen_parameters(model: CausalLM) -> list[str]:
+    """Return the names of the adapter's parameters that requires_grad_(False) froze."""
+    return [name for name, p in model.adapter_parameters() if not p.requires_grad]
+
+
+def _check_frozen(model: CausalLM, saved: Any, path: Path) -> None:
+    """Check that the run froze the parameters that are frozen now.
+
+    saved: their names in a checkpoint's state. path: the file that the error names.
+
+    Raises: ValueError if a parameter was frozen and is not, or the other way round.
+    """
+    frozen = _frozen_parameters(model)
+    if saved != frozen:
+        names = {*map(str, saved if isinstance(saved, list) else [])} ^ {*frozen}
+        raise ValueError(
+            f"{path}: the run froze other parameters than the model has frozen now "
+            f"({min(names, default=saved)!r} differs); set requires_grad of the adapter's "
+            "parameters as the run had it, or start again with overwrite=True"
+        )

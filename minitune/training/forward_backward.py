@@ -10,10 +10,10 @@ between the two run forward again.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitune.memory.offload import ActivationOffloader
 from minitune.memory.plan import Plan
@@ -127,7 +127,7 @@ class ForwardBackward:
                 plan.tile_rows,
                 need_dx=i > 0,
             )
-            torch._foreach_add_([p.grad for p in self._parameters[i]], gradients)
+            _add_gradients_(self._parameters[i], gradients)
             del gradients  # otherwise they live on while the next layer runs
 
     def _recompute_inputs_(
@@ -158,7 +158,7 @@ class ForwardBackward:
         """Give each trainable parameter without a `.grad` a gradient of zeros."""
         for parameters in self._parameters:
             for p in parameters:
-                if p.grad is None:
+                if p.grad is None and p.requires_grad:
                     p.grad = torch.zeros_like(p)
 
     def allocate_weight_buffers(self) -> None:
@@ -200,13 +200,24 @@ class ForwardBackward:
     def captured_pointers(self) -> list[int]:
         """Return the addresses of all tensors that a CUDA graph reads in place.
 
-        These are the adapters, their gradients, the resident weights and the pinned arena.
+        These are the adapters, the gradients of those that are not frozen, the resident weights
+        and the pinned arena.
         """
-        tensors = [t for parameters in self._parameters for p in parameters for t in (p, p.grad)]
+        adapters = [p for parameters in self._parameters for p in parameters]
+        tensors = [*adapters, *(p.grad for p in adapters if p.requires_grad)]
         resident = (fused.resident_weight for fused in self.model.fused_linears())
         tensors += [weight for weight in resident if weight is not None]
         arena = 0 if self._offloader is None else self._offloader.address
         return [*(t.data_ptr() for t in tensors), arena]
+
+
+def _add_gradients_(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    """Add the gradients to the `.grad` of the parameters that are not frozen."""
+    pairs = zip(parameters, gradients, strict=True)
+    trained = [(p.grad, gradient) for p, gradient in pairs if p.requires_grad]
+    if trained:
+        sums, terms = zip(*trained, strict=True)
+        torch._foreach_add_(sums, terms)
 
 
 def _source_layers(plan: Plan) -> list[int]:

@@ -85,6 +85,7 @@ class MicroStep:
             if self._graphs is not None:
                 self._graphs.prepare()
 
+    @torch.inference_mode(False)  # buffers and gradients outlive the caller's inference mode
     @torch.no_grad()
     def __call__(self, batch: Batch, denominator: float) -> Tensor:
         """Return the sum of the batch's token losses over `denominator`: 0-dim, on the device.
@@ -114,7 +115,6 @@ class MicroStep:
         try:
             with (
                 model.layer_context.weight_buffers.lock,  # a graph writes into them too
-                torch.autocast(model.device.type, enabled=False),
                 model.as_current_device(),
             ):
                 inputs, packed = self._pack_inputs(batch, size)

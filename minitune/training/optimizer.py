@@ -75,6 +75,7 @@ class FlatAdamW:
     Clipping does not change the gradients.
     """
 
+    @torch.inference_mode(False)  # else the buffers could not be updated outside of it
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
@@ -84,18 +85,18 @@ class FlatAdamW:
         max_grad_norm: float = 0.0,
         eight_bit: bool = False,
     ):
-        """Move the parameters into one flat buffer.
+        """Move the parameters into one flat buffer, except those that are frozen.
 
         max_grad_norm: limit of the global gradient norm; 0 turns clipping off.
         eight_bit: True stores the moments in 8 bits.
 
-        Raises: ValueError if there is no parameter, or if a parameter is not float32.
+        Raises: ValueError if no parameter requires a gradient, or if a parameter is not float32.
         """
-        self.parameters = list(parameters)
+        self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters:
             raise ValueError(
-                "no parameters to train; attach an adapter with FastLanguageModel.get_peft_model "
-                "first"
+                "no parameters to train; attach an adapter with FastLanguageModel.get_peft_model, "
+                "or unfreeze it with requires_grad_(True)"
             )
         if wrong := [p.dtype for p in self.parameters if p.dtype != torch.float32]:
             raise ValueError(
@@ -109,7 +110,7 @@ class FlatAdamW:
         self.steps = 0
         count = sum(p.numel() for p in self.parameters)
         device = self.parameters[0].device
-        self.values, self.grads = torch.zeros(2, count, device=device)
+        self.values, self.grads = torch.zeros(2, count, device=device, dtype=torch.float32)
         moment_dtype = torch.uint8 if eight_bit else torch.float32
         self.exp_avg, self.exp_avg_sq = torch.zeros(2, count, device=device, dtype=moment_dtype)
         if eight_bit:
@@ -162,6 +163,7 @@ class FlatAdamW:
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,
         }
+        torch.autograd.graph.increment_version(self.parameters)  # so that autograd notices
         with torch.cuda.device_of(self.values):  # Triton launches on the current device
             norm = global_norm(self.grads)
             moments = self.state_dict().values()

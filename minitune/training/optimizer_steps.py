@@ -28,7 +28,7 @@ from minitune.model.causal_lm import CausalLM
 from minitune.training.checkpoint import Progress
 from minitune.training.metrics import PendingLosses, evaluation_loss
 from minitune.training.micro_step import MicroStep
-from minitune.training.optimizer import learning_rate_factor, warmup_count
+from minitune.training.optimizer import FlatAdamW, learning_rate_factor, warmup_count
 from minitune.training.out_of_memory import (
     DEFAULT_MICRO_STEP_TOKENS,
     retry_on_oom,
@@ -36,6 +36,7 @@ from minitune.training.out_of_memory import (
 )
 from minitune.training.resume import resolve_run_config
 from minitune.training.run_data import SampleOrder, read_datasets, tokenize, with_template_date
+from minitune.training.trained_parameters import TrainedParameters
 
 
 class OptimizerSteps:
@@ -81,6 +82,7 @@ class OptimizerSteps:
         )
         self.progress = Progress()
         self._losses = PendingLosses()
+        self._trained: TrainedParameters | None = None  # of the run
 
     # ---- the data
 
@@ -148,15 +150,24 @@ class OptimizerSteps:
         cycles = args.lr_scheduler_cycles
         return args.learning_rate * learning_rate_factor(kind, step, warmup, total_steps, cycles)
 
+    def _new_optimizer(self) -> FlatAdamW:
+        """Return the optimizer of the parameters that the run trains, before its first step."""
+        args = self.args
+        return FlatAdamW(
+            self._trained.parameters,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            eight_bit=args.optim == "adamw_8bit",
+        )
+
     def _optimizer_step(self) -> None:
         """Train on the samples of the next step, and update the adapter.
 
-        Raises: ValueError if another adapter took the place of the one that the run trains.
+        Raises: ValueError if other parameters than those at the run's beginning would be trained.
         """
-        if self.model.adapters_removed != self._adapters_removed:
-            raise ValueError(
-                "another adapter was loaded during training; load it before train() or after it"
-            )
+        self._trained.check()
         step = self.progress.step
         samples = self.order.samples_of_step(step)
         loss = retry_on_oom(

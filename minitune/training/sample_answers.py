@@ -88,8 +88,7 @@ class SamplePrompts:
                     keep_weights=False,
                 )
 
-            with torch.autocast(micro_step.model.device.type, enabled=False):
-                answers = run_in_graph_pool(micro_step, decode_all)
+            answers = run_in_graph_pool(micro_step, decode_all)
         ids = [answer[:-1] if answer[-1] in ends else answer for answer in answers]
         decoded = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from minitune.checkpoints.adapter import load_adapter
 from minitune.config.cli import as_dict
 from minitune.data.templates.adapter_template import save_template
@@ -32,6 +34,7 @@ from minitune.training.run_end import RunResult, deferred_sigint, interruption, 
 from minitune.training.run_folder import CONFIG, METRICS, RunFolder, checkpoints, open_run_folder
 from minitune.training.sample_answers import SamplePrompts
 from minitune.training.tensorboard import TensorBoardCallback
+from minitune.training.trained_parameters import TrainedParameters
 
 
 class TrainOutput(NamedTuple):
@@ -71,6 +74,7 @@ class Trainer(OptimizerSteps):
             "optimizer": self.optimizer,
         }
 
+    @torch.inference_mode(False)  # buffers of the run outlive the caller's inference mode
     @kept_threads()
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Train to the last step. After any failure the last complete checkpoint remains.
@@ -294,6 +298,7 @@ class Trainer(OptimizerSteps):
     def _begin(self, resume: bool | str | Path) -> Path | None:
         """Open the run folder, at step 0 or at a checkpoint; return that checkpoint."""
         args, model = self.args, self.model
+        self._trained = TrainedParameters(model)
         self.samples = SamplePrompts(
             args.sample_prompts, self.processing_class, model.max_seq_length, args.template_date
         )
@@ -302,15 +307,7 @@ class Trainer(OptimizerSteps):
         self.micro_step.prepare()
         protected_paths = [model.gguf or model.folder, *self.data.files]
         self.output, source = open_run_folder(args, resume, protected_paths, self.size.total_steps)
-        self.optimizer = FlatAdamW(
-            [p for _, p in model.trainable_parameters()],
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm,
-            eight_bit=args.optim == "adamw_8bit",
-        )
-        self._adapters_removed = model.adapters_removed
+        self.optimizer = self._new_optimizer()
         use_free_cores(model.device, recorded_threads(source))
         self._identity = run_identity(model, args, self.size, self.data)
         self._losses.clear()

@@ -1,0 +1,71 @@
+"""The check that backward reads the tensors that forward read.
+
+Backward recomputes activations from the weights and the adapters. If one of them changed since
+forward, the gradient would be that of no function. PyTorch counts the changes in place of each
+tensor, `_version`, and autograd refuses such a backward with a RuntimeError. The hand-written
+passes do the same. PyTorch does not count a change through `.data`, so nobody can detect it.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+REMEDY = "call backward() before the change, or compute the loss again after it"
+
+
+class UnchangedTensors:
+    """The tensors that a forward pass read, and the versions that they had."""
+
+    def __init__(self, module: nn.Module, tensors: Sequence[Tensor]):
+        """Note the versions of the tensors.
+
+        module: the module of the tensors, which knows their names.
+        """
+        self._module, self._tensors = module, tuple(tensors)
+        self._versions = [_version(t) for t in self._tensors]
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Check the tensors that backward is about to read.
+
+        Raises: RuntimeError, as autograd, if one is another tensor or was changed in place.
+        """
+        if list(map(id, tensors)) != list(map(id, self._tensors)):
+            raise RuntimeError(
+                "the adapter or a weight was replaced, removed or switched off between forward "
+                f"and backward; {REMEDY}"
+            )
+        for tensor, version in zip(tensors, self._versions, strict=True):
+            if _version(tensor) != version:
+                raise RuntimeError(
+                    f"{self._name_of(tensor)} was modified by an in-place operation between "
+                    f"forward and backward, such as optimizer.step(): it is at version "
+                    f"{_version(tensor)}, expected version {version}; {REMEDY}"
+                )
+
+    def _name_of(self, tensor: Tensor) -> str:
+        names = (name for name, p in self._module.named_parameters() if p is tensor)
+        return next(names, "a quantised weight")
+
+
+def _version(tensor: Tensor) -> int:
+    """Return the number of changes in place; 0 for an inference tensor, which counts none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def tensors_read(layer: nn.Module) -> list[Tensor]:
+    """Return every parameter and frozen tensor that a pass over a decoder layer reads.
+
+    Raises: ValueError if a frozen tensor requires a gradient, which no pass computes.
+    """
+    linears = [linear for fused in layer.fused_linears for linear in fused.linears]
+    norms = [norm for norm in layer.norms if norm.is_norm]
+    if layer.self_attn.qk_norm is not None:
+        norms += [layer.self_attn.q_norm, layer.self_attn.k_norm]
+    frozen = [tensor for linear in linears for tensor in linear.frozen_tensors()]
+    frozen += [norm.weight for norm in norms]
+    if any(tensor.requires_grad for tensor in frozen):
+        raise ValueError(
+            "a weight of the base requires a gradient, but the base is frozen and only the adapter "
+            "is trained; call requires_grad_(False) on every parameter without '.lora_' in its name"
+        )
+    return [*layer.lora_parameters(), *frozen]
