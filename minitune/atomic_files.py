@@ -4,7 +4,8 @@ A writer fills a partial file or folder beside the destination. The partial one 
 with fsync before it is renamed. After an interruption, a full disk or a power loss, the destination
 holds either its previous content or all of the new content.
 
-File system errors become ValueErrors that name the path.
+A lock beside the destination refuses a second writer. File system errors become ValueErrors that
+name the path.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from minitune.locks import exclusive
 
 # Some file systems cannot open or flush a folder; the files in it are flushed all the same.
 UNFLUSHABLE_FOLDER_ERRORS = (errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
@@ -88,18 +91,32 @@ def atomic_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
         raise ValueError(f"{paths[0]}: its folder could not be made ({reason})") from None
-    try:
-        with os_errors_as_value_error(named):
+    with os_errors_as_value_error(named), _locked(paths):
+        try:
             yield partials
             for partial in partials:
                 flush_to_disk(partial)
             for partial, path in zip(partials, paths, strict=True):
                 partial.replace(path)
             flush_to_disk(folder)
-    finally:
-        for partial in partials:
-            with contextlib.suppress(OSError):  # already renamed, or never made
-                partial.unlink()
+        finally:
+            for partial in partials:
+                with contextlib.suppress(OSError):  # already renamed, or never made
+                    partial.unlink()
+
+
+@contextlib.contextmanager
+def _locked(paths: Sequence[Path]) -> Iterator[None]:
+    """Hold the locks of destinations.
+
+    Raises: ValueError if another process writes one of them.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            lock = path.with_name(f".{path.name}.lock")
+            task = f"{path}: another process is writing it"
+            stack.enter_context(exclusive(lock, task, "wait for its end, or choose another name"))
+        yield
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -126,11 +143,24 @@ def atomic_folder(folder: str | Path, keep_others: bool = True) -> Iterator[Path
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose a folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked([folder]), _filled(folder, keep_others) as partial:
+            yield partial
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{folder}: could not be written ({reason}); its previous content is unchanged"
+        ) from error
+
+
+@contextlib.contextmanager
+def _filled(folder: Path, keep_others: bool) -> Iterator[Path]:
+    """Yield a partial folder, which becomes `folder` as in `atomic_folder`."""
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _restore(old, folder)  # if a process was killed between the renames of _swap
+        restore_old(folder)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
@@ -142,14 +172,9 @@ def atomic_folder(folder: str | Path, keep_others: bool = True) -> Iterator[Path
             _swap(partial, folder, old)
         flush_to_disk(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"{folder}: could not be written ({reason}); its previous content is unchanged"
-        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        _restore(old, folder)
+        restore_old(folder)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -212,7 +237,8 @@ def _swap(partial: Path, folder: Path, old: Path) -> None:
     partial.rename(folder)
 
 
-def _restore(old: Path, folder: Path) -> None:
-    """Rename `old` back to `folder` if `folder` is missing."""
+def restore_old(folder: Path) -> None:
+    """Give a folder its name back if a process was killed between the renames of `_swap`."""
+    old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)

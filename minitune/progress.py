@@ -101,13 +101,17 @@ def duration(seconds: float) -> str:
 
 
 def print_line(text: str) -> None:
-    """Print a text on stderr, above the bars that are shown."""
+    """Print a text on stderr, above the bars that are shown.
+
+    A terminal that is closed, or a pipe without a reader, does not end the work.
+    """
     if output_kind() == Output.NONE:
         return
-    clear_bars()
-    print(text, file=sys.stderr, flush=True)
-    for bar in _drawn[-1:]:
-        bar.refresh()
+    with contextlib.suppress(OSError):
+        clear_bars()
+        print(text, file=sys.stderr, flush=True)
+        for bar in _drawn[-1:]:
+            bar.refresh()
 
 
 def print_message(kind: str, text: str) -> None:

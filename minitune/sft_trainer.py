@@ -7,6 +7,7 @@ from typing import Any
 
 from minitune.api import FastLanguageModel, get_peft_model
 from minitune.checkpoints.adapter import save_adapter
+from minitune.checkpoints.find_model import ADAPTER
 from minitune.config.foreign_arguments import ANYTHING, Foreign, Renamed, foreign_arguments
 from minitune.config.sft_config import SFTConfig
 from minitune.config.training_config import LoraConfig, RunConfig
@@ -20,7 +21,6 @@ from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.progress import print_message
 from minitune.training.callbacks import TrainerControl, TrainerState
-from minitune.training.run_folder import ADAPTER
 from minitune.training.trainer import Trainer
 
 CHECKED_SAMPLES = 100  # in which the marks of train_on_responses_only have to occur

@@ -43,12 +43,13 @@ def test_the_command_exports_and_reports_bad_input_in_one_line(tmp_path, capsys)
         assert re.fullmatch(rf"minitune export: error: .*{message}.*", last), err
 
 
-def test_an_interrupted_command_ends_with_130_and_says_nothing(monkeypatch, capsys):
+def test_an_interrupted_command_ends_with_130_and_one_line(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(export, "export", interrupted)
-    assert export.main(["--model", "x"]) == 130 and capsys.readouterr() == ("", "")
+    assert export.main(["--model", "x"]) == 130
+    assert capsys.readouterr() == ("", "minitune export: stopped by Ctrl-C\n")
 
 
 def test_the_command_writes_the_adapter_alone_and_beside_a_merged_file(tmp_path, capsys):

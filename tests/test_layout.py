@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = "kernels progress cgroups threads device read_files atomic_files config"
+FOUNDATION = (
+    "kernels progress cgroups threads device read_files locks stop_signals atomic_files config"
+)
 ENGINE = f"{FOUNDATION} model memory data checkpoints gguf"
 BELOW = {  # folder or top-level file -> the parts of the package that it may import besides itself
     "kernels": "",
@@ -19,9 +21,11 @@ BELOW = {  # folder or top-level file -> the parts of the package that it may im
     "cgroups": "",
     "threads": "cgroups",
     "device": "kernels cgroups",
+    "locks": "",
+    "stop_signals": "",
     "read_files": "",
-    "atomic_files": "",
-    "config": "kernels progress device read_files atomic_files",
+    "atomic_files": "locks",
+    "config": "kernels progress device read_files stop_signals atomic_files",
     "model": FOUNDATION,
     "memory": f"{FOUNDATION} model",
     "data": FOUNDATION,

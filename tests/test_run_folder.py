@@ -58,7 +58,9 @@ def test_run_does_not_replace_the_model_or_the_data_that_it_needs(smallest, tmp_
     data = tmp_path / place / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     if place.startswith("checkpoint"):
-        (tmp_path / place / STATE).write_text("{}")
+        (tmp_path / place / STATE).write_text('{"optimizer_steps": 2}')
+    else:
+        (tmp_path / OUTPUTS).write_text(json.dumps({"names": [place]}))
     before = sorted(tmp_path.rglob("*"))
     for settings in ({"folder": model}, {"folder": smallest, "records": data}):
         with pytest.raises(ValueError, match=f"is needed, but lies in .*{place}"):
@@ -80,7 +82,7 @@ def test_config_that_cannot_be_written_is_named_and_leaves_no_half_of_it(smalles
         pytest.raises(ValueError, match=r"config.toml: could not be written"),
     ):
         trainer.train()
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [OUTPUTS]
 
 
 def test_without_output_dir_runs_are_numbered(smallest, tmp_path, monkeypatch):
@@ -176,18 +178,19 @@ def test_folder_of_an_older_version_without_a_list_is_known_by_the_fixed_names(s
     with pytest.raises(ValueError, match="already holds a run"):
         check_output(run, overwrite=False, resume=False)
     new_trainer(smallest, run, **{**CHECKPOINTS, "max_steps": 5}, resume=True).train()
-    assert set(listed(run)) == {"adapter", "merged", "metrics.jsonl", "config.toml"}
+    assert set(listed(run)) == {"adapter", "metrics.jsonl", "config.toml"}
     (run / OUTPUTS).unlink()
     clear_run(run)
-    assert sorted(path.name for path in run.iterdir()) == ["model-F16.gguf", "notes.txt"]
+    assert sorted(path.name for path in run.iterdir()) == ["merged", "model-F16.gguf", "notes.txt"]
 
 
 def test_folder_with_a_list_holds_no_run_if_nothing_in_the_list_is_there(tmp_path):
     (tmp_path / OUTPUTS).write_text(json.dumps({"names": ["adapter", CONFIG]}))
     (tmp_path / "merged").mkdir()
     check_output(tmp_path, overwrite=False, resume=False)
-    with pytest.raises(ValueError, match="merged exists; pass overwrite=True"):
-        check_output(tmp_path, overwrite=False, resume=False, new_names=["merged"])
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="merged exists, but no run wrote it"):
+            check_output(tmp_path, overwrite=overwrite, resume=False, new_names=["merged"])
 
 
 @pytest.mark.parametrize(
@@ -200,6 +203,9 @@ def test_folder_with_a_list_holds_no_run_if_nothing_in_the_list_is_there(tmp_pat
         '{"names": ["."]}',
         '{"names": [""]}',
         '{"names": [3]}',
+        '{"names": ["thesis.docx"]}',
+        '{"names": ["src"]}',
+        '{"names": [".gguf"]}',
         '{"names": "adapter"}',
         "{}",
         "[]",

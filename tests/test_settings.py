@@ -1,5 +1,6 @@
 """Settings from flags, TOML files and defaults; wrong ones are named."""
 
+import signal
 import tomllib
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import pytest
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.cli import as_dict, parse, read_toml, run_command, toml_text
 from minitune.config.fields import check_settings, setting
+from minitune.stop_signals import Stopped
 
 
 def test_flags_win_over_toml_and_toml_over_defaults(tmp_path):
@@ -100,8 +102,17 @@ def test_a_command_turns_expected_errors_and_ctrl_c_into_exit_codes(capsys):
             raise error
 
     assert run_command("tool", command, None) == 0
-    assert run_command("tool", command, KeyboardInterrupt()) == 130
     assert capsys.readouterr() == ("", "")
+    for error, code, name in (
+        (KeyboardInterrupt(), 130, "Ctrl-C"),
+        (Stopped(signal.SIGTERM), 143, "SIGTERM"),
+        (Stopped(signal.SIGHUP), 129, "SIGHUP"),
+    ):
+        assert run_command("tool", command, error) == code
+        assert capsys.readouterr() == ("", f"tool: stopped by {name}\n")
+        error.add_note("interrupted after step 3")  # the run has said it
+        assert run_command("tool", command, error) == code
+        assert capsys.readouterr() == ("", "")
     assert run_command("tool", command, ValueError("two\nlines")) == 2
     assert run_command("tool", command, FileNotFoundError("gone")) == 2
     assert capsys.readouterr() == ("", "tool: error: two lines\ntool: error: gone\n")

@@ -21,11 +21,15 @@ def test_only_models_of_the_same_name_are_replaced(inputs, tmp_path, capsys):
     mine.write_bytes(b"mine")
     ours.write_bytes(b"old")
     command = train_arguments(inputs, output, "--gguf", "f16", "--merge")
-    assert train(command) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert "model-minitune-F16.gguf exists; pass --overwrite" in error
+    for more in ([], ["--overwrite"]):
+        assert train([*command, *more]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert "model-minitune-F16.gguf exists, but no run wrote it" in error
     assert ours.read_bytes() == b"old"
+    (output / "outputs.json").write_text('{"names": ["model-minitune-F16.gguf"]}')
+    assert train(command) == 2
+    assert "already holds a run (model-minitune-F16.gguf); pass" in capsys.readouterr().err
     for more in ("--overwrite", "--resume"):
         assert train([*command, more]) == 0
         assert ours.read_bytes()[:4] == b"GGUF"

@@ -20,7 +20,7 @@ from minitune.data.sources.sources import check_first_records
 from minitune.device import choose_device
 from minitune.threads import use_free_cores
 from minitune.training.evaluation import evaluate
-from minitune.training.run_folder import ADAPTER, CONFIG
+from minitune.training.own_files import ADAPTER, CONFIG
 
 # Settings that an evaluation takes from a run's config.toml unless the user gives them.
 OF_THE_RUN = (

@@ -10,7 +10,7 @@
 
 The run folder holds adapter/, checkpoint-N/, metrics.jsonl, config.toml and outputs.json; --merge
 and --gguf add the merged model. Expected errors print one line on stderr and exit with code 2.
-Ctrl-C saves, prints how to continue, and exits with code 130.
+Ctrl-C, SIGTERM and SIGHUP save, print how to continue, and exit with code 130, 143 or 129.
 """
 
 import sys
@@ -42,6 +42,7 @@ from minitune.sft_trainer import SFTTrainer
 from minitune.threads import use_free_cores
 from minitune.training import run_folder
 from minitune.training.check_base import check_base, checked_samples, nothing_to_check
+from minitune.training.own_files import MERGED
 from minitune.training.write_models import write_models
 
 
@@ -216,7 +217,7 @@ def _check(settings: Settings) -> None:
     if sft.output_dir is not None:
         names = gguf_file_names(run.model, base, run.gguf) if run.gguf else []
         if run.merge:
-            names.append(run_folder.MERGED)
+            names.append(MERGED)
         needed = [base, *data, *([run.adapter] if run.adapter else [])]
         run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, needed, names)
     for path in data:

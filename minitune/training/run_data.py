@@ -25,7 +25,7 @@ from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.progress import ProgressBar
 from minitune.training.checkpoint import RunSize
-from minitune.training.run_folder import CONFIG
+from minitune.training.own_files import CONFIG
 
 
 @lru_cache(maxsize=2)

@@ -1,21 +1,16 @@
-"""The end of a run: the summary of a finished one, Ctrl-C, and the lines of an interrupted one."""
+"""The end of a run: the summary of a finished one, and the lines of an interrupted one."""
 
-import contextlib
-import os
 import shlex
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from minitune.device import MemoryUse, gib_text
 from minitune.progress import LABEL_WIDTH, duration, labelled
 from minitune.training.checkpoint import Progress
+from minitune.training.own_files import CONFIG, METRICS
 from minitune.training.run_control import BestEvaluation
-from minitune.training.run_folder import CONFIG, METRICS
 
-STDERR = 2  # file descriptor
 SHOWN_CHECKPOINTS = 3  # names in the summary
 
 
@@ -115,28 +110,3 @@ def interruption(
         state = f"after step {step} of {total_steps}, last checkpoint {saved}; continue"
     indent = " " * LABEL_WIDTH
     return labelled("interrupted", f"{state} with") + f"\n{indent}" + f"\n{indent}or ".join(ways)
-
-
-@contextlib.contextmanager
-def deferred_sigint() -> Iterator[list[int]]:
-    """Turn the first Ctrl-C into an entry of the yielded list; a second one interrupts at once.
-
-    The training loop looks at the list after each optimizer step.
-    """
-    caught: list[int] = []
-    previous = signal.getsignal(signal.SIGINT)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or previous in (signal.SIG_IGN, None):
-        yield caught
-        return
-
-    def stop(number: int, frame) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, previous)
-        os.write(STDERR, b"\nstopping after this optimizer step; Ctrl-C again stops at once\n")
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, previous)

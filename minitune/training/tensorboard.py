@@ -4,9 +4,7 @@ import importlib
 from pathlib import Path
 
 from minitune.training.callbacks import TrainerCallback
-from minitune.training.run_folder import add_outputs
-
-FOLDER = "tensorboard"  # in the run folder
+from minitune.training.own_files import TENSORBOARD, add_outputs, check_free
 
 
 class TensorBoardCallback(TrainerCallback):
@@ -33,10 +31,11 @@ class TensorBoardCallback(TrainerCallback):
         """Open the files."""
         folder = args.logging_dir
         if folder is None:
-            folder = str(Path(args.output_dir) / FOLDER)
-        self._writer = self._new_writer(log_dir=folder)
+            folder = str(Path(args.output_dir) / TENSORBOARD)
         if args.logging_dir is None:
-            add_outputs(Path(args.output_dir), [FOLDER])
+            check_free(Path(args.output_dir), [TENSORBOARD])
+            add_outputs(Path(args.output_dir), [TENSORBOARD])
+        self._writer = self._new_writer(log_dir=folder)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write the numbers of a record."""

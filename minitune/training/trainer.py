@@ -1,40 +1,23 @@
 """A training run: the loop over optimizer steps, logging, evaluation and saving."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from minitune.checkpoints.adapter import load_adapter
-from minitune.config.cli import as_dict
-from minitune.data.templates.adapter_template import save_template
-from minitune.data.token_cache import FOLDER, remove_other_entries
 from minitune.device import memory_use
-from minitune.progress import labelled, print_line, print_message
-from minitune.threads import kept_threads, use_free_cores
+from minitune.progress import labelled
+from minitune.stop_signals import Stopped, deferred_stops, stop
+from minitune.threads import kept_threads
 from minitune.training.banner import RunSummary, banner
-from minitune.training.checkpoint import Progress, read_state
 from minitune.training.log import TrainingLog
 from minitune.training.metrics import RunClock, run_metrics, status_text, training_record
-from minitune.training.optimizer import FlatAdamW
-from minitune.training.optimizer_steps import OptimizerSteps
 from minitune.training.out_of_memory import oom_as_value_error, planned_vs_measured
-from minitune.training.plan_inputs import current_plan_inputs, fix_plan_inputs_
-from minitune.training.resume import (
-    checkpoint_state,
-    recorded_threads,
-    resume_run,
-    run_identity,
-)
-from minitune.training.run_control import RunControl
-from minitune.training.run_end import RunResult, deferred_sigint, interruption, summary
-from minitune.training.run_folder import CONFIG, METRICS, RunFolder, checkpoints, open_run_folder
-from minitune.training.sample_answers import SamplePrompts
-from minitune.training.tensorboard import TensorBoardCallback
-from minitune.training.trained_parameters import TrainedParameters
+from minitune.training.own_files import CONFIG, METRICS, checkpoints
+from minitune.training.run_end import RunResult, interruption, summary
+from minitune.training.saved_run import SavedRun
 
 
 class TrainOutput(NamedTuple):
@@ -45,34 +28,10 @@ class TrainOutput(NamedTuple):
     metrics: dict[str, float]
 
 
-class Trainer(OptimizerSteps):
+class Trainer(SavedRun):
     """A training run of a model's adapter, in a run folder."""
 
     program = "minitune train"  # as the user types it
-
-    def __init__(self, *arguments: Any, callbacks: Iterable[Any] = (), **options: Any):
-        """Build the steps, with the arguments of OptimizerSteps, and take the callbacks.
-
-        callbacks: objects or classes of TrainerCallback (callbacks.py).
-
-        Raises: ValueError if model, settings, data and callbacks do not fit together.
-        """
-        super().__init__(*arguments, **options)
-        self.optimizer: FlatAdamW | None = None  # of the run
-        callbacks = list(callbacks)
-        if self.args.report_to == "tensorboard":
-            callbacks.append(TensorBoardCallback())
-        self._run: RunFolder | None = None
-        self.run_control = RunControl(self.args, callbacks, self._callback_objects)
-
-    def _callback_objects(self) -> dict[str, Any]:
-        """Return the keyword arguments of every event."""
-        return {
-            "model": self.model,
-            "processing_class": self.processing_class,
-            "tokenizer": self.processing_class,
-            "optimizer": self.optimizer,
-        }
 
     @torch.inference_mode(False)  # buffers of the run outlive the caller's inference mode
     @kept_threads()
@@ -83,16 +42,24 @@ class Trainer(OptimizerSteps):
 
         Raises: ValueError if the output folder holds another run, the checkpoint does not fit data
             or settings, a loss is not finite, the GPU is out of memory, or the disk is full;
-            KeyboardInterrupt after Ctrl-C, once the current step is done and saved.
+            KeyboardInterrupt after Ctrl-C, and Stopped (a SystemExit) after SIGTERM or SIGHUP, once
+            the current step is done and saved.
         """
-        source = self._begin(resume_from_checkpoint)
+        with self._opened(resume_from_checkpoint) as source:
+            return self._train(source)
+
+    def _train(self, source: Path | None) -> TrainOutput:
+        """Train to the last step in the opened run folder.
+
+        source: the checkpoint that the run continues from, or None.
+        """
         self.model.max_trained_seqlen = self.data.max_seqlen
         self.model.lora_base = None  # the loaded adapter's; this base counts from now on
         p, total_steps = self.progress, self.size.total_steps
         show_bar = not self.args.disable_tqdm
         with (
             TrainingLog(self.output / METRICS, total_steps, p.step, show_bar) as log,
-            deferred_sigint() as caught,
+            deferred_stops() as caught,
             self._report_interruption(log),
             oom_as_value_error(self.planner, self.model.device, self._oom_advice),
             self._resident_weights(),
@@ -105,22 +72,20 @@ class Trainer(OptimizerSteps):
             clock = RunClock(p.seconds, p.tokens)
             self._loop(log, clock, caught)
             speed = clock.mean_tokens_per_second(p)
-            if (
-                caught
-                and p.step < total_steps
-                and not self.run_control.control.should_training_stop
-            ):
-                raise KeyboardInterrupt
+            has_ended = p.step == total_steps or self.run_control.control.should_training_stop
+            if caught and not has_ended:
+                raise stop(caught[0])
             if p.step < total_steps:
                 log.print_line(labelled("note", f"a callback ended the run after step {p.step}"))
             if self.args.load_best_model_at_end:
-                self._load_best_checkpoint(log)
+                log.print_line(self._load_best_checkpoint())
             metrics = run_metrics(p, self.size)
             self.run_control.log({"step": p.step, **metrics})
             self.run_control.event("on_train_end")
-            adapter = self._run.finish(self.model, p.step)
-            save_template(self.processing_class, adapter)
+            adapter = self._run.finish(self.model, self.processing_class, p.step)
             log.print_last(self._end(log, speed, adapter))
+        if caught:  # the run is whole, and nothing follows it
+            raise stop(caught[0])
         return TrainOutput(p.step, metrics["train_loss"], metrics)
 
     def _end(self, log: TrainingLog, speed: float | None, adapter: Path) -> str:
@@ -194,66 +159,19 @@ class Trainer(OptimizerSteps):
 
     @contextlib.contextmanager
     def _report_interruption(self, log: TrainingLog) -> Iterator[None]:
-        """On Ctrl-C, print the last checkpoint and how to resume, then re-raise."""
+        """After a signal, print the last checkpoint and how to resume, then re-raise."""
         try:
             yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped) as error:
             config = self.output / CONFIG if self.data.is_in_files else None
             step, total_steps = self.progress.step, self.size.total_steps
             saved = self._run.last_checkpoint()
-            log.print_last(
-                interruption(step, total_steps, self.output, saved, config, self.program)
-            )
+            text = interruption(step, total_steps, self.output, saved, config, self.program)
+            log.print_last(text)
+            error.add_note(text)
             raise
 
-    def _oom_advice(self) -> str:
-        """Return a text with the failed step, the settings to change and the last checkpoint."""
-        config, nf4 = self.run_config, ""
-        if self.model.gguf is None:
-            nf4 = f" or load_in_4bit to true (it is {config.load_in_4bit})"
-        return (
-            f"step {self.progress.step + 1}; lower micro_step_tokens ({self.micro_step_tokens}) "
-            f"or max_length ({self.data.max_length}), or set use_gradient_checkpointing to true "
-            f"(it is {config.use_gradient_checkpointing}){nf4}; "
-            f"last checkpoint: {self._last_checkpoint()}"
-        )
-
-    def _last_checkpoint(self) -> str:
-        return str(self._run.last_checkpoint() or "none was saved")
-
-    # ---- results
-
-    def _load_best_checkpoint(self, log: TrainingLog) -> None:
-        """Load the adapter of the best checkpoint.
-
-        Raises: ValueError if the checkpoint cannot be read.
-        """
-        best = self.run_control.best
-        if best.saved_step is None:
-            text = "no evaluated step has a checkpoint: the last step is the result"
-            log.print_line(labelled("note", text))
-            return
-        load_adapter(self.model, self.output / f"checkpoint-{best.saved_step}")
-        text = (
-            f"step {best.saved_step}, eval_loss {best.saved_loss:.4f}: the result is the adapter "
-            f"of checkpoint-{best.saved_step}"
-        )
-        log.print_line(labelled("result", text))
-
     # ---- metrics
-
-    def _fetch_losses(self) -> None:
-        """Copy the losses that are still on the device into `progress`.
-
-        Raises: ValueError if a loss or a gradient norm is not finite.
-        """
-        try:
-            self._losses.move_to_(self.progress)
-        except ValueError as error:
-            raise ValueError(
-                f"{error} and training stopped; last checkpoint: {self._last_checkpoint()}. Lower "
-                f"learning_rate ({self.args.learning_rate:g}), or look at the samples of that step"
-            ) from None
 
     def _log_evaluation(self, log: TrainingLog) -> None:
         """Evaluate, log the numbers, and tell the callbacks."""
@@ -283,6 +201,7 @@ class Trainer(OptimizerSteps):
         shown: further arguments of `TrainingLog.record`.
         """
         try:
+            self._run.check_there()
             log.record(record, **shown)
         except ValueError as error:
             with contextlib.suppress(ValueError):  # a full disk may have no room for it
@@ -293,55 +212,6 @@ class Trainer(OptimizerSteps):
         if "samples" not in record:
             self.run_control.log(record)
 
-    # ---- the run folder
-
-    def _begin(self, resume: bool | str | Path) -> Path | None:
-        """Open the run folder, at step 0 or at a checkpoint; return that checkpoint."""
-        args, model = self.args, self.model
-        self._trained = TrainedParameters(model)
-        self.samples = SamplePrompts(
-            args.sample_prompts, self.processing_class, model.max_seq_length, args.template_date
-        )
-        if model.device.type == "cuda":
-            print_line(labelled("preparing", "compiling kernels and measuring the GPU"))
-        self.micro_step.prepare()
-        protected_paths = [model.gguf or model.folder, *self.data.files]
-        self.output, source = open_run_folder(args, resume, protected_paths, self.size.total_steps)
-        self.optimizer = self._new_optimizer()
-        use_free_cores(model.device, recorded_threads(source))
-        self._identity = run_identity(model, args, self.size, self.data)
-        self._losses.clear()
-        self.progress, recorded, warnings = Progress(), None, []
-        if source is not None:
-            self.progress, recorded, warnings = resume_run(
-                source, model, self.optimizer, self._identity, args
-            )
-        longest = self.data.max_seqlen
-        inputs, shortages = fix_plan_inputs_(self.planner, model, args, longest, recorded)
-        self.micro_step_tokens = inputs.micro_step_tokens
-        warnings += self.processing_class.notes
-        for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
-            print_message("warning", text)
-        for note in args.precision_notes(model.dtype):
-            print_message("note", note)
-        remove_other_entries(self.output / FOLDER, self.data.cache_keys)
-        self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
-        resolved = replace(args, output_dir=str(self.output), max_length=self.data.max_length)
-        self._run.write_config(as_dict(self.run_config, model.lora, resolved))
-        saved = {} if source is None else read_state(source)
-        self.run_control.begin(resolved, self.size, self.progress, saved)
-        return source
-
     def _summary(self, source: Path | None) -> RunSummary:
         size, limit, done = self.size, self.micro_step_tokens, self.progress.step
         return RunSummary(self.args, size, self.data.max_length, limit, self.output, done, source)
-
-    def _save(self) -> None:
-        """Write a checkpoint of the current step."""
-        self._fetch_losses()
-        inputs = current_plan_inputs(self.planner, self.micro_step_tokens)
-        self.run_control.saving()
-        state = checkpoint_state(self.progress, self.size, self._identity, inputs)
-        state |= self.run_control.to_json()
-        kept_step = self.run_control.kept_step
-        self._run.save(self.model, self.optimizer, self.progress.step, state, kept_step)

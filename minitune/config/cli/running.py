@@ -5,6 +5,7 @@ reads the flags instead, here --overwrite.
 """
 
 import ast
+import contextlib
 import re
 import shlex
 import sys
@@ -16,8 +17,15 @@ from minitune.config.cli.settings import flag_of, known_settings
 from minitune.config.fields import ListedErrors
 from minitune.config.visible_text import on_one_line
 from minitune.progress import clear_bars, print_message, wrapped
+from minitune.stop_signals import (
+    FIRST_EXIT_CODE,
+    Stopped,
+    signal_name,
+    signal_of,
+    stops_raised,
+)
 
-EXPECTED_ERROR, INTERRUPTED = 2, 130  # exit codes
+EXPECTED_ERROR = 2  # exit code
 WARNING_INDENT = len("warning: ")  # of further lines
 # Arguments of Python that are no settings and have flags.
 ARGUMENTS = {
@@ -80,21 +88,31 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
     program: the command as the user types it; error lines begin with it.
 
     An expected error (ValueError or OSError) becomes one line on stderr and exit code 2;
-    ListedErrors keep their lines. A warning is one line on stderr. Ctrl-C gives 130; the command
-    itself has said by then how to continue.
+    ListedErrors keep their lines. A warning is one line on stderr. Ctrl-C gives 130, SIGTERM 143
+    and SIGHUP 129, with one line unless the command has said how to continue.
     """
     python_format, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
-        return command(*arguments) or 0
-    except KeyboardInterrupt:
-        return INTERRUPTED
+        with stops_raised():
+            return command(*arguments) or 0
+    except (KeyboardInterrupt, Stopped) as error:
+        number = signal_of(error)
+        if not getattr(error, "__notes__", None):
+            _print_end(f"{program}: stopped by {signal_name(number)}")
+        return FIRST_EXIT_CODE + number
     except (ValueError, OSError) as error:
         lines = str(error).splitlines() if isinstance(error, ListedErrors) else [str(error)]
         text = "\n".join(map(_terminal_line, lines))
-        print(f"{program}: error: {text}", file=sys.stderr)
+        _print_end(f"{program}: error: {text}")
         return EXPECTED_ERROR
     finally:
         warnings.formatwarning = python_format
+
+
+def _print_end(text: str) -> None:
+    """Print the last text of a command on stderr, if stderr is still open."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _terminal_line(text: str) -> str:

@@ -1,0 +1,163 @@
+"""A run in its folder: begun at step 0 or at a checkpoint, and saved."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from minitune.checkpoints.adapter import load_adapter
+from minitune.config.cli import as_dict
+from minitune.data.token_cache import FOLDER, remove_other_entries
+from minitune.progress import labelled, print_line, print_message
+from minitune.threads import use_free_cores
+from minitune.training.checkpoint import Progress, read_state
+from minitune.training.optimizer import FlatAdamW
+from minitune.training.optimizer_steps import OptimizerSteps
+from minitune.training.plan_inputs import current_plan_inputs, fix_plan_inputs_
+from minitune.training.resume import (
+    checkpoint_state,
+    recorded_threads,
+    resume_run,
+    run_identity,
+)
+from minitune.training.run_control import RunControl
+from minitune.training.run_files import RunFolder
+from minitune.training.run_folder import locked_run_folder, open_run_folder, run_output
+from minitune.training.sample_answers import SamplePrompts
+from minitune.training.tensorboard import TensorBoardCallback
+from minitune.training.trained_parameters import TrainedParameters
+
+
+class SavedRun(OptimizerSteps):
+    """The steps of a run, its callbacks, and the folder that they are saved in."""
+
+    def __init__(self, *arguments: Any, callbacks: Iterable[Any] = (), **options: Any):
+        """Build the steps, with the arguments of OptimizerSteps, and take the callbacks.
+
+        callbacks: objects or classes of TrainerCallback (callbacks.py).
+
+        Raises: ValueError if model, settings, data and callbacks do not fit together.
+        """
+        super().__init__(*arguments, **options)
+        self.optimizer: FlatAdamW | None = None  # of the run
+        callbacks = list(callbacks)
+        if self.args.report_to == "tensorboard":
+            callbacks.append(TensorBoardCallback())
+        self._run: RunFolder | None = None
+        self.run_control = RunControl(self.args, callbacks, self._callback_objects)
+
+    def _callback_objects(self) -> dict[str, Any]:
+        """Return the keyword arguments of every event."""
+        return {
+            "model": self.model,
+            "processing_class": self.processing_class,
+            "tokenizer": self.processing_class,
+            "optimizer": self.optimizer,
+        }
+
+    # ---- the begin
+
+    @contextlib.contextmanager
+    def _opened(self, resume: bool | str | Path) -> Iterator[Path | None]:
+        """Hold the run folder during the block, and yield the checkpoint that the run continues.
+
+        Raises: ValueError as `locked_run_folder` and `open_run_folder`.
+        """
+        args, model = self.args, self.model
+        self._trained = TrainedParameters(model)
+        self.samples = SamplePrompts(
+            args.sample_prompts, self.processing_class, model.max_seq_length, args.template_date
+        )
+        if model.device.type == "cuda":
+            print_line(labelled("preparing", "compiling kernels and measuring the GPU"))
+        self.micro_step.prepare()
+        self.output = run_output(args, resume)
+        with locked_run_folder(self.output):
+            yield self._begin(resume)
+
+    def _begin(self, resume: bool | str | Path) -> Path | None:
+        """Set the state of step 0, or of a checkpoint; return that checkpoint."""
+        args, model = self.args, self.model
+        protected_paths = [model.gguf or model.folder, *self.data.files]
+        source = open_run_folder(self.output, args, resume, protected_paths, self.size.total_steps)
+        self.optimizer = self._new_optimizer()
+        use_free_cores(model.device, recorded_threads(source))
+        self._identity = run_identity(model, args, self.size, self.data)
+        self._losses.clear()
+        self.progress, recorded, warnings = Progress(), None, []
+        if source is not None:
+            self.progress, recorded, warnings = resume_run(
+                source, model, self.optimizer, self._identity, args
+            )
+        longest = self.data.max_seqlen
+        inputs, shortages = fix_plan_inputs_(self.planner, model, args, longest, recorded)
+        self.micro_step_tokens = inputs.micro_step_tokens
+        warnings += self.processing_class.notes
+        for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
+            print_message("warning", text)
+        for note in args.precision_notes(model.dtype):
+            print_message("note", note)
+        remove_other_entries(self.output / FOLDER, self.data.cache_keys)
+        self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
+        resolved = replace(args, output_dir=str(self.output), max_length=self.data.max_length)
+        self._run.write_config(as_dict(self.run_config, model.lora, resolved))
+        saved = {} if source is None else read_state(source)
+        self.run_control.begin(resolved, self.size, self.progress, saved)
+        return source
+
+    # ---- checkpoints
+
+    def _save(self) -> None:
+        """Write a checkpoint of the current step."""
+        self._fetch_losses()
+        inputs = current_plan_inputs(self.planner, self.micro_step_tokens)
+        self.run_control.saving()
+        state = checkpoint_state(self.progress, self.size, self._identity, inputs)
+        state |= self.run_control.to_json()
+        kept_step = self.run_control.kept_step
+        self._run.save(self.model, self.optimizer, self.progress.step, state, kept_step)
+
+    def _load_best_checkpoint(self) -> str:
+        """Load the adapter of the best checkpoint, and return a line for a person.
+
+        Raises: ValueError if the checkpoint cannot be read.
+        """
+        best = self.run_control.best
+        if best.saved_step is None:
+            text = "no evaluated step has a checkpoint: the last step is the result"
+            return labelled("note", text)
+        load_adapter(self.model, self.output / f"checkpoint-{best.saved_step}")
+        text = (
+            f"step {best.saved_step}, eval_loss {best.saved_loss:.4f}: the result is the adapter "
+            f"of checkpoint-{best.saved_step}"
+        )
+        return labelled("result", text)
+
+    def _oom_advice(self) -> str:
+        """Return a text with the failed step, the settings to change and the last checkpoint."""
+        config, nf4 = self.run_config, ""
+        if self.model.gguf is None:
+            nf4 = f" or load_in_4bit to true (it is {config.load_in_4bit})"
+        return (
+            f"step {self.progress.step + 1}; lower micro_step_tokens ({self.micro_step_tokens}) "
+            f"or max_length ({self.data.max_length}), or set use_gradient_checkpointing to true "
+            f"(it is {config.use_gradient_checkpointing}){nf4}; "
+            f"last checkpoint: {self._last_checkpoint()}"
+        )
+
+    def _last_checkpoint(self) -> str:
+        return str(self._run.last_checkpoint() or "none was saved")
+
+    def _fetch_losses(self) -> None:
+        """Copy the losses that are still on the device into `progress`.
+
+        Raises: ValueError if a loss or a gradient norm is not finite.
+        """
+        try:
+            self._losses.move_to_(self.progress)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} and training stopped; last checkpoint: {self._last_checkpoint()}. Lower "
+                f"learning_rate ({self.args.learning_rate:g}), or look at the samples of that step"
+            ) from None
