@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 from command_inputs import train, train_arguments, write_inputs
+from family_configs import FAMILIES
 from plain_llama import PlainLlama
 from referees.llama_cpp import LlamaCpp
-from tiny_families import FAMILIES, make_tiny_family
+from tiny_families import make_tiny_family
 from transformers_twin import (
     batch,
     compare_with_transformers,

@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 import transformers
+from family_configs import FAMILIES
 from gguf import GGMLQuantizationType as GGMLType
 from gguf_files import LLAMA3_ROPE, SMALL_KEYS, SMALL_TENSORS
 from same_models import check_same_model
 from tiny import make_tiny_model
-from tiny_families import FAMILIES, make_tiny_family
+from tiny_families import make_tiny_family
 
 from minitune.config.layer_kinds import FULL, SLIDING
 from minitune.config.model_config import ModelConfig

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from family_configs import FAMILIES
 from gguf_files import make_tiny_gguf
 from plan_cases import GIB, LONG, SHORT, STATIC
 from tiny import make_tiny_model
-from tiny_families import FAMILIES, make_tiny_family
+from tiny_families import make_tiny_family
 
 from minitune import FastLanguageModel
 from minitune.config.architectures import LORA_TARGETS

@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers
 from command_inputs import train, train_arguments, write_inputs
+from family_configs import WRAPPERS
 from fp8_folders import KINDS, write_fp8
 from gguf_files import tensors_of
 from safetensors.torch import load_file, save_file
 from transformers_twin import batch, load, relative
 from weight_folders import edit_json, edit_tensors
-from wrapper_folders import WRAPPERS, make_wrapper
+from wrapper_folders import make_wrapper
 
 from minitune.checkpoints.merge import merge_to_folder
 from minitune.checkpoints.save_4bit import save_4bit

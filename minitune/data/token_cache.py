@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import tokenize
 import zlib
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -39,7 +40,7 @@ from minitune.data.flat_samples import (
 from minitune.data.sources.sources import Source
 from minitune.data.tokenization.tokenizer import FILES, READ_JSON_FILES, Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
-from minitune.read_files import read_json
+from minitune.read_files import read_json, require_regular_file
 
 FORMAT = 1
 FOLDER = "tokenized"  # in the run folder
@@ -157,12 +158,14 @@ class EntryWriter:
         self.close()
         index = self.builder.index()
         np.save(self._folder / SAMPLES, index, allow_pickle=False)
+        origins = [[item.name, item.by_line] for item in self._formats]
+        of_files = [file.checksum for file in self._files]
+        described = {"origins": origins, "report": report.to_json()}
         description = {
             "format": FORMAT,
             "key": self._key,
-            "checksums": [*(file.checksum for file in self._files), zlib.crc32(index)],
-            "origins": [[item.name, item.by_line] for item in self._formats],
-            "report": report.to_json(),
+            "checksums": [*of_files, zlib.crc32(index), _checksum(described)],
+            **described,
         }
         write_json(self._folder / DESCRIPTION, description)
 
@@ -179,6 +182,7 @@ def read_entry(folder: Path, key: str, id_count: int) -> tuple[FlatSamples, Data
         input_ids, labels = (_map(folder / name, np.int32, 1) for name in TOKEN_FILES)
         index = np.array(_map(folder / SAMPLES, np.int64, 2))
         checksums = [zlib.crc32(values) for values in (input_ids, labels, index)]
+        checksums.append(_checksum({name: description[name] for name in ("origins", "report")}))
         formats = tuple(OriginFormat(*origin) for origin in description["origins"])
         report = DatasetReport.from_json(description["report"])
         if checksums != description["checksums"] or not formats:
@@ -190,12 +194,21 @@ def read_entry(folder: Path, key: str, id_count: int) -> tuple[FlatSamples, Data
     return (samples, report) if _is_valid(samples, id_count) else None
 
 
+def _checksum(values: dict[str, Any]) -> int:
+    """Return the checksum of a part of the description."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
 def _map(path: Path, kind: type, dimensions: int) -> np.ndarray:
     """Map a .npy file into memory.
 
     Raises: ValueError if the file is none, or of another type or number of dimensions.
     """
-    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    require_regular_file(path)
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (tokenize.TokenError, SyntaxError, OverflowError) as error:  # in the header
+        raise ValueError(f"{path}: {error}") from None
     if values.dtype != kind or values.ndim != dimensions or not values.flags.c_contiguous:
         raise ValueError(f"{path}: {values.dtype} in {values.ndim} dimensions")
     return values

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from family_configs import FAMILIES  # noqa: E402
 from tiny import draw_adapter, make_tiny_model  # noqa: E402
-from tiny_families import FAMILIES, make_tiny_family  # noqa: E402
+from tiny_families import make_tiny_family  # noqa: E402
 
 from minitune import FastLanguageModel  # noqa: E402
 from minitune.gguf.lora_adapter import save_gguf_adapter  # noqa: E402

@@ -24,10 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from family_configs import FAMILIES, YARN  # noqa: E402
 from gguf_files import LLAMA3_ROPE  # noqa: E402
 from same_models import check_same_model  # noqa: E402
 from tiny import make_tiny_model  # noqa: E402
-from tiny_families import FAMILIES, YARN, make_tiny_family  # noqa: E402
+from tiny_families import make_tiny_family  # noqa: E402
 
 from minitune.config.model_config import ModelConfig  # noqa: E402
 from minitune.gguf.base.open_gguf import open_gguf, read_config  # noqa: E402
