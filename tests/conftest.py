@@ -26,7 +26,8 @@ settings.load_profile(PROFILE)
 GPU = torch.cuda.is_available()
 if not GPU:
     # Triton reads this when it is imported.
-    assert "triton" not in sys.modules, "triton was imported before the interpreter was chosen"
+    early = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
+    assert not early, "triton was imported before the interpreter was chosen"
     os.environ["TRITON_INTERPRET"] = "1"
 
 

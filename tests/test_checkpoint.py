@@ -78,12 +78,14 @@ def test_peft_computes_the_same_logits_with_our_adapter(tiny, tmp_path, options)
     assert error < 1e-5 and effect > 1e-2
 
 
-def test_adapter_that_peft_wrote_computes_the_same_logits_here(tiny, tmp_path):
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_adapter_that_peft_wrote_computes_the_same_logits_here(tiny, tmp_path, use_rslora):
     peft = pytest.importorskip("peft")
     targets = ["k_proj", "v_proj", "gate_proj"]
     config = peft.LoraConfig(
         r=3,
         lora_alpha=5,
+        use_rslora=use_rslora,
         target_modules=targets,
         task_type="CAUSAL_LM",
         init_lora_weights=False,

@@ -14,7 +14,9 @@ from referees.llama_cpp import LlamaCpp
 from tiny_families import make_tiny_family
 from transformers_twin import (
     batch,
+    clear_gradients,
     compare_with_transformers,
+    flat_gradient,
     hf_twin,
     load,
     loss_and_gradient,
@@ -52,6 +54,16 @@ def test_every_gradient_equals_that_of_a_plain_autograd_model_in_float64(tmp_pat
     exact.backward()
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
     assert relative(gradient, torch.cat([p.grad.flatten() for p in plain.adapter.values()])) < 2e-5
+
+
+def test_gradients_flow_through_capped_logits_as_through_the_loss(tmp_path):
+    model, _ = load(make_tiny_family(tmp_path / "m", "gemma2"))
+    ids, labels = batch(model)
+    _, expected = loss_and_gradient(model, input_ids=ids, labels=labels)
+    clear_gradients(model)
+    logits = model(input_ids=ids).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+    assert relative(flat_gradient(model), expected) < 1e-5
 
 
 @every_family

@@ -145,6 +145,9 @@ def test_filters_equal_transformers_logits_processors(seed):
     ):
         scores = processor(ids, scores)
     sampler = Sampler(rule, prompts, 50)
+    penalty = processors.RepetitionPenaltyLogitsProcessor(1.3)
+    torch.testing.assert_close(sampler.penalised(logits), penalty(ids, logits))
+    assert (logits.gather(1, ids) < 0).any()  # most tokens below zero are filtered out later
     found = rule.probabilities(sampler.penalised(logits))
     torch.testing.assert_close(found, scores.softmax(-1))
     assert (found == 0).any()

@@ -1,11 +1,12 @@
 """GGUF files hold the merged tensors in llama.cpp's layout, and the keys that llama.cpp needs."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
-from gguf import dequantize, quants
+from gguf import GGMLQuantizationType, dequantize, quants
 from gguf_files import LLAMA3_ROPE, metadata_of, tensors_of
 from test_merge import load
 from tiny import CHATML, make_tiny_model
@@ -17,6 +18,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.gguf.export import convert_folder, export_gguf
 from minitune.gguf.general_metadata import size_label
 from minitune.gguf.model_metadata import gguf_name, model_metadata
+from minitune.gguf.writer import Content, TensorInfo, write_gguf
 
 HEAD_DIM = 16
 
@@ -190,6 +192,16 @@ def test_an_existing_file_is_replaced_only_on_request(tmp_path):
     assert path.read_bytes() == b"old"
     assert export_gguf(model, tmp_path, tokenizer, "f16", overwrite=True) == path
     assert path.read_bytes() == whole
+
+
+def test_tensors_of_odd_sizes_begin_at_aligned_offsets(tmp_path):
+    shapes = {"a": (3,), "b": (5, 1), "c": (2, 7)}
+    tensors = [torch.arange(math.prod(shape)).view(shape).float() for shape in shapes.values()]
+    infos = [TensorInfo(name, shape, GGMLQuantizationType.F32) for name, shape in shapes.items()]
+    write_gguf({tmp_path / "odd.gguf": Content({}, infos)}, tensors, progress=False)
+    stored = tensors_of(tmp_path / "odd.gguf")
+    for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+        assert torch.equal(torch.from_numpy(stored[name].data.copy()).view(shape), tensor)
 
 
 def test_sizes_are_named_with_two_digits():

@@ -176,6 +176,22 @@ def test_rope_rotates_q_and_k_of_a_fused_projection_in_place_and_back(N, H, G, K
         assert_as_good_as_plain([grad], plain[1:], exact[1:])
 
 
+@kernel
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_rope_scales_queries_at_each_position_and_no_keys(inverse, device):
+    q, k = normal(7, 3, 24, device=device), normal(7, 1, 24, device=device, seed=1)
+    cos, sin = angles(40, 24, device)
+    positions = torch.arange(7, device=device) * 5
+    scale = 1 + torch.arange(40, device=device) / 10
+    expected = [q.clone(), k.clone()]
+    rope.rope_reference_(*expected, cos, sin, positions, inverse, scale)
+    unscaled = k.clone()
+    rope.rope_(q, k, cos, sin, positions, inverse, scale)
+    rope.rope_(q.clone(), unscaled, cos, sin, positions, inverse)
+    torch.testing.assert_close([q, k], expected)
+    assert torch.equal(k, unscaled)
+
+
 # ---- RMSNorm of each head, then RoPE
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
-from minitune.checkpoints.merge import merge_to_folder, merged_tensors
+from minitune.checkpoints.merge import adapter_digest, merge_to_folder, merged_tensors
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 
 IDS = torch.randint(3, 400, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -210,6 +210,15 @@ def test_the_same_adapter_is_not_merged_twice(tmp_path):
     third.load_adapter(tmp_path / "adapter")
     with pytest.raises(ValueError, match="this adapter is merged into it already"):
         merged_tensors(third)
+
+
+def test_an_adapter_with_another_scaling_is_another_one(tmp_path):
+    model, _ = load(make_tiny_model(tmp_path / "base"))
+    digest = adapter_digest(model)
+    assert adapter_digest(model) == digest
+    for _, linear in model.linears():
+        linear.scaling *= 2
+    assert adapter_digest(model) != digest
 
 
 def test_an_adapter_saved_beside_merged_weights_does_not_hide_that_it_is_merged(tmp_path):

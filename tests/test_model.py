@@ -129,6 +129,11 @@ def test_sample_bounds_follow_from_positions():
     packed = PackedSequences.from_positions(torch.tensor([0, 1, 2, 0, 0, 1]))
     assert packed.start.tolist() == [0, 0, 0, 3, 4, 4]
     assert packed.end.tolist() == [3, 3, 3, 4, 6, 6]
+    assert (packed.uniform_seqlen, packed.max_seqlen) == (None, 3)
+    same = PackedSequences.from_positions(torch.tensor([0, 1, 2, 0, 1, 2]))
+    assert (same.uniform_seqlen, same.max_seqlen) == (3, 3)
+    other = PackedSequences.from_positions(torch.tensor([0, 1, 0, 1, 2, 3]))
+    assert (other.uniform_seqlen, other.max_seqlen) == (None, 4)
 
 
 def test_padding_does_not_enter_the_logits(tmp_path):
@@ -172,8 +177,10 @@ def test_a_fresh_adapter_changes_nothing_and_its_seed_decides_a(tmp_path):
     for model, seed in zip(models, (1, 1, 2), strict=True):
         FastLanguageModel.get_peft_model(model, r=8, random_state=seed)
     assert torch.equal(models[0](input_ids=ids).logits, plain)
-    a = [dict(m.trainable_parameters())["model.layers.1.mlp.up_proj.lora_A.weight"] for m in models]
+    up, gate = (f"model.layers.1.mlp.{name}_proj.lora_A.weight" for name in ("up", "gate"))
+    a = [dict(m.trainable_parameters())[up] for m in models]
     assert torch.equal(a[0], a[1]) and not torch.equal(a[0], a[2])
+    assert not torch.equal(a[0], dict(models[0].trainable_parameters())[gate])
     # Kaiming uniform with a = sqrt(5): bound 1 / sqrt(in), deviation bound / sqrt(3)
     assert a[0].abs().max() <= 64**-0.5
     assert abs(a[0].std() - (64 * 3) ** -0.5) < 0.01

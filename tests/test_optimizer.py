@@ -57,6 +57,19 @@ def test_flat_adamw_moves_parameters_as_torch_adamw_does(weight_decay, max_grad_
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
+def test_a_large_epsilon_counts_as_in_torch():
+    ours, theirs = two_copies()
+    optimizer, reference = FlatAdamW(ours, eps=0.1), torch.optim.AdamW(theirs, eps=0.1)
+    reference.param_groups[0].update(lr=1e-2, weight_decay=0.0)
+    for step in range(3):
+        for p, q, g in zip(ours, theirs, matrices(seed=step + 1), strict=True):
+            p.grad, q.grad = g, g.clone()
+        optimizer.step(1e-2)
+        reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
 def test_rate_may_be_a_tensor():
     number, tensor = two_copies()
     for parameters, lr in ((number, 1e-2), (tensor, torch.tensor(1e-2))):

@@ -1,0 +1,184 @@
+"""Bugs of the model: weights, packing, loss rows, rotation tables, adapters, answers."""
+
+from mutations.mutation import Mutation
+
+NF4_BYTES = "test_nf4.py::test_quantized_weight_equals_bitsandbytes"
+NF4_TIES = (
+    "test_nf4.py::test_values_on_a_tie_and_blocks_of_zeros_are_quantised_as_bitsandbytes_does"
+)
+FIRST_LABEL = "test_model.py::test_a_samples_first_label_is_never_predicted_from_the_sample_before"
+LIKE_PEFT = "test_model.py::test_loss_logits_and_every_gradient_equal_transformers_and_peft"
+FRESH = "test_model.py::test_a_fresh_adapter_changes_nothing_and_its_seed_decides_a"
+BOUNDS = "test_model.py::test_sample_bounds_follow_from_positions"
+WINDOWS = "test_kernels_attention_windows.py::test_the_bounds_of_a_window_are_those_of_a_mask"
+YARN = "test_model_config.py::test_the_tables_of_yarn_are_those_of_transformers"
+CACHED = (
+    "test_generate.py::test_cached_decoding_of_a_batch_equals_decoding_each_prompt_without_a_cache"
+)
+FAMILIES = "test_families.py::test_greedy_answers_equal_those_of_transformers[gemma2]"
+FILTERS = "test_generate_in_transformers.py::test_filters_equal_transformers_logits_processors"
+BATCH = "test_generate_in_transformers.py::test_a_batch_gives_the_tokens_of_transformers"
+
+MODEL_BUGS = (
+    Mutation(
+        "NF4's nibbles are swapped when a weight is quantised",
+        "minitune/model/nf4.py",
+        "packed=(nibbles[:, 0] << 4) | nibbles[:, 1]",
+        "packed=(nibbles[:, 1] << 4) | nibbles[:, 0]",
+        (NF4_BYTES,),
+    ),
+    Mutation(
+        "NF4's scales keep their mean",
+        "minitune/model/nf4.py",
+        "_quantize_scales(absmax - offset, dynamic)",
+        "_quantize_scales(absmax, dynamic)",
+        (NF4_BYTES,),
+    ),
+    Mutation(
+        "NF4's ties take the upper index",
+        "minitune/model/nf4.py",
+        "(code[:-1] + code[1:]) / 2, out_int32=True)",
+        "(code[:-1] + code[1:]) / 2, out_int32=True, right=True)",
+        (NF4_TIES,),
+    ),
+    Mutation(
+        "a sample's first token is predicted from the sample before",
+        "minitune/model/loss.py",
+        "next_labels = torch.where(ends_sample, IGNORE_INDEX, labels[1:])",
+        "next_labels = labels[1:]",
+        (FIRST_LABEL,),
+    ),
+    Mutation(
+        "rows without a label keep a stale gradient",
+        "minitune/model/loss.py",
+        "dresidual.index_fill_(0, loss_rows.ignored, 0)",
+        "dresidual.index_fill_(0, loss_rows.ignored[1:], 0)",
+        (LIKE_PEFT,),
+    ),
+    Mutation(
+        "the capped logits' gradient uses the cap once",
+        "minitune/model/loss.py",
+        "dlogits = dlogits * (1 - ratio) * (1 + ratio)",
+        "dlogits = dlogits * (1 - ratio)",
+        ("test_families.py::test_gradients_flow_through_capped_logits_as_through_the_loss",),
+    ),
+    Mutation(
+        "the bias of the second fused linear lands on the first",
+        "minitune/model/linear.py",
+        "            first += linear.out_features\n        return y",
+        "            first += 0 * linear.out_features\n        return y",
+        (LIKE_PEFT,),
+    ),
+    Mutation(
+        "A is drawn too wide",
+        "minitune/model/linear.py",
+        "bound = self.in_features**-0.5",
+        "bound = (3 / self.in_features) ** 0.5",
+        (FRESH,),
+    ),
+    Mutation(
+        "every linear draws the same A",
+        "minitune/model/causal_lm.py",
+        "linear.add_lora(lora, self.device, generator)",
+        "linear.add_lora(lora, self.device, generator.manual_seed(seed))",
+        (FRESH,),
+    ),
+    Mutation(
+        "rank-stabilised LoRA scales as plain LoRA",
+        "minitune/config/training_config.py",
+        "self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)",
+        "self.lora_alpha / self.r",
+        ("test_checkpoint.py::test_peft_computes_the_same_logits_with_our_adapter",),
+    ),
+    Mutation(
+        "samples of two lengths pass for samples of one",
+        "minitune/model/packed_sequences.py",
+        "N // count if torch.equal(uniform, positions) else None",
+        "N // count if N % count == 0 else None",
+        (BOUNDS,),
+    ),
+    Mutation(
+        "the longest sample is one token too short",
+        "minitune/model/packed_sequences.py",
+        "max_seqlen = int(positions.max()) + 1",
+        "max_seqlen = int(positions.max())",
+        (BOUNDS,),
+    ),
+    Mutation(
+        "a window sees one token too many",
+        "minitune/model/packed_sequences.py",
+        "start = torch.maximum(self.start, index - (window - 1))",
+        "start = torch.maximum(self.start, index - window)",
+        (WINDOWS,),
+    ),
+    Mutation(
+        "YaRN's blend runs the wrong way",
+        "minitune/model/rope.py",
+        "blend = 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)",
+        "blend = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)",
+        (YARN,),
+    ),
+    Mutation(
+        "Llama 3's RoPE takes the context for the wavelength",
+        "minitune/model/rope.py",
+        "(original / wavelengths - low)",
+        "(wavelengths / original - low)",
+        (LIKE_PEFT,),
+    ),
+    Mutation(
+        "the cache of a window holds one token too many",
+        "minitune/model/cached_decoding.py",
+        "(distance < (S if window is None else window))",
+        "(distance <= (S if window is None else window))",
+        (FAMILIES,),
+    ),
+    Mutation(
+        "the cache's first row of logits is that of the next prompt",
+        "minitune/model/cached_decoding.py",
+        "return self._logits(s[lengths.cumsum(0) - 1])",
+        "return self._logits(s[(lengths.cumsum(0)) % len(s)])",
+        (CACHED,),
+    ),
+    Mutation(
+        "ended rows of a batch still grow",
+        "minitune/model/cached_decoding.py",
+        "running[i] = token not in end_tokens and len(answers[i]) < limits[i]",
+        "running[i] = len(answers[i]) < limits[i]",
+        ("test_generate.py::test_each_row_stops_at_the_end_token_and_leaves_it_out",),
+    ),
+    Mutation(
+        "top-p leaves out the token that reaches the share",
+        "minitune/model/sampling.py",
+        "likelier = shares.cumsum(-1) - shares",
+        "likelier = shares.cumsum(-1)",
+        (FILTERS,),
+    ),
+    Mutation(
+        "the repetition penalty rewards tokens below zero",
+        "minitune/model/sampling.py",
+        "torch.where(logits < 0, logits * penalty, logits / penalty)",
+        "torch.where(logits < 0, logits / penalty, logits / penalty)",
+        (FILTERS,),
+    ),
+    Mutation(
+        "the repetition penalty forgets the answer",
+        "minitune/model/sampling.py",
+        "self._seen[torch.arange(len(tokens)), tokens] = True",
+        "self._seen[torch.arange(len(tokens)), tokens] |= False",
+        (BATCH,),
+    ),
+    Mutation(
+        "min-p compares with 1 and not with the likeliest token",
+        "minitune/model/sampling.py",
+        "floor = self.min_p * shares.amax(-1, keepdim=True)",
+        "floor = self.min_p",
+        (FILTERS,),
+    ),
+    Mutation(
+        "the draws do not follow the seed",
+        "minitune/model/sampling.py",
+        "tokens = shares.multinomial(1, generator=self.generator)[:, 0]",
+        "tokens = shares.multinomial(1)[:, 0]",
+        ("test_generate.py::test_sampling_follows_its_seed_and_its_limits",),
+    ),
+)
