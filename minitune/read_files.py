@@ -185,14 +185,19 @@ def parse_json_at(text: str, begin: int, where: str = "") -> tuple[Any, int]:
 
 def _parse(decoder: json.JSONDecoder, text: str, where: str) -> Any:
     try:
-        value = decoder.decode(text)
-        _require_depth(value, text)
+        try:
+            value, end = decoder.scan_once(text, 0)  # 40% of the time of `decode` on a short line
+        except StopIteration:
+            value, end = None, -1
+        if end != len(text):  # white space, or an error that `decode` explains
+            value, end = decoder.decode(text), len(text)
+        _require_depth(value, text, 0, end)
     except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(_reason(decoder, error, text, 0, where)) from None
     return value
 
 
-def _require_depth(value: Any, text: str, begin: int = 0, end: int | None = None) -> None:
+def _require_depth(value: Any, text: str, begin: int, end: int) -> None:
     """Raise RecursionError if a value nests over MAX_DEPTH deep.
 
     A text of few brackets cannot, and counting brackets is far quicker than a walk.
@@ -288,8 +293,9 @@ def _reason(decoder: json.JSONDecoder, error: Exception, text: str, begin: int, 
         return f"{prefix}JSON that takes more memory than there is"
     reason, field = _without_advice(error), _refused_field(decoder, text, begin)
     if reason.startswith("is "):  # the value of a field
-        return f"{prefix}{field or 'the value'} {reason}"
-    return f"{prefix}JSON that cannot be read: {reason}{field and f' (field {field})'}"
+        reason, field = f"{field or 'a value'} {reason}", ""
+    kind = "" if where and decoder is not LINE else "JSON that cannot be read: "
+    return f"{prefix}{kind}{reason}{field and f' (in {field})'}"
 
 
 def _without_advice(error: ValueError) -> str:

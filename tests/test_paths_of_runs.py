@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_inputs import train, train_arguments, write_inputs
 
-from minitune.config.cli import parse, read_toml, toml_text, with_absolute_paths
+from minitune.config.cli import parse, read_settings, toml_text, with_absolute_paths
 from minitune.data import token_cache
 from minitune.training.checkpoint import STATE
 
@@ -87,13 +87,13 @@ def test_paths_in_toml_are_relative_to_the_file(tmp_path, monkeypatch):
         "data": (str(folder / "a.jsonl"), "/b.jsonl"),
         "output_dir": str(tmp_path / "out"),
     }
-    assert read_toml(path) == expected
+    assert read_settings(path) == expected
     monkeypatch.chdir(tmp_path)
-    assert read_toml("settings/run.toml") == expected
+    assert read_settings("settings/run.toml") == expected
     # A flag is relative to the working directory, and a model without a folder is an id.
     assert parse(["--config", "settings/run.toml", "--data", "c"]).run.data == ("c",)
     path.write_text('model = "org/name"\n')
-    assert read_toml(path) == {"model": "org/name"}
+    assert read_settings(path) == {"model": "org/name"}
 
 
 def test_config_toml_of_an_older_version_tells_the_folder_in_which_it_was_written(tmp_path):
@@ -103,7 +103,7 @@ def test_config_toml_of_an_older_version_tells_the_folder_in_which_it_was_writte
     (run / "metrics.jsonl").write_text("")
     old = {"model": "base", "data": ("a.jsonl",), "output_dir": "runs/1"}
     (run / "config.toml").write_text(toml_text(old))
-    assert read_toml(run / "config.toml") == {
+    assert read_settings(run / "config.toml") == {
         "model": str(tmp_path / "base"),
         "data": (str(tmp_path / "a.jsonl"),),
         "output_dir": str(run),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from minitune.config.architectures import LORA_TARGETS
-from minitune.config.cli import as_dict, parse, read_toml, run_command, toml_text
+from minitune.config.cli import as_dict, parse, read_settings, run_command, toml_text
 from minitune.config.fields import check_settings, setting
 from minitune.stop_signals import Stopped
 
@@ -46,7 +46,7 @@ def test_toml_errors_name_the_file_the_key_and_the_nearest_names(tmp_path):
     ]:
         path.write_text(text)
         with pytest.raises(ValueError) as error:
-            read_toml(path)
+            read_settings(path)
         assert str(path) in str(error.value) and message in str(error.value)
     path.write_text('learning_rate = "high"')
     with pytest.raises(ValueError, match="learning_rate is 'high'; expected a number"):

@@ -97,7 +97,7 @@ def test_an_expected_error_is_one_line_on_stderr_and_exit_code_2(inputs, tmp_pat
         (["--gguf", "q2"], "gguf names 'q2'; choose from f32, f16, bf16, q8_0"),
         (["--max-length", "200"], "--max-length 200 is more than the --max-seq-length 128"),
         (["--overwrite", "--resume"], "exclude each other"),
-        (["--config", "absent.toml"], "absent.toml: No such file"),
+        (["--config", "absent.toml"], "absent.toml: not found"),
         (["--output-dir", "{inputs}/data.jsonl"], "data.jsonl is a file"),
         (["--output-dir", "{inputs}/data.jsonl/run"], "data.jsonl is a file"),
         (["--lora-alpha", "nan"], "--lora-alpha is nan; expected a finite number"),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minitune.checkpoints.safetensors_folder import QUANT_STATE, SafetensorsFolder
 from minitune.model.nf4 import NESTED_BLOCKSIZE, NF4, dynamic_map, nf4_code
+from minitune.read_files import parse_json
 
 
 def check_bitsandbytes(quantization: dict[str, Any]) -> None:
@@ -141,7 +142,7 @@ def nf4_tensors(linear: str, weight: NF4, dtype: torch.dtype) -> Iterator[tuple[
 def _read_state(stored: SafetensorsFolder, name: str, nested: bool) -> dict[str, Any]:
     """Return blocksize, shape, nested_blocksize and nested_offset of a quantisation state."""
     try:
-        content = json.loads(bytes(stored.load(name).tolist()))
+        content = parse_json(bytes(stored.load(name).tolist()))
         state = {
             "blocksize": int(content["blocksize"]),
             "shape": tuple(content["shape"]),

@@ -13,7 +13,7 @@ import torch
 
 from minitune.api import FastLanguageModel
 from minitune.checkpoints.find_model import find_model
-from minitune.config.cli import Settings, flag_of, print_notes, read_toml
+from minitune.config.cli import Settings, flag_of, print_notes, read_settings
 from minitune.config.training_config import RunConfig
 from minitune.data.samples import LabelOptions
 from minitune.data.sources.sources import check_first_records
@@ -84,7 +84,7 @@ def _with_settings_of_run(settings: Settings, adapter: Path | None) -> Settings:
         return settings
     own: dict[str, Any] = {
         name: value
-        for name, value in read_toml(config).items()
+        for name, value in read_settings(config).items()
         if name in OF_THE_RUN and name not in settings.given
     }
     of_run = {item.name for item in fields(RunConfig)}

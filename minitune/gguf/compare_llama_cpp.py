@@ -21,6 +21,7 @@ from minitune.gguf import llama_cpp_probe
 from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.model_metadata import ignored_window
 from minitune.gguf.streamed_logits import next_token_log_probabilities
+from minitune.read_files import parse_json, read_text
 
 TEXTS = (
     "The capital of France is",
@@ -102,7 +103,7 @@ def _ask_llama_cpp(path: Path, question: dict, package: str) -> list[list[tuple[
                 f"llama.cpp ({package}) does not run the file: {_reason(run.stderr)}; update "
                 f"{package}, or leave the check out with verify=False"
             )
-        return json.loads(answered.read_text(encoding="utf-8"))
+        return parse_json(read_text(answered), str(answered))
 
 
 def _reason(log: str) -> str:

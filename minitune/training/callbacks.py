@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minitune.config.sft_config import SFTConfig
+from minitune.read_files import parse_json
 
 # Events of transformers that a run here does not have.
 ABSENT_EVENTS = {
@@ -219,8 +220,8 @@ class CallbackHandler:
                 continue
             name = type(callback).__name__
             try:
-                attributes = json.loads(json.dumps(callback.state()["attributes"]))
-            except (TypeError, KeyError) as error:
+                attributes = parse_json(json.dumps(callback.state()["attributes"]))
+            except (TypeError, KeyError, ValueError, RecursionError) as error:
                 raise ValueError(
                     f'{name}.state() cannot be saved: {error}; return {{"args": ..., "attributes": '
                     "...} with values of JSON"

@@ -17,6 +17,7 @@ from typing import Any
 from minitune.atomic_files import atomic_write_text, os_errors_as_value_error
 from minitune.config.visible_text import on_one_line
 from minitune.progress import LABEL_WIDTH, ProgressBar, duration, output_width, print_line
+from minitune.read_files import file_exists, parse_json
 
 # Format of a record's values in the line for a person. Other values are in metrics.jsonl only.
 METRIC_FORMATS = {
@@ -161,12 +162,12 @@ def _drop_records(path: Path, done: int) -> list[dict[str, Any]]:
 
     Later ones are dropped, and lines that are not complete.
     """
-    if not path.exists():
+    if not file_exists(path):
         return []
     records, lines = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            record = json.loads(line)
+            record = parse_json(line)
             if record["step"] <= done:
                 records.append(record)
                 lines.append(line + "\n")

@@ -1,6 +1,5 @@
 """The control of a run: the state that callbacks see, their wishes, and the best evaluation."""
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.config.sft_config import SFTConfig
+from minitune.read_files import parse_json
 from minitune.training.callbacks import CallbackHandler, TrainerControl, TrainerState
 from minitune.training.checkpoint import REMEDY, STATE, Progress, RunSize
 
@@ -101,7 +101,7 @@ class RunControl:
     def read_history(self, metrics: Path) -> None:
         """Take the records of the run that is continued from metrics.jsonl."""
         lines = metrics.read_text(encoding="utf-8").splitlines()
-        records = map(json.loads, lines)
+        records = [parse_json(line, str(metrics)) for line in lines]
         self.state.log_history = [record for record in records if "samples" not in record]
 
     def to_json(self) -> dict[str, Any]:

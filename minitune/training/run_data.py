@@ -7,7 +7,6 @@ and the epoch alone, so the number of a step is enough to find its samples.
 
 import datetime
 import math
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,6 +23,7 @@ from minitune.data.token_cache import FOLDER
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import TokenizedDataset, tokenize_dataset
 from minitune.progress import ProgressBar
+from minitune.read_files import read_toml
 from minitune.training.checkpoint import RunSize
 from minitune.training.own_files import CONFIG
 
@@ -82,10 +82,9 @@ def with_template_date(args: SFTConfig) -> SFTConfig:
     if args.output_dir is None or args.overwrite:
         return replace(args, template_date=today)
     try:
-        text = (Path(args.output_dir) / CONFIG).read_text(encoding="utf-8")
-        before = tomllib.loads(text).get("template_date")
+        before = read_toml(Path(args.output_dir) / CONFIG).get("template_date")
         check_date(before or today)
-    except (OSError, ValueError):  # there is no such run; run_folder.py judges the folder
+    except ValueError:  # there is no such run; run_folder.py judges the folder
         before = None
     return replace(args, template_date=before or today)
 

@@ -22,7 +22,7 @@ from minitune.config.cli.flags import (
 )
 from minitune.config.cli.running import in_flags, print_notes, run_command
 from minitune.config.cli.settings import Settings, as_dict, flag_of
-from minitune.config.cli.toml_files import read_toml, toml_text, with_absolute_paths
+from minitune.config.cli.toml_files import read_settings, toml_text, with_absolute_paths
 from minitune.config.cli.wrong_flags import suggestion
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "parse",
     "parse_flags",
     "print_notes",
-    "read_toml",
+    "read_settings",
     "run_command",
     "settings_from_flags",
     "settings_parser",

@@ -9,7 +9,7 @@ from typing import Any
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.cli.running import in_flags
 from minitune.config.cli.settings import GROUPS, KnownSetting, Settings, flag_of, known_settings
-from minitune.config.cli.toml_files import read_toml
+from minitune.config.cli.toml_files import read_settings
 from minitune.config.cli.wrong_flags import wrong_flag_hint
 from minitune.config.numbers import Bounds, shown
 from minitune.config.training_config import PATHS
@@ -175,7 +175,7 @@ def settings_from_flags(
     switches = {name: flags.pop(name, False) for name in SWITCHES}
     config = flags.pop("config", None)
     values = dict(demo_defaults or {}) if switches["demo"] else dict(COMMAND_DEFAULTS)
-    given = (read_toml(config) if config else {}) | flags
+    given = (read_settings(config) if config else {}) | flags
     values |= given
     # Evaluation data on the command line is used, whatever the file says.
     no_strategy = "no" if flags.get("eval_data") else None

@@ -11,30 +11,25 @@ was written in /a.
 
 import json
 import os
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from minitune.config.cli.settings import known_settings
 from minitune.config.cli.wrong_flags import suggestion
 from minitune.config.training_config import PATHS
+from minitune.read_files import read_toml
 
 MODELS = ("model", "adapter")  # folders or GGUF files; `model` may be an id instead
 METRICS = "metrics.jsonl"  # beside a config.toml that a run wrote
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path) -> dict[str, Any]:
     """Return the settings in a TOML file, with absolute paths.
 
     Raises: ValueError that names the file if it cannot be read or holds an unknown key.
     """
     known = known_settings()
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; expected a TOML file of settings") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not TOML: {error}") from None
+    values = read_toml(path, hint="expected a TOML file of settings")
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{path}: unknown key {name!r}; {suggestion(name, known)}")

@@ -21,8 +21,9 @@ from minitune.data.records.message_reader import (
 )
 from minitune.data.records.record_fields import Fields
 from minitune.data.samples import EMPTY_ANSWER, Conversation
-from minitune.data.sources.jsonl import kind_of, parse_json
+from minitune.data.sources.jsonl import kind_of
 from minitune.data.templates.messages import drop_nulls, normal_message
+from minitune.read_files import parse_json
 
 SYSTEM_KEYS = ("system", "system_prompt")
 SCHEMA_KEYS = frozenset({"name", "description", "type", "required", "$schema"})

@@ -12,7 +12,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitune.data.sources.jsonl import kind_of, parse_json
+from minitune.data.sources.jsonl import kind_of
+from minitune.read_files import parse_json
 
 MAX_DEPTH = 100  # of lists and objects inside a record
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitune.data.records.record_fields import Fields, in_order
-from minitune.data.sources.jsonl import kind_of, parse_json
+from minitune.data.sources.jsonl import kind_of
+from minitune.read_files import parse_json
 
 OLD_KEY = "function_call"
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from minitune.data.sources.jsonl import parse_json
-from minitune.read_files import read_json
+from minitune.read_files import parse_json, read_json
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 BATCH_BYTES = 4 << 20  # of rows that are decoded together

@@ -1,14 +1,19 @@
-"""Read JSON: the lines of a JSONL file, the elements of a JSON array, and one text.
+"""Read JSON: the lines of a JSONL file, and the elements of a JSON array.
 
 An array is read element by element, so a file may be larger than the memory.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from minitune.data.sources.text_files import numbered_lines, open_text
+from minitune.data.sources.text_files import (
+    LONG_RECORD,
+    MAX_RECORD_BYTES,
+    numbered_lines,
+    open_text,
+)
+from minitune.read_files import WHITE_SPACE, IncompleteJson, parse_json, parse_json_at
 
 # Error messages list the shapes of records that record_formats.py knows.
 KNOWN_SHAPES = (
@@ -17,20 +22,6 @@ KNOWN_SHAPES = (
     '{"text": ...} or {"input_ids": [...], "labels": [...]}'
 )
 BLOCK = 1 << 20  # characters of an array that are read at once
-WHITE_SPACE = " \t\r\n"
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON. A key that stands twice is an error: one value would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f'the key "{twice}" stands twice in an object')
-    return found
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_json_file(path: Path) -> Iterator[tuple[int, Any]]:
@@ -96,6 +87,8 @@ class _ArrayReader:
     def _read_more(self) -> bool:
         """Read as much as is still unread, so that a long value is parsed few times."""
         unread = self._text[self._at :]
+        if len(unread) > MAX_RECORD_BYTES:
+            raise ValueError(LONG_RECORD)
         block = self._file.read(max(BLOCK, len(unread)))
         self._text, self._at = unread + block, 0
         return bool(block)
@@ -124,55 +117,12 @@ class _ArrayReader:
         """Read a value."""
         self.next_character()
         while True:
-            begin = self._at
             try:
-                value, self._at = DECODER.raw_decode(self._text, begin)
+                value, self._at = parse_json_at(self._text, self._at)
                 return value
-            except (ValueError, RecursionError) as error:
-                incomplete = isinstance(error, json.JSONDecodeError)
-                if not (incomplete and self._read_more()):
-                    raise ValueError(_json_error(error, begin)) from None
-
-
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises: ValueError if the text is not JSON, or Python cannot read it.
-    """
-    try:
-        return DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(_json_error(error)) from None
-
-
-def _json_error(error: Exception, begin: int = 0) -> str:
-    """Return the reason for which a JSON text that starts at character `begin` cannot be read."""
-    if isinstance(error, json.JSONDecodeError):
-        reason = f"not JSON: {error.msg} at column {error.pos - begin + 1}"
-        return f"{reason}: {mistake}" if (mistake := _usual_mistake(error)) else reason
-    if isinstance(error, RecursionError):
-        return "JSON that is nested too deeply to be read"
-    return f"JSON that cannot be read: {str(error).partition(';')[0]}"  # thousands of digits
-
-
-def _usual_mistake(error: json.JSONDecodeError) -> str:
-    """Return the usual mistake that explains an error, or "" if it is none of them."""
-    before, rest = error.doc[: error.pos].rstrip(WHITE_SPACE), error.doc[error.pos :].lstrip()
-    if not rest or error.msg.startswith("Unterminated string"):
-        return "the text ends inside a value"
-    if error.msg.startswith("Invalid control character"):
-        return r"write a line break as \n, and a tab as \t"
-    if rest[0] in "]}" and before.endswith(","):
-        return f"remove the comma before the {rest[0]}"
-    if rest[0] == "'":
-        return "write double quotes around keys and texts"
-    if rest.startswith(("None", "True", "False")):
-        return "write null, true and false, not Python's words"
-    if error.msg == "Extra data" and rest[0] == ",":
-        return "remove the comma behind the value"
-    if error.msg == "Extra data" and rest[0] in "[{":
-        return "a second value follows the first"
-    return ""
+            except IncompleteJson:
+                if not self._read_more():
+                    raise
 
 
 def kind_of(value: Any) -> str:

@@ -5,10 +5,12 @@ import csv
 import gzip
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-MAX_CELL = 2**31 - 1  # characters; the csv module allows 131,072 by default
+MAX_RECORD_BYTES = 64 << 20  # 16 million tokens, and at most 2 GB as values of Python
+LONG_RECORD = f"is longer than {MAX_RECORD_BYTES:,} bytes, the most of a record; cut it"
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -27,10 +29,13 @@ def open_text(path: Path, errors: str = "strict") -> TextIO:
 def numbered_lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
     """Yield (number, line) from 1 on, with the line's end, or ValueError if it is not UTF-8.
 
-    Raises: ValueError that names the file if its byte-order mark is UTF-16's.
+    Raises: ValueError that names the file if its byte-order mark is UTF-16's, or if a line is too
+        long.
     """
     with open_binary(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, MAX_RECORD_BYTES + 1), b""), 1):
+            if len(line) > MAX_RECORD_BYTES:
+                raise ValueError(f"{path}:{number}: the line {LONG_RECORD}")
             if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise ValueError(f"{path}: the file is UTF-16; save it as UTF-8")
             encoding = "utf-8-sig" if number == 1 else "utf-8"  # a byte-order mark may come first
@@ -61,7 +66,7 @@ def read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     Raises: ValueError that names the line if the header is wrong, a line is not UTF-8 or a quoted
         cell does not end.
     """
-    csv.field_size_limit(MAX_CELL)
+    csv.field_size_limit(MAX_RECORD_BYTES)  # 131,072 by default
     reader = csv.reader(_decoded_lines(path), delimiter=delimiter, strict=True)
     header = None
     while True:

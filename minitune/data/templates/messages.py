@@ -9,9 +9,10 @@
   reads them; for another one they become the reasoning.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from minitune.read_files import parse_json
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # first the one that counts
 
@@ -91,9 +92,7 @@ def _normal_call(call: Any, number: int) -> Any:
     if not isinstance(call.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(call["arguments"])
+        arguments = parse_json(call["arguments"])
     except ValueError as error:
-        raise ValueError(
-            f"the arguments of a call of message {number} are not JSON: {error}"
-        ) from None
+        raise ValueError(f"the arguments of a call of message {number} are {error}") from None
     return {**call, "arguments": arguments}

@@ -12,7 +12,6 @@ Three things differ from the plain library:
   from U+00A1 to U+0143 for bytes.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from tokenizers import AddedToken
 
 from minitune.data.samples import Span
 from minitune.data.tokenization.added_tokens import DeclaredTokens
+from minitune.read_files import parse_json, parse_json_at
 
 Encoding = tuple[list[int], list[Span]]  # token ids, and the characters that each stands for
 
@@ -145,7 +145,7 @@ class JsonBackend:
 
     def definition(self) -> dict[str, Any]:
         """Return the content of tokenizer.json, as it is used."""
-        return json.loads(self._tokenizer.to_str())
+        return parse_json(self._tokenizer.to_str(), str(self._path))
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -227,7 +227,7 @@ def _added_tokens_of_file(path: Path) -> list[dict]:
     """Return added_tokens of a tokenizer.json; parsing all of it would take as long as reading."""
     text = path.read_text(encoding="utf-8")
     match = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
-    return json.JSONDecoder().raw_decode(text, match.end())[0] if match else []
+    return parse_json_at(text, match.end(), str(path))[0] if match else []
 
 
 def _prefixes(part: dict) -> bool:
@@ -241,7 +241,7 @@ def _prefixes(part: dict) -> bool:
 
 def _parts(library_object: Any) -> Iterator[dict]:
     """Yield the JSON of a decoder, normalizer or pre-tokenizer and of all its parts."""
-    waiting = [] if library_object is None else [json.loads(library_object.__getstate__())]
+    waiting = [] if library_object is None else [parse_json(library_object.__getstate__())]
     while waiting:
         part = waiting.pop()
         yield part
