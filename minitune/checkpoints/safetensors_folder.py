@@ -216,6 +216,15 @@ class SafetensorsFolder:
         dtype = TORCH_DTYPES.get(self._slice(name).get_dtype(), torch.uint8)  # FP8 has one byte
         return math.prod(self.shape(name)) * dtype.itemsize
 
+    def stored_dtype(self, name: str) -> str:
+        """Return the dtype of a tensor in safetensors' words, of any tensor."""
+        return self._slice(name).get_dtype()
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Return some rows of a tensor as they are stored, on the CPU; the others are not read."""
+        stored = self._slice(name)
+        return stored[rows] if stored.get_shape() else self._read(name)
+
     def load(
         self,
         name: str,

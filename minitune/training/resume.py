@@ -3,7 +3,8 @@
 config.toml holds the settings, resolved, for `--config`.
 
 state.json of a checkpoint holds an identity, the values that decide a run's numbers. `--resume`
-compares it with the current settings:
+compares it with the current settings. Another base model (base_identity.py) is refused. Of the
+settings:
 
     SAME_ORDER        a change alters which samples follow: refused
     SAME_MATHEMATICS  a change alters what is minimised: a warning
@@ -27,6 +28,7 @@ from minitune.config.sft_config import SFTConfig
 from minitune.config.training_config import RunConfig
 from minitune.memory.planner import checkpointing_word
 from minitune.model.causal_lm import CausalLM
+from minitune.training.base_identity import base_identity, check_same_base
 from minitune.training.checkpoint import (
     STATE,
     Progress,
@@ -41,7 +43,6 @@ from minitune.training.run_data import RunData
 SAME_ORDER = ("seed", "samples_per_step", "packing", "max_length", "data")
 SAME_MATHEMATICS = (
     "model",
-    "gguf_bytes",
     "load_in_4bit",
     "dtype",
     "learning_rate",
@@ -103,7 +104,12 @@ def resolve_run_config(
 
 
 def run_identity(model: CausalLM, args: SFTConfig, size: RunSize, data: RunData) -> dict[str, Any]:
-    """Return the values that decide the numbers of a run, by the names in SAME_*."""
+    """Return the values that decide the numbers of a run, by the names in SAME_*.
+
+    The base model's config and the fingerprint of its weights stand beside them.
+
+    Raises: ValueError if the base model cannot be read any more.
+    """
     settings = as_dict(args)
     names = SAME_ORDER + SAME_MATHEMATICS + SAME_ROUNDING
     is_gpu = model.device.type == "cuda"
@@ -114,7 +120,7 @@ def run_identity(model: CausalLM, args: SFTConfig, size: RunSize, data: RunData)
         "total_steps": size.total_steps,
         "data": data.train.samples.fingerprint(),
         "model": with_absolute_paths({"model": model.name})["model"],
-        "gguf_bytes": None if model.gguf is None else model.gguf.stat().st_size,
+        **base_identity(model),
         "load_in_4bit": bool(model.weight_formats),
         "dtype": str(model.dtype).removeprefix("torch."),
         "use_gradient_checkpointing": checkpointing_word(model.planner.level),
@@ -172,11 +178,13 @@ class ResumedRun(NamedTuple):
 
     plan_inputs: None if the checkpoint has none, or if a setting in SAME_ROUNDING changed.
     warnings: texts for the user on changed settings.
+    notes: texts for the user on what is not checked.
     """
 
     progress: Progress
     plan_inputs: PlanInputs | None
     warnings: list[str]
+    notes: list[str]
 
 
 def resume_run(
@@ -194,9 +202,10 @@ def resume_run(
     """
     state = read_state(source, progress=dict, identity=dict)
     before, path = state["identity"], source / STATE
-    if _is_same_model(before.get("model"), identity["model"]):
-        before = {**before, "model": identity["model"]}
     _check_order(source, before, identity)
+    note = check_same_base(source, before, identity)
+    if note is None or _is_same_model(before.get("model"), identity["model"]):
+        before = {**before, "model": identity["model"]}  # moved, and the same
     progress = Progress.from_state(state["progress"], path)
     if progress.step > identity["total_steps"]:
         raise ValueError(
@@ -218,7 +227,7 @@ def resume_run(
             f"{source} is continued with {', '.join(changes)}: losses may differ in rounding"
         )
         plan_inputs = None
-    return ResumedRun(progress, plan_inputs, warnings)
+    return ResumedRun(progress, plan_inputs, warnings, [] if note is None else [note])
 
 
 def _limit(args: SFTConfig, identity: dict[str, Any]) -> str:

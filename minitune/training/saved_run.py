@@ -85,9 +85,9 @@ class SavedRun(OptimizerSteps):
         use_free_cores(model.device, recorded_threads(source))
         self._identity = run_identity(model, args, self.size, self.data)
         self._losses.clear()
-        self.progress, recorded, warnings = Progress(), None, []
+        self.progress, recorded, warnings, notes = Progress(), None, [], []
         if source is not None:
-            self.progress, recorded, warnings = resume_run(
+            self.progress, recorded, warnings, notes = resume_run(
                 source, model, self.optimizer, self._identity, args
             )
         longest = self.data.max_seqlen
@@ -96,7 +96,7 @@ class SavedRun(OptimizerSteps):
         warnings += self.processing_class.notes
         for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
             print_message("warning", text)
-        for note in args.precision_notes(model.dtype):
+        for note in (*notes, *args.precision_notes(model.dtype)):
             print_message("note", note)
         remove_other_entries(self.output / FOLDER, self.data.cache_keys)
         self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
