@@ -21,7 +21,8 @@ from minitune.config.architectures import LORA_TARGETS
 from minitune.config.foreign_arguments import foreign_arguments
 from minitune.config.loading_arguments import ATTACHING, ATTACHING_CONFIG, LOADING, PREPARING
 from minitune.config.model_config import EMBEDDING, ModelConfig
-from minitune.config.training_config import LoraConfig
+from minitune.config.numbers import check_number
+from minitune.config.training_config import SEEDS, LoraConfig
 from minitune.data.tokenization.tokenizer import Tokenizer, check_vocabulary
 from minitune.device import check_torch_defaults, choose_device, choose_dtype
 from minitune.gguf.base.load import embedding_dtype, load_file_weights, open_base, stored_weight
@@ -200,6 +201,7 @@ def _attach(model: LanguageModel, lora: LoraConfig, seed: int) -> None:
 
     Raises: ValueError if a module does not exist, or if the model's adapter has other settings.
     """
+    check_number("random_state", seed, SEEDS)
     if model.lora is None:
         model.add_lora(lora, seed)
         _compile_other_step(model)

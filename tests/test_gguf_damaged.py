@@ -99,7 +99,11 @@ KEYS = {
         {"llama.attention.head_count": [2, 4]},
         "head_count is .* one number for all 1 layers",
     ),
-    "too many layers": ({"llama.block_count": 4_000_000_000}, "blk.3999999999.attn_output.weight"),
+    "too many layers": ({"llama.block_count": 1000}, "blk.999.attn_output.weight"),
+    "layers without end": (
+        {"llama.block_count": 4_000_000_000},
+        "block_count is 4000000000; expected a whole number from 1 to 1024",
+    ),
     "an infinite epsilon": (
         {"llama.attention.layer_norm_rms_epsilon": float("inf")},
         "layer_norm_rms_epsilon is inf",

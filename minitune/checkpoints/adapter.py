@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from minitune.atomic_files import atomic_folder, write_json
+from minitune.checkpoints.adapter_config import CONFIG, WEIGHTS, read_adapter_config
+from minitune.checkpoints.finite_check import FiniteCheck
 from minitune.checkpoints.resolve_model import is_hub_id
 from minitune.checkpoints.safetensors_folder import (
     read_metadata,
@@ -31,9 +33,9 @@ from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.model.adapter_switch import remove_lora_
 from minitune.model.causal_lm import CausalLM
-from minitune.read_files import read_json
 
 PREFIX = "base_model.model."
+REMEDY = "take another adapter, or an earlier checkpoint of the run"
 BASE_FORM = "minitune.base"  # in the metadata: the weights that it was trained on
 NF4_BASE, GGUF_BASE, BASE_16BIT = "nf4", "gguf", "16bit"
 BASE_TEXTS = {
@@ -41,34 +43,10 @@ BASE_TEXTS = {
     BASE_16BIT: "16-bit weights",
     GGUF_BASE: "the weights of a GGUF file",
 }
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 # Wrapper -> the name of the text model's module in it, in transformers 5
 TEXT_MODULES = {"idefics2": "text_model", "idefics3": "text_model", "smolvlm": "text_model"}
 DEFAULT_TEXT_MODULE = "language_model"
-
-# PEFT options that change the result of an adapter and are not implemented; refused if set.
-UNSUPPORTED = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "layer_replication",
-    "layers_to_transform",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-)
-# Values of init_lora_weights that leave the base as it is. Others, such as pissa, alter it.
-PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(model: CausalLM, folder: str | Path) -> None:
@@ -189,33 +167,6 @@ def _read_adapter(
     return lora, tensors, peft_config
 
 
-def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """Return FOLDER/adapter_config.json.
-
-    Raises: ValueError if the file is missing, or sets PEFT options that are not supported.
-    """
-    path = Path(folder) / CONFIG
-    config = read_json(path, hint=f"an adapter folder holds {CONFIG} and {WEIGHTS}")
-    if (kind := config.get("peft_type")) != "LORA":
-        raise ValueError(f"{path}: peft_type is {kind!r}; only LORA adapters are supported")
-    if (bias := config.get("bias", "none")) != "none":
-        raise ValueError(
-            f"{path}: bias is {bias!r}; only adapters without trained biases ('none') are supported"
-        )
-    for name in UNSUPPORTED:
-        if value := config.get(name):
-            raise ValueError(
-                f"{path}: {name} is {value!r}, which is not supported; "
-                "export a plain LoRA adapter instead"
-            )
-    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
-        raise ValueError(
-            f"{path}: init_lora_weights {init!r} altered the base weights too; "
-            "only the adapter is read here"
-        )
-    return config
-
-
 def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, int]]:
     """Return parameter name -> shape of an adapter: A (R, in_features), B (out_features, R)."""
     shapes = {}
@@ -274,9 +225,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     stored = read_safetensors(path)
     # names out of a PEFT model in memory hold the adapter's name, "default"
     names = {name: name.removeprefix(PREFIX).replace(".default.", ".") for name in stored}
-    tensors = {text_name(names[name]) or names[name]: value for name, value in stored.items()}
-    if len(tensors) < len(stored):
-        raise ValueError(f"{path}: holds the same matrix under two names; save the adapter again")
+    stored_names: dict[str, str] = {}  # parameter name -> name in the file
+    for name in stored:
+        parameter = text_name(names[name]) or names[name]
+        if parameter in stored_names:
+            raise ValueError(
+                f"{path}: holds the same matrix under two names, {stored_names[parameter]} and "
+                f"{name}; save the adapter again"
+            )
+        stored_names[parameter] = name
+    tensors = {parameter: stored[name] for parameter, name in stored_names.items()}
     if wrong := [name for name in tensors if not name.endswith(FACTORS)]:
         raise ValueError(f"{path}: holds {wrong[0]}, which is not a LoRA matrix")
     targets = {_target(name) for name in tensors}
@@ -284,7 +242,21 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: adapts {unknown[0]}; supported are {', '.join(ALL_TARGETS)}")
     if not targets:
         raise ValueError(f"{path}: holds no LoRA matrix")
+    _check_values(tensors, path)
     return tensors
+
+
+def _check_values(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError unless all values are floating-point numbers that float32 holds."""
+    finite = FiniteCheck()
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"{path}: {PREFIX}{name} is {value.dtype}; LoRA matrices are floating-point numbers"
+            )
+        if value.numel():
+            finite.add(name, value.float())
+    finite.require(lambda name, text: ValueError(f"{path}: {PREFIX}{name} {text}"), REMEDY)
 
 
 def _target(parameter: str) -> str:

@@ -21,8 +21,14 @@ import torch
 from torch import Tensor
 
 from minitune.checkpoints.safetensors_folder import QUANT_STATE, SafetensorsFolder
+from minitune.config.numbers import check_number, number, shown, whole
 from minitune.model.nf4 import NESTED_BLOCKSIZE, NF4, dynamic_map, nf4_code
 from minitune.read_files import parse_json
+
+BLOCKSIZES = whole(32, 4096)  # those of bitsandbytes; 32 is for some GPUs only
+OFFSETS = number(-1e30, 1e30)
+SIZES = whole(1)
+MAX_STATE_BYTES = 1 << 16
 
 
 def check_bitsandbytes(quantization: dict[str, Any]) -> None:
@@ -34,7 +40,7 @@ def check_bitsandbytes(quantization: dict[str, Any]) -> None:
     kind = quantization.get("bnb_4bit_quant_type", "fp4")
     if kind != "nf4":
         raise ValueError(
-            f"the model is quantised with bitsandbytes' {kind.upper()}; only its NF4 is read"
+            f"the model is quantised with bitsandbytes' {str(kind).upper()}; only its NF4 is read"
         )
 
 
@@ -140,20 +146,46 @@ def nf4_tensors(linear: str, weight: NF4, dtype: torch.dtype) -> Iterator[tuple[
 
 
 def _read_state(stored: SafetensorsFolder, name: str, nested: bool) -> dict[str, Any]:
-    """Return blocksize, shape, nested_blocksize and nested_offset of a quantisation state."""
+    """Return blocksize, shape, nested_blocksize and nested_offset of a quantisation state.
+
+    Raises: ValueError that names the file, the state and its field if a value is not one that
+        bitsandbytes writes.
+    """
+    if stored.dtype(name) != torch.uint8 or stored.nbytes(name) > MAX_STATE_BYTES:
+        raise stored.error(name, "is not the JSON in bytes that bitsandbytes writes")
     try:
-        content = parse_json(bytes(stored.load(name).tolist()))
-        state = {
-            "blocksize": int(content["blocksize"]),
-            "shape": tuple(content["shape"]),
-            "nested_blocksize": int(content.get("nested_blocksize", NESTED_BLOCKSIZE)),
-            "nested_offset": float(content["nested_offset"]) if nested else 0.0,
-        }
-        valid = state["blocksize"] > 0 and state["nested_blocksize"] > 0
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        valid = False
-    if not valid:
-        raise ValueError(f"{stored.folder}: {name} is not the JSON that bitsandbytes writes")
+        return _checked_state(parse_json(bytes(stored.load(name).flatten().tolist())), nested)
+    except ValueError as error:
+        raise stored.error(
+            name, f"is not what bitsandbytes writes: {error}; get the file again"
+        ) from None
+
+
+def _checked_state(content: Any, nested: bool) -> dict[str, Any]:
+    """Return the values of a state that `read_nf4` needs.
+
+    Raises: ValueError that names the field if a value is missing, or not one of bitsandbytes'.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {shown(content)}, not an object")
+    if (kind := content.get("quant_type")) != "nf4":
+        raise ValueError(f"quant_type is {shown(kind)}; expected 'nf4'")
+    sizes = content.get("shape")
+    if not isinstance(sizes, list):
+        raise ValueError(f"shape is {shown(sizes)}; expected a list of two sizes")
+    state = {
+        "blocksize": content.get("blocksize"),
+        "shape": tuple(check_number("shape", size, SIZES) for size in sizes),
+        "nested_blocksize": content.get("nested_blocksize", NESTED_BLOCKSIZE),
+        "nested_offset": 0.0,
+    }
+    for key in ("blocksize", "nested_blocksize"):
+        size = check_number(key, state[key], BLOCKSIZES)
+        if size & (size - 1):
+            raise ValueError(f"{key} is {size}; expected a power of two")
+    if nested:
+        offset = check_number("nested_offset", content.get("nested_offset"), OFFSETS)
+        state["nested_offset"] = float(offset)
     return state
 
 

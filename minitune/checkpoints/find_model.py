@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from minitune.checkpoints.adapter import CONFIG, WEIGHTS, read_adapter_config
+from minitune.checkpoints.adapter_config import CONFIG, WEIGHTS, read_adapter_config
 from minitune.checkpoints.resolve_model import (
     GGUF_SUFFIX,
     MODEL_CONFIG,

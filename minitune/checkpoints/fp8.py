@@ -120,8 +120,9 @@ def dequantize_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Ten
     if scale.numel() == 1:
         return values.mul_(scale.view(()))
     (out_features, in_features), (rows, columns) = weight.shape, block
-    scale = scale.repeat_interleave(rows, 0)[:out_features]
-    return values.mul_(scale.repeat_interleave(columns, 1)[:, :in_features])
+    # A block may be larger than the weight.
+    scale = scale.repeat_interleave(min(rows, out_features), 0)[:out_features]
+    return values.mul_(scale.repeat_interleave(min(columns, in_features), 1)[:, :in_features])
 
 
 class Fp8Folder(SafetensorsFolder):
@@ -176,7 +177,7 @@ class Fp8Folder(SafetensorsFolder):
         """
         if not self.is_dequantized(name):
             return super().load(name, shape, device)
-        self._check_shape(name, shape)
+        self.check_shape(name, shape)
         size = self.shape(name)
         if len(size) != 2:
             raise self.error(name, f"has shape {size}; FP8 weights have two dimensions")

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from minitune.checkpoints.bitsandbytes_nf4 import check_bitsandbytes, quantized_linears, read_nf4
+from minitune.checkpoints.check_tensors import check_tensors
+from minitune.checkpoints.finite_check import FiniteCheck
 from minitune.checkpoints.fp8 import FP8_METHODS, REMEDY, Block, Fp8Folder, block_of
 from minitune.checkpoints.safetensors_folder import NOT_WEIGHTS, TIED_HEAD, SafetensorsFolder
 from minitune.config.model_config import EMBEDDING, ModelConfig
@@ -38,6 +40,7 @@ def open_model_folder(folder: Path) -> tuple[ModelConfig, SafetensorsFolder]:
     """
     config = ModelConfig.from_folder(folder)
     stored = open_weights(folder, config)
+    check_tensors(stored, config)
     if config.tie_word_embeddings and TIED_HEAD in stored and EMBEDDING in stored:
         shape = (config.vocab_size, config.hidden_size)
         if not torch.equal(stored.load(TIED_HEAD, shape), stored.load(EMBEDDING, shape)):
@@ -97,9 +100,10 @@ def load_weights(
         either way, because bitsandbytes chose the linears to skip.
     progress: show a bar in bytes, as in progress.py.
 
-    Raises: ValueError that names the tensor if a tensor is missing, has a wrong shape, or has no
-        place in the model.
+    Raises: ValueError that names the tensor if a tensor is missing, has a wrong shape, has no place
+        in the model, or holds NaN or infinite values.
     """
+    finite = FiniteCheck()
     quantize = load_in_4bit and not stored.prequantized
     quantized = quantized_linears(stored)
     read: set[str] = set()
@@ -111,12 +115,15 @@ def load_weights(
             state = quantized[module_name]
             module.quantized, names = read_nf4(stored, module_name, state, shape, device)
             read |= names
+            finite.add_nf4(name, module.quantized)
             continue
         weight = _load_weight(stored, name, shape, device)
         read.add(name)
         if is_weight and quantize and module is not model.lm_head:
             module.quantized = _quantize(name, weight)
+            finite.add_nf4(name, module.quantized)  # its scales tell: no pass over the weight
             continue
+        finite.add(name, weight)
         if stored.is_dequantized(name):
             weight = weight.to(model.dtype)
         setattr(module, kind, nn.Parameter(weight, requires_grad=False))
@@ -124,6 +131,7 @@ def load_weights(
         share_frozen_weight(model.lm_head, model.model.embed_tokens)
         read.add(TIED_HEAD)
     check_all_known(stored, read)
+    finite.require(stored.error, "get the file again, or another model")
 
 
 def check_all_known(stored: SafetensorsFolder, known: set[str]) -> None:

@@ -237,7 +237,7 @@ class SafetensorsFolder:
 
         Raises: ValueError if the tensor is missing, or has another shape or no weight's dtype.
         """
-        self._check_shape(name, shape)
+        self.check_shape(name, shape)
         self.dtype(name)
         return self._read(name).to(device)
 
@@ -253,7 +253,7 @@ class SafetensorsFolder:
         """Return True if `load` computes the tensor from a quantised one; here, False."""
         return False
 
-    def _check_shape(self, name: str, shape: tuple[int, ...] | None) -> None:
+    def check_shape(self, name: str, shape: tuple[int, ...] | None) -> None:
         """Raise ValueError if a tensor is missing or has another shape than `shape`."""
         found = self.shape(name)
         if shape is not None and found != tuple(shape):

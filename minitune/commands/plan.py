@@ -4,7 +4,8 @@
     minitune plan --model DIR|FILE.gguf --memory-budget 24GiB [--max-seq-length 4096 ...]
     minitune plan --list-shapes                       the models that need no folder
 
-The model is a GGUF file, or a folder, which needs config.json only. The shapes of many published
+The model is a GGUF file, or a folder, which needs config.json only; weights that it holds are
+checked against config.json. The shapes of many published
 models are built in (config/model_shapes.py). A folder of the same name wins. `minitune train
 --plan` takes all flags of a training run, `minitune plan` those that a plan depends on.
 """
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from minitune.checkpoints.find_model import find_model
+from minitune.checkpoints.load_weights import open_model_folder
 from minitune.checkpoints.resolve_model import is_gguf, resolve_model
 from minitune.config.cli import Settings, parse, print_notes, run_command
 from minitune.config.model_config import ModelConfig
@@ -131,7 +133,7 @@ def find_planned_model(model: str, load_in_4bit: bool) -> PlannedModel:
         config, stored = open_base(base)
         return PlannedModel(config, file_bytes(stored, COMPUTE_DTYPE), model)
     else:
-        config, label = ModelConfig.from_folder(base), model
+        config, label = _config_of_folder(base), model
     weights = StoredWeights.of_folder(config, COMPUTE_DTYPE.itemsize, load_in_4bit)
     return PlannedModel(config, weights, label)
 
@@ -155,7 +157,14 @@ def _config_of_name(model: str) -> tuple[ModelConfig, str]:
         raise ValueError(
             f"{model} is no folder, is not in the local cache, and is no built-in shape; {hint}"
         ) from None
-    return ModelConfig.from_folder(folder), model
+    return _config_of_folder(folder), model
+
+
+def _config_of_folder(folder: Path) -> ModelConfig:
+    """Return the config of a folder, which its weights have to fit if it holds some."""
+    if any(folder.glob("*.safetensors")):
+        return open_model_folder(folder)[0]
+    return ModelConfig.from_folder(folder)
 
 
 class PlannedStep:

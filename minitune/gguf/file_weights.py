@@ -66,5 +66,9 @@ class FileWeights:
             return rows
         return separate_rope_rows(rows, self.heads[name.split(".")[-2]])
 
+    def error(self, name: str, text: str) -> ValueError:
+        """Return an error about a tensor that begins with the file and its name there."""
+        return ValueError(f"{self.reader.path}: {self._stored_name(name)} {text}")
+
     def _stored_name(self, name: str) -> str:
         return gguf_name(name, self.config.architecture)

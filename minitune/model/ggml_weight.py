@@ -13,6 +13,22 @@ from minitune.kernels.dequantize_ggml import GgmlStorage, dequantize_ggml, embed
 from minitune.kernels.ggml_reference import BLOCK_SIZES
 from minitune.model.quantized_weight import QuantizedWeight
 
+# Type -> the halves of a block that are its scale d and its minimum m or dmin
+SCALE_COLUMNS = {
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 1),
+    "Q5_0": (0,),
+    "Q5_1": (0, 1),
+    "Q2_K": (40, 41),
+    "Q3_K": (54,),
+    "Q4_K": (0, 1),
+    "Q5_K": (0, 1),
+    "Q6_K": (104,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
+
 
 class GgmlWeight(GgmlStorage, QuantizedWeight):
     """A weight (out_features, in_features) in a type of GGUF files."""
@@ -47,6 +63,11 @@ class GgmlWeight(GgmlStorage, QuantizedWeight):
     def empty_like(self, device: torch.device) -> "GgmlWeight":
         """Return a weight of this type and shape on the device, with any values."""
         return self.empty(self.shape, device, self.type)
+
+    def scales(self) -> list[Tensor]:
+        """Return the 16-bit scales and minima of all blocks, one tensor for each kind."""
+        halves = self.blocks.view(torch.float16).view(-1, BLOCK_SIZES[self.type][1] // 2)
+        return [halves[:, column].contiguous() for column in SCALE_COLUMNS[self.type]]
 
     @classmethod
     def dequantize_stacked(

@@ -12,17 +12,32 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from minitune.atomic_files import atomic_folder, write_json
 from minitune.checkpoints.adapter import load_adapter_values, write_adapter_files
+from minitune.checkpoints.finite_check import FiniteCheck
 from minitune.checkpoints.safetensors_folder import read_safetensors
+from minitune.config.numbers import check_number, number, shown, whole
 from minitune.model.causal_lm import CausalLM
 from minitune.read_files import read_json
 from minitune.training.optimizer import FlatAdamW
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 REMEDY = "resume from another checkpoint"
+LOSSES = number(-1e300, 1e300)
+PROGRESS = {  # the bounds of the numbers that a run continues from
+    "step": whole(),
+    "tokens": whole(0, 1 << 62),
+    "seconds": number(0, 1e12),
+    "loss_sum": LOSSES,
+    "grad_norm": number(0, 1e300),
+}
+STEPS = whole()
+MOMENT_DTYPES = (torch.float32, torch.uint8)
+NEVER_NEGATIVE = ("exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 
 
 @dataclass(frozen=True)
@@ -64,13 +79,18 @@ class Progress:
 
         source: the file that errors name.
 
-        Raises: ValueError if a value is missing or of another type.
+        Raises: ValueError if a value is missing, of another type or out of its bounds.
         """
-        default = cls()
-        for item in fields(cls):
-            value, expected = values.get(item.name), type(getattr(default, item.name))
-            if not isinstance(value, (int, float) if expected is float else expected):
-                raise ValueError(f"{source}: {item.name} is {value!r}; {REMEDY}")
+        try:
+            for name, bounds in PROGRESS.items():
+                check_number(name, values.get(name), bounds)
+            losses = values.get("unlogged")
+            if not isinstance(losses, list):
+                raise ValueError(f"unlogged is {shown(losses)}; expected a list of losses")
+            for loss in losses:
+                check_number("unlogged", loss, LOSSES)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}; {REMEDY}") from None
         return cls(**{item.name: values[item.name] for item in fields(cls)})
 
 
@@ -103,8 +123,10 @@ def read_state(folder: str | Path, **required: type) -> dict[str, Any]:
     state = read_json(path, hint=hint, finite=False)  # a callback may keep an infinite value
     for name, expected in {"optimizer_steps": int, **required}.items():
         if not isinstance(state.get(name), expected):
-            found = f"is {state[name]!r}" if name in state else "is missing"
+            found = f"is {shown(state[name])}" if name in state else "is missing"
             raise ValueError(f"{path}: {name} {found}; {REMEDY}")
+    if not STEPS.hold(steps := state["optimizer_steps"]):
+        raise ValueError(f"{path}: optimizer_steps is {shown(steps)}; expected {STEPS}; {REMEDY}")
     return state
 
 
@@ -116,6 +138,7 @@ def load_checkpoint(model: CausalLM, optimizer: FlatAdamW, folder: str | Path) -
     state, path = read_state(folder), Path(folder) / OPTIMIZER
     _check_frozen(model, state.get("frozen", []), Path(folder) / STATE)
     moments = read_safetensors(path)
+    _check_moments(moments, path)
     load_adapter_values(model, folder)
     optimizer.load_state_dict(moments, state["optimizer_steps"])
     return state
@@ -141,3 +164,19 @@ def _check_frozen(model: CausalLM, saved: Any, path: Path) -> None:
             f"({min(names, default=saved)!r} differs); set requires_grad of the adapter's "
             "parameters as the run had it, or start again with overwrite=True"
         )
+
+
+def _check_moments(moments: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError if a moment is not finite, negative, or of another dtype.
+
+    path: the file that errors name.
+    """
+    finite = FiniteCheck()
+    for name, values in moments.items():
+        if values.dtype not in MOMENT_DTYPES:
+            raise ValueError(f"{path}: {name} is {values.dtype}; expected float32 or uint8")
+        if values.is_floating_point() and values.numel():
+            finite.add(name, values)
+            if name in NEVER_NEGATIVE and values.amin() < 0:
+                raise ValueError(f"{path}: {name} holds a negative value; {REMEDY}")
+    finite.require(lambda name, text: ValueError(f"{path}: {name} {text}"), REMEDY)

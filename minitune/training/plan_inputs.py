@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from minitune.config.numbers import number, shown, whole
 from minitune.config.sft_config import SFTConfig
 from minitune.device import free_memory, gib_text
 from minitune.memory.device_rates import DeviceRates
@@ -25,6 +26,8 @@ MEMORY_RESERVE = {"cuda": 0.01, "cpu": 0.25}
 # A resumed run keeps its recorded host budget if that is at most this share of the free host
 # memory. A new run takes half of the free host memory.
 MAX_HOST_SHARE = 0.75
+BUDGETS = whole(0, 1 << 62)  # bytes or tokens
+RATES = number(1e-30, 1e30)
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,21 @@ class PlanInputs:
         Raises: ValueError if a value is missing or of another type.
         """
         if not isinstance(values, dict):
-            raise ValueError(f"{source}: plan_inputs is {values!r}; {REMEDY}")
+            raise ValueError(f"{source}: plan_inputs is {shown(values)}; {REMEDY}")
         for name in ("memory_budget", "host_budget", "micro_step_tokens"):
             value = values.get(name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{source}: plan_inputs.{name} is {value!r}; {REMEDY}")
+            if not BUDGETS.hold(value):
+                raise ValueError(f"{source}: plan_inputs.{name} is {shown(value)}; {REMEDY}")
         rates = values.get("rates")
         if rates is not None:
             names = {item.name for item in fields(DeviceRates)}
             if not isinstance(rates, dict) or rates.keys() != names:
-                raise ValueError(f"{source}: plan_inputs.rates is {rates!r}; {REMEDY}")
+                raise ValueError(f"{source}: plan_inputs.rates is {shown(rates)}; {REMEDY}")
             for name, value in rates.items():
-                if type(value) is not float or not value > 0:
-                    raise ValueError(f"{source}: plan_inputs.rates.{name} is {value!r}; {REMEDY}")
+                if not RATES.hold(value):
+                    raise ValueError(
+                        f"{source}: plan_inputs.rates.{name} is {shown(value)}; {REMEDY}"
+                    )
         return cls(
             values["memory_budget"], values["host_budget"], values["micro_step_tokens"], rates
         )

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from minitune.config.numbers import LARGEST_WHOLE, number, shown, whole
+
+LARGEST_NUMBER = 1e30  # config_values.py has narrower bounds for each field
 # Key -> the values with which llama.cpp computes as without the key; () if no value changes
 # anything.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -58,11 +61,13 @@ class ArchitectureKeys:
         self.read.add(key)
         return self.metadata.get(f"{self.name}.{key}", default)
 
-    def whole(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+    def whole(
+        self, key: str, default: int | None = None, minimum: int = 1, maximum: int = LARGEST_WHOLE
+    ) -> int:
         """Return a whole number. Without a default the key is required."""
-        value = self.value(key, default)
-        if type(value) is not int or not minimum <= value < 1 << 32:
-            raise self.error(key, value, f"a whole number from {minimum} on")
+        value, bounds = self.value(key, default), whole(minimum, maximum)
+        if not bounds.hold(value):
+            raise self.error(key, value, str(bounds))
         return value
 
     def whole_of_layers(self, key: str, layers: int, default: int | None = None) -> int:
@@ -80,9 +85,9 @@ class ArchitectureKeys:
 
         Without a default the key is required.
         """
-        value = self.value(key, default)
-        if type(value) not in (int, float) or not minimum <= value < math.inf:
-            raise self.error(key, value, f"a number from {minimum:g} on")
+        value, bounds = self.value(key, default), number(minimum, LARGEST_NUMBER)
+        if not bounds.hold(value):
+            raise self.error(key, value, str(bounds))
         return shortest(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -118,22 +123,16 @@ class ArchitectureKeys:
             neutral = NEUTRAL.get(own)
             if neutral is None or (neutral and value not in neutral):
                 raise ValueError(
-                    f"{key} is {_short(value)}, which is not supported for models of the "
+                    f"{key} is {shown(value)}, which is not supported for models of the "
                     f"architecture {self.name}; use the file of a model without this key"
                 )
 
     def error(self, key: str, value: Any, expected: str) -> ValueError:
         """Return the error of a key with a wrong value; None stands for a missing key."""
-        found = "is missing" if value is None else f"is {_short(value)}"
+        found = "is missing" if value is None else f"is {shown(value)}"
         return ValueError(f"{self.name}.{key} {found}; expected {expected}")
 
 
 def shortest(value: float) -> float:
     """Return the shortest decimal number that float32 rounds to the same value: 1e-05."""
     return float(str(np.float32(value)))
-
-
-def _short(value: Any) -> str:
-    """Return a value in at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

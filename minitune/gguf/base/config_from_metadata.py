@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from minitune.config.architectures import ARCHITECTURES, Architecture
+from minitune.config.config_values import MAX_LAYERS
 from minitune.config.layer_kinds import FULL, SLIDING, periodic
 from minitune.gguf.base.architecture_keys import ArchitectureKeys
 from minitune.gguf.base.rope_from_metadata import rope_fields
@@ -98,7 +99,7 @@ def _sizes(
     keys: ArchitectureKeys, family: Architecture, tensors: Mapping[str, StoredTensor]
 ) -> dict:
     """Return the sizes of the model, its activation and the ties of its head."""
-    layers = keys.whole("block_count")
+    layers = keys.whole("block_count", maximum=MAX_LAYERS)
     last = f"blk.{layers - 1}.attn_output.weight"
     if last not in tensors:
         raise ValueError(f"{keys.name}.block_count is {layers}, but the tensor {last} is missing")
@@ -186,7 +187,7 @@ def _local_rope(keys: ArchitectureKeys, family: Architecture, config: dict) -> d
     is_yarn = scaling is not None and scaling["rope_type"] != "linear"
     if is_yarn and SLIDING in config.get("layer_types", ()):
         raise keys.error("rope.scaling.type", scaling["rope_type"], "linear, or no sliding layers")
-    return {"rope_local_base_freq": keys.number(key, GEMMA3_LOCAL_THETA, minimum=1.0)}
+    return {"rope_local_base_freq": keys.number(key, GEMMA3_LOCAL_THETA, minimum=2.0)}
 
 
 def _scales(keys: ArchitectureKeys, family: Architecture, config: dict, head_dim: int) -> dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minitune.checkpoints.finite_check import FiniteCheck
 from minitune.checkpoints.load_weights import open_model_folder
 from minitune.checkpoints.resolve_model import is_gguf
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
@@ -55,12 +56,16 @@ def load_file_weights(
     """Fill the modules of a model that has no weights yet.
 
     progress: show a bar in bytes, as in progress.py.
+
+    Raises: ValueError that names the tensor if it holds NaN or infinite values.
     """
+    finite = FiniteCheck()
     shapes = model.config.tensor_shapes()
     with ProgressBar("loading", sum(map(weights.nbytes, shapes)), show=progress) as bar:
         for name in shapes:
             module_name, _, kind = name.rpartition(".")
             module, weight = model.get_submodule(module_name), _load(weights, name, device)
+            finite.add(name, *_value_parts(weight))
             if kind == "weight":
                 set_frozen_weight(module, weight)
             else:
@@ -68,6 +73,7 @@ def load_file_weights(
             bar.update(weights.nbytes(name))
     if model.config.tie_word_embeddings:
         share_frozen_weight(model.lm_head, model.model.embed_tokens)
+    finite.require(weights.error, "get the file again, or another one")
 
 
 def stored_weight(
@@ -97,6 +103,11 @@ def file_bytes(weights: FileWeights, dtype: torch.dtype) -> StoredWeights:
         tuple(name for name, _ in types.most_common()),
         converts_head=FLOAT_DTYPES.get(weights.type_of(head)) != dtype,
     )
+
+
+def _value_parts(weight: Tensor | QuantizedWeight) -> list[Tensor]:
+    """Return the floating-point numbers that a weight is computed from."""
+    return weight.scales() if isinstance(weight, GgmlWeight) else [weight]
 
 
 def _load(weights: FileWeights, name: str, device: torch.device) -> Tensor | QuantizedWeight:

@@ -47,7 +47,7 @@ def rope_fields(
 
     Raises: ValueError that names the key or the tensor if the rotation is not supported.
     """
-    theta = keys.number("rope.freq_base", DEFAULT_THETA, minimum=1.0)
+    theta = keys.number("rope.freq_base", DEFAULT_THETA, minimum=2.0)
     fields: dict = {"rope_theta": theta}
     rotary_dim = keys.whole("rope.dimension_count", head_dim)
     if rotary_dim != head_dim:
