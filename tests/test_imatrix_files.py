@@ -109,6 +109,7 @@ def test_a_written_matrix_reads_back_here_and_has_the_keys_that_llama_quantize_n
     [
         ({}, KEYS, "holds no importance values, but general.type is 'imatrix'"),
         (entry(SUMS, [4]), {}, "has no key imatrix.datasets"),
+        (entry(SUMS, [4]), KEYS | {"imatrix.chunk_count": [7]}, r"imatrix.chunk_count is \[7\]"),
         ({f"{NAME}.in_sum2": SUMS}, KEYS, f"{NAME} needs the tensors"),
         (entry(SUMS, [4]) | {"x.counts": SUMS}, KEYS, "x needs the tensors"),
         (entry(SUMS, [4, 4, 4]), KEYS, f"{NAME} has 4 sums and the counts"),

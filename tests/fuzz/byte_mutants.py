@@ -53,11 +53,13 @@ def reencoded(content: bytes, rng: Random) -> bytes:
 
 
 def special_file(path: Path, rng: Random) -> None:
-    """Put something that is no regular file in the place of `path`."""
+    """Put something that is no regular file, or nothing, in the place of `path`."""
     path.unlink(missing_ok=True)
     kind = rng.randrange(6)
     if kind == 0:
         os.mkfifo(path)
+    elif kind == 1 and rng.random() < 0.3:
+        return  # a missing file
     elif kind == 1:
         path.mkdir()
     elif kind == 2:

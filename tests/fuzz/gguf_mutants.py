@@ -30,6 +30,11 @@ FORMATS = {
 STRING, ARRAY = 8, 9
 FLOATS = (float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e30, 1e-30)
 TEXTS = (
+    b" ",
+    "▁▁".encode(),
+    b"<|im_end|>",
+    b"a b",
+    b"<0x41>",
     b"",
     b"\xff\xfe",
     b"\x00",
@@ -123,15 +128,15 @@ def _value(kind: int, value: Any) -> bytes:
 
 
 def mutated(content: bytes, rng: Random) -> bytes:
-    """Return a file with one to three changes."""
+    """Return a file with one or two changes."""
     file = Gguf(content)
-    for _ in range(rng.randint(1, 3)):
-        kind = rng.randrange(10)
+    for _ in range(rng.choice((1, 1, 2))):
+        kind = rng.randrange(12)
         if kind == 0:
             _change_head(file, rng)
-        elif kind < 6 and file.keys:
+        elif kind < 8 and file.keys:
             _change_keys(file, rng)
-        elif kind < 9 and file.tensors:
+        elif kind < 10 and file.tensors:
             _change_tensors(file, rng)
         else:
             _change_data(file, rng)
@@ -153,9 +158,8 @@ def _change_head(file: Gguf, rng: Random) -> None:
 
 
 def _change_keys(file: Gguf, rng: Random) -> None:
-    # Half of the changes are at the numbers of the model, half at any key.
     key = rng.choice(file.keys)
-    kind = rng.randrange(8)
+    kind = rng.choice((*range(6), *[6] * 12))  # most changes keep the type
     if kind == 0:
         file.keys.remove(key)
         file.claimed[1] -= 1
@@ -183,7 +187,7 @@ def _other_value(key: list, rng: Random) -> Any:
     if isinstance(value, tuple):
         element, items = value
         changed = list(items)
-        kind = rng.randrange(5)
+        kind = rng.choice((0, 0, 0, 0, 1, 2, 3, 4))
         if kind == 0 and changed:
             place = rng.randrange(len(changed))
             changed[place] = _other_value([b"", element, changed[place]], rng)
@@ -198,7 +202,7 @@ def _other_value(key: list, rng: Random) -> Any:
         return element, changed
     if key[1] in (6, 12):
         return rng.choice(FLOATS)
-    return rng.choice((*SIZES, value + 1, value - 1, value * 2))
+    return rng.choice((rng.choice(SIZES), value + 1, value - 1, value * 2, value // 2, 0, 1, 7))
 
 
 def _change_tensors(file: Gguf, rng: Random) -> None:
@@ -224,11 +228,27 @@ def _change_tensors(file: Gguf, rng: Random) -> None:
 
 def _change_data(file: Gguf, rng: Random) -> None:
     kind = rng.randrange(3)
-    if kind == 0:
+    if kind == 0 and rng.random() < 0.3:
         file.data = file.data[: rng.randrange(len(file.data) + 1)]
-    elif kind == 1:
+    elif kind < 2:
         place = rng.randrange(max(1, len(file.data) - 4))
         # In float16 and bfloat16, 0xFFFF is not a number; in float32, 0xFFFFFFFF.
         file.data = file.data[:place] + b"\xff\xff\xff\xff" + file.data[place + 4 :]
     else:
         file.data = file.data + rng.randbytes(40)
+
+
+def legacy_imatrix(content: bytes, rng: Random) -> bytes:
+    """Return an importance matrix of the older form with one change that keeps its layout."""
+    place, fields = 4, []  # (place, form) of the numbers
+    for _ in range(struct.unpack_from("<i", content)[0]):
+        (length,) = struct.unpack_from("<i", content, place)
+        place += 4 + length
+        values = struct.unpack_from("<i", content, place + 4)[0]
+        fields += [(place, "<i"), (place + 4, "<i")]
+        fields += [(place + 8 + 4 * i, "<f") for i in range(values)]
+        place += 8 + 4 * values
+    fields += [(place, "<i"), (0, "<i")]
+    place, form = rng.choice(fields[:2] + fields[-2:] + rng.sample(fields, 6))
+    number = rng.choice(FLOATS) if form == "<f" else rng.choice((0, -1, 1, 2**31 - 1, -(2**31), 7))
+    return content[:place] + struct.pack(form, number) + content[place + 4 :]

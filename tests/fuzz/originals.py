@@ -79,6 +79,7 @@ SAMPLES = [  # one record of each form
 def build(root: Path) -> None:
     """Write all originals below `root`."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     models = root / "models"
     llama = make_tiny_model(models / "llama", **TINY)
     make_tiny_model(models / "sharded", shards=2, **TINY)

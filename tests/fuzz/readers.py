@@ -306,8 +306,14 @@ def gguf(maker: Maker) -> Mutant:
     if maker.rng.random() < 0.1:
         changed = byte_mutants.damaged(content, maker.rng, 30_000)
     maker.rewrite(path, changed)
-    if maker.rng.random() < 0.1:
+    kind = maker.rng.randrange(16)
+    if kind == 0:
         return Mutant(path, lambda: doors.generate(path), True)
+    if kind == 1:
+        return Mutant(path, lambda: doors.export(path, maker.folder / "out.gguf"), True)
+    if kind == 2:
+        data = maker.root / "data" / "form-0.jsonl"
+        return Mutant(path, lambda: doors.show_data(path, data, maker.rng), True)
     return Mutant(path, lambda: doors.load_and_use(path, maker.rng))
 
 
@@ -329,6 +335,8 @@ def imatrix(maker: Maker) -> Mutant:
     content = original.read_bytes()
     if original.suffix == ".gguf":
         changed = gguf_mutants.mutated(content, maker.rng)
+    elif maker.rng.random() < 0.6:
+        changed = gguf_mutants.legacy_imatrix(content, maker.rng)
     else:
         changed = byte_mutants.damaged(content, maker.rng, 200)
     maker.rewrite(path, changed)

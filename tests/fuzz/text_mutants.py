@@ -107,14 +107,32 @@ def flags(command: str, rng: Random, root: Path) -> list[str]:
     if command == "generate":
         words += ["--prompt", "a lamp", "--no-load-in-4bit", "--device", "cpu"]
         words += ["--max-new-tokens", "2"]
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.choice((1, 1, 2, 3))):
         flag = rng.choice([flag for flag in known if flag not in ("--help", "-h")])
         words.append(flag)
-        for _ in range(rng.choice((0, 1, 1, 1, 2))):
-            words.append(_word(rng))
+        if rng.random() < 0.7:
+            words += _fitting_words(flag, rng)
+        else:
+            words += [_word(rng) for _ in range(rng.choice((0, 1, 1, 2)))]
     if rng.random() < 0.1:
         words.insert(rng.randrange(len(words)), rng.choice(WORDS))
     return words
+
+
+def _fitting_words(flag: str, rng: Random) -> list[str]:
+    """Return values of a flag that have the type of its setting."""
+    setting = known_settings().get(flag[2:].replace("-", "_"))
+    if setting is None:
+        return [rng.choice(("1", "0.5", "q8_0", "x", "cpu"))]
+    kind = setting.types[0]
+    if kind is bool:
+        return []
+    if setting.field.metadata["choices"]:
+        return [str(rng.choice(setting.field.metadata["choices"]))]
+    if kind is str:
+        return [rng.choice((*TEXTS, *DATA_WORDS))]
+    whole = [number for number in NUMBERS if number.lstrip("-").isdigit()]
+    return [rng.choice(whole if int in (kind, setting.item) else NUMBERS)]
 
 
 def _word(rng: Random) -> str:

@@ -111,9 +111,11 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         means = np.where(counts > 0, rows / np.maximum(counts, 1), np.float32(1))
         values[name] = torch.from_numpy(means.ravel().astype(np.float32))
         tokens = max(tokens, int(counts.max()))
-    datasets = keys[DATASETS]
+    datasets, chunks = keys[DATASETS], keys[CHUNK_COUNT]
+    if type(chunks) is not int or chunks < 0:
+        raise ValueError(f"{path}: {CHUNK_COUNT} is {chunks!r:.60}; expected a whole number from 0")
     dataset = datasets[0] if isinstance(datasets, list) and datasets else datasets or ""
-    return ImportanceMatrix(values, tokens, int(keys[CHUNK_COUNT]), str(dataset), str(path))
+    return ImportanceMatrix(values, tokens, chunks, str(dataset), str(path))
 
 
 # ---- the older form
