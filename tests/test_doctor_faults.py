@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minitune.config.training_config import LoraConfig
-from minitune.doctor import exports, passes, rates, runs
+from minitune.doctor import exports, passes, random_model, rates, runs
 from minitune.doctor.examine import FILES, KERNELS, TRAINING
 from minitune.doctor.kernel_checks import elementwise, products, weights
 from minitune.doctor.report import FAIL, PASS, SKIPPED, Report
@@ -17,14 +17,17 @@ from minitune.training import micro_step
 from minitune.training.optimizer import FlatAdamW
 
 CPU = torch.device("cpu")
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """Return the small random model of the doctor, loaded in 16 bit."""
     request = Request(None, None, CPU, torch.float32, False, LoraConfig(r=4))
-    folder = tmp_path_factory.mktemp("doctor")
-    return load_subject(request, find_source(request, folder), folder)
+    folder, small = tmp_path_factory.mktemp("doctor"), random_model.CONFIG | SMALL
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_model, "CONFIG", small)
+        return load_subject(request, find_source(request, folder), folder)
 
 
 @pytest.fixture
@@ -103,6 +106,43 @@ def test_each_kernel_row_has_a_fault(subject):
     }
     assert without == {"kernel qk_norm_rope", "kernel attention of cuDNN"}
     assert KERNELS.keys() - without == KERNEL_FAULTS.keys()
+
+
+def test_a_wrong_norm_of_heads_fails_its_row(tmp_path, monkeypatch):
+    qwen = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
+    monkeypatch.setattr(random_model, "CONFIG", random_model.CONFIG | SMALL | qwen)
+    request = Request(None, None, CPU, torch.float32, False, LoraConfig(r=4))
+    subject = load_subject(request, find_source(request, tmp_path), tmp_path)
+    check = elementwise.check_qk_norm_rope
+    assert finding_of(check, subject).status == PASS
+    for name in ("qk_norm_rope", "qk_norm_rope_backward_"):
+        with monkeypatch.context() as patch:
+            patch.setattr(elementwise, name, spoiled(getattr(elementwise, name)))
+            assert finding_of(check, subject).status == FAIL
+
+
+def test_wrong_attention_of_cudnn_fails_its_row(subject, monkeypatch):
+    """Run our attention in place of cuDNN's, which needs a GPU."""
+
+    def bounds(q, L):
+        start = torch.zeros(L, dtype=torch.int32)
+        return start, torch.full_like(start, L)
+
+    def forward(q, k, v, L, scale):
+        return products.attention(q, k, v, *bounds(q, L), scale)
+
+    def backward(dout, q, k, v, out, lse, L, scale):
+        return products.attention_backward(dout, q, k, v, out, lse, *bounds(q, L), scale)
+
+    monkeypatch.setattr(products, "CUDNN_MIN_LENGTH", 64)
+    monkeypatch.setattr(products, "cudnn_supports", lambda *arguments: True)
+    for wrong in (None, "cudnn_attention", "cudnn_attention_backward"):
+        monkeypatch.setattr(products, "cudnn_attention", forward)
+        monkeypatch.setattr(products, "cudnn_attention_backward", backward)
+        if wrong:
+            monkeypatch.setattr(products, wrong, spoiled(getattr(products, wrong)))
+        status = finding_of(products.check_cudnn_attention, subject).status
+        assert status == (FAIL if wrong else PASS)
 
 
 def test_not_a_number_fails_a_row(subject, monkeypatch):
@@ -228,7 +268,8 @@ def test_the_rows_of_a_gpu_pass_and_fail(tmp_path, monkeypatch, row):
             micro_step.CUDAGraphCache, "run", lambda *arguments: run(*arguments) * 1.01
         )
     else:
-        monkeypatch.setattr(rates, "MAX_PEAK", 0.01)
+        monkeypatch.setattr(rates, "MAX_PEAK", 0.0)
+        monkeypatch.setattr(rates, "PEAK_SLACK", 0)
     assert finding_of(TRAINING[row], subject).status == FAIL
 
 

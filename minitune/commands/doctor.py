@@ -76,7 +76,7 @@ def _request(settings: Settings) -> Request:
     """
     run = settings.run
     if run.adapter is not None and run.model is None:
-        raise ValueError("adapter needs its base model: --model DIR --adapter DIR")
+        raise ValueError("--adapter needs its base model: --model DIR --adapter DIR")
     if run.model is not None:
         find_model(run.model, run.adapter)
     device = choose_device(run.device)

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from minitune.api import FastLanguageModel
+from minitune.checkpoints.merge import merge_to_folder
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.doctor.report import Finding, failed, judged, within
+from minitune.doctor.report import Finding, failed, judged, skipped, within
 from minitune.doctor.subject import Subject
+from minitune.gguf.export import plan_export
 from minitune.gguf.tokenizer.tokenizer_texts import FIXED_TEXTS
+from minitune.model.causal_lm import CausalLM
 
 MAX_DISTANCE = 0.25  # of the adapter's difference; one lost linear of seven has about 0.38
 MIN_DIFFERENCE = 0.02  # of the logits that the adapter makes, so that the distance says something
@@ -35,21 +38,27 @@ def check_tokenizer_files(s: Subject) -> Finding:
 def check_merge(s: Subject) -> Finding:
     """Compare the logits of the merged folder with those of base and adapter."""
     folder = s.folder / "merged"
-    base = "nf4" if s.model.is_nf4 else "auto"  # the weights that the adapter was trained on
-    s.model.save_pretrained_merged(folder, s.tokenizer, merge_base=base, progress=False)
+    merge_to_folder(s.model, folder, s.tokenizer, _merge_base(s), progress=False)
     return _distance(s, folder)
 
 
 def check_gguf(s: Subject) -> Finding:
     """Export and load a GGUF file, and compare its logits with those of base and adapter."""
-    base = "nf4" if s.model.is_nf4 else "auto"
-    file = s.model.save_pretrained_gguf(
-        s.folder / "gguf", s.tokenizer, GGUF_TYPE, merge_base=base, progress=False
-    )
+    folder = s.folder / "gguf"
+    try:
+        plan = plan_export(s.model, folder, s.tokenizer, GGUF_TYPE, _merge_base(s))
+    except ValueError as error:  # llama.cpp has no such model: refused by name, and not broken
+        return skipped(f"the model cannot become a GGUF file: {error}")
+    (file,) = plan.write(progress=False)
     finding = _distance(s, file)
     size = file.stat().st_size / 2**20
     text = f"{GGUF_TYPE}, {size:.0f} MiB, verified; {finding.text}"
     return Finding(finding.status, text, finding.values)
+
+
+def _merge_base(s: Subject) -> str:
+    """Return the weights that the adapter was trained on, as in a merge."""
+    return "nf4" if s.model.is_nf4 else "auto"
 
 
 def _distance(s: Subject, exported: Path) -> Finding:
@@ -73,6 +82,6 @@ def _distance(s: Subject, exported: Path) -> Finding:
 
 
 @torch.no_grad()
-def _logits(s: Subject, model) -> Tensor:
+def _logits(s: Subject, model: CausalLM) -> Tensor:
     sample = s.samples[0]
     return model(input_ids=torch.tensor([sample.input_ids])).logits.float()

@@ -20,6 +20,7 @@ STEP = {"cpu": (2, 64), "cuda": (4, 1024)}
 WARMUP, MEASURED = 2, 3  # steps; on a GPU the first one captures
 # Of the plan. A host that launches slowly, or other work on the GPU, costs time but breaks nothing.
 MAX_TIME, MAX_PEAK = 2.0, 1.05
+PEAK_SLACK = 64 << 20  # bytes, of small models
 START_SECONDS = 2e-3  # a step of a small model waits for the host, which is no part of a plan
 
 
@@ -51,7 +52,7 @@ def check_step(s: Subject) -> Finding:
 def is_as_planned(seconds: float, peak: int, plan: Plan) -> bool:
     """Return True if time and peak memory of a step are within the bounds of its plan."""
     is_fast = seconds <= MAX_TIME * plan.seconds + START_SECONDS
-    return is_fast and peak <= MAX_PEAK * plan.peak
+    return is_fast and peak <= MAX_PEAK * plan.peak + PEAK_SLACK
 
 
 def _median_seconds(s: Subject, micro_step: MicroStep, batch: Batch) -> float:

@@ -1,5 +1,7 @@
 """A short run on random samples: a resumed run must end in the bits of an uninterrupted one."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def _adapter(s: Subject) -> Tensor:
     return torch.cat([p.detach().flatten() for _, p in s.model.trainable_parameters()])
 
 
-def _train(s: Subject, output, checkpoint=None) -> None:
+def _train(s: Subject, output: Path, checkpoint: Path | None = None) -> None:
     """Train in the folder `output`, from a checkpoint if one is given."""
     samples = s.random_samples(LENGTHS[s.model.device.type], seed=2)
     records = [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in samples]

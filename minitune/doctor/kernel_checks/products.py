@@ -1,21 +1,25 @@
 """Attention, the LoRA linear, and the head with its loss, in the widths of the model."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from minitune.doctor.kernel_checks.elementwise import packed_samples
-from minitune.doctor.kernel_checks.results import compare, three_ways
+from minitune.doctor.kernel_checks.results import compare
 from minitune.doctor.report import Finding, skipped
 from minitune.doctor.subject import Subject
-from minitune.kernels.attention import attention, attention_reference
-from minitune.kernels.attention_backward import attention_backward, attention_backward_reference
+from minitune.kernels.attention import attention
+from minitune.kernels.attention_backward import attention_backward
 from minitune.kernels.attention_cudnn import (
     CUDNN_MIN_LENGTH,
     cudnn_attention,
     cudnn_attention_backward,
     cudnn_supports,
 )
+from minitune.kernels.backend import accumulator
 from minitune.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from minitune.kernels.lora_linear import (
     lora_gradients,
@@ -24,67 +28,83 @@ from minitune.kernels.lora_linear import (
     padded_rank,
     write_adapters_,
 )
+from minitune.model.packed_sequences import PackedSequences
 
 LOSS_ROWS, LOSS_VOCABULARY = 64, 32768  # the float64 logits of more would take gigabytes
+CUDNN_HEADS = 2  # of queries; the float64 scores of one take 128 MiB
 WINDOW = 64  # tokens; shorter than the samples, so that the window counts
 
 
 def check_attention(s: Subject) -> Finding:
-    """Compare attention's output and its logsumexp."""
-    run = _attention_run(s, backward=False)
-    return three_ways(run, (attention,), (attention_reference,), s.model.dtype)
+    """Compare attention's output and its logsumexp with the textbook formula."""
+    inputs, dout, packed, options = _attention_inputs(s)
+    found = attention(*inputs, packed.start, packed.end, **options)
+    return _compare_attention(found, inputs, dout, packed.start, options, slice(2))
 
 
 def check_attention_backward(s: Subject) -> Finding:
-    """Compare the gradients of queries, keys and values."""
-    run = _attention_run(s, backward=True)
-    kernels = attention, attention_backward
-    references = attention_reference, attention_backward_reference
-    return three_ways(run, kernels, references, s.model.dtype)
-
-
-def _attention_run(s: Subject, backward: bool):
-    """Return a function that runs attention in a dtype with given functions."""
-    c, packed = s.model.config, packed_samples(s)
-    if any(kind.window for kind in c.layer_kinds):
-        packed = packed.windowed(WINDOW)
-    N, H, G, K = len(packed.start), c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    tensors = [s.normal(N, heads, K, seed=i) for i, heads in enumerate((H, G, G, H))]
-    bounds, options = (packed.start, packed.end, c.attention_scale), {"softcap": c.score_softcap}
-
-    def run(dtype, forward, gradients=None):
-        q, k, v, dout = (t.to(dtype) for t in tensors)
-        out, lse = forward(q, k, v, *bounds, **options)
-        if not backward:
-            return out, lse
-        return gradients(dout, q, k, v, out, lse, *bounds, **options)
-
-    return run
+    """Compare the gradients of queries, keys and values with the textbook formula's."""
+    inputs, dout, packed, options = _attention_inputs(s)
+    bounds = packed.start, packed.end
+    out, lse = attention(*inputs, *bounds, **options)
+    found = attention_backward(dout, *inputs, out, lse, *bounds, **options)
+    return _compare_attention(found, inputs, dout, packed.start, options, slice(2, None))
 
 
 def check_cudnn_attention(s: Subject) -> Finding:
     """Compare cuDNN's attention, which takes samples of one length from 4,096 tokens on."""
-    c, L, K = s.model.config, CUDNN_MIN_LENGTH, s.model.config.head_dim
-    H = max(1, c.num_attention_heads // c.num_key_value_heads)  # those of one key head
-    tensors = [s.normal(L, heads, K, seed=i) for i, heads in enumerate((H, 1, 1, H))]
-    if not cudnn_supports(*tensors[:3], L) or c.score_softcap:
+    c, L = s.model.config, CUDNN_MIN_LENGTH
+    H = min(CUDNN_HEADS, c.num_attention_heads // c.num_key_value_heads)
+    *inputs, dout = (s.normal(L, n, c.head_dim, seed=i) for i, n in enumerate((H, 1, 1, H)))
+    if not cudnn_supports(*inputs, L) or c.score_softcap:
         return skipped("cuDNN's attention is for 16 bit on GPUs of capability 9.0 and higher")
-    start, scale = torch.zeros(L, dtype=torch.int32, device=s.model.device), c.attention_scale
-    end = torch.full_like(start, L)
+    options = {"scale": c.attention_scale}
+    out, lse = cudnn_attention(*inputs, L, **options)
+    found = out, lse, *cudnn_attention_backward(dout, *inputs, out, lse, L, **options)
+    start = torch.zeros(L, dtype=torch.int32, device=s.model.device)
+    return _compare_attention(found, inputs, dout, start, options, slice(None))
 
-    def kernels(dtype):
-        q, k, v, dout = tensors
-        out, lse = cudnn_attention(q, k, v, L, scale)
-        return out, *cudnn_attention_backward(dout, q, k, v, out, lse, L, scale)
 
-    def references(dtype):
-        q, k, v, dout = (t.to(dtype) for t in tensors)
-        out, lse = attention_reference(q, k, v, start, end, scale)
-        gradients = attention_backward_reference(dout, q, k, v, out, lse, start, end, scale)
-        return out, *gradients
+def _attention_inputs(s: Subject) -> tuple[list[Tensor], Tensor, PackedSequences, dict[str, float]]:
+    """Return q, k and v, the gradient of the output, the samples, and the model's options."""
+    c, packed = s.model.config, packed_samples(s)
+    if any(kind.window for kind in c.layer_kinds):
+        packed = packed.windowed(WINDOW)
+    H, G, N = c.num_attention_heads, c.num_key_value_heads, len(packed.start)
+    *inputs, dout = (s.normal(N, n, c.head_dim, seed=i) for i, n in enumerate((H, G, G, H)))
+    return inputs, dout, packed, {"scale": c.attention_scale, "softcap": c.score_softcap}
 
-    found, plain = kernels(s.model.dtype), references(s.model.dtype)
-    return compare(found, plain, references(torch.float64))
+
+def _compare_attention(
+    found: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    dout: Tensor,
+    start: Tensor,
+    options: dict[str, float],
+    part: slice,
+) -> Finding:
+    """Judge a part of (out, lse, dq, dk, dv) by the textbook formula."""
+    index = torch.arange(len(start), device=start.device)
+    seen = (index >= start[:, None]) & (index <= index[:, None])
+
+    def plain(dtype: torch.dtype) -> Sequence[Tensor]:
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+        out, lse = _textbook_attention(q, k, v, seen, **options)
+        gradients = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
+        return (out.detach(), lse.detach(), *gradients)[part]
+
+    return compare(found, plain(dout.dtype), plain(torch.float64))
+
+
+def _textbook_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) by the textbook formula, with the softmax in at least float32."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (k, v))
+    scores = ((q.transpose(0, 1) * scale) @ k.mT).to(accumulator(q.dtype))
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    scores = scores.masked_fill(~seen, -math.inf)
+    return (scores.softmax(-1).to(q.dtype) @ v).transpose(0, 1), scores.logsumexp(-1)
 
 
 def check_lora_linear(s: Subject) -> Finding:
