@@ -32,7 +32,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def require_space(path: Path, needed: int) -> None:
     """Raise ValueError if the disk of `path` has less than `needed` bytes left."""
-    free = shutil.disk_usage(_existing_folder(path)).free
+    free = shutil.disk_usage(existing_folder(path)).free
     if free < needed:
         raise ValueError(f"{path}: needs {needed:,} bytes, but only {free:,} are left on the disk")
 
@@ -41,12 +41,12 @@ def require_space_together(needed: Mapping[Path, int]) -> None:
     """Raise ValueError if the bytes needed by several paths do not fit on their disks together."""
     paths: dict[int, list[Path]] = {}
     for path in needed:
-        paths.setdefault(_existing_folder(path).stat().st_dev, []).append(path)
+        paths.setdefault(existing_folder(path).stat().st_dev, []).append(path)
     for on_disk in paths.values():
         require_space(on_disk[0], sum(needed[path] for path in on_disk))
 
 
-def _existing_folder(path: Path) -> Path:
+def existing_folder(path: Path) -> Path:
     """Return the nearest folder above a path, or the path, that exists."""
     candidates = (path.absolute(), *path.absolute().parents)
     return next(folder for folder in candidates if folder.is_dir())

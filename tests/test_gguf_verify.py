@@ -1,8 +1,10 @@
 """A GGUF file with a fault is found out before it gets its name, and nothing is left behind."""
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from gguf import GGMLQuantizationType as GGMLType
 from gguf_files import LLAMA3_ROPE
 from test_merge import load
@@ -193,3 +195,8 @@ def test_without_verification_a_fault_passes(tmp_path, monkeypatch):
     folder = make_tiny_model(tmp_path / "base")
     no_interleaving(monkeypatch)
     assert convert_folder(folder, tmp_path / "x.gguf", "q8_0", verify=False).is_file()
+
+
+def test_a_divergence_from_probabilities_that_are_not_a_number_is_not_a_number():
+    theirs = [(0, None), (1, -0.7)]  # llama.cpp's JSON has null for NaN
+    assert math.isnan(compare_llama_cpp._divergence(theirs, torch.full((2,), 0.5).log().double()))

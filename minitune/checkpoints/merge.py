@@ -15,7 +15,7 @@ into them, so that no adapter is merged twice.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,12 +38,16 @@ from minitune.model.linear import Linear
 MERGED = "minitune.merged_adapters"  # key in the safetensors metadata: digests, separated by spaces
 
 
-def merged_tensors(model: CausalLM, merge_base: str = "auto") -> Iterator[tuple[str, Tensor]]:
+def merged_tensors(
+    model: CausalLM, merge_base: str = "auto", names: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Return an iterator of (name, tensor on the model's device) over the merged model.
 
     Names, shapes and order are those of `ModelConfig.tensor_shapes`. The dtype is float16 if the
     base folder's is float16, otherwise bfloat16. Without an adapter, or with an untrained one, the
     tensors are the base's.
+
+    names: the tensors to return; None returns all.
 
     Raises: ValueError, before the first tensor, if `merge_base` is not available or if this adapter
         is already merged into the base; later, if a merged value is not finite in the dtype.
@@ -55,7 +59,8 @@ def merged_tensors(model: CausalLM, merge_base: str = "auto") -> Iterator[tuple[
             f"{model.folder}: this adapter is merged into it already; "
             "load the base it was trained on"
         )
-    return _merge(model, stored if use_original else None, merged_dtype(model))
+    wanted = [n for n in model.config.tensor_shapes() if names is None or n in names]
+    return _merge(model, stored if use_original else None, merged_dtype(model), wanted)
 
 
 def merge_to_folder(
@@ -161,6 +166,21 @@ def merged_dtype(model: CausalLM) -> torch.dtype:
 def _use_original(model: CausalLM, stored: SafetensorsFolder | None, merge_base: str) -> bool:
     """Return True if `merge_base` means the base folder's 16-bit weights.
 
+    Raises: ValueError as `check_merge_base`.
+    """
+    check_merge_base(merge_base, model.gguf or model.folder, stored, model.is_nf4)
+    return stored is not None and merge_base != "nf4" and not stored.prequantized
+
+
+def check_merge_base(
+    merge_base: str, base: Path, stored: SafetensorsFolder | None, is_nf4: bool
+) -> None:
+    """Check that a model has the weights that `merge_base` names.
+
+    base: folder or GGUF file of the model.
+    stored: the weights in the folder, or None for a GGUF file.
+    is_nf4: True if the linears are loaded as NF4.
+
     Raises: ValueError if `merge_base` is unknown or the model has no such weights.
     """
     if merge_base not in MERGE_BASES:
@@ -171,26 +191,25 @@ def _use_original(model: CausalLM, stored: SafetensorsFolder | None, merge_base:
         if merge_base != "auto":
             raise ValueError(
                 f"merge_base {merge_base!r}: the only weights of this model are those of "
-                f"{model.gguf}; merge_base must be 'auto'"
+                f"{base}; merge_base must be 'auto'"
             )
-        return False
-    if merge_base == "original" and stored.prequantized:
-        raise ValueError(
-            f"{model.folder}: holds 4-bit weights only; merge_base must be 'nf4' or 'auto'"
-        )
-    if merge_base == "nf4" and not model.is_nf4:
+    elif merge_base == "original" and stored.prequantized:
+        raise ValueError(f"{base}: holds 4-bit weights only; merge_base must be 'nf4' or 'auto'")
+    elif merge_base == "nf4" and not is_nf4:
         raise ValueError(
             "merge_base 'nf4': the model was loaded in 16 bit and has no NF4 weights; "
             "choose 'original'"
         )
-    return merge_base != "nf4" and not stored.prequantized
 
 
 def _merge(
-    model: CausalLM, original: SafetensorsFolder | None, dtype: torch.dtype
+    model: CausalLM,
+    original: SafetensorsFolder | None,
+    dtype: torch.dtype,
+    names: Sequence[str],
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, merged tensor); `original` holds the 16-bit weights to merge onto."""
-    for name in model.config.tensor_shapes():
+    for name in names:
         module_name, _, kind = name.rpartition(".")
         module = model.get_submodule(module_name)
         if kind == "weight" and isinstance(module, Linear):

@@ -16,32 +16,43 @@ Ctrl-C, SIGTERM and SIGHUP save, print how to continue, and exit with code 130, 
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from minitune.api import FastLanguageModel
 from minitune.checkpoints.find_model import find_model
-from minitune.checkpoints.merge import merge_text
-from minitune.checkpoints.resolve_model import resolve_model
+from minitune.checkpoints.merge import check_merge_base, merge_text
+from minitune.checkpoints.resolve_model import is_gguf, resolve_model
+from minitune.checkpoints.safetensors_writer import specs_of_dtype, total_bytes
 from minitune.commands.data import print_samples
 from minitune.commands.eval_only import eval_only
 from minitune.commands.next_commands import after_training, command_line
 from minitune.commands.plan import plan
 from minitune.config.cli import Settings, in_flags, parse, run_command
+from minitune.config.model_config import ModelConfig
 from minitune.config.model_shapes import shape_name
-from minitune.config.training_config import GRADIENT_CHECKPOINTING
+from minitune.config.training_config import GRADIENT_CHECKPOINTING, RunConfig
 from minitune.data.inspector.token_display import first_samples
 from minitune.data.sources.sources import check_first_records
 from minitune.device import choose_device
+from minitune.gguf.base.load import open_base
 from minitune.gguf.export import check_gguf, gguf_file_names
 from minitune.gguf.model_metadata import check_window
+from minitune.gguf.writer import Content
 from minitune.language_model import LanguageModel
 from minitune.progress import labelled, print_line
 from minitune.sft_trainer import SFTTrainer
 from minitune.threads import use_free_cores
 from minitune.training import run_folder
 from minitune.training.check_base import check_base, checked_samples, nothing_to_check
+from minitune.training.check_models import (
+    bytes_of_run,
+    check_base_range,
+    check_new_names,
+    require_room,
+)
 from minitune.training.own_files import MERGED
 from minitune.training.write_models import write_models
 
@@ -94,8 +105,6 @@ def train(settings: Settings, program: str) -> None:
     """
     settings = with_found_model(settings)
     trainer, run = prepare(settings), settings.run
-    if run.gguf:
-        check_window(trainer.model.config, trainer.data.max_seqlen)
     merges = run.merge or run.gguf
     text = in_flags(merge_text(trainer.model, run.merge_base)) if merges else ""
     trainer.program = command_line(program, "train")
@@ -139,9 +148,10 @@ def prepare(settings: Settings) -> SFTTrainer:
 
     Prints the first samples and the check of the base if the settings ask for them.
 
-    Raises: ValueError if settings, model or data are wrong.
+    Raises: ValueError if settings, model or data are wrong, or if the models of the run's end
+        could not be written.
     """
-    _check(settings)
+    contents = _check(settings)
     run, lora, sft = settings.run, settings.lora, settings.sft
     checkpointing = GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing]
     use_free_cores(choose_device(run.device))
@@ -169,6 +179,7 @@ def prepare(settings: Settings) -> SFTTrainer:
     else:
         _check_same_lora(settings, model)
     trainer = SFTTrainer(model, sft, run.data, run.eval_data or None, tokenizer, run_config=run)
+    _check_loaded(trainer, contents)
     print_samples(first_samples(trainer.data.train.samples, tokenizer, run.show), sys.stderr)
     if run.check_base:
         _print_check(trainer)
@@ -209,18 +220,62 @@ def _print_check(trainer: SFTTrainer) -> None:
         print_line(labelled(label, in_flags(text)))
 
 
-def _check(settings: Settings) -> None:
-    """Raise ValueError for everything that can be found wrong before the model is loaded."""
+def _check(settings: Settings) -> list[Content]:
+    """Check everything that can be found wrong before the model is loaded.
+
+    Returns: the content of each GGUF file that the run writes at its end.
+
+    Raises: ValueError that names the setting, the file or the record at fault.
+    """
     run, sft = settings.run, settings.sft
     base = resolve_model(run.model)
     data = [*run.data, *run.eval_data]
+    names = gguf_file_names(run.model, base, run.gguf) if run.gguf else []
     if sft.output_dir is not None:
-        names = gguf_file_names(run.model, base, run.gguf) if run.gguf else []
-        if run.merge:
-            names.append(MERGED)
+        new_names = [*names, *([MERGED] if run.merge else [])]
         needed = [base, *data, *([run.adapter] if run.adapter else [])]
-        run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, needed, names)
+        run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, needed, new_names)
+    check_new_names(sft.output_dir or run_folder.RUNS, names)
     for path in data:
         check_first_records(path)
+    contents = check_gguf(run.model, base, run.gguf) if run.gguf else []
+    if run.merge or run.gguf:
+        _check_merge_base(settings, base)
+        require_room(sft, _bytes_of_models(run, open_base(base)[0], contents))
+    return contents
+
+
+def _check_merge_base(settings: Settings, base: Path) -> None:
+    """Raise ValueError if the model will lack the weights that --merge-base names."""
+    stored, run = open_base(base)[1], settings.run
+    folder = None if is_gguf(base) else stored
+    is_nf4 = folder is not None and (run.load_in_4bit or folder.prequantized)
+    check_merge_base(run.merge_base, base, folder, is_nf4)
+
+
+def _bytes_of_models(
+    run: RunConfig, config: ModelConfig, contents: Sequence[Content]
+) -> dict[str, int]:
+    """Return words -> bytes of the models that a run writes at its end."""
+    sizes = {"GGUF files": sum(content.nbytes for content in contents)}
+    if run.merge:
+        sizes["the merged model"] = total_bytes(
+            specs_of_dtype(config.tensor_shapes(), torch.bfloat16)
+        )
+    return sizes
+
+
+def _check_loaded(trainer: SFTTrainer, contents: Sequence[Content]) -> None:
+    """Check what the first steps would show too late: lengths, range of the weights, disk.
+
+    contents: of the GGUF files, from `_check`.
+
+    Raises: ValueError if the models of the run's end cannot be written.
+    """
+    model, run, args = trainer.model, trainer.run_config, trainer.args
     if run.gguf:
-        check_gguf(run.model, base)
+        check_window(model.config, trainer.data.max_seqlen)
+    if run.merge or run.gguf:
+        check_base_range(model, run.merge_base, contents)
+    needed = bytes_of_run(model, args, trainer.size) | _bytes_of_models(run, model.config, contents)
+    require_room(args, needed)

@@ -6,6 +6,7 @@ llama.cpp does not expect, changes the distributions by far more.
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -71,15 +72,17 @@ def compare_with_llama_cpp(weights: FileWeights, tokenizer: Tokenizer, device: t
     return f"next tokens in llama.cpp: KL divergence {divergence:.2g}"
 
 
-def _divergence(theirs: list[tuple[int, float]], ours: Tensor) -> float:
+def _divergence(theirs: list[tuple[int, float | None]], ours: Tensor) -> float:
     """Return the KL divergence of our distribution from llama.cpp's, in nats.
 
     Tokens beyond llama.cpp's likeliest count as one token, which makes the divergence smaller.
 
-    theirs: (id, log probability) of the likeliest tokens. ours: log probabilities (V,).
+    theirs: (id, log probability) of the likeliest tokens, with None for NaN.
+    ours: log probabilities (V,).
     """
     ids = torch.tensor([id for id, _ in theirs])
-    p = torch.tensor([log for _, log in theirs], dtype=torch.float64).exp()
+    logs = [math.nan if log is None else log for _, log in theirs]
+    p = torch.tensor(logs, dtype=torch.float64).exp()
     q = ours[ids].exp()
     p, q = (torch.cat([x, (1 - x.sum())[None]]).clamp(min=SMALLEST) for x in (p, q))
     return (p * (p / q).log()).sum().item()

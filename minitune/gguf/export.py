@@ -247,16 +247,24 @@ def _stored_tensors(
         stored.remap(name)
 
 
-def check_gguf(name: str, base: Path) -> None:
-    """Check that an adapter on a base model can become a GGUF file, before there is an adapter.
+def check_gguf(name: str, base: Path, methods: Sequence[str]) -> list[Content]:
+    """Check that an adapter on a base model can become GGUF files, before there is an adapter.
 
     name: the base model as it was asked for. base: its folder or GGUF file.
+    methods: names of types, as quantization_method of `export_gguf`.
+
+    Returns: the content that the file of each type will have.
 
     Raises: ValueError if GGUF cannot express the model or the tokenizer.
     """
-    general_name = adapted_name(organization_and_name(name, base)[1])
-    folder = model_files(base)
-    content_metadata(ModelConfig.from_folder(folder), Tokenizer.from_folder(folder), general_name)
+    config, stored = open_base(base)
+    organization, base_name = organization_and_name(name, base)
+    origin, general_name = origin_metadata(organization, base_name), adapted_name(base_name)
+    metadata = content_metadata(config, Tokenizer.from_folder(model_files(base)), general_name)
+    return [
+        file_content(config, method, general_name, origin, metadata, None)
+        for method in gguf_methods(methods, embedding_dtype(stored) == torch.float16)
+    ]
 
 
 def gguf_file_names(name: str, base: Path, methods: Sequence[str]) -> list[str]:

@@ -39,6 +39,7 @@ from minitune.training.own_files import (
 )
 
 LOCK = ".run.lock"
+RUNS = "runs"  # folder of the runs without output_dir
 NUMBER = re.compile("[0-9]+")
 REMEDY = "wait for its end, or choose another output_dir"
 NO_LOCKS = "the file system of {} has no locks, so a second run in this folder would not be refused"
@@ -133,7 +134,7 @@ def check_checkpoint_names(output: str | Path, total_steps: int) -> None:
             )
 
 
-def next_run_folder(parent: str | Path = "runs") -> Path:
+def next_run_folder(parent: str | Path = RUNS) -> Path:
     """Make a new numbered folder, runs/1, runs/2 and so on, and return it.
 
     Raises: ValueError naming `parent` if that fails.

@@ -66,7 +66,7 @@ def quantize(
     @torch.no_grad()
     def convert(part: Tensor, target: Tensor) -> None:
         """Write the bytes of some rows."""
-        _check_range(part, kind)
+        check_range(part, kind)
         if kind in FLOAT_DTYPES:
             target.view(FLOAT_DTYPES[kind]).copy_(part)
         else:
@@ -92,7 +92,7 @@ def _quantize_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None, step
     return BLOCK_QUANTIZERS[kind](blocks, weights, of_blocks[:, None], steps)
 
 
-def _check_range(values: Tensor, kind: GGMLType) -> None:
+def check_range(values: Tensor, kind: GGMLType) -> None:
     """Raise ValueError if a value is not finite, or too large for the floats of the type."""
     low, high = values.aminmax()
     magnitude = torch.maximum(high, -low).item()
