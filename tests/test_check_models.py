@@ -113,10 +113,10 @@ def test_a_file_in_the_place_of_a_folder_is_refused_and_stays(
 ):
     output = tmp_path / "run"
     output.mkdir()
-    (output / "outputs.json").write_text(json.dumps({"names": []}))  # of a run that began
+    (output / "outputs.json").write_text(json.dumps({"names": [name]}))  # so a run wrote it
     path = output / name
     path.mkdir() if is_folder else path.write_bytes(b"mine")
-    error = refusal("--merge", "--gguf", "f16", "--overwrite")
+    error = refusal("--merge", "--gguf", "f16", "--resume")
     assert message in error and path.exists()
 
 
