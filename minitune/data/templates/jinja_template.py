@@ -1,36 +1,29 @@
 """A Jinja text as the world of chat templates knows it.
 
-A template is a foreign program, so it runs in Jinja's immutable sandbox. It finds the few names
-that templates expect: `raise_exception`, `strftime_now`, `tojson` without HTML escaping, loop
-controls, `{% generation %}` blocks. Each of its errors is a ValueError.
+A template is a foreign program, so it runs in Jinja's immutable sandbox with a budget of steps
+(limited_jinja.py). It finds the few names that templates expect: `raise_exception`, `strftime_now`,
+`tojson` without HTML escaping, loop controls, `{% generation %}` blocks. Each of its errors is a
+ValueError.
 """
 
 import json
-import re
 from datetime import datetime
 from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minitune.data.samples import Conversation
+from minitune.data.templates.limited_jinja import LimitedEnvironment
+from minitune.data.templates.limited_tree import limited_tree
+from minitune.data.templates.template_budget import BUDGET, Budget
 
-# Three letters or more, among them one of tags: templates test for no other strings in a text.
-TAG = re.compile(r"(?=.*[<>\[\]{}|/])...", re.DOTALL)
+# Templates test for no other strings in a text than those of three letters with one of these.
+TAG_LETTERS, TAG_LENGTH = frozenset("<>[]{}|/"), 3
 NO_BLOCKS = ("", "")
-
-# The errors of a template: its own refusals, and Python's errors if a message lacks a field.
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
+MAX_SOURCE = 2**18  # characters; the longest published templates have 17,000
+SHOWN_ERROR = 1000  # characters of a template's own error
 
 
 class _Generation(Extension):
@@ -63,14 +56,24 @@ def _tojson(
     )
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    environment.limit_filters()
     return environment
+
+
+def _is_tag(text: str) -> bool:
+    return len(text) >= TAG_LENGTH and not TAG_LETTERS.isdisjoint(text)
+
+
+def _shown(error: BaseException) -> str:
+    """Return the text of an error, or its kind if it has none."""
+    return str(error)[:SHOWN_ERROR] or type(error).__name__
 
 
 class JinjaTemplate:
@@ -83,24 +86,38 @@ class JinjaTemplate:
     """
 
     def __init__(self, source: str):
-        environment = _environment()
+        if len(source) > MAX_SOURCE:
+            raise ValueError(
+                f"the chat template has {len(source):,} characters, and {MAX_SOURCE:,} are the "
+                "most that are read; use the template of the model's family"
+            )
+        token = BUDGET.set(Budget())  # Jinja computes constants while it compiles
         try:
-            tree = environment.parse(source)
-            self._template = environment.from_string(source)
-            # Jinja copies the globals for each rendering; its ChainMap takes a fifth of the time.
-            self._template.globals = dict(self._template.globals)
+            self._compile(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
-                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
+                f"the chat template is not valid Jinja: line {error.lineno}: {_shown(error)}"
             ) from None
-        except (RecursionError, SyntaxError) as error:  # from the Python that Jinja compiles
-            raise ValueError(f"the chat template is nested too deeply: {error}") from None
+        except (RecursionError, MemoryError, SyntaxError) as error:  # of the Python in between
+            raise ValueError(f"the chat template is nested too deeply: {_shown(error)}") from None
+        except Exception as error:  # such as a number of too many digits
+            raise ValueError(f"the chat template is not valid Jinja: {_shown(error)}") from None
+        finally:
+            BUDGET.reset(token)
+
+    def _compile(self, source: str) -> None:
+        """Read the facts about the text, and compile it."""
+        environment = _environment()
+        tree = environment.parse(source)
         self.marks_answers = any(node.name == "_span_begin" for node in tree.find_all(nodes.Name))
         self.variables = meta.find_undeclared_variables(tree)
         operands = (node.expr for node in tree.find_all(nodes.Operand))
         self.reads_thinking = any(nodes.Const("thinking") == operand for operand in operands)
         strings = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
-        self.tags = tuple(dict.fromkeys(filter(TAG.search, map(str.strip, strings))))
+        self.tags = tuple(dict.fromkeys(filter(_is_tag, map(str.strip, strings))))
+        self._template = environment.from_string(limited_tree(tree, environment))
+        # Jinja copies the globals for each rendering; its ChainMap takes a fifth of the time.
+        self._template.globals = dict(self._template.globals)
 
     def render(
         self,
@@ -128,12 +145,15 @@ class JinjaTemplate:
             if name in own:
                 raise ValueError(f"chat_template_kwargs cannot set {name!r}; leave it out")
         context = {"documents": None, **variables, **conversation.template_kwargs, **own}
+        token = BUDGET.set(Budget(own["messages"], conversation.tools))
         try:
             return self._template.render(context)
-        except TEMPLATE_ERRORS as error:
-            reason = f"the chat template refuses the conversation: {error}"
+        except Exception as error:  # a template can raise all errors of Python
+            reason = f"the chat template refuses the conversation: {_shown(error)}"
             tools = [tool for tool in conversation.tools or [] if isinstance(tool, dict)]
             is_bare = any("function" not in tool for tool in tools)
             if is_bare and "no attribute 'function'" in reason:
                 reason += '; write each tool as {"type": "function", "function": {...}}'
             raise ValueError(reason) from None
+        finally:
+            BUDGET.reset(token)
