@@ -120,7 +120,10 @@ def read_state(folder: str | Path, **required: type) -> dict[str, Any]:
     """
     path = Path(folder) / STATE
     hint = f"a checkpoint to resume from holds {STATE} and {OPTIMIZER}"
-    state = read_json(path, hint=hint, finite=False)  # a callback may keep an infinite value
+    try:
+        state = read_json(path, hint=hint, finite=False)  # a callback may keep an infinite value
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from None
     for name, expected in {"optimizer_steps": int, **required}.items():
         if not isinstance(state.get(name), expected):
             found = f"is {shown(state[name])}" if name in state else "is missing"
@@ -137,7 +140,10 @@ def load_checkpoint(model: CausalLM, optimizer: FlatAdamW, folder: str | Path) -
     """
     state, path = read_state(folder), Path(folder) / OPTIMIZER
     _check_frozen(model, state.get("frozen", []), Path(folder) / STATE)
-    moments = read_safetensors(path)
+    try:
+        moments = read_safetensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from None
     _check_moments(moments, path)
     load_adapter_values(model, folder)
     optimizer.load_state_dict(moments, state["optimizer_steps"])
