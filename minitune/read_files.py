@@ -7,28 +7,35 @@ Everything that Python's parsers accept and later code may not survive is refuse
 - values nested too deeply, integers of too many digits, and numbers that no float holds;
 - a key that stands twice in an object, because one of its values would be lost.
 
-This file imports nothing else of the package.
+json_decoders.py holds the decoders of JSON. Nothing else of the package is imported.
 """
 
 import errno
 import json
-import math
 import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Real files of models nest 4 to 12 deep, and JSON schemas of tools up to 20.
-MAX_DEPTH = 100
-REMEDY = f"expected at most {MAX_DEPTH} levels"
-# A tokenizer_config.json writes int(1e30), which has 31 digits. Over 308 digits fit no float.
-MAX_DIGITS = 100
-# The largest tokenizer_config.json of known models has 1 MB, the largest index 9 MB.
-MAX_JSON_BYTES = 64 << 20
+from minitune.json_decoders import (
+    FILE,
+    LINE,
+    MAX_DEPTH,
+    NOT_FINITE,
+    REMEDY,
+    WHITE_SPACE,
+    error_text,
+    is_deep,
+    parse_float,
+    require_whole_characters,
+    without_advice,
+)
+
+# The largest tokenizer_config.json of known models has 1 MB, the largest index 9 MB. As values of
+# Python, brackets take up to 40 times their bytes.
+MAX_JSON_BYTES, MAX_INDEX_BYTES = 16 << 20, 64 << 20
 MAX_TOML_BYTES = 1 << 20
 MAX_TEXT_BYTES = 16 << 20
 KINDS = {
@@ -38,8 +45,8 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+BYTE_ORDER_MARK = "\ufeff"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-WHITE_SPACE = " \t\r\n"
 # A key of more than MAX_DEPTH parts in TOML. Its time would grow with the square of the parts.
 LONG_KEY = re.compile(
     rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}"""
@@ -57,6 +64,8 @@ def require_regular_file(path: str | Path, hint: str = "") -> None:
     path = Path(path)
     try:
         mode = path.stat().st_mode
+    except ValueError:  # a null byte
+        raise ValueError(f"{str(path)!r}: is no path of a file") from None
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
         if missing and path.is_symlink():
@@ -79,18 +88,21 @@ def file_exists(path: str | Path) -> bool:
     """
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
         return False
     except OSError:
-        pass  # require_regular_file says why
+        pass  # `require_regular_file` says why
     require_regular_file(path)
     return True
 
 
-def read_text(path: str | Path, *, max_bytes: int = MAX_TEXT_BYTES, hint: str = "") -> str:
-    """Return the text of a file in UTF-8, without a byte order mark.
+def read_text(
+    path: str | Path, *, max_bytes: int = MAX_TEXT_BYTES, hint: str = "", keep_mark: bool = False
+) -> str:
+    """Return the text of a file in UTF-8, with \\n as line ends.
 
     hint: remedy that the error for a missing file adds.
+    keep_mark: True keeps a byte order mark at the beginning.
 
     Raises: ValueError that names the file if it is missing, unreadable, no regular file, larger
         than `max_bytes`, or not UTF-8.
@@ -104,7 +116,8 @@ def read_text(path: str | Path, *, max_bytes: int = MAX_TEXT_BYTES, hint: str = 
         raise ValueError(f"{path}: could not be read ({reason})") from None
     if len(data) > max_bytes:
         raise ValueError(f"{path}: is larger than {max_bytes:,} bytes, the most that is read")
-    return _decoded(data, str(path))
+    text = _decoded(data, str(path)).replace("\r\n", "\n").replace("\r", "\n")
+    return text if keep_mark else text.removeprefix(BYTE_ORDER_MARK)
 
 
 def _decoded(data: bytes, where: str) -> str:
@@ -113,7 +126,7 @@ def _decoded(data: bytes, where: str) -> str:
     if data.startswith(UTF_16):
         raise ValueError(f"{prefix}UTF-16, not UTF-8; save it in UTF-8")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{prefix}not UTF-8: {error.reason} at byte {error.start}; save it in UTF-8"
@@ -163,7 +176,7 @@ def parse_json(text: str | bytes, where: str = "") -> Any:
     Raises: ValueError if the text is not JSON, or holds a value that is refused (see above).
     """
     if isinstance(text, bytes):
-        text = _decoded(text, where)
+        text = _decoded(text, where).removeprefix(BYTE_ORDER_MARK)
     return _parse(LINE, text, where)
 
 
@@ -179,21 +192,23 @@ def parse_json_at(text: str, begin: int, where: str = "") -> tuple[Any, int]:
         _require_depth(value, text, begin, end)
     except (ValueError, RecursionError, MemoryError) as error:
         kind = IncompleteJson if isinstance(error, json.JSONDecodeError) else ValueError
-        raise kind(_reason(LINE, error, text, begin, where)) from None
+        raise kind(error_text(LINE, error, text, begin, where)) from None
     return value, end
 
 
 def _parse(decoder: json.JSONDecoder, text: str, where: str) -> Any:
     try:
         try:
-            value, end = decoder.scan_once(text, 0)  # 40% of the time of `decode` on a short line
+            value, end = decoder.scan_once(text, 0)  # quicker than `decode` on a short line
         except StopIteration:
             value, end = None, -1
-        if end != len(text):  # white space, or an error that `decode` explains
+        if end < 0 or text[end:].strip(WHITE_SPACE):  # an error that `decode` explains
             value, end = decoder.decode(text), len(text)
         _require_depth(value, text, 0, end)
+        if decoder is not LINE:
+            require_whole_characters(text, value)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(_reason(decoder, error, text, 0, where)) from None
+        raise ValueError(error_text(decoder, error, text, 0, where)) from None
     return value
 
 
@@ -203,160 +218,8 @@ def _require_depth(value: Any, text: str, begin: int, end: int) -> None:
     A text of few brackets cannot, and counting brackets is far quicker than a walk.
     """
     brackets = text.count("[", begin, end) + text.count("{", begin, end)
-    if brackets > MAX_DEPTH and _is_deep(value):
+    if brackets > MAX_DEPTH and is_deep(value):
         raise RecursionError
-
-
-def _is_deep(value: Any) -> bool:
-    """Return True if a value nests over MAX_DEPTH deep."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for container in level
-            if isinstance(container, (dict, list))
-            for child in (container.values() if isinstance(container, dict) else container)
-            if isinstance(child, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
-
-
-# ---- values of JSON that are refused
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON. A key that stands twice is an error: one value would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f'the key "{twice}" stands twice in an object')
-    return found
-
-
-def _float(text: str) -> float:
-    """Return a float of JSON or TOML. A number that overflows is an error."""
-    value = float(text)
-    if math.isinf(value) and text[-1].isdigit():  # TOML also passes its words inf and nan
-        raise ValueError(f"is {_short(text)}, expected a number that fits a float")
-    return value
-
-
-def _int(text: str) -> int:
-    """Return an integer of a file. Too many digits are an error."""
-    if len(text) > MAX_DIGITS:
-        digits = f"{len(text)} digits; expected at most {MAX_DIGITS}"
-        raise ValueError(f"is {_short(text)}, an integer of {digits}")
-    return int(text)
-
-
-def _constant(word: str) -> float:
-    """Raise ValueError for NaN and Infinity, which Python writes although JSON lacks them."""
-    raise ValueError(f"is {word}, expected a number that is finite")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 20 else f"{text[:20]}..."
-
-
-# Parts of something else, such as lines of a dataset. Integers are Python's: up to 4300 digits,
-# because a function in parse_int would triple the time of token ids.
-LINE = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float)
-# Files of a program, which hold few numbers.
-FILE = json.JSONDecoder(
-    object_pairs_hook=_object, parse_float=_float, parse_constant=_constant, parse_int=_int
-)
-NOT_FINITE = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_int=_int)
-
-
-# ---- errors of JSON
-
-
-@dataclass(frozen=True)
-class _Refused:
-    """A value that a hook of a decoder refuses."""
-
-    reason: str
-
-
-def _reason(decoder: json.JSONDecoder, error: Exception, text: str, begin: int, where: str) -> str:
-    """Return the error text for a JSON text that starts at character `begin`."""
-    prefix = f"{where}: " if where else ""
-    if isinstance(error, json.JSONDecodeError):
-        reason = f"{prefix}not JSON: {error.msg} at {_place(text, begin, error.pos)}"
-        return f"{reason}: {mistake}" if (mistake := _usual_mistake(error)) else reason
-    if isinstance(error, RecursionError):
-        return f"{prefix}JSON that is nested too deeply to be read; {REMEDY}"
-    if isinstance(error, MemoryError):
-        return f"{prefix}JSON that takes more memory than there is"
-    reason, field = _without_advice(error), _refused_field(decoder, text, begin)
-    if reason.startswith("is "):  # the value of a field
-        reason, field = f"{field or 'a value'} {reason}", ""
-    kind = "" if where and decoder is not LINE else "JSON that cannot be read: "
-    return f"{prefix}{kind}{reason}{field and f' (in {field})'}"
-
-
-def _without_advice(error: ValueError) -> str:
-    """Return an error of Python without its advice to raise the limit of digits."""
-    return re.sub("; use sys.set_int_max_str_digits.*", "", str(error))
-
-
-def _place(text: str, begin: int, position: int) -> str:
-    """Return the column, and the line if there are several, of a position in a text."""
-    column = position - max(begin, text.rfind("\n", begin, position) + 1) + 1
-    line = text.count("\n", begin, position) + 1
-    return f"line {line}, column {column}" if "\n" in text else f"column {column}"
-
-
-def _refused_field(decoder: json.JSONDecoder, text: str, begin: int) -> str:
-    """Return the field that holds a refused value, such as rope_scaling.factor, or ""."""
-
-    def marking(hook: Callable) -> Callable:
-        def marked(found: Any) -> Any:
-            try:
-                return hook(found)
-            except ValueError as error:
-                return _Refused(str(error))
-
-        return marked
-
-    names = ("object_pairs_hook", "parse_float", "parse_constant", "parse_int")
-    marks = json.JSONDecoder(**{name: marking(getattr(decoder, name)) for name in names})
-    try:
-        waiting = [("", marks.raw_decode(text, begin)[0])]
-    except (ValueError, RecursionError, MemoryError):
-        return ""
-    while waiting:
-        path, value = waiting.pop()
-        if isinstance(value, _Refused):
-            return path
-        if isinstance(value, dict):
-            waiting += [(f"{path}.{key}".lstrip("."), child) for key, child in value.items()]
-        elif isinstance(value, list):
-            waiting += [(f"{path}[{index}]", child) for index, child in enumerate(value)]
-    return ""
-
-
-def _usual_mistake(error: json.JSONDecodeError) -> str:
-    """Return the usual mistake that explains an error, or "" if it is none of them."""
-    before, rest = error.doc[: error.pos].rstrip(WHITE_SPACE), error.doc[error.pos :].lstrip()
-    if not rest or error.msg.startswith("Unterminated string"):
-        return "the text ends inside a value"
-    if error.msg.startswith("Invalid control character"):
-        return r"write a line break as \n, and a tab as \t"
-    if rest[0] in "]}" and before.endswith(","):
-        return f"remove the comma before the {rest[0]}"
-    if rest[0] == "'":
-        return "write double quotes around keys and texts"
-    if rest.startswith(("None", "True", "False")):
-        return "write null, true and false, not Python's words"
-    if error.msg == "Extra data" and rest[0] == ",":
-        return "remove the comma behind the value"
-    if error.msg == "Extra data" and rest[0] in "[{":
-        return "a second value follows the first"
-    return ""
 
 
 # ---- TOML
@@ -383,13 +246,15 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     if LONG_KEY.search(text):
         raise ValueError(f"{where}: TOML with a key of over {MAX_DEPTH} parts; expected fewer")
     try:
-        content = tomllib.loads(text, parse_float=_float)
-        if _is_deep(content):
+        content = tomllib.loads(text, parse_float=parse_float)
+        if is_deep(content):
             raise RecursionError
     except RecursionError:
         raise ValueError(f"{where}: TOML that is nested too deeply to be read; {REMEDY}") from None
     except MemoryError:
         raise ValueError(f"{where}: TOML that takes more memory than there is") from None
     except ValueError as error:
-        raise ValueError(f"{where}: not TOML: {_without_advice(error)}") from None
+        reason = without_advice(error)
+        number = "a number " if reason.startswith("is ") else ""
+        raise ValueError(f"{where}: not TOML: {number}{reason}") from None
     return content

@@ -21,6 +21,7 @@ from minitune.checkpoints.resolve_model import (
     is_gguf,
     resolve_model,
 )
+from minitune.read_files import file_exists
 
 ADAPTER = "adapter"  # folder of a run's result
 RUN_FILES = ("outputs.json", "metrics.jsonl")  # a folder with one of them is a run's
@@ -85,9 +86,9 @@ def checkpoint_step(folder: Path) -> int | None:
 
 def _adapter_in(folder: Path) -> Path | None:
     """Return the folder of the adapter in an adapter's or a run's folder, or None."""
-    if (folder / CONFIG).is_file():
+    if file_exists(folder / CONFIG):
         return folder
-    if (folder / ADAPTER / CONFIG).is_file():
+    if file_exists(folder / ADAPTER / CONFIG):
         return folder / ADAPTER
     saved = [path.parent for path in folder.glob(f"checkpoint-*/{CONFIG}")]
     return max(filter(checkpoint_step, saved), key=checkpoint_step, default=None)
@@ -98,7 +99,7 @@ def _holds_weights(folder: Path) -> bool:
     if is_gguf(folder):
         return True
     files = {path.name for path in folder.glob("*.safetensors")}
-    return (folder / MODEL_CONFIG).is_file() and bool(files - {WEIGHTS})
+    return file_exists(folder / MODEL_CONFIG) and bool(files - {WEIGHTS})
 
 
 def _source_of_adapter(adapter: Path) -> ModelSource:
@@ -128,7 +129,7 @@ def _source_of_adapter(adapter: Path) -> ModelSource:
 
 def _check_model_folder(folder: Path) -> None:
     """Raise ValueError if a folder without config.json is of a known other kind."""
-    if is_gguf(folder) or (folder / MODEL_CONFIG).is_file():
+    if is_gguf(folder) or file_exists(folder / MODEL_CONFIG):
         return
     if _is_run(folder):
         raise ValueError(_unfinished(folder))

@@ -14,6 +14,7 @@ from minitune.atomic_files import atomic_folder, require_space, write_json
 from minitune.checkpoints.safetensors_writer import Specs, total_bytes, write_model_files
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
+from minitune.read_files import file_exists
 
 SHARD_BYTES = 5e9  # limit of the tensors of one file
 
@@ -50,5 +51,5 @@ def write_model_folder(
         write_json(partial / "config.json", config)
         tokenizer.save_pretrained(partial)
         generation = model.folder / "generation_config.json"
-        if generation.is_file():
+        if file_exists(generation):
             shutil.copyfile(generation, partial / generation.name)

@@ -7,6 +7,8 @@ $HF_HUB_CACHE/models--org--name/snapshots/SNAPSHOT   the model's folder
 import os
 from pathlib import Path
 
+from minitune.read_files import file_exists, read_text
+
 MODEL_CONFIG = "config.json"
 GGUF_SUFFIX = ".gguf"
 
@@ -23,7 +25,7 @@ def resolve_model(name: str | Path, kind: str = "model") -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_file():
+    if file_exists(folder):
         if not is_gguf(folder):
             gguf = f", or a GGUF file, whose name ends in {GGUF_SUFFIX}" if kind == "model" else ""
             raise ValueError(f"{name} is a file; give the folder of the {kind}{gguf}")
@@ -40,9 +42,9 @@ def resolve_model(name: str | Path, kind: str = "model") -> Path:
         raise ValueError(f"{kind} folder {name} does not exist{_neighbours(folder)}")
     entry = _hub_cache() / hub_entry(str(name))
     ref = entry / "refs" / "main"
-    if ref.is_file():
-        snapshot = entry / "snapshots" / ref.read_text(encoding="utf-8").strip()
-        if snapshot.is_dir():
+    if file_exists(ref):
+        snapshot = entry / "snapshots" / read_text(ref).strip()
+        if snapshot.parent == entry / "snapshots" and snapshot.is_dir():
             return snapshot
     if folder.parent.is_dir():
         raise ValueError(f"{kind} folder {name} does not exist{_neighbours(folder)}")

@@ -9,7 +9,7 @@ they have in a plain folder, and the wrapper's other tensors are left out.
 """
 
 import math
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitune.device import read_files_ahead
-from minitune.read_files import read_json
+from minitune.read_files import MAX_INDEX_BYTES, file_exists, read_json, require_regular_file
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Endings of constants that old writers saved or listed beside the weights; not loaded.
@@ -55,6 +55,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises: ValueError that names the file if it is missing, truncated or of another format.
     """
     try:
+        file_exists(path)  # refuses a FIFO or device, which would not end
         return load_file(path)
     except (OSError, SafetensorError) as error:
         pickled = path.with_suffix(".bin")
@@ -100,25 +101,25 @@ class SafetensorsFolder:
     def _open_files(self) -> None:
         """Open the files of the folder, and check them against the index if there is one."""
         index = self.folder / INDEX
-        if not index.is_file():
+        if not file_exists(index):
             for path in self._files_without_index():
                 self._open(path)
             return
         listed = _read_index(index)
-        if (self.folder / WHOLE).is_file() and WHOLE not in listed.values():
+        if file_exists(self.folder / WHOLE) and WHOLE not in listed.values():
             raise ValueError(
                 f"{self.folder}: holds {WHOLE}, and {INDEX}, which lists other files; "
                 "remove the one that is out of date"
             )
         for file in sorted(set(listed.values())):
-            if not (self.folder / file).is_file():
+            if not file_exists(self.folder / file):
                 raise ValueError(f"{index}: names the shard {file}, which is not in the folder")
             self._open(self.folder / file)
         self._check_index(index, listed)
 
     def _files_without_index(self) -> list[Path]:
         whole = self.folder / WHOLE
-        files = [whole] if whole.is_file() else sorted(self.folder.glob("*.safetensors"))
+        files = [whole] if file_exists(whole) else sorted(self.folder.glob("*.safetensors"))
         if not files:
             foreign = sorted(
                 path.name for pattern in FOREIGN_WEIGHTS for path in self.folder.glob(pattern)
@@ -132,6 +133,7 @@ class SafetensorsFolder:
 
     def _open(self, path: Path) -> None:
         """Open a file and add its tensors to the names."""
+        require_regular_file(path)
         try:
             file = self._files[path] = safe_open(path, "pt")
         except SafetensorError as error:
@@ -289,10 +291,21 @@ def _is_lfs_pointer(path: Path) -> bool:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return the file name of each tensor that an index lists."""
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_json(path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     valid = isinstance(weight_map, dict) and weight_map
     if not valid or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(
             f"{path}: not a safetensors index; expected a weight_map from tensor to file names"
         )
+    for file in set(weight_map.values()):
+        if not _lies_below(file):
+            raise ValueError(
+                f"{path}: names the shard {file!r:.100}, expected a file in its folder"
+            )
     return weight_map
+
+
+def _lies_below(name: str) -> bool:
+    """Return True if a path is relative and has no `..`; links of the files are not followed."""
+    windows = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+    return bool(windows.name) and not windows.anchor and ".." not in windows.parts

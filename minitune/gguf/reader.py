@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
 from minitune.gguf.quantization.quantize import dequantize
+from minitune.read_files import require_regular_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # their little-endian files have the same layout
@@ -77,6 +78,7 @@ class GgufReader:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        require_regular_file(path)
         try:
             with self.path.open("rb") as file:
                 self.size = self.path.stat().st_size

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from minitune.read_files import parse_json, read_json
+from minitune.read_files import file_exists, parse_json, read_json
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 BATCH_BYTES = 4 << 20  # of rows that are decoded together
@@ -45,14 +45,14 @@ def dataset_files(folder: Path) -> list[Path]:
     Raises: ValueError if the folder holds splits, no dataset or a selection of rows, or lacks a
         file.
     """
-    if (folder / SPLITS).is_file():
+    if file_exists(folder / SPLITS):
         splits = read_json(folder / SPLITS).get("splits")
         names = [name for name in splits or () if isinstance(name, str)]
         raise ValueError(
             f"{folder}: holds the splits {', '.join(names)}; choose one, such as "
             f"{folder / (names or ['train'])[0]}"
         )
-    if not (folder / STATE).is_file():
+    if not file_exists(folder / STATE):
         raise ValueError(
             f"{folder}: a folder without {STATE}; a dataset is a file, or a folder that "
             "Dataset.save_to_disk wrote"
@@ -70,7 +70,7 @@ def dataset_files(folder: Path) -> list[Path]:
             '{"filename": name of a file in this folder}'
         )
     for name in names:
-        if not (folder / name).is_file():
+        if not file_exists(folder / name):
             raise ValueError(f"{folder / name}: no such file, but {STATE} names it; copy it there")
     return [folder / name for name in names]
 
@@ -108,15 +108,25 @@ def _pyarrow(path: Path, module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def _rows(path: Path, arrow: ModuleType, batch: Any) -> Iterator[dict]:
-    """Yield the rows of a record batch as dicts; columns of type JSON are parsed."""
+def _rows(path: Path, arrow: ModuleType, batch: Any) -> Iterator[dict | ValueError]:
+    """Yield the rows of a record batch as dicts; columns of type JSON are parsed.
+
+    A row whose JSON cannot be parsed is a ValueError.
+    """
     names = batch.schema.names
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: several columns have one name among {', '.join(names)}")
     with_json = [field for field in batch.schema if _holds_json(arrow, field.type)]
-    for row in batch.to_pylist():
-        for field in with_json:
-            row[field.name] = _parsed(arrow, field.type, row[field.name])
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError, RecursionError, MemoryError) as error:  # year 10000
+        raise ValueError(f"{path}: a value that Python cannot hold: {error}") from None
+    for row in rows:
+        try:
+            for field in with_json:
+                row[field.name] = _parsed(arrow, field.type, row[field.name])
+        except ValueError as error:
+            row = ValueError(f"{field.name} is a text that is {error}")
         yield row
 
 

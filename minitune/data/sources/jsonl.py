@@ -13,7 +13,7 @@ from minitune.data.sources.text_files import (
     numbered_lines,
     open_text,
 )
-from minitune.read_files import WHITE_SPACE, IncompleteJson, parse_json, parse_json_at
+from minitune.read_files import IncompleteJson, parse_json, parse_json_at
 
 # Error messages list the shapes of records that record_formats.py knows.
 KNOWN_SHAPES = (
@@ -22,6 +22,7 @@ KNOWN_SHAPES = (
     '{"text": ...} or {"input_ids": [...], "labels": [...]}'
 )
 BLOCK = 1 << 20  # characters of an array that are read at once
+WHITE_SPACE = " \t\r\n"
 
 
 def read_json_file(path: Path) -> Iterator[tuple[int, Any]]:

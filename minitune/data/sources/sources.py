@@ -24,6 +24,7 @@ from minitune.data.flat_samples import OriginFormat
 from minitune.data.sources.arrow_files import dataset_files, read_dataset_folder, read_parquet
 from minitune.data.sources.jsonl import KNOWN_SHAPES, is_json_array, kind_of, read_json_file
 from minitune.data.sources.text_files import read_csv, read_text_lines
+from minitune.read_files import file_exists
 
 Dataset = str | Path | Sequence[str | Path] | Iterable[Mapping]
 CHECKED_RECORDS = 100  # of a file, before the model is loaded
@@ -131,7 +132,7 @@ def _file_source(path: Path, text_field: str) -> Source:
     if path.is_dir():
         files = (path / "state.json", *dataset_files(path))
         return _source(path, False, read_dataset_folder, path, files=files)
-    if not path.is_file():
+    if not file_exists(path):
         raise ValueError(
             f"{path}: no such file; a dataset is a JSONL, JSON, CSV, Parquet or text file, or a "
             "folder that Dataset.save_to_disk wrote"

@@ -9,12 +9,14 @@ The places, in the order of transformers 5:
 ChatTemplate renders a conversation with tools by "tool_use", and any other by "default".
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minitune.data.templates.chat_template import DEFAULT
+from minitune.read_files import BYTE_ORDER_MARK, file_exists, read_text
 
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 
@@ -28,11 +30,16 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> Templates:
 
     Raises: ValueError that names the file and the entry that is not a template.
     """
-    files = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
-    if (folder / TEMPLATE_FILE).is_file():
+    named_templates = folder / TEMPLATE_FOLDER
+    if os.path.lexists(named_templates) and not named_templates.is_dir():
+        raise ValueError(
+            f"{named_templates}: is not a folder; copy the folder itself, or remove it"
+        )
+    files = {path.stem: path for path in sorted(named_templates.glob("*.jinja"))}
+    if file_exists(folder / TEMPLATE_FILE):
         files[DEFAULT] = folder / TEMPLATE_FILE
     if files:
-        named = {name: _read_text(path) for name, path in files.items()}
+        named = {name: _read_template(path) for name, path in files.items()}
         return checked_templates(_single(named), str(folder / TEMPLATE_FOLDER))
     template = config.get("chat_template")
     if isinstance(template, list):
@@ -94,8 +101,11 @@ def _single(templates: Any) -> Any:
     return templates
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8: {error}; save it in that encoding") from None
+def _read_template(path: Path) -> str:
+    text = read_text(path, keep_mark=True)
+    if text.startswith(BYTE_ORDER_MARK):
+        raise ValueError(
+            f"{path}: begins with a byte order mark, which transformers would write into each "
+            "prompt; save it without one"
+        )
+    return text

@@ -45,7 +45,7 @@ from minitune.data.tokenization.tokenizer_config import (
     check_prefix_space,
     ignored_keys,
 )
-from minitune.read_files import read_json
+from minitune.read_files import file_exists, read_json
 
 CONFIG = "tokenizer_config.json"
 JSON_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json", "generation_config.json")
@@ -106,13 +106,13 @@ class Tokenizer(TokenizerCalls):
         check_config(folder / CONFIG, config)
         declared = read_declared_tokens(folder, files)
         path = folder / "tokenizer.json"
-        if path.is_file():
+        if file_exists(path):
             backend = JsonBackend(path, declared)
             check_prefix_space(path, backend.adds_prefix_space, config)
             declared.notes += ignored_keys(path, config, backend)
             return cls(folder, backend, files, declared)
         path = folder / "tokenizer.model"
-        if path.is_file():
+        if file_exists(path):
             return cls(folder, SentencePieceBackend(path, config, declared), files, declared)
         others = [name for name in OTHER_VOCABULARIES if (folder / name).is_file()]
         remedy = f"; convert {' and '.join(others)} to tokenizer.json first" if others else ""

@@ -27,6 +27,7 @@ from minitune.atomic_files import atomic_file
 from minitune.gguf.importance.importance import CHUNK_TOKENS, ImportanceMatrix
 from minitune.gguf.reader import GgufReader
 from minitune.gguf.writer import Content, TensorInfo, write_gguf
+from minitune.read_files import require_regular_file
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = (
@@ -42,6 +43,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     Raises: ValueError if the file is missing or damaged, or if a value is not finite or negative.
     """
     path = Path(path)
+    require_regular_file(path)
     try:
         with path.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"

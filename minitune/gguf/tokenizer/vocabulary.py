@@ -17,6 +17,7 @@ from minitune.gguf.tokenizer.pre_tokenizers import (
     published_name,
 )
 from minitune.gguf.writer import MetadataValue
+from minitune.read_files import file_exists
 
 # Token types. Control tokens are never shown; user-defined tokens are matched in any text.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -208,7 +209,7 @@ def _pieces_of_model(path: Path, model: dict, rows: int) -> Vocabulary | None:
 
     path: the tokenizer.model. model: the `model` of the tokenizer.json beside it.
     """
-    if not path.is_file():
+    if not file_exists(path):
         return None
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     vocab, size = model["vocab"], processor.get_piece_size()
