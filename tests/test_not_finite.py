@@ -19,6 +19,7 @@ from minitune.checkpoints.adapter import WEIGHTS, save_adapter
 from minitune.checkpoints.bitsandbytes_nf4 import nf4_tensors
 from minitune.checkpoints.finite_check import FiniteCheck, magnitude
 from minitune.checkpoints.fp8 import dequantize_fp8
+from minitune.commands.plan import find_planned_model
 from minitune.gguf.reader import GgufReader
 from minitune.kernels.ggml_reference import BLOCK_DEQUANTIZERS, BLOCK_SIZES
 from minitune.model.ggml_weight import GgmlWeight
@@ -357,6 +358,7 @@ def test_sizes_that_the_files_do_not_have_are_refused_before_anything_is_built(t
     ):
         before = (folder / "config.json").read_bytes()
         edit_json(folder / "config.json", **change)
-        with pytest.raises(ValueError, match=message):
-            load(folder)
+        for read in (load, lambda path: find_planned_model(str(path), load_in_4bit=True)):
+            with pytest.raises(ValueError, match=message):
+                read(folder)
         (folder / "config.json").write_bytes(before)

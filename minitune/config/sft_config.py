@@ -8,6 +8,7 @@ from typing import Any
 from minitune.config.fields import check_settings, setting
 from minitune.config.foreign_arguments import foreign_arguments
 from minitune.config.foreign_settings import FOREIGN_SETTINGS, plain_word
+from minitune.config.numbers import shown
 from minitune.config.training_config import (
     DROPPED_TEXT,
     INTERVALS,
@@ -305,8 +306,8 @@ def _report(value: Any) -> str:
         return "none"
     if not isinstance(names, list | tuple) or len(names) != 1 or names[0] not in REPORTS:
         raise ValueError(
-            f"report_to is {value!r}; choose 'none' or 'tensorboard', and pass a callback for any "
-            "other service: SFTTrainer(callbacks=[...])"
+            f"report_to is {shown(value)}; choose 'none' or 'tensorboard', and pass a callback for "
+            "any other service: SFTTrainer(callbacks=[...])"
         )
     return names[0]
 
