@@ -221,6 +221,12 @@ def test_memory_that_is_used_up_fails(monkeypatch):
     assert machine.check_gpu_memory(GPU).status == FAIL
 
 
+def test_a_full_disk_fails(monkeypatch, tmp_path):
+    assert machine.check_disk(tmp_path, 1).status == PASS
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 5}))
+    assert machine.check_disk(tmp_path, 6).status == FAIL
+
+
 def test_a_missing_compiler_fails(monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")

@@ -4,9 +4,9 @@
     minitune doctor --model DIR|FILE.gguf|runs/1      with the first layers of a model
     minitune doctor --model DIR --json                one JSON object on stdout, and nothing else
 
-A row is a check, its result and its figures; it takes at most two minutes. The exit code is 1 if a
-check fails and 2 if the command line is wrong. No file stays on the disk except the caches that
-a run fills too: Triton's compiled kernels and the GPU's rates.
+A row is a check, its result and its figures. No check begins after two minutes; those left over are
+skipped by name. The exit code is 1 if a check fails and 2 if the command line is wrong. No file
+stays on the disk except the caches that a run fills too: Triton's kernels and the GPU's rates.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from minitune.doctor.report import Report, Row
 from minitune.doctor.subject import Request
 from minitune.threads import use_free_cores
 
-DESCRIPTION = "Check this machine and a model, in at most two minutes."
+DESCRIPTION = "Check this machine and a model, in about two minutes."
 DOCTOR_SETTINGS = (
     "model",
     "adapter",

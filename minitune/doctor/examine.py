@@ -14,6 +14,7 @@ from minitune.doctor.versions import PACKAGES, check_version
 # Name of a row -> its check.
 MODEL: dict[str, Callable[[Subject], Finding]] = {
     "whole model fits": rates.check_whole_model,
+    "disk space": lambda s: machine.check_disk(s.folder, s.bytes_to_write),
 }
 KERNELS: dict[str, Callable[[Subject], Finding]] = {
     "kernel rms_norm": elementwise.check_rms_norm,

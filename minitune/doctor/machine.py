@@ -99,6 +99,13 @@ def check_temporary_folder() -> Finding:
     return _check_writable(folder, folder, "set TMPDIR to a folder that is")
 
 
+def check_disk(folder: Path, needed: int) -> Finding:
+    """Fail if the disk of the temporary folder has no room for the files of the checks."""
+    free = shutil.disk_usage(folder).free
+    text = f"{gib_text(free)} free in {folder.parent}; the checks write {gib_text(needed)}"
+    return judged(free >= needed, text, free_bytes=free, needed_bytes=needed)
+
+
 def _check_writable(folder: Path, existing: Path, remedy: str) -> Finding:
     """Write and remove a small file in the folder `existing`, which is `folder` or above it."""
     try:

@@ -70,6 +70,15 @@ class Subject:
         )
 
     @property
+    def bytes_to_write(self) -> int:
+        """Return an upper bound on the bytes that the checks write.
+
+        They are a merged model in 16 bit, a GGUF file, and a few copies of adapter and moments.
+        """
+        trainable, total = self.model.get_nb_trainable_parameters()
+        return 4 * total + 64 * trainable
+
+    @property
     def samples(self) -> list[Sample]:
         """Return samples of random tokens; the first third of each has no labels."""
         return self.random_samples(LENGTHS[self.model.device.type])
