@@ -22,6 +22,7 @@ from minitune.checkpoints.resolve_model import (
     resolve_model,
 )
 from minitune.read_files import file_exists
+from minitune.system_folders import expanded
 
 ADAPTER = "adapter"  # folder of a run's result
 RUN_FILES = ("outputs.json", "metrics.jsonl")  # a folder with one of them is a run's
@@ -108,7 +109,8 @@ def _source_of_adapter(adapter: Path) -> ModelSource:
     remedy = f"load the base model by its own path, and pass adapter={str(adapter)!r}"
     if not isinstance(name, str) or not name:
         raise ValueError(f"{adapter / CONFIG}: names no base model; {remedy}")
-    folder, is_relative = Path(name).expanduser(), not Path(name).expanduser().is_absolute()
+    folder = expanded(name)
+    is_relative = not folder.is_absolute()
     for place in adapter.resolve().parents if is_relative and not folder.exists() else ():
         if (place / folder / MODEL_CONFIG).is_file() or (place / folder).is_file():
             name = str(place / folder)

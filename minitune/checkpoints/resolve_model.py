@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from minitune.read_files import file_exists, read_text
+from minitune.system_folders import expanded
 
 MODEL_CONFIG = "config.json"
 GGUF_SUFFIX = ".gguf"
@@ -22,7 +23,7 @@ def resolve_model(name: str | Path, kind: str = "model") -> Path:
 
     Raises: ValueError that names the places searched and the way to get the model there.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return folder
     if file_exists(folder):
@@ -82,7 +83,7 @@ def is_hub_id(name: str, folder: Path) -> bool:
 def _hub_cache() -> Path:
     """Return the Hugging Face cache: HF_HUB_CACHE, else `hub` in HF_HOME or in the user's cache."""
     if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(cache).expanduser()
+        return expanded(cache)
     user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     home = os.environ.get("HF_HOME") or user_cache / "huggingface"
-    return Path(home).expanduser() / "hub"
+    return expanded(home) / "hub"

@@ -31,6 +31,7 @@ from minitune.memory.plan import Plan, Workload, plan_table
 from minitune.memory.planner import parse_gradient_checkpointing, plan_memory
 from minitune.memory.search import MemoryBudget
 from minitune.memory.stored_weights import StoredWeights
+from minitune.system_folders import expanded
 from minitune.training.out_of_memory import (
     DEFAULT_MICRO_STEP_TOKENS,
     default_host_budget,
@@ -127,7 +128,7 @@ def find_planned_model(model: str, load_in_4bit: bool) -> PlannedModel:
 
     Raises: ValueError that names the nearest shapes if there is none.
     """
-    if not Path(model).expanduser().exists():
+    if not expanded(model).exists():
         config, label = _config_of_name(model)
     elif is_gguf(base := find_model(model).base):
         config, stored = open_base(base)

@@ -23,6 +23,7 @@ from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.model_metadata import ignored_window
 from minitune.gguf.streamed_logits import next_token_log_probabilities
 from minitune.read_files import parse_json, read_text
+from minitune.system_folders import temporary_folder
 
 TEXTS = (
     "The capital of France is",
@@ -93,7 +94,7 @@ def _ask_llama_cpp(path: Path, question: dict, package: str) -> list[list[tuple[
 
     Raises: ValueError if llama.cpp fails.
     """
-    with tempfile.TemporaryDirectory(prefix="minitune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="minitune-", dir=temporary_folder()) as folder:
         asked, answered = Path(folder, "question.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(question), encoding="utf-8")
         command = [sys.executable, "-P", llama_cpp_probe.__file__, path, asked, answered]

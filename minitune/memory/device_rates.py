@@ -1,13 +1,12 @@
 """The rates of the machine that plans are timed with: matmuls, copies, transfers to the host.
 
 They are measured once, in a fraction of a second, and cached by GPU and torch version in a JSON
-file under $XDG_CACHE_HOME or ~/.cache. If that file cannot be read or written, every process
-measures.
+file under $XDG_CACHE_HOME or ~/.cache. If that file cannot be read or written, or there is no home,
+every process measures.
 """
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 
 from minitune.atomic_files import atomic_write_text
 from minitune.read_files import read_json
+from minitune.system_folders import cache_folder
 
 SUSTAINED_MATMUL = 0.94  # of a short burst, on an H200, whose clock falls under load
 COPY_EFFICIENCY = 0.83  # of a large copy, reached by kernels of one layer's size
@@ -59,18 +59,19 @@ def machine_rates(device: torch.device) -> DeviceRates:
     """
     if device.type != "cuda":
         return DeviceRates()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    path = folder / "minitune" / "rates.json"
+    folder = cache_folder()
+    path = None if folder is None else folder / "minitune" / "rates.json"
     key = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    cached = _read(path)
+    cached = {} if path is None else _read(path)
     if key not in cached:
         try:
             cached[key] = measure(device)
         except torch.OutOfMemoryError:
             return DeviceRates()
         torch.cuda.empty_cache()
-        with contextlib.suppress(ValueError):
-            atomic_write_text(path, json.dumps(cached, indent=1))
+        if path is not None:
+            with contextlib.suppress(ValueError):
+                atomic_write_text(path, json.dumps(cached, indent=1))
     return DeviceRates(**cached[key])
 
 

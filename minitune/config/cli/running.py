@@ -6,6 +6,7 @@ reads the flags instead, here --overwrite.
 
 import ast
 import contextlib
+import os
 import re
 import shlex
 import sys
@@ -91,6 +92,7 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
     ListedErrors keep their lines. A warning is one line on stderr. Ctrl-C gives 130, SIGTERM 143
     and SIGHUP 129, with one line unless the command has said how to continue.
     """
+    open_closed_descriptors()
     python_format, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         with stops_raised():
@@ -111,8 +113,23 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
 
 def _print_end(text: str) -> None:
     """Print the last text of a command on stderr, if stderr is still open."""
+    if sys.stderr is None:  # print would take stdout, which belongs to the results
+        return
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def open_closed_descriptors() -> None:
+    """Open /dev/null for each of stdin, stdout and stderr that the caller has closed.
+
+    Otherwise the next file that is opened takes its number, and a library that writes to stderr
+    would write into that file.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def _terminal_line(text: str) -> str:

@@ -22,6 +22,7 @@ from minitune.gguf.general_metadata import SAMPLING_KEYS
 from minitune.gguf.tokenizer.file_vocabulary import end_token_ids, special_token_ids
 from minitune.gguf.tokenizer.tokenizer_check import check_tokenizer
 from minitune.gguf.tokenizer.tokenizer_files import tokenizer_files
+from minitune.system_folders import temporary_folder
 
 NAMED_IDS = ("bos", "pad")  # special tokens whose ids config.json holds, beside the ends of texts
 
@@ -57,7 +58,7 @@ def _folder_of(path: Path, size: int, changed: int) -> Path:
     with named(path):
         ids = _token_ids(reader.metadata)
         generation = ids | _sampling(reader.metadata)
-    parent = Path(tempfile.mkdtemp(prefix="minitune-"))
+    parent = Path(tempfile.mkdtemp(prefix="minitune-", dir=temporary_folder()))
     # Finalize runs at the end of a forked process too, and only in the process that made it.
     Finalize(None, shutil.rmtree, args=(parent, True), exitpriority=0)
     folder = parent / path.name
