@@ -160,7 +160,10 @@ def main(argv: list[str] | None = None) -> int:
             seeds = range(arguments.first, arguments.first + counts[reader])
             if arguments.seed is not None:
                 seeds = [arguments.seed]
-            results += fuzzer.run(reader, seeds)
+            for result in fuzzer.run(reader, seeds):
+                results.append(result)
+                if result.is_fault:  # also if the run is stopped
+                    print(f"{reader} {result.seed}: {result.text[:300]}", file=sys.stderr)
     finally:
         os.chdir("/")
         shutil.rmtree(root, ignore_errors=True)

@@ -7,7 +7,6 @@ line as a ValueError.
 import argparse
 import contextlib
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -94,18 +93,20 @@ def command(main: Callable[..., int], *arguments: object) -> None:
         raise SystemExit(f"exit code {code}: {lines.getvalue()}")
 
 
-def show_data(model: Path, data: Path, rng: Random, *more: object) -> None:
-    """Tokenize a data file and show its samples."""
-    flags = rng.choice(([], ["--skip-bad"], ["--dropped-text", "warn"], ["--no-split-turns"]))
+def show_data(model: Path, data: Path, rng: Random) -> None:
+    """Tokenize a data file and show its samples, sometimes as a page."""
+    page = "page.html"
+    choices = [], ["--skip-bad"], ["--dropped-text", "warn"], ["--no-split-turns"], ["--html", page]
+    flags = rng.choice(choices)
     count = rng.choice((1, 2))
-    arguments = ["show", "--model", model, "--data", data, "--n", count, *flags, *more]
+    arguments = ["show", "--model", model, "--data", data, "--n", count, *flags]
     command(data_command, *arguments, "--max-seq-length", 64)
 
 
-def generate(model: Path, *more: object) -> None:
+def generate(model: Path) -> None:
     """Answer a prompt from the command line."""
     arguments = ["--model", model, "--prompt", "a lamp", "--max-new-tokens", 2, "--device", "cpu"]
-    command(generate_command, *arguments, "--no-load-in-4bit", *more)
+    command(generate_command, *arguments, "--no-load-in-4bit")
 
 
 def resume(run: Path, data: Path) -> None:
@@ -127,9 +128,9 @@ def convert(folder: Path, output: Path, method: str, imatrix: Path | None = None
     planned.write(progress=False, verify=False)
 
 
-def export(model: Path, output: Path, *more: object) -> None:
+def export(model: Path, output: Path) -> None:
     """Write a model or an adapter from the command line."""
-    command(export_command, "--model", model, "--output", output, "--no-verify", *more)
+    command(export_command, "--model", model, "--output", output, "--no-verify")
 
 
 def parse_command(words: Sequence[str], name: str) -> None:
@@ -158,9 +159,3 @@ def read_tokens(cache: Path, model: Path, data: Path) -> None:
     expected = tokenize_dataset(data, tokenizer, 60)
     assert list(found.samples) == list(expected.samples), "other tokens"
     assert found.report == expected.report, f"{found.report} instead of {expected.report}"
-
-
-def read_metrics(path: Path) -> None:
-    """Read the lines of a run's metrics as the trainer does when it resumes."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        json.loads(line)
