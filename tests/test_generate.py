@@ -1,10 +1,13 @@
 """Decoding with the cache gives the tokens of the whole model without a cache."""
 
+import json
+
 import pytest
 import torch
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel
+from minitune.model.generation_arguments import read_generation_defaults
 
 
 @pytest.fixture
@@ -144,6 +147,23 @@ BAD = {
 def test_a_bad_request_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
         model.generate(**BAD[message])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_finite_are_no_answer(model, temperature):
+    with torch.no_grad():
+        dict(model.trainable_parameters())["model.layers.0.mlp.down_proj.lora_B.weight"][0] = (
+            torch.nan
+        )
+    with pytest.raises(ValueError, match="logits of the next token are not finite"):
+        model.generate([[5, 6]], max_new_tokens=2, temperature=temperature)
+
+
+@pytest.mark.parametrize("wrong", ["2", [2], True, 2.0])
+def test_a_pad_token_that_is_no_id_is_named_with_its_file(tmp_path, wrong):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"pad_token_id": wrong}))
+    with pytest.raises(ValueError, match=r"generation_config.json: pad_token_id is .*; expected"):
+        read_generation_defaults(tmp_path)
 
 
 def test_an_unknown_argument_names_the_nearest_one(model):

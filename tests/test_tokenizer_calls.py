@@ -249,6 +249,22 @@ def test_a_wrong_call_is_refused_with_the_remedy(tmp_path, message):
         REFUSED[message](tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_max_length", "512"),
+        ("model_max_length", -1),
+        ("model_max_length", [512]),
+        ("padding_side", "middle"),
+        ("truncation_side", 7),
+    ],
+)
+def test_a_wrong_setting_in_a_tokenizers_file_is_refused_by_its_key(tmp_path, key, value):
+    folder = write_json_tokenizer(tmp_path, **{key: value})
+    with pytest.raises(ValueError, match=rf"tokenizer_config.json: {key} is .*; expected"):
+        Tokenizer.from_folder(folder)
+
+
 def test_added_special_tokens_are_those_of_transformers(pair):
     ours, theirs = pair
     for name in ("bos", "eos"):

@@ -71,6 +71,8 @@ def read_generation_defaults(folder: Path) -> dict[str, Any]:
     """Return the settings that a model folder names for `generate`, without null values.
 
     pad_token_id is that of generation_config.json or config.json, otherwise the first EOS token.
+
+    Raises: ValueError if a file cannot be read, or pad_token_id is no whole number.
     """
     config = read_json(folder / "config.json", default={})
     own = read_json(folder / "generation_config.json", default={})
@@ -78,6 +80,11 @@ def read_generation_defaults(folder: Path) -> dict[str, Any]:
     eos = found.get("eos_token_id")
     if found.get("pad_token_id") is None:
         found["pad_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
+    elif type(found["pad_token_id"]) is not int:
+        name = "generation_config.json" if own.get("pad_token_id") is not None else "config.json"
+        raise ValueError(
+            f"{folder / name}: pad_token_id is {found['pad_token_id']!r:.60}; expected a token's id"
+        )
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -87,13 +87,18 @@ class Sampler:
                 self._seen[row, list(prompt)] = True
 
     def choose(self, logits: Tensor) -> list[int]:
-        """Return one token for each row of the logits (B, V)."""
+        """Return one token for each row of the logits (B, V).
+
+        Raises: ValueError if the logits of a row are not finite.
+        """
         if self._seen is not None:
             logits = self.penalised(logits.float().cpu())
         if self.config.temperature == 0:
+            _check_finite(logits.amax(-1))
             tokens = logits.argmax(-1).cpu()
         else:
             shares = self.config.probabilities(logits.float().cpu())
+            _check_finite(shares)
             tokens = shares.multinomial(1, generator=self.generator)[:, 0]
         if self._seen is not None:
             self._seen[torch.arange(len(tokens)), tokens] = True
@@ -104,3 +109,12 @@ class Sampler:
         penalty = self.config.repetition_penalty
         lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
         return torch.where(self._seen, lowered, logits)
+
+
+def _check_finite(values: Tensor) -> None:
+    """Raise ValueError if a value is infinite or not a number."""
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            "the logits of the next token are not finite; the weights or the adapter are damaged, "
+            "or float16 is too narrow for this model: load it with dtype='bfloat16'"
+        )

@@ -5,12 +5,15 @@ inference only, because training packs its samples. The other special tokens are
 folder: training, generation and export agree on them.
 """
 
+from pathlib import Path
 from typing import Any
 
-from minitune.data.tokenization.added_tokens import SPECIAL_NAMES
+from minitune.config.numbers import check_number, number
+from minitune.data.tokenization.added_tokens import CONFIG, SPECIAL_NAMES
 from minitune.data.tokenization.batch_encoding import SIDES
 
 NO_MAX_LENGTH = int(1e30)  # transformers' number for "unknown"
+LENGTH_BOUNDS = number(1, 1e31)  # of model_max_length; a float such as 1e30 is taken too
 # Classes of transformers that pad on the left unless the folder says otherwise.
 PAD_LEFT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 FIXED = "is that of the model's folder; change it in tokenizer_config.json, and load again"
@@ -63,11 +66,13 @@ def _added_token(name: str) -> property:
 class SpecialTokens:
     """Attributes of a tokenizer that its files name.
 
+    folder: the folder of the files.
     special: ids by name, such as "bos"; names without a token are missing.
     padding_side, truncation_side: "left" or "right".
     model_max_length: length that `truncation=True` cuts to, in tokens.
     """
 
+    folder: Path
     special: dict[str, int]
     bos_token, bos_token_id = _token("bos"), _token_id("bos")
     eos_token, eos_token_id = _token("eos"), _token_id("eos")
@@ -79,12 +84,22 @@ class SpecialTokens:
 
         is_byte_level: True if the vocabulary spells bytes as letters, which the classes that pad on
             the left do not.
+
+        Raises: ValueError that names the file and the key if a value is wrong.
         """
         kind = str(config.get("tokenizer_class")).removesuffix("Fast")
         side = "left" if kind in PAD_LEFT and not is_byte_level else "right"
         self.padding_side: str = config.get("padding_side", side)
         self.truncation_side: str = config.get("truncation_side", "right")
-        self.model_max_length: int = config.get("model_max_length") or NO_MAX_LENGTH
+        for key in ("padding_side", "truncation_side"):
+            if getattr(self, key) not in SIDES:
+                raise ValueError(
+                    f"{self.folder / CONFIG}: {key} is {getattr(self, key)!r:.60}; expected "
+                    "'left' or 'right'"
+                )
+        length = config.get("model_max_length") or NO_MAX_LENGTH
+        name = f"{self.folder / CONFIG}: model_max_length"
+        self.model_max_length = int(check_number(name, length, LENGTH_BOUNDS))
         self._settings_of_folder = self._settings()
 
     def _settings(self) -> dict[str, Any]:
