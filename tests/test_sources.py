@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import importlib
 import importlib.util
 import json
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_files import write_chat_tokenizer
 
-from minitune.data.sources import jsonl
+from minitune.data.sources import jsonl, text_files
 from minitune.data.sources.sources import load_dataset, open_sources
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
@@ -321,3 +322,24 @@ def test_parquet_without_pyarrow_names_the_package_to_install(tmp_path, monkeypa
 def test_an_object_that_is_no_dataset_is_refused(value):
     with pytest.raises(ValueError, match=r"the dataset is .*; expected a path, several paths"):
         open_sources(value)
+
+
+def test_a_cell_that_python_cannot_hold_is_refused_by_file(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    when = arrow.array([10**14], arrow.timestamp("s"))  # the year 3,170,000
+    parquet = importlib.import_module("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": ["a"], "when": when}), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", r"a\.parquet: a value that Python cannot hold")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_a_record_longer_than_the_bound_is_refused_before_it_is_read_whole(
+    tmp_path, monkeypatch, name
+):
+    for module in (jsonl, text_files):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(jsonl, "BLOCK", 100)
+    text = '[{"a": "' if name == "a.json" else '{"a": "'
+    content = f"{text}{'x' * 5000}".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    refused(tmp_path / name, rf"{name}.*is longer than .* bytes, the most of a record; cut it")
