@@ -88,7 +88,7 @@ def test_a_file_is_used_and_types_without_a_use_for_it_are_noted(tiny, tmp_path)
         (["--merged", "m", "--imatrix", "i.gguf"], "--imatrix needs --output or --audit"),
         (["--output", "x.gguf", "--imatrix-tokens", "9"], "together with --imatrix-from"),
         (["--output", "x.gguf", "--imatrix-tokens", "0"], "--imatrix-tokens 0: expected at least"),
-        (["--output", "x.gguf", "--imatrix", "none.gguf"], "none.gguf: could not be read"),
+        (["--output", "x.gguf", "--imatrix", "none.gguf"], "none.gguf: not found"),
         (["--output", "x.gguf", "--imatrix-from", "none.jsonl"], "none.jsonl"),
         (["--output", "x.gguf", "--imatrix-from", "d", "--imatrix", "i"], "exclude each other"),
     ],
