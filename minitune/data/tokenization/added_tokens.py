@@ -21,6 +21,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from minitune.data.tokenization.json_limits import MAX_TOKEN
+
 CONFIG, TOKENS_MAP, ADDED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -202,6 +204,11 @@ def _token(path: Path, key: str, value: Any, special: bool) -> AddedToken:
     is_text = isinstance(content, str) and content.encode(errors="ignore").decode() == content
     if not is_text or not content:
         raise ValueError(f"{path}: {key} is {value!r:.100}, expected a token's text")
+    if len(content) > MAX_TOKEN:
+        raise ValueError(
+            f"{path}: {key} has {len(content):,} characters, and {MAX_TOKEN:,} are the most of a "
+            "token"
+        )
     if value is content:
         return AddedToken(content, special=special)
     flags = {name: flag for name, flag in value.items() if name not in ("content", "__type", "id")}

@@ -14,7 +14,6 @@ Three things differ from the plain library:
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +22,15 @@ from tokenizers import AddedToken
 
 from minitune.data.samples import Span
 from minitune.data.tokenization.added_tokens import DeclaredTokens
-from minitune.read_files import parse_json, parse_json_at
+from minitune.data.tokenization.json_limits import read_tokenizer_json
+from minitune.data.tokenization.library_errors import library_errors, no_panic_trace
+from minitune.read_files import parse_json
 
 Encoding = tuple[list[int], list[Span]]  # token ids, and the characters that each stands for
 
+LIBRARY = f"tokenizers {tokenizers.__version__}"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 REPLACEMENT = "\ufffd"
-
-
-@contextmanager
-def library_errors(path: Path, action: str) -> Iterator[None]:
-    """Turn every error of `tokenizers`, panics included, into a ValueError that names the file.
-
-    The library raises nothing narrower than Exception, and its panics are BaseExceptions.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as error:
-        raise ValueError(
-            f"{path}: tokenizers {tokenizers.__version__} cannot {action}: {error}"
-        ) from None
 
 
 class JsonBackend:
@@ -52,7 +38,8 @@ class JsonBackend:
 
     def __init__(self, path: Path, declared: DeclaredTokens):
         self._path = path
-        with library_errors(path, "read it"):
+        content = read_tokenizer_json(path)
+        with no_panic_trace(), library_errors(path, "read it", LIBRARY):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
@@ -63,7 +50,7 @@ class JsonBackend:
         # The library keeps a token special that a file beside it calls ordinary.
         self._skipped = {i for added in (own, self.added) for i, t in added.items() if t.special}
         declared.check(self.added, size)
-        declared.notes += self._renumbered()
+        declared.notes += self._renumbered(content.get("added_tokens", []))
         library = self._tokenizer
         parts = (*_parts(library.normalizer), *_parts(library.pre_tokenizer))
         self.adds_prefix_space = any(map(_prefixes, parts))
@@ -75,7 +62,7 @@ class JsonBackend:
         self.size = len(vocabulary)
         self.vocab_size: int = library.get_vocab_size(with_added_tokens=False)
         self.id_count = max(vocabulary.values(), default=-1) + 1
-        with library_errors(path, "use its post-processor"):
+        with no_panic_trace(), library_errors(path, "use its post-processor", LIBRARY):
             self.prefix, self.suffix = self._special_tokens_around(vocabulary)
             self._tokenizer.post_processor = None
         self._check_around(set(vocabulary.values()))
@@ -91,14 +78,16 @@ class JsonBackend:
             }
         self._has_byte_pieces = "ByteFallback" in decoder
 
-    def _renumbered(self) -> list[str]:
+    def _renumbered(self, added_tokens: list[dict]) -> list[str]:
         """Return a note if the library numbers added tokens otherwise than the file.
+
+        added_tokens: those of the file.
 
         The library continues the vocabulary without a gap, and so does transformers.
         """
         changed = [
             f"{entry['content']!r} has the id {entry['id']} there and the id {index} here"
-            for entry in _added_tokens_of_file(self._path)
+            for entry in added_tokens
             if (index := self.token_to_id(entry["content"])) != entry["id"]
         ]
         if not changed:
@@ -133,13 +122,13 @@ class JsonBackend:
 
     def encode_batch(self, texts: list[str]) -> list[Encoding]:
         """Return the encodings of many texts, without special tokens, on all cores."""
-        with library_errors(self._path, "encode this text"):
+        with library_errors(self._path, "encode this text", LIBRARY):
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def encode_batch_ids(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of `encode_batch`, in half of its time."""
-        with library_errors(self._path, "encode this text"):
+        with library_errors(self._path, "encode this text", LIBRARY):
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -159,7 +148,10 @@ class JsonBackend:
         if self._has_byte_pieces:
             tokens = list(_with_whole_characters(tokens))
         decoder = self._tokenizer.decoder
-        return " ".join(tokens) if decoder is None else decoder.decode(tokens)
+        if decoder is None:
+            return " ".join(tokens)
+        with library_errors(self._path, "decode these tokens", LIBRARY):
+            return decoder.decode(tokens)
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token's text, or None if the vocabulary lacks it."""
@@ -221,13 +213,6 @@ def _valid_run(run: list[str]) -> Iterator[str]:
         else:
             yield from run[begin:]
             begin = len(run)
-
-
-def _added_tokens_of_file(path: Path) -> list[dict]:
-    """Return added_tokens of a tokenizer.json; parsing all of it would take as long as reading."""
-    text = path.read_text(encoding="utf-8")
-    match = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
-    return parse_json_at(text, match.end(), str(path))[0] if match else []
 
 
 def _prefixes(part: dict) -> bool:

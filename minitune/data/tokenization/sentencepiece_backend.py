@@ -14,12 +14,13 @@ keys of tokenizer_config.json change that:
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, models
 
 from minitune.data.tokenization.added_tokens import CONFIG, DeclaredTokens
-from minitune.data.tokenization.json_backend import Encoding, library_errors
+from minitune.data.tokenization.json_backend import LIBRARY, Encoding
+from minitune.data.tokenization.library_errors import library_errors, no_panic_trace
+from minitune.data.tokenization.sentencepiece_file import open_sentencepiece
 
 # In a protobuf message the last value of a field counts. These four bytes, appended to a model
 # file, set add_dummy_prefix (field 3) of normalizer_spec (field 3) to false.
@@ -35,15 +36,11 @@ class SentencePieceBackend:
 
     def __init__(self, path: Path, config: dict[str, Any], declared: DeclaredTokens):
         self._path = path
-        model = path.read_bytes()
-        try:
-            self._begin = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self._inside = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: not a sentencepiece model: {error}") from None
-        self._choose_dummy_space(config)
-
-        pieces = [self._begin.id_to_piece(i) for i in range(self._begin.get_piece_size())]
+        self._begin = open_sentencepiece(path)
+        self._inside = open_sentencepiece(path, NO_DUMMY_PREFIX)
+        with library_errors(path, "use its pieces", "sentencepiece"):
+            self._choose_dummy_space(config)
+            pieces = [self._begin.id_to_piece(i) for i in range(self._begin.get_piece_size())]
         # id -> byte, of the pieces such as <0x0A>
         self._bytes = {
             index: bytes([int(piece[3:5], 16)])
@@ -128,7 +125,7 @@ class SentencePieceBackend:
             for index, piece in enumerate(pieces)
             if self._begin.is_control(index) or self._begin.is_unknown(index)
         }
-        with library_errors(self._path, "add tokens to it"):
+        with no_panic_trace(), library_errors(self._path, "add tokens to it", LIBRARY):
             vocabulary = {piece: index for index, piece in enumerate(pieces)}
             library = tokenizers.Tokenizer(models.WordLevel(vocabulary))
             library.add_tokens(list(declared.to_add(own)))
@@ -152,9 +149,10 @@ class SentencePieceBackend:
 
     def encode_batch(self, texts: list[str]) -> list[Encoding]:
         """Return (ids, spans) of many texts, without special tokens; spans count characters."""
-        with library_errors(self._path, "encode this text"):
+        with library_errors(self._path, "cut this text", LIBRARY):
             splits = self._splitter.encode_batch(texts)
-        return [self._encode(text, split) for text, split in zip(texts, splits, strict=True)]
+        with library_errors(self._path, "encode this text", "sentencepiece"):
+            return [self._encode(text, split) for text, split in zip(texts, splits, strict=True)]
 
     def encode_batch_ids(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of `encode_batch`."""

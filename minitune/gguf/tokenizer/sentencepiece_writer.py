@@ -17,12 +17,11 @@ The fields of the file:
 import struct
 from collections.abc import Mapping, Sequence
 
-from minitune.gguf.tokenizer.vocabulary import BPE
+from minitune.data.tokenization.sentencepiece_file import BPE, VARINT_BITS
 
 SPECIAL_FIELDS = {"unk": 40, "bos": 41, "eos": 42, "pad": 43}
 TEXT_OFFSET = 5  # from the field of a special token's id to that of its text
 NO_ID = -1
-VARINT_BITS = 64  # a negative number is its two's complement
 
 
 def sentencepiece_model(

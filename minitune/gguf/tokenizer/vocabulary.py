@@ -1,14 +1,19 @@
 """Text, type and score of each token of a GGUF file, from the vocabulary of a model folder."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken
 
 from minitune.data.tokenization.sentencepiece_backend import SPACE_MARK
+from minitune.data.tokenization.sentencepiece_file import (
+    BPE,
+    UNIGRAM,
+    model_type,
+    open_sentencepiece,
+    read_sentencepiece,
+)
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.tokenizer.pre_tokenizers import (
     check_normalizer,
@@ -33,9 +38,6 @@ MARK_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_M
 SENTENCEPIECE_NORMALIZERS = ({"type": "Prepend", "prepend": SPACE_MARK}, MARK_SPACES)
 # Options of a BPE model that llama.cpp lacks.
 REFUSED_BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-# Fields of SentencePiece's model file: the trainer's settings, and the kind of model in those.
-TRAINER_FIELD, MODEL_TYPE_FIELD = 2, 3
-UNIGRAM, BPE = 1, 2
 # Width, full width, ligature, combining accent, and white space that a normaliser may change.
 NORMALIZER_PROBE = "A b  ｆ½ﬁ e\u0301\u3000c\td  "
 
@@ -103,7 +105,7 @@ def sentencepiece_metadata(path: Path, tokenizer: Tokenizer, rows: int) -> dict[
 
     Raises: ValueError if llama.cpp lacks the kind of model or its normaliser.
     """
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    model = open_sentencepiece(path)
     _check_sentencepiece(path, model)
     vocabulary = _pieces(model, rows)
     declared = {
@@ -211,7 +213,7 @@ def _pieces_of_model(path: Path, model: dict, rows: int) -> Vocabulary | None:
     """
     if not file_exists(path):
         return None
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    processor = open_sentencepiece(path)
     vocab, size = model["vocab"], processor.get_piece_size()
     if size > rows:
         return None
@@ -248,7 +250,7 @@ def _pieces_of_merges(model: dict, rows: int) -> Vocabulary:
 
 def _check_sentencepiece(path: Path, model: sentencepiece.SentencePieceProcessor) -> None:
     """Raise ValueError if llama.cpp cuts texts otherwise than a SentencePiece model."""
-    kind = _model_type(path.read_bytes())
+    kind = model_type(read_sentencepiece(path))
     if kind != BPE:
         name = "unigram" if kind == UNIGRAM else f"type {kind}"
         raise ValueError(
@@ -288,41 +290,3 @@ def _lacks_bytes(path: Path, found: int) -> ValueError:
         f"{path}: has {found} of {BYTES} byte pieces such as <0x0A>, without which llama.cpp fails "
         "on characters that the vocabulary lacks; save the merged folder instead"
     )
-
-
-def _model_type(proto: bytes) -> int:
-    """Return the kind of model in a SentencePiece model file."""
-    kind = UNIGRAM  # of a file that does not say it
-    for field, trainer in _fields(proto):
-        if field == TRAINER_FIELD:
-            kind = next((value for key, value in _fields(trainer) if key == MODEL_TYPE_FIELD), kind)
-    return kind
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of each field of a protobuf message.
-
-    A field is the varint 8 number + wire type, and a varint (type 0), 8 bytes (1), a varint length
-    and that many bytes (2), or 4 bytes (5).
-    """
-    place = 0
-
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            byte = message[place]
-            place += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while place < len(message):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 5: 4}.get(wire_type) or varint()
-        yield number, message[place : place + size]
-        place += size
