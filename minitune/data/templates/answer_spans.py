@@ -19,6 +19,7 @@ Templates that put {% generation %} blocks around answers name the spans themsel
 """
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from functools import cached_property
 from typing import Any
@@ -279,13 +280,14 @@ def any_of(tokens: tuple[str, ...]) -> re.Pattern | None:
 
 
 def _find_prompt(prompt: str, text: str) -> int:
-    """Return the end of the longest beginning of the generation prompt in `text`, 0 if none."""
-    for length in range(len(prompt), 0, -1):
-        at = text.rfind(prompt[:length])
-        if at >= 0:
-            found = CUT_TAG.sub("", prompt[:length])
-            return at + len(found) if found else 0
-    return 0
+    """Return the end of the longest beginning of the generation prompt in `text`, 0 if none.
+
+    If a beginning is not there, no longer one is, so bisection finds the longest.
+    """
+    lengths = range(1, len(prompt) + 1)
+    length = bisect_left(lengths, True, key=lambda length: prompt[:length] not in text)
+    found = CUT_TAG.sub("", prompt[:length])
+    return text.rfind(prompt[:length]) + len(found) if found else 0
 
 
 def _prompt_end(prompt: str, text: str) -> int:
@@ -297,8 +299,9 @@ def _prompt_end(prompt: str, text: str) -> int:
     common = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(text)))
     if common == len(prompt):
         return common
-    for tag in TAG_BEGIN.finditer(prompt):  # the end of the prompt, after another beginning
-        at = text.find(prompt[tag.start() :])
-        if at >= 0:
-            return at + len(prompt) - tag.start()
+    # The end of the prompt, after another beginning: the longest end that begins with a tag.
+    tags = [tag.start() for tag in TAG_BEGIN.finditer(prompt)]
+    first = bisect_left(tags, True, key=lambda start: prompt[start:] in text)
+    if first < len(tags):
+        return text.find(prompt[tags[first] :]) + len(prompt) - tags[first]
     return len(CUT_TAG.sub("", text[:common]))
