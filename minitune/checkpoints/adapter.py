@@ -61,12 +61,13 @@ def save_adapter(model: CausalLM, folder: str | Path) -> None:
 def write_adapter_files(model: CausalLM, folder: Path) -> None:
     """Write the two files of an adapter into an existing folder.
 
-    Raises: ValueError if the model has no adapter.
+    Raises: ValueError if the model has no adapter, or `check_parameters` refuses it.
     """
     if model.lora is None:
         raise ValueError(
             "the model has no adapter to save; attach one with FastLanguageModel.get_peft_model"
         )
+    check_parameters(model)
     decoder = _decoder_name(model.config)
     base = model.name
     if not is_hub_id(model.name, model.folder):
@@ -80,6 +81,24 @@ def write_adapter_files(model: CausalLM, folder: Path) -> None:
     metadata = {"format": "pt", BASE_FORM: base_form(model)}
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     write_safetensors(folder / WEIGHTS, specs, iter(tensors.items()), metadata)
+
+
+def check_parameters(model: CausalLM) -> None:
+    """Check that each LoRA matrix of a model is a parameter of its own, of floating-point numbers.
+
+    Raises: ValueError that names the first matrix that is not.
+    """
+    found = dict(model.adapter_parameters())
+    for name in adapter_shapes(model.config, model.lora):
+        if name not in found:
+            raise ValueError(
+                f"{name} is no parameter of its own: it was removed, or is another matrix under a "
+                "second name; give it a parameter that no other linear has"
+            )
+        if not found[name].is_floating_point():
+            raise ValueError(
+                f"{name} is {found[name].dtype}; LoRA matrices are floating-point numbers"
+            )
 
 
 def base_form(model: CausalLM) -> str:

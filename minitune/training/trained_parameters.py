@@ -5,6 +5,7 @@ The set is fixed when the run begins, because the optimizer holds the values in 
 
 from torch import nn
 
+from minitune.checkpoints.adapter import check_parameters
 from minitune.device import check_torch_defaults
 from minitune.model.causal_lm import CausalLM
 
@@ -24,9 +25,12 @@ class TrainedParameters:
         """Take the parameters that are not frozen.
 
         Raises: ValueError if all are frozen, if a weight of the base is not, if a hook would never
-            run, or if PyTorch's default dtype or device was changed.
+            run, if two matrices share a parameter, or if PyTorch's default dtype or device was
+            changed.
         """
         check_torch_defaults()
+        if model.lora is not None:
+            check_parameters(model)
         self._model, self._adapters_removed = model, model.adapters_removed
         self._adapter = [p for _, p in model.adapter_parameters()]
         self._requires_grad = self._flags()
