@@ -243,7 +243,7 @@ FAULTS = [
         "checkpoint-4: could not be written",
         ("checkpoint-2", *FILES),
     ),
-    Fault("run folder read-only", _read_only, 2, "run: could not be written", ()),
+    Fault("run folder read-only", _read_only, 2, "writ(ten|able)", ()),
     Fault("run folder removed in step 3", _removed, 2, "the folder of this run is no longer", ()),
     Fault("second run, with `--overwrite`", _second_run, 2, "another run trains in this folder"),
     Fault("second export to the same file", _second_export, 2, "another process is writing it", ()),
