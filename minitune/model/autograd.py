@@ -16,7 +16,7 @@ from minitune.model.activations import Activations, SaveLevel
 from minitune.model.layers import LayerContext
 from minitune.model.loss import Head, LossRows
 from minitune.model.packed_sequences import PackedSequences
-from minitune.model.unchanged_tensors import UnchangedTensors, tensors_read
+from minitune.model.unchanged_tensors import UnchangedTensors, frozen_tensors
 
 
 class DecoderLayerNode(torch.autograd.Function):
@@ -33,7 +33,7 @@ class DecoderLayerNode(torch.autograd.Function):
         tile_rows: int | None,
         *lora_parameters: Tensor,
     ):
-        ctx.read = UnchangedTensors(layer, tensors_read(layer))
+        ctx.read = UnchangedTensors(layer, lora_parameters, frozen_tensors(layer))
         y = s.clone()
         saved = layer.forward_saving_(y, packed, context, level, tile_rows).tensors()
         ctx.layer, ctx.packed, ctx.context, ctx.tile_rows = layer, packed, context, tile_rows
@@ -45,7 +45,7 @@ class DecoderLayerNode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         layer, D = ctx.layer, ctx.layer.D
-        ctx.read.check(tensors_read(layer))
+        ctx.read.check(layer.lora_parameters())
         a = Activations(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
         dresidual = layer.new_residual_gradient(len(dy), ctx.context.dtype, dy.device)
         dresidual[:, :D] = dy

@@ -16,44 +16,56 @@ REMEDY = "call backward() before the change, or compute the loss again after it"
 class UnchangedTensors:
     """The tensors that a forward pass read, and the versions that they had."""
 
-    def __init__(self, module: nn.Module, tensors: Sequence[Tensor]):
+    def __init__(
+        self, module: nn.Module, parameters: Sequence[Tensor], frozen: Sequence[Tensor] = ()
+    ):
         """Note the versions of the tensors.
 
         module: the module of the tensors, which knows their names.
+        parameters: tensors that may be replaced before backward.
         """
-        self._module, self._tensors = module, tuple(tensors)
-        self._versions = [_version(t) for t in self._tensors]
+        self._module, self._parameters = module, list(map(id, parameters))
+        self._tensors = [*parameters, *frozen]
+        self._versions = _versions(self._tensors)
 
-    def check(self, tensors: Sequence[Tensor]) -> None:
+    def check(self, parameters: Sequence[Tensor]) -> None:
         """Check the tensors that backward is about to read.
+
+        parameters: those that may have been replaced since.
 
         Raises: RuntimeError, as autograd, if one is another tensor or was changed in place.
         """
-        if list(map(id, tensors)) != list(map(id, self._tensors)):
+        if list(map(id, parameters)) != self._parameters:
             raise RuntimeError(
                 "the adapter or a weight was replaced, removed or switched off between forward "
                 f"and backward; {REMEDY}"
             )
-        for tensor, version in zip(tensors, self._versions, strict=True):
-            if _version(tensor) != version:
-                raise RuntimeError(
-                    f"{self._name_of(tensor)} was modified by an in-place operation between "
-                    f"forward and backward, such as optimizer.step(): it is at version "
-                    f"{_version(tensor)}, expected version {version}; {REMEDY}"
-                )
+        versions = _versions(self._tensors)
+        if versions == self._versions:
+            return
+        changes = zip(self._tensors, versions, self._versions, strict=True)
+        tensor, found, expected = next(change for change in changes if change[1] != change[2])
+        raise RuntimeError(
+            f"{self._name_of(tensor)} was modified by an in-place operation between forward and "
+            f"backward, such as optimizer.step(): it is at version {found}, expected version "
+            f"{expected}; {REMEDY}"
+        )
 
     def _name_of(self, tensor: Tensor) -> str:
         names = (name for name, p in self._module.named_parameters() if p is tensor)
         return next(names, "a quantised weight")
 
 
-def _version(tensor: Tensor) -> int:
-    """Return the number of changes in place; 0 for an inference tensor, which counts none."""
-    return 0 if tensor.is_inference() else tensor._version
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the changes in place of each tensor; 0 for an inference tensor, which counts none."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # an inference tensor; asking each one first would take longer
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def tensors_read(layer: nn.Module) -> list[Tensor]:
-    """Return every parameter and frozen tensor that a pass over a decoder layer reads.
+def frozen_tensors(layer: nn.Module) -> list[Tensor]:
+    """Return the frozen tensors that a pass over a decoder layer reads.
 
     Raises: ValueError if a frozen tensor requires a gradient, which no pass computes.
     """
@@ -68,4 +80,4 @@ def tensors_read(layer: nn.Module) -> list[Tensor]:
             "a weight of the base requires a gradient, but the base is frozen and only the adapter "
             "is trained; call requires_grad_(False) on every parameter without '.lora_' in its name"
         )
-    return [*layer.lora_parameters(), *frozen]
+    return frozen
