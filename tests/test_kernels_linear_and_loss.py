@@ -75,6 +75,19 @@ def test_lora_linears_and_their_gradients_err_at_most_twice_as_much_as_pytorch(
     judge([y, dx, *gradients], formula, [x, *adapters], [dy])
 
 
+def test_the_multiplier_of_a_lora_linear_scales_its_output_and_every_gradient():
+    weight = extended([normal(6, 8)], [normal(2, 8)], [normal(6, 2)], torch.float32, "cpu")
+    R, results = weight.shape[1] - 8, []
+    for multiplier in (1.0, 0.25):
+        wide_x, wide_dy = (beside_lora_columns(normal(5, width), R) for width in (8, 6))
+        y = lora_linear.lora_linear_(wide_x, weight, 6, 0.7, multiplier=multiplier)
+        dx = lora_linear.lora_linear_backward_(wide_dy, weight, 8, 0.7, multiplier=multiplier)
+        ((dA, dB),) = lora_linear.lora_gradients(wide_dy, wide_x, [(6, 2)], multiplier)
+        results.append((y, dx, dA, dB))
+    for plain, scaled in zip(*results, strict=True):
+        torch.testing.assert_close(scaled, 0.25 * plain)
+
+
 def adapter_targets(device):
     """Yield targets of write_adapters_ with three adapters, one, and none."""
     for out, width, ranks in ((70, 33, [4, 0, 8]), (16, 200, [3]), (24, 16, [0])):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from labelled_records import PAIR, TURNS, sample_of, text_of, trained
 from tokenizer_files import CHATML, FOOT, HEAD, TAGGED, write_chat_tokenizer
 
+from minitune.data.templates.answer_spans import _prompt_end
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
 
@@ -155,3 +156,9 @@ def test_progress_counts_the_records_in_order(make):
     assert calls == [(1000, 2500), (2000, 2500), (2500, 2500)]
     digits = [tokenizer.decode(s.input_ids, skip_special_tokens=True) for s in dataset.samples]
     assert digits == [str(i) for i in range(2500)]
+
+
+@pytest.mark.parametrize("beginning", ["", "B", "<|end|>", "<|end|>\n\n"])
+def test_the_generation_prompt_is_found_behind_another_beginning(beginning):
+    prompt, shown = "A<|assistant|>\n", f"{beginning}<|assistant|>\n"
+    assert _prompt_end(prompt, shown + "42") == len(shown)

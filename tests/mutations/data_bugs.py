@@ -15,10 +15,14 @@ MICRO_STEPS = (
 LIKE_TRL = "test_packing.py::test_rows_equal_trl"
 GENERATION_TAGS = "test_labels.py::test_rendering_prefixes_finds_the_same_spans_as_generation_tags"
 REPEATED = "test_labels.py::test_an_answer_repeated_in_the_question_is_not_trained_on_there"
+PROMPT = "test_labels.py::test_the_generation_prompt_is_found_behind_another_beginning"
 BYTES = "test_labels.py::test_every_byte_of_a_character_unknown_to_sentencepiece_is_trained_on"
 SPANS = "test_answer_spans.py::test_an_answer_begins_after_the_prompt_and_ends_with_its_stop_token"
-PREFIX_RULE = (
-    "test_answer_spans.py::test_random_hostile_conversations_have_the_spans_of_the_prefix_rule"
+FORMS = (
+    "test_answer_spans.py::test_eighteen_forms_render_as_in_transformers_with_every_answer_located"
+)
+CALLS = (
+    "test_answer_spans.py::test_random_calls_and_reasoning_are_located_and_what_is_lost_is_named"
 )
 DUMMY_SPACE = (
     "test_sentencepiece.py::test_legacy_false_puts_the_dummy_space_at_the_beginning_of_a_text_only"
@@ -105,14 +109,14 @@ DATA_BUGS = (
         "minitune/data/templates/answer_spans.py",
         "return same[-1] + _prompt_end(prompt, self.text[same[-1] : limit]), prompt",
         "return same[0] + _prompt_end(prompt, self.text[same[0] : limit]), prompt",
-        (PREFIX_RULE,),
+        (FORMS, CALLS),
     ),
     Mutation(
-        "a prompt that was seen before is taken unseen",
+        "a prompt behind another beginning is one beginning too long",
         "minitune/data/templates/answer_spans.py",
-        "return at + len(prompt) - tag.start()",
-        "return at + len(prompt)",
-        (SPANS, PREFIX_RULE),
+        "return text.find(prompt[tags[first] :]) + len(prompt) - tags[first]",
+        "return text.find(prompt[tags[first] :]) + len(prompt)",
+        (PROMPT,),
     ),
     Mutation(
         "each stretch of a text gets a dummy space",
