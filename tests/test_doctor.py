@@ -195,7 +195,7 @@ def other_gpu(monkeypatch):
     """Let torch see a GPU of capability 7.5 with a driver for CUDA 12, and CUDA 13 in torch."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    monkeypatch.setattr(machine, "_supported_cuda", lambda: 12080)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
 

@@ -1,5 +1,6 @@
 """The machine: GPU, driver, memory, the compiler and the folders that a run needs."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -40,9 +41,18 @@ def check_driver(device: torch.device) -> Finding:
     """Compare the CUDA version of the driver with that of torch."""
     if device.type == "cpu":
         return skipped(NO_GPU)
-    supported, built = torch._C._cuda_getDriverVersion() // 1000, torch.version.cuda
+    supported, built = _supported_cuda() // 1000, torch.version.cuda
     text = f"{_driver_version()}, CUDA {supported}; torch is built for CUDA {built}"
     return judged(supported >= int(built.split(".")[0]), text, driver=_driver_version())
+
+
+def _supported_cuda() -> int:
+    """Return the CUDA version of the driver, 12080 for 12.8. torch has loaded the driver."""
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    version = ctypes.c_int()
+    if error := driver.cuDriverGetVersion(ctypes.byref(version)):
+        raise OSError(f"the driver gives no CUDA version (error {error})")
+    return version.value
 
 
 def _driver_version() -> str:

@@ -97,10 +97,11 @@ class Subject:
             samples.append(Sample(ids, [-100] * (length // 3) + ids[length // 3 :]))
         return samples
 
-    def normal(self, *shape: int, seed: int = 0) -> Tensor:
-        """Return normal random numbers on the model's device in its dtype."""
+    def normal(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """Return normal random numbers on the model's device, by default in its dtype."""
         generator = torch.Generator().manual_seed(seed + sum(shape))
-        return torch.randn(shape, generator=generator).to(self.model.device, self.model.dtype)
+        numbers = torch.randn(shape, generator=generator)
+        return numbers.to(self.model.device, dtype or self.model.dtype)
 
     def draw_adapter_(self) -> None:
         """Give the adapter random values, always the same."""

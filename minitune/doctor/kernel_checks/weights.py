@@ -89,7 +89,7 @@ def _state(s: Subject, dtype: torch.dtype | None) -> list[Tensor]:
 def check_adamw_8bit(s: Subject) -> Finding:
     """Compare the parameters after two updates with moments in 8 bits, and the moments' codes."""
     found, expected = _eight_bit_state(s), _eight_bit_state(s)
-    tables, grads = moment_tables(s.model.device), s.normal(PARAMETERS).float()
+    tables, grads = moment_tables(s.model.device), s.normal(PARAMETERS, dtype=torch.float32)
     norm = grads.norm()
     for step in (1, 2):
         values, *moments = found
@@ -111,7 +111,7 @@ def _eight_bit_state(s: Subject) -> list[Tensor]:
     device, blocks = s.model.device, cdiv(PARAMETERS, MOMENT_BLOCKSIZE)
     codes = [torch.zeros(PARAMETERS, dtype=torch.uint8, device=device) for _ in range(2)]
     scales = [torch.zeros(blocks, device=device) for _ in range(2)]
-    return [s.normal(PARAMETERS, seed=1).float(), *codes, *scales]
+    return [s.normal(PARAMETERS, seed=1, dtype=torch.float32), *codes, *scales]
 
 
 def check_global_norm(s: Subject) -> Finding:
