@@ -206,6 +206,14 @@ def test_a_gpu_without_bfloat16_and_an_old_driver_fail(other_gpu):
     assert found.status == FAIL and "CUDA 12; torch is built for CUDA 13.0" in found.text
 
 
+def test_the_version_of_the_driver_is_read_from_its_line(monkeypatch, tmp_path):
+    line = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build"
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "version")
+    assert machine._driver_version() == "driver of unknown version"
+    machine.DRIVER.write_text(f"{line}  (root@host)\nGCC version: gcc 13.3.0\n")
+    assert machine._driver_version() == "driver 580.159.04"
+
+
 def test_a_gpu_that_torch_does_not_see_fails(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Path, "glob", lambda path, pattern: iter([path / "nvidia0"]))

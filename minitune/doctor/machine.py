@@ -58,10 +58,10 @@ def _supported_cuda() -> int:
 def _driver_version() -> str:
     """Return the version of NVIDIA's kernel module."""
     try:
-        found = re.search(r"Module[^0-9]*([0-9.]+)", DRIVER.read_text(encoding="utf-8"))
+        found = re.search(r" ([0-9]+(?:\.[0-9]+)+) ", DRIVER.read_text(encoding="utf-8"))
     except OSError:
         found = None
-    return found[1] if found else "driver of unknown version"
+    return f"driver {found[1]}" if found else "driver of unknown version"
 
 
 def check_gpu_memory(device: torch.device) -> Finding:
