@@ -2,7 +2,10 @@
 
     python tests/fuzz_readers.py                              2,000 mutants over all readers
     python tests/fuzz_readers.py --count 20000
+    python tests/fuzz_readers.py --count 0                    the seeds of found faults alone
     python tests/fuzz_readers.py --reader config --seed 17    one mutant, with its files kept
+
+The seeds of found faults (fuzz/found.py) run first, unless a reader is chosen.
 
 Prints a table of reader x outcome with the worst time and memory, and for each fault the command
 that repeats it. Exit code 1 if there is a fault.
@@ -26,6 +29,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "1000"}
 
 import torch
+from fuzz.found import FOUND
 from fuzz.maker import Maker, foreign_values
 from fuzz.observer import CANARY, Observer
 from fuzz.originals import build_in_a_process
@@ -101,6 +105,17 @@ def shares(count: int) -> dict[str, int]:
     return numbers
 
 
+def chosen(arguments: argparse.Namespace) -> list[tuple[str, Iterable[int]]]:
+    """Return (reader, seeds) for all mutants that the command line asks for."""
+    if arguments.seed is not None:
+        return [(reader, [arguments.seed]) for reader in arguments.reader]
+    counts = shares(arguments.count)
+    found = [] if arguments.reader else [(reader, [seed]) for reader, seed in FOUND.values()]
+    first = arguments.first
+    new = [(reader, range(first, first + counts[reader])) for reader in arguments.reader or counts]
+    return found + new
+
+
 def report(results: list[Result], seconds: float) -> str:
     """Return the table and the faults."""
     lines = [
@@ -159,11 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     start, results = time.monotonic(), []
     try:
         fuzzer = Fuzzer(root)
-        counts = shares(arguments.count)
-        for reader in arguments.reader or counts:
-            seeds = range(arguments.first, arguments.first + counts[reader])
-            if arguments.seed is not None:
-                seeds = [arguments.seed]
+        for reader, seeds in chosen(arguments):
             for result in fuzzer.run(reader, seeds):
                 results.append(result)
                 if result.is_fault:  # also if the run is stopped
