@@ -144,7 +144,7 @@ def _row(name: str, results: list[Result]) -> str:
         sum(result.is_fault for result in results),
         sum(not result.names for result in results),
     ]
-    slowest, largest = max(r.seconds for r in results), max(r.grown for r in results)
+    slowest, largest = max(r.cpu_seconds for r in results), max(r.grown for r in results)
     counts.append(round(1000 * sum(r.cpu_seconds for r in results) / len(results)))
     figures = "".join(f"{count:>8}" for count in counts)
     return f"{name:<20}{figures}{slowest:>9.1f}{largest / 1e6:>7.0f}"

@@ -255,6 +255,8 @@ def test_folders_that_are_no_single_dataset_are_refused_with_the_remedy(tmp_path
     refused(state.parent, r"holds a selection of rows; call flatten_indices\(\)")
     state.write_text(json.dumps(content | {"_data_files": [{"filename": "../x.arrow"}]}))
     refused(state.parent, "_data_files is .*, expected a list of")
+    state.write_text(json.dumps(content | {"_format_columns": True}))
+    refused(state.parent, "_format_columns is True; expected null")
 
 
 BROKEN = {

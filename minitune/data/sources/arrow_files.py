@@ -83,6 +83,12 @@ def read_dataset_folder(folder: Path) -> Iterator[tuple[int, Any]]:
     arrow = _pyarrow(folder, "pyarrow")
     files = dataset_files(folder)
     columns = read_json(folder / STATE).get("_format_columns")  # None: all of them
+    is_list = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+    if columns is not None and not is_list:
+        raise ValueError(
+            f"{folder / STATE}: _format_columns is {columns!r:.60}; expected null, or a list of "
+            "names of columns"
+        )
     number = 0
     for path in files:
         try:
