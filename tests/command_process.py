@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from multiprocessing import util
 from pathlib import Path
@@ -27,8 +28,6 @@ class Place:
         self.folder, self.inputs, self.output = folder, folder / "inputs", folder / "run"
         self.inputs.mkdir()
         write_inputs(self.inputs)
-        for path in self.inputs.rglob("*"):  # another user may read them
-            path.chmod(0o755 if path.is_dir() else 0o644)
 
     def train(self, *more: str, before: Callable[[], None] = lambda: None) -> tuple[int, str]:
         """Run the train command; return its exit code and the last line of stderr.
@@ -77,5 +76,7 @@ def _be_command(run: Callable[[], int], before: Callable[[], None], log: Path) -
         code = run()
         util._exit_function()  # what a process does at its end: temporary folders are removed
         sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
