@@ -19,6 +19,7 @@ FOUND = {
     "a chat template that loops for ever ends": ("chat_template", 2),
     "a chat template in a GGUF file that fills the memory ends": ("gguf_template", 5),
     "a macro in a GGUF file that doubles its text ends": ("gguf_template", 17),
+    "a template in a GGUF file that is slow at each rendering ends": ("gguf_template", 26),
     "TOML that is nested too deeply is refused": ("toml", 12),
     "a run's settings that are nested too deeply are refused": ("run_folder", 18),
     "a number of chunks that is a list is refused": ("imatrix", 41),

@@ -4,7 +4,7 @@ A template is a foreign program. Its steps spend units before they run, so a ste
 too long or too much memory does not begin. Counting gives the same result on every machine and in
 every thread, and also ends work inside of a C function.
 
-    units = 4 * 10**6 + 64 * size of the conversation + 200 * messages**2
+    units = 10**6 + 64 * size of the conversation + 200 * messages**2
     units of a node in a loop = 1 + length of the longest text / 4096
     units of a call or filter = number of characters and entries that it reads and makes
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import jinja2
 
-BASE_UNITS, UNITS_A_CHARACTER = 4_000_000, 64
+BASE_UNITS, UNITS_A_CHARACTER = 1_000_000, 64
 UNITS_A_PAIR = 200  # of messages
 BASE_SIZE, SIZE_A_CHARACTER = 2_000_000, 8  # of a value
 SMALL = 4096  # characters that a node handles in the time of one unit
