@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("fuzz_readers.py")
 
 
+@pytest.mark.slow  # a minute or two
 def test_no_mutant_of_a_file_ends_in_anything_but_success_or_a_value_error():
     # In a process of its own, which forks before it computes.
     command = [sys.executable, SCRIPT, "--count", "2000"]

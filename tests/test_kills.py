@@ -2,11 +2,13 @@
 
 import os
 
+import pytest
 from kills import run_kills
 
 COUNT = int(os.environ.get("KILL_POINTS", "25"))
 
 
+@pytest.mark.slow  # a minute
 def test_killed_runs_resume_to_the_same_bytes_and_exports_are_absent_or_whole():
     figures = run_kills(COUNT)
     assert figures.wrong == []
