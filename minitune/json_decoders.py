@@ -1,7 +1,7 @@
 """The decoders of JSON texts, the values that they refuse, and the texts of their errors.
 
-A decoder refuses integers of too many digits, numbers that no float holds, and a key that stands
-twice in an object. An error names the place in the text, or the field that holds the value.
+A decoder refuses integers of too many digits, numbers that no float holds, and a key that has two
+values in an object. An error names the place in the text, or the field that holds the value.
 
 This file imports nothing else of the package.
 """
@@ -9,7 +9,6 @@ This file imports nothing else of the package.
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +23,12 @@ HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole pair
 
 
 def parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON. A key that stands twice is an error: one value would be lost."""
+    """Return an object of JSON. A key with two values is an error: one of them would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f'the key "{_short(twice)}" stands twice in an object')
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f'the key "{_short(key)}" stands twice in an object')
     return found
 
 

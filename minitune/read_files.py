@@ -5,17 +5,20 @@ Everything that Python's parsers accept and later code may not survive is refuse
 - a FIFO, device, socket, folder or broken link in place of a file, before it is opened;
 - a file of too many bytes, or of another encoding than UTF-8 (a byte order mark is skipped);
 - values nested too deeply, integers of too many digits, and numbers that no float holds;
-- a key that stands twice in an object, because one of its values would be lost.
+- a key that has two values in an object, because one of them would be lost.
 
 json_decoders.py holds the decoders of JSON. Nothing else of the package is imported.
 """
 
+import contextlib
 import errno
+import gc
 import json
 import os
 import re
 import stat
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +163,26 @@ def read_json(
     if default is not None and not file_exists(path):
         return default
     text = read_text(path, max_bytes=max_bytes, hint=hint)
-    content = _parse(FILE if finite else NOT_FINITE, text, str(path))
+    with _no_garbage_collection():
+        content = _parse(FILE if finite else NOT_FINITE, text, str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")
     return content
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect no cyclic garbage in the block: values of JSON have no cycles.
+
+    For the 500,000 merges of a tokenizer.json the collector takes 1.3 of 2.0 s.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def parse_json(text: str | bytes, where: str = "") -> Any:
