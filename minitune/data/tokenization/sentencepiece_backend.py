@@ -20,7 +20,7 @@ from tokenizers import AddedToken, models
 from minitune.data.tokenization.added_tokens import CONFIG, DeclaredTokens
 from minitune.data.tokenization.json_backend import LIBRARY, Encoding
 from minitune.data.tokenization.library_errors import library_errors, no_panic_trace
-from minitune.data.tokenization.sentencepiece_file import open_sentencepiece
+from minitune.data.tokenization.sentencepiece_file import read_sentencepiece, sentencepiece_of
 
 # In a protobuf message the last value of a field counts. These four bytes, appended to a model
 # file, set add_dummy_prefix (field 3) of normalizer_spec (field 3) to false.
@@ -36,8 +36,9 @@ class SentencePieceBackend:
 
     def __init__(self, path: Path, config: dict[str, Any], declared: DeclaredTokens):
         self._path = path
-        self._begin = open_sentencepiece(path)
-        self._inside = open_sentencepiece(path, NO_DUMMY_PREFIX)
+        proto = read_sentencepiece(path)
+        self._begin = sentencepiece_of(path, proto)
+        self._inside = sentencepiece_of(path, proto + NO_DUMMY_PREFIX)
         with library_errors(path, "use its pieces", "sentencepiece"):
             self._choose_dummy_space(config)
             pieces = [self._begin.id_to_piece(i) for i in range(self._begin.get_piece_size())]

@@ -24,18 +24,21 @@ CHARACTER_MAP_FIELD = 2  # of a normaliser
 UNIGRAM, BPE = 1, 2
 
 
-def open_sentencepiece(
-    path: Path, last_fields: bytes = b""
-) -> sentencepiece.SentencePieceProcessor:
+def open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
     """Return the tokenizer of a file.
-
-    last_fields: fields that override those of the file.
 
     Raises: ValueError that names the file if it is damaged, or beyond the limits above.
     """
-    proto = read_sentencepiece(path)
+    return sentencepiece_of(path, read_sentencepiece(path))
+
+
+def sentencepiece_of(path: Path, proto: bytes) -> sentencepiece.SentencePieceProcessor:
+    """Return the tokenizer of a file's content, which `read_sentencepiece` has checked.
+
+    Raises: ValueError that names the file if the library refuses the content.
+    """
     with library_errors(path, "read it", f"sentencepiece {sentencepiece.__version__}"):
-        return sentencepiece.SentencePieceProcessor(model_proto=proto + last_fields)
+        return sentencepiece.SentencePieceProcessor(model_proto=proto)
 
 
 def read_sentencepiece(path: Path) -> bytes:
