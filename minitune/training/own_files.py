@@ -179,7 +179,7 @@ def _finish_deletion(doomed: Path, path: Path) -> None:
         shutil.rmtree(doomed)
         return
     for file in sorted(set(doomed.iterdir()) - set(foreign)):
-        shutil.rmtree(file) if file.is_dir() else file.unlink()
+        shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
     if not exists(path):
         doomed.rename(path)
 
@@ -210,7 +210,7 @@ def _remove_leftovers_of(path: Path) -> None:
         path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old", "deleted")
     )
     restore_old(path)
-    if doomed.is_dir():
+    if doomed.is_dir() and not doomed.is_symlink():  # no run makes such a link
         _finish_deletion(doomed, path)
     for leftover in (partial, old):
         if leftover.is_dir() and not leftover.is_symlink():
