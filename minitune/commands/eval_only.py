@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minitune.api import FastLanguageModel
-from minitune.checkpoints.find_model import find_model
+from minitune.checkpoints.find_model import ADAPTER, find_model
 from minitune.config.cli import Settings, flag_of, print_notes, read_settings
 from minitune.config.training_config import RunConfig
 from minitune.data.samples import LabelOptions
@@ -20,7 +20,7 @@ from minitune.data.sources.sources import check_first_records
 from minitune.device import choose_device
 from minitune.threads import use_free_cores
 from minitune.training.evaluation import evaluate
-from minitune.training.own_files import ADAPTER, CONFIG
+from minitune.training.own_files import CONFIG
 
 # Settings that an evaluation takes from a run's config.toml unless the user gives them.
 OF_THE_RUN = (

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 
 from minitune.api import FastLanguageModel
 from minitune.config.cli import CommandParser, bounded, print_notes, run_command
-from minitune.config.numbers import number, whole
+from minitune.config.numbers import whole
 from minitune.config.training_config import MAX_SEQ_LENGTH, SEEDS
 from minitune.data.text_streamer import TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
 from minitune.model.causal_lm import CausalLM
+from minitune.model.sampling import BOUNDS
 from minitune.threads import use_free_cores
 
 
@@ -71,19 +72,19 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--temperature",
-        type=bounded(number(0)),
+        type=bounded(BOUNDS["temperature"]),
         default=0.0,
         help="0 takes the likeliest token (default)",
     )
     parser.add_argument(
         "--top-p",
-        type=bounded(number(0, 1)),
+        type=bounded(BOUNDS["top_p"]),
         default=1.0,
         help="draw from the fewest tokens that reach this probability (default: 1.0)",
     )
     parser.add_argument(
         "--top-k",
-        type=bounded(whole()),
+        type=bounded(BOUNDS["top_k"]),
         default=0,
         help="draw from the likeliest tokens only; 0: all (default)",
     )

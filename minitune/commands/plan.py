@@ -5,9 +5,9 @@
     minitune plan --list-shapes                       the models that need no folder
 
 The model is a GGUF file, or a folder, which needs config.json only; weights that it holds are
-checked against config.json. The shapes of many published
-models are built in (config/model_shapes.py). A folder of the same name wins. `minitune train
---plan` takes all flags of a training run, `minitune plan` those that a plan depends on.
+checked against config.json. The shapes of many published models are built in
+(config/model_shapes.py). A folder of the same name wins. `minitune train --plan` takes all flags of
+a training run, `minitune plan` those that a plan depends on.
 """
 
 from collections.abc import Sequence

@@ -25,6 +25,7 @@ from minitune.api import FastLanguageModel
 from minitune.checkpoints.find_model import find_model
 from minitune.checkpoints.merge import check_merge_base, merge_text
 from minitune.checkpoints.resolve_model import is_gguf, resolve_model
+from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.checkpoints.safetensors_writer import specs_of_dtype, total_bytes
 from minitune.commands.data import print_samples
 from minitune.commands.eval_only import eval_only
@@ -39,6 +40,7 @@ from minitune.data.sources.sources import check_first_records
 from minitune.device import choose_device
 from minitune.gguf.base.load import open_base
 from minitune.gguf.export import check_gguf, gguf_file_names
+from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.model_metadata import check_window
 from minitune.gguf.writer import Content
 from minitune.language_model import LanguageModel
@@ -240,14 +242,14 @@ def _check(settings: Settings) -> list[Content]:
         check_first_records(path)
     contents = check_gguf(run.model, base, run.gguf) if run.gguf else []
     if run.merge or run.gguf:
-        _check_merge_base(settings, base)
-        require_room(sft, _bytes_of_models(run, open_base(base)[0], contents))
+        config, stored = open_base(base)
+        _check_merge_base(run, base, stored)
+        require_room(sft, _bytes_of_models(run, config, contents))
     return contents
 
 
-def _check_merge_base(settings: Settings, base: Path) -> None:
+def _check_merge_base(run: RunConfig, base: Path, stored: SafetensorsFolder | FileWeights) -> None:
     """Raise ValueError if the model will lack the weights that --merge-base names."""
-    stored, run = open_base(base)[1], settings.run
     folder = None if is_gguf(base) else stored
     is_nf4 = folder is not None and (run.load_in_4bit or folder.prequantized)
     check_merge_base(run.merge_base, base, folder, is_nf4)

@@ -99,9 +99,7 @@ def generate(
     answers = decode(model, given.ids, limits, sampler.choose, ends, report)
     if streamer:
         streamer.end()
-    if given.grid is None:
-        return [answer[:-1] if answer[-1] in ends else answer for answer in answers]
-    return _with_prompts(given.grid, answers, pad)
+    return _result(given.grid, answers, ends, pad)
 
 
 def _reporter(
@@ -126,6 +124,15 @@ def _reporter(
             on_token(row, token)
 
     return report
+
+
+def _result(
+    grid: Tensor | None, answers: Sequence[list[int]], ends: Sequence[int], pad: int | None
+) -> list[list[int]] | Tensor:
+    """Return the new tokens without end tokens, or behind the prompts if these are a tensor."""
+    if grid is None:
+        return [answer[:-1] if answer[-1] in ends else answer for answer in answers]
+    return _with_prompts(grid, answers, pad)
 
 
 def _with_prompts(grid: Tensor, answers: Sequence[Sequence[int]], pad: int | None) -> Tensor:

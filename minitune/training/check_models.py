@@ -79,8 +79,8 @@ def require_room(args: SFTConfig, needed: Mapping[str, int]) -> None:
         parts = ", ".join(f"{words} {nbytes:,}" for words, nbytes in needed.items() if nbytes)
         raise ValueError(
             f"{output}: the run needs {total:,} bytes at its end ({parts}), but only {free:,} are "
-            "left on the disk; lower save_total_limit, ask for fewer models, or choose another "
-            "output_dir"
+            "left on the disk; set a lower save_total_limit, ask for fewer models, or choose "
+            "another output_dir"
         )
 
 

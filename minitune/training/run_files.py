@@ -1,4 +1,4 @@
-"""The folder of a run that trains: config.toml, checkpoints and the adapter are written there."""
+"""The files that a run writes while it trains: config.toml, checkpoints and the adapter."""
 
 import contextlib
 import os
@@ -21,8 +21,8 @@ from minitune.training.optimizer import FlatAdamW
 from minitune.training.own_files import CONFIG, METRICS, add_outputs, checkpoints, delete
 
 
-class RunFolder:
-    """The folder of one run.
+class RunFiles:
+    """The files of one run, in its folder.
 
     output: the folder.
     saved_step: step of the last checkpoint of this run, or of the one it continues from.

@@ -22,7 +22,7 @@ from minitune.training.resume import (
     run_identity,
 )
 from minitune.training.run_control import RunControl
-from minitune.training.run_files import RunFolder
+from minitune.training.run_files import RunFiles
 from minitune.training.run_folder import locked_run_folder, open_run_folder, run_output
 from minitune.training.sample_answers import SamplePrompts
 from minitune.training.tensorboard import TensorBoardCallback
@@ -44,7 +44,7 @@ class SavedRun(OptimizerSteps):
         callbacks = list(callbacks)
         if self.args.report_to == "tensorboard":
             callbacks.append(TensorBoardCallback())
-        self._run: RunFolder | None = None
+        self._run: RunFiles | None = None
         self.run_control = RunControl(self.args, callbacks, self._callback_objects)
 
     def _callback_objects(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class SavedRun(OptimizerSteps):
         for note in (*notes, *args.precision_notes(model.dtype)):
             print_message("note", note)
         remove_other_entries(self.output / FOLDER, self.data.cache_keys)
-        self._run = RunFolder(self.output, self.progress.step, args.save_total_limit)
+        self._run = RunFiles(self.output, self.progress.step, args.save_total_limit)
         resolved = replace(args, output_dir=str(self.output), max_length=self.data.max_length)
         self._run.write_config(as_dict(self.run_config, model.lora, resolved))
         saved = {} if source is None else read_state(source)
