@@ -34,7 +34,7 @@ class Request:
     """The wishes of the user; a model of None is a small random one.
 
     model, adapter: as in `find_model`.
-    dtype: compute dtype; None is that of the device.
+    dtype: compute dtype.
     lora: settings of the new adapter, unless `model` or `adapter` names an adapter.
     """
 
