@@ -147,6 +147,19 @@ def test_the_limits_grow_with_the_conversation():
         assert template.render(Conversation(messages), len(messages), False, {})
 
 
+def test_many_tools_beside_a_long_message_are_rendered():
+    work = "{% if kind.a is defined %}{{ kind.a + kind.b }}{% endif %}" * 25
+    macro = "{% macro described(kind) %}" + work + "{{ kind.type }} {% endmacro %}"
+    tools = (
+        "{% for t in tools %}{% for k in t.values() %}{{ described(k) }}{% endfor %}{% endfor %}"
+    )
+    template = JinjaTemplate(macro + tools + "{{ messages[0].content }}")
+    parameters = {f"p{i}": {"type": "string", "description": "a value of it"} for i in range(20)}
+    messages = [{"role": "user", "content": "x" * 100_000}]
+    text = template.render(Conversation(messages, [parameters] * 100), 1, False, {})
+    assert text.count("string") == 2000 and text.endswith("x")
+
+
 def test_keys_of_a_message_are_found_behind_its_methods():
     template = JinjaTemplate("{{ messages[0].content }}{{ messages[0].items }}{{ messages[0].x }}")
     text = template.render(Conversation([{"role": "user", "content": "Hi"}]), 1, False, {})
