@@ -27,6 +27,7 @@ from minitune.training.optimizer import FlatAdamW
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 REMEDY = "resume from another checkpoint"
+MAX_STATE_BYTES = 256 << 20  # callbacks and steps that are not logged yet add to it
 LOSSES = number(-1e300, 1e300)
 PROGRESS = {  # the bounds of the numbers that a run continues from
     "step": whole(),
@@ -121,7 +122,8 @@ def read_state(folder: str | Path, **required: type) -> dict[str, Any]:
     path = Path(folder) / STATE
     hint = f"a checkpoint to resume from holds {STATE} and {OPTIMIZER}"
     try:
-        state = read_json(path, hint=hint, finite=False)  # a callback may keep an infinite value
+        # A callback may keep an infinite value.
+        state = read_json(path, hint=hint, finite=False, max_bytes=MAX_STATE_BYTES)
     except ValueError as error:
         raise ValueError(f"{error}; {REMEDY}") from None
     for name, expected in {"optimizer_steps": int, **required}.items():
