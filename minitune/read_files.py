@@ -83,6 +83,18 @@ def require_regular_file(path: str | Path, hint: str = "") -> None:
         raise ValueError(f"{path}: {kind}, not a file; put a regular file there, or remove it")
 
 
+def require_readable(path: str | Path) -> None:
+    """Raise ValueError that names a path unless a regular file is there that may be read.
+
+    For files that a library opens: safetensors calls a forbidden file missing.
+    """
+    require_regular_file(path)
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        raise ValueError(f"{path}: could not be read ({error.strerror or error})") from None
+
+
 def file_exists(path: str | Path) -> bool:
     """Return True if a regular file is at a path, False if nothing is there.
 

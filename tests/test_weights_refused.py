@@ -1,13 +1,16 @@
 """Broken or unsupported model folders are refused with the name of the file, field or tensor."""
 
+import errno
 import json
+import os
+import re
 
 import pytest
 import torch
 from tiny import make_tiny_model
 from weight_folders import edit_json, edit_tensors, load, write_bitsandbytes
 
-from minitune.checkpoints.safetensors_folder import SafetensorsFolder
+from minitune.checkpoints.safetensors_folder import SafetensorsFolder, read_safetensors
 
 QUANTIZATIONS = {
     "FP4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
@@ -48,6 +51,23 @@ def test_a_broken_state_of_a_quantised_linear_is_named(tmp_path, change):
     edit_tensors(tmp_path / "bnb", damage)
     with pytest.raises(ValueError, match=f"{name} is not what bitsandbytes writes: "):
         load(tmp_path / "bnb")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_weights_that_may_not_be_read_are_not_called_missing(tmp_path, monkeypatch):
+    folder, opened = make_tiny_model(tmp_path / "m"), os.open
+    weights = folder / "model.safetensors"
+
+    def forbidden(path, *arguments, **named):  # root may read everything
+        if str(path) == str(weights):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", forbidden)
+    message = rf"^{re.escape(str(weights))}: could not be read \(Permission denied\)$"
+    for read in (SafetensorsFolder, lambda folder: read_safetensors(weights)):
+        with pytest.raises(ValueError, match=message):
+            read(folder)
 
 
 def test_a_folder_of_other_formats_is_refused_by_the_file_it_holds(tmp_path):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitune.device import read_files_ahead
-from minitune.read_files import MAX_INDEX_BYTES, file_exists, read_json, require_regular_file
+from minitune.read_files import MAX_INDEX_BYTES, file_exists, read_json, require_readable
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Endings of constants that old writers saved or listed beside the weights; not loaded.
@@ -55,7 +55,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises: ValueError that names the file if it is missing, truncated or of another format.
     """
     try:
-        file_exists(path)  # refuses a FIFO or device, which would not end
+        if file_exists(path):  # refuses a FIFO or device, which would not end
+            require_readable(path)
         return load_file(path)
     except (OSError, SafetensorError) as error:
         pickled = path.with_suffix(".bin")
@@ -133,7 +134,7 @@ class SafetensorsFolder:
 
     def _open(self, path: Path) -> None:
         """Open a file and add its tensors to the names."""
-        require_regular_file(path)
+        require_readable(path)
         try:
             file = self._files[path] = safe_open(path, "pt")
         except SafetensorError as error:
