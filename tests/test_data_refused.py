@@ -65,7 +65,7 @@ LINES = [
     ('{"prompt": "a", "completion": ["b"]}', '"completion" is a list, expected a text'),
     ('{"prompt": ["a"], "completion": "b"}', r'"prompt"\[0\] is not a message'),
     ('{"instruction": "a", "output": {}}', '"output" is an object, expected a text'),
-    ('{"text": "a\\ud800"}', "surrogates not allowed"),
+    ('{"text": "a\\ud800"}', "half a surrogate pair; save the text in valid UTF-8"),
     (
         '{"messages": [{"role": "user", "content": "a"}], "tools": 3}',
         '"tools" is a number, expected a list',

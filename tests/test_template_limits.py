@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable
 
 import pytest
+from tiny import make_tiny_model
 
 from minitune.data.samples import Conversation
 from minitune.data.templates.chat_template import ChatTemplate
 from minitune.data.templates.jinja_template import MAX_SOURCE, JinjaTemplate
+from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.data.tokenize_dataset import tokenize_dataset
 
 MESSAGES = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
 LOOP = "{% for a in range(99999) %}"
@@ -115,7 +119,8 @@ def outcomes_in_fork(
             try:
                 outcome = f"value {action()}"
             except BaseException as error:
-                outcome = f"{type(error).__name__} {error}"
+                kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+                outcome = f"{kind} {error}"
             os.write(writer, f"{json.dumps([name, outcome])}\n".encode())
         os._exit(0)
     os.close(writer)
@@ -137,6 +142,29 @@ def test_a_hostile_template_is_refused_in_time_and_memory(kinds):
     wrong = {name for name in kinds if not outcomes.get(name, "hang").startswith("ValueError ")}
     assert not {name: outcomes.get(name, "hang") for name in wrong}
     assert max(map(len, outcomes.values())) < 1300
+
+
+@pytest.mark.parametrize("text", ["{{ 1 }}", "{% if add_generation_prompt %}"])
+def test_data_is_prepared_no_further_behind_a_template_of_too_much_work(tmp_path, text):
+    tokenizer = Tokenizer.from_folder(make_tiny_model(tmp_path / "m"))
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}" + text
+    end = "{% endif %}" if "if" in text else ""
+    tokenizer.chat_template = source + ENDLESS["loops"] + end
+    counted = []
+    records = ({"messages": counted.append(i) or MESSAGES} for i in range(99))
+    message = rf"dataset\[0\]: .*{re.escape(tokenizer.name_or_path)}.*more steps.*get_chat_template"
+    with pytest.raises(ValueError, match=message):
+        tokenize_dataset(records, tokenizer, 100, skip_bad=True)
+    assert counted == [0]
+
+
+def test_a_template_that_nests_or_ranges_too_far_names_the_remedy():
+    for source, reason in (
+        (REFUSED["recursion"], "nested too deeply"),
+        ("{% for i in range(999999) %}{% endfor %}", "loops over more than 100,000 numbers"),
+    ):
+        with pytest.raises(ValueError, match=f"chat template .*{reason}.*; use another chat"):
+            rendered(source)
 
 
 def test_the_limits_grow_with_the_conversation():

@@ -18,6 +18,7 @@ from minitune.data.records.record_fields import unused_notes
 from minitune.data.records.record_formats import TEXT_FIELD, render_record
 from minitune.data.samples import LabelOptions, RenderedText, Sample, Span
 from minitune.data.sources.sources import Dataset, Source, open_sources
+from minitune.data.templates.template_budget import CostlyTemplateError
 from minitune.data.token_cache import dataset_key, new_entry, read_entry
 from minitune.data.tokenization.tokenizer import Encoding, Tokenizer
 from minitune.kernels.cross_entropy import IGNORE_INDEX
@@ -76,7 +77,8 @@ def tokenize_dataset(
     labels: the fields of LabelOptions, as in SFTConfig.
 
     Raises: ValueError if records cannot be read or rendered, which lists the first 20 by file and
-        line, or if no sample has a token to train on.
+        line; at the first record for which the chat template asks for too much work; if no sample
+        has a token to train on.
     """
     if max_length < 2:
         raise ValueError(
@@ -186,7 +188,11 @@ def _rendered_parts(
                 rendered = render_record(record, tokenizer, options)
                 for item in rendered.parts:
                     if isinstance(item, RenderedText):
-                        item.text.encode()  # JSON may hold half a surrogate pair: that is no text
+                        _require_whole_characters(item.text)
+            except CostlyTemplateError as error:  # would cost as much for each further record
+                raise ValueError(
+                    f"{origin}: with the tokenizer {tokenizer.name_or_path}, {error}"
+                ) from None
             except ValueError as error:
                 report.bad.add(" ".join(f"{origin}: {error}".splitlines()))
                 continue
@@ -194,6 +200,17 @@ def _rendered_parts(
             report.add_notes(rendered.notes, origin)
             for item in rendered.parts:
                 yield _Part(item, i, number, origin, rendered.shape)
+
+
+def _require_whole_characters(text: str) -> None:
+    """Raise ValueError if a text holds half a surrogate pair, which JSON can name."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds {text[error.start]!r}, half a surrogate pair; save the text in valid "
+            "UTF-8"
+        ) from None
 
 
 def _next_chunk(parts: Iterator[_Part]) -> list[_Part]:

@@ -148,7 +148,8 @@ def _file_source(path: Path, text_field: str) -> Source:
     try:
         by_line = not is_json_array(path)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: could not be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: could not be read ({reason})") from None
     return _source(path, by_line, read_json_file, path)
 
 

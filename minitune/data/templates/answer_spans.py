@@ -26,6 +26,7 @@ from typing import Any
 
 from minitune.data.samples import Conversation, Span
 from minitune.data.templates.jinja_template import NO_BLOCKS, JinjaTemplate
+from minitune.data.templates.template_budget import ConversationRefusedError
 from minitune.data.templates.text_marks import (
     SPAN_BEGIN,
     SPAN_END,
@@ -94,7 +95,7 @@ class AnswerSpans:
             blocks = (marked.mark(SPAN_BEGIN), marked.mark(SPAN_END))
             try:
                 text = self._render(marked.conversation, self._length, blocks=blocks)
-            except ValueError:  # the template compares names, or measures a text
+            except ConversationRefusedError:  # the template compares names, or measures a text
                 continue
             rendering = marked.parse(text)
             if rendering.text == self.text:
@@ -195,7 +196,7 @@ class AnswerSpans:
         """Return the messages before message `i` with the generation prompt, None if refused."""
         try:
             return self._marked.parse(self._render(self._marked.conversation, i, True))
-        except ValueError:
+        except ConversationRefusedError:
             return None
 
     def _first_mark(self, i: int) -> int:
@@ -233,7 +234,7 @@ class AnswerSpans:
                 with_prompt = self._before(i)
                 try:
                     without = self._render(self._conversation, i)
-                except ValueError:
+                except ConversationRefusedError:
                     continue
                 if with_prompt is not None and with_prompt.text.startswith(without):
                     return with_prompt.text[len(without) :]
@@ -268,7 +269,7 @@ class AnswerSpans:
             return len(self.text)
         try:
             after = self._render(self._conversation, i + 1)
-        except ValueError:
+        except ConversationRefusedError:
             return last
         return max(last, len(after)) if self.text.startswith(after) else last
 

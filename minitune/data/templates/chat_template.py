@@ -17,6 +17,7 @@ from minitune.data.samples import Conversation, RenderedConversation, Span
 from minitune.data.templates.answer_spans import AnswerSpans, any_of
 from minitune.data.templates.jinja_template import JinjaTemplate
 from minitune.data.templates.messages import REASONING_KEYS, normal_message, with_reasoning_key
+from minitune.data.templates.template_budget import ConversationRefusedError
 from minitune.data.templates.text_marks import REASONING_ENDS, reasoning_name
 
 EARLIER_REASONING = "the chat template leaves out the reasoning of earlier turns"  # a note
@@ -218,7 +219,7 @@ class ChatTemplate:
         longer = self._readable(replace(conversation, messages=messages))
         try:
             whole = self._template(longer).render(longer, len(messages), False, self._variables)
-        except ValueError:
+        except ConversationRefusedError:
             whole = ""
         following = whole[len(text) :] if whole.startswith(text) else ""
         for stop in self._stops:

@@ -17,12 +17,19 @@ from jinja2.ext import Extension, loopcontrols
 from minitune.data.samples import Conversation
 from minitune.data.templates.limited_jinja import LimitedEnvironment
 from minitune.data.templates.limited_tree import limited_tree
-from minitune.data.templates.template_budget import BUDGET, Budget
+from minitune.data.templates.template_budget import (
+    BUDGET,
+    Budget,
+    ConversationRefusedError,
+    CostlyTemplateError,
+    TemplateLimitError,
+)
 
 # Templates test for no other strings in a text than those of three letters with one of these.
 TAG_LETTERS, TAG_LENGTH = frozenset("<>[]{}|/"), 3
 NO_BLOCKS = ("", "")
 MAX_SOURCE = 2**18  # characters; the longest published templates have 17,000
+OTHER_TEMPLATE = 'use another chat template, such as get_chat_template(tokenizer, "chatml")'
 SHOWN_ERROR = 1000  # characters of a template's own error
 
 
@@ -132,7 +139,8 @@ class JinjaTemplate:
         variables: further names for the template, such as bos_token.
         blocks: texts to write before and after each {% generation %} block.
 
-        Raises: ValueError if the template refuses the messages.
+        Raises: CostlyTemplateError if the template asks for too much work;
+            ConversationRefusedError if it refuses the messages.
         """
         own = {
             "messages": conversation.messages[:length],
@@ -148,12 +156,21 @@ class JinjaTemplate:
         token = BUDGET.set(Budget(own["messages"], conversation.tools))
         try:
             return self._template.render(context)
+        except TemplateLimitError as error:
+            raise CostlyTemplateError(
+                f"the chat template asks for too much work: {error}; {OTHER_TEMPLATE}"
+            ) from None
+        except RecursionError:
+            raise ConversationRefusedError(
+                "the chat template refuses the conversation: its macros or values are nested too "
+                f"deeply; {OTHER_TEMPLATE}"
+            ) from None
         except Exception as error:  # a template can raise all errors of Python
             reason = f"the chat template refuses the conversation: {_shown(error)}"
             tools = [tool for tool in conversation.tools or [] if isinstance(tool, dict)]
             is_bare = any("function" not in tool for tool in tools)
             if is_bare and "no attribute 'function'" in reason:
                 reason += '; write each tool as {"type": "function", "function": {...}}'
-            raise ValueError(reason) from None
+            raise ConversationRefusedError(reason) from None
         finally:
             BUDGET.reset(token)

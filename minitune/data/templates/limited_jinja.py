@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2 import pass_context
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 
 from minitune.data.templates.template_budget import (
@@ -84,6 +84,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.weights: dict[str | None, int] = {None: 1}
         self._is_safe: dict[tuple[type, str], bool] = {}
         self.globals["namespace"] = OpaqueNamespace
+        self.globals["range"] = _limited_range
         del self.globals["lipsum"]  # random text
 
     def limit_filters(self) -> None:
@@ -163,6 +164,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(result, list) and len(result) > SMALL:
             BUDGET.get().allow(LIST_UNITS * len(result))
         return result
+
+
+def _limited_range(*numbers: int) -> range:
+    """Return a range of Python that is not too long."""
+    try:
+        return safe_range(*numbers)
+    except OverflowError:
+        raise TemplateLimitError(f"it loops over more than {MAX_RANGE:,} numbers") from None
 
 
 def _method_size(text: str | bytes, name: str, args: tuple, kwargs: dict) -> int:

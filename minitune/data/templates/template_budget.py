@@ -39,7 +39,15 @@ WIDE_FIELD = re.compile(r"\d{4}|\{")  # the same in the format of a field for st
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
-    """A template that asks for more work than a conversation needs."""
+    """A template that asks for more work than a conversation needs, while it is rendered."""
+
+
+class CostlyTemplateError(ValueError):
+    """A template that asks for more work than a conversation needs: no record is at fault."""
+
+
+class ConversationRefusedError(ValueError):
+    """A template that refuses one conversation."""
 
 
 class Budget:
