@@ -34,7 +34,10 @@ def require_space(path: Path, needed: int) -> None:
     """Raise ValueError if the disk of `path` has less than `needed` bytes left."""
     free = shutil.disk_usage(existing_folder(path)).free
     if free < needed:
-        raise ValueError(f"{path}: needs {needed:,} bytes, but only {free:,} are left on the disk")
+        raise ValueError(
+            f"{path}: needs {needed:,} bytes, but only {free:,} are left on the disk; free space, "
+            "or choose a folder on another disk"
+        )
 
 
 def require_space_together(needed: Mapping[Path, int]) -> None:

@@ -63,7 +63,10 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         return chosen
     count = torch.cuda.device_count()
     if count <= (chosen.index or 0):
-        raise ValueError(f"device {chosen} was asked for, but torch sees {count} CUDA GPUs")
+        other = "device='cpu'" if count == 0 else f"device='cuda:{count - 1}'"
+        raise ValueError(
+            f"device {chosen} was asked for, but torch sees {count} CUDA GPUs; choose {other}"
+        )
     check_triton(chosen)
     index = torch.cuda.current_device() if chosen.index is None else chosen.index
     return torch.device("cuda", index)
