@@ -183,7 +183,7 @@ def test_the_room_that_is_asked_for_is_the_room_that_a_run_takes(inputs, tmp_pat
 
     assert asked["GGUF files"] == nbytes("*.gguf")
     assert asked["the merged model"] == pytest.approx(nbytes("merged/model*"), rel=0.05)
-    assert asked["adapter"] == pytest.approx(nbytes("adapter/*.safetensors"), rel=0.1)
+    assert asked["the adapter"] == pytest.approx(nbytes("adapter/*.safetensors"), rel=0.1)
     assert asked["2 checkpoints"] == pytest.approx(nbytes("checkpoint-*/*.safetensors"), rel=0.1)
 
 
@@ -199,12 +199,23 @@ def test_checkpoints_are_counted_as_far_as_they_stay(tmp_path):
     }
     for (strategy, steps, limit), count in expected.items():
         args = SFTConfig(save_strategy=strategy, save_steps=steps, save_total_limit=limit)
-        assert f"{count} checkpoints" in bytes_of_run(model, args, size)
+        words = "1 checkpoint" if count == 1 else f"{count} checkpoints"
+        assert words in bytes_of_run(model, args, size)
     adapter = 4 * sum(p.numel() for _, p in model.adapter_parameters())
     whole = bytes_of_run(model, SFTConfig(save_steps=5), size)
-    assert whole == {"2 checkpoints": 2 * 3 * adapter, "adapter": adapter}
+    assert whole == {"2 checkpoints": 2 * 3 * adapter, "the adapter": adapter}
     few_bits = bytes_of_run(model, SFTConfig(save_steps=5, optim="adamw_8bit"), size)
     assert few_bits["2 checkpoints"] < 2 * 1.6 * adapter
+
+
+@pytest.mark.parametrize(("words", "advised"), [("1 checkpoint", False), ("3 checkpoints", True)])
+def test_a_limit_of_checkpoints_is_advised_if_there_are_several(
+    tmp_path, monkeypatch, words, advised
+):
+    free_disk(monkeypatch, 200)
+    with pytest.raises(ValueError, match=rf"\(900 for {words}\)") as error:
+        require_room(SFTConfig(output_dir=str(tmp_path)), {words: 900})
+    assert ("save_total_limit" in str(error.value)) == advised
 
 
 def test_outputs_that_a_run_deletes_first_count_as_free(tmp_path, monkeypatch):

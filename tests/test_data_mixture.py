@@ -60,7 +60,7 @@ def test_weights_are_written_and_a_run_resumes_only_with_the_same_ones(tmp_path,
     assert config["data_weights"] == [2, 0.5]
     again = settings | {"max_steps": 3, "resume": True}
     assert new_trainer(folder, output, data_weights=[2, 0.5], **again).train().global_step == 3
-    with pytest.raises(ValueError, match="another value of data changes which samples follow"):
+    with pytest.raises(ValueError, match="other samples would follow: the data changed; restore"):
         new_trainer(folder, output, data_weights=[1, 1], **again).train()
 
 

@@ -151,7 +151,9 @@ def test_a_run_whose_folder_is_removed_fails_and_does_not_make_it_again(smallest
             return accumulate(samples)
 
         trainer.accumulate = removing
-        with pytest.raises(ValueError, match="the folder of this run is no longer there"):
+        with pytest.raises(ValueError, match="the folder of this run is no longer there") as error:
             trainer.train()
+        assert "if it was moved, move it back, and resume=True continues it" in str(error.value)
+        assert "last checkpoint: none" not in str(error.value)
         assert not output.exists()
     assert [path.name for path in (tmp_path / "moved").glob("checkpoint*")] != []

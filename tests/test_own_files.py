@@ -94,6 +94,16 @@ def test_a_run_that_overwrites_keeps_a_users_files_beside_its_own(smallest, run)
     assert (run / "checkpoint-2" / STATE).is_file() and adapter_bytes(run)
 
 
+@pytest.mark.parametrize("settings", [{"overwrite": True}, {"resume": True, "max_steps": 6}])
+def test_a_users_file_in_a_rotated_checkpoint_stays_and_refuses_no_run(smallest, run, settings):
+    kept = mine(run / "checkpoint-2", ".DS_Store")
+    delete(run / "checkpoint-2")
+    assert list((run / "checkpoint-2").iterdir()) == [kept]
+    new_trainer(smallest, run, **{**CHECKPOINTS, **settings}).train()
+    assert kept.read_text() == "mine"
+    assert (run / "checkpoint-2" / STATE).is_file() == ("overwrite" in settings)
+
+
 def test_a_merged_folder_with_a_users_file_is_not_replaced(smallest, run):
     trainer = new_trainer(smallest, run, **CHECKPOINTS, overwrite=True)
     trainer.train()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -55,11 +56,31 @@ def test_a_run_continues_from_another_working_directory_with_its_token_cache(
     assert [path.name for path in (inputs / "elsewhere").iterdir()] == []
 
 
+def test_a_moved_run_is_resumed_in_its_new_folder_unless_the_user_names_one(
+    inputs, monkeypatch, capsys
+):
+    before = relative_run(inputs, monkeypatch)
+    run = before.rename(inputs / "moved")
+    config, old = str(run / "config.toml"), str(before)
+    assert parse(["--config", config]).sft.output_dir == old
+    assert parse(["--config", config, "--resume", "--output-dir", old]).sft.output_dir == old
+    copied = Path(shutil.copy(config, inputs / "config.toml"))  # no run lies beside it
+    assert parse(["--config", str(copied), "--resume"]).sft.output_dir == old
+    capsys.readouterr()
+    assert train(["--config", config, "--resume", "--max-steps", "3"]) == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"note: {config} names {old} as its folder" in error
+    assert "continued from checkpoint-2" in error and not before.exists()
+    assert tomllib.loads((run / "config.toml").read_text())["output_dir"] == str(run)
+
+
 def test_the_model_of_an_older_checkpoint_is_known_by_its_relative_path(
     inputs, monkeypatch, capsys
 ):
     run = relative_run(inputs, monkeypatch)
     state = json.loads((run / "checkpoint-2" / STATE).read_text())
+    for name in ("weights", "config"):  # an older version recorded no fingerprint
+        del state["identity"][name]
     for name, warns in (("model", False), ("./model", False), ("another", True)):
         state["identity"]["model"] = name
         (run / "checkpoint-2" / STATE).write_text(json.dumps(state))

@@ -87,9 +87,13 @@ def test_checkpoint_just_written_outlives_those_of_a_branch_that_was_left(smalle
     assert checkpoints_at[4] == ["checkpoint-4"] and len(checkpoints_at[2]) == 3
 
 
-def test_resume_with_nothing_saved_starts_from_the_beginning(smallest, tmp_path):
+def test_resume_with_nothing_saved_says_that_it_starts_from_the_beginning(
+    smallest, tmp_path, capsys
+):
     settings = {"max_steps": 1, "resume": True}
     assert new_trainer(smallest, tmp_path / "run", **settings).train().global_step == 1
+    note = "holds no checkpoint to resume: the run starts at step 0"
+    assert note in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ValueError, match="an adapter but no checkpoint"):
         new_trainer(smallest, tmp_path / "run", **settings).train()
 
@@ -164,6 +168,12 @@ def test_resume_refuses_what_changes_the_order_and_warns_of_what_changes_the_mat
             resume_from_checkpoint=run / "checkpoint-6"
         )
     assert "other settings" not in capsys.readouterr().err
+
+
+def test_the_refusal_of_a_resume_names_only_what_refuses_and_shows_no_hash(smallest, run):
+    changes = {**CHECKPOINTS, "seed": 1, "learning_rate": 5e-3, "records": RECORDS[:20]}
+    with pytest.raises(ValueError, match=r"would follow: seed \d+ -> 1, the data changed; restore"):
+        new_trainer(smallest, run, **changes, resume=True).train()
 
 
 def test_resume_names_a_changed_setting_that_decides_the_order_of_sums(smallest, run, capsys):

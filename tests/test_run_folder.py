@@ -134,9 +134,9 @@ def test_folders_that_no_run_wrote_survive_overwrite_and_save_total_limit(
     assert checkpoint_names(run) == sorted([*names, *(f"checkpoint-{step}" for step in steps)])
 
 
-def test_run_that_would_write_a_checkpoint_into_a_folder_of_the_user_is_refused(smallest, run):
+def test_run_that_could_replace_a_file_in_a_users_folder_is_refused(smallest, run):
     (run / "checkpoint-3").mkdir()
-    (run / "checkpoint-3" / "precious.txt").write_text("mine")
+    (run / "checkpoint-3" / "adapter_config.json").write_text("mine")
     before = sorted(run.rglob("*"))
     for settings in ({"overwrite": True}, {"resume": True}):
         with pytest.raises(ValueError, match=r"checkpoint-3 has the name of a checkpoint, but no"):

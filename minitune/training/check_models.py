@@ -76,11 +76,13 @@ def require_room(args: SFTConfig, needed: Mapping[str, int]) -> None:
         free += sum(_bytes_on_disk(output / name) for name in existing_outputs(output))
     total = sum(needed.values())
     if total > free:
-        parts = ", ".join(f"{words} {nbytes:,}" for words, nbytes in needed.items() if nbytes)
+        words_needed = [words for words, nbytes in needed.items() if nbytes]
+        parts = ", ".join(f"{needed[words]:,} for {words}" for words in words_needed)
+        has_several = any(words.endswith(" checkpoints") for words in words_needed)
+        lower = "set a lower save_total_limit, " if has_several else ""
         raise ValueError(
             f"{output}: the run needs {total:,} bytes at its end ({parts}), but only {free:,} are "
-            "left on the disk; set a lower save_total_limit, ask for fewer models, or choose "
-            "another output_dir"
+            f"left on the disk; {lower}ask for fewer models, or choose another output_dir"
         )
 
 
@@ -90,7 +92,8 @@ def bytes_of_run(model: CausalLM, args: SFTConfig, size: RunSize) -> dict[str, i
     moments = MOMENTS_8BIT if args.optim == "adamw_8bit" else 2 * FLOAT32
     trained = sum(p.numel() for _, p in model.trainable_parameters())
     count = _new_checkpoints(args, size)
-    return {f"{count} checkpoints": count * (adapter + int(moments * trained)), "adapter": adapter}
+    words = "1 checkpoint" if count == 1 else f"{count} checkpoints"
+    return {words: count * (adapter + int(moments * trained)), "the adapter": adapter}
 
 
 def _new_checkpoints(args: SFTConfig, size: RunSize) -> int:

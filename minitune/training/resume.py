@@ -139,9 +139,12 @@ def recorded_threads(source: Path | None) -> int | None:
 
 
 def _changes(names: Sequence[str], before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return `name old -> new` for each of the names whose value changed."""
+    """Return `name old -> new` for each of the names whose value changed.
+
+    The value of `data` is a fingerprint, which tells a person nothing.
+    """
     return [
-        f"{name} {before.get(name)} -> {now[name]}"
+        "the data changed" if name == "data" else f"{name} {before.get(name)} -> {now[name]}"
         for name in names
         if before.get(name) != now[name]
     ]
@@ -163,10 +166,9 @@ def _check_order(source: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     """Raise ValueError if a changed setting alters which samples follow."""
     if not (wrong := _changes(SAME_ORDER, before, now)):
         return
-    changes = ", ".join(wrong + _changes(SAME_MATHEMATICS, before, now))
     raise ValueError(
-        f"{source} cannot be continued: {changes}; another value of {wrong[0].split()[0]} changes "
-        "which samples follow; use the same value, or start again with overwrite=True"
+        f"{source} cannot be continued, because other samples would follow: {', '.join(wrong)}; "
+        "restore what the run began with, or start again with overwrite=True"
     )
 
 

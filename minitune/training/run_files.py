@@ -41,7 +41,8 @@ class RunFiles:
                 return
         raise ValueError(
             f"{self.output}: the folder of this run is no longer there: it was deleted or moved "
-            "during the run, and nothing can be saved; start again"
+            "during the run, and nothing more can be saved; if it was moved, move it back, and "
+            "resume=True continues it; otherwise start again"
         )
 
     def write_config(self, settings: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from minitune.training.own_files import (
     checkpoints,
     delete,
     existing_outputs,
+    foreign_files,
     is_own_checkpoint,
     remove_leftovers,
 )
@@ -118,7 +119,9 @@ def _check_outputs(
 
 
 def check_checkpoint_names(output: str | Path, total_steps: int) -> None:
-    """Check that every checkpoint of a run finds its name free or taken by another checkpoint.
+    """Check that no checkpoint of a run replaces a file that no run wrote.
+
+    A folder may hold files of other names, as of a user in an old checkpoint: they stay there.
 
     total_steps: optimizer steps of the run.
 
@@ -126,8 +129,10 @@ def check_checkpoint_names(output: str | Path, total_steps: int) -> None:
     """
     for folder in Path(output).glob("checkpoint-*"):
         step = checkpoint_step(folder)
-        is_empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
-        if step and step <= total_steps and not is_empty and not is_own_checkpoint(folder):
+        if not step or step > total_steps or is_own_checkpoint(folder):
+            continue
+        is_folder = folder.is_dir() and not folder.is_symlink()
+        if not is_folder or len(foreign_files(folder)) < len(list(folder.iterdir())):
             raise ValueError(
                 f"{folder} has the name of a checkpoint, but no run wrote it: it has no {STATE} of "
                 "a run; rename it, or choose another output_dir"
@@ -232,5 +237,7 @@ def open_run_folder(
             f"{output} holds no checkpoint to resume from; call train() without "
             "resume_from_checkpoint, or name the run's folder as output_dir"
         )
+    if resumes:
+        print_message("note", f"{output} holds no checkpoint to resume: the run starts at step 0")
     clear_run(output)
     return None

@@ -147,7 +147,10 @@ class SavedRun(OptimizerSteps):
         )
 
     def _last_checkpoint(self) -> str:
-        return str(self._run.last_checkpoint() or "none was saved")
+        saved, step = self._run.last_checkpoint(), self._run.saved_step
+        if saved is None and step:
+            return f"checkpoint-{step}, which is no longer in {self.output}"
+        return str(saved or "none was saved")
 
     def _fetch_losses(self) -> None:
         """Copy the losses that are still on the device into `progress`.

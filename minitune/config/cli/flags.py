@@ -9,10 +9,11 @@ from typing import Any
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.cli.running import in_flags
 from minitune.config.cli.settings import GROUPS, KnownSetting, Settings, flag_of, known_settings
-from minitune.config.cli.toml_files import read_settings
+from minitune.config.cli.toml_files import moved_run, read_settings
 from minitune.config.cli.wrong_flags import wrong_flag_hint
 from minitune.config.numbers import Bounds, shown
 from minitune.config.training_config import PATHS
+from minitune.progress import print_message
 
 ALL_LINEAR = "all-linear"
 # SFTConfig has TRL's learning rate, which suits the training of all weights. The commands train
@@ -176,6 +177,8 @@ def settings_from_flags(
     config = flags.pop("config", None)
     values = dict(demo_defaults or {}) if switches["demo"] else dict(COMMAND_DEFAULTS)
     given = (read_settings(config) if config else {}) | flags
+    if config and given.get("resume") and "output_dir" not in flags:
+        _follow_moved_run_(given, config)
     values |= given
     # Evaluation data on the command line is used, whatever the file says.
     no_strategy = "no" if flags.get("eval_data") else None
@@ -197,6 +200,15 @@ def settings_from_flags(
             raise ValueError(f"{config}: {error}") from None
         raise
     return Settings(**configs, **switches, given=frozenset(given), flags=frozenset(flags))
+
+
+def _follow_moved_run_(given: dict[str, Any], config: str) -> None:
+    """Set output_dir to the folder of config.toml if that run was moved, and print a note."""
+    before = given.get("output_dir")
+    if (folder := moved_run(config, before)) is not None:
+        text = f"{config} names {before} as its folder, but lies beside a run: {folder} is resumed"
+        print_message("note", f"{text}; --output-dir names another folder")
+        given["output_dir"] = folder
 
 
 def _shortened(text: str) -> str:

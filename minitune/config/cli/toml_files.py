@@ -7,6 +7,9 @@ is, because it may be an id org/name.
 Runs of older versions wrote paths relative to the working directory of that time. Such a file lies
 in its own output_dir, which tells that directory: /a/runs/1/config.toml with output_dir "runs/1"
 was written in /a.
+
+The folder of a run may be moved or copied. Its config.toml then names the folder of before, but
+--resume continues the run that lies beside the file.
 """
 
 import json
@@ -20,7 +23,7 @@ from minitune.config.training_config import PATHS
 from minitune.read_files import read_toml
 
 MODELS = ("model", "adapter")  # folders or GGUF files; `model` may be an id instead
-METRICS = "metrics.jsonl"  # beside a config.toml that a run wrote
+CONFIG, METRICS = "config.toml", "metrics.jsonl"  # a run writes both into its folder
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -71,6 +74,19 @@ def _folder_of_paths(path: Path, values: dict[str, Any]) -> Path:
         if folder.parts[-len(parts) :] == parts:  # of an older version
             return Path(*folder.parts[: -len(parts)])
     return folder
+
+
+def moved_run(path: str | Path, output_dir: Any) -> str | None:
+    """Return the folder of a run's config.toml if it was moved or copied, otherwise None.
+
+    path: a TOML file. It is a run's own if metrics.jsonl lies beside it.
+    output_dir: the setting in the file.
+    """
+    folder = Path(os.path.abspath(path)).parent
+    if Path(path).name != CONFIG or not isinstance(output_dir, str):
+        return None
+    is_moved = os.path.realpath(output_dir) != os.path.realpath(folder)
+    return str(folder) if is_moved and (folder / METRICS).is_file() else None
 
 
 def toml_text(values: dict[str, Any]) -> str:
