@@ -143,7 +143,7 @@ def atomic_folder(folder: str | Path, keep_others: bool = True) -> Iterator[Path
 
     Raises: ValueError naming `folder` if it cannot be written (no space, no permission).
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))  # Path.resolve fails at a link to itself
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose a folder")
     try:

@@ -1,6 +1,8 @@
 """Wrong datasets are refused with file, line number and expectation."""
 
+import json
 import re
+import struct
 
 import pytest
 from labelled_records import PAIR
@@ -194,3 +196,17 @@ def test_a_file_that_is_missing_empty_or_not_utf8_is_named(tmp_path):
         load_dataset([])
     with pytest.raises(ValueError, match=r"dataset\[1\]: holds a text, not an object"):
         load_dataset([{}, "a"])
+
+
+def test_a_wrong_offset_in_an_arrow_file_is_an_error_and_does_not_end_the_process(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    batch = arrow.record_batch([arrow.array(["ab", "c"])], ["text"])
+    path = tmp_path / "x.arrow"
+    with path.open("wb") as file, arrow.ipc.new_stream(file, batch.schema) as stream:
+        stream.write_batch(batch)
+    right, wrong = struct.pack("<3i", 0, 2, 3), struct.pack("<3i", 0, 9_000_000, 3)
+    assert right in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(right, wrong))
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}]}))
+    with pytest.raises(ValueError, match=r"x\.arrow: not an Arrow file .*offset"):
+        load_dataset(tmp_path)

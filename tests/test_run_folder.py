@@ -222,6 +222,14 @@ def test_list_of_outputs_that_names_other_folders_or_nothing_is_refused(tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_link_to_itself_among_a_runs_files_ends_in_no_other_error(smallest, run):
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to("metrics.jsonl")
+    with pytest.raises(ValueError, match="already holds a run"):
+        check_output(run, overwrite=False, resume=False, protected_paths=[smallest])
+    check_output(run, overwrite=True, resume=False, protected_paths=[smallest])
+
+
 def test_linked_outputs_are_unlinked_and_their_targets_stay(run, tmp_path):
     for name in ("adapter", "checkpoint-2"):
         shutil.move(run / name, tmp_path / name)

@@ -59,6 +59,7 @@ HOSTILE: dict[str, tuple[str, Any]] = {
         "pre_tokenizer",
         sequence("pretokenizers", {"type": "ByteLevel", "add_prefix_space": False}, 40),
     ),
+    "empty text": ("normalizer", {"type": "Prepend", "prepend": ""}),
     "no length": ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
     "many pieces": ("post_processor", TEMPLATE | {"single": [TWICE, *[PIECE] * 999]}),
     "doubled text": ("post_processor", TEMPLATE | {"single": [TWICE, TWICE]}),

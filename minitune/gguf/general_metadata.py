@@ -1,5 +1,6 @@
 """The keys of a GGUF file that name the model, and its sampling defaults; the files' names."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def check_targets(
     else:
         targets = [path]
     for target in targets:
-        if base is not None and target.resolve() == base.resolve():
+        if base is not None and os.path.realpath(target) == os.path.realpath(base):
             raise ValueError(f"{target}: is the base model's own file; choose another name")
         if target.exists() and not overwrite:
             raise ValueError(f"{target}: exists; remove it or choose another name")

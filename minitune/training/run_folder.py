@@ -16,6 +16,7 @@ replaces the others. A lock refuses a second run in the folder.
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -109,9 +110,9 @@ def _check_outputs(
         )
     check_free(folder, [CONFIG, METRICS, ADAPTER, *new_names])
     for name in found:
-        replaced = (folder / name).resolve()
+        replaced = os.path.realpath(folder / name)  # Path.resolve fails at a link to itself
         for path in protected_paths:
-            if Path(path).resolve().is_relative_to(replaced):
+            if Path(os.path.realpath(path)).is_relative_to(replaced):
                 raise ValueError(
                     f"{path} is needed, but lies in {folder / name}, which this run would "
                     "replace; choose another output_dir, or move it first"

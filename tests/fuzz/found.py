@@ -22,8 +22,12 @@ FOUND = {
     "a template in a GGUF file that is slow at each rendering ends": ("gguf_template", 26),
     "TOML that is nested too deeply is refused": ("toml", 12),
     "a run's settings that are nested too deeply are refused": ("run_folder", 18),
+    "a link to itself among a run's files is refused": ("run_folder", 10025),
+    "an empty text in front of each text leaves no panic": ("tokenizer_parts", 10537),
     "a number of chunks that is a list is refused": ("imatrix", 41),
     "a header of a token file that is cut is not used": ("token_cache", 1),
     "a report of cached tokens that was changed is not used": ("token_cache", 22),
+    "a wrong offset in a saved dataset does not end the process": ("arrow", 10412),
+    "files of a saved dataset that are no list are refused": ("arrow", 10285),
     "columns of a saved dataset that are no list are refused": ("arrow", 38),
 }

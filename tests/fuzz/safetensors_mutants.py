@@ -66,8 +66,11 @@ def not_finite(header: dict, data: bytes, rng: Random, name: str) -> bytes:
     if not isinstance(entry, dict) or entry.get("dtype") not in NOT_FINITE:
         return data
     value = rng.choice(NOT_FINITE[entry["dtype"]])
-    start, end = entry["data_offsets"]
-    if not all(isinstance(place, int) for place in (start, end)) or end - start < len(value):
+    offsets = entry.get("data_offsets")
+    if not isinstance(offsets, list) or [type(place) for place in offsets] != [int, int]:
+        return data
+    start, end = offsets
+    if end - start < len(value):
         return data
     place = start + rng.randrange((end - start) // len(value)) * len(value)
     return data[:place] + value + data[place + len(value) :]

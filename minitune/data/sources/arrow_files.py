@@ -47,7 +47,8 @@ def dataset_files(folder: Path) -> list[Path]:
     """
     if file_exists(folder / SPLITS):
         splits = read_json(folder / SPLITS).get("splits")
-        names = [name for name in splits or () if isinstance(name, str)]
+        splits = splits if isinstance(splits, list) else []
+        names = [name for name in splits if isinstance(name, str)]
         raise ValueError(
             f"{folder}: holds the splits {', '.join(names)}; choose one, such as "
             f"{folder / (names or ['train'])[0]}"
@@ -63,7 +64,8 @@ def dataset_files(folder: Path) -> list[Path]:
             f"{folder}: holds a selection of rows; call flatten_indices() before save_to_disk"
         )
     files = state.get("_data_files")
-    names = [file.get("filename") for file in files or () if isinstance(file, dict)]
+    entries = files if isinstance(files, list) else []
+    names = [file.get("filename") for file in entries if isinstance(file, dict)]
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ValueError(
             f"{folder / STATE}: _data_files is {files!r}, expected a list of "
@@ -94,6 +96,7 @@ def read_dataset_folder(folder: Path) -> Iterator[tuple[int, Any]]:
         try:
             with arrow.memory_map(str(path)) as file, arrow.ipc.open_stream(file) as stream:
                 for batch in stream:
+                    batch.validate(full=True)  # a wrong offset would end the process
                     size = max(1, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes))
                     for first in range(0, batch.num_rows, min(size, MAX_BATCH_ROWS)):
                         part = batch.slice(first, min(size, MAX_BATCH_ROWS))

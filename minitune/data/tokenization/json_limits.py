@@ -156,6 +156,8 @@ def _check_parameters(key: str, part: dict) -> None:
             raise ValueError(f"its {key} has {name} {value!r:.60}, expected 0 to {MAX_COUNT}")
     if part.get("type") == "FixedLength" and part.get("length") == 0:
         raise ValueError(f"its {key} cuts a text into pieces of no length")
+    if part.get("type") == "Prepend" and part.get("prepend") == "":  # the library panics
+        raise ValueError(f"its {key} prepends an empty text")
     pattern = part.get("pattern")
     if pattern is None:
         return
