@@ -89,23 +89,29 @@ def atomic_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
     partials = [path.with_name(f".{path.name}.partial") for path in paths]
     folder = paths[0].parent
     named = paths[0] if len(paths) == 1 else folder
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
         raise ValueError(f"{paths[0]}: its folder could not be made ({reason})") from None
-    with os_errors_as_value_error(named), _locked(paths):
-        try:
-            yield partials
-            for partial in partials:
-                flush_to_disk(partial)
-            for partial, path in zip(partials, paths, strict=True):
-                partial.replace(path)
-            flush_to_disk(folder)
-        finally:
-            for partial in partials:
-                with contextlib.suppress(OSError):  # already renamed, or never made
-                    partial.unlink()
+    try:
+        with os_errors_as_value_error(named), _locked(paths):
+            try:
+                yield partials
+                for partial in partials:
+                    flush_to_disk(partial)
+                for partial, path in zip(partials, paths, strict=True):
+                    partial.replace(path)
+                flush_to_disk(folder)
+            finally:
+                for partial in partials:
+                    with contextlib.suppress(OSError):  # already renamed, or never made
+                        partial.unlink()
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds the files
+                folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -118,6 +118,26 @@ def test_without_stderr_an_error_does_not_reach_the_results_on_stdout(monkeypatc
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("is_flushed", [False, True])
+def test_a_command_ends_without_a_word_when_the_reader_of_stdout_has_gone(
+    monkeypatch, capsys, is_flushed
+):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run_command("minitune plan", lambda: print("a plan", flush=is_flushed)) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_stdout_that_cannot_be_written_is_named(monkeypatch, capsys):
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run_command("minitune plan", print, "a plan") == 2
+    assert "stdout: could not be written (No space left on device)" in capsys.readouterr().err
+
+
 def test_closed_descriptors_are_not_taken_by_the_files_of_a_command(tmp_path):
     code = """
 import json, os, sys

@@ -131,14 +131,14 @@ def test_a_stream_that_lacks_a_character_gets_its_escape():
     assert stream.buffer.getvalue() == b"\\xe9\\u23ce\n"
 
 
-def test_a_reader_that_stops_early_is_no_error(inputs, monkeypatch, capsys):
+def test_a_reader_that_stops_early_ends_the_command_without_a_word(inputs, monkeypatch, capsys):
     read, write = os.pipe()
     os.close(read)
     data_file = str(inputs / "data.jsonl")
     with os.fdopen(write, "w", encoding="utf-8") as stream:
         monkeypatch.setattr("sys.stdout", stream)
         command = ["data", "show", "--model", str(inputs / "model"), "--data", data_file]
-        assert main(command) == 0
+        assert main(command) == 141
         stream.write("the rest goes nowhere")
     assert capsys.readouterr().err == ""
 

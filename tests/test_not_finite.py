@@ -19,6 +19,7 @@ from minitune.checkpoints.bitsandbytes_nf4 import nf4_tensors
 from minitune.checkpoints.finite_check import FiniteCheck, magnitude
 from minitune.checkpoints.fp8 import dequantize_fp8
 from minitune.commands.plan import find_planned_model
+from minitune.gguf.export import convert_folder
 from minitune.gguf.reader import GgufReader
 from minitune.kernels.ggml_reference import BLOCK_DEQUANTIZERS, BLOCK_SIZES
 from minitune.model.ggml_weight import GgmlWeight
@@ -139,6 +140,15 @@ def test_a_16_bit_weight_is_named_with_its_file(tiny, tmp_path, value, load_in_4
             load(folder, load_in_4bit=load_in_4bit)
         edit_tensors(folder, lambda tensors, name=name, x=before: tensors.update({name: x}))
     load(folder, load_in_4bit=load_in_4bit)
+
+
+def test_an_export_names_the_tensor_that_is_not_finite_and_leaves_no_folder(tiny, tmp_path):
+    folder = copied(tiny, tmp_path / "m")
+    edit_tensors(folder, lambda tensors: tensors[Q_PROJ].view(-1)[3:4].fill_(math.nan))
+    message = rf"model\.safetensors: {Q_PROJ} holds a value that is NaN .*; get the file again"
+    with pytest.raises(ValueError, match=message):
+        convert_folder(folder, tmp_path / "out" / "x.gguf", "f16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_largest_finite_values_are_taken(tiny, tmp_path):

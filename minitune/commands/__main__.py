@@ -30,16 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"] and len(arguments) > 1:
         arguments = [arguments[1], "--help"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if arguments[0] in ("-V", "--version", "version"):
-        print(versions())
-        return 0
-    return run_command("minitune", _dispatch, *arguments)
+    return run_command("minitune", _dispatch, *(arguments or ["help"]))
 
 
 def _dispatch(name: str, *arguments: str) -> int:
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name in ("-V", "--version", "version"):
+        print(versions())
+        return 0
     if name.startswith("-"):
         raise ValueError(f"{name} stands before the command; minitune COMMAND {name} ...")
     if name not in COMMANDS:

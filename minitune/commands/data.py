@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, program: str = "minitune data") -> i
     return run_command(program, _run, sys.argv[1:] if argv is None else argv, program)
 
 
-def _run(argv: Sequence[str], program: str) -> int | None:
+def _run(argv: Sequence[str], program: str) -> None:
     shows_samples = list(argv[:1]) == ["show"]
     if "--show" in argv:
         raise ValueError(f"unknown argument --show; `{program} show --n 3` shows three samples")
@@ -74,7 +74,7 @@ def _run(argv: Sequence[str], program: str) -> int | None:
     for name in ("model", "data"):
         if not getattr(settings.run, name):
             raise ValueError(f"--{name} is missing: {program} show --model DIR --data FILE")
-    return _show(settings, count, borders, page)
+    _show(settings, count, borders, page)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -92,7 +92,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _show(settings: Settings, count: int, borders: bool, page: str | None) -> int | None:
+def _show(settings: Settings, count: int, borders: bool, page: str | None) -> None:
     run, source = settings.run, find_model(settings.run.model)
     folder = model_files(source.base)
     tokenizer = Tokenizer.from_folder(folder)
@@ -103,18 +103,15 @@ def _show(settings: Settings, count: int, borders: bool, page: str | None) -> in
     data = read_datasets(run.data, None, tokenizer, sft, max(limit, sft.max_length or 0))
     summary = summarize(data.train, tokenizer, data.max_length)
     samples = first_samples(data.train.samples, tokenizer, count)
-    try:
-        print_samples(samples, sys.stdout, borders)
-        text = summary_text(summary, wants_colour(sys.stdout))
-        write_text("\n".join(map(in_flags, text.splitlines())), sys.stdout)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if page is not None:
+    if page is not None:  # first: the reader of stdout may end the command
         subtitle = f"as {run.model} reads it, at most {data.max_length:,} tokens a sample"
         atomic_write_text(Path(page), html_page(", ".join(run.data), subtitle, summary, samples))
+    print_samples(samples, sys.stdout, borders)
+    text = summary_text(summary, wants_colour(sys.stdout))
+    write_text("\n".join(map(in_flags, text.splitlines())), sys.stdout)
+    if page is not None:
+        sys.stdout.flush()
         print(f"saved {page}", file=sys.stderr)
-    return None
 
 
 def print_samples(samples: Sequence[ShownSample], stream: TextIO, borders: bool = False) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minitune.atomic_files import atomic_files, require_space_together
+from minitune.checkpoints.finite_check import FiniteCheck
 from minitune.checkpoints.load_weights import check_all_known, open_model_folder
 from minitune.checkpoints.merge import merged_dtype, merged_tensors
 from minitune.checkpoints.safetensors_folder import TIED_HEAD, SafetensorsFolder
@@ -241,9 +242,15 @@ def plan_conversion(
 def _stored_tensors(
     stored: SafetensorsFolder, shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of a folder, with the pages of two tensors in memory at most."""
+    """Yield (name, tensor) of a folder, with the pages of two tensors in memory at most.
+
+    Raises: ValueError that names the file and the tensor if a value is NaN or infinite.
+    """
     for name, shape in shapes.items():
-        yield name, stored.load(name, shape)
+        tensor, finite = stored.load(name, shape), FiniteCheck()
+        finite.add(name, tensor)
+        finite.require(stored.error, "get the file again, or another model")
+        yield name, tensor
         stored.remap(name)
 
 

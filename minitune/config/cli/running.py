@@ -6,12 +6,13 @@ reads the flags instead, here --overwrite.
 
 import ast
 import contextlib
+import errno
 import os
 import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from minitune.config.cli.settings import flag_of, known_settings
@@ -27,6 +28,7 @@ from minitune.stop_signals import (
 )
 
 EXPECTED_ERROR = 2  # exit code
+CLOSED_PIPE = FIRST_EXIT_CODE + 13  # exit code: SIGPIPE is 13 on all systems that have it
 WARNING_INDENT = len("warning: ")  # of further lines
 # Arguments of Python that are no settings and have flags.
 ARGUMENTS = {
@@ -90,12 +92,13 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
 
     An expected error (ValueError or OSError) becomes one line on stderr and exit code 2;
     ListedErrors keep their lines. A warning is one line on stderr. Ctrl-C gives 130, SIGTERM 143
-    and SIGHUP 129, with one line unless the command has said how to continue.
+    and SIGHUP 129, with one line unless the command has said how to continue. A closed pipe at
+    stdout ends the command without a word and with 141, as SIGPIPE ends others.
     """
     open_closed_descriptors()
     python_format, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
-        with stops_raised():
+        with stops_raised(), _flushed_stdout():
             return command(*arguments) or 0
     except (KeyboardInterrupt, Stopped) as error:
         number = signal_of(error)
@@ -103,12 +106,55 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
             _print_end(f"{program}: stopped by {signal_name(number)}")
         return FIRST_EXIT_CODE + number
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            _discard_stdout()
+            return CLOSED_PIPE
+        if isinstance(error, OSError) and (reason := _stdout_fault()):
+            _discard_stdout()
+            error = f"stdout: could not be written ({reason}); free space, or write elsewhere"
+        elif isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            # Python drops a long text that it could not write.
+            error = f"stdout or a file: could not be written ({error.strerror}); free space"
         lines = str(error).splitlines() if isinstance(error, ListedErrors) else [str(error)]
         text = "\n".join(map(_terminal_line, lines))
         _print_end(f"{program}: error: {text}")
         return EXPECTED_ERROR
     finally:
         warnings.formatwarning = python_format
+
+
+@contextlib.contextmanager
+def _flushed_stdout() -> Iterator[None]:
+    """Flush stdout behind the block, also if it ends with SystemExit, as --help does.
+
+    Raises: OSError if stdout cannot be written. Python would report it when it ends.
+    """
+    try:
+        yield
+    except SystemExit:
+        _flush_stdout()
+        raise
+    _flush_stdout()
+
+
+def _flush_stdout() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _stdout_fault() -> str | None:
+    """Return the reason if stdout cannot be written: it keeps text that was not written."""
+    try:
+        _flush_stdout()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _discard_stdout() -> None:
+    """Send the rest of stdout to /dev/null: Python flushes stdout when it ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_end(text: str) -> None:
