@@ -173,7 +173,7 @@ EXPORT_BUGS = (
         (IMPORTANCE,),
     ),
     Mutation(
-        "the importance of down is that of its LoRA columns too",
+        "the importance is that of the last tile alone",
         "minitune/gguf/importance/importance_collection.py",
         "sums[fused] += x[rows].float().square().sum(0)",
         "sums[fused] = x[rows].float().square().sum(0)",

@@ -15,7 +15,7 @@ YARN = "test_model_config.py::test_the_tables_of_yarn_are_those_of_transformers"
 CACHED = (
     "test_generate.py::test_cached_decoding_of_a_batch_equals_decoding_each_prompt_without_a_cache"
 )
-FAMILIES = "test_families.py::test_greedy_answers_equal_those_of_transformers[gemma2]"
+FAMILIES = "test_families.py::test_greedy_answers_equal_those_of_transformers[olmo3]"
 FILTERS = "test_generate_in_transformers.py::test_filters_equal_transformers_logits_processors"
 BATCH = "test_generate_in_transformers.py::test_a_batch_gives_the_tokens_of_transformers"
 
