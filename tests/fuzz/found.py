@@ -24,6 +24,8 @@ FOUND = {
     "a run's settings that are nested too deeply are refused": ("run_folder", 18),
     "a link to itself among a run's files is refused": ("run_folder", 10025),
     "an empty text in front of each text leaves no panic": ("tokenizer_parts", 10537),
+    "a sum that is a signalling NaN is refused without a warning": ("imatrix", 10054),
+    "the same in a GGUF file is refused without a warning": ("imatrix", 10516),
     "a number of chunks that is a list is refused": ("imatrix", 41),
     "a header of a token file that is cut is not used": ("token_cache", 1),
     "a report of cached tokens that was changed is not used": ("token_cache", 22),

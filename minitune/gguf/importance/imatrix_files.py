@@ -47,7 +47,8 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     try:
         with path.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"
-        matrix = _read_gguf(path) if is_gguf else _read_legacy(path, path.read_bytes())
+        with np.errstate(all="ignore"):  # check_values refuses values that are not finite
+            matrix = _read_gguf(path) if is_gguf else _read_legacy(path, path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: could not be read ({error.strerror or error})") from None
     matrix.check_values()
