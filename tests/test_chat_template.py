@@ -98,7 +98,7 @@ REFUSED = [
     ("{{ ''.__class__.__mro__ }}", "the chat template refuses the conversation: .*unsafe"),
     (
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-        "refuses the conversation: maximum recursion depth",
+        "refuses the conversation: its macros or values are nested too deeply",
     ),
     (
         "{% for m in messages %}" * 25 + "{% endfor %}" * 25,

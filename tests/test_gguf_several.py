@@ -119,7 +119,7 @@ def test_if_one_file_cannot_be_written_none_appears(tmp_path, limit):
         pytest.raises(ValueError, match=r"all: could not be written \(File too large\)"),
     ):
         convert_folder(folder, tmp_path / "all", METHODS)
-    assert not list((tmp_path / "all").iterdir())
+    assert not (tmp_path / "all").exists()
 
 
 def test_a_weight_that_is_not_finite_is_refused_by_name_for_every_type(tmp_path):
@@ -128,9 +128,12 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_for_every_type(tmp_path)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(tensors, folder / "model.safetensors")
     for method in METHODS:
-        with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight: a weight is nan"):
+        with pytest.raises(
+            ValueError,
+            match=r"model\.safetensors: .*1\.mlp\.up_proj\.weight holds a value that is NaN",
+        ):
             convert_folder(folder, tmp_path / "all", method)
-    assert not list((tmp_path / "all").iterdir())
+    assert not (tmp_path / "all").exists()
 
 
 def test_files_are_renamed_after_all_are_flushed(tmp_path, monkeypatch):

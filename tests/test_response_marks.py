@@ -139,7 +139,7 @@ def test_a_run_with_marks_continues_with_the_same_bits_and_not_without_them(smal
         else:
             train_with_ctrl_c(trainer, 2)
     without = new_trainer(smallest, tmp_path / "interrupted", resume=True, **settings)
-    with pytest.raises(ValueError, match=r"data .* -> "):
+    with pytest.raises(ValueError, match=r"the data changed"):
         without.train()
     resumed = new_trainer(smallest, tmp_path / "interrupted", resume=True, **settings)
     train_on_responses_only(resumed, **MARKS).train()
