@@ -17,6 +17,7 @@ failure here is a warning.
 
 import contextlib
 import os
+import subprocess
 import warnings
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -28,6 +29,10 @@ import torch
 from .optional_triton import triton
 
 MAX_THREADS = 16
+NEEDED = (
+    "it needs a C compiler with a linker ($CC, gcc or clang), and a cache folder that can be "
+    "written ($TRITON_CACHE_DIR)"
+)
 
 _is_rehearsal: ContextVar[bool] = ContextVar("is_rehearsal", default=False)
 _pools: list["CompilePool"] = []
@@ -44,12 +49,22 @@ if triton is not None:
         """A kernel whose launches run nothing in a rehearsal."""
 
         def run(self, *args, grid, warmup, **kwargs):
-            """Launch the kernel, and compile it before if that has not been done."""
+            """Launch the kernel, and compile it before if that has not been done.
+
+            Raises: ValueError if this machine lacks what Triton needs to compile.
+            """
             if _is_rehearsal.get():
                 warmup = True
             else:
                 finish_compiling()
-            return super().run(*args, grid=grid, warmup=warmup, **kwargs)
+            try:
+                return super().run(*args, grid=grid, warmup=warmup, **kwargs)
+            except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+                    raise
+                raise ValueError(
+                    f"Triton could not compile the kernel {self.__name__} ({error}); {NEEDED}"
+                ) from error
 
 
 def jit(function: Callable) -> Callable:

@@ -112,6 +112,15 @@ def test_a_kernel_that_fails_to_compile_raises_at_its_launch():
     assert done.stderr.rstrip().endswith("ValueError: no such instruction")
 
 
+def test_a_compiler_that_is_missing_is_an_error_that_says_what_is_needed():
+    missing = FAILING_COMPILER.replace("ValueError(", "FileNotFoundError(")
+    done = run("-c", SETUP + missing)
+    assert done.returncode == 1
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("ValueError: Triton could not compile the kernel _square_sums (no such")
+    assert "C compiler with a linker ($CC, gcc or clang)" in last and "$TRITON_CACHE_DIR" in last
+
+
 def test_the_interpreter_exits_without_compiling_the_rest():
     done = run("-c", SETUP + SLOW_COMPILER + EARLY_EXIT)
     assert (done.returncode, done.stderr) == (0, "")
