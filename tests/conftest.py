@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,9 @@ from hypothesis import settings
 PROFILE = "same examples every time, however slow the machine"
 settings.register_profile(PROFILE, derandomize=True, deadline=None)
 settings.load_profile(PROFILE)
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GPU = torch.cuda.is_available()
 if not GPU:
