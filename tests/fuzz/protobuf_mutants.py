@@ -8,6 +8,8 @@ import struct
 from random import Random
 from typing import Any
 
+from minitune.gguf.tokenizer.sentencepiece_writer import varint
+
 VARINT, LONG, BYTES, SHORT = 0, 1, 2, 5
 FLOATS = (float("nan"), float("inf"), float("-inf"), 0.0, -1e38, 1e38, 5e-324)
 VARINTS = (0, 1, 2, 3, 4, 5, 6, 7, 127, 128, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)
@@ -38,15 +40,15 @@ def parse(content: bytes) -> list[list]:
     """
     fields, place = [], 0
     while place < len(content):
-        key, place = _read_varint(content, place)
+        key, place = _readvarint(content, place)
         number, kind = key >> 3, key & 7
         if kind == VARINT:
-            value, place = _read_varint(content, place)
+            value, place = _readvarint(content, place)
         elif kind in (LONG, SHORT):
             size = 8 if kind == LONG else 4
             value, place = content[place : place + size], place + size
         elif kind == BYTES:
-            size, place = _read_varint(content, place)
+            size, place = _readvarint(content, place)
             value, place = content[place : place + size], place + size
         else:
             raise ValueError(f"wire type {kind}")
@@ -60,11 +62,11 @@ def serialise(fields: list[list]) -> bytes:
     """Return a message with these fields."""
     parts = []
     for number, kind, value in fields:
-        parts.append(_varint(number << 3 | kind))
+        parts.append(varint(number << 3 | kind))
         if kind == VARINT:
-            parts.append(_varint(value))
+            parts.append(varint(value))
         else:
-            parts.append(_varint(len(value)) if kind == BYTES else b"")
+            parts.append(varint(len(value)) if kind == BYTES else b"")
             parts.append(value)
     return b"".join(parts)
 
@@ -120,7 +122,7 @@ def _parsed(field: list) -> list:
         return []
 
 
-def _read_varint(content: bytes, place: int) -> tuple[int, int]:
+def _readvarint(content: bytes, place: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = content[place]
@@ -128,12 +130,3 @@ def _read_varint(content: bytes, place: int) -> tuple[int, int]:
         place, shift = place + 1, shift + 7
         if byte < 128:
             return value, place
-
-
-def _varint(value: int) -> bytes:
-    parts = bytearray()
-    while value > 127:
-        parts.append(value & 127 | 128)
-        value >>= 7
-    parts.append(value)
-    return bytes(parts)

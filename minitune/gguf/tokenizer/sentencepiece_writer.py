@@ -49,14 +49,15 @@ def _piece(text: str, score: float, type: int) -> bytes:
 
 
 def _number(field: int, value: int) -> bytes:
-    return _varint(8 * field) + _varint(value % 2**VARINT_BITS)
+    return varint(8 * field) + varint(value % 2**VARINT_BITS)
 
 
 def _bytes(field: int, value: bytes) -> bytes:
-    return _varint(8 * field + 2) + _varint(len(value)) + value
+    return varint(8 * field + 2) + varint(len(value)) + value
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """Return a whole number in protobuf's groups of 7 bits."""
     groups = bytearray()
     while value > 127:
         groups.append(value & 127 | 128)
