@@ -1,4 +1,4 @@
-"""Measure the project's English in docstrings, comments and README.
+"""Measure the project's English in docstrings, comments and the two READMEs.
 
     python tests/prose.py [PATH ...]      files or folders; default: the whole project
 
@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("minitune", "kernels", "scripts", "tests")
+READMES = ("README.md", "minitune/README.md")
 MAX_RELATIVES = 5.0  # `where` and `what` per 1,000 words
 MAX_SENTENCE = 22.0  # words
 WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
@@ -67,7 +68,8 @@ def main(arguments: list[str]) -> int:
             if paths and found:
                 print(f"{path}:{line}: {' '.join(found)}")
     rate = 1000 * relatives / max(1, words)
-    counts = [len(WORD.findall(s)) for s in sentences((ROOT / "README.md").read_text("utf-8"))]
+    texts = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
+    counts = [len(WORD.findall(s)) for text in texts for s in sentences(text)]
     mean = sum(counts) / max(1, len(counts))
     print(f"where + what per 1,000 words: {rate:.1f} (limit {MAX_RELATIVES:g}; {words:,} words)")
     print(f"words a README sentence: {mean:.1f} (limit {MAX_SENTENCE:g}; {len(counts)} sentences)")
