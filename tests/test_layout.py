@@ -38,8 +38,9 @@ BELOW = {  # folder or top-level file -> the parts of the package that it may im
     "language_model": f"{ENGINE} training",
     "api": f"{ENGINE} training language_model",
     "sft_trainer": f"{ENGINE} training language_model api",
+    "report": f"{ENGINE} training",
     "doctor": f"{ENGINE} training language_model api sft_trainer",
-    "commands": f"{ENGINE} training language_model api sft_trainer doctor",
+    "commands": f"{ENGINE} training language_model api sft_trainer report doctor",
 }
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "minitune", "kernels", "scripts", "tests"}
 PACKAGE = sorted((ROOT / "minitune").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))

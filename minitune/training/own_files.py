@@ -28,8 +28,9 @@ from minitune.read_files import read_json
 from minitune.training.checkpoint import OPTIMIZER, STATE
 
 MERGED, METRICS, CONFIG, OUTPUTS = "merged", "metrics.jsonl", "config.toml", "outputs.json"
+FACTS = "run.json"
 TENSORBOARD = "tensorboard"
-FIXED_NAMES = (CONFIG, METRICS, ADAPTER, MERGED, TENSORBOARD)
+FIXED_NAMES = (CONFIG, METRICS, FACTS, ADAPTER, MERGED, TENSORBOARD)
 # A folder with checkpoints and without outputs.json is an older version's: these are a run's.
 NAMES_WITHOUT_LIST = (ADAPTER, METRICS, CONFIG)
 FILES_IN_FOLDERS = (  # of checkpoints, adapters, merged models and TensorBoard

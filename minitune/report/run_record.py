@@ -1,0 +1,256 @@
+"""The record of a run, as far as its folder tells it: the input of the report.
+
+    metrics.jsonl   losses, evaluations and sample answers, one object a line
+    config.toml     the settings
+    run.json        facts of the banner, plan, data and end (training/run_facts.py)
+    checkpoint-N/   the steps that are done, if the run was stopped between two lines
+
+A run may be unfinished, older or damaged: everything that can be read is read, and a note says what
+is missing. Every number of a record is finite, and every text is a text.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minitune.checkpoints.find_model import ADAPTER, checkpoint_step
+from minitune.config.numbers import number, whole
+from minitune.data.sources.text_files import numbered_lines
+from minitune.progress import duration
+from minitune.read_files import file_exists, parse_json, read_toml, require_regular_file
+from minitune.training.own_files import CONFIG, FACTS, METRICS, OUTPUTS, checkpoints
+from minitune.training.run_facts import DataRecord, RunFacts, read_facts
+
+# The page's head holds this mark, and only a file that holds it is replaced by another report.
+REPORT_MARK = '<meta name="generator" content="minitune report">'
+MAX_BYTES = 256 << 20  # of metrics.jsonl; a run with 100,000 lines has 25 MB
+MAX_LISTED = 3  # places of broken lines in a note
+STEPS, VALUES = whole(), number(-1e300, 1e300)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its folder tells it.
+
+    name: the folder as the user named it.
+    steps_done, total_steps: optimizer steps; total_steps is None if no file tells it.
+    is_finished: True if the run has come to its end, also to one that a callback asked for.
+    training: records with "step" and "loss", and mostly "learning_rate", "grad_norm", "tokens",
+        "tokens_per_second", "seconds", "peak_memory_bytes", "epoch". All values are numbers.
+    evaluations: records with "step" and "eval_loss". All values are numbers.
+    samples: {"step", "samples": [{"prompt", "answer"}]} of each step that has answers.
+    settings: the content of config.toml.
+    facts: (label, text) on model, adapter, compute, steps, optimizer, versions and the end.
+    plan: (label, text) on the largest micro-step.
+    data: the datasets.
+    notes: texts on everything that is missing or broken.
+    """
+
+    name: str
+    steps_done: int
+    total_steps: int | None
+    is_finished: bool
+    training: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    plan: list[tuple[str, str]] = field(default_factory=list)
+    data: list[DataRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Return the record of the run in a folder.
+
+    Raises: ValueError if the folder is missing or holds no run.
+    """
+    folder = Path(folder)
+    _require_run(folder)
+    notes: list[str] = []
+    metrics = _Metrics(folder / METRICS, notes)
+    settings = _read_settings(folder / CONFIG, notes)
+    facts = _read_facts(folder / FACTS, notes)
+    steps_done = max([*metrics.steps, *map(checkpoint_step, checkpoints(folder))], default=0)
+    # an older version writes no end, but its adapter, which a stopped run has not
+    is_finished = bool(facts.end) or (not facts.facts and (folder / ADAPTER).is_dir())
+    total_steps = facts.total_steps or _total_steps(settings, metrics.training)
+    if not is_finished:
+        facts.end = _end_so_far(metrics.training, steps_done, total_steps)
+        notes.append("the run is not finished" if steps_done else "no step of the run is recorded")
+    return RunRecord(
+        name=str(folder),
+        steps_done=steps_done,
+        total_steps=total_steps,
+        is_finished=is_finished,
+        training=metrics.training,
+        evaluations=metrics.evaluations,
+        samples=metrics.samples,
+        settings=settings,
+        facts=[*facts.facts, *facts.end],
+        plan=facts.plan,
+        data=facts.data,
+        notes=notes,
+    )
+
+
+def _require_run(folder: Path) -> None:
+    """Raise ValueError unless a folder holds a file of a run."""
+    try:
+        if not folder.is_dir():
+            text = "a file" if folder.exists() else "not found"
+            raise ValueError(f"{folder}: {text}; name the folder of a run, such as runs/1")
+        if any((folder / name).exists() for name in (METRICS, OUTPUTS, FACTS)):
+            return
+        if checkpoints(folder):
+            return
+    except OSError as error:
+        raise ValueError(f"{folder}: could not be read ({error.strerror or error})") from None
+    hint = "name the folder of a run, such as runs/1"
+    if folder.name == ADAPTER or checkpoint_step(folder) is not None:
+        hint = f"name the folder of the run, {folder.parent}"
+    raise ValueError(f"{folder}: holds no run: there is no {METRICS}; {hint}")
+
+
+def _read_settings(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Return the content of config.toml; {}, with a note, if there is none."""
+    try:
+        return read_toml(path)
+    except ValueError as error:
+        notes.append(f"no settings: {_without_folder(error, path)}")
+        return {}
+
+
+def _read_facts(path: Path, notes: list[str]) -> RunFacts:
+    """Return the content of run.json; nothing, with a note, if there is none."""
+    try:
+        if not file_exists(path):
+            notes.append(f"no facts, plan and data: there is no {path.name}")
+            return RunFacts()
+        facts, broken = read_facts(path)
+    except ValueError as error:
+        notes.append(f"no facts, plan and data: {_without_folder(error, path)}")
+        return RunFacts()
+    notes += broken
+    return facts
+
+
+def _without_folder(error: ValueError, path: Path) -> str:
+    """Return an error about a file of the run, which needs no folder in front of its name."""
+    return str(error).replace(str(path), path.name)
+
+
+def _total_steps(settings: dict[str, Any], training: Sequence[dict[str, float]]) -> int | None:
+    """Return the steps of a run from its settings and the epoch of its last record, or None."""
+    steps, epochs = settings.get("max_steps"), settings.get("num_train_epochs")
+    if STEPS.hold(steps) and steps > 0:
+        return steps
+    last = training[-1] if training else {}
+    if not (VALUES.hold(epochs) and last.get("epoch", 0) > 0):
+        return None
+    return math.ceil(epochs * round(last["step"] / last["epoch"]))
+
+
+def _end_so_far(
+    training: Sequence[dict[str, float]], steps_done: int, total_steps: int | None
+) -> list[tuple[str, str]]:
+    """Return the row on a run that is not finished."""
+    text = f"{steps_done:,} of {total_steps:,} steps" if total_steps else f"{steps_done:,} steps"
+    last = training[-1] if training else {}
+    if "tokens" in last and "seconds" in last:
+        text += f"; {last['tokens']:,} tokens in {duration(last['seconds'])} up to the last line"
+    return [("trained", f"{text}; not finished")]
+
+
+# ---- metrics
+
+
+class _Metrics:
+    """The records of a metrics.jsonl by their kind.
+
+    training, evaluations, samples: as in RunRecord.
+    steps: the steps of all records.
+    """
+
+    def __init__(self, path: Path, notes: list[str]):
+        """Read the file, and note the lines that are broken and the values that are not finite."""
+        self.training: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.samples: list[dict[str, Any]] = []
+        self._broken: list[str] = []
+        self._not_finite: list[str] = []
+        try:
+            for line, record in _records(path):
+                self._add(line, record)
+        except ValueError as error:
+            notes.append(f"no further metrics: {_without_folder(error, path)}")
+        for kind in (self.training, self.evaluations, self.samples):
+            kind.sort(key=lambda record: record["step"])
+        if self._broken:
+            notes.append(f"{path.name}: left out: {_listed(self._broken)}")
+        if self._not_finite:
+            notes.append(f"{path.name}: not finite: {_listed(self._not_finite)}")
+
+    @property
+    def steps(self) -> Iterator[int]:
+        """Yield the steps of all records."""
+        for kind in (self.training, self.evaluations, self.samples):
+            yield from (record["step"] for record in kind)
+
+    def _add(self, line: int, record: Any) -> None:
+        """Append a record to those of its kind, or note that it is broken."""
+        step = record.get("step") if isinstance(record, dict) else None
+        if not STEPS.hold(step):
+            self._broken.append(f"line {line}")
+        elif "samples" in record:
+            answers = record["samples"]
+            if _are_answers(answers):
+                self.samples.append({"step": step, "samples": answers})
+            else:
+                self._broken.append(f"line {line}")
+        else:
+            numbers = {name: value for name, value in record.items() if VALUES.hold(value)}
+            wrong = [name for name in record if name not in numbers]
+            self._not_finite += [f"{name} at step {step}" for name in wrong]
+            if "loss" in numbers:
+                self.training.append(numbers)
+            elif "eval_loss" in numbers:
+                self.evaluations.append(numbers)
+            elif not wrong:
+                self._broken.append(f"line {line}")
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, record); the record is None if the line is not JSON.
+
+    Raises: ValueError if the file is missing, no file, or too long.
+    """
+    require_regular_file(path)
+    size = 0
+    for line, text in numbered_lines(path):
+        size += len(text) if isinstance(text, str) else 0
+        if size > MAX_BYTES:
+            raise ValueError(f"{path}: is read up to line {line - 1:,}, {MAX_BYTES >> 20} MiB")
+        if isinstance(text, str) and not text.strip():
+            continue
+        try:
+            yield line, None if isinstance(text, ValueError) else parse_json(text)
+        except ValueError:
+            yield line, None
+
+
+def _are_answers(value: Any) -> bool:
+    """Return True if a value is a list of prompts with their answers."""
+    return isinstance(value, list) and all(
+        isinstance(item, dict)
+        and all(isinstance(item.get(key), str) for key in ("prompt", "answer"))
+        for item in value
+    )
+
+
+def _listed(places: Sequence[str]) -> str:
+    """Return the first places in words, and the number of the others."""
+    more = len(places) - MAX_LISTED
+    return ", ".join(places[:MAX_LISTED]) + (f" and {more:,} more" if more > 0 else "")
