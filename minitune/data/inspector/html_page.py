@@ -10,8 +10,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from minitune.config.visible_text import on_one_line
 from minitune.data.inspector.dataset_summary import DatasetSummary
+from minitune.data.inspector.page_parts import escape, histogram_table, number_card, page
 from minitune.data.inspector.summary_text import (
     BAD_TITLE,
     HISTOGRAM_TITLE,
@@ -26,41 +26,6 @@ from minitune.data.inspector.token_display import Piece, ShownSample
 MAX_SAMPLE_BYTES = 1_900_000  # of all samples together, markup included
 
 STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #f7f7f5; --card: #ffffff; --line: #e3e3de; --text: #1d1f21; --quiet: #666a70;
-  --accent: #1f7a3f; --trained: #cdeed6; --trained-2: #b2e2bf; --trained-text: #0c2e17;
-  --shade: #efefeb; --special: #7c3aad; --fault: #9a5b00; --fault-page: #fdf1dc;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #121416; --card: #1a1d20; --line: #2d3136; --text: #e7e9eb; --quiet: #989ea6;
-    --accent: #59c07b; --trained: #1d4a2d; --trained-2: #27603b; --trained-text: #e3f6e8;
-    --shade: #25292d; --special: #c79bec; --fault: #efb45a; --fault-page: #33280f;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 68rem;
-  background: var(--page); color: var(--text);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-}
-h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { margin: 2.5rem 0 .75rem; font-size: 1.1rem; }
-.quiet { color: var(--quiet); }
-.mono, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
-.totals {
-  display: grid; grid-template-columns: repeat(3, 1fr); gap: .75rem; margin: 1.5rem 0 0;
-}
-.totals .card { padding: .8rem 1rem; }
-dt { color: var(--quiet); font-size: .85rem; }
-dd { margin: 0; font-variant-numeric: tabular-nums; }
-dd b { display: block; font-size: 1.5rem; font-weight: 600; line-height: 1.3; }
-dd span { color: var(--quiet); font-size: .85rem; overflow-wrap: anywhere; }
-table { width: 100%; border-collapse: collapse; }
-th, td { padding: .45rem 1rem; text-align: left; vertical-align: top; font-weight: 400; }
-tr + tr { border-top: 1px solid var(--line); }
 td.number {
   color: var(--quiet); text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap;
 }
@@ -69,21 +34,9 @@ th { white-space: nowrap; }
 tr.fault th, tr.fault td.number { color: var(--fault); font-weight: 600; }
 tr.fault { background: var(--fault-page); }
 tr.fault td.detail { color: var(--text); }
-.bars { padding: .6rem 0; font-size: .9rem; }
-.bars th { text-align: right; color: var(--quiet); font-variant-numeric: tabular-nums; }
-.bars tr { border: 0; }
-.bars tr > * { padding-top: .1rem; padding-bottom: .1rem; }
-.bars td { width: 100%; padding-left: 0; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.bar {
-  display: inline-block; height: .8rem; margin-right: .5rem; border-radius: 0 .2rem .2rem 0;
-  background: var(--accent); vertical-align: -.1rem;
-}
 .bad { font-size: .875rem; overflow-wrap: anywhere; }
 .bad p { margin: 0; padding: .6rem 1rem; }
 .bad p + p { border-top: 1px solid var(--line); }
-.legend {
-  display: flex; flex-wrap: wrap; gap: .3rem 1.25rem; margin: 0 0 .75rem; font-size: .85rem;
-}
 .sample { margin: 0 0 1rem; }
 .sample header {
   display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline; padding: .6rem 1rem;
@@ -91,10 +44,6 @@ tr.fault td.detail { color: var(--text); }
 }
 .sample header b { font-size: 1rem; }
 .share { height: 3px; background: var(--accent); }
-pre {
-  margin: 0; padding: .8rem 1rem 1rem; color: var(--quiet); font-size: .875rem; line-height: 1.65;
-  white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4;
-}
 i { font-style: normal; background: var(--shade); }
 mark {
   color: var(--trained-text); background: var(--trained); border-bottom: 2px solid var(--accent);
@@ -104,13 +53,8 @@ u { text-decoration: none; color: var(--special); }
 mark u { color: inherit; font-weight: 700; }
 em { display: block; margin: .5rem 0; color: var(--fault); font-style: normal; }
 @media (max-width: 40rem) {
-  body { padding: 1.5rem .75rem 3rem; }
-  .totals { grid-template-columns: 1fr 1fr; gap: .5rem; }
-  .totals .card { padding: .6rem .75rem; }
   .bad p { padding: .5rem .75rem; }
   .sample header { padding: .5rem .75rem; }
-  pre { padding: .6rem .75rem .8rem; }
-  th, td { padding: .45rem .6rem; }
   .faults tr { display: grid; grid-template-columns: 1fr auto; }
   .faults td.detail { grid-column: 1 / -1; padding-top: 0; }
   .faults td.detail:empty { display: none; }
@@ -133,47 +77,29 @@ def html_page(
     samples: the samples to show. Long ones lose their middle if the page would pass 2 MB.
     """
     limit = _fair_limit([sum(_markup_sizes(sample.pieces)) for sample in samples])
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_escape(title)}</title><style>{STYLE}</style></head><body>",
-        f'<h1>{_escape(title)}</h1><div class="quiet">{_escape(subtitle)}</div>',
+    body = [
+        f'<h1>{escape(title)}</h1><div class="quiet">{escape(subtitle)}</div>',
         *_totals(total_rows(summary)),
         f"<h2>{HISTOGRAM_TITLE.capitalize()}</h2>",
-        *_histogram(summary),
+        '<div class="card">',
+        *histogram_table([(bar_label(bar.first, bar.last), bar.count) for bar in summary.bars]),
+        "</div>",
         "<h2>Checks</h2>",
         *_table(fault_rows(summary)),
         *_bad_records(summary),
     ]
     if samples:
-        parts += [f"<h2>The first {len(samples):,} samples</h2>", LEGEND]
+        body += [f"<h2>The first {len(samples):,} samples</h2>", LEGEND]
     for sample in samples:
-        parts += _sample(sample, limit)
-    return "\n".join([*parts, "</body></html>", ""])
-
-
-def _escape(text: str) -> str:
-    return html.escape(on_one_line(text))
+        body += _sample(sample, limit)
+    return page(title, STYLE, body)
 
 
 def _totals(rows: Sequence[Row]) -> Iterator[str]:
     yield '<dl class="totals">'
     for row in rows:
-        detail = f"<span>{html.escape(row.detail)}</span>" if row.detail else ""
-        yield f'<div class="card"><dt>{row.label.capitalize()}</dt>'
-        yield f"<dd><b>{row.number:,}</b>{detail}</dd></div>"
+        yield number_card(row.label.capitalize(), f"{row.number:,}", html.escape(row.detail))
     yield "</dl>"
-
-
-def _histogram(summary: DatasetSummary) -> Iterator[str]:
-    most = max(bar.count for bar in summary.bars)
-    yield '<div class="card"><table class="bars">'
-    for bar in summary.bars:
-        width = f"{80 * bar.count / most:.2f}%"
-        yield f"<tr><th>{bar_label(bar.first, bar.last)}</th>"
-        yield f'<td><span class="bar" style="width:{width}"></span>{bar.count:,}</td></tr>'
-    yield "</table></div>"
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:
@@ -203,7 +129,7 @@ def _sample(sample: ShownSample, limit: int) -> Iterator[str]:
     """
     share = f"{100 * sample.trained / sample.tokens:.1f}%"
     yield f'<div class="card sample"><header><b>Sample {sample.number:,}</b>'
-    yield f'<span class="mono">{_escape(sample.origin)}</span>'
+    yield f'<span class="mono">{escape(sample.origin)}</span>'
     yield f'<span class="quiet">{sample.facts}</span></header>'
     yield f'<div class="share" style="width:{share}"></div>'
     pieces = sample.pieces
