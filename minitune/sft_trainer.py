@@ -181,12 +181,17 @@ class SFTTrainer(Trainer):
 
         output_dir: default: adapter in the run folder.
 
-        Raises: ValueError if there is no run folder yet, or the folder cannot be written.
+        Raises: ValueError if there is no run folder, or the folder cannot be written.
         """
         if output_dir is None:
             if self._run is None:
                 raise ValueError(
                     "there is no run folder before train(); pass a folder to save_model"
+                )
+            if self.output is None:
+                raise ValueError(
+                    "this run has no folder: output_dir is None and save_strategy 'no'; pass a "
+                    "folder to save_model"
                 )
             output_dir = self.output / ADAPTER
         save_adapter(self.model, output_dir)

@@ -90,7 +90,7 @@ def test_without_output_dir_runs_are_numbered(smallest, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "²").mkdir()  # a digit to str.isdigit, and not to int
     for _ in range(2):
-        new_trainer(smallest, None, max_steps=1).train()
+        new_trainer(smallest, None, max_steps=1, save_strategy="steps").train()
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["1", "2", "²"]
 
 

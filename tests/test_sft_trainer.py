@@ -283,7 +283,7 @@ def test_a_second_call_of_train_is_refused_or_replaces_the_run(smallest, tmp_pat
     losses = [replacing.train().training_loss for _ in range(2)]
     assert losses[1] < losses[0]  # it goes on from the trained adapter, with a new optimizer
     monkeypatch.chdir(tmp_path)
-    unnamed = new_trainer(smallest, None, max_steps=1)
+    unnamed = new_trainer(smallest, None, max_steps=1, save_strategy="steps")
     assert [unnamed.train().global_step, unnamed.output.name] == [1, "1"]
     assert [unnamed.train().global_step, unnamed.output.name] == [1, "2"]
     assert without_times(read_metrics(unnamed.output))[0]["step"] == 1

@@ -109,7 +109,7 @@ def train(settings: Settings, program: str) -> None:
     trainer, run = prepare(settings), settings.run
     merges = run.merge or run.gguf
     text = in_flags(merge_text(trainer.model, run.merge_base)) if merges else ""
-    trainer.program = command_line(program, "train")
+    trainer.program, trainer.by_command = command_line(program, "train"), True
     trainer.train()
     if merges:
         print_line(labelled("merging", text))

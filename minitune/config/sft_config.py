@@ -52,6 +52,9 @@ class SFTConfig:
     (with packing: rows of max_length tokens). The samples are moved without padding, in as few
     forward/backward passes as `micro_step_tokens` allows. The loss is divided once, by the number
     of trained-on tokens of the whole step, so the split changes the speed and not the result.
+
+    Without output_dir a run makes a new numbered folder under runs/. With save_strategy "no" it has
+    no folder then, and writes nothing; a command makes the folder in any case.
     """
 
     output_dir: str | None = setting(None, "run folder; default: a new numbered folder under runs/")

@@ -30,7 +30,7 @@ class RunSummary:
     size: the length of the run.
     max_length: tokens of the longest sample, or with packing of a row.
     micro_step_tokens: tokens of one forward/backward at most.
-    output: the run folder.
+    output: the run folder, or None.
     done: optimizer steps done before.
     source: the checkpoint that the run continues from, or None.
     """
@@ -39,7 +39,7 @@ class RunSummary:
     size: RunSize
     max_length: int
     micro_step_tokens: int
-    output: Path
+    output: Path | None
     done: int = 0
     source: Path | None = None
 
@@ -131,7 +131,7 @@ def _run_rows(run: RunSummary) -> list[tuple[str, str]]:
     args, size = run.args, run.size
     unit = f"rows of {run.max_length}" if args.packing else "samples"
     parameter_bytes = BYTES_PER_PARAMETER.get(args.optim, DEFAULT_BYTES_PER_PARAMETER)
-    output = str(run.output)
+    output = "nothing is written: the run has no folder" if run.output is None else str(run.output)
     if run.source:
         output += f", continued from {run.source.name} (step {run.done})"
     rows = [

@@ -35,6 +35,7 @@ class TrainerState:
     global_step, max_steps: optimizer steps done, and those of the whole run.
     num_input_tokens_seen: tokens trained on so far.
     log_history: each training record, evaluation and the final numbers, oldest first.
+    sample_answers: each record of answers to sample_prompts, oldest first.
     best_metric, best_global_step: lowest evaluation loss and its step; None before an evaluation.
     best_model_checkpoint: the checkpoint with the lowest evaluation loss, or None.
     """
@@ -49,6 +50,7 @@ class TrainerState:
     train_batch_size: int = 0
     num_input_tokens_seen: int = 0
     log_history: list[dict[str, Any]] = field(default_factory=list)
+    sample_answers: list[dict[str, Any]] = field(default_factory=list)
     best_metric: float | None = None
     best_global_step: int | None = None
     best_model_checkpoint: str | None = None

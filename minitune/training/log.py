@@ -3,7 +3,7 @@
 Lines for a person go to stderr, and a progress bar if somebody watches (progress.py). metrics.jsonl
 gets one JSON object a logging step, an evaluation or a set of sample answers. Each line is flushed
 at once, so the file can be followed during the run, and an interruption costs at most the line that
-is being written.
+is being written. A run without a folder has no metrics.jsonl.
 """
 
 import contextlib
@@ -86,10 +86,10 @@ class TrainingLog:
     sampled_steps: the steps that have sample answers.
     """
 
-    def __init__(self, path: Path, total_steps: int, done: int = 0, show_bar: bool = True):
+    def __init__(self, path: Path | None, total_steps: int, done: int = 0, show_bar: bool = True):
         """Open metrics.jsonl, dropping records of steps later than `done`.
 
-        path: metrics.jsonl of the run.
+        path: metrics.jsonl of the run, or None to write no file.
         done: optimizer steps done before, by the run that is resumed.
         show_bar: show the progress bar, on a terminal.
 
@@ -98,10 +98,12 @@ class TrainingLog:
         self.path, self.total_steps = path, total_steps
         self.last_loss: float | None = None
         self.sampled_steps: set[int] = set()
-        with os_errors_as_value_error(path):
-            for record in _drop_records(path, done):
-                self._remember(record)
-            self._file = path.open("a", encoding="utf-8")
+        self._file = None
+        if path is not None:
+            with os_errors_as_value_error(path):
+                for record in _drop_records(path, done):
+                    self._remember(record)
+                self._file = path.open("a", encoding="utf-8")
         self._bar = ProgressBar("training", total_steps, "step", show_bar, done, has_text=True)
         self._last_text = -TEXT_SECONDS
 
@@ -110,9 +112,10 @@ class TrainingLog:
 
     def __exit__(self, *exception) -> None:
         self._bar.close()
-        # `record` flushes; closing can only repeat an error that `record` has raised
-        with contextlib.suppress(OSError):
-            self._file.close()
+        if self._file is not None:
+            # `record` flushes; closing can only repeat an error that `record` has raised
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     def print_line(self, text: str) -> None:
         """Print a text for a person above the progress bar."""
@@ -141,9 +144,10 @@ class TrainingLog:
 
         shown: further arguments of `metrics_line`.
         """
-        with os_errors_as_value_error(self.path):
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        if self._file is not None:
+            with os_errors_as_value_error(self.path):
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
         self._remember(record)
         if "samples" in record:
             print_line(sample_lines(record["samples"]))

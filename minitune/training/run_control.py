@@ -103,6 +103,7 @@ class RunControl:
         lines = metrics.read_text(encoding="utf-8").splitlines()
         records = [parse_json(line, str(metrics)) for line in lines]
         self.state.log_history = [record for record in records if "samples" not in record]
+        self.state.sample_answers = [record for record in records if "samples" in record]
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that a checkpoint keeps."""
@@ -157,7 +158,10 @@ class RunControl:
     # ---- results
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a record to the history, and run its event."""
+        """Append a record to the history, and run its event; sample answers have no event."""
+        if "samples" in record:
+            self.state.sample_answers.append(record)
+            return
         self.state.log_history.append(dict(record))
         self.event("on_log", logs=dict(record))
         self.control.should_log = False

@@ -26,7 +26,7 @@ class RunResult:
     last_loss: of the last training record, or None.
     best: the best evaluation.
     memory: the memory of this process.
-    adapter: the folder of the adapter.
+    adapter: the folder of the adapter, or None if the run has no folder.
     checkpoints: the checkpoints that are there, oldest first.
     """
 
@@ -35,7 +35,7 @@ class RunResult:
     last_loss: float | None
     best: BestEvaluation
     memory: MemoryUse
-    adapter: Path
+    adapter: Path | None
     checkpoints: Sequence[Path]
 
 
@@ -52,13 +52,22 @@ def summary(run: RunResult) -> str:
         rows.append(("best", _best_text(run.best, run.checkpoints)))
     if run.memory.peak:
         rows.append(("memory", _memory_text(run.memory)))
-    size = sum(path.stat().st_size for path in run.adapter.iterdir())
-    rows.append(("saved", f"{run.adapter} ({size / 1e6:,.1f} MB)"))
-    names = [folder.name for folder in run.checkpoints]
+    rows += _saved_rows(run.adapter, run.checkpoints)
+    return "\n".join(labelled(label, text) for label, text in rows)
+
+
+def _saved_rows(adapter: Path | None, checkpoints: Sequence[Path]) -> list[tuple[str, str]]:
+    """Return the lines on the files of the run, as (label, text)."""
+    if adapter is None:
+        return [("saved", "nothing: the adapter is in the model; save_model(FOLDER) writes it")]
+    size = sum(path.stat().st_size for path in adapter.iterdir())
+    names = [folder.name for folder in checkpoints]
     if len(names) > SHOWN_CHECKPOINTS:
         names = [f"{len(names)} checkpoints up to {names[-1]}"]
-    rows.append(("files", f"{', '.join([*names, METRICS, CONFIG])} in {run.adapter.parent}"))
-    return "\n".join(labelled(label, text) for label, text in rows)
+    return [
+        ("saved", f"{adapter} ({size / 1e6:,.1f} MB)"),
+        ("files", f"{', '.join([*names, METRICS, CONFIG])} in {adapter.parent}"),
+    ]
 
 
 def _best_text(best: BestEvaluation, checkpoints: Sequence[Path]) -> str:
@@ -110,3 +119,13 @@ def interruption(
         state = f"after step {step} of {total_steps}, last checkpoint {saved}; continue"
     indent = " " * LABEL_WIDTH
     return labelled("interrupted", f"{state} with") + f"\n{indent}" + f"\n{indent}or ".join(ways)
+
+
+def interruption_without_folder(step: int, total_steps: int) -> str:
+    """Return the line that an interrupted run without a folder ends with.
+
+    step: optimizer steps done.
+    """
+    state = f"after step {step} of {total_steps}; nothing was saved, because the run has no folder"
+    remedy = "; save_model(FOLDER) writes the adapter as it is now" if step else ""
+    return labelled("interrupted", state + remedy)

@@ -1,4 +1,7 @@
-"""The files that a run writes while it trains: config.toml, checkpoints and the adapter."""
+"""The files that a run writes while it trains: config.toml, checkpoints and the adapter.
+
+A run without a folder has `NoRunFiles`, which take the same calls and write nothing.
+"""
 
 import contextlib
 import os
@@ -25,11 +28,12 @@ class RunFiles:
     """The files of one run, in its folder.
 
     output: the folder.
+    metrics: the path of metrics.jsonl.
     saved_step: step of the last checkpoint of this run, or of the one it continues from.
     """
 
     def __init__(self, output: Path, saved_step: int = 0, save_total_limit: int | None = None):
-        self.output, self.saved_step = output, saved_step
+        self.output, self.metrics, self.saved_step = output, output / METRICS, saved_step
         self._save_total_limit = save_total_limit
         with os_errors_as_value_error(output):
             self._status = output.stat()
@@ -127,6 +131,32 @@ class RunFiles:
         if not tokenizer.template_was_assigned:
             save_template(tokenizer, adapter)  # removes the template of a run before
         return adapter
+
+
+class NoRunFiles:
+    """The files of a run without a folder: there are none."""
+
+    output = metrics = None
+    saved_step = 0
+
+    def check_there(self) -> None:
+        """Do nothing: no folder can be missing."""
+
+    def write_config(self, settings: dict[str, Any]) -> None:
+        """Do nothing: the settings are not written."""
+
+    def save(self, *arguments: Any) -> None:
+        """Raise ValueError: a checkpoint needs a folder."""
+        raise ValueError(
+            "a callback set should_save, but without output_dir and with save_strategy 'no' the "
+            "run has no folder; name output_dir"
+        )
+
+    def last_checkpoint(self) -> None:
+        """Return None: there is no checkpoint."""
+
+    def finish(self, model: CausalLM, tokenizer: Tokenizer, step: int) -> None:
+        """Return None: the adapter is in the model only."""
 
 
 def _delete_checkpoints(output: Path, after: int, except_step: int | None = None) -> None:

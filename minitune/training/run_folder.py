@@ -13,6 +13,19 @@
 A run replaces outputs of an earlier run only if asked to, and never a file or folder that no run
 wrote (own_files.py). The tokens belong to no run: each run uses the entries that fit its data, and
 replaces the others. A lock refuses a second run in the folder.
+
+A program in Python may train without a folder: output_dir=None and save_strategy="no". Such a run
+writes nothing. The adapter is in the model, and the records are in trainer.state. A command always
+has a folder, because its result would be lost.
+
+On a GPU, other folders are written however a run is saved:
+
+    ~/.cache/minitune/rates.json    the rates of the GPU, once (memory/device_rates.py)
+    ~/.triton/cache                 by Triton: the compiled kernels; TRITON_CACHE_DIR moves it
+    ~/.nv/ComputeCache              by the CUDA driver; CUDA_CACHE_PATH moves it
+    TMPDIR                          by Triton and its compiler, while a kernel is compiled
+
+Without a home, rates.json is not written.
 """
 
 import contextlib
@@ -158,18 +171,41 @@ def next_run_folder(parent: str | Path = RUNS) -> Path:
                 number += 1
 
 
-def run_output(args: SFTConfig, resume: bool | str | Path) -> Path:
-    """Return the run folder of the settings, or a new numbered one.
+def is_saved(args: SFTConfig, by_command: bool) -> bool:
+    """Return True if a run has a folder.
+
+    by_command: a command trains, so the result would be lost without a folder.
+    """
+    return by_command or args.output_dir is not None or args.save_strategy != "no"
+
+
+def check_folder_settings(args: SFTConfig, resume: bool | str | Path, by_command: bool) -> None:
+    """Check that a run has the folder that its settings need.
 
     resume: as in `open_run_folder`.
+    by_command: as in `is_saved`.
 
-    Raises: ValueError if a run is to be resumed and no folder is named.
+    Raises: ValueError naming the setting that needs a folder.
+    """
+    if args.output_dir is None and (resume or args.resume):
+        raise ValueError("resume needs output_dir: the folder of the run to continue")
+    if is_saved(args, by_command):
+        return
+    if args.report_to == "tensorboard" and args.logging_dir is None:
+        raise ValueError(
+            "report_to 'tensorboard' writes files, but without output_dir and with save_strategy "
+            "'no' the run has no folder; name logging_dir, or output_dir"
+        )
+
+
+def run_output(args: SFTConfig, by_command: bool) -> Path | None:
+    """Return the run folder of the settings, a new numbered one, or None for a run without files.
+
+    by_command: as in `is_saved`.
     """
     if args.output_dir is not None:
         return Path(args.output_dir)
-    if resume or args.resume:
-        raise ValueError("resume needs output_dir: the folder of the run to continue")
-    return next_run_folder()
+    return next_run_folder() if is_saved(args, by_command) else None
 
 
 @contextlib.contextmanager

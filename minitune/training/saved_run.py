@@ -1,4 +1,4 @@
-"""A run in its folder: begun at step 0 or at a checkpoint, and saved."""
+"""A run in its folder, or without one: begun at step 0 or at a checkpoint, and saved."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -22,8 +22,13 @@ from minitune.training.resume import (
     run_identity,
 )
 from minitune.training.run_control import RunControl
-from minitune.training.run_files import RunFiles
-from minitune.training.run_folder import locked_run_folder, open_run_folder, run_output
+from minitune.training.run_files import NoRunFiles, RunFiles
+from minitune.training.run_folder import (
+    check_folder_settings,
+    locked_run_folder,
+    open_run_folder,
+    run_output,
+)
 from minitune.training.sample_answers import SamplePrompts
 from minitune.training.tensorboard import TensorBoardCallback
 from minitune.training.trained_parameters import TrainedParameters
@@ -31,6 +36,8 @@ from minitune.training.trained_parameters import TrainedParameters
 
 class SavedRun(OptimizerSteps):
     """The steps of a run, its callbacks, and the folder that they are saved in."""
+
+    by_command = False  # a command sets True: its run has a folder in any case
 
     def __init__(self, *arguments: Any, callbacks: Iterable[Any] = (), **options: Any):
         """Build the steps, with the arguments of OptimizerSteps, and take the callbacks.
@@ -44,7 +51,7 @@ class SavedRun(OptimizerSteps):
         callbacks = list(callbacks)
         if self.args.report_to == "tensorboard":
             callbacks.append(TensorBoardCallback())
-        self._run: RunFiles | None = None
+        self._run: RunFiles | NoRunFiles | None = None
         self.run_control = RunControl(self.args, callbacks, self._callback_objects)
 
     def _callback_objects(self) -> dict[str, Any]:
@@ -62,9 +69,12 @@ class SavedRun(OptimizerSteps):
     def _opened(self, resume: bool | str | Path) -> Iterator[Path | None]:
         """Hold the run folder during the block, and yield the checkpoint that the run continues.
 
-        Raises: ValueError as `locked_run_folder` and `open_run_folder`.
+        A run without a folder starts at step 0, and yields None.
+
+        Raises: ValueError as `check_folder_settings`, `locked_run_folder` and `open_run_folder`.
         """
         args, model = self.args, self.model
+        check_folder_settings(args, resume, self.by_command)
         self._trained = TrainedParameters(model)
         self.samples = SamplePrompts(
             args.sample_prompts, self.processing_class, model.max_seq_length, args.template_date
@@ -72,18 +82,28 @@ class SavedRun(OptimizerSteps):
         if model.device.type == "cuda":
             print_line(labelled("preparing", "compiling kernels and measuring the GPU"))
         self.micro_step.prepare()
-        self.output = run_output(args, resume)
+        self.output = run_output(args, self.by_command)
+        if self.output is None:
+            self._begin(None)
+            yield None
+            return
         with locked_run_folder(self.output):
-            yield self._begin(resume)
+            paths, total_steps = (
+                [model.gguf or model.folder, *self.data.files],
+                self.size.total_steps,
+            )
+            source = open_run_folder(self.output, args, resume, paths, total_steps)
+            self._begin(source)
+            yield source
 
-    def _begin(self, resume: bool | str | Path) -> Path | None:
-        """Set the state of step 0, or of a checkpoint; return that checkpoint."""
+    def _begin(self, source: Path | None) -> None:
+        """Set the state of checkpoint `source`, or of step 0."""
         args, model = self.args, self.model
-        protected_paths = [model.gguf or model.folder, *self.data.files]
-        source = open_run_folder(self.output, args, resume, protected_paths, self.size.total_steps)
         self.optimizer = self._new_optimizer()
         use_free_cores(model.device, recorded_threads(source))
-        self._identity = run_identity(model, args, self.size, self.data)
+        self._identity = {}  # only a checkpoint is compared with it
+        if self.output is not None:
+            self._identity = run_identity(model, args, self.size, self.data)
         self._losses.clear()
         self.progress, recorded, warnings, notes = Progress(), None, [], []
         if source is not None:
@@ -98,13 +118,15 @@ class SavedRun(OptimizerSteps):
             print_message("warning", text)
         for note in (*notes, *args.precision_notes(model.dtype)):
             print_message("note", note)
-        remove_other_entries(self.output / FOLDER, self.data.cache_keys)
-        self._run = RunFiles(self.output, self.progress.step, args.save_total_limit)
-        resolved = replace(args, output_dir=str(self.output), max_length=self.data.max_length)
+        output_dir, self._run = None, NoRunFiles()
+        if self.output is not None:
+            remove_other_entries(self.output / FOLDER, self.data.cache_keys)
+            self._run = RunFiles(self.output, self.progress.step, args.save_total_limit)
+            output_dir = str(self.output)
+        resolved = replace(args, output_dir=output_dir, max_length=self.data.max_length)
         self._run.write_config(as_dict(self.run_config, model.lora, resolved))
         saved = {} if source is None else read_state(source)
         self.run_control.begin(resolved, self.size, self.progress, saved)
-        return source
 
     # ---- checkpoints
 

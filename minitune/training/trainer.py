@@ -15,8 +15,13 @@ from minitune.training.banner import RunSummary, banner
 from minitune.training.log import TrainingLog
 from minitune.training.metrics import RunClock, run_metrics, status_text, training_record
 from minitune.training.out_of_memory import oom_as_value_error, planned_vs_measured
-from minitune.training.own_files import CONFIG, METRICS, checkpoints
-from minitune.training.run_end import RunResult, interruption, summary
+from minitune.training.own_files import CONFIG, checkpoints
+from minitune.training.run_end import (
+    RunResult,
+    interruption,
+    interruption_without_folder,
+    summary,
+)
 from minitune.training.saved_run import SavedRun
 
 
@@ -29,7 +34,7 @@ class TrainOutput(NamedTuple):
 
 
 class Trainer(SavedRun):
-    """A training run of a model's adapter, in a run folder."""
+    """A training run of a model's adapter, in a run folder or without one (run_folder.py)."""
 
     program = "minitune train"  # as the user types it
 
@@ -58,7 +63,7 @@ class Trainer(SavedRun):
         p, total_steps = self.progress, self.size.total_steps
         show_bar = not self.args.disable_tqdm
         with (
-            TrainingLog(self.output / METRICS, total_steps, p.step, show_bar) as log,
+            TrainingLog(self._run.metrics, total_steps, p.step, show_bar) as log,
             deferred_stops() as caught,
             self._report_interruption(log),
             oom_as_value_error(self.planner, self.model.device, self._oom_advice),
@@ -67,7 +72,7 @@ class Trainer(SavedRun):
         ):
             log.print_line(banner(self.model, self.data.by_label, self._summary(source)))
             if source is not None:
-                self.run_control.read_history(self.output / METRICS)
+                self.run_control.read_history(self._run.metrics)
             self.run_control.event("on_train_begin")
             clock = RunClock(p.seconds, p.tokens)
             self._loop(log, clock, caught)
@@ -88,10 +93,10 @@ class Trainer(SavedRun):
             raise stop(caught[0])
         return TrainOutput(p.step, metrics["train_loss"], metrics)
 
-    def _end(self, log: TrainingLog, speed: float | None, adapter: Path) -> str:
+    def _end(self, log: TrainingLog, speed: float | None, adapter: Path | None) -> str:
         """Return the summary of the finished run."""
-        memory, saved = memory_use(self.model.device), checkpoints(self.output)
-        best = self.run_control.best
+        memory, best = memory_use(self.model.device), self.run_control.best
+        saved = [] if self.output is None else checkpoints(self.output)
         return summary(RunResult(self.progress, speed, log.last_loss, best, memory, adapter, saved))
 
     def _loop(self, log: TrainingLog, clock: RunClock, caught: list[int]) -> None:
@@ -119,7 +124,7 @@ class Trainer(SavedRun):
             self._do_due_tasks(log, clock)
             if run.ends_epoch():
                 self._do_due_tasks(log, clock)
-            if caught:
+            if caught and self.output is not None:
                 p.seconds = clock.seconds()
                 self._save()
         if p.step == self.size.total_steps or run.control.should_training_stop:
@@ -163,10 +168,13 @@ class Trainer(SavedRun):
         try:
             yield
         except (KeyboardInterrupt, Stopped) as error:
-            config = self.output / CONFIG if self.data.is_in_files else None
             step, total_steps = self.progress.step, self.size.total_steps
-            saved = self._run.last_checkpoint()
-            text = interruption(step, total_steps, self.output, saved, config, self.program)
+            if self.output is None:
+                text = interruption_without_folder(step, total_steps)
+            else:
+                config = self.output / CONFIG if self.data.is_in_files else None
+                saved = self._run.last_checkpoint()
+                text = interruption(step, total_steps, self.output, saved, config, self.program)
             log.print_last(text)
             error.add_note(text)
             raise
@@ -209,8 +217,7 @@ class Trainer(SavedRun):
             raise ValueError(
                 f"{error}; training stopped, last checkpoint: {self._last_checkpoint()}"
             ) from error
-        if "samples" not in record:
-            self.run_control.log(record)
+        self.run_control.log(record)
 
     def _summary(self, source: Path | None) -> RunSummary:
         size, limit, done = self.size, self.micro_step_tokens, self.progress.step
