@@ -98,7 +98,8 @@ def html_page(
 def _totals(rows: Sequence[Row]) -> Iterator[str]:
     yield '<dl class="totals">'
     for row in rows:
-        yield number_card(row.label.capitalize(), f"{row.number:,}", html.escape(row.detail))
+        number = f"{row.number:,}", html.escape(row.detail)
+        yield number_card(row.label.capitalize(), number)
     yield "</dl>"
 
 

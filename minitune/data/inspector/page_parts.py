@@ -97,10 +97,16 @@ def page(title: str, style: str, body: Iterable[str], head: str = "") -> str:
     return "\n".join(parts)
 
 
-def number_card(label: str, number: str, detail: str = "") -> str:
-    """Return a card of a <dl class="totals">. All three are markup."""
-    small = f"<span>{detail}</span>" if detail else ""
-    return f'<div class="card"><dt>{label}</dt>\n<dd><b>{number}</b>{small}</dd></div>'
+def number_card(label: str, *numbers: tuple[str, str]) -> str:
+    """Return a card of a <dl class="totals">.
+
+    label: markup.
+    numbers: (number, detail), both markup; the detail may be empty.
+    """
+    shown = (
+        f"<b>{number}</b>{f'<span>{detail}</span>' * bool(detail)}" for number, detail in numbers
+    )
+    return f'<div class="card"><dt>{label}</dt>\n<dd>{"".join(shown)}</dd></div>'
 
 
 def histogram_table(bars: Sequence[tuple[str, int]]) -> Iterator[str]:
