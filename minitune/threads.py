@@ -11,13 +11,18 @@ torch.set_num_threads with torch's own number looks like no call; the variables 
 
 Sums of floats depend on the number of threads. A run therefore records its number. A resumed run
 takes the recorded number, even if fewer cores are free at that moment.
+
+OpenMP has a number for each thread of Python, so runs in several threads do not disturb each other.
+A new thread begins with the number that was set last, by any thread. The numbers that are set here
+hold for the calling thread only: that of new threads stays as it was.
 """
 
 import contextlib
 import os
 import re
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +36,7 @@ TOPOLOGY = Path("/sys/devices/system/cpu")
 WINDOWS, WINDOW_SECONDS = 3, 0.1  # of measuring; the kernel counts in steps of 0.01 s
 
 _at_import = torch.get_num_threads()
-_choice: "Choice | None" = None  # the last one
+_setting = threading.Lock()  # held while the number of new threads is wrong
 
 
 # ---- cores
@@ -142,13 +147,22 @@ class Choice(NamedTuple):
     reason: str
 
 
+class _ThisThread(threading.local):
+    """The last choice for the calling thread, or None."""
+
+    choice: Choice | None = None
+
+
+_this_thread = _ThisThread()
+
+
 def is_users_choice() -> bool:
     """Return True if the user set the number of torch's threads, as far as that can be known."""
     if any(os.environ.get(name) for name in VARIABLES):
         return True
-    now = torch.get_num_threads()
-    if _choice is not None:
-        return now != _choice.threads
+    now, choice = torch.get_num_threads(), _this_thread.choice
+    if choice is not None:
+        return now != choice.threads
     return now != _at_import or now not in _default_numbers()
 
 
@@ -170,34 +184,55 @@ def use_free_cores(device: torch.device, recorded: int | None = None) -> None:
     recorded: the number of the run that is continued, or None. It is taken if as many cores can be
         used.
     """
-    global _choice
     if device.type != "cpu" or is_users_choice():
         return
     usable = usable_cores()
     if recorded is not None and recorded <= usable:
-        _choice = Choice(recorded, "as before")
+        choice = Choice(recorded, "as before")
     else:
         threads = min(_at_import, usable, whole_cores(free_cores()))
-        _choice = Choice(threads, "no more cores are free")
-    torch.set_num_threads(_choice.threads)
+        choice = Choice(threads, "no more cores are free")
+    set_own_threads(choice.threads)
+    _this_thread.choice = choice
+
+
+def set_own_threads(threads: int) -> None:
+    """Set the number of torch's threads for work of the calling thread.
+
+    torch.set_num_threads also sets the number that new threads begin with, which is put back.
+    """
+    if threads == torch.get_num_threads():
+        return
+    with _setting:
+        of_new_threads = _in_new_thread(torch.get_num_threads)
+        torch.set_num_threads(threads)
+        _in_new_thread(lambda: torch.set_num_threads(of_new_threads))
+
+
+def _in_new_thread(work: Callable[[], int | None]) -> int | None:
+    """Return the result of `work` in a thread of its own."""
+    results: list[int | None] = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    thread.join()
+    return results[0]
 
 
 @contextlib.contextmanager
 def kept_threads() -> Iterator[None]:
     """Give the number of torch's threads back when a block ends, however it ends."""
-    global _choice
-    threads, choice = torch.get_num_threads(), _choice
+    threads, choice = torch.get_num_threads(), _this_thread.choice
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
-        _choice = choice
+        set_own_threads(threads)
+        _this_thread.choice = choice
 
 
 def threads_text() -> str:
     """Return the number of threads for a person, with the reason if it is below torch's own."""
-    threads = torch.get_num_threads()
+    threads, choice = torch.get_num_threads(), _this_thread.choice
     text = "1 thread" if threads == 1 else f"{threads} threads"
-    if _choice is not None and threads == _choice.threads < _at_import:
-        text += f" of {_at_import} ({_choice.reason})"
+    if choice is not None and threads == choice.threads < _at_import:
+        text += f" of {_at_import} ({choice.reason})"
     return text

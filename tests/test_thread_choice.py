@@ -27,7 +27,7 @@ def cores(monkeypatch):
     for name in threads.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "_at_import", 4)
-    monkeypatch.setattr(threads, "_choice", None)
+    monkeypatch.setattr(threads._this_thread, "choice", None)
     monkeypatch.setattr(threads, "allowed_cores", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(threads, "cpu_quota", lambda: math.inf)
     torch.set_num_threads(4)

@@ -1,8 +1,8 @@
 """The rates of the machine that plans are timed with: matmuls, copies, transfers to the host.
 
 They are measured once, in a fraction of a second, and cached by GPU and torch version in a JSON
-file under $XDG_CACHE_HOME or ~/.cache. If that file cannot be read or written, or there is no home,
-every process measures.
+file under $XDG_CACHE_HOME or ~/.cache. If that file cannot be read or written, or the environment
+names no home, every process measures.
 """
 
 import contextlib

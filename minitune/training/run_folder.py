@@ -23,9 +23,10 @@ On a GPU, other folders are written however a run is saved:
     ~/.cache/minitune/rates.json    the rates of the GPU, once (memory/device_rates.py)
     ~/.triton/cache                 by Triton: the compiled kernels; TRITON_CACHE_DIR moves it
     ~/.nv/ComputeCache              by the CUDA driver; CUDA_CACHE_PATH moves it
-    TMPDIR                          by Triton and its compiler, while a kernel is compiled
+    TMPDIR                          by Triton, while a kernel is compiled
 
-Without a home, rates.json is not written.
+Without HOME and XDG_CACHE_HOME, rates.json is not written. A base that is a GGUF file has its small
+files in TMPDIR until the process ends (gguf/base/model_files.py).
 """
 
 import contextlib

@@ -14,6 +14,7 @@ from minitune.threads import kept_threads
 from minitune.training.banner import RunSummary, banner
 from minitune.training.log import TrainingLog
 from minitune.training.metrics import RunClock, run_metrics, status_text, training_record
+from minitune.training.one_run import only_run
 from minitune.training.out_of_memory import oom_as_value_error, planned_vs_measured
 from minitune.training.own_files import CONFIG, checkpoints
 from minitune.training.run_end import (
@@ -43,14 +44,17 @@ class Trainer(SavedRun):
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Train to the last step. After any failure the last complete checkpoint remains.
 
+        Signals reach the main thread only: a callback ends a run in another thread.
+
         resume_from_checkpoint: True for output_dir's newest checkpoint, or a checkpoint's path.
 
         Raises: ValueError if the output folder holds another run, the checkpoint does not fit data
-            or settings, a loss is not finite, the GPU is out of memory, or the disk is full;
+            or settings, a loss is not finite, the GPU is out of memory, the disk is full, or
+            another thread trains the model or on a GPU;
             KeyboardInterrupt after Ctrl-C, and Stopped (a SystemExit) after SIGTERM or SIGHUP, once
             the current step is done and saved.
         """
-        with self._opened(resume_from_checkpoint) as source:
+        with only_run(self.model), self._opened(resume_from_checkpoint) as source:
             return self._train(source)
 
     def _train(self, source: Path | None) -> TrainOutput:
