@@ -21,6 +21,7 @@ from minitune.report.curves import Curve, moving_mean, smoothing_window, thinned
 
 UNITS = 1000  # of the nested SVG, along both axes
 MAX_MARKERS = 60  # of a curve; more of them would touch
+MAX_NARROW_TEXTS = 4  # numbers of the axis of steps on a narrow screen
 MAX_DIGITS = 12  # of a step in the label of a point
 
 
@@ -119,10 +120,17 @@ def _legend(lines: Sequence[Line], form: Callable[[float], str]) -> Iterator[str
 
 def swatch(style: str) -> str:
     """Return a short piece of a line in a style, as the legend shows it."""
-    return (
-        f'<svg class="swatch" aria-hidden="true"><line class="{style}" x2="100%" y1="50%" '
-        'y2="50%"/></svg>'
-    )
+    line = f'<line class="{style}" x2="100%" y1="50%" y2="50%"/>'
+    mark = _marker(style, "50%", "50%", 3) if "evaluation" in style else ""
+    return f'<svg class="swatch" aria-hidden="true">{line}{mark}</svg>'
+
+
+def _marker(style: str, x: str, y: str, size: int) -> str:
+    """Return the marker of a point: a square in the style of run 2, otherwise a circle."""
+    if "run-2" not in style:
+        return f'<circle class="marker {style}" cx="{x}" cy="{y}" r="{size}"/>'
+    box = f'width="{2 * size}" height="{2 * size}" transform="translate(-{size} -{size})"'
+    return f'<rect class="marker {style}" x="{x}" y="{y}" {box}/>'
 
 
 def _value_text(line: Line, i: int, form: Callable[[float], str]) -> str:
@@ -179,7 +187,10 @@ class _Plot:
         texts = tick_texts(self.steps)
         for i, (place, text) in enumerate(texts):
             # every second number vanishes on a narrow screen
-            kind = "x minor" if (len(texts) - 1 - i) % 2 else "x"
+            is_minor = len(texts) > MAX_NARROW_TEXTS and (len(texts) - 1 - i) % 2
+            kind = "x minor" if is_minor else "x"
+            if place > 0.99 and len(text) > 4:  # centred, it would leave the card
+                kind += " end"
             yield f'<text class="{kind}" x="{100 * place:.2f}%" y="100%" dy="1.5em">{text}</text>'
 
     def points(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
@@ -201,18 +212,12 @@ class _Plot:
         )
 
     def markers(self, line: Line) -> Iterator[str]:
-        """Yield a marker for each point, if the line has any: circles, or squares for run 2."""
+        """Yield a marker for each point, if the line has any and they do not touch."""
         if not line.has_markers or len(line.curve) > MAX_MARKERS:
             return
         for step, x, y in zip(line.curve.steps, *self.points(line.curve), strict=True):
             size = 5 if step == line.best else 3
-            x, y = f"{100 * x:.2f}%", f"{100 * y:.2f}%"
-            if "run-2" in line.style:
-                box = f'width="{2 * size}" height="{2 * size}"'
-                shift = f'transform="translate(-{size} -{size})"'
-                yield f'<rect class="marker {line.style}" x="{x}" y="{y}" {box} {shift}/>'
-            else:
-                yield f'<circle class="marker {line.style}" cx="{x}" cy="{y}" r="{size}"/>'
+            yield _marker(line.style, f"{100 * x:.2f}%", f"{100 * y:.2f}%", size)
 
     def end_point(self, line: Line) -> str:
         """Return the dot at the last point, which the script moves to the pointer."""

@@ -13,7 +13,7 @@ import numpy as np
 
 BINS = 400  # of a thinned curve, which has at most 2 points a bin; a chart is about 1,000 px wide
 MIN_SMOOTHED = 100  # records; a shorter curve is read as it is
-WINDOW_SHARE = 1 / 30  # of the records in one mean
+WINDOW_SHARE = 1 / 20  # of the records in one mean
 TINY = 1e-280  # a smaller value is drawn as 0: its axis would divide by numbers that are no floats
 MIN_NOISE = 0.005  # mean distance from the moving mean, as a share of the curve's range
 
@@ -39,8 +39,9 @@ def curve(records: Iterable[Mapping[str, Any]], name: str, unit: float = 1.0) ->
     records: in the order of their steps.
     unit: the values are divided by it, such as 2**30 for GiB.
     """
-    pairs = [(record["step"], record[name]) for record in records if name in record]
-    steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
+    found = [record for record in records if name in record]
+    steps = np.array([record["step"] for record in found], np.float64)
+    values = np.array([record[name] for record in found], np.float64)
     known = np.isfinite(values)
     values = np.where(np.abs(values) < TINY, 0.0, values / unit)
     return Curve(steps[known], values[known])
@@ -50,25 +51,34 @@ def smoothing_window(curve: Curve) -> int:
     """Return the number of values in a moving mean, or 0 if the curve is short or not noisy."""
     if len(curve) < MIN_SMOOTHED:
         return 0
-    window = int(len(curve) * WINDOW_SHARE) | 1  # odd: as many values on each side
+    window = 4 * max(1, round(len(curve) * WINDOW_SHARE / 4)) + 1
     noise = np.abs(curve.values - moving_mean(curve, window).values).mean()
     return window if noise > MIN_NOISE * np.ptp(curve.values) else 0
 
 
 def moving_mean(curve: Curve, window: int) -> Curve:
-    """Return the mean of the `window` values around each value; fewer at both ends.
+    """Return the weighted mean of the `window` values around each value; fewer at both ends.
 
-    window: an odd number.
+    The weights fall linearly to both sides, as in a mean of means, so a spike leaves no plateau.
+
+    window: 4 n + 1, values.
     """
-    count, half = len(curve), window // 2
     largest = np.abs(curve.values).max(initial=0) or 1.0  # sums of 1e300 would overflow
-    sums = np.append(0.0, np.cumsum(curve.values / largest))
-    first = np.maximum(np.arange(count) - half, 0)
-    last = np.minimum(np.arange(count) + half + 1, count)
-    means = (sums[last] - sums[first]) / (last - first)
+    means = curve.values / largest
+    for _ in range(2):
+        means = _mean_around(means, window // 4)
     # rounding must not move a mean out of the range of its values
     means = np.clip(means * largest, curve.values.min(), curve.values.max())
     return Curve(curve.steps, means)
+
+
+def _mean_around(values: np.ndarray, half: int) -> np.ndarray:
+    """Return the mean of each value and up to `half` values on each side."""
+    count = len(values)
+    sums = np.append(0.0, np.cumsum(values))
+    first = np.maximum(np.arange(count) - half, 0)
+    last = np.minimum(np.arange(count) + half + 1, count)
+    return (sums[last] - sums[first]) / (last - first)
 
 
 def thinned(curve: Curve, bins: int = BINS) -> Curve:

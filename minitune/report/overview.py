@@ -51,8 +51,9 @@ def cards(runs: Sequence[RunRecord]) -> Iterator[str]:
         shown = []
         for i, number in enumerate(numbers):
             mark = swatch(run_style(i)) if len(runs) > 1 else ""
-            shown.append((mark + escape(number.text), escape(number.detail)))
-        yield number_card(label + _difference(numbers), *shown)
+            change = _difference(numbers) if i else ""
+            shown.append((mark + escape(number.text) + change, escape(number.detail)))
+        yield number_card(label, *shown)
     yield "</dl>"
 
 

@@ -14,7 +14,8 @@ h1 .name { display: block; }
 }
 .badge.open { background: var(--fault-page); color: var(--fault); }
 .model { margin-top: .25rem; overflow-wrap: anywhere; }
-.change { float: right; font-variant-numeric: tabular-nums; }
+.totals b + b, .totals span + b { margin-top: .35rem; }
+dd .change { margin-left: .25rem; font-weight: 400; }
 .notes { margin-top: .75rem; background: var(--fault-page); font-size: .9rem; }
 .notes p { margin: 0; padding: .5rem 1rem; overflow-wrap: anywhere; }
 .notes p + p { border-top: 1px solid var(--line); }
@@ -23,15 +24,16 @@ h1 .name { display: block; }
 .evaluation { --dash: none; }
 .swatch { width: 1.5rem; height: .8rem; margin-right: .45rem; vertical-align: -.05rem; }
 .swatch line { stroke: var(--own); stroke-width: 3; stroke-dasharray: var(--dash); }
+.swatch .evaluation { stroke-width: 2; }
 .charts { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; }
-.chart { margin: 0; padding: .8rem 1rem 2.2rem; min-width: 0; break-inside: avoid; }
+.chart { margin: 0; padding: .8rem 1rem .7rem; min-width: 0; break-inside: avoid; }
 .chart.wide { grid-column: 1 / -1; }
 .chart .legend { margin: .15rem 0 .9rem; min-height: 1.3rem; }
 .chart .legend > span { overflow-wrap: anywhere; }
 .legend b { font-variant-numeric: tabular-nums; }
 .chart .step { float: right; font-variant-numeric: tabular-nums; }
 .plot {
-  display: block; width: calc(100% - 3.9rem); height: 11rem; margin-left: 3.4rem;
+  display: block; width: calc(100% - 3.9rem); height: 11rem; margin: 0 0 1.7rem 3.4rem;
   overflow: visible; touch-action: pan-y; outline-offset: .5rem;
 }
 .wide .plot { height: 17rem; }
@@ -39,7 +41,7 @@ h1 .name { display: block; }
 .plot text {
   fill: var(--quiet); font-size: .75rem; font-variant-numeric: tabular-nums; text-anchor: middle;
 }
-.plot text.y { text-anchor: end; }
+.plot text.y, .plot text.end { text-anchor: end; }
 .curves { overflow: visible; }
 .curves path {
   fill: none; stroke: var(--own); stroke-width: 2; stroke-dasharray: var(--dash);
@@ -52,13 +54,12 @@ h1 .name { display: block; }
 .cursor { stroke: var(--quiet); visibility: hidden; }
 .pointed .cursor { visibility: visible; }
 .remark { margin: 0; padding: .5rem 1rem; font-size: .85rem; }
-.chart .remark { position: absolute; margin-top: 1.6rem; padding: 0 0 0 3.4rem; font-size: .75rem; }
+.chart .remark { padding: 0 0 0 3.4rem; font-size: .75rem; }
 .facts { font-size: .9rem; }
 .facts th { color: var(--quiet); width: 14rem; overflow-wrap: anywhere; }
 .facts td { overflow-wrap: anywhere; }
 .names th { color: var(--text); width: auto; font-weight: 600; overflow-wrap: anywhere; }
 .names th:first-child { width: 14rem; }
-td.run-1, td.run-2 { border-left: 2px var(--edge) var(--own); }
 .prompt { margin: 0 0 1rem; overflow: hidden; break-inside: avoid; }
 .question {
   max-height: 12rem; overflow: auto; padding: .7rem 1rem; background: var(--shade);
@@ -67,6 +68,7 @@ td.run-1, td.run-2 { border-left: 2px var(--edge) var(--own); }
 .answers { font-size: .9rem; table-layout: fixed; }
 .answers th:first-child { width: 7rem; color: var(--quiet); }
 .answers td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.at { display: block; font-size: .85rem; }
 summary { margin: 0 0 1rem; cursor: pointer; color: var(--quiet); }
 .pair { display: flex; flex-wrap: wrap; gap: .75rem; margin-bottom: .75rem; }
 .dataset { flex: 1 1 24rem; min-width: 0; }
@@ -78,15 +80,21 @@ summary { margin: 0 0 1rem; cursor: pointer; color: var(--quiet); }
 .note { border-top: 1px solid var(--line); color: var(--fault); overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   .charts { grid-template-columns: 1fr; gap: .5rem; }
-  .chart { padding: .7rem .75rem 2.2rem; }
+  .chart { padding: .7rem .75rem .6rem; }
   .wide .plot { height: 13rem; }
+  dd b { font-size: 1.25rem; }
+  .swatch { width: 1.1rem; margin-right: .3rem; }
   .minor { display: none; }
-  .facts th, .dataset .facts th, .names th:first-child { width: 36%; }
+  .chart .remark { padding-left: 0; }
+  .facts th, .dataset .facts th, .names th:first-child { width: 32%; }
   .answers, .answers tbody, .answers tr, .answers th, .answers td { display: block; width: auto; }
   .answers tr { padding: .3rem 0; }
   .answers tr > * { padding-top: .15rem; padding-bottom: .15rem; }
   .answers th:first-child { width: auto; }
-  .answers th:empty { display: none; }
+  .answers th:empty, .answers .names { display: none; }
+  .answers td.run-1, .answers td.run-2 {
+    margin: .3rem .6rem; padding: 0 0 0 .6rem; border-left: 3px var(--edge) var(--own);
+  }
 }
 @media print {
   :root {

@@ -1,8 +1,13 @@
-"""The sample answers of a report: a card for each prompt, its answers before, during and after."""
+"""The sample answers of a report: a card for each prompt, its answers before, during and after.
+
+Two runs stand side by side. Their answers are paired in order, since they may have been made at
+other steps: first the answers before the training, then those during the runs, then the last ones.
+"""
 
 import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import zip_longest
 
 from minitune.config.visible_text import LINE_BREAK, visible
 from minitune.report.run_record import RunRecord
@@ -11,19 +16,31 @@ from minitune.report.texts import cut, run_style
 
 SHOWN_PROMPTS = 5  # the others are folded
 MAX_PROMPTS = 100
-MAX_ROWS = 6  # answers to a prompt by one run
-BEFORE, AFTER = 0.0, float("inf")  # as times; other answers have their step
+MAX_DURING = 4  # answers to a prompt during a run
 
 
-@dataclass
-class Answers:
-    """The answers to a prompt.
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a prompt, and the step that it was made at."""
 
-    by_time: BEFORE, a step or AFTER -> the answer of each run, None if it has none.
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """The answers of all runs that stand side by side; None if a run has no answer here.
+
+    label: "Before", "During", "After" or "Last".
     """
 
-    prompt: str
-    by_time: dict[float, list[str | None]] = field(default_factory=dict)
+    label: str
+    answers: Sequence[Answer | None]
+
+    @property
+    def steps(self) -> set[int]:
+        """Return the steps of the answers."""
+        return {answer.step for answer in self.answers if answer}
 
 
 def samples_section(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
@@ -32,89 +49,113 @@ def samples_section(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
     limit: characters of a text.
     """
     prompts = answers_by_prompt(runs)
-    last = [run.samples[-1]["step"] if run.samples else 0 for run in runs]
-    for i, answers in enumerate(prompts[:MAX_PROMPTS]):
+    shown = list(prompts.items())[:MAX_PROMPTS]
+    for i, ((prompt, _), answers) in enumerate(shown):
         if i == SHOWN_PROMPTS:
-            yield f"<details><summary>{min(len(prompts), MAX_PROMPTS) - i} more prompts</summary>"
-        yield from _prompt_card(answers, runs, last, limit)
-    if len(prompts) > SHOWN_PROMPTS:
+            yield f"<details><summary>{len(shown) - i} more prompts</summary>"
+        yield from _prompt_card(prompt, answers, runs, limit)
+    if len(shown) > SHOWN_PROMPTS:
         yield "</details>"
-    if len(prompts) > MAX_PROMPTS:
-        yield f'<p class="quiet">{len(prompts) - MAX_PROMPTS:,} more prompts are left out</p>'
+    if len(prompts) > len(shown):
+        yield f'<p class="quiet">{len(prompts) - len(shown):,} more prompts are left out</p>'
 
 
-def answers_by_prompt(runs: Sequence[RunRecord]) -> list[Answers]:
-    """Return the answers of all runs to each prompt; a prompt may occur several times."""
-    found: dict[tuple[str, int], Answers] = {}
+def answers_by_prompt(runs: Sequence[RunRecord]) -> dict[tuple[str, int], list[list[Answer]]]:
+    """Return (prompt, n) -> the answers of each run; n counts the occurrences of equal prompts."""
+    found: dict[tuple[str, int], list[list[Answer]]] = {}
     for i, run in enumerate(runs):
         for record in run.samples:
-            is_last = run.is_finished and record is run.samples[-1]
-            is_after = is_last and record["step"] == run.steps_done
-            time = AFTER if is_after and record["step"] else record["step"]
             seen: dict[str, int] = {}
             for sample in record["samples"]:
                 prompt = sample["prompt"]
                 seen[prompt] = seen.get(prompt, 0) + 1
-                answers = found.setdefault((prompt, seen[prompt]), Answers(prompt))
-                row = answers.by_time.setdefault(time, [None] * len(runs))
-                row[i] = sample["answer"]
-    return list(found.values())
+                answers = found.setdefault((prompt, seen[prompt]), [[] for _ in runs])
+                answers[i].append(Answer(record["step"], sample["answer"]))
+    return found
+
+
+def answer_rows(answers: Sequence[Sequence[Answer]], runs: Sequence[RunRecord]) -> list[AnswerRow]:
+    """Return the rows of a prompt.
+
+    answers: of each run, in the order of their steps.
+    """
+    before = [next((a for a in own if a.step == 0), None) for own in answers]
+    trained = [[a for a in own if a.step > 0] for own in answers]
+    last = [own[-1] if own else None for own in trained]
+    during = [_spread(own[:-1], MAX_DURING) for own in trained]
+    is_after = all(
+        run.is_finished and answer.step == run.steps_done
+        for run, answer in zip(runs, last, strict=True)
+        if answer
+    )
+    rows = [
+        AnswerRow("Before", before),
+        *(AnswerRow("During", row) for row in zip_longest(*during)),
+        AnswerRow("After" if is_after else "Last", last),
+    ]
+    return [row for row in rows if any(row.answers)]
+
+
+def _spread(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """Return at most `count` answers at even distances, as between two others that are shown."""
+    if len(answers) <= count:
+        return list(answers)
+    return [answers[(2 * i + 1) * len(answers) // (2 * count)] for i in range(count)]
+
+
+# ---- markup
 
 
 def _prompt_card(
-    answers: Answers, runs: Sequence[RunRecord], last: Sequence[int], limit: int
+    prompt: str, answers: Sequence[Sequence[Answer]], runs: Sequence[RunRecord], limit: int
 ) -> Iterator[str]:
-    """Yield a prompt with a row for each time.
-
-    last: the last step of each run that has answers.
-    """
-    yield f'<article class="card prompt"><pre class="question">{_text(answers.prompt, limit)}</pre>'
+    """Yield a prompt with its rows."""
+    yield f'<article class="card prompt"><pre class="question">{_text(prompt, limit)}</pre>'
     yield '<table class="answers">'
     if len(runs) > 1:
         names = (f"<th>{run_name(runs, i)}</th>" for i in range(len(runs)))
         yield f'<tr class="names"><th></th>{"".join(names)}</tr>'
-    times = sorted(answers.by_time)
-    for time in _spread(times, MAX_ROWS):
-        cells = "".join(_cells(answers.by_time[time], limit))
-        yield f"<tr><th>{_time_label(time, last)}</th>{cells}</tr>"
+    rows = answer_rows(answers, runs)
+    for row in rows:
+        yield f"<tr><th>{_label(row)}</th>{''.join(_cells(row, limit))}</tr>"
     yield "</table>"
-    if (hidden := len(times) - MAX_ROWS) > 0:
-        noun = "step" if hidden == 1 else "steps"
-        yield f'<p class="remark quiet">Answers at {hidden:,} more {noun} are left out</p>'
+    shown = sum(answer is not None for row in rows for answer in row.answers)
+    if (hidden := sum(map(len, answers)) - shown) > 0:
+        noun = "answer" if hidden == 1 else "answers"
+        yield f'<p class="remark quiet">{hidden:,} more {noun} during training are left out</p>'
     yield "</article>"
 
 
-def _spread(times: Sequence[float], count: int) -> list[float]:
-    """Return at most `count` times: both ends, and others at even distances."""
-    if len(times) <= count:
-        return list(times)
-    return [times[round(i * (len(times) - 1) / (count - 1))] for i in range(count)]
+def _label(row: AnswerRow) -> str:
+    """Return the label of a row, with the step if all answers are of one."""
+    if row.label == "Before" or len(row.steps) > 1:
+        return row.label
+    step = f"{min(row.steps):,}"
+    if row.label == "During":
+        return f"Step {step}"
+    return f'{row.label}<br><span class="quiet">step {step}</span>'
 
 
-def _time_label(time: float, last: Sequence[int]) -> str:
-    if time == BEFORE:
-        return "Before"
-    if time != AFTER:
-        return f"Step {time:,.0f}"
-    steps = " and ".join(f"{step:,}" for step in dict.fromkeys(last))
-    return f'After<br><span class="quiet">step {steps}</span>'
-
-
-def _cells(answers: Sequence[str | None], limit: int) -> Iterator[str]:
-    """Yield the answers of a row: one cell if all runs answer alike."""
-    if len(answers) > 1 and len(set(answers)) == 1:
-        yield f'<td colspan="{len(answers)}"><span class="quiet">both: </span>'
-        yield f"{_answer(answers[0], limit)}</td>"
+def _cells(row: AnswerRow, limit: int) -> Iterator[str]:
+    """Yield the cells of a row: one that spans all columns if all runs answer alike."""
+    count = len(row.answers)
+    if count > 1 and None not in row.answers and len({a.text for a in row.answers}) == 1:
+        mark = '<span class="quiet">both: </span>'
+        yield f'<td colspan="{count}">{mark}{_answer(row.answers[0].text, limit)}</td>'
         return
-    for i, answer in enumerate(answers):
-        kind = f' class="{run_style(i)}"' if len(answers) > 1 else ""
-        yield f"<td{kind}>{_answer(answer, limit)}</td>"
+    for i, answer in enumerate(row.answers):
+        kind = f' class="{run_style(i)}"' if count > 1 else ""
+        if answer is None:
+            text = '<span class="quiet">–</span>'
+        else:
+            text = _answer(answer.text, limit)
+            if len(row.steps) > 1:
+                text = f'<span class="quiet at">step {answer.step:,}</span>{text}'
+        yield f"<td{kind}>{text}</td>"
 
 
-def _answer(answer: str | None, limit: int) -> str:
-    if answer is None:
-        return '<span class="quiet">no answer at this step</span>'
-    return _text(answer, limit) if answer else '<span class="quiet">(nothing)</span>'
+def _answer(text: str, limit: int) -> str:
+    return _text(text, limit) if text else '<span class="quiet">(nothing)</span>'
 
 
 def _text(text: str, limit: int) -> str:
