@@ -1,6 +1,5 @@
 """The commands `data show` and `train --show`, on the terminal and as an HTML page."""
 
-import html.parser
 import io
 import json
 import os
@@ -9,6 +8,7 @@ import shutil
 
 import pytest
 from command_inputs import train, train_arguments, write_inputs
+from html_pages import Page
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -227,30 +227,6 @@ def test_model_and_data_are_needed(capsys):
 
 
 # ---- the page
-
-
-class Page(html.parser.HTMLParser):
-    """The tags, attributes and texts of a page; the tags must be balanced."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.texts = [], [], [], []
-        self.feed(source)
-        self.close()
-        assert not self.open, f"open at the end: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-        if tag not in ("meta", "!doctype"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        if "style" not in self.open:
-            self.texts.append(text)
 
 
 def page_of(show, tmp_path, records, *flags):

@@ -5,13 +5,15 @@ highest value is far above the median: one spike would flatten the rest of the c
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 MAX_INTERVALS = 5
-LOG_RATIO = 30.0  # least ratio of the highest value to the median
+MAX_LOG_TICKS = 7
+LOG_RATIO = 12.0  # least ratio of the highest value to the median
 ZERO_SHARE = 0.35  # an axis begins at 0 if the lowest value is below this share of the highest
 ROUND = (1.0, 2.0, 2.5, 5.0, 10.0)
 
@@ -81,9 +83,17 @@ def _multiples(step: float, low: float, high: float) -> list[float]:
 
 
 def _logarithmic(low: float, high: float) -> Axis:
-    """Return an axis whose ends and ticks are powers of ten, at most MAX_INTERVALS apart."""
+    """Return an axis of 1, 2 and 5 times powers of ten, or of powers alone if these are too many.
+
+    Its ends are ticks.
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    stride = max(1, -(-(last - first) // MAX_INTERVALS))
+    powers = [10.0**power for power in range(first, last + 1)]
+    fine = [factor * power for power in powers for factor in (1, 2, 5)]
+    inner = fine[bisect_right(fine, low) - 1 : bisect_left(fine, high) + 1]
+    if len(inner) <= MAX_LOG_TICKS:
+        return Axis(inner[0], inner[-1], inner, True)
+    stride = -(-(last - first) // MAX_INTERVALS)
     last = first + stride * -(-(last - first) // stride)
     ticks = [10.0**power for power in range(first, last + 1, stride)]
     return Axis(ticks[0], ticks[-1], ticks, True)
@@ -128,28 +138,35 @@ def scientific(value: float, decimals: int = 2) -> str:
     return f"{digits}e{int(power)}"
 
 
-def tick_texts(axis: Axis) -> list[tuple[float, str]]:
-    """Return (position, text) of each tick, such as "0.5", "15,000", "2 M" or "1e-4"."""
+def tick_texts(axis: Axis, has_exponents: bool = False) -> list[tuple[float, str]]:
+    """Return (position, text) of each tick, such as "0.5", "15,000", "2 M" or "1e-4".
+
+    has_exponents: write all numbers as "1e-4", not only very small and very large ones.
+    """
     if axis.is_logarithmic:
         return [(float(axis.place(tick)), _power_text(tick)) for tick in axis.ticks]
     largest = max(map(abs, axis.ticks))
     step = axis.ticks[1] - axis.ticks[0] if len(axis.ticks) > 1 else largest or 1.0
-    return [(float(axis.place(tick)), _tick_text(tick, step, largest)) for tick in axis.ticks]
+    exponents = has_exponents or not 1e-3 <= largest < 1e10
+    return [
+        (float(axis.place(tick)), _tick_text(tick, step, largest, exponents)) for tick in axis.ticks
+    ]
 
 
 def _power_text(tick: float) -> str:
     return f"{tick:,.10g}" if 1e-3 <= tick < 1e6 else scientific(tick)
 
 
-def _tick_text(tick: float, step: float, largest: float) -> str:
+def _tick_text(tick: float, step: float, largest: float, exponents: bool) -> str:
     """Return a tick with as many digits as tell it from its neighbours.
 
     step: distance of two ticks, at least.
     largest: size of the largest tick.
+    exponents: write the number as "1e-4".
     """
     if abs(tick) < step / 2:
         return "0"
-    if not 1e-3 <= largest < 1e10:
+    if exponents:
         return scientific(tick, _decimals(step / largest) + 1)
     unit, name = (1e6, " M") if largest >= 1e6 else (1.0, "")
     text = f"{tick / unit:,.{_decimals(step / unit)}f}"

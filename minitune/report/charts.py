@@ -9,7 +9,6 @@ pointer is over a plot (page_script.py). So no number is formatted twice:
     <path d="M0 812.5L2.5 790..." data-steps="1 2 ..." data-values="2.31;2.28;...">
 """
 
-import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,6 +50,7 @@ class Chart:
     from_zero: the axis of values begins at 0.
     is_smoothed: noisy curves get a moving mean, and become faint themselves.
     is_wide: the chart takes the whole width of the page.
+    has_exponents: the axis writes its numbers as "1e-4".
     """
 
     title: str
@@ -60,6 +60,7 @@ class Chart:
     from_zero: bool = False
     is_smoothed: bool = False
     is_wide: bool = False
+    has_exponents: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -82,8 +83,8 @@ def chart_markup(chart: Chart, steps: Axis) -> Iterator[str]:
     yield f"<figcaption><b>{escape(chart.title)}</b>{unit}"
     yield '<span class="quiet step"></span></figcaption>'
     yield from _legend(bold, chart.form)
-    yield f'<svg class="plot" role="img" aria-label="{html.escape(_summary(chart, lines))}">'
-    yield from plot.grid()
+    yield f'<svg class="plot" role="img" aria-label="{escape(_summary(chart, lines))}">'
+    yield from plot.grid(chart.has_exponents)
     yield f'<svg viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none" width="100%" '
     yield 'height="100%" class="curves">'
     for line, window in zip(lines, windows, strict=True):
@@ -178,9 +179,9 @@ class _Plot:
     values: Axis
     form: Callable[[float], str]
 
-    def grid(self) -> Iterator[str]:
+    def grid(self, has_exponents: bool) -> Iterator[str]:
         """Yield the lines at the round values, and the numbers of both axes."""
-        for place, text in tick_texts(self.values):
+        for place, text in tick_texts(self.values, has_exponents):
             y = f"{100 - 100 * place:.2f}%"
             yield f'<line class="grid" x2="100%" y1="{y}" y2="{y}"/>'
             yield f'<text class="y" x="-8" y="{y}" dy=".33em">{text}</text>'

@@ -142,12 +142,13 @@ def _curves(runs: Sequence[RunRecord]) -> Iterator[str]:
 def _charts(runs: Sequence[RunRecord]) -> Iterator[Chart]:
     yield Chart("Loss", _loss_lines(runs), loss_text, is_smoothed=True, is_wide=True)
     lines = partial(_metric_lines, runs)
-    yield Chart("Learning rate", lines("learning_rate"), rate_text, from_zero=True)
+    rates = lines("learning_rate")
+    yield Chart("Learning rate", rates, rate_text, from_zero=True, has_exponents=True)
     yield Chart("Gradient norm", lines("grad_norm"), norm_text, is_smoothed=True)
     speed = lines("tokens_per_second")
     yield Chart("Speed", speed, count_text, "tokens/s", from_zero=True, is_smoothed=True)
     memory = lines("peak_memory_bytes", 2**30)
-    yield Chart("Peak memory so far", memory, gib_number, "GiB", from_zero=True)
+    yield Chart("Peak memory", memory, gib_number, "GiB", from_zero=True)
     yield Chart("Loss scale", lines("loss_scale"), count_text, from_zero=True)
 
 

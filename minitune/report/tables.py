@@ -88,7 +88,8 @@ def _dataset(data: DataRecord, name: str, limit: int) -> Iterator[str]:
 
     name: of the runs that have it, as markup.
     """
-    yield f'<section class="card dataset"><h3>{escape(cut(data.label, limit)).capitalize()}'
+    title = data.label[:1].upper() + data.label[1:]
+    yield f'<section class="card dataset"><h3>{escape(cut(title, limit))}'
     yield f'<span class="quiet">{name}</span></h3><table class="facts">'
     for row in paired([data.rows])[:MAX_ROWS]:
         yield f"<tr><th>{escape(cut(row.label, limit))}</th>{_cells(row, 1, limit)}</tr>"
