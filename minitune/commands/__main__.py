@@ -1,15 +1,12 @@
 """The entry point `minitune COMMAND ...`, also `python -m minitune.commands COMMAND ...`."""
 
-import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-
-import torch
 
 from minitune.commands import data, doctor, export, generate, plan, train
 from minitune.config.cli import run_command, suggestion
 from minitune.progress import wrapped
+from minitune.training.versions import versions
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
@@ -53,18 +50,6 @@ def usage() -> str:
     rows = [wrapped(text, 12, f"  {name:<10}") for name, text in purposes.items()]
     steps = [f"  {line}" for line in FIRST_STEPS.splitlines()]
     return "\n".join(["usage: minitune COMMAND ...", "", *rows, "", "First steps:", *steps])
-
-
-def versions() -> str:
-    """Return the versions of minitune, torch and Python, and the GPU."""
-    try:
-        own = version("minitune")
-    except PackageNotFoundError:  # a checkout
-        own = "from a checkout"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return (
-        f"minitune {own}, torch {torch.__version__}, Python {platform.python_version()}, {device}"
-    )
 
 
 if __name__ == "__main__":

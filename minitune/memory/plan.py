@@ -24,6 +24,7 @@ from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
 from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.model.packed_sequences import PackedSequences
 
+PEAK = "peak"
 LEVEL_TEXT = {
     SaveLevel.NOTHING: "nothing",
     SaveLevel.INPUT: "the input",
@@ -144,6 +145,10 @@ class Plan:
         """Return `packed`, without its uniform length if the plan has no room for cuDNN."""
         return packed if self.cudnn else replace(packed, uniform_seqlen=None)
 
+    def memory_rows(self) -> list[tuple[str, int]]:
+        """Return (name, bytes) of each part of the GPU's memory, the peak, and the host memory."""
+        return [*self.parts, (PEAK, self.peak), ("host memory", self.host_bytes)]
+
     def __str__(self) -> str:
         """Return the saved activations and their place in words."""
         return "; ".join(self._phrases())
@@ -166,10 +171,11 @@ def plan_table(plan: Plan, tokens: int, budget: int) -> str:
     tokens: rows of the micro-step.
     budget: bytes of GPU memory.
     """
-    rows = [(name, f"{gib_text(size):>12}") for name, size in plan.parts]
     over = "" if plan.peak <= budget else f", more than the budget of {gib_text(budget)}"
-    rows.append(("peak", f"{gib_text(plan.peak):>12}{over}"))
-    rows.append(("host memory", f"{gib_text(plan.host_bytes):>12}"))
+    rows = [
+        (name, f"{gib_text(size):>12}{over if name == PEAK else ''}")
+        for name, size in plan.memory_rows()
+    ]
     speed = f"{tokens / plan.seconds:,.0f} tokens/s at the speed of one H200"
     rows.append(("time", f"{1e3 * plan.seconds:8.0f} ms, {speed}"))
     rows.append(("layers", str(plan)))

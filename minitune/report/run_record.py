@@ -73,12 +73,13 @@ def read_run(folder: str | Path) -> RunRecord:
     metrics = _Metrics(folder / METRICS, notes)
     settings = _read_settings(folder / CONFIG, notes)
     facts = _read_facts(folder / FACTS, notes)
-    steps_done = max([*metrics.steps, *map(checkpoint_step, checkpoints(folder))], default=0)
+    saved = map(checkpoint_step, checkpoints(folder))
+    steps_done = max([facts.steps_done, *metrics.steps, *saved])
     # an older version writes no end, but its adapter, which a stopped run has not
     is_finished = bool(facts.end) or (not facts.facts and (folder / ADAPTER).is_dir())
-    total_steps = facts.total_steps or _total_steps(settings, metrics.training)
+    end, total_steps = facts.end, facts.total_steps or _total_steps(settings, metrics.training)
     if not is_finished:
-        facts.end = _end_so_far(metrics.training, steps_done, total_steps)
+        end = _end_so_far(metrics.training, steps_done, total_steps)
         notes.append("the run is not finished" if steps_done else "no step of the run is recorded")
     return RunRecord(
         name=str(folder),
@@ -89,7 +90,7 @@ def read_run(folder: str | Path) -> RunRecord:
         evaluations=metrics.evaluations,
         samples=metrics.samples,
         settings=settings,
-        facts=[*facts.facts, *facts.end],
+        facts=[*facts.facts, *end],
         plan=facts.plan,
         data=facts.data,
         notes=notes,

@@ -49,13 +49,23 @@ def banner(model: CausalLM, datasets: dict[str, TokenizedDataset], run: RunSumma
 
     datasets: each dataset of the run by its label.
     """
+    return "\n".join(labelled(label, text) for label, text in banner_rows(model, datasets, run))
+
+
+def banner_rows(
+    model: CausalLM, datasets: dict[str, TokenizedDataset], run: RunSummary
+) -> list[tuple[str, str]]:
+    """Return the lines of the banner as (label, text).
+
+    datasets: each dataset of the run by its label; {} leaves the lines on data out.
+    """
     data_rows = [row for label, data in datasets.items() for row in _data_rows(label, data)]
     notes = [("note", note) for note in model.config.notes]
     rows = [*_model_rows(model), *notes, *data_rows, *_run_rows(run)]
     if dropout := model.lora_dropout:  # of an adapter that was loaded
         text = f"the adapter was trained with lora_dropout {dropout}, which is not applied here"
         rows.append(("warning", text))
-    return "\n".join(labelled(label, text) for label, text in rows)
+    return rows
 
 
 def _model_rows(model: CausalLM) -> list[tuple[str, str]]:

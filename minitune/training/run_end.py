@@ -41,6 +41,11 @@ class RunResult:
 
 def summary(run: RunResult) -> str:
     """Return the lines that a finished run ends with."""
+    return "\n".join(labelled(label, text) for label, text in summary_rows(run))
+
+
+def summary_rows(run: RunResult) -> list[tuple[str, str]]:
+    """Return the lines of `summary` as (label, text)."""
     p = run.progress
     trained = f"{p.step:,} steps, {p.tokens:,} tokens in {duration(p.seconds)}"
     if run.tokens_per_second is not None:
@@ -52,8 +57,7 @@ def summary(run: RunResult) -> str:
         rows.append(("best", _best_text(run.best, run.checkpoints)))
     if run.memory.peak:
         rows.append(("memory", _memory_text(run.memory)))
-    rows += _saved_rows(run.adapter, run.checkpoints)
-    return "\n".join(labelled(label, text) for label, text in rows)
+    return rows + _saved_rows(run.adapter, run.checkpoints)
 
 
 def _saved_rows(adapter: Path | None, checkpoints: Sequence[Path]) -> list[tuple[str, str]]:

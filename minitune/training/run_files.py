@@ -1,9 +1,10 @@
-"""The files that a run writes while it trains: config.toml, checkpoints and the adapter.
+"""The files that a run writes while it trains: config, facts, checkpoints and the adapter.
 
 A run without a folder has `NoRunFiles`, which take the same calls and write nothing.
 """
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,18 @@ from minitune.config.cli import toml_text, with_absolute_paths
 from minitune.data.templates.adapter_template import save_template
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
+from minitune.progress import print_message
 from minitune.training.checkpoint import save_checkpoint
 from minitune.training.optimizer import FlatAdamW
-from minitune.training.own_files import CONFIG, METRICS, add_outputs, checkpoints, delete
+from minitune.training.own_files import (
+    CONFIG,
+    FACTS,
+    METRICS,
+    add_outputs,
+    checkpoints,
+    delete,
+)
+from minitune.training.run_facts import RunFacts
 
 
 class RunFiles:
@@ -50,14 +60,23 @@ class RunFiles:
         )
 
     def write_config(self, settings: dict[str, Any]) -> None:
-        """Write config.toml, and list it in outputs.json together with metrics.jsonl.
+        """Write config.toml, and list it in outputs.json with metrics.jsonl and run.json.
 
         The paths become absolute, so the file repeats the run from every working directory.
 
         Raises: ValueError if a file cannot be written.
         """
-        add_outputs(self.output, [CONFIG, METRICS])
+        add_outputs(self.output, [CONFIG, METRICS, FACTS])
         atomic_write_text(self.output / CONFIG, toml_text(with_absolute_paths(settings)))
+
+    def write_facts(self, facts: RunFacts) -> None:
+        """Write run.json; a warning says if it cannot be written, because no step depends on it."""
+        try:
+            self.check_there()
+            text = json.dumps(facts.to_json(), indent=1) + "\n"
+            atomic_write_text(self.output / FACTS, text)
+        except ValueError as error:
+            print_message("warning", f"{error}; the report of this run will lack facts")
 
     def save(
         self,
@@ -144,6 +163,9 @@ class NoRunFiles:
 
     def write_config(self, settings: dict[str, Any]) -> None:
         """Do nothing: the settings are not written."""
+
+    def write_facts(self, facts: RunFacts) -> None:
+        """Do nothing: the facts are not written."""
 
     def save(self, *arguments: Any) -> None:
         """Raise ValueError: a checkpoint needs a folder."""

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,9 @@ from minitune.training.run_end import (
     interruption,
     interruption_without_folder,
     summary,
+    summary_rows,
 )
+from minitune.training.run_facts import facts_at_begin, plan_rows
 from minitune.training.saved_run import SavedRun
 
 
@@ -74,7 +77,10 @@ class Trainer(SavedRun):
             self._resident_weights(),
             contextlib.closing(self.micro_step),
         ):
-            log.print_line(banner(self.model, self.data.by_label, self._summary(source)))
+            run = self._summary(source)
+            log.print_line(banner(self.model, self.data.by_label, run))
+            self._facts = facts_at_begin(self.model, self.processing_class, self.data, run)
+            self._run.write_facts(self._facts)
             if source is not None:
                 self.run_control.read_history(self._run.metrics)
             self.run_control.event("on_train_begin")
@@ -98,10 +104,18 @@ class Trainer(SavedRun):
         return TrainOutput(p.step, metrics["train_loss"], metrics)
 
     def _end(self, log: TrainingLog, speed: float | None, adapter: Path | None) -> str:
-        """Return the summary of the finished run."""
+        """Return the summary of the finished run, and write it to run.json."""
         memory, best = memory_use(self.model.device), self.run_control.best
         saved = [] if self.output is None else checkpoints(self.output)
-        return summary(RunResult(self.progress, speed, log.last_loss, best, memory, adapter, saved))
+        result = RunResult(self.progress, speed, log.last_loss, best, memory, adapter, saved)
+        self._update_facts(end=summary_rows(result))
+        return summary(result)
+
+    def _update_facts(self, **facts: Any) -> None:
+        """Write run.json with the present plan and further facts."""
+        plan, done = plan_rows(self.planner, self.model.device), self.progress.step
+        self._facts = replace(self._facts, plan=plan, steps_done=done, **facts)
+        self._run.write_facts(self._facts)
 
     def _loop(self, log: TrainingLog, clock: RunClock, caught: list[int]) -> None:
         """Run optimizer steps to the last one, or until Ctrl-C fills `caught`."""
@@ -123,6 +137,8 @@ class Trainer(SavedRun):
                 memory = planned_vs_measured(self.planner, self.model.device)
                 if memory is not None:
                     log.print_line(labelled("memory", memory))
+                with clock.paused():
+                    self._update_facts()
             log.advance(lambda: self._status(clock))
             run.end_step(p)
             self._do_due_tasks(log, clock)

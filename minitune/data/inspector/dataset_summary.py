@@ -46,7 +46,7 @@ class DatasetSummary:
     endless: stretches without a stop token at their end.
     doubled_bos: samples that begin with two BOS tokens.
     other_labels: samples with a label that is neither -100 nor the token at its place.
-    rows: number of rows that packing fills.
+    rows: number of rows that packing fills, or 0 if they are not counted.
     """
 
     report: DatasetReport
@@ -58,7 +58,7 @@ class DatasetSummary:
     median: float
     longest: int
     bars: list[Bar]
-    rows: int
+    rows: int = 0
     stretches: int = 0
     stops: Counter[str] = field(default_factory=Counter)
     endless: Occurrences = field(default_factory=Occurrences)
@@ -78,19 +78,8 @@ def summarize(dataset: TokenizedDataset, tokenizer: Tokenizer, max_length: int) 
     max_length: tokens of a sample at most.
     """
     samples = dataset.samples
-    lengths = samples.lengths
-    summary = DatasetSummary(
-        report=dataset.report,
-        max_length=max_length,
-        samples=len(samples),
-        tokens=int(lengths.sum()),
-        trained=int(samples.targets.sum()),
-        shortest=int(lengths.min()),
-        median=float(np.median(lengths)),
-        longest=int(lengths.max()),
-        bars=histogram(lengths),
-        rows=len(pack_rows(lengths, max_length)),
-    )
+    summary = summarize_lengths(dataset, max_length)
+    summary.rows = len(pack_rows(samples.lengths, max_length))
     stop_ids = np.array(tokenizer.eos_token_ids, np.int64)
     hashes = np.empty(len(samples), np.int64)
     for block in _blocks(samples):
@@ -102,6 +91,25 @@ def summarize(dataset: TokenizedDataset, tokenizer: Tokenizer, max_length: int) 
             _add_(summary.doubled_bos, samples, doubled)
     _count_duplicates_(summary.duplicates, samples, hashes)
     return summary
+
+
+def summarize_lengths(dataset: TokenizedDataset, max_length: int) -> DatasetSummary:
+    """Return the numbers of a dataset that need no pass over its tokens.
+
+    max_length: tokens of a sample at most.
+    """
+    samples, lengths = dataset.samples, dataset.samples.lengths
+    return DatasetSummary(
+        report=dataset.report,
+        max_length=max_length,
+        samples=len(samples),
+        tokens=int(lengths.sum()),
+        trained=int(samples.targets.sum()),
+        shortest=int(lengths.min()),
+        median=float(np.median(lengths)),
+        longest=int(lengths.max()),
+        bars=histogram(lengths),
+    )
 
 
 def histogram(lengths: np.ndarray) -> list[Bar]:

@@ -37,14 +37,17 @@ def total_rows(summary: DatasetSummary) -> list[Row]:
     report, limit = summary.report, summary.max_length
     shapes = ", ".join(f"{shape} {count:,}" for shape, count in report.shapes.most_common())
     lengths = f"median {summary.median:,g}, shortest {summary.shortest:,}, limit {limit:,}"
-    return [
+    rows = [
         Row("records", report.records, on_one_line(shapes)),
         Row("samples", summary.samples),
         Row("tokens", summary.tokens),
         Row("trained on", summary.trained, f"{summary.trained / summary.tokens:.1%} of the tokens"),
         Row("longest sample", summary.longest, f"tokens; {lengths}"),
-        Row("packed rows", summary.rows, f"of {limit:,} tokens, {summary.row_share:.1%} full"),
     ]
+    if summary.rows:
+        full = f"of {limit:,} tokens, {summary.row_share:.1%} full"
+        rows.append(Row("packed rows", summary.rows, full))
+    return rows
 
 
 def fault_rows(summary: DatasetSummary) -> list[Row]:
