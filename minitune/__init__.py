@@ -25,6 +25,7 @@ from minitune.data.text_streamer import TextIteratorStreamer, TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import is_bfloat16_supported
 from minitune.language_model import LanguageModel
+from minitune.report.write_report import write_report
 from minitune.sft_trainer import SFTTrainer, train_on_responses_only
 from minitune.training.callbacks import (
     EarlyStoppingCallback,
@@ -59,6 +60,7 @@ __all__ = [
     "standardize_data_formats",
     "standardize_sharegpt",
     "train_on_responses_only",
+    "write_report",
 ]
 
 

@@ -31,7 +31,7 @@ from minitune.commands import export
 from minitune.gguf.export import convert_folder
 from minitune.training import write_models
 
-FILES = ("config.toml", "metrics.jsonl", "outputs.json")
+FILES = ("config.toml", "metrics.jsonl", "outputs.json", "run.json")
 FINISHED = ("adapter", "checkpoint-2", "checkpoint-4", *FILES)
 SAVED = ("checkpoint-2", "checkpoint-3", *FILES)
 SIGNALS = (

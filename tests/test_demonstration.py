@@ -38,6 +38,7 @@ def test_the_demonstration_asks_trains_asks_again_and_can_be_repeated(
         "metrics.jsonl",
         "model-minitune-Q8_0.gguf",
         "outputs.json",
+        "run.json",
     }
 
 

@@ -46,7 +46,7 @@ def test_a_checkpoint_folder_with_a_state_of_another_program_is_not_a_runs(small
     assert sorted(run.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["adapter", "config.toml", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["adapter", "config.toml", "metrics.jsonl", "run.json"])
 @pytest.mark.parametrize("settings", [{}, {"overwrite": True}, {"resume": True}], ids=str)
 def test_a_users_own_file_of_a_name_that_a_run_writes_is_refused_and_stays(
     smallest, tmp_path, name, settings
@@ -144,7 +144,7 @@ def test_a_linked_adapter_of_a_run_is_replaced_and_its_target_stays(smallest, ru
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_others_stay(smallest, run):
-    names = ["checkpoint-6", "adapter", "config.toml", "outputs.json", "metrics.jsonl"]
+    names = ["checkpoint-6", "adapter", "config.toml", "outputs.json", "metrics.jsonl", "run.json"]
     for name in names:
         (run / f".{name}.partial").write_text("half")
         (run / f".{name}.lock").write_text("1 host")

@@ -78,7 +78,7 @@ def test_output_folder_below_a_file_is_refused_by_name(smallest, tmp_path):
 def test_config_that_cannot_be_written_is_named_and_leaves_no_half_of_it(smallest, tmp_path):
     trainer = new_trainer(smallest, tmp_path / "run", max_steps=1)
     with (
-        files_limited_to(64),
+        files_limited_to(96),
         pytest.raises(ValueError, match=r"config.toml: could not be written"),
     ):
         trainer.train()
@@ -150,11 +150,12 @@ def test_run_that_could_replace_a_file_in_a_users_folder_is_refused(smallest, ru
 def test_outputs_are_listed_as_they_are_written_and_overwrite_deletes_those_alone(smallest, run):
     trainer = new_trainer(smallest, run, **CHECKPOINTS, overwrite=True)
     trainer.train()
-    assert listed(run) == ["config.toml", "metrics.jsonl", "adapter"]
+    own = ["config.toml", "metrics.jsonl", "run.json", "adapter"]
+    assert listed(run) == own
     write_models(trainer.model, trainer.processing_class, run, merge=True, methods=["f16", "q8_0"])
     ggufs = [path.name for path in sorted(run.glob("*.gguf"))]
     assert len(ggufs) == 2
-    assert listed(run) == ["config.toml", "metrics.jsonl", "adapter", "merged", *ggufs]
+    assert listed(run) == [*own, "merged", *ggufs]
     assert existing_outputs(run) == ["checkpoint-2", "checkpoint-4", *listed(run)]
     for name in ("mine.gguf", ggufs[0].replace("F16", "BF16")):
         (run / name).write_text("mine")
@@ -178,7 +179,7 @@ def test_folder_of_an_older_version_without_a_list_is_known_by_the_fixed_names(s
     with pytest.raises(ValueError, match="already holds a run"):
         check_output(run, overwrite=False, resume=False)
     new_trainer(smallest, run, **{**CHECKPOINTS, "max_steps": 5}, resume=True).train()
-    assert set(listed(run)) == {"adapter", "metrics.jsonl", "config.toml"}
+    assert set(listed(run)) == {"adapter", "metrics.jsonl", "config.toml", "run.json"}
     (run / OUTPUTS).unlink()
     clear_run(run)
     assert sorted(path.name for path in run.iterdir()) == ["merged", "model-F16.gguf", "notes.txt"]

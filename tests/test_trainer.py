@@ -116,6 +116,7 @@ def test_training_lowers_the_loss_and_fills_the_run_folder(tiny, tmp_path, capsy
         "config.toml",
         "metrics.jsonl",
         "outputs.json",
+        "run.json",
     ]
     records = read_metrics(output)
     losses = [record for record in records if "loss" in record]
@@ -167,6 +168,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(sma
         "config.toml",
         "metrics.jsonl",
         "outputs.json",
+        "run.json",
     ]
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
 

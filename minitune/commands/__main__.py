@@ -3,14 +3,14 @@
 import sys
 from collections.abc import Sequence
 
-from minitune.commands import data, doctor, export, generate, plan, train
+from minitune.commands import data, doctor, export, generate, plan, report, train
 from minitune.config.cli import run_command, suggestion
 from minitune.progress import wrapped
 from minitune.training.versions import versions
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (train, generate, export, plan, data, doctor)
+    for module in (train, generate, export, plan, data, report, doctor)
 }
 # The usual order of the work, in commands that can be typed.
 FIRST_STEPS = """\
@@ -18,6 +18,7 @@ minitune plan --model llama-3-8b            memory and time, without weights
 minitune data show --model DIR --data FILE  the tokens that are trained on
 minitune doctor --model DIR                 checks this machine with the model
 minitune train --model DIR --data FILE      writes runs/1, shows the next step
+minitune report runs/1                      the run as a page of curves and texts
 minitune COMMAND --help                     all flags of a command
 minitune --version                          versions to name in a report"""
 

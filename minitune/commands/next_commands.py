@@ -66,7 +66,7 @@ def next_text(commands: Sequence[str], notes: Iterable[str] = ()) -> str:
 def after_training(
     program: str, trainer: SFTTrainer, run: RunConfig, models: Sequence[Path] = ()
 ) -> str:
-    """Return the lines on the next commands: generate, and export or start llama.cpp.
+    """Return the lines on the next commands: generate, export or start llama.cpp, report.
 
     program: this command as the user typed it.
     run: its settings.
@@ -98,6 +98,8 @@ def after_training(
     else:
         more = ("--output", trainer.output / "gguf", "--quantization-method", EXPORTED_TYPE)
         commands.append(command_line(program, "export", "--model", trainer.output, *more))
+    if not run.report:
+        commands.append(command_line(program, "report", trainer.output))
     return next_text(commands, notes)
 
 

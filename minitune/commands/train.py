@@ -8,8 +8,9 @@
     minitune train --eval-only --model runs/1           the loss on its evaluation data
     minitune train --plan --model DIR --memory-budget 24GiB    the same as `minitune plan`
 
-The run folder holds adapter/, checkpoint-N/, metrics.jsonl, config.toml and outputs.json; --merge
-and --gguf add the merged model. Expected errors print one line on stderr and exit with code 2.
+The run folder holds adapter/, checkpoint-N/, metrics.jsonl, config.toml, run.json and outputs.json;
+--merge and --gguf add the merged model, --report a page with the curves. Expected errors print one
+line on stderr and exit with code 2.
 Ctrl-C, SIGTERM and SIGHUP save, print how to continue, and exit with code 130, 143 or 129.
 """
 
@@ -45,6 +46,7 @@ from minitune.gguf.model_metadata import check_window
 from minitune.gguf.writer import Content
 from minitune.language_model import LanguageModel
 from minitune.progress import labelled, print_line
+from minitune.report.write_report import check_report_path, write_report
 from minitune.sft_trainer import SFTTrainer
 from minitune.threads import use_free_cores
 from minitune.training import run_folder
@@ -55,7 +57,7 @@ from minitune.training.check_models import (
     check_new_names,
     require_room,
 )
-from minitune.training.own_files import MERGED
+from minitune.training.own_files import MERGED, REPORT
 from minitune.training.write_models import write_models
 
 
@@ -122,7 +124,8 @@ def train(settings: Settings, program: str) -> None:
         run.merge_base,
         progress=True,
     )
-    for path in models:
+    report = [write_report(trainer.output)] if run.report else []
+    for path in (*models, *report):
         print_line(f"{'saved':<11}{path}")
     print_line(after_training(program, trainer, run, models))
 
@@ -237,6 +240,8 @@ def _check(settings: Settings) -> list[Content]:
         new_names = [*names, *([MERGED] if run.merge else [])]
         needed = [base, *data, *([run.adapter] if run.adapter else [])]
         run_folder.check_output(sft.output_dir, sft.overwrite, sft.resume, needed, new_names)
+    if run.report and sft.output_dir is not None:
+        check_report_path(Path(sft.output_dir) / REPORT)
     check_new_names(sft.output_dir or run_folder.RUNS, names)
     for path in data:
         check_first_records(path)

@@ -164,6 +164,9 @@ class RunConfig:
     gguf: tuple[str, ...] = setting(
         (), "write GGUF files at the end, of these types", choices=GGUF_WORDS
     )
+    report: bool = setting(
+        False, "write the report of the run to OUTPUT_DIR/report.html at the end"
+    )
 
     show: int = setting(
         0, "before training, print this many samples with their trained-on tokens", minimum=0

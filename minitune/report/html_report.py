@@ -26,10 +26,11 @@ from minitune.report.curves import curve
 from minitune.report.overview import best_evaluation, cards, heading
 from minitune.report.page_script import SCRIPT
 from minitune.report.page_style import STYLE
-from minitune.report.run_record import REPORT_MARK, RunRecord
+from minitune.report.run_record import RunRecord
 from minitune.report.samples import samples_section
 from minitune.report.tables import data_section, notes, rows_table
 from minitune.report.texts import PairedRow, paired, run_style, short_names
+from minitune.training.own_files import REPORT_MARK
 
 MAX_BYTES = 1_900_000  # of a page
 TEXT_LIMITS = (20_000, 5_000, 2_000, 500, 100, 25)  # characters of a text; the first that fits

@@ -23,8 +23,6 @@ from minitune.read_files import file_exists, parse_json, read_toml, require_regu
 from minitune.training.own_files import CONFIG, FACTS, METRICS, OUTPUTS, checkpoints
 from minitune.training.run_facts import DataRecord, RunFacts, read_facts
 
-# The page's head holds this mark, and only a file that holds it is replaced by another report.
-REPORT_MARK = '<meta name="generator" content="minitune report">'
 MAX_BYTES = 256 << 20  # of metrics.jsonl; a run with 100,000 lines has 25 MB
 MAX_LISTED = 3  # places of broken lines in a note
 STEPS, VALUES = whole(), number(-1e300, 1e300)

@@ -1,6 +1,7 @@
 """The files that a run wrote: how they are recognised, and how they are deleted.
 
     outputs.json      {"names": [...]}: what this run or the one before wrote, except checkpoints
+    report.html       ours if it holds the mark of a report, beside outputs of a run
     checkpoint-N/     ours if it holds state.json with optimizer_steps, or optimizer.safetensors too
     .NAME.SUFFIX      the leftover of a process that was killed; NAME is one of these names
 
@@ -28,7 +29,10 @@ from minitune.read_files import read_json
 from minitune.training.checkpoint import OPTIMIZER, STATE
 
 MERGED, METRICS, CONFIG, OUTPUTS = "merged", "metrics.jsonl", "config.toml", "outputs.json"
-FACTS = "run.json"
+FACTS, REPORT = "run.json", "report.html"
+# The head of a report's page holds this mark; only such a file is replaced or deleted.
+REPORT_MARK = '<meta name="generator" content="minitune report">'
+HEAD_BYTES = 4096  # of a page, in which the mark is sought
 TENSORBOARD = "tensorboard"
 FIXED_NAMES = (CONFIG, METRICS, FACTS, ADAPTER, MERGED, TENSORBOARD)
 # A folder with checkpoints and without outputs.json is an older version's: these are a run's.
@@ -67,6 +71,17 @@ def is_own_checkpoint(folder: Path) -> bool:
         return False
 
 
+def is_report(path: Path) -> bool:
+    """Return True if a file is a page that a report was written to."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return REPORT_MARK.encode() in file.read(HEAD_BYTES)
+    except OSError:
+        return False
+
+
 def checkpoints(output: str | Path) -> list[Path]:
     """Return the checkpoint-N folders that a run wrote, oldest first."""
     found = [folder for folder in Path(output).glob("checkpoint-*") if is_own_checkpoint(folder)]
@@ -80,7 +95,8 @@ def existing_outputs(output: str | Path) -> list[str]:
     """
     output = Path(output)
     names = [folder.name for folder in checkpoints(output)] + _listed_names(output)
-    return [name for name in dict.fromkeys(names) if exists(output / name)]
+    found = [name for name in dict.fromkeys(names) if exists(output / name)]
+    return [*found, REPORT] if found and is_report(output / REPORT) else found
 
 
 def _listed_names(output: Path) -> list[str]:
@@ -191,7 +207,7 @@ def remove_leftovers(output: Path) -> None:
     The lock of the run is held. An export that writes into the folder holds its own locks, so its
     partial files stay.
     """
-    known = {*FIXED_NAMES, OUTPUTS, *_listed_names(output)}
+    known = {*FIXED_NAMES, OUTPUTS, REPORT, *_listed_names(output)}
     found = [LEFTOVER.fullmatch(path.name) for path in output.glob(".*")]
     names = {match["name"] for match in found if match}
     for name in sorted(names):  # the partial folder of a partial folder comes first

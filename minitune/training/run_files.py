@@ -164,9 +164,6 @@ class NoRunFiles:
     def write_config(self, settings: dict[str, Any]) -> None:
         """Do nothing: the settings are not written."""
 
-    def write_facts(self, facts: RunFacts) -> None:
-        """Do nothing: the facts are not written."""
-
     def save(self, *arguments: Any) -> None:
         """Raise ValueError: a checkpoint needs a folder."""
         raise ValueError(

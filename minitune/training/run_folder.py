@@ -2,10 +2,12 @@
 
     OUTPUT/config.toml      every setting, resolved; a file for --config
     OUTPUT/metrics.jsonl    one JSON object a logging step or evaluation
+    OUTPUT/run.json         facts of the run for its report (run_facts.py)
     OUTPUT/checkpoint-N/    the state after N optimizer steps (checkpoint.py)
     OUTPUT/adapter/         the result, in PEFT's format
     OUTPUT/merged/          with --merge, base and adapter as one 16-bit model
     OUTPUT/NAME-TYPE.gguf   with --gguf, the same as one file
+    OUTPUT/report.html      with --report or `minitune report`, the run as a page
     OUTPUT/outputs.json     the names of all of these that the run wrote, except checkpoints
     OUTPUT/tokenized/       large datasets as tokens, named by their content (data/token_cache.py)
     OUTPUT/.run.lock        while a run trains: its process id and host (locks.py)
@@ -43,6 +45,7 @@ from minitune.progress import print_message
 from minitune.training.checkpoint import STATE
 from minitune.training.own_files import (
     CONFIG,
+    FACTS,
     METRICS,
     OUTPUTS,
     check_free,
@@ -122,7 +125,7 @@ def _check_outputs(
             f"{folder} already holds a run ({', '.join(found[:3])}); pass resume=True to continue "
             "it, overwrite=True to replace it, or another output_dir"
         )
-    check_free(folder, [CONFIG, METRICS, ADAPTER, *new_names])
+    check_free(folder, [CONFIG, METRICS, FACTS, ADAPTER, *new_names])
     for name in found:
         replaced = os.path.realpath(folder / name)  # Path.resolve fails at a link to itself
         for path in protected_paths:

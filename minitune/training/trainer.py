@@ -79,8 +79,7 @@ class Trainer(SavedRun):
         ):
             run = self._summary(source)
             log.print_line(banner(self.model, self.data.by_label, run))
-            self._facts = facts_at_begin(self.model, self.processing_class, self.data, run)
-            self._run.write_facts(self._facts)
+            self._begin_facts(run)
             if source is not None:
                 self.run_control.read_history(self._run.metrics)
             self.run_control.event("on_train_begin")
@@ -111,8 +110,16 @@ class Trainer(SavedRun):
         self._update_facts(end=summary_rows(result))
         return summary(result)
 
+    def _begin_facts(self, run: RunSummary) -> None:
+        """Write run.json before the first step, with the facts that the banner shows."""
+        if self.output is not None:
+            self._facts = facts_at_begin(self.model, self.processing_class, self.data, run)
+            self._run.write_facts(self._facts)
+
     def _update_facts(self, **facts: Any) -> None:
         """Write run.json with the present plan and further facts."""
+        if self.output is None:
+            return
         plan, done = plan_rows(self.planner, self.model.device), self.progress.step
         self._facts = replace(self._facts, plan=plan, steps_done=done, **facts)
         self._run.write_facts(self._facts)

@@ -22,6 +22,7 @@ from minitune.data.sources.sources import load_dataset
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.progress import ProgressBar, labelled, print_line, wrapped
+from minitune.report.write_report import write_report
 from minitune.sft_trainer import SFTTrainer
 from minitune.training.write_models import write_models
 
@@ -151,7 +152,8 @@ def run(settings: Settings, prepare: Callable[[Settings], SFTTrainer]) -> None:
     models = write_models(
         model, tokenizer, output, wanted.merge, wanted.gguf, wanted.merge_base, progress=True
     )
-    written = [output / "adapter", *models, output / "metrics.jsonl"]
+    report = [write_report(output)] if wanted.report else []
+    written = [output / "adapter", *models, *report, output / "metrics.jsonl"]
     phases.end()
     times = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.seconds.items())
     print(f"\n{times}  in all {sum(phases.seconds.values()):.0f} s")
