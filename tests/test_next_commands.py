@@ -56,7 +56,7 @@ def test_the_commands_after_training_run_when_they_are_pasted(folder):
     data = ("--data", "with system.jsonl")
     arguments = train_arguments(Path("."), Path("run 1"), "--r", "2", "--no-load-in-4bit", *data)
     done = paste(["python", ROOT / "scripts" / "train.py", *arguments], folder)
-    generate, exported = next_commands(done.stderr)
+    generate, exported, report = next_commands(done.stderr)
     assert generate[:2] == [Path(sys.executable).name, str(ROOT / "scripts" / "generate.py")]
     assert generate[2:] == [
         *("--model", "run 1", "--no-load-in-4bit", "--device", "cpu"),
@@ -67,6 +67,8 @@ def test_the_commands_after_training_run_when_they_are_pasted(folder):
         *("--model", "run 1", "--output", "run 1/gguf", "--quantization-method", "q4_k_m"),
     ]
     paste([*generate, "--max-new-tokens", "3"], folder)
+    assert report[1:] == [str(ROOT / "scripts" / "report.py"), "run 1"]
+    assert paste(report, folder).stdout == "run 1/report.html\n"
     done = paste(exported, folder)
     assert [Path(line).suffix for line in done.stdout.splitlines()] == [".gguf"]
     assert next_commands(done.stderr) == [["llama-server", "-m", done.stdout.strip()]]
@@ -77,7 +79,7 @@ def test_the_commands_after_training_run_when_they_are_pasted(folder):
 def test_a_run_that_writes_gguf_shows_the_line_of_llama_cpp_and_the_nf4_setting(folder):
     arguments = train_arguments(Path("."), Path("nf4"), "--r", "2", "--gguf", "q8_0")
     done = paste(["minitune", "train", *arguments], folder)
-    _, server = next_commands(done.stderr)
+    _, server, _ = next_commands(done.stderr)
     assert server[:2] == ["llama-server", "-m"] and (folder / server[2]).is_file()
     assert "--merge-base nf4 answers as in training" in " ".join(done.stderr.split())
 

@@ -80,7 +80,9 @@ def test_wrong_arguments_are_refused_by_name(run, capsys):
         capsys, run, "--output", "page.txt"
     )
     below_a_file = run / "config.toml" / "page.html"
-    assert f"{below_a_file}: could not be" in error_of(capsys, run, "--output", below_a_file)
+    assert f"{below_a_file}: its folder could not be made" in error_of(
+        capsys, run, "--output", below_a_file
+    )
     assert "use --output" in error_of(capsys, run, "--output-dir", "x")
     assert "unknown argument third" in error_of(capsys, run, run, "third")
     assert not (run / "report.html").exists()

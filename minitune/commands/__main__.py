@@ -18,7 +18,7 @@ minitune plan --model llama-3-8b            memory and time, without weights
 minitune data show --model DIR --data FILE  the tokens that are trained on
 minitune doctor --model DIR                 checks this machine with the model
 minitune train --model DIR --data FILE      writes runs/1, shows the next step
-minitune report runs/1                      the run as a page of curves and texts
+minitune report runs/1                      the run as a page with its curves
 minitune COMMAND --help                     all flags of a command
 minitune --version                          versions to name in a report"""
 

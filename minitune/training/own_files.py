@@ -36,7 +36,7 @@ HEAD_BYTES = 4096  # of a page, in which the mark is sought
 TENSORBOARD = "tensorboard"
 FIXED_NAMES = (CONFIG, METRICS, FACTS, ADAPTER, MERGED, TENSORBOARD)
 # A folder with checkpoints and without outputs.json is an older version's: these are a run's.
-NAMES_WITHOUT_LIST = (ADAPTER, METRICS, CONFIG)
+NAMES_WITHOUT_LIST = (ADAPTER, METRICS, CONFIG, FACTS)
 FILES_IN_FOLDERS = (  # of checkpoints, adapters, merged models and TensorBoard
     "adapter_config.json",
     "adapter_model.safetensors",
