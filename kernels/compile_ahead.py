@@ -81,16 +81,16 @@ class CompilePool(ThreadPoolExecutor):
     the running threads have finished their kernels.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, warn: Callable[[str], None]):
         threads = min(os.cpu_count() or 1, MAX_THREADS)
         super().__init__(threads + 1, "compile-ahead")  # one more for the rehearsal
         self._idle = Semaphore(threads)
-        self._device = device
+        self._device, self._warn = device, warn
 
     def start(self, rehearse: Callable[[], None]) -> None:
         """Run `rehearse` in one of the threads."""
         self._rehearsal = super().submit(copy_context().run, self._rehearse, rehearse)
-        self._rehearsal.add_done_callback(_warn_of_failure)
+        self._rehearsal.add_done_callback(self._warn_of_failure)
         self._rehearsal.add_done_callback(lambda _: self.shutdown(wait=False))
 
     def finish(self) -> None:
@@ -105,7 +105,7 @@ class CompilePool(ThreadPoolExecutor):
         except RuntimeError as error:  # the interpreter exits
             raise CancelledError from error
         kernel.add_done_callback(lambda _: self._idle.release())
-        kernel.add_done_callback(_warn_of_failure)
+        kernel.add_done_callback(self._warn_of_failure)
         return kernel
 
     def _rehearse(self, rehearse: Callable[[], None]) -> None:
@@ -124,20 +124,24 @@ class CompilePool(ThreadPoolExecutor):
             _ = kernel.run
         return kernel
 
+    def _warn_of_failure(self, future: Future) -> None:
+        error = future.exception()
+        if error is not None and not isinstance(error, CancelledError):
+            kind = type(error).__name__
+            self._warn(f"a kernel was not compiled ahead of its launch: {kind}: {error}")
 
-def _warn_of_failure(future: Future) -> None:
-    error = future.exception()
-    if error is not None and not isinstance(error, CancelledError):
-        message = f"a kernel was not compiled ahead of its launch: {type(error).__name__}: {error}"
-        warnings.warn(message, stacklevel=2)
 
-
-def compile_ahead(rehearse: Callable[[], None], device: torch.device) -> None:
+def compile_ahead(
+    rehearse: Callable[[], None],
+    device: torch.device,
+    warn: Callable[[str], None] = warnings.warn,
+) -> None:
     """Begin to compile the kernels that `rehearse` launches, for a GPU, and return at once.
 
     rehearse: launches kernels on tensors of the meta device.
+    warn: called with a text if a kernel cannot be compiled.
     """
-    pool = CompilePool(device)
+    pool = CompilePool(device, warn)
     pool.start(rehearse)
     _pools.append(pool)
 

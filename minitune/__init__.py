@@ -25,6 +25,7 @@ from minitune.data.text_streamer import TextIteratorStreamer, TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import is_bfloat16_supported
 from minitune.language_model import LanguageModel
+from minitune.progress import quiet
 from minitune.report.write_report import write_report
 from minitune.sft_trainer import SFTTrainer, train_on_responses_only
 from minitune.training.callbacks import (
@@ -57,6 +58,7 @@ __all__ = [
     "get_peft_model",
     "is_bfloat16_supported",
     "prepare_model_for_kbit_training",
+    "quiet",
     "standardize_data_formats",
     "standardize_sharegpt",
     "train_on_responses_only",

@@ -4,7 +4,6 @@ The names and arguments are those of Unsloth and PEFT. An argument that exists t
 here or is refused with a reason (config/loading_arguments.py).
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from minitune.gguf.file_weights import FileWeights
 from minitune.language_model import LanguageModel
 from minitune.memory.planner import Planner, parse_gradient_checkpointing
 from minitune.model.generation_arguments import read_generation_defaults
+from minitune.progress import warn
 from minitune.training.rehearsal import (
     compile_step_ahead,
     weights_of_folder,
@@ -212,7 +212,7 @@ def _attach(model: LanguageModel, lora: LoraConfig, seed: int) -> None:
             f"the model has an adapter with other settings already: {model.lora}; train that one "
             "further without get_peft_model, or load the base model again to attach a new one"
         )
-    warnings.warn("the model has this adapter already, and it stays as it is", stacklevel=4)
+    warn("the model has this adapter already, and it stays as it is", stacklevel=4)
 
 
 def _read_tokenizer(base: Path, config: ModelConfig) -> Tokenizer:

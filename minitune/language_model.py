@@ -5,7 +5,6 @@ An argument that exists there means the same here or is refused with a reason
 """
 
 import contextlib
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from minitune.gguf.importance.importance import ImportanceMatrix
 from minitune.gguf.lora_adapter import save_gguf_adapter
 from minitune.model.adapter_switch import without_lora
 from minitune.model.causal_lm import CausalLM
-from minitune.progress import labelled, print_line
+from minitune.progress import labelled, print_line, print_result, warn
 from minitune.training.check_base import BaseCheck, check_base
 
 # Names of transformers, PEFT and Unsloth that a model lacks -> the way to the same end
@@ -87,7 +86,7 @@ class LanguageModel(CausalLM):
         if tokenizer is not None:
             load_template(tokenizer, adapter)
         elif read_adapter_templates(adapter) not in (None, read_adapter_templates(self.folder)):
-            warnings.warn(
+            warn(
                 f"{adapter} was trained with a chat template of its own; pass tokenizer= to use it",
                 stacklevel=3,
             )
@@ -114,10 +113,10 @@ class LanguageModel(CausalLM):
         return trainable, self.num_parameters() + adapter
 
     def print_trainable_parameters(self) -> None:
-        """Print both numbers of `get_nb_trainable_parameters`, as PEFT does."""
+        """Print both numbers of `get_nb_trainable_parameters` on stdout, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
-        print(
+        print_result(
             f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
         )
 

@@ -1,22 +1,28 @@
-"""Progress bars and lines for a person: everything that this package shows on stderr.
+"""Progress bars, lines and warnings for a person: everything that this package shows on stderr.
 
     a terminal     a bar of one line, and text that wraps at the terminal's width
     a notebook     the same bar, drawn as text; text wraps at 80 columns
     a pipe         a line for each 10 % of work that takes more than 10 s; text wraps at 80 columns
     no stderr      nothing
+    quiet(True)    the lines of a pipe, unwrapped, in logging.getLogger("minitune"); nothing here
 
 All bars are drawn on the same line: an evaluation's bar hides the training's for a moment. The
-environment variable COLUMNS replaces the width. This file imports nothing else of the package.
+environment variable COLUMNS replaces the width. A stderr that fails ends no work.
 """
 
 import contextlib
+import logging
 import os
+import re
 import sys
 import textwrap
 import time
+import warnings
 from enum import Enum
 
 from tqdm import tqdm
+
+from minitune.streams import LenientStream, is_open, is_terminal
 
 DEFAULT_WIDTH = 80  # columns
 LABEL_WIDTH = 11  # columns of a label before its text
@@ -26,29 +32,56 @@ BYTES = "B"  # as a unit
 # Sides of a bar that shows a text instead of tqdm's times.
 TEXT_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
-_drawn: list[tqdm] = []  # the bars on the screen; the last one is on top
+LOGGER = logging.getLogger("minitune")
+LOGGER.addHandler(logging.NullHandler())  # without any handler, logging prints warnings on stderr
+
+_is_quiet = False
+_drawn: dict[int, tqdm] = {}  # the bars on the screen, by id; the last one is on top
 
 
 class Output(Enum):
-    """The kind of place that stderr leads to."""
+    """The kind of place that lines for a person go to."""
 
     NONE = "none"
     PIPE = "pipe"
     TERMINAL = "terminal"
     NOTEBOOK = "notebook"
+    LOG = "log"  # in place of stderr
+
+
+def quiet(on: bool = True) -> None:
+    """Send lines and warnings to logging.getLogger("minitune"), and nothing to stderr.
+
+    Warnings have the level WARNING, all other lines INFO. Answers on stdout stay there.
+
+    on: False sends lines, warnings and later bars to stderr again.
+    """
+    global _is_quiet
+    if on:
+        clear_bars()
+        for bar in list(_drawn.values()):
+            bar.disable = True
+    _is_quiet = on
+
+
+def is_quiet() -> bool:
+    """Return True after `quiet(True)`."""
+    return _is_quiet
 
 
 def output_kind() -> Output:
-    """Return the kind of place that stderr leads to.
+    """Return the kind of place that lines for a person go to.
 
     A notebook's stderr is an object of ipykernel and no terminal. ipykernel is not imported.
     """
+    if _is_quiet:
+        return Output.LOG
     stream = sys.stderr
-    if stream is None or getattr(stream, "closed", False):
+    if not is_open(stream):
         return Output.NONE
     if any(cls.__module__.partition(".")[0] == "ipykernel" for cls in type(stream).__mro__):
         return Output.NOTEBOOK
-    return Output.TERMINAL if stream.isatty() else Output.PIPE
+    return Output.TERMINAL if is_terminal(stream) else Output.PIPE
 
 
 def is_shown(progress: bool | None) -> bool:
@@ -67,7 +100,7 @@ def output_width() -> int:
     if columns.isdecimal() and int(columns):
         return int(columns)
     if output_kind() == Output.TERMINAL:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             return os.get_terminal_size(sys.stderr.fileno()).columns or DEFAULT_WIDTH
     return DEFAULT_WIDTH
 
@@ -100,29 +133,79 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def print_line(text: str) -> None:
-    """Print a text on stderr, above the bars that are shown.
+def print_line(text: str, end: str = "\n") -> None:
+    """Print a text on stderr, above the bars that are shown, or log it if the package is quiet."""
+    if _is_quiet:
+        _log(logging.INFO, text)
+    else:
+        print_error(text, end)
 
-    A terminal that is closed, or a pipe without a reader, does not end the work.
-    """
-    if output_kind() == Output.NONE:
-        return
-    with contextlib.suppress(OSError):
+
+def print_error(text: str, end: str = "\n") -> None:
+    """Print a text on stderr, above the bars that are shown, also if the package is quiet."""
+    if is_open(sys.stderr):  # print(file=None) would take stdout, which belongs to the results
         clear_bars()
-        print(text, file=sys.stderr, flush=True)
-        for bar in _drawn[-1:]:
+        print(text, end=end, file=LenientStream(sys.stderr), flush=True)
+        for bar in list(_drawn.values())[-1:]:
             bar.refresh()
 
 
 def print_message(kind: str, text: str) -> None:
     """Print a warning or a note on stderr. Further lines begin below the text."""
-    first = f"{kind}: "
-    print_line(wrapped(text, len(first), first))
+    if _is_quiet:
+        _log(logging.WARNING if kind == "warning" else logging.INFO, text)
+    else:
+        first = f"{kind}: "
+        print_line(wrapped(text, len(first), first))
+
+
+def print_result(text: str) -> None:
+    """Print a text that the caller asked for on stdout, or log it if the package is quiet."""
+    if _is_quiet:
+        _log(logging.INFO, text)
+    else:
+        print(text, file=LenientStream(sys.stdout), flush=True)
+
+
+def print_from_handler(text: str) -> None:
+    """Print a text on stderr from the handler of a signal, unless the package is quiet.
+
+    The signal may have interrupted a write to the stream or a record of logging. So the text goes
+    to the descriptor that Python had as stderr when it began, and never to a logger.
+    """
+    if output_kind() not in (Output.NONE, Output.LOG) and is_open(sys.__stderr__):
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.__stderr__.fileno(), text.encode())
+
+
+def warn(text: str, stacklevel: int = 1) -> None:
+    """Warn of a fact through `warnings`, or through the logger if the package is quiet.
+
+    stacklevel: as in warnings.warn, counted from the caller of this function.
+
+    Raises: UserWarning if a filter makes errors of warnings.
+    """
+    if _is_quiet:
+        _log(logging.WARNING, text)
+        return
+    try:
+        warnings.warn(text, stacklevel=stacklevel + 1)
+    except UserWarning:
+        raise
+    except Exception:  # a stderr that is closed, or that raises anything
+        return
+
+
+def _log(level: int, text: str) -> None:
+    """Log each line of a text. A line that begins with spaces continues the one before."""
+    for line in re.sub(r"\n +", " ", text).split("\n"):
+        if line.strip():
+            LOGGER.log(level, line.strip())
 
 
 def clear_bars() -> None:
     """Remove all bars from the screen; each one comes back at its next update."""
-    for bar in _drawn:
+    for bar in list(_drawn.values()):
         bar.clear()
 
 
@@ -160,7 +243,7 @@ class ProgressBar(contextlib.AbstractContextManager):
         kind = Output.NONE if show is False else output_kind()
         if kind in (Output.TERMINAL, Output.NOTEBOOK):
             self._bar = self._new_bar(kind, has_text)
-        elif kind == Output.PIPE and show and not has_text:
+        elif kind in (Output.PIPE, Output.LOG) and show and not has_text:
             self._lines = _Lines(done)
 
     def _new_bar(self, kind: Output, has_text: bool) -> tqdm:
@@ -175,10 +258,10 @@ class ProgressBar(contextlib.AbstractContextManager):
             ncols=output_width() - 1,  # some terminals begin a new line behind the last column
             position=0,
             leave=has_text,
-            file=sys.stderr,
+            file=LenientStream(sys.stderr),
             **options,
         )
-        _drawn.append(bar)
+        _drawn[id(bar)] = bar  # tqdm's bars are equal if they are on the same line
         return bar
 
     @property
@@ -207,8 +290,7 @@ class ProgressBar(contextlib.AbstractContextManager):
     def close(self) -> None:
         """Remove the bar, except one with a text of its own."""
         if self._bar is not None:
-            # tqdm's bars are equal if they are on the same line
-            _drawn[:] = [bar for bar in _drawn if bar is not self._bar]
+            _drawn.pop(id(self._bar), None)
             self._bar.close()
         self._bar = self._lines = None
 

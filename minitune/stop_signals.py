@@ -10,12 +10,10 @@ its default effect again. This file imports nothing else of the package.
 """
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-STDERR = 2  # file descriptor
 TERMINATING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 NAMES = {signal.SIGINT: "Ctrl-C"}  # where the name of the signal is not the user's word
 FIRST_EXIT_CODE = 128  # plus the number of the signal
@@ -59,10 +57,12 @@ def _raise_stop(number: int, frame: object) -> None:
 
 
 @contextlib.contextmanager
-def deferred_stops() -> Iterator[list[int]]:
+def deferred_stops(tell: Callable[[str], None]) -> Iterator[list[int]]:
     """Turn the first signal into an entry of the yielded list; a second one ends at once.
 
     The training loop looks at the list after each optimizer step.
+
+    tell: called by the handler with a line for a person.
     """
     caught: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
@@ -72,9 +72,8 @@ def deferred_stops() -> Iterator[list[int]]:
         for other, handler in previous.items():
             if signal.getsignal(other) is remember:
                 signal.signal(other, handler)
-        text = f"\nstopping after this optimizer step; {signal_name(number)} again stops at once\n"
-        with contextlib.suppress(OSError):  # a terminal that is closed
-            os.write(STDERR, text.encode())
+        again = signal_name(number)
+        tell(f"\nstopping after this optimizer step; {again} again stops at once\n")
 
     with _handlers(list(previous), remember):
         yield caught

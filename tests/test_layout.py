@@ -12,13 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOUNDATION = (
-    "kernels progress cgroups threads device read_files locks stop_signals system_folders "
+    "kernels streams progress cgroups threads device read_files locks stop_signals system_folders "
     "atomic_files config"
 )
 ENGINE = f"{FOUNDATION} model memory data checkpoints gguf"
 BELOW = {  # folder or top-level file -> the parts of the package that it may import besides itself
     "kernels": "",
-    "progress": "",
+    "streams": "",
+    "progress": "streams",
     "cgroups": "",
     "threads": "cgroups",
     "device": "kernels cgroups",
@@ -28,7 +29,7 @@ BELOW = {  # folder or top-level file -> the parts of the package that it may im
     "read_files": "json_decoders",
     "system_folders": "",
     "atomic_files": "locks",
-    "config": "kernels progress device read_files stop_signals atomic_files",
+    "config": "kernels streams progress device read_files stop_signals atomic_files",
     "model": FOUNDATION,
     "memory": f"{FOUNDATION} model",
     "data": FOUNDATION,

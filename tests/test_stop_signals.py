@@ -95,7 +95,7 @@ def test_a_run_in_a_thread_installs_no_handler():
     seen = []
 
     def work():
-        with deferred_stops() as caught:
+        with deferred_stops(print) as caught:
             seen.extend([signal.getsignal(signal.SIGTERM), caught])
 
     thread = threading.Thread(target=work)

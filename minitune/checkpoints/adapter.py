@@ -11,7 +11,6 @@ PEFT finds its modules there. It loads onto the wrapper and onto a plain text mo
 """
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.model.adapter_switch import remove_lora_
 from minitune.model.causal_lm import CausalLM
+from minitune.progress import warn
 
 PREFIX = "base_model.model."
 REMEDY = "take another adapter, or an earlier checkpoint of the run"
@@ -168,7 +168,7 @@ def _warn_of_other_file(model: CausalLM, folder: str | Path, base: Any) -> None:
     base: the base that the adapter names.
     """
     if model.gguf is not None and Path(str(base)).name != model.gguf.name:
-        warnings.warn(
+        warn(
             f"{folder}: the adapter was trained on {base}, and the model is {model.gguf}, whose "
             "weights are rounded otherwise or may hold the adapter already",
             stacklevel=2,

@@ -39,6 +39,8 @@ from minitune.data.samples import LabelOptions
 from minitune.data.templates.adapter_template import load_template
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.base.model_files import model_files
+from minitune.progress import print_line
+from minitune.streams import is_terminal, printable
 from minitune.training.run_data import read_datasets
 
 DESCRIPTION = "Show which tokens of a dataset are trained on, and the numbers to check."
@@ -106,29 +108,25 @@ def _show(settings: Settings, count: int, borders: bool, page: str | None) -> No
     if page is not None:  # first: the reader of stdout may end the command
         subtitle = f"as {run.model} reads it, at most {data.max_length:,} tokens a sample"
         atomic_write_text(Path(page), html_page(", ".join(run.data), subtitle, summary, samples))
-    print_samples(samples, sys.stdout, borders)
     text = summary_text(summary, wants_colour(sys.stdout))
-    write_text("\n".join(map(in_flags, text.splitlines())), sys.stdout)
+    for line in (*sample_texts(samples, sys.stdout, borders), *map(in_flags, text.splitlines())):
+        print(printable(line, sys.stdout))
     if page is not None:
-        sys.stdout.flush()
-        print(f"saved {page}", file=sys.stderr)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        print_line(f"saved {page}")
 
 
-def print_samples(samples: Sequence[ShownSample], stream: TextIO, borders: bool = False) -> None:
-    """Print samples with their trained-on tokens, an empty line behind each.
+def sample_texts(
+    samples: Sequence[ShownSample], stream: TextIO | None, borders: bool = False
+) -> list[str]:
+    """Return samples with their trained-on tokens, for a stream; each ends in an empty line.
 
     borders: put a line between two tokens if the stream has no colours.
     """
-    for sample in samples:
-        write_text(sample_text(sample, wants_colour(stream), borders) + "\n", stream)
+    return [sample_text(sample, wants_colour(stream), borders) + "\n" for sample in samples]
 
 
-def wants_colour(stream: TextIO) -> bool:
+def wants_colour(stream: TextIO | None) -> bool:
     """Return True if a stream is a terminal and the user has not turned colours off."""
-    return stream.isatty() and not os.environ.get("NO_COLOR")
-
-
-def write_text(text: str, stream: TextIO) -> None:
-    """Print a text, with escapes for the characters that the stream's encoding lacks."""
-    encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")

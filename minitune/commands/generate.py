@@ -18,6 +18,8 @@ from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
 from minitune.model.causal_lm import CausalLM
 from minitune.model.sampling import BOUNDS
+from minitune.progress import is_quiet, print_line
+from minitune.streams import is_open, is_terminal, printable
 from minitune.threads import use_free_cores
 
 
@@ -101,11 +103,16 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def typed_lines() -> Iterator[str]:
-    """Yield a terminal's lines until an empty one, or a pipe's lines except the empty ones."""
-    terminal = sys.stdin.isatty()
+    """Yield a terminal's lines until an empty one, or a pipe's lines except the empty ones.
+
+    Raises: ValueError if stdin is closed.
+    """
+    if not is_open(sys.stdin):
+        raise ValueError("stdin is closed, and there is no prompt; pass --prompt TEXT")
+    terminal = is_terminal(sys.stdin)
     while True:
-        if terminal:
-            print("> ", end="", file=sys.stderr, flush=True)
+        if terminal and not is_quiet():
+            print_line("> ", end="")
         line = sys.stdin.readline()
         if not line or (terminal and not line.strip()):
             return
@@ -132,5 +139,16 @@ def answer(model: CausalLM, tokenizer: Tokenizer, text: str, arguments: argparse
         repetition_penalty=1.0,
         eos_token_ids=tokenizer.eos_token_ids,
         seed=arguments.seed,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=AnswerPrinter(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
+
+
+class AnswerPrinter(TextStreamer):
+    """A streamer whose stdout holds the results, so that a fault of stdout ends the command."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a stretch of text.
+
+        Raises: OSError if stdout cannot be written.
+        """
+        print(printable(text, sys.stdout), end="\n" if stream_end else "", flush=True)

@@ -28,11 +28,11 @@ from minitune.checkpoints.merge import check_merge_base, merge_text
 from minitune.checkpoints.resolve_model import is_gguf, resolve_model
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
 from minitune.checkpoints.safetensors_writer import specs_of_dtype, total_bytes
-from minitune.commands.data import print_samples
+from minitune.commands.data import sample_texts
 from minitune.commands.eval_only import eval_only
 from minitune.commands.next_commands import after_training, command_line
 from minitune.commands.plan import plan
-from minitune.config.cli import Settings, in_flags, parse, run_command
+from minitune.config.cli import Settings, flag_of, in_flags, parse, run_command
 from minitune.config.model_config import ModelConfig
 from minitune.config.model_shapes import shape_name
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, RunConfig
@@ -45,7 +45,7 @@ from minitune.gguf.file_weights import FileWeights
 from minitune.gguf.model_metadata import check_window
 from minitune.gguf.writer import Content
 from minitune.language_model import LanguageModel
-from minitune.progress import labelled, print_line
+from minitune.progress import is_quiet, labelled, print_line
 from minitune.report.write_report import check_report_path, write_report
 from minitune.sft_trainer import SFTTrainer
 from minitune.threads import use_free_cores
@@ -99,6 +99,9 @@ def _run(argv: Sequence[str] | None, program: str, demonstration: Demonstration 
         for name in ("model", "data"):
             if not getattr(settings.run, name):
                 raise ValueError(f"--{name} is missing: {usage}")
+        for name in ("show", "check_base"):
+            if is_quiet() and getattr(settings.run, name):
+                raise ValueError(f"--quiet hides what {flag_of(name)} shows; leave one out")
         train(settings, program)
 
 
@@ -185,7 +188,9 @@ def prepare(settings: Settings) -> SFTTrainer:
         _check_same_lora(settings, model)
     trainer = SFTTrainer(model, sft, run.data, run.eval_data or None, tokenizer, run_config=run)
     _check_loaded(trainer, contents)
-    print_samples(first_samples(trainer.data.train.samples, tokenizer, run.show), sys.stderr)
+    shown = first_samples(trainer.data.train.samples, tokenizer, run.show)
+    for text in sample_texts(shown, sys.stderr):
+        print_line(text)
     if run.check_base:
         _print_check(trainer)
     return trainer

@@ -20,6 +20,7 @@ _QUANTIZED = "FastLanguageModel.from_pretrained(..., load_in_4bit=True) quantise
 _SETTINGS = "pass the settings to model.generate, such as temperature=0.7"
 _NO_COLLATOR = "samples are packed without padding; leave data_collator out"
 _ANSWERS = "use train_on_responses_only(trainer, instruction_part=..., response_part=...)"
+_QUIET = "minitune.quiet() sends lines to logging.getLogger('minitune'), and shows no bars"
 _NO_VLLM = "there is no vLLM; use model.generate(input_ids=..., max_new_tokens=...)"
 
 # The name -> what to use instead.
@@ -56,6 +57,7 @@ ABSENT_NAMES = {
     # ---- small helpers
     "is_bf16_supported": "use is_bfloat16_supported",
     "set_seed": "SFTConfig(seed=...), get_peft_model(random_state=...) and generate(seed=...)",
+    **dict.fromkeys(("logging", "set_verbosity_error", "disable_progress_bar"), _QUIET),
     "TaskType": 'write LoraConfig(task_type="CAUSAL_LM"), or leave it out',
 }
 

@@ -14,7 +14,10 @@ ONE_PROCESS = Foreign("one process trains on one device", neutral=ANYTHING)
 NO_LOADER = Foreign("the samples are tokens in memory; there is no loader", neutral=ANYTHING)
 NO_PADDING = Foreign("samples are packed without padding", neutral=ANYTHING)
 NO_HUB = Foreign("nothing is uploaded, so this changes nothing", neutral=ANYTHING)
-NO_LOGGER = Foreign("there is no logger whose level could be set", neutral=ANYTHING)
+NO_LOGGER = Foreign(
+    "minitune.quiet() sends lines to logging.getLogger('minitune'), which has a level",
+    neutral=ANYTHING,
+)
 NO_TRACKER = Foreign("it names a run of a service that nothing reports to", neutral=ANYTHING)
 OTHER_TRACKER = Foreign("pass a callback that reports there: SFTTrainer(callbacks=[...])")
 ONE_DEVICE = Foreign("one GPU or the CPU trains; leave it out", neutral=(None, False, "", [], {}))

@@ -3,6 +3,7 @@
 model.generate(**inputs, streamer=TextStreamer(tokenizer, skip_prompt=True))
 """
 
+import sys
 from collections.abc import Iterator
 from queue import Queue
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.streams import LenientStream
 
 
 class TextStreamer:
@@ -53,8 +55,11 @@ class TextStreamer:
         self.on_finalized_text(rest, stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print a stretch of text; the end is followed by a newline."""
-        print(text, end="\n" if stream_end else "", flush=True)
+        """Print a stretch of text; the end is followed by a newline.
+
+        A stdout that is missing, closed or failing shows nothing; `generate` returns the answer.
+        """
+        print(text, end="\n" if stream_end else "", file=LenientStream(sys.stdout), flush=True)
 
 
 class TextIteratorStreamer(TextStreamer):

@@ -6,7 +6,6 @@ merged model, rounded to 16 bit and then to the file's type; a folder that is co
 values as they are stored.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +40,7 @@ from minitune.gguf.tensor_layout import tensors_of_file
 from minitune.gguf.verify import verify_files
 from minitune.gguf.writer import Content, MetadataValue, write_gguf
 from minitune.model.causal_lm import CausalLM
-from minitune.progress import is_shown, labelled, print_line
+from minitune.progress import is_shown, labelled, print_line, warn
 
 
 @dataclass(frozen=True)
@@ -320,7 +319,7 @@ def _plan(
         if importance:
             notes += unused_note((info.type for info in content.infos), method)
     for note in notes:
-        warnings.warn(note, stacklevel=3)
+        warn(note, stacklevel=3)
     plan = GGUFExport(
         list(targets.values()), contents, config, tokenizer, tensors, device, importance
     )

@@ -15,7 +15,6 @@ architecture and the shapes. It does not check that the base is the one of the t
 general.base_model.0.name tells a person.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +55,7 @@ from minitune.gguf.tokenizer.tokenizer_metadata import adds_bos
 from minitune.gguf.verify import check_keys, named_target
 from minitune.gguf.writer import Content, MetadataValue, TensorInfo, write_gguf
 from minitune.model.causal_lm import CausalLM
-from minitune.progress import is_shown, labelled, print_line
+from minitune.progress import is_shown, labelled, print_line, warn
 
 TYPE = "f32"  # of the tensors
 FILE_TYPE = f"{TYPE}-lora"  # at the end of a file's name
@@ -223,7 +222,7 @@ def _warn_of_other_base(model: CausalLM) -> None:
     """Warn if a GGUF file as the base would not be the weights that the adapter was trained on."""
     form = model.lora_base or base_form(model)
     if form == NF4_BASE or (form == GGUF_BASE) != (model.gguf is not None):
-        warnings.warn(
+        warn(
             f"the adapter was trained on {BASE_TEXTS[form]}; with other weights in the base's GGUF "
             f"file it answers differently; {OTHER_BASES[form]}",
             stacklevel=4,

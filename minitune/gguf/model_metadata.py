@@ -1,7 +1,6 @@
 """The keys of a model's architecture in GGUF, its additional tensors, and what llama.cpp lacks."""
 
 import math
-import warnings
 from dataclasses import replace
 
 import torch
@@ -13,6 +12,7 @@ from minitune.config.layer_kinds import periodic
 from minitune.config.model_config import ModelConfig
 from minitune.gguf.writer import MetadataValue
 from minitune.model.rope import YARN_BETA_FAST, YARN_BETA_SLOW, rope_divisors, rope_scale
+from minitune.progress import warn
 
 # Hugging Face's module names, those of a layer without its prefix -> llama.cpp's
 GGUF_NAMES = {
@@ -161,7 +161,7 @@ def check_expressible(config: ModelConfig) -> None:
     A sliding window that llama.cpp ignores is only warned of, because shorter contexts agree.
     """
     if window := ignored_window(config):
-        warnings.warn(
+        warn(
             f"llama.cpp ignores the sliding window of {config.architecture.gguf.name}: "
             f"run the file with a context of at most {window} tokens, where it changes nothing",
             stacklevel=2,

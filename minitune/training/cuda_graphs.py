@@ -31,7 +31,6 @@ eagerly from then on, and a warning says why. So a capture begins only if there 
 
 import contextlib
 import gc
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +44,7 @@ from minitune.kernels.backend import cdiv, power_of_two
 from minitune.memory.plan import Plan
 from minitune.model.loss import LossBuffers
 from minitune.model.packed_sequences import PackedSequences
+from minitune.progress import warn
 from minitune.training.forward_backward import ForwardBackward, LossFunction
 
 MAX_CAPTURED_SIZES = 64
@@ -305,7 +305,7 @@ class CUDAGraphCache:
         # A sixteenth of the limit is added for the gaps between the blocks of the new pool.
         less = missing + planner.memory_limit(device) // 16
         before, after = planner.plan_with_less(device, less)
-        warnings.warn(
+        warn(
             f"{shortage}; planning with {gib_text(after)} from now on, "
             f"not {gib_text(before)} ({ADVICE})",
             stacklevel=2,

@@ -13,7 +13,6 @@ they carry no label.
 """
 
 import contextlib
-import warnings
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from minitune.memory.planner import Planner
 from minitune.model.causal_lm import CausalLM
 from minitune.model.loss import LossBuffers, LossRows
 from minitune.model.packed_sequences import PackedSequences
+from minitune.progress import warn
 from minitune.training.cuda_graphs import (
     MAX_CAPTURED_TOKENS,
     CUDAGraphCache,
@@ -152,7 +152,7 @@ class MicroStep:
         reason = self._graphs.disabled_reason
         self._graphs = None
         self._passes.clear()
-        warnings.warn(f"launching without CUDA graphs from now on: {reason}", stacklevel=3)
+        warn(f"launching without CUDA graphs from now on: {reason}", stacklevel=3)
 
     def _pack_inputs(self, batch: Batch, size: int) -> tuple[Tensor, PackedSequences]:
         """Pad the batch to `size` tokens and copy it to the device.

@@ -6,7 +6,6 @@ smaller budget and the step runs again.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
@@ -18,6 +17,7 @@ from minitune.config.training_config import parse_bytes
 from minitune.device import free_memory, gib_text
 from minitune.memory.planner import Planner
 from minitune.model.causal_lm import CausalLM
+from minitune.progress import warn
 from minitune.training.cuda_graphs import MAX_SMALLER_PLANS
 from minitune.training.micro_step import MicroStep
 
@@ -130,7 +130,7 @@ def _plan_with_less(planner: Planner, device: torch.device, step: int) -> None:
     """Plan within a sixth less memory from now on, and warn."""
     planned = "" if planner.largest is None else f"{gib_text(planner.largest.peak)} of "
     before, after = planner.plan_with_less(device)
-    warnings.warn(
+    warn(
         f"{device} is out of memory in step {step}, although {planned}{gib_text(before)} were "
         f"planned; trying the step again within {gib_text(after)}",
         stacklevel=3,
@@ -140,7 +140,7 @@ def _plan_with_less(planner: Planner, device: torch.device, step: int) -> None:
 def _plan_without_host(planner: Planner, reason: str) -> None:
     """Offload nothing from now on, and warn."""
     planner.plan_without_host()
-    warnings.warn(
+    warn(
         f"{reason}: activations stay on the GPU or are recomputed, which takes longer", stacklevel=3
     )
 

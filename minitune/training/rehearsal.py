@@ -33,6 +33,7 @@ from minitune.model.quantized_weight import (
     set_frozen_weight,
     share_frozen_weight,
 )
+from minitune.progress import warn
 from minitune.training.optimizer import FlatAdamW
 
 aten = torch.ops.aten
@@ -114,7 +115,7 @@ def compile_step_ahead(model: CausalLM, lora: LoraConfig, stored_weight: StoredW
     Do nothing without a GPU. The arguments are those of `rehearse_step`.
     """
     if model.device.type == "cuda":
-        compile_ahead(lambda: rehearse_step(model, lora, stored_weight), model.device)
+        compile_ahead(lambda: rehearse_step(model, lora, stored_weight), model.device, warn)
 
 
 def rehearse_step(model: CausalLM, lora: LoraConfig, stored_weight: StoredWeight) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minitune.device import memory_use
-from minitune.progress import labelled
+from minitune.progress import labelled, print_from_handler
 from minitune.stop_signals import Stopped, deferred_stops, stop
 from minitune.threads import kept_threads
 from minitune.training.banner import RunSummary, banner
@@ -71,7 +71,7 @@ class Trainer(SavedRun):
         show_bar = not self.args.disable_tqdm
         with (
             TrainingLog(self._run.metrics, total_steps, p.step, show_bar) as log,
-            deferred_stops() as caught,
+            deferred_stops(print_from_handler) as caught,
             self._report_interruption(log),
             oom_as_value_error(self.planner, self.model.device, self._oom_advice),
             self._resident_weights(),

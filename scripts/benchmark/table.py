@@ -17,6 +17,7 @@ from typing import Any
 from benchmark.cases import CASES, Case
 from minitune.atomic_files import os_errors_as_value_error
 from minitune.kernels.attention_cudnn import CUDNN_MIN_LENGTH
+from minitune.progress import print_line
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "scripts" / "bench.py"
@@ -169,7 +170,7 @@ def _step_flags(case: Case, counts: Sequence[str]) -> list[str]:
 
 def tell(text: str) -> None:
     """Print a line of progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print_line(text)
 
 
 # ---- tables

@@ -13,7 +13,7 @@ from minitune.config.cli.toml_files import moved_run, read_settings
 from minitune.config.cli.wrong_flags import wrong_flag_hint
 from minitune.config.numbers import Bounds, shown
 from minitune.config.training_config import PATHS
-from minitune.progress import print_message
+from minitune.progress import print_message, quiet
 
 ALL_LINEAR = "all-linear"
 # SFTConfig has TRL's learning rate, which suits the training of all weights. The commands train
@@ -65,6 +65,18 @@ MESSAGES = {
 }
 
 
+class _Quiet(argparse.Action):
+    """A flag that quiets the package until the command ends. It is no setting."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        hidden = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        super().__init__(option_strings, nargs=0, **{**options, **hidden})
+
+    def __call__(self, *_: Any) -> None:
+        """Quiet the package."""
+        quiet()
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises ValueError for a wrong command line, in plain words.
 
@@ -73,6 +85,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        text = "print errors only; results go to stdout as without it"
+        self.add_argument("--quiet", action=_Quiet, help=text)
 
     def error(self, message: str):
         """Raise the message as a ValueError; `run_command` prints it."""

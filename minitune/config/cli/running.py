@@ -18,7 +18,7 @@ from typing import Any
 from minitune.config.cli.settings import flag_of, known_settings
 from minitune.config.fields import ListedErrors
 from minitune.config.visible_text import on_one_line
-from minitune.progress import clear_bars, print_message, wrapped
+from minitune.progress import clear_bars, is_quiet, print_error, print_message, quiet, warn, wrapped
 from minitune.stop_signals import (
     FIRST_EXIT_CODE,
     Stopped,
@@ -26,6 +26,7 @@ from minitune.stop_signals import (
     signal_of,
     stops_raised,
 )
+from minitune.streams import is_open
 
 EXPECTED_ERROR = 2  # exit code
 CLOSED_PIPE = FIRST_EXIT_CODE + 13  # exit code: SIGPIPE is 13 on all systems that have it
@@ -93,17 +94,19 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
     An expected error (ValueError or OSError) becomes one line on stderr and exit code 2;
     ListedErrors keep their lines. A warning is one line on stderr. Ctrl-C gives 130, SIGTERM 143
     and SIGHUP 129, with one line unless the command has said how to continue. A closed pipe at
-    stdout ends the command without a word and with 141, as SIGPIPE ends others.
+    stdout ends the command without a word and with 141, as SIGPIPE ends others. The flag --quiet
+    of a command ends with the command.
     """
     open_closed_descriptors()
     python_format, warnings.formatwarning = warnings.formatwarning, _format_warning
+    was_quiet = is_quiet()
     try:
         with stops_raised(), _flushed_stdout():
             return command(*arguments) or 0
     except (KeyboardInterrupt, Stopped) as error:
         number = signal_of(error)
-        if not getattr(error, "__notes__", None):
-            _print_end(f"{program}: stopped by {signal_name(number)}")
+        if is_quiet() or not getattr(error, "__notes__", None):
+            print_error(f"{program}: stopped by {signal_name(number)}")
         return FIRST_EXIT_CODE + number
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and error.filename is None:
@@ -117,10 +120,11 @@ def run_command(program: str, command: Callable[..., int | None], *arguments: An
             error = f"stdout or a file: could not be written ({error.strerror}); free space"
         lines = str(error).splitlines() if isinstance(error, ListedErrors) else [str(error)]
         text = "\n".join(map(_terminal_line, lines))
-        _print_end(f"{program}: error: {text}")
+        print_error(f"{program}: error: {text}")
         return EXPECTED_ERROR
     finally:
         warnings.formatwarning = python_format
+        quiet(was_quiet)
 
 
 @contextlib.contextmanager
@@ -138,7 +142,7 @@ def _flushed_stdout() -> Iterator[None]:
 
 
 def _flush_stdout() -> None:
-    if sys.stdout is not None:
+    if is_open(sys.stdout):
         sys.stdout.flush()
 
 
@@ -155,14 +159,6 @@ def _discard_stdout() -> None:
     """Send the rest of stdout to /dev/null: Python flushes stdout when it ends."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _print_end(text: str) -> None:
-    """Print the last text of a command on stderr, if stderr is still open."""
-    if sys.stderr is None:  # print would take stdout, which belongs to the results
-        return
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
 
 
 def open_closed_descriptors() -> None:
@@ -183,7 +179,13 @@ def _terminal_line(text: str) -> str:
 
 
 def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
-    """Return the lines of a warning, without Python's file name and line of code."""
+    """Return the lines of a warning, without Python's file name and line of code.
+
+    With --quiet the warnings of other packages go to the logger, and the lines are empty.
+    """
+    if is_quiet():
+        warn(str(message))
+        return ""
     clear_bars()  # the line is written where the bar begins
     return wrapped(f"warning: {_terminal_line(str(message))}", WARNING_INDENT) + "\n"
 

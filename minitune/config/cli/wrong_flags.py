@@ -152,6 +152,8 @@ MEANINGS: dict[str, tuple[str, ...]] = {
     "do-train": ("this command trains; leave it out",),
     "merge merge-adapter merge-and-unload merged-dir": ("--merge", "--merged"),
     "dry-run estimate": ("--plan",),
+    "q silent no-progress no-progress-bar": ("--quiet",),
+    "v verbose verbosity log-level": ("every line is printed; --quiet prints errors only",),
     # generation and export
     "p question input text ask user": ("--prompt",),
     "sys system-prompt system-message": ("--system",),

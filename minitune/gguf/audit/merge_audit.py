@@ -11,7 +11,6 @@ quantised matmuls to 8 bits, which this audit leaves out.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,7 +31,7 @@ from minitune.gguf.importance.importance import ImportanceMatrix
 from minitune.gguf.mixtures import gguf_methods
 from minitune.model.causal_lm import CausalLM
 from minitune.model.loss import LossRows
-from minitune.progress import ProgressBar
+from minitune.progress import ProgressBar, warn
 
 DEFAULT_TOKENS = 4096
 REMEDIES = {
@@ -70,7 +69,7 @@ def audit_merges(
     _check(model, max_tokens)
     names = gguf_methods(methods, merged_dtype(model) == torch.float16)
     for note in importance.check_model(model.config) if importance else ():
-        warnings.warn(note, stacklevel=2)
+        warn(note, stacklevel=2)
     ways = shipped_ways(model, tokenizer, names, importance)
     with ProgressBar("tokenizing", None, "record", progress) as bar:
         dataset = tokenize_dataset(data, tokenizer, model.max_seq_length, bar.move_to)

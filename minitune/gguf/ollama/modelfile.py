@@ -17,12 +17,12 @@ Before, Ollama ran the models of OWN_ENGINE without llama.cpp in some versions, 
 answers "loras are not yet implemented".
 """
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.gguf.ollama.ollama_template import OllamaTemplate, ollama_template
+from minitune.progress import warn
 
 OWN_ENGINE = ("gemma3", "mistral3", "qwen3")  # in llama.cpp's names, of the supported families
 
@@ -59,13 +59,13 @@ def adapter_modelfile(
 
     Raises: ValueError if a Modelfile cannot express the chat template.
     """
-    warnings.warn(
+    warn(
         "Ollama makes models with ADAPTER up to version 0.34.0; with a later one, export the "
         "merged model, or serve base and adapter with llama-server",
         stacklevel=4,
     )
     if architecture in OWN_ENGINE:
-        warnings.warn(
+        warn(
             f"some versions of Ollama run {architecture} without llama.cpp and answer 'loras are "
             "not yet implemented'; export the merged model for them",
             stacklevel=4,
@@ -80,7 +80,7 @@ def _template(tokenizer: Tokenizer, adds_bos: bool) -> OllamaTemplate:
     """Return Ollama's template, and warn of the facts that the user should know."""
     template = ollama_template(tokenizer, adds_bos)
     for note in template.notes:
-        warnings.warn(note, stacklevel=4)
+        warn(note, stacklevel=4)
     return template
 
 

@@ -19,7 +19,6 @@ A difference is an error, except those that no file can avoid; they are one warn
 - llama.cpp adds a BOS to conversations whose template writes none.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,21 +46,24 @@ from minitune.gguf.tokenizer.tokenizer_texts import (
     text_around,
     text_with,
 )
+from minitune.progress import warn
 
 SAMPLED_TOKENS = 2048
 DAY = "2026-01-01"  # for templates that write the date
 
 
 def check_tokenizer(
-    metadata: Mapping[str, Any], tokenizer: Tokenizer, name: str | Path = ""
+    metadata: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    name: str | Path = "",
+    warns: bool = True,
 ) -> None:
     """Check that llama.cpp cuts texts into the tokens of training.
 
     metadata: the keys of the file, as they will be written, or as gguf's reader gives them.
     tokenizer: the tokenizer that trained.
     name: the model's name in errors; the tokenizer's folder if it is empty.
-
-    Warns if llama.cpp must cut some texts otherwise, whatever the file says.
+    warns: warn if llama.cpp must cut some texts otherwise, whatever the file says.
 
     Raises: ValueError that names the first text that differs, the ids and the remedy.
     """
@@ -75,7 +77,8 @@ def check_tokenizer(
     check.check_texts()
     check.check_beginnings()
     check.check_conversations()
-    check.warn()
+    if warns:
+        check.warn_of_unavoidable()
 
 
 class _Check:
@@ -230,11 +233,11 @@ class _Check:
             f"{likely_reason(difference, self.file, self.tokenizer)}"
         )
 
-    def warn(self) -> None:
+    def warn_of_unavoidable(self) -> None:
         """Warn of the differences that no file can avoid."""
         for reason, differences in self.unavoidable.items():
             others = f" and {len(differences) - 1} further ones" if len(differences) > 1 else ""
-            warnings.warn(
+            warn(
                 f"{self.name}: llama.cpp {reason}; of the texts that were compared "
                 f"{shown(differences[0].text)}{others} become other tokens there than in training",
                 stacklevel=3,

@@ -14,7 +14,6 @@ facts of the original files are lost, because a GGUF file does not hold them:
 - Every control token is special, also if the original files do not call it so.
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from minitune.gguf.tokenizer.tokenizer_keys import (
     check_list,
 )
 from minitune.gguf.tokenizer.vocabulary import BYTE_PIECE, BYTES
+from minitune.progress import warn
 
 ALWAYS_NAMED = ("bos", "eos", "unk", "pad")  # in tokenizer_config.json; null if there is none
 
@@ -118,7 +118,7 @@ def _byte_level(vocabulary: FileVocabulary) -> tokenizers.Tokenizer:
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     pre = vocabulary.file.pre
     if not vocabulary.metadata.get(f"{PREFIX}pre"):
-        warnings.warn(
+        warn(
             f"the key {PREFIX}pre is missing, so the file names no word rule; words are cut by the "
             f"rule {pre!r}, as in llama.cpp, which may not be the rule of the original model",
             stacklevel=2,

@@ -13,7 +13,6 @@ tests/referees/converter.py lists.
 """
 
 import re
-import warnings
 
 from minitune.data.templates.chat_template import DEFAULT
 from minitune.data.templates.folder_templates import Templates
@@ -32,6 +31,7 @@ from minitune.gguf.tokenizer.vocabulary import (
     sentencepiece_metadata,
 )
 from minitune.gguf.writer import MetadataValue
+from minitune.progress import warn
 from minitune.read_files import read_json
 
 # A name with one of these makes llama.cpp take the white space behind added tokens with them.
@@ -101,7 +101,7 @@ def _general_name(tokenizer: Tokenizer, name: str) -> dict[str, MetadataValue]:
     chosen = f"{name} Phi-3" if is_phi else PHI_NAME.sub("phi 3", name)
     reason = "applies Phi-3's white space" if is_phi else "refuses other vocabularies than Phi-3's"
     condition = "only if" if is_phi else "if"
-    warnings.warn(
+    warn(
         f"{tokenizer.folder}: general.name is {chosen!r}, because llama.cpp {reason} {condition} "
         "the name contains phi-3 or phi3; the file's own name stays",
         stacklevel=3,
