@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import make_tiny_model
 
+import minitune
 from minitune.commands.__main__ import main
 from minitune.gguf.export import convert_folder
 
@@ -27,7 +28,8 @@ def workplace(tmp_path, monkeypatch):
     make_tiny_model(tmp_path / MODEL)
     convert_folder(tmp_path / MODEL, tmp_path / f"{MODEL}.Q4_1.gguf", "q4_1", verify=False)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    return tmp_path
+    yield tmp_path
+    minitune.quiet(False)
 
 
 def test_the_python_runs_block_by_block(workplace):
