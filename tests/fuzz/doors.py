@@ -19,6 +19,7 @@ from minitune.commands.export import main as export_command
 from minitune.commands.export_flags import check_flags, export_parser, methods_of
 from minitune.commands.generate import main as generate_command
 from minitune.commands.plan import main as plan_command
+from minitune.commands.report import main as report_command
 from minitune.commands.train import main as train_command
 from minitune.config.cli import parse
 from minitune.data.tokenization.tokenizer import Tokenizer
@@ -119,6 +120,11 @@ def overwrite(run: Path, model: Path, data: Path) -> None:
     """Replace a run by one of one step."""
     arguments = ["--model", model, "--data", data, "--output-dir", run, "--overwrite", "--r", 2]
     command(train_command, *arguments, "--max-steps", 1, "--device", "cpu", "--no-load-in-4bit")
+
+
+def report(run: Path, output: Path) -> None:
+    """Write the page of a run."""
+    command(report_command, run, "--output", output)
 
 
 def convert(folder: Path, output: Path, method: str, imatrix: Path | None = None) -> None:

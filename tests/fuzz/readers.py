@@ -20,6 +20,11 @@ from fuzz.data_readers import arrow, gguf, gguf_template, imatrix, records, text
 from fuzz.maker import Maker, Mutant
 from fuzz.text_mutants import flags, toml_text
 
+MORE_METRICS = """\
+{"step": 2, "eval_loss": 1.5, "eval_runtime": 0.5, "eval_samples_per_second": 4.0, "epoch": 1.0}
+{"step": 2, "samples": [{"prompt": "a lamp", "answer": "one lamp"}]}
+"""
+
 # ---- model folders
 
 
@@ -193,10 +198,7 @@ def run_folder(maker: Maker) -> Mutant:
     if name == "outputs.json":
         maker.change_json(path)
     else:
-        lines = path.read_text().splitlines()
-        place = maker.rng.randrange(len(lines))
-        lines[place] = maker.json.text(json.loads(lines[place]))
-        maker.rewrite(path, "\n".join(lines).encode("utf-8", "surrogatepass"))
+        maker.rewrite(path, _with_a_changed_line(path, maker))
     data = maker.root / "data" / "form-0.jsonl"
     model = maker.root / "models" / "llama"
     kind = maker.rng.randrange(3)
@@ -205,6 +207,30 @@ def run_folder(maker: Maker) -> Mutant:
     if kind == 1:
         return Mutant(path, lambda: doors.load_and_use(run, maker.rng))
     return Mutant(path, lambda: doors.resume(run, data), True)
+
+
+def report(maker: Maker) -> Mutant:
+    """Change run.json, metrics.jsonl or config.toml of a run, and write its report."""
+    run = maker.copy("run", "run")
+    metrics = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").unlink()  # it may be a link to the original
+    (run / "metrics.jsonl").write_text(metrics + MORE_METRICS)
+    path = run / maker.rng.choice(("run.json", "run.json", "metrics.jsonl", "config.toml"))
+    if path.name == "run.json":
+        maker.change_json(path)
+    elif path.name == "config.toml":
+        maker.rewrite(path, toml_text(path.read_text(), maker.json).encode("utf-8", "replace"))
+    else:
+        maker.rewrite(path, _with_a_changed_line(path, maker))
+    return Mutant(path, lambda: doors.report(run, maker.folder / "page.html"), True)
+
+
+def _with_a_changed_line(path: Path, maker: Maker) -> bytes:
+    """Return the lines of a JSONL file, of which one is changed."""
+    lines = path.read_text().splitlines()
+    place = maker.rng.randrange(len(lines))
+    lines[place] = maker.json.text(json.loads(lines[place]))
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 
 def toml(maker: Maker) -> Mutant:
@@ -246,5 +272,6 @@ READERS: dict[str, Callable[[Maker], Mutant]] = {
         config, weights, index, quant_state, generation_config, tokenizer_json, tokenizer_parts,
         tokenizer_model, tokenizer_files, chat_template, adapter, checkpoint, run_folder, toml,
         command_line, token_cache, records, text_files, arrow, gguf, gguf_template, imatrix,
+        report,
     )
 }  # fmt: skip
