@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from training_runs import RECORDS, edit_json, make_smallest_model, new_trainer, read_metrics
 
 from minitune.data.inspector.dataset_summary import summarize
 from minitune.memory.plan import Plan
 from minitune.memory.planner import Planner
 from minitune.model.activations import LayerPlan, SaveLevel
+from minitune.report.html_report import html_report
 from minitune.report.run_record import read_run
 from minitune.training import run_facts
 from minitune.training.callbacks import TrainerCallback
@@ -232,6 +235,26 @@ def test_metrics_that_are_too_long_are_read_from_their_begin(run, monkeypatch):
     record = read_run(run)
     assert record.notes[0].startswith("no further metrics: metrics.jsonl: is read up to line ")
     assert 0 < len(record.training) < 4
+
+
+NUMBERS = st.sampled_from([0, 1, -1, 1e300, -1e300, 5e-324, 10**200, 2**31 - 1]) | st.floats()
+NAMES = ("epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds")
+LINES = st.dictionaries(
+    st.sampled_from([*NAMES, "eval_loss", "peak_memory_bytes", "loss_scale"]), NUMBERS
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines=st.lists(st.tuples(st.integers(0, 2**31 - 1), LINES), max_size=8))
+def test_any_numbers_of_any_steps_are_read_and_become_a_page(tmp_path_factory, lines):
+    folder = tmp_path_factory.getbasetemp() / "any numbers"
+    folder.mkdir(exist_ok=True)
+    records = [json.dumps({**values, "step": step}) for step, values in lines]
+    (folder / "metrics.jsonl").write_text("\n".join(records))
+    (folder / "config.toml").write_text("num_train_epochs = 1e300")
+    record = read_run(folder)
+    assert record.steps_done >= 0 and not record.is_finished
+    assert html_report([record]).startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "run.json"])

@@ -26,6 +26,7 @@ from minitune.training.run_facts import DataRecord, RunFacts, read_facts
 MAX_BYTES = 256 << 20  # of metrics.jsonl; a run with 100,000 lines has 25 MB
 MAX_LISTED = 3  # places of broken lines in a note
 STEPS, VALUES = whole(), number(-1e300, 1e300)
+SHARES = number(1e-12, 1e12)  # of the data, in epochs
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,11 @@ def _total_steps(settings: dict[str, Any], training: Sequence[dict[str, float]])
     if STEPS.hold(steps) and steps > 0:
         return steps
     last = training[-1] if training else {}
-    if not (VALUES.hold(epochs) and last.get("epoch", 0) > 0):
+    epoch = last.get("epoch", 0)
+    if not (VALUES.hold(epochs) and SHARES.hold(epoch)):
         return None
-    return math.ceil(epochs * round(last["step"] / last["epoch"]))
+    steps = epochs * round(last["step"] / epoch)
+    return math.ceil(steps) if 0 < steps <= STEPS.maximum else None
 
 
 def _end_so_far(
