@@ -114,7 +114,7 @@ def train(settings: Settings, program: str) -> None:
     trainer, run = prepare(settings), settings.run
     merges = run.merge or run.gguf
     text = in_flags(merge_text(trainer.model, run.merge_base)) if merges else ""
-    trainer.program, trainer.by_command = command_line(program, "train"), True
+    trainer.program = command_line(program, "train")
     trainer.train()
     if merges:
         print_line(labelled("merging", text))
@@ -187,6 +187,7 @@ def prepare(settings: Settings) -> SFTTrainer:
     else:
         _check_same_lora(settings, model)
     trainer = SFTTrainer(model, sft, run.data, run.eval_data or None, tokenizer, run_config=run)
+    trainer.by_command = True
     _check_loaded(trainer, contents)
     shown = first_samples(trainer.data.train.samples, tokenizer, run.show)
     for text in sample_texts(shown, sys.stderr):
