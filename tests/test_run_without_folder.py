@@ -14,7 +14,6 @@ from training_runs import RECORDS, new_trainer, train_with_ctrl_c, without_times
 from minitune import TrainerCallback
 from minitune.commands.train import main as train_command
 from minitune.config.sft_config import SFTConfig
-from minitune.training.run_files import NoRunFiles, RunFiles
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "max_steps": 4}
 WRITING_EVENTS = ("os.link", "os.mkdir", "os.rename", "os.symlink", "os.truncate", "shutil.")
@@ -75,11 +74,6 @@ def test_a_run_without_a_folder_writes_nothing_and_gives_the_bits_of_one_with_a_
     values, file = adapter(trainer.model), load_file("run/adapter/adapter_model.safetensors")
     assert {f"base_model.model.{name}" for name in values} == set(file)
     assert all(torch.equal(p, file[f"base_model.model.{name}"]) for name, p in values.items())
-
-
-def test_a_run_without_a_folder_takes_every_call_of_one_with_a_folder(tmp_path):
-    public = {name for name in (*dir(RunFiles), *vars(RunFiles(tmp_path))) if name[0] != "_"}
-    assert public <= set(dir(NoRunFiles()))
 
 
 def test_the_lines_of_the_run_say_that_nothing_is_saved(smallest, capsys):

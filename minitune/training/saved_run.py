@@ -88,11 +88,8 @@ class SavedRun(OptimizerSteps):
             yield None
             return
         with locked_run_folder(self.output):
-            paths, total_steps = (
-                [model.gguf or model.folder, *self.data.files],
-                self.size.total_steps,
-            )
-            source = open_run_folder(self.output, args, resume, paths, total_steps)
+            needed = [model.gguf or model.folder, *self.data.files]
+            source = open_run_folder(self.output, args, resume, needed, self.size.total_steps)
             self._begin(source)
             yield source
 

@@ -52,10 +52,9 @@ class Trainer(SavedRun):
         resume_from_checkpoint: True for output_dir's newest checkpoint, or a checkpoint's path.
 
         Raises: ValueError if the output folder holds another run, the checkpoint does not fit data
-            or settings, a loss is not finite, the GPU is out of memory, the disk is full, or
-            another thread trains the model or on a GPU;
-            KeyboardInterrupt after Ctrl-C, and Stopped (a SystemExit) after SIGTERM or SIGHUP, once
-            the current step is done and saved.
+            or settings, a loss is not finite, the GPU is out of memory, the disk is full, or a
+            second run would disturb this one (one_run.py); KeyboardInterrupt after Ctrl-C, and
+            Stopped (a SystemExit) after SIGTERM or SIGHUP, once the current step is done and saved.
         """
         with only_run(self.model), self._opened(resume_from_checkpoint) as source:
             return self._train(source)
