@@ -21,7 +21,6 @@ from minitune.report.curves import Curve, moving_mean, smoothing_window, thinned
 UNITS = 1000  # of the nested SVG, along both axes
 MAX_MARKERS = 60  # of a curve; more of them would touch
 MAX_NARROW_TEXTS = 4  # numbers of the axis of steps on a narrow screen
-MAX_DIGITS = 12  # of a step in the label of a point
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,8 @@ def _summary(chart: Chart, lines: Sequence[Line]) -> str:
     for line in lines:
         first, last = chart.form(line.curve.values[0]), chart.form(line.curve.values[-1])
         low, high = chart.form(line.curve.values.min()), chart.form(line.curve.values.max())
-        parts.append(f"{line.label}: first {first}, last {last}, from {low} to {high}")
+        name = f"{line.label}: " if line.label else ""
+        parts.append(f"{name}first {first}, last {last}, from {low} to {high}")
     unit = f", {chart.unit}" if chart.unit else ""
     return f"{chart.title}{unit}. {'; '.join(parts)}"
 
@@ -205,7 +205,7 @@ class _Plot:
 
     def curve(self, line: Line) -> str:
         """Return the path of a curve, with its steps and values for the script."""
-        steps = " ".join(f"{step:.{MAX_DIGITS}g}" for step in line.curve.steps)
+        steps = " ".join(f"{step:.0f}" for step in line.curve.steps)
         texts = (_value_text(line, i, self.form) for i in range(len(line.curve)))
         return (
             f'<path class="{line.style}" d="{self.path(line.curve)}" data-steps="{steps}" '

@@ -122,7 +122,8 @@ def _time(run: RunRecord) -> Number:
         a_step = seconds / last["step"]
         short = a_step < 1
         detail = f"{norm_text(1000 * a_step)} ms a step" if short else f"{a_step:,.3g} s a step"
-    return Number(duration(min(seconds, 1e12)), detail, seconds)
+    text = duration(min(seconds, 1e12)) if seconds >= 10 else f"{seconds:.1f} s"
+    return Number(text, detail, seconds)
 
 
 def _speed(run: RunRecord) -> Number:

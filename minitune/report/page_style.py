@@ -82,6 +82,7 @@ summary { margin: 0 0 1rem; cursor: pointer; color: var(--quiet); }
   .charts { grid-template-columns: 1fr; gap: .5rem; }
   .chart { padding: .7rem .75rem .6rem; }
   .wide .plot { height: 13rem; }
+  h1 { font-size: 1.35rem; }
   dd b { font-size: 1.25rem; }
   .swatch { width: 1.1rem; margin-right: .3rem; }
   .minor { display: none; }
@@ -100,7 +101,8 @@ summary { margin: 0 0 1rem; cursor: pointer; color: var(--quiet); }
   :root {
     color-scheme: light;
     --page: #ffffff; --card: #ffffff; --line: #d0d0cc; --text: #000000; --quiet: #505358;
-    --run-1: #0072b2; --run-2: #d55e00; --shade: #f2f2ef;
+    --run-1: #0072b2; --run-2: #d55e00; --shade: #f2f2ef; --accent: #1f7a3f;
+    --trained: #cdeed6; --trained-text: #0c2e17; --fault: #9a5b00; --fault-page: #fdf1dc;
   }
   body { padding: 0; max-width: none; }
   h2 { break-after: avoid; }
