@@ -19,7 +19,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.attributes += attributes
-        if tag not in ("meta", "br", "!doctype"):
+        if tag not in ("meta", "br", "wbr", "!doctype"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

@@ -28,7 +28,7 @@ from minitune.report.page_script import SCRIPT
 from minitune.report.page_style import STYLE
 from minitune.report.run_record import RunRecord
 from minitune.report.samples import samples_section
-from minitune.report.tables import data_section, notes, rows_table
+from minitune.report.tables import data_section, halves, notes, rows_table
 from minitune.report.texts import PairedRow, paired, run_style, short_names
 from minitune.training.own_files import REPORT_MARK
 
@@ -94,8 +94,16 @@ def _setting_rows(runs: Sequence[RunRecord]) -> list[PairedRow]:
 
 
 def _value_text(value: Any) -> str:
-    """Return the value of a setting as text: texts without quotes, others as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """Return the value of a setting as text: texts and lists of words without quotes, else JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(_is_word(item) for item in value):
+        return ", ".join(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and not set(value) & {" ", ","}
 
 
 def _differences(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
@@ -115,7 +123,7 @@ def _equal_settings(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
     compares = len(runs) > 1 and all(run.settings for run in runs)
     rows = [row for row in _setting_rows(runs) if not (compares and row.differs)]
     title = "Equal settings" if compares else "Settings"
-    return _titled(title, rows_table(rows, runs, limit) if rows else [])
+    return _titled(title, halves(rows, runs, limit) if rows else [])
 
 
 # ---- curves

@@ -56,10 +56,10 @@ dd .change { margin-left: .25rem; font-weight: 400; }
 .remark { margin: 0; padding: .5rem 1rem; font-size: .85rem; }
 .chart .remark { padding: 0 0 0 3.4rem; font-size: .75rem; }
 .facts { font-size: .9rem; }
-.facts th { color: var(--quiet); width: 14rem; overflow-wrap: anywhere; }
+.facts th { color: var(--quiet); width: 16.5rem; overflow-wrap: anywhere; }
 .facts td { overflow-wrap: anywhere; }
 .names th { color: var(--text); width: auto; font-weight: 600; overflow-wrap: anywhere; }
-.names th:first-child { width: 14rem; }
+.names th:first-child { width: 16.5rem; }
 .prompt { margin: 0 0 1rem; overflow: hidden; break-inside: avoid; }
 .question {
   max-height: 12rem; overflow: auto; padding: .7rem 1rem; background: var(--shade);
@@ -71,7 +71,7 @@ dd .change { margin-left: .25rem; font-weight: 400; }
 .at { display: block; font-size: .85rem; }
 summary { margin: 0 0 1rem; cursor: pointer; color: var(--quiet); }
 .pair { display: flex; flex-wrap: wrap; gap: .75rem; margin-bottom: .75rem; }
-.dataset { flex: 1 1 24rem; min-width: 0; }
+.pair > * { flex: 1 1 24rem; min-width: 0; align-self: start; }
 .dataset h3 { display: flex; justify-content: space-between; margin: 0; padding: .6rem 1rem; }
 .dataset h3 { font-size: 1rem; border-bottom: 1px solid var(--line); }
 .dataset h3 span { font-size: .85rem; font-weight: 400; }
@@ -87,7 +87,7 @@ summary { margin: 0 0 1rem; cursor: pointer; color: var(--quiet); }
   .swatch { width: 1.1rem; margin-right: .3rem; }
   .minor { display: none; }
   .chart .remark { padding-left: 0; }
-  .facts th, .dataset .facts th, .names th:first-child { width: 32%; }
+  .facts th, .dataset .facts th, .names th:first-child { width: 34%; }
   .answers, .answers tbody, .answers tr, .answers th, .answers td { display: block; width: auto; }
   .answers tr { padding: .3rem 0; }
   .answers tr > * { padding-top: .15rem; padding-bottom: .15rem; }

@@ -57,7 +57,7 @@ def samples_section(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
     if len(shown) > SHOWN_PROMPTS:
         yield "</details>"
     if len(prompts) > len(shown):
-        yield f'<p class="quiet">{len(prompts) - len(shown):,} more prompts are left out</p>'
+        yield f'<p class="quiet">Left out: {len(prompts) - len(shown):,} more prompts</p>'
 
 
 def answers_by_prompt(runs: Sequence[RunRecord]) -> dict[tuple[str, int], list[list[Answer]]]:
@@ -122,7 +122,7 @@ def _prompt_card(
     shown = sum(answer is not None for row in rows for answer in row.answers)
     if (hidden := sum(map(len, answers)) - shown) > 0:
         noun = "answer" if hidden == 1 else "answers"
-        yield f'<p class="remark quiet">{hidden:,} more {noun} during training are left out</p>'
+        yield f'<p class="remark quiet">Left out: {hidden:,} more {noun} during training</p>'
     yield "</article>"
 
 

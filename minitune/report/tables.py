@@ -26,10 +26,15 @@ def rows_table(rows: Sequence[PairedRow], runs: Sequence[RunRecord], limit: int)
         yield f'<tr class="names"><th></th>{"".join(names)}</tr>'
     ordered = sorted(rows, key=lambda row: not row.differs)
     for row in ordered[:MAX_ROWS]:
-        yield f"<tr><th>{escape(cut(row.label, limit))}</th>{_cells(row, len(runs), limit)}</tr>"
+        yield f"<tr><th>{_label(row.label, limit)}</th>{_cells(row, len(runs), limit)}</tr>"
     yield "</table>"
     yield from _hidden(len(ordered) - MAX_ROWS, "row")
     yield "</div>"
+
+
+def _label(label: str, limit: int) -> str:
+    """Return a label that may break after an underscore, as names of settings are long."""
+    return escape(cut(label, limit)).replace("_", "_<wbr>")
 
 
 def _cells(row: PairedRow, runs: int, limit: int) -> str:
@@ -46,7 +51,17 @@ def _cells(row: PairedRow, runs: int, limit: int) -> str:
 
 def _hidden(count: int, noun: str) -> Iterator[str]:
     if count > 0:
-        yield f'<p class="remark quiet">{count:,} more {noun}{"s" * (count > 1)} are left out</p>'
+        yield f'<p class="remark quiet">Left out: {count:,} more {noun}{"s" * (count > 1)}</p>'
+
+
+def halves(rows: Sequence[PairedRow], runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
+    """Yield rows that do not differ as two tables side by side, on a wide screen."""
+    middle = -(-len(rows) // 2)
+    yield '<div class="pair">'
+    for part in (rows[:middle], rows[middle:]):
+        if part:
+            yield from rows_table(part, runs, limit)
+    yield "</div>"
 
 
 def run_name(runs: Sequence[RunRecord], i: int) -> str:
@@ -69,18 +84,26 @@ def notes(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
 
 
 def data_section(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
-    """Yield the datasets of all runs. A dataset that both runs have is shown once."""
+    """Yield the datasets of all runs: two side by side, on a wide screen.
+
+    A dataset that both runs have is shown once. Two of the same label stand side by side.
+    """
     labels = dict.fromkeys(data.label for run in runs for data in run.data)
+    groups = []
     for label in list(labels)[:MAX_DATASETS]:
         found = [
             (i, data) for i, run in enumerate(runs) for data in run.data if data.label == label
         ]
         is_shared = len(runs) > 1 and len(found) > 1 and found[0][1] == found[1][1]
-        yield '<div class="pair">'
+        cards = []
         for i, data in found[:1] if is_shared else found:
             name = "both runs" if is_shared else run_name(runs, i) if len(runs) > 1 else ""
-            yield from _dataset(data, name, limit)
-        yield "</div>"
+            cards.append("\n".join(_dataset(data, name, limit)))
+        groups.append(cards)
+    if all(len(cards) == 1 for cards in groups):
+        groups = [[card for cards in groups for card in cards]]
+    for cards in filter(None, groups):
+        yield from ('<div class="pair">', *cards, "</div>")
 
 
 def _dataset(data: DataRecord, name: str, limit: int) -> Iterator[str]:
@@ -92,7 +115,7 @@ def _dataset(data: DataRecord, name: str, limit: int) -> Iterator[str]:
     yield f'<section class="card dataset"><h3>{escape(cut(title, limit))}'
     yield f'<span class="quiet">{name}</span></h3><table class="facts">'
     for row in paired([data.rows])[:MAX_ROWS]:
-        yield f"<tr><th>{escape(cut(row.label, limit))}</th>{_cells(row, 1, limit)}</tr>"
+        yield f"<tr><th>{_label(row.label, limit)}</th>{_cells(row, 1, limit)}</tr>"
     yield "</table>"
     if data.bars:
         yield f'<p class="quiet caption">{HISTOGRAM_TITLE.capitalize()}</p>'

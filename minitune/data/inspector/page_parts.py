@@ -45,7 +45,7 @@ dd span { color: var(--quiet); font-size: .85rem; overflow-wrap: anywhere; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: .45rem 1rem; text-align: left; vertical-align: top; font-weight: 400; }
 tr + tr { border-top: 1px solid var(--line); }
-.bars { padding: .6rem 0; font-size: .9rem; }
+.bars { margin: .6rem 0; font-size: .9rem; }
 .bars th {
   text-align: right; color: var(--quiet); font-variant-numeric: tabular-nums; white-space: nowrap;
 }
