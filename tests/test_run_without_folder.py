@@ -2,12 +2,14 @@
 
 import os
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from gguf_files import make_tiny_gguf
 from safetensors.torch import load_file
 from training_runs import RECORDS, new_trainer, train_with_ctrl_c, without_times
 
@@ -74,6 +76,20 @@ def test_a_run_without_a_folder_writes_nothing_and_gives_the_bits_of_one_with_a_
     values, file = adapter(trainer.model), load_file("run/adapter/adapter_model.safetensors")
     assert {f"base_model.model.{name}" for name in values} == set(file)
     assert all(torch.equal(p, file[f"base_model.model.{name}"]) for name, p in values.items())
+
+
+def test_a_gguf_base_writes_its_small_files_for_the_time_of_the_process(tmp_path, monkeypatch):
+    base = make_tiny_gguf(tmp_path, "q8_0", layers=1, heads=2, kv_heads=1)
+    before, temporary = set(os.listdir()), tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with writes() as loading:
+        trainer = new_trainer(base, None, max_steps=1)
+    with writes() as training:
+        trainer.train()
+    assert loading != [] and training == []
+    assert all(Path(path).is_relative_to(temporary) for _, path, *_ in loading)
+    assert set(os.listdir()) == {*before, "temporary"}
 
 
 def test_the_lines_of_the_run_say_that_nothing_is_saved(smallest, capsys):
