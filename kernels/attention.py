@@ -212,13 +212,11 @@ def attention(
     if not backend.use_triton(q):
         result, lse = attention_reference(q, k, v, start, end, scale, softcap)
         return copy_into(out, result), lse
-    N, H, K = q.shape
+    N, H, _ = q.shape
     out = empty_contiguous_like(q) if out is None else out
     lse = torch.empty((H, N), dtype=torch.float32, device=q.device)
     if N:
         max_seqlen = max_seqlen or uniform_seqlen or N
-        shared_memory = backend.shared_memory_limit(q.device)
-        itemsize = q.element_size()
-        sizes = choose_block_sizes(BLOCK_SIZES, 1, K, itemsize, max_seqlen, shared_memory)
+        sizes = choose_block_sizes(BLOCK_SIZES, 1, q, max_seqlen)
         _launch_forward(q, k, v, out, lse, start, scale, softcap, sizes)
     return out, lse

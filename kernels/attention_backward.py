@@ -209,7 +209,7 @@ def attention_backward(
     check_packed(q, k, v, start, end, dout=dout, out=out, dq=dq)
     check_heads(k, q.dtype, dk=dk, dv=dv)
     check_scores(scale, softcap)
-    N, H, K = q.shape
+    N, H, _ = q.shape
     if lse.shape != (H, N) or not lse.is_contiguous():
         raise ValueError(f"lse is {tuple(lse.shape)}; q {tuple(q.shape)} needs contiguous {H, N}")
     own = softcap or torch.are_deterministic_algorithms_enabled()
@@ -224,9 +224,8 @@ def attention_backward(
     dv = empty_contiguous_like(v) if dv is None else dv
     if N:
         max_seqlen = max_seqlen or uniform_seqlen or N
-        shared_memory = backend.shared_memory_limit(q.device)
         stats = torch.empty((H, cdiv(N, 16) * 16 + MAX_BLOCK), dtype=torch.int64, device=q.device)
-        sizes = choose_block_sizes(BLOCK_SIZES, 2, K, q.element_size(), max_seqlen, shared_memory)
+        sizes = choose_block_sizes(BLOCK_SIZES, 2, q, max_seqlen)
         _launch_dq(dout, q, k, v, out, lse, stats, dq, start, scale, softcap, sizes)
         launch_dkdv(dout, q, k, v, stats, dk, dv, end, scale, softcap, max_seqlen)
     return dq, dk, dv

@@ -8,7 +8,6 @@ and a second kernel adds them.
 
 import torch
 
-from . import backend
 from .attention_common import (
     cap_scores,
     choose_block_sizes,
@@ -185,8 +184,7 @@ def launch_dkdv(
     max_seqlen: rows of the longest sequence, or a bound on them.
     """
     (N, H, K), G = q.shape, k.shape[1]
-    shared_memory = backend.shared_memory_limit(q.device)
-    sizes = choose_block_sizes(BLOCK_SIZES, 2, K, q.element_size(), max_seqlen, shared_memory)
+    sizes = choose_block_sizes(BLOCK_SIZES, 2, q, max_seqlen)
     blocks = cdiv(N, sizes.outer)
     splits = num_splits(blocks, G, H // G)
     targets = dk, dv

@@ -11,7 +11,9 @@ from .optional_triton import tl
 
 triton = SimpleNamespace(jit=jit)  # kernels are decorated as in Triton's own examples
 
-INTERPRETER_SHARED_MEMORY = 99 * 1024  # bytes; the smallest limit of the supported GPUs
+INTERPRETER_SHARED_MEMORY = 99 * 1024  # bytes, as on sm_86
+# Triton 3.3 and later multiply matrices by tensor cores from this compute capability on.
+TENSOR_CORE_CAPABILITY = (8, 0)
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -26,12 +28,24 @@ def use_triton(x: torch.Tensor) -> bool:
 def shared_memory_limit(device: torch.device) -> int:
     """Return the bytes of shared memory that one program may use.
 
-    The limit is 163 KiB on sm_80, 227 KiB on sm_90, and 99 KiB on sm_86, sm_89 and sm_120.
+    The limit is 64 KiB on sm_75, 163 KiB on sm_80, 227 KiB on sm_90, and 99 KiB on sm_86, sm_89 and
+    sm_120.
     """
     if device.type == "cpu":
         return INTERPRETER_SHARED_MEMORY
     # The meta device has no index and stands for the current GPU.
     return torch.cuda.get_device_properties(device.index).shared_memory_per_block_optin
+
+
+@functools.cache
+def has_tensor_core_kernels(device: torch.device) -> bool:
+    """Return True if Triton's products of 16-bit matrices run on the device's tensor cores.
+
+    On older GPUs `tl.dot` becomes fused multiply-adds in float32. cuBLAS uses tensor cores there.
+    """
+    if device.type == "cpu":
+        return True
+    return torch.cuda.get_device_capability(device.index) >= TENSOR_CORE_CAPABILITY
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -138,7 +152,10 @@ def matmul(
 
 
 def matmul_accumulated(a: torch.Tensor, b: torch.Tensor, multiplier: float = 1.0) -> torch.Tensor:
-    """Return multiplier * a @ b in the accumulator's dtype, not rounded to the dtype of a and b."""
+    """Return multiplier * a @ b in the accumulator's dtype, not rounded to the dtype of a and b.
+
+    PyTorch refuses such a product of bfloat16 below compute capability 8.0, but not of float16.
+    """
     acc_dtype = accumulator(a.dtype)
     if a.dtype == acc_dtype or not a.is_cuda:
         return matmul(a.to(acc_dtype), b.to(acc_dtype), None, multiplier)

@@ -66,6 +66,7 @@ def pretend_gpu() -> None:
     triton.compiler.compile = compile_nothing
     torch.cuda.device = lambda device: contextlib.nullcontext()
     backend.shared_memory_limit = lambda device: 227 << 10
+    backend.has_tensor_core_kernels = lambda device: True
 
 
 def meta_model(raw: dict) -> CausalLM:

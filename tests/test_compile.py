@@ -41,7 +41,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 ROOT = Path(__file__).parents[1]
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # sm -> KiB that a program may use
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # sm -> KiB of a program
 MODELS = {  # D, H, G, K, F, V
     "SmolLM2-135M": (576, 9, 3, 64, 1536, 49152),
     "Llama-3.1-8B": (4096, 32, 8, 128, 14336, 128256),
@@ -69,9 +69,17 @@ KERNELS = {
     "_square_sums",
     "_write_adapters",
 }
-# (model, dtype, rows) for every GPU, and further ones for some GPUs
+# (model, dtype, rows) for every GPU with bfloat16, and further ones for some GPUs
 CASES = [("Llama-3.1-8B", torch.bfloat16, 2048)]
+CASES_WITHOUT_BFLOAT16 = [("Llama-3.1-8B", torch.float16, 2048)]
 MORE_CASES = {
+    75: [
+        ("SmolLM2-135M", torch.float16, 2048),
+        ("SmolLM2-135M", torch.float32, 2048),
+        ("heads of 96", torch.float16, 2048),
+        ("heads of 256", torch.float16, 2048),
+        ("heads of 256", torch.float32, 2048),
+    ],
     86: [("SmolLM2-135M", torch.bfloat16, 2048), ("SmolLM2-135M", torch.float32, 2048)],
     90: [
         ("SmolLM2-135M", torch.bfloat16, 2048),
@@ -211,6 +219,7 @@ def recorded_launches(
     jit.JITFunction.run = record
     backend.use_triton = lambda x: True
     backend.shared_memory_limit = lambda device: SHARED_MEMORY[arch] * 1024
+    backend.has_tensor_core_kernels = lambda device: arch >= 80
     tensors = MetaTensors(model, dtype, rows)
     dequantise_and_write_adapters(tensors)
     dequantise_ggml_types(tensors, ggml_types)
@@ -219,20 +228,23 @@ def recorded_launches(
     return launches
 
 
-def compile_all(arch: int, first: int | None) -> dict[str, int]:
+def compile_all(arch: int, first: int | None, pattern: str = "") -> dict[str, int]:
     """Return launch -> its bytes of shared memory, compiled for one GPU.
 
     first: number of cases that are compiled, or None for all.
+    pattern: regular expression that the compiled launches match from their begin.
     """
     launches = {}
-    for case in [*CASES, *MORE_CASES.get(arch, ())][:first]:
+    for_all = CASES if arch >= 80 else CASES_WITHOUT_BFLOAT16
+    for case in [*for_all, *MORE_CASES.get(arch, ())][:first]:
         # The code of a type hardly depends on the model or the GPU: some GPUs compile all types.
-        all_types = case == CASES[0] and arch in MORE_CASES and first is None
+        all_types = case == for_all[0] and arch in MORE_CASES and first is None
         types = BLOCK_SIZES if all_types else EMBEDDING_TYPES
         launches |= recorded_launches(arch, *case, types)
     return {
         name: triton.compile(source, target=target, options=options).metadata.shared
         for name, (source, target, options) in launches.items()
+        if re.match(pattern, name)
     }
 
 
@@ -242,13 +254,18 @@ def triton_cache(pytestconfig):
     return pytestconfig.cache.mkdir("triton")
 
 
-def check_that_all_compile(arch, cache, *first):
+def compiled_sizes(arch, cache, *arguments):
+    """Return `compile_all` of these arguments, computed in a process of its own."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(arch), *map(str, first)]
+    command = [sys.executable, __file__, str(arch), *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    compiled = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def check_that_all_compile(arch, cache, *first):
+    compiled = compiled_sizes(arch, cache, *first)
     assert {name.split("(")[0] for name in compiled} == KERNELS
     limit = SHARED_MEMORY[arch] * 1024
     assert not {name: shared for name, shared in compiled.items() if shared > limit}
@@ -256,6 +273,13 @@ def check_that_all_compile(arch, cache, *first):
 
 def test_every_kernel_compiles_for_one_model_and_the_least_shared_memory(triton_cache):
     check_that_all_compile(86, triton_cache, 1)
+
+
+def test_attention_fits_into_the_shared_memory_of_a_gpu_without_bfloat16(triton_cache):
+    # Those with a soft cap take as much.
+    compiled = compiled_sizes(75, triton_cache, 1, "_attention.*'TANH_SCALE': 0.0,")
+    assert len(compiled) == 3
+    assert max(compiled.values()) <= SHARED_MEMORY[75] * 1024
 
 
 @pytest.mark.slow  # a minute or two each
@@ -271,4 +295,5 @@ def test_the_list_of_kernels_holds_every_launch_in_the_sources():
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else None)))
+    first = int(sys.argv[2]) if sys.argv[2:] else None
+    print(json.dumps(compile_all(int(sys.argv[1]), first, *sys.argv[3:])))

@@ -161,6 +161,7 @@ def recorder(monkeypatch) -> Recorder:
         monkeypatch.setattr(kernel, "run", lambda *_, **__: recorder.launch())
     monkeypatch.setattr(backend, "use_triton", lambda x: True)
     monkeypatch.setattr(backend, "shared_memory_limit", lambda device: 227 << 10)
+    monkeypatch.setattr(backend, "has_tensor_core_kernels", lambda device: True)
     monkeypatch.setattr(lora_linear, "add_matmul_", recorder.add_matmul_)
     for module in (lora_linear, cross_entropy):
         monkeypatch.setattr(module, "matmul_accumulated", recorder.matmul_accumulated)
