@@ -67,8 +67,8 @@ class FastLanguageModel:
         model_name: a model's folder, a GGUF file, or `org/name` in the local Hugging Face cache; or
             the folder of an adapter or a run, which stands for the base model with that adapter.
         max_seq_length: tokens of the longest sample; by default 2048, or the model's limit if less.
-        dtype: compute dtype; by default bfloat16 on a GPU and float32 on a CPU. "auto" is the dtype
-            of the weights.
+        dtype: compute dtype; by default float32 on a CPU, bfloat16 on a GPU, and float16 on a GPU
+            without bfloat16. "auto" is the dtype of the weights.
         load_in_4bit: quantise the linears to NF4 while they are read; False keeps them as stored.
             NF4 weights and GGUF files are read as they are either way.
         load_in_16bit: the same as load_in_4bit=False, which has to be given too.

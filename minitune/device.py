@@ -20,6 +20,8 @@ from minitune.kernels.optional_triton import check_triton
 
 CUDA_HOST_REGISTER_MAPPED = 2  # flag of cudaHostRegister: gives the memory a device address
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (7, 5)  # of a GPU, for Triton's kernels and 16-bit tensor cores
+BFLOAT16_CAPABILITY = (8, 0)
 UNKNOWN_HOST_MEMORY = 4 << 30  # bytes that are assumed if the system does not report them
 
 _pinned: dict[int, int] = {}  # address -> bytes
@@ -49,7 +51,8 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
     device: cpu, cuda or cuda:N; None chooses a GPU if there is one.
 
-    Raises: ValueError if the device is not supported or not there, or if a GPU has no Triton.
+    Raises: ValueError if the device is not supported or not there, or if a GPU has no Triton or is
+        older than MIN_CAPABILITY.
     """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -69,18 +72,27 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         )
     check_triton(chosen)
     index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        found, least = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+        raise ValueError(
+            f"{torch.cuda.get_device_name(index)} has compute capability {found}, but the kernels "
+            f"need {least}, that of a T4; choose a newer GPU, or device='cpu'"
+        )
     return torch.device("cuda", index)
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in.
 
-    dtype: a torch dtype or its name; None chooses bfloat16 on a GPU and float32 on a CPU.
+    dtype: a torch dtype or its name; None chooses float32 on a CPU, bfloat16 on a GPU, and float16
+        on a GPU without bfloat16.
 
     Raises: ValueError if the dtype is not supported, or if the GPU has no bfloat16.
     """
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        on_gpu = torch.bfloat16 if is_bfloat16_supported(device) else torch.float16
+        dtype = torch.float32 if device.type == "cpu" else on_gpu
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
     if dtype not in DTYPES:
@@ -89,7 +101,7 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     if dtype == torch.bfloat16 and not is_bfloat16_supported(device):
         raise ValueError(
             f"{torch.cuda.get_device_name(device)} has no bfloat16, which needs compute "
-            "capability 8.0; pass dtype=torch.float32"
+            "capability 8.0; pass dtype='float16', which is the default there"
         )
     return dtype
 
@@ -100,7 +112,7 @@ def is_bfloat16_supported(device: torch.device | None = None) -> bool:
     device: the device; None takes a GPU if there is one.
     """
     device = choose_device(device)
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
 
 
 def gib_text(nbytes: float) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minitune import device
-from minitune.device import choose_device, choose_dtype, free_memory
+from minitune.device import choose_device, choose_dtype, free_memory, is_bfloat16_supported
 
 CPU = torch.device("cpu")
 
@@ -45,10 +45,28 @@ def test_dtypes_are_taken_by_name_or_chosen_for_the_device(two_gpus):
 
 def test_bfloat16_is_refused_on_a_gpu_without_it(two_gpus):
     gpu = torch.device("cuda:0")
-    for asked in (None, "bfloat16"):
-        with pytest.raises(ValueError, match="Tesla T4 has no bfloat16"):
-            choose_dtype(asked, gpu)
-    assert choose_dtype("float16", gpu) == torch.float16
+    with pytest.raises(ValueError, match=r"Tesla T4 has no bfloat16.*; pass dtype='float16'"):
+        choose_dtype("bfloat16", gpu)
+    for asked in (None, "float16", torch.float16):
+        assert choose_dtype(asked, gpu) == torch.float16
+    assert choose_dtype("float32", gpu) == torch.float32
+    assert not is_bfloat16_supported(gpu)
+
+
+def test_the_default_of_a_gpu_with_bfloat16_is_bfloat16(two_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert choose_dtype(None, torch.device("cuda:1")) == torch.bfloat16
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (6, 1), (3, 7)])
+def test_a_gpu_that_the_kernels_do_not_run_on_is_refused_by_name(two_gpus, monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    number = ".".join(map(str, capability))
+    message = f"Tesla T4 has compute capability {number}, but .* need 7.5, .* or device='cpu'"
+    for asked in (None, "cuda", "cuda:0"):
+        with pytest.raises(ValueError, match=message):
+            choose_device(asked)
+    assert choose_device("cpu") == CPU
 
 
 def test_free_host_memory_lies_within_the_limits_of_all_cgroups(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import torch
 
 from minitune import SFTConfig, TrainingArguments
 from minitune.config.foreign_settings import FOREIGN_SETTINGS
+from minitune.training import precision_notes as module
+from minitune.training.precision_notes import precision_notes
 
 transformers, trl = map(pytest.importorskip, ("transformers", "trl"))
 
@@ -144,7 +146,14 @@ def test_the_metric_of_the_best_checkpoint_is_that_of_transformers():
 
 
 def test_a_dtype_that_is_not_the_models_is_noted_and_the_models_own_is_not():
-    (note,) = SFTConfig(bf16=True).precision_notes(torch.float32)
+    cpu, float32 = torch.device("cpu"), torch.float32
+    (note,) = precision_notes(SFTConfig(bf16=True), float32, cpu)
     assert "bf16=True asks for bfloat16, but the model was loaded in float32" in note
-    assert SFTConfig(bf16=True).precision_notes(torch.bfloat16) == []
-    assert SFTConfig(fp16=False, bf16=False).precision_notes(torch.float32) == []
+    assert precision_notes(SFTConfig(bf16=True), torch.bfloat16, cpu) == []
+    assert precision_notes(SFTConfig(fp16=False, bf16=False), float32, cpu) == []
+
+
+def test_the_note_on_bf16_promises_no_bfloat16_to_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(module, "is_bfloat16_supported", lambda device: False)
+    (note,) = precision_notes(SFTConfig(bf16=True), torch.float16, torch.device("cuda", 0))
+    assert note.endswith("loaded in float16 and trains in it; this GPU has no bfloat16")

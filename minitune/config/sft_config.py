@@ -251,20 +251,6 @@ class SFTConfig:
                 "lr_scheduler_type 'constant' has no warm-up; choose 'constant_with_warmup'"
             )
 
-    def precision_notes(self, dtype: object) -> list[str]:
-        """Return a text for each of bf16 and fp16 that asks for another dtype than the model's.
-
-        dtype: the torch dtype that the model computes in.
-        """
-        own = str(dtype).removeprefix("torch.")
-        wanted = {"bf16": "bfloat16", "fp16": "float16"}
-        return [
-            f"{name}=True asks for {word}, but the model was loaded in {own} and trains in it; "
-            f'from_pretrained(..., dtype="{word}") loads it in {word}'
-            for name, word in wanted.items()
-            if getattr(self, name) and own != word
-        ]
-
 
 @foreign_arguments(**FOREIGN_SETTINGS)
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from minitune.device import free_memory, gib_text
+from minitune.device import BFLOAT16_CAPABILITY, free_memory, gib_text
 from minitune.doctor.report import Finding, failed, judged, passed, skipped
 from minitune.kernels.optional_triton import triton
 
 DRIVER = Path("/proc/driver/nvidia/version")
-BFLOAT16_CAPABILITY = (8, 0)
 MIN_GPU_MEMORY = 1 << 30  # bytes that the checks need on a GPU
 MIN_HOST_MEMORY = 1 << 30
 NO_GPU = "the model is on the CPU"

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from minitune.atomic_files import atomic_write_text
+from minitune.device import choose_dtype
 from minitune.read_files import read_json
 from minitune.system_folders import cache_folder
 
@@ -92,10 +93,10 @@ def _valid(rates: object) -> bool:
 
 def measure(device: torch.device) -> dict[str, float]:
     """Return the rates by name. Takes about 0.2 s and 0.4 GB."""
-    size = 4096
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    source, target = torch.empty(2, 64 << 20, device=device, dtype=torch.bfloat16)
-    host = torch.empty(64 << 20, dtype=torch.bfloat16, pin_memory=True)
+    size, dtype = 4096, choose_dtype(None, device)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    source, target = torch.empty(2, 64 << 20, device=device, dtype=dtype)
+    host = torch.empty(64 << 20, dtype=dtype, pin_memory=True)
     matmul = _fastest_call(lambda: a @ b, device)
     copy = _fastest_call(lambda: target.copy_(source), device)
     to_host = _fastest_call(lambda: host.copy_(source, non_blocking=True), device)

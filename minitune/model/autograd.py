@@ -5,6 +5,9 @@ them: a micro-step calls the passes directly.
 
 Forward and backward ignore autocast, which would change the dtypes that the kernels expect. The
 passes are written out for one derivative, so a gradient cannot be differentiated again.
+
+In float16 each node scales its gradient by a power of two (precision.py), so a loop needs no
+torch.amp.GradScaler. A loop that has one gets the gradients of its scaled loss.
 """
 
 import torch
@@ -16,6 +19,7 @@ from minitune.model.activations import Activations, SaveLevel
 from minitune.model.layers import LayerContext
 from minitune.model.loss import Head, LossRows
 from minitune.model.packed_sequences import PackedSequences
+from minitune.model.precision import TOKEN_SCALE, layer_scale, own_precision
 from minitune.model.unchanged_tensors import UnchangedTensors, frozen_tensors
 
 
@@ -47,13 +51,19 @@ class DecoderLayerNode(torch.autograd.Function):
         layer, D = ctx.layer, ctx.layer.D
         ctx.read.check(layer.lora_parameters())
         a = Activations(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
-        dresidual = layer.new_residual_gradient(len(dy), ctx.context.dtype, dy.device)
-        dresidual[:, :D] = dy
-        with torch.autocast(dy.device.type, enabled=False):
+        dtype = ctx.context.dtype
+        scale = layer_scale(dy) if dtype == torch.float16 else None
+        dresidual = layer.new_residual_gradient(len(dy), dtype, dy.device)
+        dresidual[:, :D] = dy if scale is None else dy * scale
+        with own_precision(dy.device, dtype):
             gradients = layer.backward_(
                 dresidual, a, ctx.packed, ctx.context, ctx.tile_rows, ctx.needs_input_grad[0]
             )
-        return dresidual[:, :D].to(dy.dtype), None, None, None, None, None, *gradients
+        ds = dresidual[:, :D].to(dy.dtype)
+        if scale is not None:
+            computed = [gradient for gradient in (ds, *gradients) if gradient is not None]
+            torch._foreach_div_(computed, scale)
+        return ds, None, None, None, None, None, *gradients
 
 
 class LossNode(torch.autograd.Function):
@@ -62,7 +72,13 @@ class LossNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, s: Tensor, model: nn.Module, loss_rows: LossRows, denominator: float | Tensor):
         dresidual = torch.empty_like(s, dtype=model.dtype) if ctx.needs_input_grad[0] else None
+        ctx.factor = None
+        if model.dtype == torch.float16:  # save the gradient of TOKEN_SCALE * sum of token losses
+            ctx.factor = 1 / (TOKEN_SCALE * torch.as_tensor(denominator, dtype=torch.float32))
+            denominator = 1 / TOKEN_SCALE
         loss = model.rows_loss(s, loss_rows, denominator, dresidual)
+        if ctx.factor is not None:
+            loss = loss * ctx.factor
         if dresidual is not None:
             ctx.save_for_backward(dresidual)
         return loss
@@ -71,7 +87,10 @@ class LossNode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss: Tensor):
         (dresidual,) = ctx.saved_tensors
-        ds = (dresidual * dloss.to(dresidual.dtype)).to(accumulator(dresidual.dtype))
+        if ctx.factor is None:
+            ds = (dresidual * dloss.to(dresidual.dtype)).to(accumulator(dresidual.dtype))
+        else:
+            ds = dresidual.float() * (dloss * ctx.factor)
         return ds, None, None, None
 
 
@@ -91,5 +110,5 @@ class LogitsNode(torch.autograd.Function):
     def backward(ctx, dlogits: Tensor):
         s, rstd, logits = ctx.saved_tensors
         ctx.read.check((ctx.head.norm.weight, ctx.head.weight))
-        with torch.autocast(dlogits.device.type, enabled=False):
+        with own_precision(dlogits.device, dlogits.dtype):
             return ctx.head.logits_backward(dlogits, logits, s, rstd).to(s.dtype), None

@@ -35,6 +35,7 @@ from minitune.model.linear import FusedLinear, Linear
 from minitune.model.loss import Head, LossBuffers, LossRows, new_logits_buffer, rows_loss
 from minitune.model.norms import RMSNorm
 from minitune.model.packed_sequences import PackedSequences, pack_batch
+from minitune.model.precision import own_precision
 from minitune.model.resident_weights import ResidentWeights
 from minitune.model.rope import RopeTables
 from minitune.model.step_planner import StepPlanner
@@ -217,9 +218,8 @@ class CausalLM(FixedModule):
                 return Output(logits=self._logits(s, mask))
             targets, vocab = labels.cpu()[mask], self.config.vocab_size
             loss_rows = LossRows.from_labels(targets, positions, vocab, len(ids))
-            count, given = max(1, len(loss_rows)), num_items_in_batch
-            denominator = count if given is None else given
-            return Output(loss=LossNode.apply(s, self, loss_rows.to(self.device), denominator))
+            divisor = max(1, len(loss_rows)) if num_items_in_batch is None else num_items_in_batch
+            return Output(loss=LossNode.apply(s, self, loss_rows.to(self.device), divisor))
 
     def residual_stream(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Return the residual stream (N, D) after the last layer.
@@ -342,9 +342,9 @@ class CausalLM(FixedModule):
 
     @contextmanager
     def as_current_device(self) -> Iterator[None]:
-        """Make the model's GPU the current device, on which Triton launches; ignore autocast."""
+        """Make the model's GPU the current device, on which Triton launches, in own precision."""
         gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with gpu, torch.autocast(self.device.type, enabled=False):
+        with gpu, own_precision(self.device, self.dtype):
             yield
 
     generate = generate

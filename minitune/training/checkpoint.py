@@ -8,7 +8,7 @@
 The order of the samples follows from seed and step, so no other state exists.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from minitune.checkpoints.safetensors_folder import read_safetensors
 from minitune.config.numbers import check_number, number, shown, whole
 from minitune.model.causal_lm import CausalLM
 from minitune.read_files import read_json
+from minitune.training.loss_scale import LossScale
 from minitune.training.optimizer import FlatAdamW
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -65,6 +66,7 @@ class Progress:
     loss_sum: sum of the losses of all steps.
     grad_norm: gradient norm of the last step, before clipping.
     unlogged: losses of the steps since the last metrics line.
+    loss_scale: the scale of a run in float16, otherwise None.
     """
 
     step: int = 0
@@ -73,6 +75,7 @@ class Progress:
     loss_sum: float = 0.0
     grad_norm: float = 0.0
     unlogged: list[float] = field(default_factory=list)
+    loss_scale: LossScale | None = None
 
     @classmethod
     def from_state(cls, values: dict[str, Any], source: Path) -> "Progress":
@@ -90,9 +93,12 @@ class Progress:
                 raise ValueError(f"unlogged is {shown(losses)}; expected a list of losses")
             for loss in losses:
                 check_number("unlogged", loss, LOSSES)
+            # Checkpoints of older versions have no scale.
+            scale = LossScale.from_state(values.get("loss_scale"))
         except ValueError as error:
             raise ValueError(f"{source}: {error}; {REMEDY}") from None
-        return cls(**{item.name: values[item.name] for item in fields(cls)})
+        numbers = {name: values[name] for name in PROGRESS}
+        return cls(**numbers, unlogged=losses, loss_scale=scale)
 
 
 def save_checkpoint(

@@ -65,6 +65,7 @@ def training_record(
 ) -> dict[str, Any]:
     """Return the metrics since the last record, and start the next one in `progress`, in place."""
     losses, progress.unlogged = progress.unlogged, []
+    scale = progress.loss_scale
     return {
         "step": progress.step,
         "epoch": progress.step / steps_per_epoch,
@@ -75,6 +76,7 @@ def training_record(
         "tokens_per_second": tokens_per_second,
         "seconds": progress.seconds,
         "peak_memory_bytes": memory_use(device).peak,
+        **({} if scale is None else {"loss_scale": scale.scale}),
     }
 
 

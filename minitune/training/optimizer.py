@@ -148,12 +148,21 @@ class FlatAdamW:
             p.grad = grad
 
     @torch.no_grad()
-    def step(self, lr: float | Tensor) -> Tensor:
+    def gradient_norm(self) -> Tensor:
+        """Return the norm of all gradients, 0-dim."""
+        self._bind()
+        with torch.cuda.device_of(self.values):  # Triton launches on the current device
+            return global_norm(self.grads)
+
+    @torch.no_grad()
+    def step(self, lr: float | Tensor, norm: Tensor | None = None) -> Tensor:
         """Update all parameters once and return the gradient norm before clipping, 0-dim.
 
         lr: learning rate, a number or a 0-dim tensor on the CPU.
+        norm: `gradient_norm()` of the present gradients; None computes it.
         """
-        self._bind()
+        if norm is None:
+            norm = self.gradient_norm()
         self.steps += 1
         settings = {
             "lr": float(lr),
@@ -164,8 +173,7 @@ class FlatAdamW:
             "max_grad_norm": self.max_grad_norm,
         }
         torch.autograd.graph.increment_version(self.parameters)  # so that autograd notices
-        with torch.cuda.device_of(self.values):  # Triton launches on the current device
-            norm = global_norm(self.grads)
+        with torch.cuda.device_of(self.values):
             moments = self.state_dict().values()
             if self.eight_bit:
                 adamw_8bit_(self.values, self.grads, *moments, self._tables, norm, **settings)

@@ -7,7 +7,8 @@ S of the epoch's order (run_data.py) and minimises
 
 The samples are packed without padding into as few forward/backward passes (micro-steps) as
 micro_step_tokens allows. Each micro-step's loss is divided by the token count of the whole step, so
-the gradients add up to the same sum however S is split.
+the gradients add up to the same sum however S is split. In float16 the token losses are scaled
+instead, and divided at the end of the step (loss_scale.py).
 """
 
 import time
@@ -25,7 +26,9 @@ from minitune.data.sources.sources import Dataset
 from minitune.data.token_view import TokenView
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
+from minitune.progress import print_message
 from minitune.training.checkpoint import Progress
+from minitune.training.loss_scale import LossScale
 from minitune.training.metrics import PendingLosses, evaluation_loss
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW, learning_rate_factor, warmup_count
@@ -80,7 +83,7 @@ class OptimizerSteps:
         self.micro_step_tokens = (
             self.args.micro_step_tokens or DEFAULT_MICRO_STEP_TOKENS[model.device.type]
         )
-        self.progress = Progress()
+        self.progress = Progress(loss_scale=LossScale.of_dtype(model.dtype))
         self._losses = PendingLosses()
         self._trained: TrainedParameters | None = None  # of the run
 
@@ -130,16 +133,20 @@ class OptimizerSteps:
     # ---- one step
 
     def accumulate(self, samples: Sequence[Sample]) -> Tensor:
-        """Add the gradients of an optimizer step's samples to `.grad`.
+        """Add the gradients of an optimizer step's samples to `.grad`, which is 0 before.
 
         Returns their loss, 0-dim, on the device.
         """
         batches = [collate(pack) for pack in micro_steps(samples, self.micro_step_tokens)]
         targets = sum(batch.targets for batch in batches)
+        scale = self.progress.loss_scale
+        denominator = targets if scale is None else scale.denominator
         loss = torch.zeros((), device=self.model.device)
         for batch in batches:
-            loss += self.micro_step(batch, targets)
-        self.progress.tokens += sum(len(batch.input_ids) for batch in batches)
+            loss += self.micro_step(batch, denominator)
+        if scale is not None:
+            gradients = [p.grad for _, p in self.model.trainable_parameters()]
+            scale.unscale_(loss, gradients, targets)
         return loss
 
     def learning_rate(self, step: int) -> float:
@@ -170,12 +177,30 @@ class OptimizerSteps:
         self._trained.check()
         step = self.progress.step
         samples = self.order.samples_of_step(step)
-        loss = retry_on_oom(
-            self.micro_step, self.optimizer.zero_grad, step + 1, lambda: self.accumulate(samples)
-        )
-        norm = self.optimizer.step(self.learning_rate(step))
+        loss, norm = self._finite_gradients(samples)
+        norm = self.optimizer.step(self.learning_rate(step), norm)
         self._losses.add(loss, norm)
+        self.progress.tokens += sum(len(sample.input_ids) for sample in samples)
         self.progress.step += 1
+
+    def _finite_gradients(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
+        """Fill `.grad`, and return the loss and the gradient norm; in float16 repeat overflows.
+
+        The norm is None in other dtypes, in which nothing waits for the device.
+
+        Raises: BeyondFloat16 if no loss scale helps.
+        """
+        scale, step = self.progress.loss_scale, self.progress.step + 1
+        zero_grad = self.optimizer.zero_grad
+        while True:
+            loss = retry_on_oom(self.micro_step, zero_grad, step, lambda: self.accumulate(samples))
+            if scale is None:
+                return loss, None
+            norm = self.optimizer.gradient_norm()
+            if scale.accept(loss, norm):
+                return loss, norm
+            text = f"gradients overflow in step {step}, which is repeated with a loss scale of"
+            print_message("note", f"{text} {scale.scale:g}")
 
     def _evaluation(self, eval_dataset: Dataset | None = None) -> dict[str, float]:
         """Return the loss of the evaluation data, a mean over its trained-on tokens, and its speed.

@@ -36,6 +36,7 @@ from minitune.training.checkpoint import (
     load_checkpoint,
     read_state,
 )
+from minitune.training.loss_scale import LossScale
 from minitune.training.optimizer import FlatAdamW
 from minitune.training.plan_inputs import PlanInputs
 from minitune.training.run_data import RunData
@@ -209,6 +210,7 @@ def resume_run(
     if note is None or _is_same_model(before.get("model"), identity["model"]):
         before = {**before, "model": identity["model"]}  # moved, and the same
     progress = Progress.from_state(state["progress"], path)
+    progress.loss_scale = LossScale.of_dtype(model.dtype, progress.loss_scale)
     if progress.step > identity["total_steps"]:
         raise ValueError(
             f"{source} is already past {_limit(args, identity)}; raise it, or resume from an "

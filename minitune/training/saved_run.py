@@ -12,9 +12,11 @@ from minitune.data.token_cache import FOLDER, remove_other_entries
 from minitune.progress import labelled, print_line, print_message
 from minitune.threads import use_free_cores
 from minitune.training.checkpoint import Progress, read_state
+from minitune.training.loss_scale import BeyondFloat16, LossScale
 from minitune.training.optimizer import FlatAdamW
 from minitune.training.optimizer_steps import OptimizerSteps
 from minitune.training.plan_inputs import current_plan_inputs, fix_plan_inputs_
+from minitune.training.precision_notes import precision_notes
 from minitune.training.resume import (
     checkpoint_state,
     recorded_threads,
@@ -102,7 +104,8 @@ class SavedRun(OptimizerSteps):
         if self.output is not None:
             self._identity = run_identity(model, args, self.size, self.data)
         self._losses.clear()
-        self.progress, recorded, warnings, notes = Progress(), None, [], []
+        self.progress = Progress(loss_scale=LossScale.of_dtype(model.dtype))
+        recorded, warnings, notes = None, [], []
         if source is not None:
             self.progress, recorded, warnings, notes = resume_run(
                 source, model, self.optimizer, self._identity, args
@@ -113,7 +116,7 @@ class SavedRun(OptimizerSteps):
         warnings += self.processing_class.notes
         for text in (*warnings, *(f"{source} was {shortage}" for shortage in shortages)):
             print_message("warning", text)
-        for note in (*notes, *args.precision_notes(model.dtype)):
+        for note in (*notes, *precision_notes(args, model.dtype, model.device)):
             print_message("note", note)
         output_dir, self._run = None, NoRunFiles()
         if self.output is not None:
@@ -124,6 +127,18 @@ class SavedRun(OptimizerSteps):
         self._run.write_config(as_dict(self.run_config, model.lora, resolved))
         saved = {} if source is None else read_state(source)
         self.run_control.begin(resolved, self.size, self.progress, saved)
+
+    def _optimizer_step(self) -> None:
+        """Train on the samples of the next step, and update the adapter.
+
+        Raises: ValueError if other parameters than those at the run's beginning would be trained,
+            or if float16 is too narrow.
+        """
+        try:
+            super()._optimizer_step()
+        except BeyondFloat16 as error:
+            step, saved = self.progress.step + 1, self._last_checkpoint()
+            raise ValueError(f"step {step}: {error}; last checkpoint: {saved}") from None
 
     # ---- checkpoints
 

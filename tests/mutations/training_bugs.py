@@ -31,8 +31,8 @@ TRAINING_BUGS = (
     Mutation(
         "a micro-step divides by its own targets",
         "minitune/training/optimizer_steps.py",
-        "loss += self.micro_step(batch, targets)",
-        "loss += self.micro_step(batch, batch.targets)",
+        "denominator = targets if scale is None else scale.denominator",
+        "denominator = batches[-1].targets if scale is None else scale.denominator",
         (SPLIT,),
     ),
     Mutation(

@@ -109,7 +109,7 @@ MEANINGS: dict[str, tuple[str, ...]] = {
     ),
     "16bit no-4bit no-quant load-in-16bit": IN_16BIT,
     "fp16 float16 half": ("--dtype float16",),
-    "bf16 bfloat16": ("--dtype bfloat16, which is the default on a GPU",),
+    "bf16 bfloat16": ("--dtype bfloat16, which is the default on a GPU that has it",),
     "fp32 float32 no-half": ("--dtype float32, which is the default on a CPU",),
     "precision mixed-precision torch-dtype": ("--dtype",),
     "tf32": ("the precision of each matmul is fixed; leave it out",),
