@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from command_inputs import train, train_arguments, write_inputs
+from tiny import make_tiny_model
 from training_runs import RECORDS, new_trainer, train_with_ctrl_c
 
 import minitune
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer, TextStreamer, get_chat_template
 from minitune.commands.__main__ import COMMANDS, main
+from minitune.gguf.export import convert_folder
 from minitune.progress import ProgressBar, is_quiet, print_line, print_message, warn
 
 PACKAGE = Path(__file__).parents[1] / "minitune"
@@ -247,6 +249,15 @@ def test_a_signal_is_told_by_the_last_line_only(smallest, tmp_path, quiet, capfd
     assert capfd.readouterr().err == ""
     interrupted = [r.getMessage() for r in caplog.records if "interrupted" in r.getMessage()]
     assert len(interrupted) == 1 and "interrupted after step 2 of 3" in interrupted[0]
+
+
+def test_a_check_before_and_after_writing_a_file_warns_once(tmp_path, quiet, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # runs no interpreter
+    folder = make_tiny_model(tmp_path / "model", tokenizer="spm", vocab=448)
+    convert_folder(folder, tmp_path / "model.gguf", "q8_0", progress=True)
+    texts = [record.getMessage() for record in caplog.records]
+    assert sum("to every conversation, but the chat template" in text for text in texts) == 1
+    assert texts[-1].endswith("because this program is no Python interpreter")
 
 
 # ---- commands

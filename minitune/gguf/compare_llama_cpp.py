@@ -44,13 +44,16 @@ SMALLEST = 1e-12  # probability that is told from 0
 def compare_with_llama_cpp(weights: FileWeights, tokenizer: Tokenizer, device: torch.device) -> str:
     """Compare the distributions after a few prompts and return what was found, in a few words.
 
-    Without a package for llama.cpp, or without the memory that it needs, nothing is compared.
+    Without a package for llama.cpp, the memory that it needs, or a Python interpreter to run it,
+    nothing is compared.
 
     Raises: ValueError if llama.cpp does not load the file, or computes other distributions.
     """
     path, package = weights.reader.path, llama_cpp_probe.installed_package()
     if package is None:
         return "not run in llama.cpp, because neither llama_cpp nor xllamacpp is installed"
+    if not sys.executable or getattr(sys, "frozen", False):  # a program that embeds Python
+        return "not run in llama.cpp, because this program is no Python interpreter"
     if weights.reader.size > free_memory(torch.device("cpu")):
         return "not run in llama.cpp, because the file is larger than the free memory"
     longest = min(MAX_PROMPT, ignored_window(weights.config) or MAX_PROMPT)
