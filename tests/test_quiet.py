@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import signal
 import sys
@@ -16,6 +17,7 @@ from training_runs import RECORDS, new_trainer, train_with_ctrl_c
 import minitune
 from minitune import FastLanguageModel, SFTConfig, SFTTrainer, TextStreamer, get_chat_template
 from minitune.commands.__main__ import COMMANDS, main
+from minitune.data.tokenization.library_errors import no_panic_trace
 from minitune.gguf.export import convert_folder
 from minitune.progress import ProgressBar, is_quiet, print_line, print_message, warn
 
@@ -169,6 +171,13 @@ def test_a_signal_writes_nothing_into_a_descriptor_that_was_no_stderr(
     monkeypatch.setattr(sys, stream, None)
     train_with_ctrl_c(new_trainer(smallest, tmp_path, max_steps=3), step=1)
     assert "stopping after" not in capfd.readouterr().err
+
+
+def test_loading_leaves_a_descriptor_alone_that_was_no_stderr(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "__stderr__", None)
+    with no_panic_trace():
+        os.write(2, b"a text of a file")
+    assert capfd.readouterr().err == "a text of a file"
 
 
 # ---- the switch

@@ -5,6 +5,7 @@ the class PanicException, which no module exports, and prints a trace on stderr 
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +33,12 @@ def library_errors(path: Path, action: str, library: str = "tokenizers") -> Iter
 def no_panic_trace() -> Iterator[None]:
     """Keep the trace of a panic off stderr; its text is in the error.
 
-    All output on stderr is dropped meanwhile, so this is for the short time of loading.
+    All output on stderr is dropped meanwhile, so this is for the short time of loading. If Python
+    began without stderr, its descriptor may be that of any file, and stays as it is.
     """
+    if sys.__stderr__ is None:
+        yield
+        return
     with _REDIRECTED:
         try:
             saved, sink = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
