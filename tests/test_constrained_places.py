@@ -14,6 +14,7 @@ from command_inputs import write_inputs
 
 from minitune.checkpoints.resolve_model import resolve_model
 from minitune.config.cli.running import run_command
+from minitune.kernels import backend
 from minitune.memory import device_rates
 from minitune.system_folders import cache_folder, expanded, temporary_folder
 
@@ -107,6 +108,7 @@ def test_without_a_home_paths_stay_as_they_are_and_nothing_is_cached(monkeypatch
     rates = dict.fromkeys(device_rates.MEASURED, 1.0)
     monkeypatch.setattr(device_rates, "measure", lambda device: rates)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(backend, "has_tensor_core_kernels", lambda device: True)
     measured = device_rates.machine_rates.__wrapped__(torch.device("cuda"))
     assert measured.copy == 1.0 and not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minitune.kernels import backend
 from minitune.memory import device_rates
 from minitune.memory.device_rates import DeviceRates, machine_rates
 
@@ -14,6 +15,7 @@ def test_rates_are_measured_once_and_a_broken_cache_is_measured_again(tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    monkeypatch.setattr(backend, "has_tensor_core_kernels", lambda device: True)
     monkeypatch.setattr(device_rates, "measure", lambda device: measured.append(device) or FOUND)
     for content in (
         None,
@@ -28,6 +30,18 @@ def test_rates_are_measured_once_and_a_broken_cache_is_measured_again(tmp_path, 
         assert machine_rates(torch.device("cuda:0")) == DeviceRates(**FOUND)
     assert len(measured) == 4
     machine_rates.cache_clear()
+
+
+def test_attention_is_slower_beside_matmuls_on_a_gpu_without_kernels_for_its_tensor_cores(
+    monkeypatch,
+):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(device_rates, "measure", lambda device: FOUND)
+    monkeypatch.setattr(backend, "has_tensor_core_kernels", lambda device: False)
+    found = machine_rates.__wrapped__(torch.device("cuda:0"))
+    assert found.attention == found.cudnn == device_rates.FMA_ATTENTION < DeviceRates().attention
+    assert found.matmul == FOUND["matmul"]
 
 
 def test_a_cpu_has_the_default_rates():

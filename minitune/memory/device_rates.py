@@ -17,12 +17,16 @@ import torch
 
 from minitune.atomic_files import atomic_write_text
 from minitune.device import choose_dtype
+from minitune.kernels import backend
 from minitune.read_files import read_json
 from minitune.system_folders import cache_folder
 
 SUSTAINED_MATMUL = 0.94  # of a short burst, on an H200, whose clock falls under load
 COPY_EFFICIENCY = 0.83  # of a large copy, reached by kernels of one layer's size
 MEASURED = ("matmul", "copy", "to_host", "from_host")
+# Attention's share of `matmul` on a GPU whose products in Triton use no tensor cores. An estimate:
+# a T4's peak in float32 is an eighth of that in float16, and attention reaches 0.62 on an H200.
+FMA_ATTENTION = 0.62 / 8
 REPEATS = 5  # of a measurement, of which the fastest counts
 CALLS = 4  # of the measured work, in a row
 
@@ -73,7 +77,14 @@ def machine_rates(device: torch.device) -> DeviceRates:
         if path is not None:
             with contextlib.suppress(ValueError):
                 atomic_write_text(path, json.dumps(cached, indent=1))
-    return DeviceRates(**cached[key])
+    return DeviceRates(**cached[key], **_attention_rates(device))
+
+
+def _attention_rates(device: torch.device) -> dict[str, float]:
+    """Return the rates of attention by name if they are not the defaults."""
+    if backend.has_tensor_core_kernels(device):
+        return {}
+    return {"attention": FMA_ATTENTION, "cudnn": FMA_ATTENTION}
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
