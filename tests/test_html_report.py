@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from example_runs import PROMPTS, example_run, training_records
 from html_pages import Page
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitune.report.html_report import html_report
@@ -17,9 +17,9 @@ from minitune.report.run_record import RunRecord
 from minitune.training.own_files import REPORT_MARK
 from minitune.training.run_facts import DataRecord
 
-HOSTILE = "</pre><script>alert('x')</script>\x1b]0;owned\x07\u202e & <img src=https://evil/x>"
+HOSTILE = "</pre><script>alert('x')</script>\x1b]0;owned\x07\u202e\udc80 & <img src=https://evil/x>"
 SHOWN_HOSTILE = HOSTILE.replace("\x1b", "<U+001B>").replace("\x07", "<U+0007>")
-SHOWN_HOSTILE = SHOWN_HOSTILE.replace("\u202e", "<U+202E>")
+SHOWN_HOSTILE = SHOWN_HOSTILE.replace("\u202e", "<U+202E>").replace("\udc80", "<U+DC80>")
 
 
 def words_of(*runs):
@@ -146,8 +146,8 @@ def test_the_sections_show_data_plan_facts_and_settings():
 
 
 def test_settings_are_written_as_people_read_them():
-    settings = {"modules": ["q_proj", "k_proj"], "texts": ["a, b", "c"], "none": [], "on": True}
-    words = words_of(example_run(settings=settings))
+    values = {"modules": ["q_proj", "k_proj"], "texts": ["a, b", "c"], "none": [], "on": True}
+    words = words_of(example_run(settings=values))
     assert "modules q_proj, k_proj" in words and 'texts ["a, b", "c"]' in words
     assert "none []" in words and "on true" in words
 
@@ -297,6 +297,7 @@ RECORDS = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=40)
 @given(st.lists(RECORDS, max_size=5), st.lists(st.tuples(TEXTS, TEXTS), max_size=3), st.booleans())
 def test_random_records_give_a_page_that_a_parser_reads(records, texts, is_finished):
     run = RunRecord(
@@ -317,12 +318,32 @@ def test_random_records_give_a_page_that_a_parser_reads(records, texts, is_finis
 def test_two_runs_of_100_000_records_and_50_long_prompts_stay_below_2_mb():
     prompts = [f"{i} " + "日<&>\n" * 1000 for i in range(50)]
     long = example_run("a", steps=100_000, prompts=prompts)
-    settings = {f"setting {i}": "&" * 9000 for i in range(100)}
-    source = html_report([long, replace(long, name="b", settings=settings, notes=["x" * 10**6])])
+    texts = {f"setting {i}": "&" * 9000 for i in range(100)}
+    other = replace(long, name="b", training=long.training[::10], settings=texts)
+    source = html_report([long, replace(other, notes=["x" * 10**6])])
     assert len(source.encode()) < 2 * 10**6
     assert re.search(r"… [\d,]+ more characters", source)
     steps, values, _ = curves_of(chart_of(source, "Gradient norm"))[0]
     assert 500 < len(steps) == len(values) < 900 and steps[-1] == 100_000
+
+
+def test_a_run_full_of_long_texts_stays_below_2_mb():
+    long = "<&>" * 400
+    rows = [(f"{i}{long}", f"{i}{long}") for i in range(210)]
+    runs = [
+        example_run(
+            f"{name}/{long[:1000]}",
+            steps=20,
+            prompts=[f"{i}{name}{long}" for i in range(110)],
+            settings={label: f"{name}{text}" for label, text in rows},
+            facts=[("model", name + long), *rows],
+            plan=[(label, name + text) for label, text in rows],
+            data=[DataRecord(f"{i}{long}", rows, [(1, 2, 3)] * 99, [long] * 25) for i in range(9)],
+            notes=[name + long] * 25,
+        )
+        for name in "ab"
+    ]
+    assert len(html_report(runs).encode()) < 2 * 10**6
 
 
 def test_the_spikes_of_a_long_run_are_in_its_curve():

@@ -33,7 +33,7 @@ from minitune.report.texts import PairedRow, paired, run_style, short_names
 from minitune.training.own_files import REPORT_MARK
 
 MAX_BYTES = 1_900_000  # of a page
-TEXT_LIMITS = (20_000, 5_000, 2_000, 500, 100, 25)  # characters of a text; the first that fits
+TEXT_LIMITS = (10_000, 2_000, 400, 80, 20)  # characters of a text; the first that fits
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = (
     f"default-src 'none'; script-src 'sha256-{SCRIPT_HASH}'; style-src 'unsafe-inline'; "

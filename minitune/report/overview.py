@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from minitune.data.inspector.page_parts import escape, number_card
 from minitune.device import gib_text
+from minitune.memory.plan import PEAK
 from minitune.progress import duration
 from minitune.report.axes import count_text, loss_text, norm_text
 from minitune.report.charts import swatch
 from minitune.report.run_record import RunRecord
-from minitune.report.texts import run_style
+from minitune.report.texts import cut, run_style
 
 NOTHING = "–"
+MAX_TEXT = 500  # characters of a text, such as the model's description
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def heading(runs: Sequence[RunRecord]) -> Iterator[str]:
     yield "</h1>"
     models = [dict(run.facts).get("model", "") for run in runs]
     for model in dict.fromkeys(model for model in models if model):
-        yield f'<div class="quiet model">{escape(model)}</div>'
+        yield f'<div class="quiet model">{escape(cut(model, MAX_TEXT))}</div>'
 
 
 def cards(runs: Sequence[RunRecord]) -> Iterator[str]:
@@ -144,8 +146,8 @@ def _memory(run: RunRecord) -> Number:
     peak = max(peaks, default=0)
     if not peak:
         return Number(NOTHING)
-    planned = dict(run.plan).get("peak")
-    return Number(gib_text(peak), f"planned {planned}" if planned else "", peak)
+    planned = dict(run.plan).get(PEAK)
+    return Number(gib_text(peak), f"planned {cut(planned, MAX_TEXT)}" if planned else "", peak)
 
 
 CARDS: dict[str, Callable[[RunRecord], Number]] = {

@@ -10,6 +10,7 @@ from minitune.report.texts import PairedRow, cut, paired, run_style, short_names
 from minitune.training.run_facts import DataRecord
 
 MAX_ROWS = 200  # of a table
+MAX_DATA_ROWS = 20  # of the table of a dataset
 MAX_BARS = 60  # of a histogram
 MAX_NOTES = 20
 MAX_DATASETS = 8
@@ -114,9 +115,10 @@ def _dataset(data: DataRecord, name: str, limit: int) -> Iterator[str]:
     title = data.label[:1].upper() + data.label[1:]
     yield f'<section class="card dataset"><h3>{escape(cut(title, limit))}'
     yield f'<span class="quiet">{name}</span></h3><table class="facts">'
-    for row in paired([data.rows])[:MAX_ROWS]:
+    for row in paired([data.rows[:MAX_DATA_ROWS]]):
         yield f"<tr><th>{_label(row.label, limit)}</th>{_cells(row, 1, limit)}</tr>"
     yield "</table>"
+    yield from _hidden(len(data.rows) - MAX_DATA_ROWS, "row")
     if data.bars:
         yield f'<p class="quiet caption">{HISTOGRAM_TITLE.capitalize()}</p>'
         bars = data.bars[:MAX_BARS]
