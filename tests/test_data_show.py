@@ -74,8 +74,8 @@ longest sample         40  tokens; median 29, shortest 29, limit 40
 packed rows             3  of 40 tokens, 81.7% full
 
 samples by length in tokens
-                  29 - 31  ████████████████████████████████████████ 2
-                  32 - 40  ████████████████████ 1
+                  29 - 39  ████████████████████████████████████████ 2
+                       40  ████████████████████ 1
 
 truncated               1  cut to 40 tokens: mixed.jsonl:4
 skipped                 1  no token to train on: mixed.jsonl:2
@@ -238,7 +238,7 @@ def test_the_page_holds_the_samples_and_the_summary(show, tmp_path):
     text = "".join(page.texts)
     assert "In⏎\nLisbon.<|im_end|>⏎\n" in text
     assert "mixed.jsonl:1" in text and "messages, 29 tokens, 6 trained on" in text
-    for words in ("duplicates", "doubled BOS", "52.0% of the tokens", "29 - 31"):
+    for words in ("duplicates", "doubled BOS", "52.0% of the tokens", "29 - 39"):
         assert words in text
     marked = "".join(re.findall(r"<mark>(.*?)</mark>", source, re.DOTALL))
     assert re.sub("<[^>]*>", "", marked).startswith("trained onIn⏎\nLisbon.&lt;|im_end|&gt;")

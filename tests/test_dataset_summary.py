@@ -105,20 +105,23 @@ def test_equal_hashes_of_different_samples_make_no_duplicate(tokenizer, monkeypa
     assert summary_of(RECORDS, tokenizer).duplicates.origins == ["dataset[2] = dataset[0]"]
 
 
-def test_the_histogram_holds_every_sample_once():
-    assert histogram(np.array([3, 4, 4, 6, 10])) == [
-        Bar(3, 3, 1),
-        Bar(4, 5, 2),
-        Bar(6, 7, 1),
-        Bar(8, 10, 1),
-    ]
+@pytest.mark.parametrize(("shortest", "longest", "bars"), [(1, 5000, 12), (50, 400, 7)])
+def test_the_histogram_holds_every_sample_once(shortest, longest, bars):
+    lengths = np.random.default_rng(0).integers(shortest, longest, 1000)
+    found = histogram(lengths)
+    assert len(found) == bars and sum(bar.count for bar in found) == 1000
+    assert found[0].first == lengths.min() and found[-1].last == lengths.max()
+    assert all(a.last + 1 == b.first for a, b in pairwise(found))
+    assert all(((lengths >= x.first) & (lengths <= x.last)).sum() == x.count for x in found)
+
+
+def test_bars_are_equally_wide_if_the_lengths_are_alike_and_grow_otherwise():
     assert histogram(np.array([7])) == [Bar(7, 7, 1)]
-    lengths = np.random.default_rng(0).integers(1, 5000, 1000)
-    bars = histogram(lengths)
-    assert len(bars) == 12 and sum(bar.count for bar in bars) == 1000
-    assert bars[0].first == lengths.min() and bars[-1].last == lengths.max()
-    assert all(a.last + 1 == b.first for a, b in pairwise(bars))
-    assert all(((lengths >= x.first) & (lengths <= x.last)).sum() == x.count for x in bars)
+    alike = histogram(np.array([54] * 150 + [70] * 34 + [84] * 200))
+    assert alike[0] == Bar(54, 54, 150) and alike[-1] == Bar(80, 84, 200) and len(alike) == 7
+    assert {bar.last - bar.first for bar in alike[1:-1]} == {4}
+    grown = histogram(np.array([1, 4, 4, 6, 10]))
+    assert grown[2:] == [Bar(3, 3, 0), Bar(4, 5, 2), Bar(6, 7, 1), Bar(8, 10, 1)]
 
 
 def test_places_in_one_file_share_its_name():
@@ -147,10 +150,9 @@ longest sample         10  tokens; median 4.5, shortest 3, limit 10
 packed rows             5  of 10 tokens, 84.0% full
 
 samples by length in tokens
-                        3  ██████████ 1
-                    4 - 5  ████████████████████████████████████████ 4
-                    6 - 7  ████████████████████ 2
-                   8 - 10  ██████████ 1
+                    3 - 4  ████████████████████████████████████████ 4
+                    5 - 9  ██████████████████████████████ 3
+                       10  ██████████ 1
 
 truncated               1  cut to 10 tokens: dataset[7]
 skipped                 1  no token to train on: dataset[4]

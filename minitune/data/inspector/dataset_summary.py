@@ -6,10 +6,10 @@ each of lengths and hashes.
 A stretch is a run of trained-on tokens: an answer, or a whole plain text.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from minitune.kernels.cross_entropy import IGNORE_INDEX
 
 BLOCK_TOKENS = 1 << 20
 MAX_BARS = 12  # of the histogram
+MAX_RATIO = 8  # of the longest sample to the shortest one, for bars of equal width
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,41 @@ def summarize_lengths(dataset: TokenizedDataset, max_length: int) -> DatasetSumm
 def histogram(lengths: np.ndarray) -> list[Bar]:
     """Return the number of samples of each range of lengths.
 
-    The bounds are 1, 2, 3, 4, 6, 8, 12, 16, 24 ...; the powers of two if these are too many.
+    The ranges are equally wide, 1, 2, 5, 10, 20 ... tokens, if no sample is over MAX_RATIO times as
+    long as another. Otherwise the bounds are 1, 2, 3, 4, 6, 8, 12, 16, 24 ...; the powers of two
+    if these are too many.
     """
-    powers = 2 ** np.arange(0, 2 + int(lengths.max()).bit_length())
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if longest <= MAX_RATIO * shortest:
+        bounds = _equal_bounds(shortest, longest, min(MAX_BARS, len(lengths).bit_length()))
+    else:
+        bounds = _growing_bounds(shortest, longest)
+    counts, _ = np.histogram(lengths, bounds)
+    firsts = np.maximum(bounds[:-1], shortest)
+    lasts = np.minimum(bounds[1:] - 1, longest)
+    return [Bar(*map(int, values)) for values in zip(firsts, lasts, counts, strict=True)]
+
+
+def _equal_bounds(shortest: int, longest: int, most: int) -> np.ndarray:
+    """Return bounds at equal distances around a range.
+
+    most: number of bars at most; by Sturges' rule about log2 of the samples, and one more.
+    """
+    widths = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    width = next(w for w in widths if longest // w - shortest // w < most)
+    return np.arange(shortest // width, longest // width + 2) * width
+
+
+def _growing_bounds(shortest: int, longest: int) -> np.ndarray:
+    """Return bounds at growing distances around a range, for at most MAX_BARS bars if possible."""
+    powers = 2 ** np.arange(0, 2 + longest.bit_length())
     for bounds in (np.sort([*powers, *(3 * powers)]), powers):
-        first = np.searchsorted(bounds, lengths.min(), side="right") - 1
-        last = np.searchsorted(bounds, lengths.max(), side="right")
+        first = np.searchsorted(bounds, shortest, side="right") - 1
+        last = np.searchsorted(bounds, longest, side="right")
         bounds = bounds[first : last + 1]
         if len(bounds) - 1 <= MAX_BARS:
             break
-    counts, _ = np.histogram(lengths, bounds)
-    firsts = np.maximum(bounds[:-1], lengths.min())
-    lasts = np.minimum(bounds[1:] - 1, lengths.max())
-    return [Bar(*map(int, values)) for values in zip(firsts, lasts, counts, strict=True)]
+    return bounds
 
 
 # ---- blocks of samples
@@ -154,7 +177,7 @@ class _Block:
         """Write a hash of each sample's tokens to its place in `hashes`."""
         tokens, size = self.ids.tobytes(), self.ids.itemsize
         bounds = [*(self.begins * size).tolist(), len(tokens)]
-        for i, (begin, end) in enumerate(pairwise(bounds), self.first):
+        for i, (begin, end) in enumerate(itertools.pairwise(bounds), self.first):
             hashes[i] = hash(tokens[begin:end])
 
     def begins_with(self, *tokens: int) -> np.ndarray:
