@@ -6,7 +6,7 @@ saved         activations saved, recomputed or offloaded       the same bits
 graphs        launched, or captured and replayed               the same bits
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from minitune.memory.plan import Plan, Workload
 from minitune.memory.planner import Planner
 from minitune.model.activations import LayerPlan, SaveLevel
 from minitune.training.cuda_graphs import bucket_size, capture_disabled_reason
+from minitune.training.loss_scale import LossScale, run_micro_steps
 from minitune.training.micro_step import MicroStep
 
 # Error of the gradients, as a part of their norm, if the same sums are added in another order.
@@ -54,17 +55,14 @@ def loss_and_gradients(
         micro_step.close()
 
 
-def run_step(
-    s: Subject, micro_step: Callable[[Batch, float], Tensor], batches: Sequence[Batch]
-) -> tuple[Tensor, Tensor]:
+def run_step(s: Subject, micro_step: MicroStep, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """Return loss and gradients (P,) of an optimizer step's micro-steps."""
     parameters = [p for _, p in s.model.trainable_parameters()]
     for p in parameters:
         if p.grad is not None:
             p.grad.zero_()
-    targets = sum(batch.targets for batch in batches)
-    loss = sum(micro_step(batch, targets) for batch in batches)
-    return loss.clone(), torch.cat([p.grad.flatten() for p in parameters])
+    loss = run_micro_steps(micro_step, batches, LossScale.of_dtype(s.model.dtype))
+    return loss, torch.cat([p.grad.flatten() for p in parameters])
 
 
 def _close(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> float:

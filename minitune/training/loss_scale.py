@@ -16,6 +16,7 @@ overflow c doubles. Once c has reached its limit, one step in GROWTH_INTERVAL is
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor
 
 from minitune.config.numbers import check_number, number, shown, whole
+from minitune.data.batching import Batch
 from minitune.device import is_bfloat16_supported
 from minitune.model.precision import TOKEN_SCALE
+from minitune.training.micro_step import MicroStep
 
 GROWTH_INTERVAL = 500  # steps
 MIN_SCALE, MAX_SCALE = 2.0**-12, 2.0**24
@@ -105,6 +108,26 @@ class LossScale:
             )
         self.scale, self.steps = self.scale / 2, 0
         return False
+
+
+def run_micro_steps(
+    micro_step: MicroStep, batches: Sequence[Batch], scale: LossScale | None
+) -> Tensor:
+    """Add the gradients of an optimizer step's batches to `.grad`, which is 0 before.
+
+    scale: of a run in float16, otherwise None.
+
+    Returns the mean of the batches' token losses, 0-dim, on the device.
+    """
+    model, targets = micro_step.model, sum(batch.targets for batch in batches)
+    denominator = targets if scale is None else scale.denominator
+    loss = torch.zeros((), device=model.device)
+    for batch in batches:
+        loss += micro_step(batch, denominator)
+    if scale is not None:
+        gradients = [p.grad for _, p in model.trainable_parameters()]
+        scale.unscale_(loss, gradients, targets)
+    return loss
 
 
 def _remedy(device: torch.device) -> str:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from minitune.config.sft_config import SFTConfig
@@ -28,7 +27,7 @@ from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.progress import print_message
 from minitune.training.checkpoint import Progress
-from minitune.training.loss_scale import LossScale
+from minitune.training.loss_scale import LossScale, run_micro_steps
 from minitune.training.metrics import PendingLosses, evaluation_loss
 from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW, learning_rate_factor, warmup_count
@@ -138,16 +137,7 @@ class OptimizerSteps:
         Returns their loss, 0-dim, on the device.
         """
         batches = [collate(pack) for pack in micro_steps(samples, self.micro_step_tokens)]
-        targets = sum(batch.targets for batch in batches)
-        scale = self.progress.loss_scale
-        denominator = targets if scale is None else scale.denominator
-        loss = torch.zeros((), device=self.model.device)
-        for batch in batches:
-            loss += self.micro_step(batch, denominator)
-        if scale is not None:
-            gradients = [p.grad for _, p in self.model.trainable_parameters()]
-            scale.unscale_(loss, gradients, targets)
-        return loss
+        return run_micro_steps(self.micro_step, batches, self.progress.loss_scale)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of optimizer step `step`, counted from 0."""

@@ -44,9 +44,9 @@ LOSS_BYTES = "test_memory_replay.py::test_the_planned_peak_of_the_loss_is_that_o
 TRAINING_BUGS = (
     Mutation(
         "a micro-step divides by its own targets",
-        "minitune/training/optimizer_steps.py",
-        "loss += self.micro_step(batch, denominator)",
-        "loss += self.micro_step(batch, batch.targets)",
+        "minitune/training/loss_scale.py",
+        "loss += micro_step(batch, denominator)",
+        "loss += micro_step(batch, batch.targets)",
         (SPLIT,),
     ),
     Mutation(
