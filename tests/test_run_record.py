@@ -82,6 +82,9 @@ def test_the_facts_are_those_of_the_banner_and_of_the_end(finished):
     assert facts["steps"].startswith("4 optimizer steps of 5 samples")
     assert facts["trained"].startswith(f"4 steps, {finished.progress.tokens:,} tokens in ")
     assert facts["saved"].startswith(f"{finished.output}/adapter (")
+    losses = [line["loss"] for line in read_metrics(finished.output) if "loss" in line]
+    assert facts["whole run"].startswith(f"mean loss {np.mean(losses):.4f}, ")
+    assert facts["whole run"].endswith(" samples/s")
     assert "torch" in facts["versions"] and "Python" in facts["versions"]
 
 

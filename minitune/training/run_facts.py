@@ -140,6 +140,16 @@ def plan_rows(planner: Planner, device: torch.device) -> Rows:
     return [*rows, ("layers", str(plan))]
 
 
+def mean_text(metrics: dict[str, float], packing: bool) -> str:
+    """Return the means over all steps of a run in words.
+
+    metrics: from run_metrics.
+    packing: True if the unit of a step is a row, not a sample.
+    """
+    loss, speed = metrics["train_loss"], metrics["train_samples_per_second"]
+    return f"mean loss {loss:.4f}, {speed:,.2f} {'rows' if packing else 'samples'}/s"
+
+
 # ---- reading
 
 

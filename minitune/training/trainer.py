@@ -25,7 +25,7 @@ from minitune.training.run_end import (
     summary,
     summary_rows,
 )
-from minitune.training.run_facts import facts_at_begin, plan_rows
+from minitune.training.run_facts import facts_at_begin, mean_text, plan_rows
 from minitune.training.saved_run import SavedRun
 
 
@@ -106,7 +106,8 @@ class Trainer(SavedRun):
         memory, best = memory_use(self.model.device), self.run_control.best
         saved = [] if self.output is None else checkpoints(self.output)
         result = RunResult(self.progress, speed, log.last_loss, best, memory, adapter, saved)
-        self._update_facts(end=summary_rows(result))
+        mean = mean_text(run_metrics(self.progress, self.size), self.args.packing)
+        self._update_facts(end=[*summary_rows(result), ("whole run", mean)])
         return summary(result)
 
     def _begin_facts(self, run: RunSummary) -> None:
