@@ -143,11 +143,10 @@ def print_line(text: str, end: str = "\n") -> None:
 
 def print_error(text: str, end: str = "\n") -> None:
     """Print a text on stderr, above the bars that are shown, also if the package is quiet."""
-    if is_open(sys.stderr):  # print(file=None) would take stdout, which belongs to the results
-        clear_bars()
-        print(text, end=end, file=LenientStream(sys.stderr), flush=True)
-        for bar in list(_drawn.values())[-1:]:
-            bar.refresh()
+    clear_bars()
+    print(text, end=end, file=LenientStream(sys.stderr), flush=True)
+    for bar in list(_drawn.values())[-1:]:
+        bar.refresh()
 
 
 def print_message(kind: str, text: str) -> None:

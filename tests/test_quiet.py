@@ -255,7 +255,7 @@ def test_a_bar_that_is_drawn_vanishes_when_the_package_becomes_quiet(monkeypatch
 
 def test_a_signal_is_told_by_the_last_line_only(smallest, tmp_path, quiet, capfd, caplog):
     train_with_ctrl_c(new_trainer(smallest, tmp_path, max_steps=3), step=1)
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr() == ("", "")
     interrupted = [r.getMessage() for r in caplog.records if "interrupted" in r.getMessage()]
     assert len(interrupted) == 1 and "interrupted after step 2 of 3" in interrupted[0]
 
