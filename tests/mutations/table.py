@@ -5,6 +5,7 @@ from mutations.export_bugs import EXPORT_BUGS
 from mutations.gpu_bugs import GPU_BUGS
 from mutations.kernel_bugs import KERNEL_BUGS
 from mutations.model_bugs import MODEL_BUGS
+from mutations.quiet_bugs import QUIET_BUGS
 from mutations.report_bugs import REPORT_BUGS
 from mutations.training_bugs import TRAINING_BUGS
 
@@ -14,6 +15,7 @@ MUTATIONS = (
     *TRAINING_BUGS,
     *DATA_BUGS,
     *EXPORT_BUGS,
+    *QUIET_BUGS,
     *REPORT_BUGS,
     *GPU_BUGS,
 )
