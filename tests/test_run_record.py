@@ -297,6 +297,13 @@ def test_a_wrong_value_of_run_json_is_named_and_the_others_are_read(tmp_path, ke
     assert facts.to_json() == values | {key: getattr(RunFacts(), key)}
 
 
+def test_a_folder_that_is_named_by_dots_has_its_own_name(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert read_run(".").name == str(run)
+    monkeypatch.chdir(run / "adapter")
+    assert read_run("..").name == str(run) and read_run("../../run").name == "../../run"
+
+
 def test_a_folder_without_a_run_is_refused_by_name(run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

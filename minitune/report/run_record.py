@@ -33,7 +33,7 @@ SHARES = number(1e-12, 1e12)  # of the data, in epochs
 class RunRecord:
     """A run as its folder tells it.
 
-    name: the folder as the user named it.
+    name: the folder as the user named it, or its whole path if that is "." or "..".
     steps_done, total_steps: optimizer steps; total_steps is None if no file tells it.
     is_finished: True if the run has come to its end, also to one that a callback asked for.
     training: records with "step" and "loss", and mostly "learning_rate", "grad_norm", "tokens",
@@ -81,7 +81,7 @@ def read_run(folder: str | Path) -> RunRecord:
         end = _end_so_far(metrics.training, steps_done, total_steps)
         notes.append("the run is not finished" if steps_done else "no step of the run is recorded")
     return RunRecord(
-        name=str(folder),
+        name=str(folder if folder.name.strip(".") else folder.resolve()),
         steps_done=steps_done,
         total_steps=total_steps,
         is_finished=is_finished,

@@ -18,8 +18,8 @@ IN_4BIT = ("--load-in-4bit, which is the default", "4 bit is the default; leave 
 IN_16BIT = ("--no-load-in-4bit",)
 ONE_GPU = ("one GPU does the work; --device cuda:1 chooses it", "one GPU does the work")
 NOTHING_SENT = (
-    "nothing is sent to a service; metrics.jsonl in the run folder holds every value, "
-    "and in Python SFTTrainer takes callbacks",
+    "nothing is sent to a service; metrics.jsonl in the run folder holds every value, `minitune "
+    "report` draws them, and in Python SFTTrainer takes callbacks",
 )
 OWN_KERNELS = ("the fastest attention is chosen by itself; leave it out",)
 EVAL_FILE = ("no part of the data is split off; --eval-data FILE names the evaluation data",)
@@ -134,6 +134,7 @@ MEANINGS: dict[str, tuple[str, ...]] = {
     "tensorboard use-tensorboard": ("--report-to tensorboard",),
     "tensorboard-dir tensorboard-log-dir log-dir": ("--logging-dir",),
     "wandb use-wandb wandb-project mlflow comet project logger log-to": NOTHING_SENT,
+    "plot plots curves dashboard html-report": ("--report",),
     "wandb-name wandb-run-name experiment-name": ("--run-name",),
     "early-stopping early-stopping-patience patience": (
         "in Python, pass minitune.EarlyStoppingCallback to SFTTrainer; --load-best-model-at-end "
