@@ -10,7 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?!\w|: *[#\w])")
 COMMAND = re.compile("minitune |llama-[a-z-]+ ")  # a command that is given in full
-OF_COMMANDS = ("minitune/commands", "minitune/config/cli", "minitune/data/inspector/html_page.py")
+STYLES = (  # their texts hold names of CSS, which begin as flags do
+    "minitune/data/inspector/html_page.py",
+    "minitune/data/inspector/page_parts.py",
+    "minitune/report/page_style.py",
+)
+OF_COMMANDS = ("minitune/commands", "minitune/config/cli", *STYLES)
 FILES = [
     path
     for folder in ("minitune", "kernels")
