@@ -18,6 +18,7 @@ from training_runs import (
 from weight_folders import edit_tensors
 
 from minitune import TrainerCallback
+from minitune.model import precision
 from minitune.training import loss_scale
 from minitune.training.checkpoint import REMEDY
 from minitune.training.loss_scale import MAX_SCALE, MIN_SCALE, BeyondFloat16, LossScale
@@ -219,7 +220,7 @@ def test_gradients_that_no_scale_makes_finite_stop_the_run(smallest, tmp_path, m
 
 
 def test_the_remedy_names_no_bfloat16_if_the_gpu_has_none(monkeypatch):
-    monkeypatch.setattr(loss_scale, "is_bfloat16_supported", lambda device: False)
+    monkeypatch.setattr(precision, "is_bfloat16_supported", lambda device: False)
     with pytest.raises(BeyondFloat16, match=r"load the model with dtype='float32', or lower"):
         LossScale().accept(torch.tensor(math.nan), torch.tensor(1.0))
 

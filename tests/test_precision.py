@@ -5,11 +5,16 @@ import threading
 import pytest
 import torch
 from tiny import draw_adapter, make_tiny_model
+from tiny_families import make_tiny_family
 from training_runs import new_trainer
 
 from minitune import FastLanguageModel
+from minitune.data.batching import collate
+from minitune.data.samples import Sample
 from minitune.model.linear import FusedLinear
 from minitune.model.precision import LAYER_PEAK, layer_scale, own_precision
+from minitune.training.loss_scale import LossScale, run_micro_steps
+from minitune.training.micro_step import MicroStep
 from minitune.training.optimizer import FlatAdamW
 
 CPU = torch.device("cpu")
@@ -95,6 +100,28 @@ def test_the_scale_of_a_layer_is_the_power_of_two_that_suits_the_largest_element
     assert layer_scale(torch.zeros(2, 3)).isfinite()
     for wrong in (float("inf"), float("nan")):
         assert layer_scale(torch.tensor([[1.0, wrong]])).isnan()
+
+
+@pytest.mark.parametrize("case", ["granite", "gemma2"])
+def test_gradients_of_a_family_in_float16_are_closer_to_float32_than_those_in_bfloat16(
+    case, tmp_path
+):
+    folder = make_tiny_family(tmp_path / "model", case)
+    batch = collate([Sample(ids, ids) for ids in IDS.tolist()])
+    distances = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        model = new_model(folder, dtype)
+        in_loop = loop_gradients(model)
+        model.zero_grad()
+        run_micro_steps(MicroStep(model), [batch], LossScale.of_dtype(model.dtype))
+        in_trainer = torch.cat([p.grad.flatten() for _, p in model.trainable_parameters()])
+        if dtype == "float32":
+            expected = in_loop
+        for gradients in (in_loop, in_trainer):
+            distance = float((gradients - expected).norm() / expected.norm())
+            distances[dtype] = max(distance, distances.get(dtype, 0.0))
+    assert distances["float32"] < 1e-5
+    assert distances["float16"] < distances["bfloat16"] / 4 < 2e-2
 
 
 # ---- the sums of float16 products

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from minitune.device import is_bfloat16_supported
+
 # Factor of a token's loss in float16. On SmolLM2-135M the gradients have the same error at all
-# factors from 2^-4 to 2^10; a gradient overflows from 2^12 on (November 2026).
+# factors from 2^-4 to 2^10. Of six steps one overflows at 2^11, and all at 2^12 (November 2026).
 TOKEN_SCALE = 2.0**6
 # Bound of the largest element of a layer's gradient in a user's own loop. Inside of the layer
 # elements grow up to 75 times as large (SmolLM2-135M), and 65504 is 8000 times as large.
@@ -71,6 +73,12 @@ def _forbid_float16_sums() -> None:
             value, off = (value, split_k), (False, split_k)
         _user_settings[name] = value
         setattr(matmul, name, off)
+
+
+def wider_dtypes(device: torch.device) -> str:
+    """Return the settings of `from_pretrained` with which numbers beyond 65504 are finite."""
+    wider = "dtype='float32'"
+    return f"dtype='bfloat16' or {wider}" if is_bfloat16_supported(device) else wider
 
 
 def layer_scale(dy: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minitune.config.numbers import SMALLEST_FACTOR, check_number, number, whole
+from minitune.model.precision import wider_dtypes
 
 BOUNDS = {
     "temperature": number(0),
@@ -116,5 +117,6 @@ def _check_finite(values: Tensor) -> None:
     if not torch.isfinite(values).all():
         raise ValueError(
             "the logits of the next token are not finite; the weights or the adapter are damaged, "
-            "or float16 is too narrow for this model: load it with dtype='bfloat16'"
+            "or float16 is too narrow for this model: load it with "
+            f"{wider_dtypes(values.device)}"
         )

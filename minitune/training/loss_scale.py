@@ -25,8 +25,7 @@ from torch import Tensor
 
 from minitune.config.numbers import check_number, number, shown, whole
 from minitune.data.batching import Batch
-from minitune.device import is_bfloat16_supported
-from minitune.model.precision import TOKEN_SCALE
+from minitune.model.precision import TOKEN_SCALE, wider_dtypes
 from minitune.training.micro_step import MicroStep
 
 GROWTH_INTERVAL = 500  # steps
@@ -131,11 +130,8 @@ def run_micro_steps(
 
 
 def _remedy(device: torch.device) -> str:
-    """Return the text that names the dtypes which the device has and float16 is too narrow for."""
-    wider = "dtype='float32'"
-    if is_bfloat16_supported(device):
-        wider = f"dtype='bfloat16' or {wider}"
+    """Return the text that names the dtypes which hold what float16 cannot."""
     return (
-        f"float16 holds numbers up to 65504: load the model with {wider}, or lower learning_rate "
-        "if the loss rose before"
+        f"float16 holds numbers up to 65504: load the model with {wider_dtypes(device)}, or lower "
+        "learning_rate if the loss rose before"
     )
