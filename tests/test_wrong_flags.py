@@ -28,6 +28,7 @@ TRAIN = {
     "--cpu": "use --device cpu",
     "--fp16": "use --dtype float16",
     "--bf16": "use --dtype bfloat16",
+    "--loss-scale": "float16 finds its loss scale by itself",
     "--4bit": "use --load-in-4bit, which is the default",
     "--8bit": "there is no 8-bit base",
     "--wandb": "`minitune report` draws them",

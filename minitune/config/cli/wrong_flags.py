@@ -112,6 +112,9 @@ MEANINGS: dict[str, tuple[str, ...]] = {
     "bf16 bfloat16": ("--dtype bfloat16, which is the default on a GPU that has it",),
     "fp32 float32 no-half": ("--dtype float32, which is the default on a CPU",),
     "precision mixed-precision torch-dtype": ("--dtype",),
+    "loss-scale initial-loss-scale init-scale grad-scaler": (
+        "float16 finds its loss scale by itself; leave it out",
+    ),
     "tf32": ("the precision of each matmul is fixed; leave it out",),
     "gradient-checkpointing grad-checkpoint checkpointing": ("--use-gradient-checkpointing",),
     "gpu cuda": ("--device cuda",),
