@@ -45,6 +45,18 @@ def test_blocks_of_attention_fit_into_64_kib_at_every_head_width():
                 kept = sizes.outer * outer_tensors * width * 4
                 walked = 2 * sizes.inner * width * q.element_size()
                 assert kept + walked + sizes.outer * sizes.inner * 4 <= SHARED_MEMORY
+                # Each product of larger blocks would be thousands of instructions.
+                assert sizes.outer * sizes.inner <= 32 * 32
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True)])
+def test_triton_multiplies_on_tensor_cores_from_capability_8_0_on(
+    capability, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    device = torch.device("cuda", 0)
+    assert backend.has_tensor_core_kernels.__wrapped__(device) is expected
+    assert backend.has_tensor_core_kernels(torch.device("cpu"))
 
 
 def test_blocks_of_newer_gpus_do_not_depend_on_older_ones(monkeypatch):

@@ -36,6 +36,8 @@ CAPPED_LOSS = (
     "test_kernels_loss_options.py::"
     "test_scaled_and_capped_logits_err_at_most_twice_as_much_as_pytorch"
 )
+OLDER = "test_turing.py::test_blocks_of_attention_fit_into_64_kib_at_every_head_width"
+TENSOR_CORES = "test_turing.py::test_triton_multiplies_on_tensor_cores_from_capability_8_0_on"
 NF4_KERNEL = "test_kernels_dequantize.py::test_dequantize_kernel_equals_the_reference_bit_for_bit"
 NF4_REFERENCE = (
     "test_kernels_dequantize.py::test_dequantize_reference_equals_bitsandbytes_bit_for_bit"
@@ -142,6 +144,27 @@ KERNEL_BUGS = (
         "acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision",
         "acc = tl.dot(p.to(v.dtype), v, acc, input_precision",
         (ATTENTION,),
+    ),
+    Mutation(
+        "older GPUs take attention's blocks for tensor cores",
+        "kernels/attention_common.py",
+        "on_tensor_cores = itemsize == 2 and is_pipelined",
+        "on_tensor_cores = itemsize == 2",
+        (OLDER,),
+    ),
+    Mutation(
+        "older GPUs keep attention's rows in 16 bit",
+        "kernels/attention_common.py",
+        "outer * outer_tensors * row_bytes * 4 // itemsize",
+        "outer * outer_tensors * row_bytes",
+        (OLDER,),
+    ),
+    Mutation(
+        "GPUs of capability 8.0 have no tensor cores",
+        "kernels/backend.py",
+        "get_device_capability(device.index) >= TENSOR_CORE_CAPABILITY",
+        "get_device_capability(device.index) > TENSOR_CORE_CAPABILITY",
+        (TENSOR_CORES,),
     ),
     Mutation(
         "attention sees the sequence before",
