@@ -12,6 +12,7 @@ from tiny import make_tiny_model
 from tiny_families import make_tiny_family
 
 from minitune import FastLanguageModel
+from minitune.commands.plan import find_planned_model
 from minitune.config.architectures import LORA_TARGETS
 from minitune.gguf.base.load import file_bytes, open_base
 from minitune.memory.device_rates import DeviceRates
@@ -86,6 +87,19 @@ def test_static_bytes_are_those_of_a_loaded_model_of_each_family(tmp_path, case,
         model.model.layers[0].fused_linears, model.dtype, model.device
     )
     assert planned["dequantisation buffer"] == bytes_of(buffers.values())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_plan_for_any_dtype_has_the_weights_of_the_loaded_model(tmp_path, dtype, tie):
+    folder = make_tiny_model(tmp_path / "m", dtype=torch.bfloat16, tie=tie)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, dtype=dtype, load_in_4bit=False, device="cpu"
+    )
+    planned = find_planned_model(str(folder), load_in_4bit=False, dtype=dtype)
+    assert planned.dtype == dtype
+    assert planned.weights == StoredWeights.of_model(model)
+    assert planned.weights.converts_head == (dtype != torch.bfloat16)
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -21,10 +21,10 @@ from minitune.checkpoints.find_model import find_model
 from minitune.checkpoints.load_weights import open_model_folder
 from minitune.checkpoints.resolve_model import is_gguf, resolve_model
 from minitune.config.cli import Settings, parse, print_notes, run_command
-from minitune.config.model_config import ModelConfig
+from minitune.config.model_config import EMBEDDING, ModelConfig
 from minitune.config.model_shapes import SHAPES, config_of_shape, nearest_shapes, shape_name
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
-from minitune.device import gib_text
+from minitune.device import choose_device, choose_dtype, gib_text
 from minitune.gguf.base.load import file_bytes, open_base
 from minitune.memory.memory_model import Storage
 from minitune.memory.plan import Plan, Workload, plan_table
@@ -48,13 +48,14 @@ PLAN_SETTINGS = (
     "max_length",
     "micro_step_tokens",
     "load_in_4bit",
+    "dtype",
     "offload_embedding",
     "use_gradient_checkpointing",
     "optim",
     "r",
     "target_modules",
 )
-COMPUTE_DTYPE = torch.bfloat16  # of a run on a GPU
+STORED_DTYPE = torch.bfloat16  # of most folders; also the compute dtype without a GPU
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GB of the usual cards
 # Share of a card that a run can use: the driver, the CUDA context and the screen take the rest.
 USABLE = 0.95
@@ -95,7 +96,7 @@ def plan(settings: Settings, program: str) -> str:
             f"--model is missing: {program} --model llama-3-8b, or a folder with config.json, or a "
             "GGUF file"
         )
-    planned_model = find_planned_model(model, settings.run.load_in_4bit)
+    planned_model = find_planned_model(model, settings.run.load_in_4bit, _dtype(settings))
     config = planned_model.config
     print_notes(config.notes)
     step = PlannedStep(settings, planned_model)
@@ -110,37 +111,56 @@ def plan(settings: Settings, program: str) -> str:
     )
 
 
+def _dtype(settings: Settings) -> torch.dtype:
+    """Return the compute dtype: the given one, or that of this machine's GPU.
+
+    Raises: ValueError if the GPU cannot be used.
+    """
+    if settings.run.dtype is not None:
+        return getattr(torch, settings.run.dtype)
+    has_gpu = torch.cuda.is_available()
+    return choose_dtype(None, choose_device("cuda")) if has_gpu else STORED_DTYPE
+
+
 class PlannedModel(NamedTuple):
     """A model to plan for.
 
     config: its shape.
+    dtype: the compute dtype.
     weights: its frozen weights as a run stores them.
     label: its name for the reader.
     """
 
     config: ModelConfig
+    dtype: torch.dtype
     weights: StoredWeights
     label: str
 
 
-def find_planned_model(model: str, load_in_4bit: bool) -> PlannedModel:
+def find_planned_model(
+    model: str, load_in_4bit: bool, dtype: torch.dtype = STORED_DTYPE
+) -> PlannedModel:
     """Return the model in a GGUF file or a folder, or that of a built-in shape.
+
+    dtype: the compute dtype.
 
     Raises: ValueError that names the nearest shapes if there is none.
     """
     if not expanded(model).exists():
-        config, label = _config_of_name(model)
+        config, stored_dtype, label = _config_of_name(model)
     elif is_gguf(base := find_model(model).base):
         config, stored = open_base(base)
-        return PlannedModel(config, file_bytes(stored, COMPUTE_DTYPE), model)
+        return PlannedModel(config, dtype, file_bytes(stored, dtype), model)
     else:
-        config, label = _config_of_folder(base), model
-    weights = StoredWeights.of_folder(config, COMPUTE_DTYPE.itemsize, load_in_4bit)
-    return PlannedModel(config, weights, label)
+        (config, stored_dtype), label = _config_of_folder(base), model
+    weights = StoredWeights.of_folder(
+        config, stored_dtype.itemsize, load_in_4bit, converts_head=stored_dtype != dtype
+    )
+    return PlannedModel(config, dtype, weights, label)
 
 
-def _config_of_name(model: str) -> tuple[ModelConfig, str]:
-    """Return the config of an id in the local cache or of a built-in shape, and its label.
+def _config_of_name(model: str) -> tuple[ModelConfig, torch.dtype, str]:
+    """Return the config, weights' dtype and label of an id in the local cache or a built-in shape.
 
     Raises: ValueError that names the nearest shapes if there is none.
     """
@@ -152,20 +172,24 @@ def _config_of_name(model: str) -> tuple[ModelConfig, str]:
             raise  # no shape is called so
         if shape is not None:
             own = "" if shape == model else f", that of {shape}"
-            return config_of_shape(shape), f"{model} (built-in shape{own})"
+            return config_of_shape(shape), STORED_DTYPE, f"{model} (built-in shape{own})"
         near = nearest_shapes(model)
         hint = f"did you mean {' or '.join(near)}?" if near else f"shapes are {', '.join(SHAPES)}"
         raise ValueError(
             f"{model} is no folder, is not in the local cache, and is no built-in shape; {hint}"
         ) from None
-    return _config_of_folder(folder), model
+    return *_config_of_folder(folder), model
 
 
-def _config_of_folder(folder: Path) -> ModelConfig:
-    """Return the config of a folder, which its weights have to fit if it holds some."""
-    if any(folder.glob("*.safetensors")):
-        return open_model_folder(folder)[0]
-    return ModelConfig.from_folder(folder)
+def _config_of_folder(folder: Path) -> tuple[ModelConfig, torch.dtype]:
+    """Return the config of a folder, and the dtype of its weights.
+
+    Weights that the folder holds have to fit the config.
+    """
+    if not any(folder.glob("*.safetensors")):
+        return ModelConfig.from_folder(folder), STORED_DTYPE
+    config, stored = open_model_folder(folder)
+    return config, stored.dtype(EMBEDDING)
 
 
 class PlannedStep:
@@ -195,6 +219,7 @@ class PlannedStep:
             self._settings.lora,
             Workload.of_samples(tokens, self.max_seqlen),
             MemoryBudget(budget, self._host),
+            itemsize=self._model.dtype.itemsize,
             weights=self._model.weights,
             storage=self._storage,
             level=self._level,

@@ -9,7 +9,7 @@ from torch import Tensor
 from minitune.api import FastLanguageModel
 from minitune.checkpoints.adapter import check_adapter
 from minitune.checkpoints.find_model import ModelSource, find_model
-from minitune.config.model_config import ModelConfig
+from minitune.config.model_config import EMBEDDING, ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.data.batching import Batch, collate
 from minitune.data.samples import Sample
@@ -153,7 +153,10 @@ def load_subject(request: Request, source: ModelSource, folder: Path) -> Subject
         weights = file_bytes(stored, request.dtype)
     else:
         is_nf4 = request.load_in_4bit or stored.prequantized
-        weights = StoredWeights.of_folder(config, request.dtype.itemsize, is_nf4)
+        dtype = stored.dtype(EMBEDDING)
+        weights = StoredWeights.of_folder(
+            config, dtype.itemsize, is_nf4, converts_head=dtype != request.dtype
+        )
     subject = Subject(model, tokenizer, config, weights, folder)
     subject.draw_adapter_()
     return subject

@@ -48,13 +48,15 @@ def plan_memory(
     workload: Workload,
     budget: MemoryBudget,
     *,
+    itemsize: int = 2,
     weights: StoredWeights | None = None,
     storage: Storage | None = None,
     level: SaveLevel | None = None,
     rates: DeviceRates | None = None,
 ) -> Plan:
-    """Return the plan of a micro-step in 16 bit, without a model and without a GPU.
+    """Return the plan of a micro-step, without a model and without a GPU.
 
+    itemsize: bytes of an element in the compute dtype.
     weights: the frozen weights as they are stored; by default linears in NF4.
     storage: by default the moments are in float32.
     level: SaveLevel of every layer, or None for the fastest plan. If none fits into the budget, the
@@ -62,7 +64,7 @@ def plan_memory(
     rates: of the machine; by default those of one H200.
     """
     shape = ModelShape.of(
-        config, lora, itemsize=2, max_seq_length=workload.max_seqlen, weights=weights
+        config, lora, itemsize, max_seq_length=workload.max_seqlen, weights=weights
     )
     memory = MemoryModel(shape, workload)
     static = static_parts(config, shape, workload.max_seqlen, storage)

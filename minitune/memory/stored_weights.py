@@ -60,19 +60,24 @@ class StoredWeights:
 
     @classmethod
     def of_folder(
-        cls, config: ModelConfig, itemsize: int, load_in_4bit: bool = True
+        cls,
+        config: ModelConfig,
+        itemsize: int,
+        load_in_4bit: bool = True,
+        converts_head: bool = False,
     ) -> "StoredWeights":
-        """Return the weights of a folder whose tensors have the compute dtype.
+        """Return the weights of a folder.
 
-        itemsize: bytes of an element in the compute dtype.
+        itemsize: bytes of an element of the folder's tensors.
         load_in_4bit: True if the linears are quantised to NF4.
+        converts_head: True if the tensors do not have the compute dtype.
         """
 
         def nbytes(name: str, shape: tuple[int, ...]) -> float:
             is_nf4 = load_in_4bit and len(shape) == 2 and name not in (EMBEDDING, HEAD)
             return math.prod(shape) * (NF4_BYTES if is_nf4 else itemsize)
 
-        return cls.of(config, nbytes, ("NF4",) if load_in_4bit else (), converts_head=False)
+        return cls.of(config, nbytes, ("NF4",) if load_in_4bit else (), converts_head)
 
     @classmethod
     def of_model(cls, model: CausalLM) -> "StoredWeights":
