@@ -84,6 +84,23 @@ def test_a_plan_needs_neither_weights_nor_a_gpu(config_of_8b, capsys):
     assert "1,024 tokens" not in plan and "more than the budget of 6.00 GiB" in plan
 
 
+def test_a_plan_is_of_the_dtype_that_is_given_or_that_the_gpu_has(capsys, monkeypatch):
+    model = ["--model", "llama-3-8b", "--memory-budget", "200GiB", "--max-seq-length", "2048"]
+
+    def planned_bytes(*dtype):
+        assert main(["plan", *model, *dtype]) == 0
+        return float(re.search(r"^peak +([0-9.]+) GiB", capsys.readouterr().out, re.M)[1])
+
+    narrow, half, wide = (
+        planned_bytes("--dtype", name) for name in ("bfloat16", "float16", "float32")
+    )
+    assert narrow < half < wide  # the head is converted for the loss; everything is twice as wide
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for capability, expected in (((6, 1), half), ((7, 5), half), ((8, 0), narrow)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda found=capability: found)
+        assert planned_bytes() == expected
+
+
 def test_a_plan_names_a_missing_or_wrong_setting(inputs, capsys):
     model = str(inputs / "model")
     for arguments, message in (

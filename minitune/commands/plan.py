@@ -24,7 +24,7 @@ from minitune.config.cli import Settings, parse, print_notes, run_command
 from minitune.config.model_config import EMBEDDING, ModelConfig
 from minitune.config.model_shapes import SHAPES, config_of_shape, nearest_shapes, shape_name
 from minitune.config.training_config import GRADIENT_CHECKPOINTING, parse_bytes
-from minitune.device import choose_device, choose_dtype, gib_text
+from minitune.device import BFLOAT16_CAPABILITY, gib_text
 from minitune.gguf.base.load import file_bytes, open_base
 from minitune.memory.memory_model import Storage
 from minitune.memory.plan import Plan, Workload, plan_table
@@ -112,14 +112,12 @@ def plan(settings: Settings, program: str) -> str:
 
 
 def _dtype(settings: Settings) -> torch.dtype:
-    """Return the compute dtype: the given one, or that of this machine's GPU.
-
-    Raises: ValueError if the GPU cannot be used.
-    """
+    """Return the compute dtype: the given one, or the default of this machine's GPU."""
     if settings.run.dtype is not None:
         return getattr(torch, settings.run.dtype)
-    has_gpu = torch.cuda.is_available()
-    return choose_dtype(None, choose_device("cuda")) if has_gpu else STORED_DTYPE
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < BFLOAT16_CAPABILITY:
+        return torch.float16
+    return STORED_DTYPE
 
 
 class PlannedModel(NamedTuple):
