@@ -22,7 +22,7 @@ from enum import Enum
 
 from tqdm import tqdm
 
-from minitune.streams import LenientStream, is_open, is_terminal
+from minitune.streams import LenientStream, is_open, is_terminal, terminal_columns
 
 DEFAULT_WIDTH = 80  # columns
 LABEL_WIDTH = 11  # columns of a label before its text
@@ -52,7 +52,8 @@ class Output(Enum):
 def quiet(on: bool = True) -> None:
     """Send lines and warnings to logging.getLogger("minitune"), and nothing to stderr.
 
-    Warnings have the level WARNING, all other lines INFO. Answers on stdout stay there.
+    Warnings have the level WARNING, all other lines INFO. Answers on stdout stay there, except the
+    line of `print_trainable_parameters`, which goes to the logger.
 
     on: False sends lines, warnings and later bars to stderr again.
     """
@@ -99,10 +100,8 @@ def output_width() -> int:
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns):
         return int(columns)
-    if output_kind() == Output.TERMINAL:
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            return os.get_terminal_size(sys.stderr.fileno()).columns or DEFAULT_WIDTH
-    return DEFAULT_WIDTH
+    columns = terminal_columns(sys.stderr) if output_kind() == Output.TERMINAL else None
+    return columns or DEFAULT_WIDTH
 
 
 def wrapped(text: str, indent: int = 0, first: str = "") -> str:

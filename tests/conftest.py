@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # One thread a worker: pytest runs one worker a core, and OpenMP's threads spin while they wait.
@@ -107,6 +108,19 @@ def smallest(tmp_path_factory) -> Path:
 def wide_lines(monkeypatch) -> None:
     """Let lines for a person be long, so that tests find whole sentences in them."""
     monkeypatch.setenv("COLUMNS", "1000")
+
+
+@pytest.fixture
+def python_warnings(monkeypatch) -> Iterator[None]:
+    """Show each warning as Python does without pytest."""
+
+    def show(message, category, filename, number, file=None, line=None):
+        sys.stderr.write(warnings.formatwarning(message, category, filename, number, line))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", show)
+        yield
 
 
 @pytest.fixture

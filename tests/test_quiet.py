@@ -1,8 +1,6 @@
-"""Streams that are missing or fail, and the switch that sends lines to a logger."""
+"""The switch that sends lines and warnings to a logger."""
 
-import io
 import logging
-import os
 import re
 import signal
 import sys
@@ -10,62 +8,19 @@ import warnings
 from pathlib import Path
 
 import pytest
+from broken_streams import Terminal, work
 from command_inputs import train, train_arguments, write_inputs
 from tiny import make_tiny_model
-from training_runs import RECORDS, new_trainer, train_with_ctrl_c
+from training_runs import new_trainer, train_with_ctrl_c
 
 import minitune
-from minitune import FastLanguageModel, SFTConfig, SFTTrainer, TextStreamer, get_chat_template
+from minitune import FastLanguageModel, SFTTrainer, TextStreamer
 from minitune.commands.__main__ import COMMANDS, main
-from minitune.data.tokenization.library_errors import no_panic_trace
 from minitune.gguf.export import convert_folder
 from minitune.progress import ProgressBar, is_quiet, print_line, print_message, warn
 
 PACKAGE = Path(__file__).parents[1] / "minitune"
 LONG = " ".join(f"word{i}" for i in range(60))
-
-
-class Failing:
-    """A stream like a window that was destroyed: it only has `write`, which raises."""
-
-    def write(self, text):
-        raise RuntimeError("the window was destroyed")
-
-
-class Terminal(io.StringIO):
-    """A terminal that keeps its text."""
-
-    def isatty(self):
-        return True
-
-
-class FailingTerminal(Terminal):
-    """A terminal that is gone."""
-
-    def write(self, text):
-        raise OSError(5, "Input/output error")
-
-
-def closed():
-    stream = io.StringIO()
-    stream.close()
-    return stream
-
-
-def detached():
-    stream = io.TextIOWrapper(io.BytesIO())
-    stream.detach()
-    return stream
-
-
-BROKEN = {
-    "none": lambda: None,
-    "closed": closed,
-    "detached": detached,
-    "failing": Failing,
-    "gone": FailingTerminal,
-    "ascii": lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -83,59 +38,7 @@ def quiet(caplog):
     minitune.quiet(False)
 
 
-@pytest.fixture
-def python_warnings(monkeypatch):
-    """Show each warning as Python does without pytest."""
-
-    def show(message, category, filename, number, file=None, line=None):
-        sys.stderr.write(warnings.formatwarning(message, category, filename, number, line))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        monkeypatch.setattr(warnings, "showwarning", show)
-        yield
-
-
-def work(folder, output, verify=True):
-    """Load, train, evaluate, answer, and save in every form."""
-    model, tokenizer = FastLanguageModel.from_pretrained(folder, 128, device="cpu", progress=True)
-    model = FastLanguageModel.get_peft_model(model, r=4)
-    FastLanguageModel.get_peft_model(model, r=4)  # a warning
-    tokenizer = get_chat_template(tokenizer, "chatml")
-    args = SFTConfig(output / "run", max_steps=2, logging_steps=1, sample_prompts=("Grüße",))
-    trainer = SFTTrainer(model, args, RECORDS, RECORDS[:2], tokenizer)
-    trainer.train()
-    trainer.evaluate()
-    inputs = tokenizer("Grüße aus Köln", return_tensors="pt")
-    streamer = TextStreamer(tokenizer)
-    answer = model.generate(**inputs, max_new_tokens=2, streamer=streamer)
-    assert answer.shape[1] > inputs["input_ids"].shape[1]
-    model.print_trainable_parameters()
-    model.save_pretrained(output / "adapter")
-    model.save_pretrained_merged(output / "merged", tokenizer)
-    model.save_pretrained_gguf(output / "gguf", tokenizer, progress=True, verify=verify)
-    model.save_pretrained_gguf(output / "lora", tokenizer, save_method="lora")
-    model.load_adapter(output / "adapter", tokenizer)
-
-
-# ---- streams
-
-
-@pytest.mark.parametrize("kind", ["none", "closed", "failing"])
-@pytest.mark.usefixtures("python_warnings")
-def test_every_public_call_works_whatever_the_streams_do(smallest, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(sys, "stderr", BROKEN[kind]())
-    monkeypatch.setattr(sys, "stdout", BROKEN[kind]())
-    work(smallest, tmp_path, verify=False)  # which runs llama.cpp
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-def test_bars_and_lines_pass_by_a_stream_that_fails(monkeypatch, kind):
-    monkeypatch.setattr(sys, "stderr", BROKEN[kind]())
-    with ProgressBar("loading", 100, show=True) as bar:
-        bar.update(50)
-        print_line("a line with an ö")
-        bar.update(50)
+# ---- the switch
 
 
 def test_a_streamer_prints_to_stdout_also_if_the_package_is_quiet(smallest, quiet, capsys, caplog):
@@ -144,43 +47,6 @@ def test_a_streamer_prints_to_stdout_also_if_the_package_is_quiet(smallest, quie
     streamer.put(tokenizer("an answer", return_tensors="pt")["input_ids"])
     streamer.end()
     assert capsys.readouterr().out == "an answer\n" and not caplog.records
-
-
-@pytest.mark.usefixtures("python_warnings")
-def test_a_warning_fails_for_a_filter_and_not_for_a_closed_stream(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", closed())
-    warn("a fact")
-    warnings.simplefilter("error")
-    with pytest.raises(UserWarning, match="a fact"):
-        warn("a fact")
-
-
-def test_a_warning_names_the_line_of_the_caller():
-    def caller():
-        warn("a fact", stacklevel=2)
-
-    with pytest.warns(UserWarning, match="a fact") as caught:
-        caller()
-    assert caught[0].filename == __file__
-
-
-@pytest.mark.parametrize("stream", ["stderr", "__stderr__"])
-def test_a_signal_writes_nothing_into_a_descriptor_that_was_no_stderr(
-    smallest, tmp_path, monkeypatch, capfd, stream
-):
-    monkeypatch.setattr(sys, stream, None)
-    train_with_ctrl_c(new_trainer(smallest, tmp_path, max_steps=3), step=1)
-    assert "stopping after" not in capfd.readouterr().err
-
-
-def test_loading_leaves_a_descriptor_alone_that_was_no_stderr(monkeypatch, capfd):
-    monkeypatch.setattr(sys, "__stderr__", None)
-    with no_panic_trace():
-        os.write(2, b"a text of a file")
-    assert capfd.readouterr().err == "a text of a file"
-
-
-# ---- the switch
 
 
 def test_a_quiet_package_prints_nothing_and_logs_each_line_once(
@@ -329,22 +195,6 @@ def test_the_warnings_of_other_packages_are_logged_by_a_quiet_command(capfd, cap
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("WARNING", "another package's")
     ]
-
-
-@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
-def test_commands_work_without_a_stream(inputs, tmp_path, monkeypatch, capsys, stream):
-    data = ["--model", str(inputs / "model"), "--data", str(inputs / "data.jsonl")]
-    monkeypatch.setattr(sys, stream, None)
-    assert main(["data", "show", *data, "--html", str(tmp_path / "page.html")]) == 0
-    assert main(["plan", *data[:2]]) == 0
-    assert train(train_arguments(inputs, tmp_path / "run", "--show", "1")) == 0
-    assert "--- sample" not in capsys.readouterr().out or stream != "stdout"
-
-
-def test_generate_without_stdin_asks_for_the_prompt(inputs, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", None)
-    assert main(["generate", "--model", str(inputs / "model"), "--device", "cpu"]) == 2
-    assert "stdin is closed, and there is no prompt; pass --prompt TEXT" in capsys.readouterr().err
 
 
 # ---- the source

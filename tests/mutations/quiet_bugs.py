@@ -2,12 +2,15 @@
 
 from mutations.mutation import Mutation
 
-STREAMS = "test_quiet.py::test_bars_and_lines_pass_by_a_stream_that_fails[failing]"
-CALLS = "test_quiet.py::test_every_public_call_works_whatever_the_streams_do[closed]"
+STREAMS = "test_streams.py::test_bars_and_lines_pass_by_a_stream_that_fails[failing]"
+CALLS = "test_streams.py::test_every_public_call_works_whatever_the_streams_do[closed]"
 LINES = "test_quiet.py::test_a_quiet_package_prints_nothing_and_logs_each_line_once"
 WRAPPED = "test_quiet.py::test_logged_lines_are_not_wrapped_and_have_fitting_levels"
 SIGNAL = "test_quiet.py::test_a_signal_is_told_by_the_last_line_only"
-DESCRIPTOR = "test_quiet.py::test_loading_leaves_a_descriptor_alone_that_was_no_stderr"
+DESCRIPTOR = "test_streams.py::test_loading_leaves_a_descriptor_alone_that_was_no_stderr"
+CODEC = "test_streams.py::test_lines_are_ascii_for_an_encoding_that_does_not_exist"
+DELETED = "test_streams.py::test_bars_and_lines_pass_by_a_stream_that_fails[deleted isatty]"
+WITHOUT = "test_streams.py::test_commands_work_without_a_stream[stderr]"
 ONCE = "test_quiet.py::test_a_check_before_and_after_writing_a_file_warns_once"
 COMMAND = "test_quiet.py::test_quiet_commands_print_results_on_stdout_and_nothing_else"
 
@@ -18,6 +21,27 @@ QUIET_BUGS = (
         "with contextlib.suppress(Exception):\n                self._stream.write",
         "with contextlib.suppress(OSError):\n                self._stream.write",
         (STREAMS,),
+    ),
+    Mutation(
+        "a deleted window ends the work",
+        "minitune/streams.py",
+        "except Exception:  # an object without isatty",
+        "except (AttributeError, OSError, ValueError):  # an object without isatty",
+        (DELETED,),
+    ),
+    Mutation(
+        "an unknown encoding loses every line",
+        "minitune/streams.py",
+        'return "ascii"',
+        "return encoding",
+        (CODEC,),
+    ),
+    Mutation(
+        "lines for a person go to stdout if there is no stderr",
+        "minitune/progress.py",
+        "print(text, end=end, file=LenientStream(sys.stderr), flush=True)",
+        "print(text, end=end, file=sys.stderr, flush=True)",
+        (WITHOUT,),
     ),
     Mutation(
         "a streamer writes to a closed stdout",
