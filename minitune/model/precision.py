@@ -45,7 +45,7 @@ def _summed_in_float32() -> Iterator[None]:
     """Forbid cuBLAS to sum float16 products in float16 during the block.
 
     The settings belong to the process. Blocks of several threads may overlap: the last one to end
-    restores the user's settings.
+    restores the user's settings. A change of them by another thread during a block is lost.
     """
     global _running
     with _lock:
