@@ -166,7 +166,7 @@ class SFTTrainer(Trainer):
         eval_dataset: data in place of that of the trainer.
         metric_key_prefix: first word of the names; the callbacks always get "eval".
 
-        Raises: ValueError if there is no evaluation data.
+        Raises: ValueError if there is no evaluation data, or the loss is not finite.
         """
         metrics = {**self._evaluation(eval_dataset), "epoch": self.state.epoch}
         self.run_control.log({"step": self.state.global_step, **metrics})

@@ -9,8 +9,10 @@ import torch
 from tiny import draw_adapter, make_tiny_model
 from training_runs import (
     ADAPTER_FILE,
+    RECORDS,
     adapter_bytes,
     edit_json,
+    make_smallest_model,
     new_trainer,
     read_metrics,
     without_times,
@@ -21,6 +23,7 @@ from minitune import TrainerCallback
 from minitune.model import precision
 from minitune.training import loss_scale
 from minitune.training.checkpoint import REMEDY
+from minitune.training.evaluation import evaluate
 from minitune.training.loss_scale import MAX_SCALE, MIN_SCALE, BeyondFloat16, LossScale
 from minitune.training.optimizer import FlatAdamW
 
@@ -188,15 +191,23 @@ def test_a_run_that_goes_on_in_another_dtype_begins_or_drops_the_scale(
 # ---- float16 is too narrow
 
 
-def test_a_loss_beyond_float16_stops_the_run_before_the_update_and_names_wider_dtypes(tmp_path):
-    folder = make_tiny_model(tmp_path / "model", hidden=32, layers=1, heads=2, kv_heads=1, ffn=64)
+@pytest.fixture(scope="module")
+def too_large(tmp_path_factory):
+    """Return the folder of a model whose silu(gate) * up is beyond float16."""
+    folder = make_smallest_model(tmp_path_factory.mktemp("too_large") / "model")
 
-    def enlarge(tensors):  # silu(gate) * up is then beyond float16
+    def enlarge(tensors):
         for name in ("gate", "up"):
             tensors[f"model.layers.0.mlp.{name}_proj.weight"].mul_(1e3)
 
     edit_tensors(folder, enlarge)
-    trainer = float16_trainer(folder, tmp_path / "run")
+    return folder
+
+
+def test_a_loss_beyond_float16_stops_the_run_before_the_update_and_names_wider_dtypes(
+    too_large, tmp_path
+):
+    trainer = float16_trainer(too_large, tmp_path / "run")
     before = [p.detach().clone() for _, p in trainer.model.trainable_parameters()]
     message = (
         r"step 1: the loss is (nan|inf) in float16; float16 holds numbers up to 65504: load the "
@@ -206,8 +217,54 @@ def test_a_loss_beyond_float16_stops_the_run_before_the_update_and_names_wider_d
         trainer.train()
     for old, (_, p) in zip(before, trainer.model.trainable_parameters(), strict=True):
         assert torch.equal(old, p)
-    float16_trainer(folder, tmp_path / "wider", "float32").train()
+    float16_trainer(too_large, tmp_path / "wider", "float32").train()
     assert all(map(math.isfinite, losses(tmp_path / "wider")))
+
+
+def test_an_evaluation_beyond_float16_is_refused_and_writes_no_record(too_large, tmp_path):
+    text = "the evaluation loss is nan in float16; float16 holds numbers up to 65504: load the"
+    settings = {"eval_dataset": RECORDS[:2], "eval_strategy": "steps", "eval_on_start": True}
+    trainer = float16_trainer(too_large, tmp_path / "run", **settings)
+    with pytest.raises(ValueError, match=f"^{text}"):
+        trainer.evaluate()
+    with pytest.raises(ValueError, match=f"^{text}"):
+        evaluate(trainer.model, RECORDS[:2], trainer.processing_class)
+    with pytest.raises(ValueError, match=f"^step 0: {text}.*; last checkpoint: none was saved"):
+        trainer.train()
+    assert read_metrics(tmp_path / "run") == trainer.state.log_history == []
+    float16_trainer(too_large, tmp_path / "wider", "float32", **settings).train()
+    assert math.isfinite(read_metrics(tmp_path / "wider")[0]["eval_loss"])
+
+
+def test_answers_beyond_float16_are_a_warning_and_no_record(too_large, tmp_path, capsys):
+    trainer = float16_trainer(too_large, tmp_path, sample_prompts=["hello"])
+    with pytest.raises(ValueError, match="step 1: the loss is nan in float16"):
+        trainer.train()
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "no answers to sample_prompts at step 0: the logits of the next token are" in printed
+    assert "load it with dtype='bfloat16' or dtype='float32'" in printed
+    assert trainer.state.sample_answers == []
+
+
+def test_an_evaluation_that_is_not_finite_is_refused_in_every_dtype(smallest, tmp_path):
+    trainer = float16_trainer(smallest, tmp_path, "bfloat16", eval_dataset=RECORDS[:2])
+    _, parameter = next(iter(trainer.model.trainable_parameters()))
+    parameter.data.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"the evaluation loss is nan in bfloat16: .* earlier"):
+        trainer.evaluate()
+
+
+def test_a_training_loss_that_is_not_finite_is_named_before_an_evaluation(smallest, tmp_path):
+    class Damage(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                next(p for _, p in kwargs["model"].trainable_parameters()).data.fill_(math.nan)
+
+    settings = {"eval_dataset": RECORDS[:2], "eval_strategy": "steps", "eval_steps": 2}
+    trainer = float16_trainer(smallest, tmp_path, "float32", **settings | {"logging_steps": 4})
+    trainer.add_callback(Damage)
+    with pytest.raises(ValueError, match="loss became nan at step 2 and training stopped"):
+        trainer.train()
 
 
 def test_gradients_that_no_scale_makes_finite_stop_the_run(smallest, tmp_path, monkeypatch):
@@ -252,6 +309,8 @@ def test_the_scale_doubles_after_an_interval_without_overflow_up_to_its_limit(mo
         (7, "loss_scale is 7; expected an object"),
         ({"scale": "big", "steps": 0}, "loss_scale.scale is 'big'; expected a number from"),
         ({"scale": 0.0, "steps": 0}, "loss_scale.scale is 0.0; expected a number from"),
+        ({"scale": 2.0**25, "steps": 0}, "loss_scale.scale is 33554432.0; expected a number from"),
+        ({"scale": 3.7, "steps": 0}, "loss_scale.scale is 3.7; expected a power of two"),
         ({"scale": 64.0}, "loss_scale.steps is None; expected a whole number"),
     ],
 )

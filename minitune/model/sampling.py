@@ -66,6 +66,10 @@ class SamplingConfig:
         return shares
 
 
+class LogitsNotFinite(ValueError):
+    """Logits of the next token that are NaN or infinite."""
+
+
 class Sampler:
     """The choice of one token after the other, for several prompts at once.
 
@@ -90,7 +94,7 @@ class Sampler:
     def choose(self, logits: Tensor) -> list[int]:
         """Return one token for each row of the logits (B, V).
 
-        Raises: ValueError if the logits of a row are not finite.
+        Raises: LogitsNotFinite if the logits of a row are not finite.
         """
         if self._seen is not None:
             logits = self.penalised(logits.float().cpu())
@@ -113,9 +117,9 @@ class Sampler:
 
 
 def _check_finite(values: Tensor) -> None:
-    """Raise ValueError if a value is infinite or not a number."""
+    """Raise LogitsNotFinite if a value is infinite or not a number."""
     if not torch.isfinite(values).all():
-        raise ValueError(
+        raise LogitsNotFinite(
             "the logits of the next token are not finite; the weights or the adapter are damaged, "
             "or float16 is too narrow for this model: load it with "
             f"{wider_dtypes(values.device)}"

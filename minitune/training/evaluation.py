@@ -48,7 +48,8 @@ def evaluate(
     dataset: paths, or records in memory, as SFTTrainer takes them.
     args: the settings of a run; those on samples and micro_step_tokens count.
 
-    Raises: ValueError if a record cannot be read, or a sample is longer than the model takes.
+    Raises: ValueError if a record cannot be read, if a sample is longer than the model takes, or if
+        the loss is not finite.
     """
     args = with_template_date(args or SFTConfig())
     max_length = args.max_length or model.max_seq_length

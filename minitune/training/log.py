@@ -146,7 +146,7 @@ class TrainingLog:
         """
         if self._file is not None:
             with os_errors_as_value_error(self.path):
-                self._file.write(json.dumps(record) + "\n")
+                self._file.write(json.dumps(record, allow_nan=False) + "\n")
                 self._file.flush()
         self._remember(record)
         if "samples" in record:

@@ -30,10 +30,14 @@ from minitune.training.micro_step import MicroStep
 
 GROWTH_INTERVAL = 500  # steps
 MIN_SCALE, MAX_SCALE = 2.0**-12, 2.0**24
-SCALES = number(MIN_SCALE, 2.0**32)  # of a checkpoint
+SCALES = number(MIN_SCALE, MAX_SCALE)  # of a checkpoint
 
 
-class BeyondFloat16(ValueError):
+class NotFinite(ValueError):
+    """A loss that is NaN or infinite."""
+
+
+class BeyondFloat16(NotFinite):
     """A loss, or gradients at every scale, that float16 cannot hold."""
 
 
@@ -60,7 +64,8 @@ class LossScale:
     def from_state(cls, values: Any) -> "LossScale | None":
         """Return the scale that a checkpoint holds; None if the run was not in float16.
 
-        Raises: ValueError if a value is missing, of another type or out of its bounds.
+        Raises: ValueError if a value is missing, of another type or out of its bounds, or if the
+            scale is no power of two.
         """
         if values is None:
             return None
@@ -68,6 +73,8 @@ class LossScale:
             raise ValueError(f"loss_scale is {shown(values)}; expected an object")
         check_number("loss_scale.scale", values.get("scale"), SCALES)
         check_number("loss_scale.steps", values.get("steps"), whole())
+        if math.frexp(values["scale"])[0] != 0.5:
+            raise ValueError(f"loss_scale.scale is {values['scale']}; expected a power of two")
         return cls(float(values["scale"]), values["steps"])
 
     @property
@@ -94,7 +101,7 @@ class LossScale:
         """
         loss_value, norm = torch.stack([loss, grad_norm]).tolist()
         if not math.isfinite(loss_value):
-            raise BeyondFloat16(f"the loss is {loss_value} in float16; {_remedy(loss.device)}")
+            raise _loss_beyond_float16("loss", loss_value, loss.device)
         if math.isfinite(norm):
             self.steps += 1
             if self.steps >= GROWTH_INTERVAL and self.scale < MAX_SCALE:
@@ -127,6 +134,28 @@ def run_micro_steps(
         gradients = [p.grad for _, p in model.trainable_parameters()]
         scale.unscale_(loss, gradients, targets)
     return loss
+
+
+def check_evaluation_loss(loss: float, dtype: torch.dtype, device: torch.device) -> None:
+    """Check that the loss of an evaluation is a number.
+
+    dtype, device: of the model.
+
+    Raises: NotFinite if the loss is NaN or infinite; BeyondFloat16 if the model is in float16.
+    """
+    if math.isfinite(loss):
+        return
+    if dtype == torch.float16:
+        raise _loss_beyond_float16("evaluation loss", loss, device)
+    raise NotFinite(
+        f"the evaluation loss is {loss} in {str(dtype).removeprefix('torch.')}: weights or adapter "
+        "hold too large values; take an earlier checkpoint, or lower learning_rate"
+    )
+
+
+def _loss_beyond_float16(name: str, loss: float, device: torch.device) -> BeyondFloat16:
+    """Return the error of a loss that is not finite in float16."""
+    return BeyondFloat16(f"the {name} is {loss} in float16; {_remedy(device)}")
 
 
 def _remedy(device: torch.device) -> str:

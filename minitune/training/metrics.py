@@ -20,6 +20,7 @@ from minitune.device import MemoryUse, gib_text, memory_use
 from minitune.model.causal_lm import CausalLM
 from minitune.progress import ProgressBar, duration
 from minitune.training.checkpoint import Progress, RunSize
+from minitune.training.loss_scale import check_evaluation_loss
 from minitune.training.micro_step import MicroStep
 from minitune.training.out_of_memory import run_in_graph_pool
 
@@ -201,6 +202,8 @@ def evaluation_loss(
     micro_step_tokens: tokens of one forward pass at most.
     micro_step: of a model that trains; its memory is used.
     show_bar: show a progress bar, on a terminal.
+
+    Raises: NotFinite if the loss is NaN or infinite.
     """
     targets = int(samples.targets.sum())
     loss = torch.zeros((), device=model.device)
@@ -211,7 +214,9 @@ def evaluation_loss(
                 forward = partial(_share_of_loss, model, collate(pack), targets)
                 loss += forward() if micro_step is None else run_in_graph_pool(micro_step, forward)
                 bar.update(len(pack))
-    return float(loss)
+    value = float(loss)
+    check_evaluation_loss(value, model.dtype, model.device)
+    return value
 
 
 def _share_of_loss(model: CausalLM, batch: Batch, targets: int) -> Tensor:

@@ -197,7 +197,7 @@ class OptimizerSteps:
 
         eval_dataset: data in place of that of the trainer.
 
-        Raises: ValueError if there is no evaluation data.
+        Raises: ValueError if there is no evaluation data; NotFinite if the loss is not finite.
         """
         data = self.data.evaluation
         if eval_dataset is not None:

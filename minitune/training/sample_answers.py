@@ -12,6 +12,7 @@ import torch
 
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.cached_decoding import decode
+from minitune.model.sampling import LogitsNotFinite, Sampler, SamplingConfig
 from minitune.progress import ProgressBar, print_message
 from minitune.training.micro_step import MicroStep
 from minitune.training.out_of_memory import run_in_graph_pool
@@ -54,19 +55,27 @@ class SamplePrompts:
         return self._tokenizer.encode(rendered, add_special_tokens=False)
 
     def record(self, micro_step: MicroStep, step: int, show_bar: bool) -> dict[str, Any] | None:
-        """Return the record of a step's answers; None, with a warning, if memory runs out."""
+        """Return the record of a step's answers.
+
+        None, with a warning, if memory runs out or if the logits are not finite.
+        """
         try:
             return {"step": step, "samples": self.answers(micro_step, show_bar)}
         except (torch.OutOfMemoryError, MemoryError):
-            text = f"no answers to sample_prompts at step {step}: out of memory"
-            print_message("warning", text)
-            return None
+            reason = "out of memory"
+        except LogitsNotFinite as error:
+            reason = str(error)
+        print_message("warning", f"no answers to sample_prompts at step {step}: {reason}")
+        return None
 
     def answers(self, micro_step: MicroStep, show_bar: bool = True) -> list[dict[str, str]]:
         """Return {"prompt", "answer"} of each text.
 
-        Raises: torch.OutOfMemoryError or MemoryError if memory runs out.
+        Raises: torch.OutOfMemoryError or MemoryError if memory runs out; LogitsNotFinite if the
+            logits are not finite.
         """
+        vocab = micro_step.model.config.vocab_size
+        sampler = Sampler(SamplingConfig(), self._prompts, vocab)  # greedy
         ends = self._tokenizer.eos_token_ids
         with ProgressBar("answering", max(self._limits), "token", show_bar) as bar:
 
@@ -82,7 +91,7 @@ class SamplePrompts:
                     micro_step.model,
                     self._prompts,
                     self._limits,
-                    choose=lambda logits: logits.argmax(-1).tolist(),
+                    choose=sampler.choose,
                     end_tokens=ends,
                     on_token=count,
                     keep_weights=False,

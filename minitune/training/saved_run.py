@@ -12,7 +12,7 @@ from minitune.data.token_cache import FOLDER, remove_other_entries
 from minitune.progress import labelled, print_line, print_message
 from minitune.threads import use_free_cores
 from minitune.training.checkpoint import Progress, read_state
-from minitune.training.loss_scale import BeyondFloat16, LossScale
+from minitune.training.loss_scale import LossScale, NotFinite
 from minitune.training.optimizer import FlatAdamW
 from minitune.training.optimizer_steps import OptimizerSteps
 from minitune.training.plan_inputs import current_plan_inputs, fix_plan_inputs_
@@ -134,10 +134,16 @@ class SavedRun(OptimizerSteps):
         Raises: ValueError if other parameters than those at the run's beginning would be trained,
             or if float16 is too narrow.
         """
-        try:
+        with self._named_step(self.progress.step + 1):
             super()._optimizer_step()
-        except BeyondFloat16 as error:
-            step, saved = self.progress.step + 1, self._last_checkpoint()
+
+    @contextlib.contextmanager
+    def _named_step(self, step: int) -> Iterator[None]:
+        """Add the step and the last checkpoint to the error of a loss that is not finite."""
+        try:
+            yield
+        except NotFinite as error:
+            saved = self._last_checkpoint()
             raise ValueError(f"step {step}: {error}; last checkpoint: {saved}") from None
 
     # ---- checkpoints

@@ -209,8 +209,13 @@ class Trainer(SavedRun):
     # ---- metrics
 
     def _log_evaluation(self, log: TrainingLog) -> None:
-        """Evaluate, log the numbers, and tell the callbacks."""
-        metrics = {**self._evaluation(), "epoch": self.run_control.state.epoch}
+        """Evaluate, log the numbers, and tell the callbacks.
+
+        Raises: ValueError if the loss of the evaluation, or of a step before, is not finite.
+        """
+        self._fetch_losses()
+        with self._named_step(self.progress.step):
+            metrics = {**self._evaluation(), "epoch": self.run_control.state.epoch}
         is_best = self.run_control.is_best(metrics["eval_loss"])
         self._write(log, {"step": self.progress.step, **metrics}, is_best=is_best)
         self.run_control.evaluated(metrics)
