@@ -55,7 +55,7 @@ def main() -> None:
     report: dict[str, Any] = {"streams": [sys.stdin, sys.stdout, sys.stderr]}
     try:
         exec(compile(text, sys.argv[1], "exec"), variables)
-        report |= {"answers": variables["answers"], "history": variables["history"]}
+        report |= {"answers": variables["answers"], "losses": variables["losses"]}
     except BaseException as error:
         report["error"] = f"{type(error).__name__}: {error}"
         raise

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from test_readme import MODEL, TEXT
 from tiny import make_tiny_model
+from training_runs import RECORDS, new_trainer
 
 import minitune
+from minitune import TrainerControl, TrainerState
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = TEXT.partition("## Embed it")[2].partition("```python\n")[2].partition("```")[0]
@@ -57,7 +59,7 @@ def test_a_program_without_streams_home_or_files_trains_twice_and_answers(workpl
     assert report["streams"] == [None, None, None]
     assert report["events"] == []
     assert {"open", "os.mkdir"} <= set(report["misdeeds"])
-    assert len(report["answers"]) == 2 and len(report["history"]) == 2 * (8 + 1)
+    assert len(report["answers"]) == 2 and len(report["losses"]) == 2 * 8
     assert files_below(workplace) == before
 
 
@@ -67,6 +69,42 @@ def test_the_example_prints_nothing_on_open_descriptors(workplace, capfd, caplog
     exec(compile(EXAMPLE, "README.md", "exec"), variables)
     assert capfd.readouterr() == ("", "")
     assert all(isinstance(text, str) for text in variables["answers"])
-    losses = [numbers["loss"] for numbers in variables["history"] if "loss" in numbers]
+    losses = variables["losses"]
     assert len(losses) == 16 and losses[7] < losses[0] and losses[15] < losses[8]
     assert sum("step 8/8" in record.getMessage() for record in caplog.records) == 2
+
+
+def test_the_callback_of_the_example_ends_the_run_at_the_step_that_it_names(smallest, tmp_path):
+    variables = {}
+    exec(compile(EXAMPLE.partition("def message")[0], "README.md", "exec"), variables)
+    shown = []
+
+    def show(step, loss):
+        shown.append((step, loss))
+        return "stop" if step == 2 else None
+
+    trainer = new_trainer(
+        smallest,
+        tmp_path / "run",
+        max_steps=4,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_dataset=RECORDS[:2],
+    )
+    trainer.add_callback(variables["Progress"](show))
+    assert trainer.train().global_step == 2
+    history = trainer.state.log_history
+    assert sum("eval_loss" in record for record in history) == 2
+    assert shown == [(record["step"], record["loss"]) for record in history if "loss" in record]
+    assert len(shown) == 2
+    minitune.quiet(False)
+
+
+def test_the_callback_of_the_example_keeps_the_stop_of_another():
+    variables = {}
+    exec(compile(EXAMPLE.partition("def message")[0], "README.md", "exec"), variables)
+    minitune.quiet(False)
+    control = TrainerControl(should_training_stop=True)
+    callback = variables["Progress"](lambda step, loss: None)
+    callback.on_log(None, TrainerState(), control, {"loss": 1.0})
+    assert control.should_training_stop
