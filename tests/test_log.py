@@ -14,6 +14,7 @@ from training_runs import (
     without_times,
 )
 
+from minitune import TrainerCallback
 from minitune.training import metrics
 from minitune.training.checkpoint import Progress
 from minitune.training.log import TrainingLog, metrics_line
@@ -155,13 +156,47 @@ def test_the_best_evaluation_is_marked_and_named_at_the_end_of_a_resumed_run_too
     )
 
 
+class StopAt3(TrainerCallback):
+    """Ends the run after step 3."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for the end."""
+        control.should_training_stop = state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("interval", "callbacks", "text"),
+    [
+        (1, [], "{} at step 5"),
+        (5, [], "{}, the mean of the last 5 steps"),
+        (2, [StopAt3], "{}, the mean of steps 1 to 2"),
+    ],
+)
+def test_the_summary_names_the_steps_of_its_loss(
+    smallest, tmp_path, capsys, interval, callbacks, text
+):
+    trainer = new_trainer(smallest, tmp_path, max_steps=5, logging_steps=interval)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train()
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().err.splitlines()[-5:])
+    assert lines["loss"] == text.format(f"{read_metrics(tmp_path)[-1]['loss']:.4f}")
+
+
+def test_the_steps_of_the_loss_count_on_in_a_resumed_run(smallest, tmp_path, capsys):
+    settings = {"max_steps": 4, "logging_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train_with_ctrl_c(new_trainer(smallest, tmp_path, **settings), step=2)
+    new_trainer(smallest, tmp_path, **settings, resume=True).train()
+    assert ", the mean of the last 2 steps\n" in capsys.readouterr().err
+
+
 def test_the_summary_names_loss_speed_memory_and_files(smallest, tmp_path, capsys):
     result = new_trainer(smallest, tmp_path, max_steps=3, logging_steps=1).train()
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().err.splitlines()[-5:])
     last = read_metrics(tmp_path)[-1]
     assert lines["trained"].startswith(f"3 steps, {result.metrics['tokens']:,} tokens in 0:0")
     assert lines["trained"].endswith(" tokens/s")
-    assert lines["loss"] == f"{last['loss']:.4f}, the mean of the last metrics line"
+    assert lines["loss"] == f"{last['loss']:.4f} at step 3"
     assert last["peak_memory_bytes"] > 2**20 and lines["memory"].endswith(" GiB at the peak")
     assert lines["saved"].startswith(f"{tmp_path}/adapter (0.")
     assert lines["files"] == f"metrics.jsonl, config.toml in {tmp_path}"

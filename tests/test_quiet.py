@@ -18,6 +18,7 @@ from minitune import FastLanguageModel, SFTTrainer, TextStreamer
 from minitune.commands.__main__ import COMMANDS, main
 from minitune.gguf.export import convert_folder
 from minitune.progress import ProgressBar, is_quiet, print_line, print_message, warn
+from minitune.training.log import metrics_line
 
 PACKAGE = Path(__file__).parents[1] / "minitune"
 LONG = " ".join(f"word{i}" for i in range(60))
@@ -96,6 +97,14 @@ def test_logged_lines_are_not_wrapped_and_have_fitting_levels(quiet, caplog, mon
         ("INFO", f"label      {LONG}"),
         ("INFO", "last 100%"),
     ]
+
+
+def test_a_logged_step_keeps_its_gaps_whatever_the_width(quiet, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    record = {"step": 1, "epoch": 0.5, "loss": 1.0}
+    assert metrics_line(record, 2) == "step 1/2  epoch 0.50  loss 1.0000"
+    minitune.quiet(False)
+    assert metrics_line(record, 2) == "step 1/2 loss 1.0000"
 
 
 def test_long_work_is_logged_as_in_a_pipe_if_it_was_asked_for(quiet, caplog, monkeypatch):

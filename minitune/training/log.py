@@ -12,11 +12,19 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minitune.atomic_files import atomic_write_text, os_errors_as_value_error
 from minitune.config.visible_text import on_one_line
-from minitune.progress import LABEL_WIDTH, ProgressBar, duration, output_width, print_line
+from minitune.progress import (
+    LABEL_WIDTH,
+    Output,
+    ProgressBar,
+    duration,
+    output_kind,
+    output_width,
+    print_line,
+)
 from minitune.read_files import file_exists, parse_json
 
 # Format of a record's values in the line for a person. Other values are in metrics.jsonl only.
@@ -41,7 +49,8 @@ def metrics_line(
 ) -> str:
     """Return a record as one line: `step 10/300  epoch 0.08  loss 1.2345 ...  2:05 left`.
 
-    A line that would not fit gets narrower gaps, and then no epoch, which follows from the step.
+    A line that would not fit gets narrower gaps, and then no epoch, which follows from the step. A
+    line for the logger has no width to fit.
 
     seconds_left: until the end of the run.
     is_best: True for the best evaluation so far.
@@ -55,7 +64,10 @@ def metrics_line(
     if seconds_left is not None:
         parts["left"] = f"{duration(seconds_left)} left"
     short = [text for name, text in parts.items() if name != "epoch"]
-    lines = ("  ".join(parts.values()), " ".join(parts.values()), " ".join(short))
+    wide = "  ".join(parts.values())
+    if output_kind() == Output.LOG:
+        return wide
+    lines = (wide, " ".join(parts.values()), " ".join(short))
     return next((line for line in lines if len(line) <= output_width()), lines[-1])
 
 
@@ -76,13 +88,21 @@ def sample_lines(samples: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+class LoggedLoss(NamedTuple):
+    """The loss of a training record: the mean over the steps since the record before."""
+
+    mean: float
+    first_step: int
+    last_step: int
+
+
 class TrainingLog:
     """The destination of a run's output: stderr and metrics.jsonl.
 
     A context manager, so that the bar and the file are closed however the run ends. It knows the
     records of the run so far, those before an interruption too:
 
-    last_loss: the loss of the last training record, or None.
+    last_loss: the loss of the last training record with its steps, or None.
     sampled_steps: the steps that have sample answers.
     """
 
@@ -96,7 +116,7 @@ class TrainingLog:
         Raises: ValueError if the file cannot be written; so does `record`.
         """
         self.path, self.total_steps = path, total_steps
-        self.last_loss: float | None = None
+        self.last_loss: LoggedLoss | None = None
         self.sampled_steps: set[int] = set()
         self._file = None
         if path is not None:
@@ -158,7 +178,9 @@ class TrainingLog:
         """Store the values of a record that are needed later."""
         if "samples" in record:
             self.sampled_steps.add(record["step"])
-        self.last_loss = record.get("loss", self.last_loss)
+        if "loss" in record:
+            before = 0 if self.last_loss is None else self.last_loss.last_step
+            self.last_loss = LoggedLoss(record["loss"], before + 1, record["step"])
 
 
 def _drop_records(path: Path, done: int) -> list[dict[str, Any]]:

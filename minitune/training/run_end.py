@@ -8,6 +8,7 @@ from pathlib import Path
 from minitune.device import MemoryUse, gib_text
 from minitune.progress import LABEL_WIDTH, duration, labelled
 from minitune.training.checkpoint import Progress
+from minitune.training.log import LoggedLoss
 from minitune.training.own_files import CONFIG, METRICS
 from minitune.training.run_control import BestEvaluation
 
@@ -23,7 +24,7 @@ class RunResult:
 
     progress: its position, with steps, tokens and seconds of interrupted parts.
     tokens_per_second: of this process's steps, or None if it made none.
-    last_loss: of the last training record, or None.
+    last_loss: of the last training record with its steps, or None.
     best: the best evaluation.
     memory: the memory of this process.
     adapter: the folder of the adapter, or None if the run has no folder.
@@ -32,7 +33,7 @@ class RunResult:
 
     progress: Progress
     tokens_per_second: float | None
-    last_loss: float | None
+    last_loss: LoggedLoss | None
     best: BestEvaluation
     memory: MemoryUse
     adapter: Path | None
@@ -52,7 +53,7 @@ def summary_rows(run: RunResult) -> list[tuple[str, str]]:
         trained += f", {run.tokens_per_second:,.0f} tokens/s"
     rows = [("trained", trained)]
     if run.last_loss is not None:
-        rows.append(("loss", f"{run.last_loss:.4f}, the mean of the last metrics line"))
+        rows.append(("loss", _loss_text(run.last_loss, p.step)))
     if run.best.step is not None:
         rows.append(("best", _best_text(run.best, run.checkpoints)))
     if run.memory.peak:
@@ -72,6 +73,19 @@ def _saved_rows(adapter: Path | None, checkpoints: Sequence[Path]) -> list[tuple
         ("saved", f"{adapter} ({size / 1e6:,.1f} MB)"),
         ("files", f"{', '.join([*names, METRICS, CONFIG])} in {adapter.parent}"),
     ]
+
+
+def _loss_text(loss: LoggedLoss, step: int) -> str:
+    """Return the last logged loss with its steps: `0.7809, the mean of the last 10 steps`.
+
+    step: the last step of the run, which may have no record.
+    """
+    count = loss.last_step - loss.first_step + 1
+    if count == 1:
+        return f"{loss.mean:.4f} at step {loss.last_step}"
+    if loss.last_step == step:
+        return f"{loss.mean:.4f}, the mean of the last {count:,} steps"
+    return f"{loss.mean:.4f}, the mean of steps {loss.first_step:,} to {loss.last_step:,}"
 
 
 def _best_text(best: BestEvaluation, checkpoints: Sequence[Path]) -> str:
