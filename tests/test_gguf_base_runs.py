@@ -140,12 +140,13 @@ def test_the_banner_names_the_types_and_the_next_commands_export_the_adapter(
     assert train(on_base(base, tmp_path / "run 1")) == 0
     error = capsys.readouterr().err
     assert "linears Q4_K and Q6_K" in " ".join(error.split())
-    commands = [shlex.split(line[11:]) for line in error.splitlines()[-3:]]
-    generate, exported, server = commands
+    commands = [shlex.split(line[11:]) for line in error.splitlines()[-4:]]
+    generate, exported, server, report = commands
     run, adapter = str(tmp_path / "run 1"), str(tmp_path / "run 1" / "adapter.gguf")
     assert generate[2:4] == ["--model", run] and "--no-load-in-4bit" not in generate
     assert exported[2:] == ["--model", run, "--gguf-adapter", adapter]
     assert server == ["llama-server", "-m", str(base), "--lora", adapter]
+    assert report[2:] == [run]
     assert main(["export", *exported[2:]]) == 0
     assert Path(adapter).is_file()
 
