@@ -40,6 +40,7 @@ def example_run(name="runs/letters", steps=40, rate=2e-4, seed=0, prompts=PROMPT
         "steps_done": steps,
         "total_steps": steps,
         "is_finished": True,
+        "seconds": 0.118 * steps,
         "training": training_records(steps, rate, seed),
         "evaluations": [
             {"step": step, "eval_loss": 0.7 + 2 * math.exp(-9 * step / steps)} for step in evaluated

@@ -1,6 +1,9 @@
 """The pages that this package writes, as a browser's parser reads them."""
 
+import re
 from html.parser import HTMLParser
+
+from minitune.report.html_report import html_report
 
 
 class Page(HTMLParser):
@@ -28,3 +31,35 @@ class Page(HTMLParser):
     def handle_data(self, text):
         if not {"style", "script"} & set(self.open):
             self.texts.append(text)
+
+
+# ---- reports
+
+
+def words_of(*runs):
+    """Return the texts of a report as one line."""
+    return words_in(html_report(runs))
+
+
+def words_in(source):
+    """Return the texts of a markup as one line."""
+    return re.sub(r"\s+", " ", " ".join(Page(source.replace("<wbr>", "")).texts))
+
+
+def chart_of(source, title):
+    """Return the markup of a chart."""
+    charts = re.findall(r'<figure class="card chart.*?</figure>', source, re.DOTALL)
+    return next(chart for chart in charts if f"<b>{title}</b>" in chart)
+
+
+def curves_of(chart):
+    """Return (steps, values, points) of each curve of a chart."""
+    found = re.findall(r'd="M(.*?)" data-steps="(.*?)" data-values="(.*?)"', chart)
+    return [
+        (
+            [float(step) for step in steps.split()],
+            values.split(";"),
+            [tuple(map(float, point.split())) for point in points.split("L")],
+        )
+        for points, steps, values in found
+    ]

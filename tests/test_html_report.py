@@ -1,57 +1,14 @@
-"""The HTML page of the report: its numbers, its curves, its texts and its size."""
+"""The HTML page of one run: its numbers, its curves and its texts."""
 
-import base64
-import hashlib
-import math
 import re
 from dataclasses import replace
 
 import pytest
 from example_runs import PROMPTS, example_run, training_records
-from html_pages import Page
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from html_pages import chart_of, curves_of, words_in, words_of
 
 from minitune.report.html_report import html_report
 from minitune.report.run_record import RunRecord
-from minitune.training.own_files import REPORT_MARK
-from minitune.training.run_facts import DataRecord
-
-HOSTILE = "</pre><script>alert('x')</script>\x1b]0;owned\x07\u202e\udc80 & <img src=https://evil/x>"
-SHOWN_HOSTILE = HOSTILE.replace("\x1b", "<U+001B>").replace("\x07", "<U+0007>")
-SHOWN_HOSTILE = SHOWN_HOSTILE.replace("\u202e", "<U+202E>").replace("\udc80", "<U+DC80>")
-
-
-def words_of(*runs):
-    """Return the texts of a report as one line."""
-    return words_in(html_report(runs))
-
-
-def words_in(source):
-    """Return the texts of a markup as one line."""
-    return re.sub(r"\s+", " ", " ".join(Page(source.replace("<wbr>", "")).texts))
-
-
-def chart_of(source, title):
-    """Return the markup of a chart."""
-    charts = re.findall(r'<figure class="card chart.*?</figure>', source, re.DOTALL)
-    return next(chart for chart in charts if f"<b>{title}</b>" in chart)
-
-
-def curves_of(chart):
-    """Return (steps, values, points) of each curve of a chart."""
-    found = re.findall(r'd="M(.*?)" data-steps="(.*?)" data-values="(.*?)"', chart)
-    return [
-        (
-            [float(step) for step in steps.split()],
-            values.split(";"),
-            [tuple(map(float, point.split())) for point in points.split("L")],
-        )
-        for points, steps, values in found
-    ]
-
-
-# ---- one run
 
 
 def test_the_top_names_the_state_and_the_main_numbers():
@@ -61,23 +18,80 @@ def test_the_top_names_the_state_and_the_main_numbers():
     for text in (
         "runs/letters finished base: 8,030.3 M parameters",
         "Steps 40 of 40 100%, 3 epochs",
-        f"Training loss {last:.4f} at step 40, the lowest",
+        f"Training loss {last:.4f} at step 40 ",
         f"Evaluation loss {run.evaluations[-1]['eval_loss']:.4f} at step 40, the best",
-        "Time 4.7 s 118 ms a step",
+        "Time of a step 118 ms 4.7 s in all Speed",
         "tokens/s, median; 73,200 tokens in all",
         "Peak memory 14.80 GiB planned 14.90 GiB",
     ):
         assert text in words
 
 
-def test_the_best_values_are_named_if_they_are_not_the_last_ones():
+def test_the_best_evaluation_stands_before_the_last_one():
     run = example_run(
-        training=[{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.75}],
         evaluations=[{"step": 1, "eval_loss": 0.25}, {"step": 2, "eval_loss": 0.3}],
     )
-    words = words_of(run)
-    assert "Training loss 0.7500 at step 2; lowest 0.5000 at step 1" in words
-    assert "Evaluation loss 0.3000 at step 2; best 0.2500 at step 1" in words
+    text = "Evaluation loss 0.2500 at step 1, the best; 0.3000 at step 2, the last"
+    assert text in words_of(run)
+
+
+def test_the_training_loss_is_the_smoothed_one_of_the_chart():
+    source = html_report([example_run(steps=300)])
+    last = curves_of(chart_of(source, "Loss"))[0][1][-1]
+    assert f"Training loss {last} at step 300, smoothed" in words_in(source)
+    assert last != f"{training_records(300)[-1]['loss']:.4f}"
+
+
+def timed_run(name, rate, seconds):
+    """Return a run of 8 steps of 100 tokens each, in parts of 4 steps.
+
+    rate: tokens a second of both parts.
+    seconds: of the run, with everything else.
+    """
+    records = [
+        {"step": 4, "loss": 1.0, "tokens": 400, "tokens_per_second": rate, "seconds": seconds / 2},
+        {"step": 8, "loss": 1.0, "tokens": 800, "tokens_per_second": rate, "seconds": seconds},
+    ]
+    return example_run(name, steps=8, training=records, seconds=seconds)
+
+
+def test_the_time_of_a_step_is_that_of_the_training_alone():
+    slow, fast = timed_run("plain", 40.0, 20.5), timed_run("with answers", 50.0, 90.0)
+    words = words_of(slow, fast)
+    assert "Time of a step 2.5 s 20 s in all" not in words  # 0.5 s of 20.5 are worth a word
+    assert "Time of a step 2.5 s 0:20 in all, of it 0.5 s evaluations" in words
+    rest = "1:30 in all, of it 1:14 evaluations, answers and checkpoints"
+    assert f"2 s −20.0% {rest}" in words
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"tokens_per_second": 0}, "Time of a step – 0:20 in all"),
+        ({"tokens": 399}, "Time of a step – 0:20 in all"),
+        ({"step": 0}, "Time of a step – 0:20 in all"),
+    ],
+)
+def test_records_that_tell_no_speed_leave_the_time_of_a_step_open(changes, text):
+    run = timed_run("run", 50.0, 20.0)
+    broken = replace(run, training=[run.training[0], run.training[1] | changes])
+    assert text in words_of(broken)
+
+
+def test_a_value_that_is_no_number_breaks_the_line():
+    records = [{"step": step, "loss": 1.0 + step, "grad_norm": 1.0} for step in (1, 2, 4, 5)]
+    run = example_run(training=records, evaluations=[], gaps={"loss": [3]})
+    source = html_report([run])
+    path = re.search(r'd="(M.*?)" data-steps', chart_of(source, "Loss"))[1]
+    assert re.sub(r"[\d. ]", "", path) == "MLML"
+    path = re.search(r'd="(M.*?)" data-steps', chart_of(source, "Gradient norm"))[1]
+    assert re.sub(r"[\d. ]", "", path) == "MLLL"
+
+
+def test_the_page_names_its_time():
+    source = html_report([example_run()], "2026-11-26 09:30 +0100")
+    assert "This page was written 2026-11-26 09:30 +0100." in words_in(source)
+    assert "was written" not in words_of(example_run())
 
 
 def test_an_unfinished_run_says_so_and_lists_its_notes():
@@ -87,6 +101,9 @@ def test_an_unfinished_run_says_so_and_lists_its_notes():
     assert "Last step 40" in words and "After step 40" not in words
     early = words_of(example_run(steps_done=40, total_steps=160))
     assert "40 of 160 ended early" in early and "After step 40" in early
+    # the last answers of a finished run may be those of an earlier step
+    later = words_of(example_run(steps_done=45, total_steps=45))
+    assert "Last step 40" in later and "After" not in later
 
 
 def test_a_run_without_any_record_still_gives_a_page():
@@ -173,188 +190,3 @@ def test_prompts_beyond_the_first_ones_are_folded():
     source = html_report([example_run(prompts=[f"prompt {i}" for i in range(7)])])
     shown, _, folded = source.partition("<details><summary>2 more prompts</summary>")
     assert "prompt 4<" in shown and "prompt 5<" not in shown and "prompt 6<" in folded
-
-
-# ---- two runs
-
-
-def two_runs():
-    first = example_run()
-    second = example_run("runs/second", steps=20, rate=4e-4, is_finished=False, total_steps=40)
-    return first, second
-
-
-def test_two_runs_show_their_different_settings_first():
-    source = html_report(two_runs())
-    different = source.partition("<h2>Different settings</h2>")[2].partition("<h2>")[0]
-    rows = "learning_rate 0.0002 0.0004 output_dir runs/letters runs/second"
-    assert words_in(different).strip() == f"letters second {rows}"
-    equal = source.partition("<h2>Equal settings</h2>")[2].partition("</body>")[0]
-    assert "model models/base" in words_in(equal) and "learning" not in words_in(equal)
-    assert source.index("Different settings") < source.index("<h2>Curves</h2>")
-
-
-def test_two_runs_with_equal_settings_say_so():
-    words = words_of(example_run("a"), example_run("b"))
-    assert "None: all settings are equal." in words
-
-
-def test_two_runs_share_the_charts_in_two_colours_and_strokes():
-    chart = chart_of(html_report(two_runs()), "Learning rate")
-    (steps, _, points), (other_steps, _, other_points) = curves_of(chart)
-    assert steps[-1] == 40 and points[-1][0] == 1000
-    assert other_steps[-1] == 20 and other_points[-1][0] == 500
-    assert re.findall(r'<path class="(run-.)"', chart) == ["run-1", "run-2"]
-    assert "letters" in chart and "second" in chart
-
-
-def test_two_runs_show_both_numbers_and_their_difference():
-    first = example_run("a", training=[{"step": 1, "loss": 2.0}])
-    second = example_run("b", training=[{"step": 1, "loss": 1.0}])
-    assert re.search(
-        r"Training loss 2\.0000 at step 1, the lowest 1\.0000 −50\.0%", words_of(first, second)
-    )
-    assert "2.0000 equal" in words_of(first, replace(first, name="b"))
-
-
-def test_answers_of_two_runs_are_paired_in_their_order():
-    words = words_of(*two_runs())
-    prompt = PROMPTS[0]
-    assert f"Before both: 0 to {prompt}" in words
-    assert f"During step 10 10 to {prompt} step 5 5 to {prompt}" in words
-    assert f"Last step 40 40 to {prompt} step 20 20 to {prompt}" in words
-
-
-def test_facts_that_differ_stand_before_those_that_agree():
-    first = example_run("a", facts=[("model", "m"), ("note", "x"), ("note", "y"), ("r", "1")])
-    second = example_run("b", facts=[("model", "m"), ("note", "x"), ("note", "z")])
-    assert "Run a b note y z r 1 – model m note x" in words_of(first, second)
-
-
-def test_data_that_both_runs_have_is_shown_once():
-    first, second = example_run("a"), example_run("b")
-    assert words_of(first, second).count("records 135") == 1
-    other = replace(second, data=[DataRecord("data", [("records", "7")])])
-    words = words_of(first, other)
-    assert "records 135" in words and "records 7" in words
-
-
-def test_runs_of_one_folder_name_keep_their_whole_names():
-    words = words_of(example_run("a/run"), example_run("b/run"))
-    assert "a/run, evaluation" in words and "b/run, evaluation" in words
-
-
-# ---- safety and size
-
-
-def test_the_policy_refuses_requests_and_allows_only_the_script_of_the_page():
-    source = html_report([example_run()])
-    policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', source)[1]
-    assert policy.startswith("default-src 'none';")
-    (script,) = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}';" in policy
-    assert source.index("Content-Security-Policy") < source.index("<style>")
-    assert REPORT_MARK in source.partition("<style>")[0]
-
-
-def test_the_page_names_no_address():
-    source = html_report(two_runs())
-    assert not re.search(r"https?:|@import|url\(|src=|href=", source)
-    assert not {"link", "img", "iframe", "a", "object", "form"} & set(Page(source).tags)
-
-
-def test_hostile_texts_stay_texts_everywhere():
-    run = RunRecord(
-        HOSTILE,
-        1,
-        2,
-        True,
-        training=[{"step": 1, "loss": 1.0}],
-        evaluations=[{"step": 1, "eval_loss": 1.0}],
-        samples=[{"step": 1, "samples": [{"prompt": HOSTILE, "answer": HOSTILE}]}],
-        settings={HOSTILE: HOSTILE, "list": [HOSTILE]},
-        facts=[("model", HOSTILE), (HOSTILE, HOSTILE)],
-        plan=[(HOSTILE, HOSTILE), ("peak", HOSTILE)],
-        data=[DataRecord(HOSTILE, [(HOSTILE, HOSTILE)], [(1, 2, 3)], [HOSTILE])],
-        notes=[HOSTILE],
-    )
-    for runs in ([run], [run, replace(run, settings={}, facts=[("model", "x")])]):
-        source = html_report(runs)
-        page = Page(source)
-        assert page.tags.count("script") == 1 and "img" not in page.tags
-        assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", source)
-        assert "".join(page.texts).count(SHOWN_HOSTILE) >= 15
-        source.encode()
-
-
-TEXTS = st.text(max_size=20)
-NUMBERS = st.floats(-1e300, 1e300) | st.integers(-(2**63), 2**63)
-METRICS = ["learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds", "epoch"]
-RECORDS = st.fixed_dictionaries(
-    {"step": st.integers(0, 10**6), "loss": NUMBERS},
-    optional=dict.fromkeys([*METRICS, "peak_memory_bytes", "loss_scale"], NUMBERS),
-)
-
-
-@settings(max_examples=40)
-@given(st.lists(RECORDS, max_size=5), st.lists(st.tuples(TEXTS, TEXTS), max_size=3), st.booleans())
-def test_random_records_give_a_page_that_a_parser_reads(records, texts, is_finished):
-    run = RunRecord(
-        "run",
-        max((record["step"] for record in records), default=0),
-        None,
-        is_finished,
-        training=sorted(records, key=lambda record: record["step"]),
-        samples=[{"step": 3, "samples": [{"prompt": p, "answer": a} for p, a in texts]}],
-        settings=dict(texts),
-    )
-    source = html_report([run, replace(run, name="other", facts=texts)])
-    Page(source)
-    source.encode()
-    assert "nan" not in "".join(re.findall(' d="(.*?)"', source))
-
-
-def test_two_runs_of_100_000_records_and_50_long_prompts_stay_below_2_mb():
-    prompts = [f"{i} " + "日<&>\n" * 1000 for i in range(50)]
-    long = example_run("a", steps=100_000, prompts=prompts)
-    texts = {f"setting {i}": "&" * 9000 for i in range(100)}
-    other = replace(long, name="b", training=long.training[::10], settings=texts)
-    source = html_report([long, replace(other, notes=["x" * 10**6])])
-    assert len(source.encode()) < 2 * 10**6
-    assert re.search(r"… [\d,]+ more characters", source)
-    steps, values, _ = curves_of(chart_of(source, "Gradient norm"))[0]
-    assert 500 < len(steps) == len(values) < 900 and steps[-1] == 100_000
-
-
-def test_a_run_full_of_long_texts_stays_below_2_mb():
-    long = "<&>" * 400
-    rows = [(f"{i}{long}", f"{i}{long}") for i in range(210)]
-    runs = [
-        example_run(
-            f"{name}/{long[:1000]}",
-            steps=20,
-            prompts=[f"{i}{name}{long}" for i in range(110)],
-            settings={label: f"{name}{text}" for label, text in rows},
-            facts=[("model", name + long), *rows],
-            plan=[(label, name + text) for label, text in rows],
-            data=[DataRecord(f"{i}{long}", rows, [(1, 2, 3)] * 99, [long] * 25) for i in range(9)],
-            notes=[name + long] * 25,
-        )
-        for name in "ab"
-    ]
-    assert len(html_report(runs).encode()) < 2 * 10**6
-
-
-def test_the_spikes_of_a_long_run_are_in_its_curve():
-    records = [{"step": s, "loss": 1.0, "learning_rate": 1e-4} for s in range(1, 20_001)]
-    records[777]["learning_rate"] = 9e-4
-    steps, values, _ = curves_of(
-        chart_of(html_report([example_run(training=records)]), "Learning rate")
-    )[0]
-    assert values[steps.index(778)] == "9e-4" and values.count("9e-4") == 1
-
-
-def test_values_that_are_not_finite_leave_a_gap_in_no_number():
-    records = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0, "grad_norm": math.nan}]
-    assert "Gradient norm" not in html_report([example_run(training=records)])

@@ -1,5 +1,6 @@
 """`minitune report` and `train --report` write a page of a run, and replace nothing but reports."""
 
+import io
 import shlex
 import shutil
 import sys
@@ -55,10 +56,29 @@ def test_two_runs_are_compared_in_the_folder_of_the_first_or_in_another_file(run
     shutil.copytree(run, "second")
     assert main(["report", "first", "second", "--output", "both.html"]) == 0
     assert main(["report", "first", "second"]) == 0
-    assert capsys.readouterr().out == "both.html\nfirst/report.html\n"
-    for path in ("both.html", "first/report.html"):
+    assert main(["report", "first"]) == 0
+    names = ["both.html", "first/report-with-second.html", "first/report.html"]
+    assert capsys.readouterr().out.splitlines() == names
+    for path in names[:2]:
         assert "second" in Path(path).read_text()
-    assert not Path("second/report.html").exists()
+    assert "second" not in Path(names[2]).read_text()
+    assert not list(Path("second").glob("report*"))
+
+
+def test_a_run_is_not_compared_with_itself(run, capsys):
+    text = "is the first run itself; name another run to compare with"
+    for other in ("first", "first/", Path("first").resolve(), "first/../first"):
+        assert f"{other} {text}" in error_of(capsys, "first", other)
+    assert not list(run.glob("report*"))
+
+
+def test_a_path_that_the_terminal_cannot_show_is_printed_with_escapes(run, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["report", "first", "--output", "ö.html"]) == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == b"\\xf6.html\n"
+    assert Path("ö.html").exists()
 
 
 def test_a_file_that_is_no_report_stays(run, capsys):
@@ -84,16 +104,24 @@ def test_wrong_arguments_are_refused_by_name(run, capsys):
         capsys, run, "--output", below_a_file
     )
     assert "use --output" in error_of(capsys, run, "--output-dir", "x")
-    assert "unknown argument third" in error_of(capsys, run, run, "third")
+    assert "3 runs are given; expected one run, or two to compare" in error_of(
+        capsys, run, run, "third"
+    )
+    for flag in ("--force", "--overwrite"):
+        assert "a report is replaced anyway; leave it out" in error_of(capsys, run, flag)
     assert not (run / "report.html").exists()
 
 
 def test_the_python_function_writes_the_same_page(run, tmp_path):
     assert minitune.write_report(run) == run / "report.html"
     other = minitune.write_report(str(run), path=tmp_path / "page.html")
-    assert other.read_text() == (run / "report.html").read_text()
-    both = minitune.write_report(run, run, "both.html")
-    assert both.read_text() != other.read_text()
+    pages = [
+        path.read_text().partition("This page was written") for path in (other, run / "report.html")
+    ]
+    assert pages[0][:2] == pages[1][:2] and pages[0][1]
+    shutil.copytree(run, "second")
+    both = minitune.write_report(run, "second", "both.html")
+    assert "second" in both.read_text()
     with pytest.raises(ValueError, match=r"run is None.*set output_dir"):
         minitune.write_report(None)
 
@@ -103,13 +131,18 @@ def test_the_python_function_writes_the_same_page(run, tmp_path):
 
 def test_a_run_that_replaces_another_deletes_its_report_and_no_other_page(finished, run):
     minitune.write_report(run)
-    assert existing_outputs(run)[-1] == "report.html"
+    shutil.copytree(run, "second")
+    minitune.write_report(run, "second")
+    assert existing_outputs(run)[-2:] == ["report-with-second.html", "report.html"]
+    Path(run, "report-with-mine.html").write_text("mine")
+    shutil.copy(run / "report.html", run / "reports.html")
     Path(run, "mine.html").write_text("mine")
     model = finished.parent / "model"
     with pytest.raises(ValueError, match="already holds a run"):
         new_trainer(model, run, max_steps=1).train()
     new_trainer(model, run, max_steps=1, overwrite=True).train()
-    assert not (run / "report.html").exists() and (run / "mine.html").exists()
+    pages = sorted(path.name for path in run.glob("*.html"))
+    assert pages == ["mine.html", "report-with-mine.html", "reports.html"]
     (run / "report.html").write_text("mine")
     new_trainer(model, run, max_steps=1, overwrite=True).train()
     assert (run / "report.html").read_text() == "mine"

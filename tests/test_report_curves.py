@@ -126,6 +126,7 @@ def test_an_axis_holds_all_values_between_round_numbers_that_differ(values, from
         ([15_000, 17_000], True, "0 5,000 10,000 15,000 20,000"),
         ([0, 2e6], True, "0 0.5 M 1.0 M 1.5 M 2.0 M"),
         ([2.0], False, "1.0 1.5 2.0 2.5 3.0"),
+        ([2.0, 2.0 + 4e-16], False, "1.0 1.5 2.0 2.5 3.0"),  # rounding is no range
         ([0.0], False, "0 0.2 0.4 0.6 0.8 1.0"),
         ([-3, 5], True, "-4 -2 0 2 4 6"),
     ],

@@ -163,6 +163,9 @@ FOREIGN_SETTINGS: dict[str, Foreign | Renamed | Replaced] = {
     "trackio_space_id": OTHER_TRACKER,
     "trackio_bucket_id": OTHER_TRACKER,
     "trackio_static_space_id": OTHER_TRACKER,
+    "report": Foreign(
+        "after train(), minitune.write_report(trainer.output) writes it", neutral=OFF
+    ),
     "save_only_model": Foreign(
         "a checkpoint holds the optimizer, so that it can be continued; it is small", neutral=OFF
     ),

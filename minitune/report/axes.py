@@ -63,7 +63,7 @@ def value_axis(values: np.ndarray, from_zero: bool) -> Axis:
         low = 0.0
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         margin = abs(low) / 2 or 1.0
-        low, high = low - margin * (low != 0), high + margin
+        low, high = low - margin * (low != 0), low + margin
     step = _round_step(high - low)
     first, last = math.floor(low / step), math.ceil(high / step)
     ticks = [i * step for i in range(first, last + 1)]

@@ -201,7 +201,9 @@ class _Plot:
     def path(self, curve: Curve) -> str:
         """Return the points of a curve as the `d` of a path."""
         x, y = (np.round(UNITS * share, 1) for share in self.points(curve))
-        return "M" + "L".join(f"{a:g} {b:g}" for a, b in zip(x, y, strict=True))
+        part = np.searchsorted(curve.gaps, curve.steps)
+        letters = np.where(np.diff(part, prepend=-1), "M", "L")
+        return "".join(f"{c}{a:g} {b:g}" for c, a, b in zip(letters, x, y, strict=True))
 
     def curve(self, line: Line) -> str:
         """Return the path of a curve, with its steps and values for the script."""

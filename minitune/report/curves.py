@@ -4,7 +4,7 @@ A page cannot hold 100,000 points a curve. A curve is cut into bins of equal wid
 each bin the lowest and the highest value stay, so every spike is seen.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,27 +24,50 @@ class Curve:
 
     steps: optimizer steps in ascending order, (N,), float64.
     values: finite, (N,), float64.
+    gaps: steps, ascending; the drawn line is broken between the points around each one.
     """
 
     steps: np.ndarray
     values: np.ndarray
+    gaps: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
 
 
-def curve(records: Iterable[Mapping[str, Any]], name: str, unit: float = 1.0) -> Curve:
+def curve(
+    records: Iterable[Mapping[str, Any]], name: str, unit: float = 1.0, gaps: Iterable[int] = ()
+) -> Curve:
     """Return the curve of a metric over the records that hold it.
 
     records: in the order of their steps.
     unit: the values are divided by it, such as 2**30 for GiB.
+    gaps: steps without a finite value.
     """
     found = [record for record in records if name in record]
     steps = np.array([record["step"] for record in found], np.float64)
     values = np.array([record[name] for record in found], np.float64)
     known = np.isfinite(values)
     values = np.where(np.abs(values) < TINY, 0.0, values / unit)
-    return Curve(steps[known], values[known])
+    return Curve(steps[known], values[known], sorted(gaps))
+
+
+def part_until(curve: Curve, step: float) -> Curve:
+    """Return the points up to a step."""
+    count = int(np.searchsorted(curve.steps, step, side="right"))
+    return Curve(curve.steps[:count], curve.values[:count], curve.gaps)
+
+
+def last_common_step(first: Curve, second: Curve) -> float | None:
+    """Return the last step that both curves have, or None."""
+    common = np.intersect1d(first.steps, second.steps)
+    return float(common[-1]) if len(common) else None
+
+
+def smoothed(curve: Curve) -> Curve:
+    """Return the moving mean of a long and noisy curve, and any other curve as it is."""
+    window = smoothing_window(curve)
+    return moving_mean(curve, window) if window else curve
 
 
 def smoothing_window(curve: Curve) -> int:
@@ -69,7 +92,7 @@ def moving_mean(curve: Curve, window: int) -> Curve:
         means = _mean_around(means, window // 4)
     # rounding must not move a mean out of the range of its values
     means = np.clip(means * largest, curve.values.min(), curve.values.max())
-    return Curve(curve.steps, means)
+    return Curve(curve.steps, means, curve.gaps)
 
 
 def _mean_around(values: np.ndarray, half: int) -> np.ndarray:
@@ -94,4 +117,4 @@ def thinned(curve: Curve, bins: int = BINS) -> Curve:
             part = curve.values[first:last]
             kept |= {int(first + part.argmin()), int(first + part.argmax())}
     places = np.array(sorted(kept))
-    return Curve(curve.steps[places], curve.values[places])
+    return Curve(curve.steps[places], curve.values[places], curve.gaps)

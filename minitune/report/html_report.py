@@ -34,6 +34,20 @@ from minitune.training.own_files import REPORT_MARK
 
 MAX_BYTES = 1_900_000  # of a page
 TEXT_LIMITS = (10_000, 2_000, 400, 80, 20)  # characters of a text; the first that fits
+OF_FILES = {
+    "disable_tqdm",
+    "gguf",
+    "merge",
+    "merge_base",
+    "output_dir",
+    "overwrite",
+    "report",
+    "report_to",
+    "resume",
+    "run_name",
+    "sample_prompts",
+    "show",
+}
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = (
     f"default-src 'none'; script-src 'sha256-{SCRIPT_HASH}'; style-src 'unsafe-inline'; "
@@ -42,10 +56,11 @@ POLICY = (
 HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">{REPORT_MARK}'
 
 
-def html_report(runs: Sequence[RunRecord]) -> str:
+def html_report(runs: Sequence[RunRecord], written: str = "") -> str:
     """Return the page as a text in UTF-8 of less than 2 MB. Long texts are cut, with a word.
 
     runs: one run, or two to compare.
+    written: the time of the page as a text, which stands at its end.
 
     Raises: ValueError if there are none or more than two.
     """
@@ -65,6 +80,7 @@ def html_report(runs: Sequence[RunRecord]) -> str:
             *_rows("Plan of the largest micro-step", [run.plan for run in runs], runs, limit),
             *_rows("Run", [run.facts for run in runs], runs, limit),
             *_equal_settings(runs, limit),
+            f'<p class="written quiet">This page was written {written}.</p>' * bool(written),
             f"<script>{SCRIPT}</script>",
         ]
         text = page(f"{title} – minitune report", STYLE, body, HEAD)
@@ -107,15 +123,24 @@ def _is_word(value: Any) -> bool:
 
 
 def _differences(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
-    """Yield the settings that differ between two runs; output_dir, which always does, is last."""
+    """Yield the settings that differ between two runs.
+
+    First come those that change the training, then those of files and logging. output_dir, which
+    always differs, is last.
+    """
     if len(runs) < 2 or not all(run.settings for run in runs):
         return
     rows = [row for row in _setting_rows(runs) if row.differs]
-    rows.sort(key=lambda row: row.label == "output_dir")
+    rows.sort(key=lambda row: (row.label == "output_dir", _is_of_files(row.label)))
     if all(row.label == "output_dir" for row in rows):
         yield from ("<h2>Different settings</h2>", "<p>None: all settings are equal.</p>")
     else:
         yield from _titled("Different settings", rows_table(rows, runs, limit))
+
+
+def _is_of_files(setting: str) -> bool:
+    """Return True if a setting decides about files and lines, not about the adapter."""
+    return setting in OF_FILES or setting.startswith(("logging_", "save_", "eval_"))
 
 
 def _equal_settings(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
@@ -165,7 +190,7 @@ def _metric_lines(runs: Sequence[RunRecord], name: str, unit: float = 1.0) -> li
     """Return the curve of a metric of the training records for each run."""
     labels = short_names(runs) if len(runs) > 1 else [""]
     return [
-        Line(label, run_style(i), curve(run.training, name, unit))
+        Line(label, run_style(i), curve(run.training, name, unit, run.gaps.get(name, ())))
         for i, (run, label) in enumerate(zip(runs, labels, strict=True))
     ]
 
@@ -182,5 +207,6 @@ def _loss_lines(runs: Sequence[RunRecord]) -> list[Line]:
         lines = [Line("training", run_style(0), lines[0].curve)]
     for run, name, style in zip(runs, names, styles, strict=True):
         best = int(best_evaluation(run)["step"]) if run.evaluations else None
-        lines.append(Line(name, style, curve(run.evaluations, "eval_loss"), True, best))
+        losses = curve(run.evaluations, "eval_loss", gaps=run.gaps.get("eval_loss", ()))
+        lines.append(Line(name, style, losses, True, best))
     return lines

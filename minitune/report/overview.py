@@ -11,11 +11,13 @@ from minitune.memory.plan import PEAK
 from minitune.progress import duration
 from minitune.report.axes import count_text, loss_text, norm_text
 from minitune.report.charts import swatch
+from minitune.report.curves import Curve, curve, last_common_step, part_until, smoothed
 from minitune.report.run_record import RunRecord
 from minitune.report.texts import cut, run_style
 
 NOTHING = "–"
 MAX_TEXT = 500  # characters of a text, such as the model's description
+MIN_REST = 0.02  # of the time; less than this beside the training is not shown
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,11 @@ def heading(runs: Sequence[RunRecord]) -> Iterator[str]:
         yield f'<span class="name">{mark}{escape(run.name)} {badge}</span>'
     yield "</h1>"
     models = [dict(run.facts).get("model", "") for run in runs]
-    for model in dict.fromkeys(model for model in models if model):
-        yield f'<div class="quiet model">{escape(cut(model, MAX_TEXT))}</div>'
+    is_shared = len(set(models)) == 1
+    for i, model in enumerate(models[:1] if is_shared else models):
+        if model:
+            mark = "" if is_shared else swatch(run_style(i))
+            yield f'<div class="quiet model">{mark}{escape(cut(model, MAX_TEXT))}</div>'
 
 
 def cards(runs: Sequence[RunRecord]) -> Iterator[str]:
@@ -53,22 +58,54 @@ def cards(runs: Sequence[RunRecord]) -> Iterator[str]:
         shown = []
         for i, number in enumerate(numbers):
             mark = swatch(run_style(i)) if len(runs) > 1 else ""
-            change = _difference(numbers) if i else ""
+            change = _difference(numbers, label in LOSSES) if i else ""
             shown.append((mark + escape(number.text) + change, escape(number.detail)))
+        if label in LOSSES and len(runs) > 1:
+            text, detail = shown[-1]
+            shown[-1] = text, detail + _at_common_step(*map(LOSSES[label], runs))
         yield number_card(label, *shown)
     yield "</dl>"
 
 
-def _difference(numbers: Sequence[Number]) -> str:
-    """Return the change from the first run to the second one as markup, if there are two."""
+def _difference(numbers: Sequence[Number], is_loss: bool) -> str:
+    """Return the change from the first run to the second one as markup, if there are two.
+
+    is_loss: the change is a difference in nats, otherwise a ratio.
+    """
     values = [number.value for number in numbers]
-    if len(values) < 2 or None in values or not values[0]:
+    if len(values) < 2 or None in values:
         return ""
-    change = values[1] / values[0] - 1
-    if not math.isfinite(change) or abs(change) > 1e6:
+    if is_loss:
+        text = _nats(*values)
+    elif values[0]:
+        change = values[1] / values[0] - 1
+        if not math.isfinite(change) or abs(change) > 1e6:
+            return ""
+        text = "equal" if abs(change) < 5e-4 else f"{change:+.1%}".replace("-", "−")
+    else:
         return ""
-    text = f"{change:+.1%}".replace("-", "−")
-    return f' <span class="change">{"equal" if abs(change) < 5e-4 else text}</span>'
+    return f' <span class="change">{text}</span>'
+
+
+def _nats(first: float, second: float) -> str:
+    """Return the difference of two losses."""
+    change = second - first
+    if abs(change) < 5e-5:
+        return "equal"
+    return f"{'+' if change > 0 else '−'}{loss_text(abs(change))}"
+
+
+def _at_common_step(first: Curve, second: Curve) -> str:
+    """Return the losses of two runs at the last step that both have, if a run has later ones.
+
+    Both curves end there, because a mean at the end of a curve lags behind.
+    """
+    step = last_common_step(first, second)
+    if step is None or step == max(first.steps[-1], second.steps[-1]):
+        return ""
+    values = [smoothed(part_until(part, step)).values[-1] for part in (first, second)]
+    texts = " and ".join(map(loss_text, values))
+    return f"<br>at step {count_text(step)}, in both: {texts}, {_nats(*values)}"
 
 
 # ---- the numbers
@@ -87,27 +124,34 @@ def _steps(run: RunRecord) -> Number:
     return Number(text, ", ".join(parts))
 
 
+def _training_curve(run: RunRecord) -> Curve:
+    return curve(run.training, "loss")
+
+
+def _evaluation_curve(run: RunRecord) -> Curve:
+    return curve(run.evaluations, "eval_loss")
+
+
 def _training_loss(run: RunRecord) -> Number:
+    """Return the last loss, smoothed as in the chart."""
     if not run.training:
         return Number(NOTHING, "no record")
-    last, lowest = run.training[-1], min(run.training, key=lambda record: record["loss"])
-    detail = f"at step {last['step']:,}, the lowest"
-    if lowest["loss"] < last["loss"]:
-        detail = f"at step {last['step']:,}; lowest {loss_text(lowest['loss'])}"
-        detail += f" at step {lowest['step']:,}"
-    return Number(loss_text(last["loss"]), detail, last["loss"])
+    full = _training_curve(run)
+    shown = smoothed(full)
+    detail = f"at step {count_text(full.steps[-1])}" + ", smoothed" * (shown is not full)
+    return Number(loss_text(shown.values[-1]), detail, shown.values[-1])
 
 
 def _evaluation_loss(run: RunRecord) -> Number:
+    """Return the best loss, and the last one if it is another."""
     if not run.evaluations:
         return Number(NOTHING, "no evaluation")
     last = run.evaluations[-1]
     best = best_evaluation(run)
-    detail = f"at step {last['step']:,}, the best"
+    detail = f"at step {best['step']:,}, the best"
     if best["eval_loss"] < last["eval_loss"]:
-        detail = f"at step {last['step']:,}; best {loss_text(best['eval_loss'])}"
-        detail += f" at step {best['step']:,}"
-    return Number(loss_text(last["eval_loss"]), detail, last["eval_loss"])
+        detail += f"; {loss_text(last['eval_loss'])} at step {last['step']:,}, the last"
+    return Number(loss_text(best["eval_loss"]), detail, best["eval_loss"])
 
 
 def best_evaluation(run: RunRecord) -> dict[str, float]:
@@ -116,16 +160,38 @@ def best_evaluation(run: RunRecord) -> dict[str, float]:
 
 
 def _time(run: RunRecord) -> Number:
-    last = run.training[-1] if run.training else {}
-    if "seconds" not in last:
-        return Number(NOTHING)
-    seconds, detail = last["seconds"], ""
-    if last["step"]:
-        a_step = seconds / last["step"]
-        short = a_step < 1
-        detail = f"{norm_text(1000 * a_step)} ms a step" if short else f"{a_step:,.3g} s a step"
-    text = duration(min(seconds, 1e12)) if seconds >= 10 else f"{seconds:.1f} s"
-    return Number(text, detail, seconds)
+    """Return the time of a training step, and that of the whole run."""
+    training, steps = training_seconds(run), run.training[-1]["step"] if run.training else 0
+    detail = ""
+    if run.seconds is not None:
+        detail = f"{_time_text(run.seconds)} in all"
+        if training is not None and run.seconds - training >= MIN_REST * run.seconds:
+            rest = _time_text(run.seconds - training)
+            detail += f", of it {rest} evaluations, answers and checkpoints"
+    if training is None or not steps:
+        return Number(NOTHING, detail)
+    a_step = training / steps
+    text = f"{norm_text(1000 * a_step)} ms" if a_step < 1 else f"{a_step:,.3g} s"
+    return Number(text, detail, a_step)
+
+
+def training_seconds(run: RunRecord) -> float | None:
+    """Return the time of the training steps alone, or None if a record does not tell it.
+
+    The speed of a record is that of the steps since the record before, without evaluations, sample
+    answers and checkpoints.
+    """
+    seconds, before = 0.0, 0.0
+    for record in run.training:
+        tokens, rate = record.get("tokens", 0), record.get("tokens_per_second", 0)
+        if rate <= 0 or tokens < before:
+            return None
+        seconds, before = seconds + (tokens - before) / rate, tokens
+    return seconds if run.training and math.isfinite(seconds) else None
+
+
+def _time_text(seconds: float) -> str:
+    return duration(min(seconds, 1e12)) if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _speed(run: RunRecord) -> Number:
@@ -154,7 +220,12 @@ CARDS: dict[str, Callable[[RunRecord], Number]] = {
     "Steps": _steps,
     "Training loss": _training_loss,
     "Evaluation loss": _evaluation_loss,
-    "Time": _time,
+    "Time of a step": _time,
     "Speed": _speed,
     "Peak memory": _memory,
+}
+# The cards of losses, and the curve of each one.
+LOSSES: dict[str, Callable[[RunRecord], Curve]] = {
+    "Training loss": _training_curve,
+    "Evaluation loss": _evaluation_curve,
 }

@@ -1,7 +1,8 @@
 """The script of the report: values at the pointer. The page works without it.
 
-All charts share the axis of steps, so one position moves the cursors of all of them. Arrow keys
-move the position too. The script reads the curves' points and texts from the paths (charts.py).
+All charts share the axis of steps, so one position moves the cursors of all of them. The position
+is that of a record of the chart that is pointed at; arrow keys move it to the next record. The
+script reads the curves' points and texts from the paths (charts.py).
 """
 
 SCRIPT = """
@@ -11,7 +12,7 @@ const charts = [...document.querySelectorAll(".chart")].map((figure) => {
   const dots = figure.querySelectorAll(".dot");
   const texts = figure.querySelectorAll(".legend b");
   const curves = [...figure.querySelectorAll("path[data-steps]")].map((path, i) => ({
-    points: path.getAttribute("d").slice(1).split("L").map((p) => p.split(" ").map(Number)),
+    points: path.getAttribute("d").slice(1).split(/[LM]/).map((p) => p.split(" ").map(Number)),
     steps: path.dataset.steps.split(" "),
     values: path.dataset.values.split(";"),
     dot: dots[i],
@@ -19,7 +20,9 @@ const charts = [...document.querySelectorAll(".chart")].map((figure) => {
     last: texts[i].textContent,
   }));
   const plot = figure.querySelector(".plot");
-  return { figure, plot, curves, cursor: plot.querySelector(".cursor"),
+  const places = new Set(curves.flatMap((curve) => curve.points.map((point) => point[0])));
+  const records = [...places].sort((a, b) => a - b).map((x) => [x]);
+  return { figure, plot, curves, records, cursor: plot.querySelector(".cursor"),
            step: figure.querySelector(".step") };
 });
 
@@ -68,23 +71,25 @@ function hide() {
 }
 
 let position = null;
-for (const { plot } of charts) {
+for (const { plot, records } of charts) {
   plot.setAttribute("tabindex", "0");
   const follow = (event) => {
     const box = plot.getBoundingClientRect();
-    show(Math.min(UNITS, Math.max(0, (event.clientX - box.left) / box.width * UNITS)));
+    const x = (event.clientX - box.left) / box.width * UNITS;
+    show(records[nearest(records, x)][0]);
   };
   plot.addEventListener("pointermove", follow);
   plot.addEventListener("pointerdown", follow);
   plot.addEventListener("pointerleave", hide);
   plot.addEventListener("blur", hide);
   plot.addEventListener("keydown", (event) => {
-    const moves = { ArrowLeft: -5, ArrowRight: 5, Home: -UNITS, End: UNITS };
+    const count = records.length;
+    const moves = { ArrowLeft: -1, ArrowRight: 1, Home: -count, End: count };
     if (event.key === "Escape") hide();
     if (!(event.key in moves)) return;
     event.preventDefault();
-    const from = position === null ? UNITS : position;
-    show(Math.min(UNITS, Math.max(0, from + moves[event.key])));
+    const from = position === null ? count - 1 : nearest(records, position);
+    show(records[Math.min(count - 1, Math.max(0, from + moves[event.key]))][0]);
   });
 }
 """

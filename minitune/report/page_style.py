@@ -77,6 +77,7 @@ summary { margin: 0 0 1rem; cursor: pointer; color: var(--quiet); }
 .dataset h3 span { font-size: .85rem; font-weight: 400; }
 .dataset .facts th { width: 9rem; }
 .caption { margin: 0; padding: .6rem 1rem 0; font-size: .85rem; border-top: 1px solid var(--line); }
+.written { margin: 2.5rem 0 0; font-size: .85rem; }
 .note { border-top: 1px solid var(--line); color: var(--fault); overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   .charts { grid-template-columns: 1fr; gap: .5rem; }

@@ -9,6 +9,7 @@ A run may be unfinished, older or damaged: everything that can be read is read, 
 is missing. Every number of a record is finite, and every text is a text.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,10 @@ from typing import Any
 from minitune.checkpoints.find_model import ADAPTER, checkpoint_step
 from minitune.config.numbers import number, whole
 from minitune.data.sources.text_files import numbered_lines
-from minitune.progress import duration
 from minitune.read_files import file_exists, parse_json, read_toml, require_regular_file
 from minitune.training.own_files import CONFIG, FACTS, METRICS, OUTPUTS, checkpoints
-from minitune.training.run_facts import DataRecord, RunFacts, read_facts
+from minitune.training.run_end import ways_to_continue
+from minitune.training.run_facts import DataRecord, RunFacts, read_facts, time_text
 
 MAX_BYTES = 256 << 20  # of metrics.jsonl; a run with 100,000 lines has 25 MB
 MAX_LISTED = 3  # places of broken lines in a note
@@ -36,6 +37,7 @@ class RunRecord:
     name: the folder as the user named it, or its whole path if that is "." or "..".
     steps_done, total_steps: optimizer steps; total_steps is None if no file tells it.
     is_finished: True if the run has come to its end, also to one that a callback asked for.
+    seconds: time of the run so far, with evaluations and sample answers, or None.
     training: records with "step" and "loss", and mostly "learning_rate", "grad_norm", "tokens",
         "tokens_per_second", "seconds", "peak_memory_bytes", "epoch". All values are numbers.
     evaluations: records with "step" and "eval_loss". All values are numbers.
@@ -45,12 +47,14 @@ class RunRecord:
     plan: (label, text) on the largest micro-step.
     data: the datasets.
     notes: texts on everything that is missing or broken.
+    gaps: metric -> steps whose records hold no finite number for the metric.
     """
 
     name: str
     steps_done: int
     total_steps: int | None
     is_finished: bool
+    seconds: float | None = None
     training: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -59,6 +63,7 @@ class RunRecord:
     plan: list[tuple[str, str]] = field(default_factory=list)
     data: list[DataRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    gaps: dict[str, list[int]] = field(default_factory=dict)
 
 
 def read_run(folder: str | Path) -> RunRecord:
@@ -69,30 +74,33 @@ def read_run(folder: str | Path) -> RunRecord:
     folder = Path(folder)
     _require_run(folder)
     notes: list[str] = []
-    metrics = _Metrics(folder / METRICS, notes)
     settings = _read_settings(folder / CONFIG, notes)
     facts = _read_facts(folder / FACTS, notes)
-    saved = map(checkpoint_step, checkpoints(folder))
-    steps_done = max([facts.steps_done, *metrics.steps, *saved])
     # an older version writes no end, but its adapter, which a stopped run has not
     is_finished = bool(facts.end) or (not facts.facts and (folder / ADAPTER).is_dir())
-    end, total_steps = facts.end, facts.total_steps or _total_steps(settings, metrics.training)
+    metrics = _Metrics(folder / METRICS, is_finished, notes)
+    # beside run.json, later checkpoints may be those of an earlier part that went further
+    saved = [] if facts.facts else map(checkpoint_step, checkpoints(folder))
+    steps_done = max([facts.steps_done, *metrics.steps, *saved])
+    total_steps = facts.total_steps or _total_steps(settings, metrics.training)
     if not is_finished:
-        end = _end_so_far(metrics.training, steps_done, total_steps)
-        notes.append("the run is not finished" if steps_done else "no step of the run is recorded")
+        notes.insert(0, _state(folder, settings, steps_done, total_steps))
+    last = metrics.training[-1] if metrics.training else {}
     return RunRecord(
         name=str(folder if folder.name.strip(".") else folder.resolve()),
         steps_done=steps_done,
         total_steps=total_steps,
         is_finished=is_finished,
+        seconds=max(facts.seconds, last.get("seconds", 0)) or None,
         training=metrics.training,
         evaluations=metrics.evaluations,
         samples=metrics.samples,
         settings=settings,
-        facts=[*facts.facts, *end],
+        facts=[*facts.facts, *facts.end],
         plan=facts.plan,
         data=facts.data,
         notes=notes,
+        gaps=metrics.gaps,
     )
 
 
@@ -155,15 +163,17 @@ def _total_steps(settings: dict[str, Any], training: Sequence[dict[str, float]])
     return math.ceil(steps) if 0 < steps <= STEPS.maximum else None
 
 
-def _end_so_far(
-    training: Sequence[dict[str, float]], steps_done: int, total_steps: int | None
-) -> list[tuple[str, str]]:
-    """Return the row on a run that is not finished."""
-    text = f"{steps_done:,} of {total_steps:,} steps" if total_steps else f"{steps_done:,} steps"
-    last = training[-1] if training else {}
-    if "tokens" in last and "seconds" in last:
-        text += f"; {last['tokens']:,} tokens in {duration(last['seconds'])} up to the last line"
-    return [("trained", f"{text}; not finished")]
+def _state(folder: Path, settings: dict[str, Any], steps_done: int, total_steps: int | None) -> str:
+    """Return how far a run came that is not finished, since when, and how it continues."""
+    steps = f"step {steps_done:,}" + (f" of {total_steps:,}" if total_steps else "")
+    text = f"the run came to {steps}" if steps_done else "no step of the run is recorded"
+    with contextlib.suppress(OSError):
+        written = time_text((folder / METRICS).stat().st_mtime)
+        text += f"; the last line was written {written}"
+    if checkpoints(folder):
+        config = folder / CONFIG if settings.get("data") else None
+        text += f"; if it was stopped, {ways_to_continue(folder, config)[0]} continues it"
+    return text
 
 
 # ---- metrics
@@ -172,19 +182,20 @@ def _end_so_far(
 class _Metrics:
     """The records of a metrics.jsonl by their kind.
 
-    training, evaluations, samples: as in RunRecord.
+    training, evaluations, samples, gaps: as in RunRecord.
     steps: the steps of all records.
     """
 
-    def __init__(self, path: Path, notes: list[str]):
+    def __init__(self, path: Path, is_finished: bool, notes: list[str]):
         """Read the file, and note the lines that are broken and the values that are not finite."""
         self.training: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
         self.samples: list[dict[str, Any]] = []
         self._broken: list[str] = []
-        self._not_finite: list[str] = []
+        self.gaps: dict[str, list[int]] = {}
+        self._no_numbers: list[str] = []
         try:
-            for line, record in _records(path):
+            for line, record in _records(path, is_finished):
                 self._add(line, record)
         except ValueError as error:
             notes.append(f"no further metrics: {_without_folder(error, path)}")
@@ -192,8 +203,8 @@ class _Metrics:
             kind.sort(key=lambda record: record["step"])
         if self._broken:
             notes.append(f"{path.name}: left out: {_listed(self._broken)}")
-        if self._not_finite:
-            notes.append(f"{path.name}: not finite: {_listed(self._not_finite)}")
+        if self._no_numbers:
+            notes.append(f"{path.name}: no finite numbers: {_listed(self._no_numbers)}")
 
     @property
     def steps(self) -> Iterator[int]:
@@ -215,7 +226,9 @@ class _Metrics:
         else:
             numbers = {name: value for name, value in record.items() if VALUES.hold(value)}
             wrong = [name for name in record if name not in numbers]
-            self._not_finite += [f"{name} at step {step}" for name in wrong]
+            self._no_numbers += [f"{name} at step {step}" for name in wrong]
+            for name in wrong:
+                self.gaps.setdefault(name, []).append(step)
             if "loss" in numbers:
                 self.training.append(numbers)
             elif "eval_loss" in numbers:
@@ -224,8 +237,10 @@ class _Metrics:
                 self._broken.append(f"line {line}")
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
+def _records(path: Path, is_finished: bool) -> Iterator[tuple[int, Any]]:
     """Yield (line number, record); the record is None if the line is not JSON.
+
+    is_finished: False if the last line may be half written; such a line is left out.
 
     Raises: ValueError if the file is missing, no file, or too long.
     """
@@ -240,7 +255,8 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             yield line, None if isinstance(text, ValueError) else parse_json(text)
         except ValueError:
-            yield line, None
+            if is_finished or text.endswith("\n"):
+                yield line, None
 
 
 def _are_answers(value: Any) -> bool:

@@ -82,7 +82,9 @@ def answer_rows(answers: Sequence[Sequence[Answer]], runs: Sequence[RunRecord]) 
     before = [next((a for a in own if a.step == 0), None) for own in answers]
     trained = [[a for a in own if a.step > 0] for own in answers]
     last = [own[-1] if own else None for own in trained]
-    during = [_spread(own[:-1], MAX_DURING) for own in trained]
+    # equal numbers of each run, so that a row is of one share of both runs
+    counts = [len(own) - 1 for own in trained if len(own) > 1]
+    during = [_spread(own[:-1], min([MAX_DURING, *counts])) for own in trained]
     is_after = all(
         run.is_finished and answer.step == run.steps_done
         for run, answer in zip(runs, last, strict=True)
@@ -128,6 +130,8 @@ def _prompt_card(
 
 def _label(row: AnswerRow) -> str:
     """Return the label of a row, with the step if all answers are of one."""
+    if row.label == "During" and len(row.steps) > 1:
+        return 'During<br><span class="quiet">at one share of both runs</span>'
     if row.label == "Before" or len(row.steps) > 1:
         return row.label
     step = f"{min(row.steps):,}"

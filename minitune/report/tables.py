@@ -89,13 +89,11 @@ def data_section(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
 
     A dataset that both runs have is shown once. Two of the same label stand side by side.
     """
-    labels = dict.fromkeys(data.label for run in runs for data in run.data)
+    kept = [(i, data) for i, run in enumerate(runs) for data in run.data[:MAX_DATASETS]]
     groups = []
-    for label in list(labels)[:MAX_DATASETS]:
-        found = [
-            (i, data) for i, run in enumerate(runs) for data in run.data if data.label == label
-        ]
-        is_shared = len(runs) > 1 and len(found) > 1 and found[0][1] == found[1][1]
+    for label in dict.fromkeys(data.label for _, data in kept):
+        found = [(i, data) for i, data in kept if data.label == label]
+        is_shared = [i for i, _ in found] == [0, 1] and found[0][1] == found[1][1]
         cards = []
         for i, data in found[:1] if is_shared else found:
             name = "both runs" if is_shared else run_name(runs, i) if len(runs) > 1 else ""
@@ -105,6 +103,7 @@ def data_section(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
         groups = [[card for cards in groups for card in cards]]
     for cards in filter(None, groups):
         yield from ('<div class="pair">', *cards, "</div>")
+    yield from _hidden(sum(len(run.data) for run in runs) - len(kept), "dataset")
 
 
 def _dataset(data: DataRecord, name: str, limit: int) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """The files that a run wrote: how they are recognised, and how they are deleted.
 
     outputs.json      {"names": [...]}: what this run or the one before wrote, except checkpoints
-    report.html       ours if it holds the mark of a report, beside outputs of a run
+    report.html       ours if it holds the mark of a report, beside outputs of a run; so are
+                      report-with-NAME.html, which compare the run with another
     checkpoint-N/     ours if it holds state.json with optimizer_steps, or optimizer.safetensors too
     .NAME.SUFFIX      the leftover of a process that was killed; NAME is one of these names
 
@@ -32,6 +33,8 @@ MERGED, METRICS, CONFIG, OUTPUTS = "merged", "metrics.jsonl", "config.toml", "ou
 FACTS, REPORT = "run.json", "report.html"
 # The head of a report's page holds this mark; only such a file is replaced or deleted.
 REPORT_MARK = '<meta name="generator" content="minitune report">'
+REPORTS = "report*.html"  # of one run, or of two
+IS_REPORT_NAME = re.compile(r"report(-with-.+)?\.html")
 HEAD_BYTES = 4096  # of a page, in which the mark is sought
 TENSORBOARD = "tensorboard"
 FIXED_NAMES = (CONFIG, METRICS, FACTS, ADAPTER, MERGED, TENSORBOARD)
@@ -82,6 +85,20 @@ def is_report(path: Path) -> bool:
         return False
 
 
+def comparison_name(other: Path) -> str:
+    """Return the name of a page that compares a run with another, which `other` is the folder of.
+
+    Such a page lies in the folder of the first run.
+    """
+    return REPORT.replace(".html", f"-with-{other.resolve().name}.html")
+
+
+def _reports(output: Path) -> list[Path]:
+    """Return the pages in a run folder that reports were written to by default."""
+    found = [path for path in output.glob(REPORTS) if IS_REPORT_NAME.fullmatch(path.name)]
+    return sorted(path for path in found if is_report(path))
+
+
 def checkpoints(output: str | Path) -> list[Path]:
     """Return the checkpoint-N folders that a run wrote, oldest first."""
     found = [folder for folder in Path(output).glob("checkpoint-*") if is_own_checkpoint(folder)]
@@ -96,7 +113,7 @@ def existing_outputs(output: str | Path) -> list[str]:
     output = Path(output)
     names = [folder.name for folder in checkpoints(output)] + _listed_names(output)
     found = [name for name in dict.fromkeys(names) if exists(output / name)]
-    return [*found, REPORT] if found and is_report(output / REPORT) else found
+    return [*found, *(path.name for path in _reports(output))] if found else found
 
 
 def _listed_names(output: Path) -> list[str]:
@@ -207,14 +224,15 @@ def remove_leftovers(output: Path) -> None:
     The lock of the run is held. An export that writes into the folder holds its own locks, so its
     partial files stay.
     """
-    known = {*FIXED_NAMES, OUTPUTS, REPORT, *_listed_names(output)}
+    known = {*FIXED_NAMES, OUTPUTS, *_listed_names(output)}
     found = [LEFTOVER.fullmatch(path.name) for path in output.glob(".*")]
     names = {match["name"] for match in found if match}
     for name in sorted(names):  # the partial folder of a partial folder comes first
         path, whole = output / name, name
         while match := LEFTOVER.fullmatch(whole):
             whole = match["name"]
-        if whole in known or checkpoint_step(output / whole):
+        is_known = whole in known or IS_REPORT_NAME.fullmatch(whole)
+        if is_known or checkpoint_step(output / whole):
             try:
                 with exclusive(output / f".{name}.lock", str(path), ""):
                     _remove_leftovers_of(path)

@@ -50,7 +50,8 @@ def summary_rows(run: RunResult) -> list[tuple[str, str]]:
     p = run.progress
     trained = f"{p.step:,} steps, {p.tokens:,} tokens in {duration(p.seconds)}"
     if run.tokens_per_second is not None:
-        trained += f", {run.tokens_per_second:,.0f} tokens/s"
+        # the time includes evaluations and sample answers, the speed does not
+        trained += f", training at {run.tokens_per_second:,.0f} tokens/s"
     rows = [("trained", trained)]
     if run.last_loss is not None:
         rows.append(("loss", _loss_text(run.last_loss, p.step)))
@@ -125,10 +126,7 @@ def interruption(
     config: a config.toml that names everything a command needs, or None.
     program: `minitune train`, as the user types it.
     """
-    ways = [f"SFTConfig(output_dir={str(output)!r}, resume=True)"]
-    if config is not None:
-        command = f"minitune train --config {shlex.quote(str(config))} --resume"
-        ways.insert(0, command.replace("minitune train", program, 1))
+    ways = ways_to_continue(output, config, program)
     if step == 0:
         state = "before the first step was done: nothing is trained yet; start again"
     elif saved is None:
@@ -137,6 +135,19 @@ def interruption(
         state = f"after step {step} of {total_steps}, last checkpoint {saved}; continue"
     indent = " " * LABEL_WIDTH
     return labelled("interrupted", f"{state} with") + f"\n{indent}" + f"\n{indent}or ".join(ways)
+
+
+def ways_to_continue(
+    output: Path, config: Path | None, program: str = "minitune train"
+) -> list[str]:
+    """Return the command and the Python settings that continue a run.
+
+    output, config, program: as in `interruption`.
+    """
+    ways = [f"SFTConfig(output_dir={str(output)!r}, resume=True)"]
+    if config is not None:
+        ways.insert(0, f"{program} --config {shlex.quote(str(config))} --resume")
+    return ways
 
 
 def interruption_without_folder(step: int, total_steps: int) -> str:

@@ -1,25 +1,27 @@
 """The facts of a run that none of its other files holds: run.json, for the report of the run.
 
     total_steps   optimizer steps of the whole run
-    steps_done    optimizer steps that are done, when the file is written
-    facts         rows [label, text]: model, adapter, compute, steps, optimizer, versions
+    steps_done    optimizer steps that are done, when the file is written: at each checkpoint too
+    facts         rows [label, text]: model, adapter, compute, steps, optimizer, versions, begin
     data          an object for each dataset: label, rows, bars of its histogram, notes
     plan          rows [label, text] of the largest micro-step, from the first step on
     end           rows [label, text] of a finished run; empty before
+    seconds       time spent on steps_done, with evaluations and sample answers
 
 Nothing that decides about the training is read from this file, so a damaged one stops no run.
 """
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minitune.config.numbers import shown, whole
+from minitune.config.numbers import number, shown, whole
 from minitune.data.inspector.dataset_summary import (
     DatasetSummary,
     summarize,
@@ -37,11 +39,15 @@ from minitune.training.run_data import RunData
 from minitune.training.versions import versions
 
 Rows = list[tuple[str, str]]  # of a label and a text
-COUNTS = whole(0, 1 << 62)
+COUNTS, SECONDS = whole(0, 1 << 62), number(0, 1e12)
 # A pass over the tokens of a dataset took 0.1 s for 8.5 million (one CPU core, November 2026).
 # More tokens than these are not looked at: only lengths and records are counted then.
 MAX_CHECKED_TOKENS = 50_000_000
 MAX_NOTES = 50  # of a dataset
+MAX_CONTINUED = 10  # rows on the continuations of a run
+BEGUN, CONTINUED = "begun", "continued"
+# The other rows of a run's summary are in its records too, and would be those of one part only.
+END_LABELS = ("best", "saved", "files")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class RunFacts:
     data: list[DataRecord] = field(default_factory=list)
     plan: Rows = field(default_factory=list)
     end: Rows = field(default_factory=list)
+    seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as JSON values."""
@@ -80,23 +87,60 @@ class RunFacts:
 
 
 def facts_at_begin(
-    model: CausalLM, tokenizer: Tokenizer, data: RunData, run: RunSummary
+    model: CausalLM, tokenizer: Tokenizer, data: RunData, run: RunSummary, before: Rows = ()
 ) -> RunFacts:
-    """Return the facts of a run before its first step."""
+    """Return the facts of a run before its first step.
+
+    before: the times of the run that is continued (`times_in`).
+    """
     rows = banner_rows(model, {}, run)
-    rows.append(("versions", versions()))
-    rows.append(("begun", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")))
+    # a continued run may name the folder of its model by another path
+    if Path(model.name).exists():
+        short = Path(model.name).resolve().name
+        rows[0] = ("model", rows[0][1].replace(model.name, short, 1))
+    rows += [("versions", versions()), *_times(before, run)]
     records = [
-        _data_record(label, dataset, tokenizer, data.max_length)
+        _data_record(label, dataset, tokenizer, data.max_length, run.args.packing)
         for label, dataset in data.by_label.items()
     ]
-    return RunFacts(run.size.total_steps, run.done, rows, records)
+    return RunFacts(run.size.total_steps, run.done, facts=rows, data=records)
+
+
+def times_in(path: Path) -> Rows:
+    """Return the rows of a run.json that tell when the run was begun and continued."""
+    try:
+        facts, _ = read_facts(path)
+    except ValueError:  # missing or damaged; the report says so
+        return []
+    return [row for row in facts.facts if row[0] in (BEGUN, CONTINUED)]
+
+
+def time_text(seconds: float) -> str:
+    """Return a time as people read it, such as "2026-11-26 09:30 +0100".
+
+    seconds: since 1970.
+    """
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %z")
+
+
+def _times(before: Rows, run: RunSummary) -> Rows:
+    """Return the rows of `times_in`, and one for the present time."""
+    now = time_text(time.time())
+    if run.source is None:
+        return [(BEGUN, now)]
+    begun = [row for row in before if row[0] == BEGUN][:1]
+    continued = [row for row in before if row[0] == CONTINUED]
+    continued.append((CONTINUED, f"{now}, from step {run.done:,}"))
+    return begun + continued[-MAX_CONTINUED:]
 
 
 def _data_record(
-    label: str, dataset: TokenizedDataset, tokenizer: Tokenizer, max_length: int
+    label: str, dataset: TokenizedDataset, tokenizer: Tokenizer, max_length: int, packing: bool
 ) -> DataRecord:
-    """Return the numbers of a dataset, with a note for each of its possible faults."""
+    """Return the numbers of a dataset, with a note for each of its possible faults.
+
+    packing: True if samples are trained on in packed rows, which are counted then.
+    """
     notes = []
     if dataset.samples.lengths.sum() <= MAX_CHECKED_TOKENS:
         summary = summarize(dataset, tokenizer, max_length)
@@ -113,7 +157,8 @@ def _data_record(
         hidden = len(notes) - MAX_NOTES + 1
         notes[MAX_NOTES - 1 :] = [f"{hidden} more notes: `minitune data show` lists them"]
     bars = [(bar.first, bar.last, bar.count) for bar in summary.bars]
-    return DataRecord(label, [(row.label, _text(row)) for row in total_rows(summary)], bars, notes)
+    totals = total_rows(summary if packing else replace(summary, rows=0))
+    return DataRecord(label, [(row.label, _text(row)) for row in totals], bars, notes)
 
 
 def _faults(summary: DatasetSummary) -> list[str]:
@@ -134,20 +179,19 @@ def plan_rows(planner: Planner, device: torch.device) -> Rows:
         return rows
     if device.type == "cuda":
         rows += [(name, gib_text(nbytes)) for name, nbytes in plan.memory_rows()]
-        rows.append(("peak, measured", gib_text(torch.cuda.max_memory_allocated(device))))
         if math.isfinite(plan.seconds):
             rows.append(("time", f"{1e3 * plan.seconds:,.0f} ms a forward/backward, as planned"))
     return [*rows, ("layers", str(plan))]
 
 
-def mean_text(metrics: dict[str, float], packing: bool) -> str:
-    """Return the means over all steps of a run in words.
+def end_rows(summary: Rows, mean_loss: float) -> Rows:
+    """Return the rows of a finished run that its records do not tell.
 
-    metrics: from run_metrics.
-    packing: True if the unit of a step is a row, not a sample.
+    summary: from summary_rows.
+    mean_loss: over all steps.
     """
-    loss, speed = metrics["train_loss"], metrics["train_samples_per_second"]
-    return f"mean loss {loss:.4f}, {speed:,.2f} {'rows' if packing else 'samples'}/s"
+    rows = [row for row in summary if row[0] in END_LABELS]
+    return [*rows, ("mean loss", f"{mean_loss:.4f}, over all steps")]
 
 
 # ---- reading
@@ -171,6 +215,12 @@ def read_facts(path: Path) -> tuple[RunFacts, list[str]]:
 
 def _count(value: Any) -> int:
     return _of(value, int)
+
+
+def _seconds(value: Any) -> float:
+    if not SECONDS.hold(value):
+        raise ValueError(f"{shown(value)} is no number of seconds")
+    return value
 
 
 def _rows(value: Any) -> Rows:
@@ -216,6 +266,7 @@ def _of(value: Any, kind: type) -> Any:
 READERS: dict[str, Callable[[Any], Any]] = {
     "total_steps": _count,
     "steps_done": _count,
+    "seconds": _seconds,
     "facts": _rows,
     "data": _data,
     "plan": _rows,

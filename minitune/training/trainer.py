@@ -17,7 +17,7 @@ from minitune.training.log import TrainingLog
 from minitune.training.metrics import RunClock, run_metrics, status_text, training_record
 from minitune.training.one_run import only_run
 from minitune.training.out_of_memory import oom_as_value_error, planned_vs_measured
-from minitune.training.own_files import CONFIG, checkpoints
+from minitune.training.own_files import CONFIG, FACTS, checkpoints
 from minitune.training.run_end import (
     RunResult,
     interruption,
@@ -25,7 +25,7 @@ from minitune.training.run_end import (
     summary,
     summary_rows,
 )
-from minitune.training.run_facts import facts_at_begin, mean_text, plan_rows
+from minitune.training.run_facts import end_rows, facts_at_begin, plan_rows, times_in
 from minitune.training.saved_run import SavedRun
 
 
@@ -106,22 +106,24 @@ class Trainer(SavedRun):
         memory, best = memory_use(self.model.device), self.run_control.best
         saved = [] if self.output is None else checkpoints(self.output)
         result = RunResult(self.progress, speed, log.last_loss, best, memory, adapter, saved)
-        mean = mean_text(run_metrics(self.progress, self.size), self.args.packing)
-        self._update_facts(end=[*summary_rows(result), ("whole run", mean)])
+        mean = run_metrics(self.progress, self.size)["train_loss"]
+        self._update_facts(end=end_rows(summary_rows(result), mean))
         return summary(result)
 
     def _begin_facts(self, run: RunSummary) -> None:
         """Write run.json before the first step, with the facts that the banner shows."""
         if self.output is not None:
-            self._facts = facts_at_begin(self.model, self.processing_class, self.data, run)
+            before = [] if run.source is None else times_in(self.output / FACTS)
+            self._facts = facts_at_begin(self.model, self.processing_class, self.data, run, before)
             self._run.write_facts(self._facts)
 
     def _update_facts(self, **facts: Any) -> None:
         """Write run.json with the present plan and further facts."""
         if self.output is None:
             return
-        plan, done = plan_rows(self.planner, self.model.device), self.progress.step
-        self._facts = replace(self._facts, plan=plan, steps_done=done, **facts)
+        p, plan = self.progress, plan_rows(self.planner, self.model.device)
+        changes = {"plan": plan, "steps_done": p.step, "seconds": p.seconds, **facts}
+        self._facts = replace(self._facts, **changes)
         self._run.write_facts(self._facts)
 
     def _loop(self, log: TrainingLog, clock: RunClock, caught: list[int]) -> None:
@@ -154,6 +156,7 @@ class Trainer(SavedRun):
             if caught and self.output is not None:
                 p.seconds = clock.seconds()
                 self._save()
+                self._update_facts()
         if p.step == self.size.total_steps or run.control.should_training_stop:
             with clock.paused():
                 self._log_samples(log)
@@ -178,6 +181,7 @@ class Trainer(SavedRun):
             if run.control.should_save:
                 p.seconds = clock.seconds()
                 self._save()
+                self._update_facts()
                 run.saved()
 
     def _resident_weights(self) -> contextlib.AbstractContextManager:

@@ -13,8 +13,8 @@ REPORT_BUGS = [
     Mutation(
         "a folder with a report counts as a run's",
         "minitune/training/own_files.py",
-        "if found and is_report(output / REPORT)",
-        "if is_report(output / REPORT)",
+        "_reports(output))] if found else found",
+        "_reports(output))]",
         ("test_report_command.py::test_a_folder_with_nothing_but_a_report_holds_no_run",),
     ),
     Mutation(
@@ -44,5 +44,36 @@ REPORT_BUGS = [
         "longest // width + 2) * width",
         "longest // width + 1) * width",
         ("test_dataset_summary.py::test_the_histogram_holds_every_sample_once",),
+    ),
+    Mutation(
+        "answers of an earlier step count as those after the training",
+        "minitune/report/samples.py",
+        "run.is_finished and answer.step == run.steps_done",
+        "run.is_finished",
+        ("test_html_report.py::test_an_unfinished_run_says_so_and_lists_its_notes",),
+    ),
+    Mutation(
+        "an axis of rounding errors",
+        "minitune/report/axes.py",
+        "high - low <= 1e-9 * max(abs(low), abs(high))",
+        "high == low",
+        ("test_report_curves.py::test_axes_have_round_numbers",),
+    ),
+    Mutation(
+        "settings of files stand before those of the training",
+        "minitune/report/html_report.py",
+        'rows.sort(key=lambda row: (row.label == "output_dir", _is_of_files(row.label)))',
+        "pass",
+        (
+            "test_html_report_two_runs.py"
+            "::test_settings_of_files_and_logging_follow_those_of_the_training",
+        ),
+    ),
+    Mutation(
+        "the time of a step counts evaluations",
+        "minitune/report/overview.py",
+        "a_step = training / steps",
+        "a_step = run.seconds / steps",
+        ("test_html_report.py::test_the_time_of_a_step_is_that_of_the_training_alone",),
     ),
 ]
