@@ -1,5 +1,6 @@
 """Settings from flags, TOML files and defaults; wrong ones are named."""
 
+import re
 import signal
 import tomllib
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import pytest
 from minitune.config.architectures import LORA_TARGETS
 from minitune.config.cli import as_dict, parse, read_settings, run_command, toml_text
 from minitune.config.fields import check_settings, setting
+from minitune.config.sft_config import SFTConfig
 from minitune.stop_signals import Stopped
 
 
@@ -51,6 +53,20 @@ def test_toml_errors_name_the_file_the_key_and_the_nearest_names(tmp_path):
     path.write_text('learning_rate = "high"')
     with pytest.raises(ValueError, match="learning_rate is 'high'; expected a number"):
         parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize("name", ["output_dir", "logging_dir"])
+def test_an_empty_folder_is_refused_by_name_everywhere(tmp_path, name):
+    empty = f"{name} is ''; name a folder, such as '.' for the current one, or leave {name} out"
+    with pytest.raises(ValueError, match=re.escape(empty)):
+        SFTConfig(**{name: ""}, save_strategy="no")
+    with pytest.raises(ValueError, match=re.escape(empty)):
+        parse([f"--{name.replace('_', '-')}", ""])
+    path = tmp_path / "run.toml"
+    path.write_text(f'{name} = ""\n')
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {empty}")):
+        parse(["--config", str(path)])
+    assert getattr(SFTConfig(**{name: "."}), name) == "."
 
 
 def test_settings_written_as_toml_read_back_unchanged(tmp_path):

@@ -20,6 +20,11 @@ from minitune.config.training_config import (
     parse_bytes,
 )
 
+# Settings that name a folder -> the files without them
+DEFAULT_FOLDERS = {
+    "output_dir": "a run that is saved makes a new folder under runs/",
+    "logging_dir": "TensorBoard's files lie in the run folder",
+}
 MAX_DATA_WEIGHT = 1000  # copies of a source's samples
 # transformers' name of an optimizer -> the same optimizer here
 OPTIMIZER_ALIASES = {"adamw_bnb_8bit": "adamw_8bit"}
@@ -267,8 +272,13 @@ def _normal_value(name: str, value: Any) -> Any:
     Raises: ValueError if the value is another library's and has no form here.
     """
     value = plain_word(value)
-    if name in ("output_dir", "logging_dir") and isinstance(value, os.PathLike):
+    if name in DEFAULT_FOLDERS and isinstance(value, os.PathLike):
         return os.fspath(value)
+    if name in DEFAULT_FOLDERS and value == "":
+        raise ValueError(
+            f"{name} is ''; name a folder, such as '.' for the current one, or leave {name} out: "
+            f"{DEFAULT_FOLDERS[name]}"
+        )
     if name in ("ignore_fields", "data_weights", "sample_prompts") and isinstance(value, list):
         return tuple(value)
     if name == "max_steps" and value is None:

@@ -59,7 +59,8 @@ def with_absolute_paths(values: dict[str, Any], folder: str | Path = ".") -> dic
 
 
 def _absolute(path: str, folder: str | Path) -> str:
-    return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+    """Return the absolute path. An empty path, which the settings refuse, stays empty."""
+    return path and os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
 
 
 def _exists(path: str, folder: str | Path) -> bool:
