@@ -93,6 +93,11 @@ def test_show_prints_samples_with_marks_and_then_the_summary(show):
     assert show(RECORDS, "--n", "1", "--max-length", "40") == SHOWN
 
 
+def test_quiet_may_stand_before_show_and_behind_it(show):
+    for form in (("--quiet", "show"), ("show", "--quiet")):
+        assert show(RECORDS, "--n", "1", "--max-length", "40", form=form) == SHOWN
+
+
 def test_without_show_the_summary_stands_alone(show):
     summary = SHOWN.partition("\n\n")[2]
     assert show(RECORDS, "--max-length", "40", form=()) == summary

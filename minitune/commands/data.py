@@ -64,10 +64,12 @@ def main(argv: Sequence[str] | None = None, program: str = "minitune data") -> i
 
 
 def _run(argv: Sequence[str], program: str) -> None:
-    shows_samples = list(argv[:1]) == ["show"]
+    words = list(argv)
+    quiet = [words.pop(0)] if words[:1] == ["--quiet"] else []  # it may stand before `show`
+    shows_samples = words[:1] == ["show"]
     if "--show" in argv:
         raise ValueError(f"unknown argument --show; `{program} show --n 3` shows three samples")
-    flags = parse_flags(_parser(program), argv[1:] if shows_samples else argv)
+    flags = parse_flags(_parser(program), quiet + words[shows_samples:])
     count = flags.pop("n", SHOWN_SAMPLES if shows_samples else 0)
     borders, page = flags.pop("tokens", False), flags.pop("html", None)
     if page is not None and Path(page).suffix not in (".html", ".htm"):
