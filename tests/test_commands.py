@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from command_inputs import train, write_inputs
 
+from minitune.commands import generate
 from minitune.commands.__main__ import COMMANDS, main
 
 
@@ -167,3 +169,18 @@ def test_a_warning_of_a_command_is_one_line_without_source_code():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr == "warning: short of memory\n"
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
+def test_generate_computes_in_the_dtype_that_the_flag_names(inputs, monkeypatch, capsys, dtype):
+    def answer(model, *arguments):
+        dtypes.append(model.dtype)
+        answer_whole(model, *arguments)
+
+    dtypes, answer_whole = [], generate.answer
+    monkeypatch.setattr(generate, "answer", answer)
+    prompt = ["--prompt", "number 1", "--max-new-tokens", "2"]
+    flags = [] if dtype is None else ["--dtype", dtype]
+    model = ["--model", str(inputs / "model"), "--device", "cpu"]
+    assert main(["generate", *model, *prompt, *flags]) == 0
+    assert dtypes == [getattr(torch, dtype or "float32")] and capsys.readouterr().out

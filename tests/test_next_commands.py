@@ -78,8 +78,9 @@ def test_the_commands_after_training_run_when_they_are_pasted(folder):
 
 def test_a_run_that_writes_gguf_shows_the_line_of_llama_cpp_and_the_nf4_setting(folder):
     arguments = train_arguments(Path("."), Path("nf4"), "--r", "2", "--gguf", "q8_0")
-    done = paste(["minitune", "train", *arguments], folder)
-    _, server, _ = next_commands(done.stderr)
+    done = paste(["minitune", "train", *arguments, "--dtype", "float16"], folder)
+    generate, server, _ = next_commands(done.stderr)
+    assert shlex.join(generate).count(" --model nf4 --dtype float16 --device cpu ") == 1
     assert server[:2] == ["llama-server", "-m"] and (folder / server[2]).is_file()
     assert "--merge-base nf4 answers as in training" in " ".join(done.stderr.split())
 

@@ -123,6 +123,10 @@ def test_a_suggested_flag_exists_in_the_command_or_names_its_command(capsys):
         ("train --packing true", "--packing takes no value, but true follows it; --no-packing"),
         ("train --packing=true", "--packing takes no value, but true follows it; --no-packing"),
         ("generate", "--model is missing: minitune generate --model"),
+        (
+            "generate --model x --dtype half",
+            "--dtype is half; choose from float32, bfloat16, float16",
+        ),
         ("generate --model", "--model needs a value: minitune generate --model"),
         ("generate --model x --top-k many", "--top-k is many; expected a whole number"),
         ("export --model x --merge-base y", "--merge-base is y; choose from auto, original, nf4"),

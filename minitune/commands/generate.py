@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from minitune.api import FastLanguageModel
 from minitune.config.cli import CommandParser, bounded, print_notes, run_command
 from minitune.config.numbers import whole
-from minitune.config.training_config import MAX_SEQ_LENGTH, SEEDS
+from minitune.config.training_config import DTYPES, MAX_SEQ_LENGTH, SEEDS
 from minitune.data.text_streamer import TextStreamer
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.device import choose_device
@@ -34,6 +34,7 @@ def _run(argv: Sequence[str] | None, program: str) -> None:
     model, tokenizer = FastLanguageModel.from_pretrained(
         arguments.model,
         max_seq_length=arguments.max_seq_length,
+        dtype=arguments.dtype,
         load_in_4bit=not arguments.no_load_in_4bit,
         device=arguments.device,
         adapter=arguments.adapter,
@@ -97,6 +98,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--no-load-in-4bit",
         action="store_true",
         help="hold the linears in 16 bit; a GGUF file keeps its own types",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="compute dtype (default: by device, as in a training)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     return parser

@@ -78,6 +78,8 @@ def after_training(
         words.append("--no-load-in-4bit")
     if model.max_seq_length > model.config.default_seq_length:
         words += ["--max-seq-length", model.max_seq_length]
+    if run.dtype is not None:
+        words += ["--dtype", run.dtype]
     if run.device is not None:
         words += ["--device", run.device]
     files = (*run.eval_data, *run.data)
