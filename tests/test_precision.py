@@ -19,6 +19,7 @@ from minitune.training.optimizer import FlatAdamW
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 5, 9, 20, 33, 7], [2, 8, 8, 40, 3, 11]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 SETTINGS = ("allow_fp16_accumulation", "allow_fp16_reduced_precision_reduction")
 
 
@@ -58,6 +59,36 @@ def test_a_loop_in_float16_has_the_gradients_of_float32_whatever_scales_its_loss
         assert torch.equal(loop_gradients(model, scale, divisor), found)
     as_tensor = loop_gradients(model, divisor=torch.tensor(divisor))
     assert torch.equal(as_tensor, found)
+
+
+def gradients_through_logits(model, loss_of_logits, scale=1.0):
+    """Return the gradients of a scaled loss of the logits, divided by the scale: (P,)."""
+    model.zero_grad()
+    logits = model(IDS, attention_mask=MASK).logits
+    (loss_of_logits(logits[MASK.bool()].float()) * scale).backward()
+    return torch.cat([p.grad.flatten() / scale for _, p in model.trainable_parameters()])
+
+
+@pytest.mark.parametrize("case", ["granite", "gemma2"])
+@pytest.mark.parametrize("kind", ["cross entropy", "squares"])
+def test_a_loss_of_the_logits_in_float16_has_the_gradients_of_float32(tmp_path, case, kind):
+    def loss_of_logits(logits):
+        if kind == "squares":
+            return (logits - 0.1).square().sum() / 2**17
+        labels = IDS[MASK.bool()]
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / 2**17
+
+    folder = make_tiny_family(tmp_path / "model", case)
+    models = {dtype: new_model(folder, dtype) for dtype in ("float32", "bfloat16", "float16")}
+    expected, in_bfloat16, found = (
+        gradients_through_logits(model, loss_of_logits) for model in models.values()
+    )
+    assert (found - expected).norm() < (in_bfloat16 - expected).norm() / 4
+    assert (in_bfloat16 - expected).norm() < 0.1 * expected.norm()
+    model = models["float16"]
+    assert model(IDS).logits.dtype == torch.float32
+    for scale in (2.0**-30, 2.0**33):
+        assert torch.equal(gradients_through_logits(model, loss_of_logits, scale), found)
 
 
 def test_a_loop_with_a_grad_scaler_trains_and_skips_a_loss_that_is_not_finite(folder):

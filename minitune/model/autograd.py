@@ -6,7 +6,8 @@ them: a micro-step calls the passes directly.
 Forward and backward ignore autocast, which would change the dtypes that the kernels expect. The
 passes are written out for one derivative, so a gradient cannot be differentiated again.
 
-In float16 each node scales its gradient by a power of two (precision.py), so a loop needs no
+In float16 each node scales its gradient by a power of two (precision.py), and the logits are
+float32, so that autograd does not round their gradient. A loop therefore needs no
 torch.amp.GradScaler. A loop that has one gets the gradients of its scaled loss.
 """
 
@@ -19,7 +20,7 @@ from minitune.model.activations import Activations, SaveLevel
 from minitune.model.layers import LayerContext
 from minitune.model.loss import Head, LossRows
 from minitune.model.packed_sequences import PackedSequences
-from minitune.model.precision import TOKEN_SCALE, layer_scale, own_precision
+from minitune.model.precision import TOKEN_SCALE, layer_scale, logits_scale, own_precision
 from minitune.model.unchanged_tensors import UnchangedTensors, frozen_tensors
 
 
@@ -95,7 +96,7 @@ class LossNode(torch.autograd.Function):
 
 
 class LogitsNode(torch.autograd.Function):
-    """The logits (N, V) of the residual stream s (N, D)."""
+    """The logits (N, V) of the residual stream s (N, D), in float32 if the model is in float16."""
 
     @staticmethod
     def forward(ctx, s: Tensor, head: Head):
@@ -103,12 +104,18 @@ class LogitsNode(torch.autograd.Function):
         ctx.head = head
         ctx.read = UnchangedTensors(head.norm, (head.norm.weight, head.weight))
         ctx.save_for_backward(s, rstd, logits if head.softcap else None)
-        return logits
+        return logits.float() if logits.dtype == torch.float16 else logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogits: Tensor):
         s, rstd, logits = ctx.saved_tensors
+        dtype = ctx.head.weight.dtype
         ctx.read.check((ctx.head.norm.weight, ctx.head.weight))
-        with own_precision(dlogits.device, dlogits.dtype):
-            return ctx.head.logits_backward(dlogits, logits, s, rstd).to(s.dtype), None
+        scale = logits_scale(dlogits) if dtype == torch.float16 else None
+        if scale is not None:
+            room = torch.empty_like(dlogits, dtype=dtype)
+            dlogits = torch.mul(dlogits, scale, out=room)
+        with own_precision(dlogits.device, dtype):
+            ds = ctx.head.logits_backward(dlogits, logits, s, rstd).to(s.dtype)
+        return ds if scale is None else ds / scale, None

@@ -47,7 +47,7 @@ EVALUATION_TILE_ROWS = 2048
 class Output:
     """The result of a forward pass: the loss if labels were given, and the logits otherwise.
 
-    logits: shaped like input_ids, with V at the end.
+    logits: shaped like input_ids, with V at the end; in float32 if the model is in float16.
     """
 
     loss: Tensor | None = None

@@ -4,10 +4,12 @@ float16 holds numbers up to 65504. Below 6.1e-5 it loses digits, and below 3e-8 
 Gradients of activations are that small, so they are multiplied by a power of two:
 
     the trainer          the loss of every token by one scale (training/loss_scale.py)
-    a user's own loop    the gradient of each layer by one that suits its largest element
+    a user's own loop    the gradient of each layer by one that suits its largest element,
+                         and that of the logits by one that suits its largest row
 """
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator
 
@@ -84,7 +86,19 @@ def wider_dtypes(device: torch.device) -> str:
 def layer_scale(dy: Tensor) -> Tensor:
     """Return the power of two, 0-dim, that brings the largest |dy| to LAYER_PEAK, half at least.
 
-    dy: float32. The scale is NaN if dy is not finite.
+    dy: float32, of any shape. The scale is NaN if dy is not finite.
     """
-    peak = dy.abs().amax().clamp(min=SMALLEST_PEAK)
+    peak = torch.linalg.vector_norm(dy, math.inf).clamp(min=SMALLEST_PEAK)
     return LAYER_PEAK * (torch.frexp(peak).mantissa / peak)
+
+
+def logits_scale(dlogits: Tensor) -> Tensor:
+    """Return the power of two, 0-dim, that suits the product of dlogits (N, V) and the head.
+
+    It brings the largest sum of a row's |dlogits| to TOKEN_SCALE, half at least: a gradient of all
+    logits, such as that of a squared error, can add up to V times its largest element.
+
+    dlogits: float32. The scale is NaN if dlogits is not finite.
+    """
+    row_sums = torch.linalg.vector_norm(dlogits, 1, dim=-1)  # (N,)
+    return layer_scale(row_sums) * (TOKEN_SCALE / LAYER_PEAK)
