@@ -188,6 +188,18 @@ def test_a_run_that_goes_on_in_another_dtype_begins_or_drops_the_scale(
     assert trainer.progress.loss_scale == expected
 
 
+def test_a_second_run_of_a_trainer_begins_at_step_0_with_the_first_scale(smallest, monkeypatch):
+    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", STEPS)
+    trainer = float16_trainer(smallest, None)
+    for _ in range(2):
+        trainer.train()
+        assert trainer.progress.loss_scale == LossScale(2 * LossScale().scale, 0)
+        records = [record for record in trainer.state.log_history if "loss" in record]
+        assert [record["step"] for record in records] == [1, 2, 3, 4]
+        scales = [record["loss_scale"] for record in records]
+        assert scales == [LossScale().scale] * (STEPS - 1) + [2 * LossScale().scale]
+
+
 # ---- float16 is too narrow
 
 

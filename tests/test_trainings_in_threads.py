@@ -92,7 +92,12 @@ def test_the_model_of_a_run_takes_no_second_run(smallest):
     first.add_callback(Starting)
     assert first.train().global_step == 6
     assert "another run of this process trains this model; wait for its end" in str(refusals[0])
-    assert first.train().global_step == 6  # the model is free again
+    begun = len(first.state.log_history)
+    before = [p.detach().clone() for _, p in first.model.trainable_parameters()]
+    assert first.train().global_step == 6  # the model is free again, and trained from step 0
+    assert len(first.state.log_history) == begun
+    after = [p for _, p in first.model.trainable_parameters()]
+    assert not any(map(torch.equal, before, after))
 
 
 def test_a_run_that_fails_gives_its_model_back(smallest):
