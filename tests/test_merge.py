@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from fp8_folders import make_fp8
 from full_disk import files_limited_to
+from gguf_files import make_tiny_gguf
 from safetensors.torch import load_file, save_file
 from tiny import draw_adapter, make_tiny_model
 
-from minitune import FastLanguageModel
+from minitune import FastLanguageModel, api
 from minitune.checkpoints.merge import adapter_digest, merge_to_folder, merged_tensors
 from minitune.checkpoints.safetensors_folder import SafetensorsFolder
+from minitune.commands import export
 
 IDS = torch.randint(3, 400, (1, 40), generator=torch.Generator().manual_seed(1))
 SCALING = 3.0  # lora_alpha / r of the adapter that `load` attaches
@@ -180,6 +183,30 @@ def test_config_and_tokenizer_travel_with_the_merged_weights(tmp_path):
 def test_a_float16_base_stays_float16(tmp_path):
     model, _ = load(make_tiny_model(tmp_path / "base", dtype=torch.float16))
     assert {tensor.dtype for _, tensor in merged_tensors(model)} == {torch.float16}
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "float16", "fp8", "gguf", "gguf f16"])
+def test_computing_in_float16_does_not_change_the_dtype_of_a_merge(tmp_path, kind, monkeypatch):
+    if kind.startswith("gguf"):
+        base = make_tiny_gguf(tmp_path, "f16" if kind == "gguf f16" else "q8_0", layers=1)
+    else:
+        base = tmp_path / "base"
+        dtype = torch.bfloat16 if kind == "fp8" else getattr(torch, kind)
+        (make_fp8 if kind == "fp8" else make_tiny_model)(base, layers=1, dtype=dtype)
+    expected = torch.float16 if kind in ("float16", "gguf f16") else torch.bfloat16
+    # A command computes in float16 too, as on a GPU without bfloat16.
+    monkeypatch.setattr(api, "choose_dtype", lambda *arguments: torch.float16)
+    model, _ = FastLanguageModel.from_pretrained(base, dtype="float16", device="cpu")
+    FastLanguageModel.get_peft_model(model, r=4)
+    draw_adapter(model, b=0.03)
+    assert model.dtype == torch.float16
+    assert {tensor.dtype for _, tensor in merged_tensors(model)} == {expected}
+    model.save_pretrained(tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    arguments = ["--model", base, "--adapter", tmp_path / "adapter", "--merged", merged]
+    assert export.main(list(map(str, arguments))) == 0
+    tensors = load_file(merged / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {expected}
 
 
 def test_a_base_of_4_bit_weights_merges_onto_them_and_onto_nothing_else(tmp_path):

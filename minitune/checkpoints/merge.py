@@ -43,9 +43,8 @@ def merged_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Return an iterator of (name, tensor on the model's device) over the merged model.
 
-    Names, shapes and order are those of `ModelConfig.tensor_shapes`. The dtype is float16 if the
-    base folder's is float16, otherwise bfloat16. Without an adapter, or with an untrained one, the
-    tensors are the base's.
+    Names, shapes and order are those of `ModelConfig.tensor_shapes`; `merged_dtype` is the dtype.
+    Without an adapter, or with an untrained one, the tensors are the base's.
 
     names: the tensors to return; None returns all.
 
@@ -158,7 +157,11 @@ def _merged_adapters(stored: SafetensorsFolder | None) -> list[str]:
 
 
 def merged_dtype(model: CausalLM) -> torch.dtype:
-    """Return the 16-bit dtype of the merged tensors."""
+    """Return the dtype of the merged tensors, which does not depend on the compute dtype.
+
+    It is float16 if the base's folder or GGUF file stores the embedding in float16, otherwise
+    bfloat16.
+    """
     is_float16 = model.model.embed_tokens.table.dtype == torch.float16
     return torch.float16 if is_float16 else torch.bfloat16
 
