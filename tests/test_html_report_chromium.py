@@ -29,7 +29,7 @@ OPTIONS = (
 )
 DARK = "--blink-settings=preferredColorScheme=0"
 REQUEST = '<img src="http://elsewhere.test/x.png">'
-# Moves the pointer to the middle of the first chart, and writes down the state of the page.
+# Moves the pointer close to the middle of the first chart, and writes down the state of the page.
 PROBE = """
 const plot = document.querySelector(".plot"), box = plot.getBoundingClientRect();
 const texts = () => [...document.querySelector(".chart .legend").querySelectorAll("b")].map(
@@ -37,14 +37,23 @@ const texts = () => [...document.querySelector(".chart .legend").querySelectorAl
 const dots = () => [...document.querySelectorAll(".dot")].slice(0, 2).map(
   (dot) => dot.getAttribute("cx"));
 const found = { before: texts() };
-plot.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width / 2 }));
+plot.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + 0.507 * box.width }));
 found.pointed = texts();
 found.dots = dots();
+found.cursor = plot.querySelector(".cursor").getAttribute("x1");
 found.steps = [...document.querySelectorAll(".step")].map((step) => step.textContent);
 plot.dispatchEvent(new PointerEvent("pointerleave", {}));
 found.after = texts();
 plot.dispatchEvent(new KeyboardEvent("keydown", { key: "Home" }));
 found.home = texts();
+const press = (key) => plot.dispatchEvent(new KeyboardEvent("keydown", { key }));
+const first = () => document.querySelector(".step").textContent;
+press("ArrowRight");
+found.keys = [first()];
+for (const key of ["ArrowRight", "ArrowLeft", "ArrowLeft", "ArrowLeft", "End", "ArrowLeft"]) {
+  press(key);
+  found.keys.push(first());
+}
 found.colour = getComputedStyle(document.body).backgroundColor;
 found.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 const result = document.createElement("pre");
@@ -122,6 +131,9 @@ def test_the_pointer_shows_the_values_of_all_curves_and_the_page_follows_the_sch
     assert found["pointed"] == [loss[20], evaluation[20]]
     assert found["dots"] == ["50%", "50%"] and set(found["steps"]) == {"step 20"}
     assert found["home"] == ["–", evaluation[0]]
+    assert found["cursor"] == "50%"  # the place of a record, not of the pointer
+    steps = [1, 2, 1, 0, 0, 40, 39]
+    assert found["keys"] == [f"step {step}" for step in steps]
     assert found["overflow"] == 0
     dark = found_in(browse(source, DARK)[0])
     assert [found["colour"], dark["colour"]] == ["rgb(247, 247, 245)", "rgb(18, 20, 22)"]

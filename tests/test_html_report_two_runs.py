@@ -66,8 +66,9 @@ def test_runs_of_unequal_length_are_compared_at_their_last_common_step_too():
     evaluation = "0.7500 −2.2500 at step 4, the best at step 2, in both: 3.0000 and 2.5000, −0.5000"
     assert training in words and evaluation in words
     assert "in both" not in words_of(first, replace(first, name="b"))
-    without = replace(second, training=[{"step": 7, "loss": 1.0}], evaluations=[])
-    assert "in both" not in words_of(first, without)
+    for evaluations in ([], [{"step": 0, "eval_loss": 2.0}]):
+        without = replace(second, training=[{"step": 7, "loss": 1.0}], evaluations=evaluations)
+        assert "in both" not in words_of(run_of_losses("a", [4.0], {0: 2.0, 9: 1.0}), without)
 
 
 def test_runs_of_unequal_length_are_smoothed_up_to_the_common_step():
@@ -102,8 +103,11 @@ def test_answers_of_two_runs_are_paired_in_their_order():
     words = words_of(*two_runs())
     prompt = PROMPTS[0]
     assert f"Before both: 0 to {prompt}" in words
-    during = "During at one share of both runs"
-    assert f"{during} step 10 10 to {prompt} step 5 5 to {prompt}" in words
+    assert (
+        "Sample answers Answers during the training stand side by side at about equal shares"
+        in words
+    )
+    assert f"During step 10 10 to {prompt} step 5 5 to {prompt}" in words
 
 
 def test_answers_during_runs_of_unequal_length_are_paired_by_their_share():
@@ -121,6 +125,7 @@ def test_answers_during_runs_of_unequal_length_are_paired_by_their_share():
     rows = re.findall(r"step (\d+) of a\d+ step (\d+) of b\d+", words)
     assert rows == [("20", "10"), ("50", "20"), ("70", "30")]
     assert "Left out: 4 more answers" in words
+    assert "equal shares" not in words_of(run("a", [10, 20, 30]), run("b", [10, 20, 30]))
 
 
 def test_answers_of_two_runs_end_with_their_last_ones():

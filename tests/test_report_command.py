@@ -72,6 +72,12 @@ def test_a_run_is_not_compared_with_itself(run, capsys):
     assert not list(run.glob("report*"))
 
 
+def test_a_long_name_of_the_other_run_is_cut_in_the_name_of_the_page(run):
+    shutil.copytree(run, 60 * "日")
+    page = minitune.write_report(run, 60 * "日")
+    assert page.name == f"report-with-{50 * '日'}.html" and page.name in existing_outputs(run)
+
+
 def test_a_path_that_the_terminal_cannot_show_is_printed_with_escapes(run, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)

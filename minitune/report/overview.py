@@ -89,7 +89,7 @@ def _difference(numbers: Sequence[Number], is_loss: bool) -> str:
 
 def _nats(first: float, second: float) -> str:
     """Return the difference of two losses."""
-    change = second - first
+    change = round(second, 4) - round(first, 4)  # of the shown numbers
     if abs(change) < 5e-5:
         return "equal"
     return f"{'+' if change > 0 else '−'}{loss_text(abs(change))}"
@@ -98,10 +98,11 @@ def _nats(first: float, second: float) -> str:
 def _at_common_step(first: Curve, second: Curve) -> str:
     """Return the losses of two runs at the last step that both have, if a run has later ones.
 
+    Step 0 has none to compare: nothing is trained there.
     Both curves end there, because a mean at the end of a curve lags behind.
     """
     step = last_common_step(first, second)
-    if step is None or step == max(first.steps[-1], second.steps[-1]):
+    if not step or step == max(first.steps[-1], second.steps[-1]):
         return ""
     values = [smoothed(part_until(part, step)).values[-1] for part in (first, second)]
     texts = " and ".join(map(loss_text, values))

@@ -16,6 +16,7 @@ from minitune.report.texts import cut, run_style
 
 SHOWN_PROMPTS = 5  # the others are folded
 MAX_PROMPTS = 100
+PAIRING = "Answers during the training stand side by side at about equal shares of both runs."
 MAX_DURING = 4  # answers to a prompt during a run
 
 
@@ -50,6 +51,9 @@ def samples_section(runs: Sequence[RunRecord], limit: int) -> Iterator[str]:
     """
     prompts = answers_by_prompt(runs)
     shown = list(prompts.items())[:MAX_PROMPTS]
+    rows = (row for _, answers in shown for row in answer_rows(answers, runs))
+    if any(row.label == "During" and len(row.steps) > 1 for row in rows):
+        yield f'<p class="quiet">{PAIRING}</p>'
     for i, ((prompt, _), answers) in enumerate(shown):
         if i == SHOWN_PROMPTS:
             yield f"<details><summary>{len(shown) - i} more prompts</summary>"
@@ -130,8 +134,6 @@ def _prompt_card(
 
 def _label(row: AnswerRow) -> str:
     """Return the label of a row, with the step if all answers are of one."""
-    if row.label == "During" and len(row.steps) > 1:
-        return 'During<br><span class="quiet">at one share of both runs</span>'
     if row.label == "Before" or len(row.steps) > 1:
         return row.label
     step = f"{min(row.steps):,}"

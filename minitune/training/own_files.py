@@ -35,6 +35,7 @@ FACTS, REPORT = "run.json", "report.html"
 REPORT_MARK = '<meta name="generator" content="minitune report">'
 REPORTS = "report*.html"  # of one run, or of two
 IS_REPORT_NAME = re.compile(r"report(-with-.+)?\.html")
+MAX_NAME = 50  # characters of a folder's name in the name of a page; 255 bytes are the limit
 HEAD_BYTES = 4096  # of a page, in which the mark is sought
 TENSORBOARD = "tensorboard"
 FIXED_NAMES = (CONFIG, METRICS, FACTS, ADAPTER, MERGED, TENSORBOARD)
@@ -90,7 +91,7 @@ def comparison_name(other: Path) -> str:
 
     Such a page lies in the folder of the first run.
     """
-    return REPORT.replace(".html", f"-with-{other.resolve().name}.html")
+    return REPORT.replace(".html", f"-with-{other.resolve().name[:MAX_NAME]}.html")
 
 
 def _reports(output: Path) -> list[Path]:
