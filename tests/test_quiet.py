@@ -141,7 +141,8 @@ def test_a_check_before_and_after_writing_a_file_warns_once(tmp_path, quiet, cap
     convert_folder(folder, tmp_path / "model.gguf", "q8_0", progress=True)
     texts = [record.getMessage() for record in caplog.records]
     assert sum("to every conversation, but the chat template" in text for text in texts) == 1
-    assert texts[-1].endswith("because this program is no Python interpreter")
+    reasons = ("this program is no Python interpreter", "nor xllamacpp is installed")
+    assert "not run in llama.cpp" in texts[-1] and texts[-1].endswith(reasons)
 
 
 # ---- commands
