@@ -146,7 +146,8 @@ def ways_to_continue(
     """
     ways = [f"SFTConfig(output_dir={str(output)!r}, resume=True)"]
     if config is not None:
-        ways.insert(0, f"{program} --config {shlex.quote(str(config))} --resume")
+        command = f"minitune train --config {shlex.quote(str(config))} --resume"
+        ways.insert(0, command.replace("minitune train", program, 1))
     return ways
 
 
