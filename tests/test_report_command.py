@@ -128,6 +128,10 @@ def test_the_python_function_writes_the_same_page(run, tmp_path):
     shutil.copytree(run, "second")
     both = minitune.write_report(run, "second", "both.html")
     assert "second" in both.read_text()
+    with pytest.raises(
+        ValueError, match=r"report=True .*minitune\.write_report\(trainer\.output\)"
+    ):
+        minitune.SFTConfig(report=True)
     with pytest.raises(ValueError, match=r"run is None.*set output_dir"):
         minitune.write_report(None)
 

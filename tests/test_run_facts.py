@@ -76,6 +76,18 @@ def test_the_tokens_of_very_large_data_are_not_looked_at(finished, monkeypatch):
     assert facts.data[0].notes[0].startswith("only lengths and records are counted")
 
 
+def test_a_model_has_one_name_whatever_path_leads_to_it(finished, monkeypatch):
+    folder, summary = finished.model.folder, finished._summary(None)
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "other").mkdir(exist_ok=True)
+    names = {"model": "model", str(folder): "model", "other/../model": "model"}
+    for name, shown in (names | {"org/model": "org/model", "": ""}).items():
+        monkeypatch.setattr(finished.model, "name", name)
+        tokenizer = finished.processing_class
+        facts = run_facts.facts_at_begin(finished.model, tokenizer, finished.data, summary)
+        assert dict(facts.facts)["model"].startswith(f"{shown}: ")
+
+
 def test_weighted_data_says_so(finished):
     data = replace(finished.data, train=replace(finished.data.train, is_weighted=True))
     summary = finished._summary(None)

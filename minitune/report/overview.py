@@ -188,7 +188,7 @@ def training_seconds(run: RunRecord) -> float | None:
         if rate <= 0 or tokens < before:
             return None
         seconds, before = seconds + (tokens - before) / rate, tokens
-    return seconds if run.training and math.isfinite(seconds) else None
+    return seconds if 0 < seconds < math.inf else None
 
 
 def _time_text(seconds: float) -> str:

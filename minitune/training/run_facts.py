@@ -95,7 +95,7 @@ def facts_at_begin(
     """
     rows = banner_rows(model, {}, run)
     # a continued run may name the folder of its model by another path
-    if Path(model.name).exists():
+    if model.name and Path(model.name).exists():
         short = Path(model.name).resolve().name
         rows[0] = ("model", rows[0][1].replace(model.name, short, 1))
     rows += [("versions", versions()), *_times(before, run)]
