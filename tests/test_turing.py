@@ -59,6 +59,18 @@ def test_triton_multiplies_on_tensor_cores_from_capability_8_0_on(
     assert backend.has_tensor_core_kernels(torch.device("cpu"))
 
 
+@pytest.mark.usefixtures("turing")
+def test_four_warps_walk_over_few_numbers_a_row_in_16_bit_only():
+    def warps(K, dtype):
+        q = torch.empty(1, 1, K, dtype=dtype)
+        sizes = (choose_block_sizes(module.BLOCK_SIZES, n, q, 1) for module, n in KERNELS)
+        return [size.options["num_warps"] for size in sizes]
+
+    assert warps(64, torch.float16) == [4, 4, 4]
+    assert warps(128, torch.float16) == [4, 8, 8]
+    assert warps(64, torch.float32) == warps(256, torch.float16) == [8, 8, 8]
+
+
 def test_blocks_of_newer_gpus_do_not_depend_on_older_ones(monkeypatch):
     monkeypatch.setattr(backend, "has_tensor_core_kernels", lambda device: True)
     monkeypatch.setattr(backend, "shared_memory_limit", lambda device: 227 << 10)
