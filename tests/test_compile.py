@@ -75,8 +75,6 @@ CASES_WITHOUT_BFLOAT16 = [("Llama-3.1-8B", torch.float16, 2048)]
 MORE_CASES = {
     75: [
         ("SmolLM2-135M", torch.float16, 2048),
-        ("SmolLM2-135M", torch.float32, 2048),
-        ("heads of 96", torch.float16, 2048),
         ("heads of 256", torch.float16, 2048),
         ("heads of 256", torch.float32, 2048),
     ],
