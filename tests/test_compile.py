@@ -235,8 +235,8 @@ def compile_all(arch: int, first: int | None, pattern: str = "") -> dict[str, in
     launches = {}
     for_all = CASES if arch >= 80 else CASES_WITHOUT_BFLOAT16
     for case in [*for_all, *MORE_CASES.get(arch, ())][:first]:
-        # The code of a type hardly depends on the model or the GPU: some GPUs compile all types.
-        all_types = case == for_all[0] and arch in MORE_CASES and first is None
+        # The code of a type hardly depends on the model or the GPU: two GPUs compile all types.
+        all_types = case == for_all[0] and arch in (75, 90) and first is None
         types = BLOCK_SIZES if all_types else EMBEDDING_TYPES
         launches |= recorded_launches(arch, *case, types)
     return {
