@@ -18,6 +18,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Iterable
 from enum import Enum
 
 from tqdm import tqdm
@@ -123,6 +124,11 @@ def wrapped(text: str, indent: int = 0, first: str = "") -> str:
 def labelled(label: str, text: object) -> str:
     """Return a text behind its label. Further lines begin below the text."""
     return wrapped(str(text), LABEL_WIDTH, f"{label:<{LABEL_WIDTH - 1}} ")
+
+
+def labelled_rows(rows: Iterable[tuple[str, object]]) -> str:
+    """Return the lines of (label, text) rows, each as `labelled`."""
+    return "\n".join(labelled(label, text) for label, text in rows)
 
 
 def duration(seconds: float) -> str:

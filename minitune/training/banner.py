@@ -8,7 +8,7 @@ from minitune.config.visible_text import on_one_line
 from minitune.data.tokenize_dataset import TokenizedDataset
 from minitune.model.activations import SaveLevel
 from minitune.model.causal_lm import CausalLM
-from minitune.progress import labelled
+from minitune.progress import labelled_rows
 from minitune.threads import threads_text
 from minitune.training.checkpoint import RunSize
 
@@ -49,7 +49,7 @@ def banner(model: CausalLM, datasets: dict[str, TokenizedDataset], run: RunSumma
 
     datasets: each dataset of the run by its label.
     """
-    return "\n".join(labelled(label, text) for label, text in banner_rows(model, datasets, run))
+    return labelled_rows(banner_rows(model, datasets, run))
 
 
 def banner_rows(

@@ -40,13 +40,8 @@ class RunResult:
     checkpoints: Sequence[Path]
 
 
-def summary(run: RunResult) -> str:
-    """Return the lines that a finished run ends with."""
-    return "\n".join(labelled(label, text) for label, text in summary_rows(run))
-
-
 def summary_rows(run: RunResult) -> list[tuple[str, str]]:
-    """Return the lines of `summary` as (label, text)."""
+    """Return the lines that a finished run ends with, as (label, text)."""
     p = run.progress
     trained = f"{p.step:,} steps, {p.tokens:,} tokens in {duration(p.seconds)}"
     if run.tokens_per_second is not None:

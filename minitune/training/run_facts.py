@@ -14,7 +14,7 @@ Nothing that decides about the training is read from this file, so a damaged one
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def _data_record(
     """
     notes = []
     if dataset.samples.lengths.sum() <= MAX_CHECKED_TOKENS:
-        summary = summarize(dataset, tokenizer, max_length)
+        summary = summarize(dataset, tokenizer, max_length, count_rows=packing)
     else:
         summary = summarize_lengths(dataset, max_length)
         notes.append(
@@ -157,8 +157,8 @@ def _data_record(
         hidden = len(notes) - MAX_NOTES + 1
         notes[MAX_NOTES - 1 :] = [f"{hidden} more notes: `minitune data show` lists them"]
     bars = [(bar.first, bar.last, bar.count) for bar in summary.bars]
-    totals = total_rows(summary if packing else replace(summary, rows=0))
-    return DataRecord(label, [(row.label, _text(row)) for row in totals], bars, notes)
+    totals = [(row.label, _text(row)) for row in total_rows(summary)]
+    return DataRecord(label, totals, bars, notes)
 
 
 def _faults(summary: DatasetSummary) -> list[str]:

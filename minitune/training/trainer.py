@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minitune.device import memory_use
-from minitune.progress import labelled, print_from_handler
+from minitune.progress import labelled, labelled_rows, print_from_handler
 from minitune.stop_signals import Stopped, deferred_stops, stop
 from minitune.threads import kept_threads
 from minitune.training.banner import RunSummary, banner
@@ -22,7 +22,6 @@ from minitune.training.run_end import (
     RunResult,
     interruption,
     interruption_without_folder,
-    summary,
     summary_rows,
 )
 from minitune.training.run_facts import end_rows, facts_at_begin, plan_rows, times_in
@@ -96,19 +95,21 @@ class Trainer(SavedRun):
             self.run_control.log({"step": p.step, **metrics})
             self.run_control.event("on_train_end")
             adapter = self._run.finish(self.model, self.processing_class, p.step)
-            log.print_last(self._end(log, speed, adapter))
+            rows = self._summary_rows(log, speed, adapter)
+            self._update_facts(end=end_rows(rows, metrics["train_loss"]))
+            log.print_last(labelled_rows(rows))
         if caught:  # the run is whole, and nothing follows it
             raise stop(caught[0])
         return TrainOutput(p.step, metrics["train_loss"], metrics)
 
-    def _end(self, log: TrainingLog, speed: float | None, adapter: Path | None) -> str:
-        """Return the summary of the finished run, and write it to run.json."""
+    def _summary_rows(
+        self, log: TrainingLog, speed: float | None, adapter: Path | None
+    ) -> list[tuple[str, str]]:
+        """Return the summary of the finished run, as (label, text)."""
         memory, best = memory_use(self.model.device), self.run_control.best
         saved = [] if self.output is None else checkpoints(self.output)
         result = RunResult(self.progress, speed, log.last_loss, best, memory, adapter, saved)
-        mean = run_metrics(self.progress, self.size)["train_loss"]
-        self._update_facts(end=end_rows(summary_rows(result), mean))
-        return summary(result)
+        return summary_rows(result)
 
     def _begin_facts(self, run: RunSummary) -> None:
         """Write run.json before the first step, with the facts that the banner shows."""

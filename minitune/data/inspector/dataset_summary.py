@@ -73,14 +73,18 @@ class DatasetSummary:
         return self.tokens / (self.rows * self.max_length)
 
 
-def summarize(dataset: TokenizedDataset, tokenizer: Tokenizer, max_length: int) -> DatasetSummary:
+def summarize(
+    dataset: TokenizedDataset, tokenizer: Tokenizer, max_length: int, count_rows: bool = True
+) -> DatasetSummary:
     """Return the numbers of a dataset.
 
     max_length: tokens of a sample at most.
+    count_rows: count the rows that packing fills, which takes 1 s for 500,000 samples.
     """
     samples = dataset.samples
     summary = summarize_lengths(dataset, max_length)
-    summary.rows = len(pack_rows(samples.lengths, max_length))
+    if count_rows:
+        summary.rows = len(pack_rows(samples.lengths, max_length))
     stop_ids = np.array(tokenizer.eos_token_ids, np.int64)
     hashes = np.empty(len(samples), np.int64)
     for block in _blocks(samples):
