@@ -164,7 +164,7 @@ def _total_steps(settings: dict[str, Any], training: Sequence[dict[str, float]])
 
 
 def _state(folder: Path, settings: dict[str, Any], steps_done: int, total_steps: int | None) -> str:
-    """Return how far a run came that is not finished, since when, and how it continues."""
+    """Return how far an unfinished run came, the time of its last line, and how to continue it."""
     steps = f"step {steps_done:,}" + (f" of {total_steps:,}" if total_steps else "")
     text = f"the run came to {steps}" if steps_done else "no step of the run is recorded"
     with contextlib.suppress(OSError):
