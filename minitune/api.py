@@ -266,11 +266,17 @@ def _fill(
 
 
 def _attach_saved(model: LanguageModel, source: ModelSource, tokenizer: Tokenizer) -> None:
-    """Attach the adapter of the source, if there is one, with its chat template."""
+    """Attach the adapter of the source, if there is one, with its chat template.
+
+    A warning says if generation stops at a token that the files do not name.
+    """
     if source.adapter is not None:
         model.load_adapter(source.adapter, tokenizer)
         _compile_other_step(model)
-    model.eos_token_ids = tokenizer.eos_token_ids
+    model.follow_ends(tokenizer)
+    # A template that was assigned was the user's choice.
+    if not tokenizer.template_was_assigned and (text := tokenizer.unnamed_end()):
+        warn(text, stacklevel=5)
 
 
 def _compile_other_step(model: LanguageModel) -> None:

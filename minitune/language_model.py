@@ -68,6 +68,22 @@ class LanguageModel(CausalLM):
             raise AttributeError(f"a minitune model has no {name}: {ABSENT[name]}")
         return super().__getattr__(name)
 
+    # ---- generation
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens at which `generate` stops: those of the tokenizer, or as assigned."""
+        ends = self._ends
+        return ends.eos_token_ids if isinstance(ends, Tokenizer) else ends
+
+    @eos_token_ids.setter
+    def eos_token_ids(self, value: Sequence[int]) -> None:
+        self._ends: Tokenizer | tuple[int, ...] = tuple(value)
+
+    def follow_ends(self, tokenizer: Tokenizer) -> None:
+        """Stop `generate` at the end tokens of a tokenizer, also after it gets a new template."""
+        self._ends = tokenizer
+
     # ---- adapter
 
     @foreign_arguments(**LOADING_ADAPTER)

@@ -71,7 +71,7 @@ class OptimizerSteps:
                 "the model has no adapter to train; call FastLanguageModel.get_peft_model first"
             )
         self.processing_class = processing_class or Tokenizer.from_folder(model.folder)
-        model.eos_token_ids = self.processing_class.eos_token_ids  # of the template trained on
+        model.follow_ends(self.processing_class)  # those of the template trained on
         self._sources = train_dataset, eval_dataset
         self._read_data()
         self.run_config = resolve_run_config(

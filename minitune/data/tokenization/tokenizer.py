@@ -23,6 +23,7 @@ from tokenizers import AddedToken
 
 from minitune.atomic_files import write_json
 from minitune.data.templates.chat_template import ChatTemplate
+from minitune.data.templates.end_of_turn import text_behind_answer
 from minitune.data.templates.folder_templates import (
     TEMPLATE_FILE,
     TEMPLATE_FOLDER,
@@ -52,9 +53,6 @@ JSON_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json", "generatio
 FILES = ("tokenizer.json", "tokenizer.model", *JSON_FILES)  # that belong to the tokenizer
 READ_JSON_FILES = (*JSON_FILES, "config.json")
 OTHER_VOCABULARIES = ("vocab.json", "merges.txt", "tekken.json", "tiktoken.model", "vocab.txt")
-# A conversation whose rendering shows the token that ends an answer.
-PROBE_ANSWER = "An answer."
-PROBE = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": PROBE_ANSWER}]
 
 
 class Tokenizer(TokenizerCalls):
@@ -152,12 +150,24 @@ class Tokenizer(TokenizerCalls):
         The order is eos_token, generation_config.json, config.json, the token in which the answers
         of the chat template end.
         """
-        ids = [] if self.eos_token_id is None else [self.eos_token_id]
-        for file in ("generation_config.json", "config.json"):
-            ids += _id_list(self._files[file].get("eos_token_id"), self.id_count)
+        ids = self._named_ends()
         if self._template_end is not None:
             ids.append(self._template_end)
         return tuple(dict.fromkeys(ids))
+
+    def _named_ends(self) -> list[int]:
+        """Return the ids that the files name as EOS: those at which other programs stop."""
+        ids = [] if self.eos_token_id is None else [self.eos_token_id]
+        for file in ("generation_config.json", "config.json"):
+            ids += _id_list(self._files[file].get("eos_token_id"), self.id_count)
+        return ids
+
+    @cached_property
+    def _text_behind_answer(self) -> str:
+        """Return the text behind an answer in the chat template, "" if there is none."""
+        if self.chat_template is None:
+            return ""
+        return text_behind_answer(self._compiled(self.chat_template, ()).render).lstrip()
 
     @cached_property
     def _template_end(self) -> int | None:
@@ -165,22 +175,36 @@ class Tokenizer(TokenizerCalls):
 
         A base model may be trained on a template whose turns end in another token than eos_token.
         """
-        if self.chat_template is None:
-            return None
-        try:
-            text = self._compiled(self.chat_template, ()).render(PROBE)
-        except ValueError:  # the template needs another conversation, or is not valid
-            return None
-        before, _, tail = text.rpartition(PROBE_ANSWER)
-        tail = tail.lstrip()
         ends = [
             i
             for i, token in self.added_tokens.items()
-            if tail.startswith(token.content) and i != self.bos_token_id
+            if self._text_behind_answer.startswith(token.content) and i != self.bos_token_id
         ]
-        if not before or not ends:
+        return max(ends, key=lambda i: len(self.added_tokens[i].content), default=None)
+
+    def unnamed_end(self) -> str | None:
+        """Return a warning if answers end otherwise than the files say, or None.
+
+        An end of turn that is no token of the vocabulary stops nothing.
+        """
+        named = [self.id_to_token(index) for index in dict.fromkeys(self._named_ends())]
+        files = f"the files name {' and '.join(named) or 'no token'} as the end of a generation"
+        if self._template_end is None:
+            text = self._text_behind_answer.strip()
+            if not text or text.startswith(tuple(filter(None, named))):
+                return None
+            return (
+                f"{self.name_or_path}: answers of the chat template end in {text!r:.60}, which is "
+                f"no token of the vocabulary, and {files}; generation stops at that text only if "
+                "it is a stop string"
+            )
+        if self._template_end in self._named_ends():
             return None
-        return max(ends, key=lambda i: len(self.added_tokens[i].content))
+        return (
+            f"{self.name_or_path}: answers of the chat template end in "
+            f"{self.id_to_token(self._template_end)}, but {files}; generation stops at all of "
+            "them here, and other programs do if eos_token_id in generation_config.json lists them"
+        )
 
     @property
     def chat_template(self) -> Templates:
@@ -198,7 +222,7 @@ class Tokenizer(TokenizerCalls):
         if value is not None:
             self._compiled(value, ())
         self._chat_template, self.template_was_assigned = value, True
-        for name in ("template", "eos_token_ids", "_template_end"):
+        for name in ("template", "eos_token_ids", "_template_end", "_text_behind_answer"):
             self.__dict__.pop(name, None)  # they are computed from the template
 
     @cached_property
