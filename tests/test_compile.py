@@ -22,6 +22,7 @@ from minitune.kernels import (
     attention,
     backend,
     cross_entropy,
+    decode_attention,
     dequantize_ggml,
     dequantize_nf4,
     embedding,
@@ -50,11 +51,13 @@ MODELS = {  # D, H, G, K, F, V
 }
 KERNELS = {
     "_adamw",
+    "_add_splits",
     "_attention_dkdv",
     "_attention_dq",
     "_attention_fwd",
     "_attention_sum",
     "_cross_entropy",
+    "_decode_attention",
     "_dequantize",
     "_dequantize_ggml",
     "_embed",
@@ -67,6 +70,7 @@ KERNELS = {
     "_root_of_sum",
     "_rope",
     "_square_sums",
+    "_store_keys_values",
     "_write_adapters",
 }
 # (model, dtype, rows) for every GPU with bfloat16, and further ones for some GPUs
@@ -177,6 +181,19 @@ def run_layer(t: MetaTensors) -> None:
         cross_entropy.linear_cross_entropy(x, t.new(t.V, t.D), targets, t.N, softcap=softcap)
 
 
+def run_decode_step(t: MetaTensors) -> None:
+    """Launch the kernels of a decode step."""
+    q, k, pages = t.new(64, t.H, t.K), t.new(64, t.G, t.K), t.new(1024, 64, t.G, t.K)
+    table, lengths, places = (
+        t.new(*shape, dtype=dtype)
+        for shape, dtype in (((64, 32), torch.int32), ((64,), torch.int32), ((64,), torch.int64))
+    )
+    decode_attention.store_keys_values(k, k, pages, pages, places)
+    for softcap, window in ((0.0, None), (50.0, 1000)):
+        options = {"scale": t.K**-0.5, "softcap": softcap, "window": window}
+        decode_attention.decode_attention(q, pages, pages, table, lengths, **options)
+
+
 def run_optimizer(t: MetaTensors) -> None:
     """Launch the kernels of an optimizer step."""
     P = LORA_RANK * t.D
@@ -222,6 +239,7 @@ def recorded_launches(
     dequantise_and_write_adapters(tensors)
     dequantise_ggml_types(tensors, ggml_types)
     run_layer(tensors)
+    run_decode_step(tensors)
     run_optimizer(tensors)
     return launches
 

@@ -1,0 +1,412 @@
+"""Attention of a decode step: one query row a sequence over keys and values in pages.
+
+Row r sees the keys first <= j < lengths[r], its own among them; first is 0, or with a sliding
+window max(lengths[r] - window, 0). Query head h reads key/value head h // (H / G):
+
+    s = scale q k^T, or softcap tanh(scale q k^T / softcap) with a soft cap (Gemma 2)
+    out = softmax(s) v
+
+q, out (rows, H, K) and keys, values (pages, PAGE, G, K) in one dtype. Key j of row r lies in page
+page_table[r, j // PAGE], at place j % PAGE. All keys and values of a row are read once, which is
+the cost: 4 G K bytes a key in 16 bit.
+
+The keys of a row are cut into splits, so that one row alone keeps a GPU busy. A program computes
+one split for the query heads of a group, padded to the 16 rows of a tensor core:
+
+    m = max s,  l = sum 2^(s - m),  acc = sum 2^(s - m) v
+
+A second kernel adds the splits of each head, in their order:
+
+    M = max m,  out = sum 2^(m - M) acc / sum 2^(m - M) l
+
+The borders of the splits depend on the row's length and window only. Therefore the bits of a row
+depend on its own q, keys, values and length, and not on other rows, on their number, or on the
+width of the page table.
+
+`store_keys_values` writes the keys and values of new tokens into the pages.
+"""
+
+import torch
+
+from . import backend
+from .attention_common import cap_scores, check_heads, check_scores, head_strides, score_factors
+from .backend import (
+    accumulator,
+    cdiv,
+    copy_into,
+    empty_contiguous_like,
+    power_of_two,
+    tl,
+    triton,
+)
+
+PROFILE_GROUP = "attention"
+
+SPLIT = 64  # keys of a split, while there are at most MAX_SPLITS
+MAX_SPLITS = 64  # bounds the partial results; the splits of a longer row have several SPLITs
+SPLITS_AT_ONCE = 8  # that the second kernel adds before it goes on
+ENOUGH_PROGRAMS = 4096  # more programs would not make a GPU busier; each then takes several splits
+NO_WINDOW = 2**31 - 1
+COPY_BLOCK = 1024  # elements of k and of v that a program of store_keys_values copies
+
+
+def decode_attention_reference(
+    q, keys, values, page_table, lengths, scale, softcap=0.0, window=None
+):
+    """Return out in PyTorch, row by row."""
+    (_, H, K), (_, PAGE, G, _) = q.shape, keys.shape
+    acc_dtype = accumulator(q.dtype)
+    out = empty_contiguous_like(q)
+    for row, length in enumerate(lengths.tolist()):
+        pages = page_table[row, : cdiv(length, PAGE)]
+        first = 0 if window is None else max(length - window, 0)
+        # (G, keys, K)
+        k, v = (x[pages].view(-1, G, K)[first:length].transpose(0, 1) for x in (keys, values))
+        grouped = q[row].view(G, H // G, K).to(acc_dtype)
+        scores = grouped @ k.to(acc_dtype).mT * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[row] = (scores.softmax(-1) @ v.to(acc_dtype)).view(H, K).to(q.dtype)
+    return out
+
+
+@triton.jit
+def row_splits(length, window, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """Return a row's first seen key, the keys of a split, and the number of splits."""
+    first = tl.maximum(length - window, 0)
+    span = tl.maximum(tl.cdiv(length - first, SPLIT * MAX_SPLITS), 1) * SPLIT
+    return first, span, tl.cdiv(length - first, span)
+
+
+@triton.jit
+def load_keys(x_ptr, tokens, seen, token_stride, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return the head vectors of tokens (BLOCK_N,) in the pages, zero if not seen or past K."""
+    i = tl.arange(0, BLOCK_K)
+    at = x_ptr + tokens[:, None] * token_stride + i[None, :]
+    return tl.load(at, mask=seen[:, None] & (i[None, :] < K), other=0.0)
+
+
+@triton.jit
+def _decode_attention(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    page_table_ptr,
+    lengths_ptr,
+    acc_ptr,
+    sums_ptr,
+    q_row_stride,
+    q_head_stride,
+    page_table_row_stride,
+    splits_stride,
+    window,
+    scale_log2,
+    TANH_SCALE: tl.constexpr,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute some splits of a row for up to BLOCK_M query heads of one group per program."""
+    BLOCKS: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M  # of heads in a group
+    row = tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(1) // BLOCKS
+    in_group = tl.program_id(1) % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    heads = kv_head * GROUP + in_group
+    length = tl.load(lengths_ptr + row)
+    first, span, splits = row_splits(length, window, SPLIT, MAX_SPLITS)
+    i = tl.arange(0, BLOCK_K)
+    is_element = (in_group[:, None] < GROUP) & (i[None, :] < K)
+    q_at = q_ptr + row * q_row_stride + heads[:, None] * q_head_stride + i[None, :]
+    q = tl.load(q_at, mask=is_element, other=0.0)
+    page_table_ptr += row * page_table_row_stride
+    k_ptr += kv_head * K
+    v_ptr += kv_head * K
+    for split in range(tl.program_id(0), splits, tl.num_programs(0)):
+        start = first + split * span
+        end = tl.minimum(start + span, length)
+        acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+        row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for key in range(start, end, BLOCK_N):
+            index = key + tl.arange(0, BLOCK_N)
+            seen = index < end
+            page = tl.load(page_table_ptr + index // PAGE, mask=seen, other=0)
+            tokens = page.to(tl.int64) * PAGE + index % PAGE
+            k = load_keys(k_ptr, tokens, seen, G * K, K, BLOCK_K)
+            v = load_keys(v_ptr, tokens, seen, G * K, K, BLOCK_K)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores, _ = cap_scores(scores, TANH_SCALE)
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new = tl.maximum(row_max, tl.max(scores, axis=1))
+            p = tl.exp2((scores - new[:, None]) * scale_log2)
+            shrink = tl.exp2((row_max - new) * scale_log2)
+            total = total * shrink + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            row_max = new
+        at = (row * G * GROUP + heads) * splits_stride + split
+        tl.store(acc_ptr + at[:, None] * K + i[None, :], acc, mask=is_element)
+        tl.store(sums_ptr + at * 2, row_max * scale_log2, mask=in_group < GROUP)
+        tl.store(sums_ptr + at * 2 + 1, total, mask=in_group < GROUP)
+
+
+@triton.jit
+def _add_splits(
+    acc_ptr,
+    sums_ptr,
+    out_ptr,
+    lengths_ptr,
+    out_row_stride,
+    out_head_stride,
+    splits_stride,
+    window,
+    K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Add the splits of one head of one row per program; a row without keys gets zeros."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    _, _, splits = row_splits(tl.load(lengths_ptr + row), window, SPLIT, MAX_SPLITS)
+    first = (row * tl.num_programs(0) + head) * splits_stride
+    i = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    row_max, total = float("-inf"), 0.0
+    for split in range(0, splits, AT_ONCE):
+        index = split + tl.arange(0, AT_ONCE)
+        at, is_split = first + index, index < splits
+        m = tl.load(sums_ptr + at * 2, mask=is_split, other=float("-inf"))
+        sums = tl.load(sums_ptr + at * 2 + 1, mask=is_split, other=0.0)
+        element = is_split[:, None] & (i[None, :] < K)
+        part = tl.load(acc_ptr + at[:, None] * K + i[None, :], mask=element, other=0.0)
+        new = tl.maximum(row_max, tl.max(m, axis=0))
+        weight = tl.exp2(m - new)
+        shrink = tl.exp2(row_max - new)
+        total = total * shrink + tl.sum(weight * sums, axis=0)
+        acc = acc * shrink + tl.sum(weight[:, None] * part, axis=0)
+        row_max = new
+    out = acc / tl.where(splits == 0, 1.0, total)
+    out_ptr += row * out_row_stride + head * out_head_stride
+    tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty), mask=i < K)
+
+
+@triton.jit
+def _store_keys_values(
+    k_ptr,
+    v_ptr,
+    keys_ptr,
+    values_ptr,
+    places_ptr,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy BLOCK elements of k and of v of one token per program."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(places_ptr + row)
+    head, column, mask = i // K, i % K, i < WIDTH
+    if place >= 0:
+        k = tl.load(k_ptr + row * k_row_stride + head * k_head_stride + column, mask=mask)
+        v = tl.load(v_ptr + row * v_row_stride + head * v_head_stride + column, mask=mask)
+        tl.store(keys_ptr + place * WIDTH + i, k, mask=mask)
+        tl.store(values_ptr + place * WIDTH + i, v, mask=mask)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    window: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return out (rows, H, K) in q's dtype; a row of no keys gets zeros.
+
+    q: (rows, H, K); K a multiple of 8 up to 256.
+    keys, values: (pages, PAGE, G, K) contiguous; H a multiple of G.
+    page_table: (rows, max_pages) int32, the pages of each row in order. Entries past a row's length
+        are not read.
+    lengths: (rows,) int32, the keys of each row, its own included. The values of both tables are
+        not checked, because that would wait for the GPU.
+    scale: factor of the scores, above 0.
+    softcap: bound on the scores; 0 for none.
+    window: the last keys that a row sees, its own among them; None for all.
+    out: destination (rows, H, K), rows and heads may be strided; by default a new tensor.
+
+    Raises: ValueError if a shape, stride, dtype or device does not fit, or a number is out of
+        range.
+    """
+    _check_pages(q, keys, values)
+    check_heads(q, q.dtype, q=q, out=out)
+    _check_tables(q, page_table, lengths)
+    check_scores(scale, softcap)
+    if window is not None and window < 1:
+        raise ValueError(f"window {window}; expected at least 1 key, or None")
+    if not backend.use_triton(q):
+        options = {"scale": scale, "softcap": softcap, "window": window}
+        result = decode_attention_reference(q, keys, values, page_table, lengths, **options)
+        return copy_into(out, result)
+    out = empty_contiguous_like(q) if out is None else out
+    if len(q):
+        _launch(q, keys, values, page_table, lengths, out, scale, softcap, window or NO_WINDOW)
+    return out
+
+
+def _launch(q, keys, values, page_table, lengths, out, scale, softcap, window) -> None:
+    """Fill out; the tensors are checked."""
+    (rows, H, K), (_, PAGE, G, _) = q.shape, keys.shape
+    GROUP, BLOCK_K = H // G, max(power_of_two(K), 16)
+    BLOCK_N, options = _block_sizes(q)
+    most_keys = min(page_table.shape[1] * PAGE, window)
+    splits = max(min(cdiv(most_keys, SPLIT), MAX_SPLITS), 1)
+    acc = torch.empty((rows, H, splits, K), dtype=torch.float32, device=q.device)
+    sums = torch.empty((rows, H, splits, 2), dtype=torch.float32, device=q.device)
+    scale_log2, TANH_SCALE = score_factors(scale, softcap)
+    shared = {"K": K, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS, "BLOCK_K": BLOCK_K}
+    programs = G * cdiv(GROUP, 16), rows
+    _decode_attention[(min(splits, cdiv(ENOUGH_PROGRAMS, programs[0] * rows)), *programs)](
+        q,
+        keys,
+        values,
+        page_table,
+        lengths,
+        acc,
+        sums,
+        *head_strides(q),
+        page_table.stride(0),
+        splits,
+        window,
+        scale_log2,
+        TANH_SCALE=TANH_SCALE,
+        G=G,
+        GROUP=GROUP,
+        PAGE=PAGE,
+        BLOCK_M=16,
+        BLOCK_N=BLOCK_N,
+        **shared,
+        **options,
+    )
+    _add_splits[(H, rows)](
+        acc,
+        sums,
+        out,
+        lengths,
+        *head_strides(out),
+        splits,
+        window,
+        AT_ONCE=SPLITS_AT_ONCE,
+        num_warps=2,
+        **shared,
+    )
+
+
+def _block_sizes(q: torch.Tensor) -> tuple[int, dict[str, int]]:
+    """Return the keys of a block, and the launch options.
+
+    Shared memory holds a block of keys and one of values, and q. GPUs without tensor-core kernels
+    keep q in float32 there.
+    """
+    K, itemsize = q.shape[2], q.element_size()
+    row_bytes = max(power_of_two(K), 16) * itemsize
+    BLOCK_N = 64
+    while 2 * BLOCK_N * row_bytes + 16 * row_bytes * 4 // itemsize > 48 * 1024 and BLOCK_N > 16:
+        BLOCK_N //= 2
+    return BLOCK_N, {"num_warps": 4, "num_stages": 1}
+
+
+def store_keys_values(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    places: torch.Tensor,
+) -> None:
+    """Write the keys and values of N tokens into their pages.
+
+    k, v: (N, G, K), rows and heads may be strided.
+    keys, values: (pages, PAGE, G, K) contiguous, in the dtype of k.
+    places: (N,) int64, page * PAGE + place in the page; a negative one skips the token. Places of
+        tokens differ. Their values are not checked on a GPU, because that would wait for it.
+
+    Raises: ValueError if a shape, stride, dtype or device does not fit.
+    """
+    _check_pages(k, keys, values)
+    check_heads(k, k.dtype, k=k, v=v)
+    N, G, K = k.shape
+    if keys.shape[2] != G or places.shape != (N,) or places.dtype != torch.int64:
+        raise ValueError(
+            f"k is {tuple(k.shape)}, keys {tuple(keys.shape)} and places {tuple(places.shape)} "
+            f"{places.dtype}; expected (N, G, K), (pages, PAGE, G, K) and (N,) torch.int64"
+        )
+    if not backend.use_triton(k):
+        store_keys_values_reference(k, v, keys, values, places)
+    elif N:
+        BLOCK = min(power_of_two(G * K), COPY_BLOCK)
+        tensors = k, v, keys, values, places.contiguous()
+        _store_keys_values[(N, cdiv(G * K, BLOCK))](
+            *tensors, *head_strides(k, v), WIDTH=G * K, K=K, BLOCK=BLOCK, num_warps=4
+        )
+
+
+def store_keys_values_reference(k, v, keys, values, places):
+    """Write into the pages in PyTorch."""
+    kept = places >= 0
+    for x, pages in ((k, keys), (v, values)):
+        pages.view(-1, *k.shape[1:])[places[kept]] = x[kept]
+
+
+def _check_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Check pages of keys and values, and that heads (rows, heads, K) fit to them.
+
+    Raises: ValueError if a shape, dtype, device or stride does not fit.
+    """
+    if q.dim() != 3 or keys.dim() != 4 or keys.shape[3] != q.shape[2]:
+        raise ValueError(
+            f"heads {tuple(q.shape)} and keys {tuple(keys.shape)}; "
+            "expected (rows, heads, head width) and (pages, PAGE, G, head width)"
+        )
+    H, K, G = *q.shape[1:], keys.shape[2]
+    if G == 0 or H % G:
+        raise ValueError(f"{H} query heads are not a multiple of {G} key/value heads")
+    if K % 8 or not 0 < K <= 256:
+        raise ValueError(f"head width {K}; expected a multiple of 8 up to 256")
+    for name, x in (("keys", keys), ("values", values)):
+        fits = x.shape == keys.shape and x.dtype == q.dtype and x.device == q.device
+        if not fits or not x.is_contiguous():
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; "
+                f"expected contiguous {tuple(keys.shape)} {q.dtype} on {q.device}"
+            )
+
+
+def _check_tables(q: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor) -> None:
+    """Check the pages and the length of each row of q.
+
+    Raises: ValueError if a shape, dtype, device or stride does not fit.
+    """
+    rows = len(q)
+    for name, x, shape in (
+        ("page_table", page_table, (rows, *page_table.shape[1:2])),
+        ("lengths", lengths, (rows,)),
+    ):
+        fits = x.shape == shape and x.dtype == torch.int32 and x.device == q.device
+        if not fits or (x.numel() and x.stride(-1) != 1) or x.dim() != len(shape):
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; "
+                f"expected torch.int32 on {q.device} with contiguous rows, one for each of {rows}"
+            )
