@@ -32,6 +32,7 @@ from minitune.kernels import (
     qk_norm_rope,
     rms_norm,
     rope,
+    sample_tokens,
 )
 from minitune.kernels.ggml_reference import BLOCK_SIZES
 
@@ -56,6 +57,8 @@ KERNELS = {
     "_attention_dq",
     "_attention_fwd",
     "_attention_sum",
+    "_choose_among_blocks",
+    "_choose_in_blocks",
     "_cross_entropy",
     "_decode_attention",
     "_dequantize",
@@ -192,6 +195,10 @@ def run_decode_step(t: MetaTensors) -> None:
     for softcap, window in ((0.0, None), (50.0, 1000)):
         options = {"scale": t.K**-0.5, "softcap": softcap, "window": window}
         decode_attention.decode_attention(q, pages, pages, table, lengths, **options)
+    scores, temperatures = t.float32(64, t.V), t.float32(64)
+    for logits, floors in ((None, temperatures), (scores, None), (t.float32(64, t.V), None)):
+        rest = places, places, temperatures
+        sample_tokens.sample_tokens(scores, *rest, floors=floors, logits=logits)
 
 
 def run_optimizer(t: MetaTensors) -> None:
