@@ -1,4 +1,4 @@
-"""The removal of a model's adapter, for good or for a while.
+"""The removal of a model's adapter for good, and its exchange for a while.
 
 The extended weights of linear.py hold the adapters too: resident weights, weight buffers, and the
 CUDA graphs that read them. None of these outlives an adapter that is removed for good. While an
@@ -6,16 +6,38 @@ adapter is off, the weights with its columns stay aside and come back with it.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-from minitune.model.causal_lm import CausalLM
+from torch import nn
+
+from minitune.model.linear import Linear
 
 
-def remove_lora_(model: CausalLM) -> None:
+class Branch(NamedTuple):
+    """The LoRA branch of a linear: modules with the weights A (r, in) and B (out, r)."""
+
+    lora_A: nn.Module
+    lora_B: nn.Module
+    scaling: float
+
+
+Adapter = Mapping[Linear, Branch]  # the branches of all adapted linears; none for the base
+
+
+def own_adapter(model) -> Adapter:
+    """Return the adapter that the model has now."""
+    return {
+        linear: Branch(linear.lora_A, linear.lora_B, linear.scaling)
+        for _, linear in model.linears()
+        if linear.lora_A is not None
+    }
+
+
+def remove_lora_(model) -> None:
     """Remove the adapter for good, with every buffer that holds a part of it."""
-    for _, linear in model.linears():
-        linear.lora_A = linear.lora_B = None
-        linear.scaling = 0.0
+    model.free_generation_memory()
+    _attach(model, {})
     for fused in model.fused_linears():
         fused.resident_weight = None
     model.layer_context.weight_buffers.clear()
@@ -25,25 +47,46 @@ def remove_lora_(model: CausalLM) -> None:
 
 
 @contextlib.contextmanager
-def without_lora(model: CausalLM) -> Iterator[None]:
+def without_lora(model) -> Iterator[None]:
     """Return a context in which the model is its base: `model.lora` is None and no branch runs.
 
     The same parameters come back at the end, with the values that they had.
     """
-    adapted = [linear for _, linear in model.linears() if linear.lora_A is not None]
-    branches = [(linear, linear.lora_A, linear.lora_B, linear.scaling) for linear in adapted]
-    resident = [(fused, fused.resident_weight) for fused in model.fused_linears()]
     lora = model.lora
-    try:
-        for linear in adapted:
-            linear.lora_A, linear.lora_B, linear.scaling = None, None, 0.0
-        for fused, _ in resident:
-            fused.resident_weight = None
-        model.lora = None
+    with switched_adapter(model, {}):
+        try:
+            model.lora = None
+            yield
+        finally:
+            model.lora = lora
+
+
+@contextlib.contextmanager
+def switched_adapter(model, adapter: Adapter) -> Iterator[None]:
+    """Return a context in which the linears of the model have the branches of `adapter`.
+
+    Nothing changes if these are the model's own branches.
+    """
+    own = own_adapter(model)
+    if adapter == own:
         yield
-    finally:
-        for linear, lora_A, lora_B, scaling in branches:
-            linear.lora_A, linear.lora_B, linear.scaling = lora_A, lora_B, scaling
-        for fused, weight in resident:
-            fused.resident_weight = weight
-        model.lora = lora
+        return
+    resident = [(fused, fused.resident_weight) for fused in model.fused_linears()]
+    buffers = model.layer_context.weight_buffers
+    with buffers.set_aside() if adapter else contextlib.nullcontext():
+        try:
+            _attach(model, adapter)
+            for fused, _ in resident:
+                fused.resident_weight = None
+            yield
+        finally:
+            _attach(model, own)
+            for fused, weight in resident:
+                fused.resident_weight = weight
+
+
+def _attach(model, adapter: Adapter) -> None:
+    """Give each linear its branch of the adapter, or none."""
+    for _, linear in model.linears():
+        branch = adapter.get(linear, Branch(None, None, 0.0))
+        linear.lora_A, linear.lora_B, linear.scaling = branch

@@ -28,6 +28,7 @@ from minitune.device import check_torch_defaults, free_memory
 from minitune.model.activations import SaveLevel
 from minitune.model.autograd import LogitsNode, LossNode
 from minitune.model.decoder_layer import DecoderLayer
+from minitune.model.decoding.engine import DecodeEngine
 from minitune.model.fixed_module import FixedModule, UnhookedModule
 from minitune.model.generate import generate
 from minitune.model.layers import Embedding, LayerContext, new_residual
@@ -116,6 +117,7 @@ class CausalLM(FixedModule):
         self.gguf: Path | None = None
         self.eos_token_ids: tuple[int, ...] = ()
         self.generation_defaults: dict[str, Any] = {}
+        self.decode_engine = DecodeEngine()
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Yield the full name and the module of each adaptable linear, layer by layer."""
@@ -212,6 +214,8 @@ class CausalLM(FixedModule):
         check_torch_defaults()
         ids, positions, mask = pack_batch(input_ids.cpu(), attention_mask, position_ids)
         self.check(ids, positions)
+        if torch.is_grad_enabled() and self.trainable_parameters():
+            self.free_generation_memory()  # backward needs the room
         with self.as_current_device():
             s = self.residual_stream(ids, positions)
             if labels is None:
@@ -317,6 +321,10 @@ class CausalLM(FixedModule):
             for layer in plan.layers
         ]
         return levels, plan.select_attention(packed), plan.tile_rows
+
+    def free_generation_memory(self) -> None:
+        """Free the cache, the CUDA graphs and the weights that `generate` keeps between calls."""
+        self.decode_engine.free()
 
     # ---- device and weights
 

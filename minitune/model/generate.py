@@ -4,8 +4,7 @@
     model.generate(**tokenizer(texts, padding=True, return_tensors="pt"))
                                                      a tensor in: prompts and new tokens, padded
 
-generation_arguments.py reads the arguments, sampling.py chooses tokens, cached_decoding.py runs the
-model.
+generation_arguments.py reads the arguments, sampling.py chooses tokens, decoding/ runs the model.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from minitune.config.foreign_arguments import foreign_arguments
 from minitune.device import check_torch_defaults
-from minitune.model.cached_decoding import decode
+from minitune.model.decoding.engine import decode
+from minitune.model.decoding.requests import Request
 from minitune.model.generation_arguments import (
     FOREIGN,
     Prompts,
@@ -25,7 +25,6 @@ from minitune.model.generation_arguments import (
     read_prompts,
     sampling_config,
 )
-from minitune.model.sampling import Sampler
 
 
 class Streamer(Protocol):
@@ -95,8 +94,14 @@ def generate(
     rule = sampling_config(do_sample, named, defaults)
     limits = new_token_limits(given, model.max_seq_length, max_new_tokens, max_length)
     report = _reporter(streamer, on_token, given, ends)
-    sampler = Sampler(rule, given.ids, model.config.vocab_size, seed)
-    answers = decode(model, given.ids, limits, sampler.choose, ends, report)
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    requests = [
+        Request(prompt, limit, seed + i)
+        for i, (prompt, limit) in enumerate(zip(given.ids, limits, strict=True))
+    ]
+    found = decode(model, requests, rule, end_tokens=ends, on_token=report)
+    answers = [answer.tokens for answer in found]
     if streamer:
         streamer.end()
     return _result(given.grid, answers, ends, pad)

@@ -128,7 +128,10 @@ class Attention(UnhookedModule):
 
     def attend(self, qkv: Tensor, p: "LayerPass", out: Tensor) -> Tensor:
         """Write attention's output of a rotated qkv to out (N, H, K), and return its logsumexp."""
-        q, k, v = self.heads_of(qkv, p)
+        return self.attend_heads(*self.heads_of(qkv, p), p, out)
+
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, p: "LayerPass", out: Tensor) -> Tensor:
+        """Write attention's output of `heads_of` to out (N, H, K), and return its logsumexp."""
         return attention(q, k, v, out=out, **self._attention_arguments(p))[1]
 
     def attend_backward_(

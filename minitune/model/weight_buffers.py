@@ -1,7 +1,8 @@
 """The extended weights of the layer that runs, in buffers that all layers of a model share."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -34,6 +35,16 @@ class WeightBuffers:
         """Free the buffers. They hold parts of the adapters, so another adapter needs new ones."""
         with self.lock:
             self._buffers.clear()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Return a context with new buffers, as another adapter needs them."""
+        with self.lock:
+            buffers, self._buffers = self._buffers, {}
+            try:
+                yield
+            finally:
+                self._buffers = buffers
 
     def allocate(
         self, fused_linears: Sequence[FusedLinear], dtype: torch.dtype, device: torch.device

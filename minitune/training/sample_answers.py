@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.model.cached_decoding import decode
-from minitune.model.sampling import LogitsNotFinite, Sampler, SamplingConfig
+from minitune.model.decoding.engine import decode
+from minitune.model.decoding.requests import Request
+from minitune.model.sampling import LogitsNotFinite, SamplingConfig
 from minitune.progress import ProgressBar, print_message
 from minitune.training.micro_step import MicroStep
 from minitune.training.out_of_memory import run_in_graph_pool
@@ -74,8 +75,7 @@ class SamplePrompts:
         Raises: torch.OutOfMemoryError or MemoryError if memory runs out; LogitsNotFinite if the
             logits are not finite.
         """
-        vocab = micro_step.model.config.vocab_size
-        sampler = Sampler(SamplingConfig(), self._prompts, vocab)  # greedy
+        requests = list(map(Request, self._prompts, self._limits))
         ends = self._tokenizer.eos_token_ids
         with ProgressBar("answering", max(self._limits), "token", show_bar) as bar:
 
@@ -87,15 +87,10 @@ class SamplePrompts:
                     lengths[row] += 1
                     bar.move_to(max(lengths), max(self._limits))
 
-                return decode(
-                    micro_step.model,
-                    self._prompts,
-                    self._limits,
-                    choose=sampler.choose,
-                    end_tokens=ends,
-                    on_token=count,
-                    keep_weights=False,
-                )
+                greedy = SamplingConfig()
+                model = micro_step.model
+                found = decode(model, requests, greedy, end_tokens=ends, on_token=count, keep=False)
+                return [answer.tokens for answer in found]
 
             answers = run_in_graph_pool(micro_step, decode_all)
         ids = [answer[:-1] if answer[-1] in ends else answer for answer in answers]
