@@ -1,5 +1,6 @@
 """generate gives the tokens of transformers, from the same folder and the same arguments."""
 
+import itertools
 import json
 import os
 
@@ -8,7 +9,8 @@ import torch
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, TextStreamer
-from minitune.model.sampling import Sampler, SamplingConfig
+from minitune.kernels.sample_tokens import gumbel_noise
+from minitune.model.answer_seeds import answer_seeds
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -33,53 +35,69 @@ def pair(tmp_path_factory):
     return load_pair(tmp_path_factory.mktemp("pair"))
 
 
+def draw_as_minitune(monkeypatch, seed, prompts):
+    """Let transformers draw from its own probabilities with minitune's noise for a call."""
+    seeds = torch.tensor(answer_seeds(seed, prompts, [0] * len(prompts)))
+    draws = itertools.count()
+
+    def multinomial(probabilities, num_samples):
+        tokens = torch.arange(probabilities.shape[-1])[None]
+        noise = gumbel_noise(seeds, torch.full_like(seeds, next(draws)), tokens)
+        return (probabilities.log() + noise).argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+
+
 CALLS = [
     {},
     {"max_length": 25, "max_new_tokens": None},
     {"repetition_penalty": 1.6},
     {"do_sample": False, "temperature": 1.0, "top_p": None},
+    {"do_sample": True, "temperature": 1.5, "min_p": 0.1},
+    {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    {"do_sample": True, "top_k": 0, "repetition_penalty": 1.2},
+    {"do_sample": True, "num_return_sequences": 2, "temperature": 1.3},
 ]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_gives_the_tokens_of_transformers(pair, call, side):
+def test_a_batch_gives_the_tokens_of_transformers(pair, monkeypatch, call, side):
     model, theirs, tokenizer = pair
     call = {"max_new_tokens": 12, **call}
     expected_side = "left"  # transformers continues a prompt that is padded on the right wrongly
     ends = {"eos_token_id": [2, 40, 41, 42, 43]}  # so that answers end at different places
     padded = {"padding": True, "return_tensors": "pt"}
     inputs = tokenizer(TEXTS, padding_side=side, **padded)
-    torch.manual_seed(5)
-    answer = model.generate(**inputs, **call, **ends, pad_token_id=0)
-    torch.manual_seed(5)
+    answer = model.generate(**inputs, **call, **ends, pad_token_id=0, seed=5)
+    times = call.get("num_return_sequences", 1)
+    prompts = [ids for ids in map(tokenizer.encode, TEXTS) for _ in range(times)]
+    draw_as_minitune(monkeypatch, 5, prompts)
     reference = tokenizer(TEXTS, padding_side=expected_side, **padded)
     call = {key: value for key, value in call.items() if value is not None}
     expected = theirs.generate(**reference, **call, **ends, pad_token_id=0)
     width = inputs.shape[1]
     assert torch.equal(answer[:, width:], expected[:, width:])
-    repeated = inputs.input_ids.repeat_interleave(call.get("num_return_sequences", 1), 0)
+    repeated = inputs.input_ids.repeat_interleave(times, 0)
     assert torch.equal(answer[:, :width], repeated)
 
 
-def test_an_unnamed_setting_comes_from_the_folder_as_in_transformers(tmp_path):
+def test_an_unnamed_setting_comes_from_the_folder_as_in_transformers(tmp_path, monkeypatch):
     config = {
         "do_sample": True,
         "temperature": 0.6,
         "top_p": 0.9,
         "min_p": 0.02,
         "repetition_penalty": 1.3,
-        "eos_token_id": [400, 2],
+        "eos_token_id": [399, 2],
         "pad_token_id": 7,
     }
     model, theirs, tokenizer = load_pair(tmp_path, config)
     inputs = tokenizer(TEXTS[:1], return_tensors="pt")
-    for call in ({"do_sample": False}, {"top_k": 1}):
-        answers = []
-        for twin in (model, theirs):
-            torch.manual_seed(1)
-            answers.append(twin.generate(**inputs, max_new_tokens=16, **call))
-        assert torch.equal(*answers), call
+    for call in ({}, {"temperature": 1.4}, {"do_sample": False}, {"top_k": 3, "top_p": 1.0}):
+        answer = model.generate(**inputs, max_new_tokens=16, seed=1, **call)
+        draw_as_minitune(monkeypatch, 1, inputs.input_ids.tolist())
+        assert torch.equal(answer, theirs.generate(**inputs, max_new_tokens=16, **call)), call
 
 
 def test_a_pad_token_is_left_out_without_a_mask_if_it_ends_nothing(pair):
@@ -120,30 +138,3 @@ def test_both_libraries_streamers_show_the_same_text(pair, capsys):
         )
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] != "\n"
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_filters_equal_transformers_logits_processors(seed):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(4, 50, generator=generator).mul(3)
-    logits[:, 10:14] = logits[:, 10:11]  # a tie
-    processors = transformers.generation.logits_process
-    rule = SamplingConfig(1.4, top_k=20, top_p=0.85, min_p=0.15, repetition_penalty=1.3)
-    prompts = [[1, 2, 10], [3], [4, 4], [49]]
-    scores = logits
-    ids = torch.tensor([[1, 2, 10], [3, 3, 3], [4, 4, 4], [49, 49, 49]])
-    for processor in (
-        processors.RepetitionPenaltyLogitsProcessor(1.3),
-        processors.TemperatureLogitsWarper(1.4),
-        processors.TopKLogitsWarper(20),
-        processors.TopPLogitsWarper(0.85),
-        processors.MinPLogitsWarper(0.15),
-    ):
-        scores = processor(ids, scores)
-    sampler = Sampler(rule, prompts, 50)
-    penalty = processors.RepetitionPenaltyLogitsProcessor(1.3)
-    torch.testing.assert_close(sampler.penalised(logits), penalty(ids, logits))
-    assert (logits.gather(1, ids) < 0).any()  # most tokens below zero are filtered out later
-    found = rule.probabilities(sampler.penalised(logits))
-    torch.testing.assert_close(found, scores.softmax(-1))
-    assert (found == 0).any()

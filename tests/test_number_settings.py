@@ -15,7 +15,7 @@ from minitune.commands import data, generate, plan
 from minitune.config.cli.settings import flag_of, known_settings
 from minitune.config.numbers import LARGEST_WHOLE
 from minitune.config.training_config import RunConfig, parse_bytes
-from minitune.model.sampling import SamplingConfig
+from minitune.model.sampling import BOUNDS, SamplingConfig
 from minitune.training.checkpoint import Progress
 from minitune.training.plan_inputs import PlanInputs
 
@@ -128,7 +128,7 @@ def test_arguments_of_attaching_and_loading_are_bounded(tiny):
 
 
 def test_settings_of_sampling_are_bounded():
-    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+    for name in BOUNDS:
         for value in (*HOSTILE, -1, 1e-300):
             if value == 1e-300 and name == "min_p":
                 continue

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minitune.config.foreign_arguments import foreign_arguments
 from minitune.device import check_torch_defaults
+from minitune.model.answer_seeds import answer_seeds
 from minitune.model.decoding.engine import decode
 from minitune.model.decoding.requests import Request
 from minitune.model.generation_arguments import (
@@ -55,7 +56,7 @@ def generate(
     num_return_sequences: int = 1,
     eos_token_ids: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     streamer: Streamer | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]] | Tensor:
@@ -70,7 +71,7 @@ def generate(
     do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `sampling_config`.
     num_return_sequences: answers to each prompt, one behind the other.
     eos_token_ids, pad_token_id: None takes the model's. The first is also named eos_token_id.
-    seed: the seed of the draws; None continues PyTorch's generator, as transformers does.
+    seed: the seed of the draws, or a list with one for each answer, as in `answer_seeds`.
     streamer: receives the only prompt and its new tokens, and an end token that the result has.
     on_token: called as on_token(i, token) for each new token of answer i, except its end token.
 
@@ -94,12 +95,9 @@ def generate(
     rule = sampling_config(do_sample, named, defaults)
     limits = new_token_limits(given, model.max_seq_length, max_new_tokens, max_length)
     report = _reporter(streamer, on_token, given, ends)
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    requests = [
-        Request(prompt, limit, seed + i)
-        for i, (prompt, limit) in enumerate(zip(given.ids, limits, strict=True))
-    ]
+    own = [0] * len(given.ids)
+    seeds = answer_seeds(seed, given.ids, own) if rule.temperature else own
+    requests = list(map(Request, given.ids, limits, seeds))
     found = decode(model, requests, rule, end_tokens=ends, on_token=report)
     answers = [answer.tokens for answer in found]
     if streamer:

@@ -1,17 +1,22 @@
 """The choice of the next token: repetition penalty, temperature, top-k, top-p, min-p, a draw.
 
 The filters are applied in the order of transformers' logits processors, each to the result of the
-one before it, so that the probabilities are the same.
+one before it, so that the probabilities are the same. A draw is the largest of score + Gumbel noise
+(kernels/sample_tokens.py). The noise is a function of the row's seed, of the number of the draw and
+of the token. A token therefore depends on the logits, the seed and the history of its own row, and
+not on the other rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minitune.config.numbers import SMALLEST_FACTOR, check_number, number, whole
+from minitune.kernels.sample_tokens import Chosen, sample_tokens
 from minitune.model.precision import wider_dtypes
+from minitune.model.sampling_filters import keep_min_p, keep_top_k, keep_top_p
 
 BOUNDS = {
     "temperature": number(0),
@@ -19,6 +24,7 @@ BOUNDS = {
     "top_p": number(SMALLEST_FACTOR, 1),
     "min_p": number(0, 1),
     "repetition_penalty": number(),
+    "min_new_tokens": whole(),
 }
 
 
@@ -32,6 +38,7 @@ class SamplingConfig:
     min_p: keep the tokens with this share of the likeliest token's probability; 0 keeps all.
     repetition_penalty: a token of the prompt or the answer has its positive logit divided by this,
         and its negative logit multiplied; 1 changes nothing.
+    min_new_tokens: no end token is chosen before an answer has this many tokens.
     """
 
     temperature: float = 0.0
@@ -39,6 +46,7 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
 
     def __post_init__(self):
         for name, bounds in BOUNDS.items():
@@ -46,81 +54,119 @@ class SamplingConfig:
         if self.temperature:  # a smaller divisor would make the logits infinite
             check_number("temperature", self.temperature, number())
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the probabilities (B, V) of logits (B, V) in float32, at a temperature above 0."""
+    @property
+    def keeps_all(self) -> bool:
+        """Return True if no filter drops a token."""
+        return not self.top_k and self.top_p == 1 and not self.min_p
+
+    def filtered(self, logits: Tensor) -> Tensor:
+        """Return logits / temperature, (rows, V), with -inf for the tokens that are not drawn.
+
+        The temperature is above 0.
+        """
         scores = logits / self.temperature
         if self.top_k:
-            least = scores.topk(min(self.top_k, scores.shape[-1])).values[:, -1:]  # (B, 1)
-            scores = scores.masked_fill(scores < least, -torch.inf)
+            scores = keep_top_k(scores, self.top_k)
         if self.top_p < 1:
-            ordered, order = scores.sort(-1, descending=True)
-            shares = ordered.softmax(-1)
-            likelier = shares.cumsum(-1) - shares  # the mass of all likelier tokens
-            outside = torch.zeros_like(scores, dtype=torch.bool)
-            outside.scatter_(-1, order, likelier >= self.top_p)
-            scores = scores.masked_fill(outside, -torch.inf)
-        shares = scores.softmax(-1)
+            scores = keep_top_p(scores, self.top_p)
         if self.min_p:
-            floor = self.min_p * shares.amax(-1, keepdim=True)
-            shares = scores.masked_fill(shares < floor, -torch.inf).softmax(-1)
-        return shares
+            scores = keep_min_p(scores, self.min_p)
+        return scores
 
 
 class LogitsNotFinite(ValueError):
     """Logits of the next token that are NaN or infinite."""
 
+    @classmethod
+    def on(cls, device: torch.device) -> "LogitsNotFinite":
+        """Return the error with its causes and the remedy on a device."""
+        return cls(
+            "the logits of the next token are not finite; the weights or the adapter are damaged, "
+            f"or float16 is too narrow for this model: load it with {wider_dtypes(device)}"
+        )
+
 
 class Sampler:
-    """The choice of one token after the other, for several prompts at once.
+    """The choice of one token after the other for the sequences of `slots` slots.
 
-    seed: the seed of the draws; None draws from PyTorch's generator, which torch.manual_seed seeds.
+    All state is on the device in tensors that stay, and nothing waits for the host, so that CUDA
+    graphs can hold a choice.
+
+    logprobs: compute the log-probabilities of the chosen tokens.
+    end_tokens: the tokens that config.min_new_tokens forbids.
     """
 
     def __init__(
         self,
         config: SamplingConfig,
-        prompts: Sequence[Sequence[int]],
+        slots: int,
         vocab_size: int,
-        seed: int | None = None,
+        device: torch.device,
+        logprobs: bool = False,
+        end_tokens: Collection[int] = (),
     ):
-        self.config = config
-        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
-        self._seen: Tensor | None = None  # (B, V), True for the tokens of a prompt and its answer
+        self.config, self.logprobs = config, logprobs
+        self.seeds = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.draws = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens chosen so far
+        # filtered scores are divided already
+        divisor = config.temperature if config.keeps_all else float(config.temperature > 0)
+        self._temperatures = torch.full((slots,), divisor, dtype=torch.float32, device=device)
+        self._seen: Tensor | None = None  # (slots, V), True for the tokens of prompt and answer
         if config.repetition_penalty != 1:
-            self._seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-            for row, prompt in enumerate(prompts):
-                self._seen[row, list(prompt)] = True
+            self._seen = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
+        self._ends: Tensor | None = None  # (V,), True for the end tokens
+        if config.min_new_tokens and end_tokens:
+            inside = [token for token in end_tokens if token < vocab_size]
+            self._ends = torch.zeros(vocab_size, dtype=torch.bool)
+            self._ends[inside] = True
+            self._ends = self._ends.to(device)
 
-    def choose(self, logits: Tensor) -> list[int]:
-        """Return one token for each row of the logits (B, V).
+    def admit(self, slot: int, prompt: Sequence[int], seed: int) -> None:
+        """Start a sequence in a slot.
 
-        Raises: LogitsNotFinite if the logits of a row are not finite.
+        seed: from 0 to 2^63 - 1.
         """
+        self.seeds[slot] = seed
+        self.draws[slot] = 0
         if self._seen is not None:
-            logits = self.penalised(logits.float().cpu())
-        if self.config.temperature == 0:
-            _check_finite(logits.amax(-1))
-            tokens = logits.argmax(-1).cpu()
-        else:
-            shares = self.config.probabilities(logits.float().cpu())
-            _check_finite(shares)
-            tokens = shares.multinomial(1, generator=self.generator)[:, 0]
+            self._seen[slot] = False
+            ids = torch.tensor(list(prompt), device=self._seen.device)
+            self._seen[slot].index_fill_(0, ids, True)
+
+    def move(self, source: int, target: int) -> None:
+        """Continue the sequence of one slot in another."""
+        for state in (self.seeds, self.draws, self._seen):
+            if state is not None:
+                state[target] = state[source]
+
+    def choose(self, logits: Tensor) -> Chosen:
+        """Return the next tokens of the first slots, one for each row of the logits.
+
+        logits: (rows, V) in float32, not changed. The log-probabilities are those of these logits,
+            before the penalty, the temperature and the filters.
+        """
+        rows, config = len(logits), self.config
+        seeds, draws, temperatures = self.seeds[:rows], self.draws[:rows], self._temperatures[:rows]
+        scores = self.allowed(logits)
+        is_filtered = config.temperature and not config.keeps_all
+        if is_filtered:
+            scores = config.filtered(scores)
+        raw = logits if self.logprobs else None
+        chosen = sample_tokens(scores, seeds, draws, temperatures, logits=raw)
+        if is_filtered:  # a filter may drop what is not finite
+            chosen = chosen._replace(finite=logits.amax(-1).isfinite())
+        draws += 1
         if self._seen is not None:
-            self._seen[torch.arange(len(tokens)), tokens] = True
-        return tokens.tolist()
+            self._seen[:rows].scatter_(1, chosen.tokens[:, None], True)
+        return chosen
 
-    def penalised(self, logits: Tensor) -> Tensor:
-        """Return logits (B, V) with the penalty on the tokens that each row holds."""
-        penalty = self.config.repetition_penalty
-        lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
-        return torch.where(self._seen, lowered, logits)
-
-
-def _check_finite(values: Tensor) -> None:
-    """Raise LogitsNotFinite if a value is infinite or not a number."""
-    if not torch.isfinite(values).all():
-        raise LogitsNotFinite(
-            "the logits of the next token are not finite; the weights or the adapter are damaged, "
-            "or float16 is too narrow for this model: load it with "
-            f"{wider_dtypes(values.device)}"
-        )
+    def allowed(self, logits: Tensor) -> Tensor:
+        """Return logits (rows, V) with the penalty, and -inf for end tokens that come too early."""
+        rows, penalty = len(logits), self.config.repetition_penalty
+        if self._seen is not None:
+            lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = torch.where(self._seen[:rows], lowered, logits)
+        if self._ends is not None:
+            early = self.draws[:rows] < self.config.min_new_tokens
+            logits = logits.masked_fill(early[:, None] & self._ends, -torch.inf)
+        return logits

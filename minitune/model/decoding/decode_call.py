@@ -11,7 +11,7 @@ A sequence is admitted if the cache has room for its prompt and its longest answ
 runs out of room later.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from minitune.model.decoding.decode_step import StepInputs, decode_step, float_l
 from minitune.model.decoding.kv_cache import KVCache, rounded_pages
 from minitune.model.decoding.prefill import prefill, prefill_batches
 from minitune.model.decoding.schedule import Admission, PromptGroup, Schedule
-from minitune.model.decoding.slot_sampler import SlotSampler
-from minitune.model.precision import wider_dtypes
-from minitune.model.sampling import LogitsNotFinite, SamplingConfig
+from minitune.model.sampling import LogitsNotFinite, Sampler, SamplingConfig
 
 OnToken = Callable[[int, int], bool | None]
 
@@ -39,18 +37,20 @@ class DecodeCall:
         adapters: Sequence[Adapter],
         config: SamplingConfig,
         logprobs: bool,
+        end_tokens: Collection[int],
     ):
         self._model, self._cache, self._schedule = model, cache, schedule
         self._adapters, self._head = adapters, model.head()
         vocab = model.config.vocab_size
         slots = schedule.slots
-        self._sampler = SlotSampler(config, slots, vocab, model.device, logprobs)
+        self._end_tokens = end_tokens
+        self._sampler = Sampler(config, slots, vocab, model.device, logprobs, end_tokens)
         self._logits = torch.empty((slots, vocab), dtype=torch.float32, device=model.device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self._positions = torch.zeros(slots, dtype=torch.int32, device=model.device)
         self._width = min(rounded_pages(schedule.most_pages), cache.width)
 
-    def run(self, end_tokens: Container[int], on_token: OnToken | None) -> list:
+    def run(self, on_token: OnToken | None) -> list:
         """Return the answers, in the order of the requests."""
         try:
             while True:
@@ -60,7 +60,7 @@ class DecodeCall:
                 self._admit()
                 if not self._schedule.active:
                     return self._schedule.answers
-                self._choose(stepped, end_tokens, on_token)
+                self._choose(stepped, on_token)
         finally:
             self._cache.clear()
 
@@ -115,7 +115,7 @@ class DecodeCall:
         for (group, _), logits in zip(prefills, float_logits(self._head, s), strict=True):
             group.logits = logits
 
-    def _choose(self, stepped: int, end_tokens: Container[int], on_token: OnToken | None) -> None:
+    def _choose(self, stepped: int, on_token: OnToken | None) -> None:
         """Choose a token for each active sequence, and end the complete sequences.
 
         stepped: number of sequences that took part in the step.
@@ -125,14 +125,9 @@ class DecodeCall:
         active = self._schedule.active
         logits = self._logits[: len(active)]
         chosen = self._sampler.choose(logits)
-        finite = logits.amax(-1).isfinite()
-        tokens, finite = torch.stack([chosen.tokens, finite.long()]).tolist()
+        tokens, finite = torch.stack([chosen.tokens, chosen.finite.long()]).tolist()
         if not all(finite):
-            raise LogitsNotFinite(
-                "the logits of the next token are not finite; the weights or the adapter are "
-                "damaged, or float16 is too narrow for this model: load it with "
-                f"{wider_dtypes(logits.device)}"
-            )
+            raise LogitsNotFinite.on(logits.device)
         logprobs = chosen.logprobs.tolist() if chosen.logprobs is not None else None
         ended = []
         for slot, (sequence, token) in enumerate(zip(active, tokens, strict=True)):
@@ -141,7 +136,7 @@ class DecodeCall:
             if logprobs is not None:
                 answer.logprobs.append(logprobs[slot])
             stops = on_token is not None and on_token(sequence.index, token) is True
-            if stops or token in end_tokens or len(answer.tokens) == sequence.request.limit:
+            if stops or token in self._end_tokens or len(answer.tokens) == sequence.request.limit:
                 ended.append(slot)
         for slot in reversed(ended):
             self._end(slot)

@@ -4,7 +4,7 @@ decode_call.py runs a call. The cache grows to the largest call so far, within t
 """
 
 import threading
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -55,7 +55,7 @@ class DecodeEngine:
         requests: Sequence[Request],
         config: SamplingConfig,
         *,
-        end_tokens: Container[int] = (),
+        end_tokens: Collection[int] = (),
         on_token: OnToken | None = None,
         logprobs: bool = False,
         adapters: Sequence[Adapter] | None = None,
@@ -86,8 +86,10 @@ class DecodeEngine:
                     cache, pages = engine._room(model, requests, cache_memory, max_rows)
                     schedule = Schedule(requests, PagePool(pages), max_rows, logprobs)
                     adapters = [own_adapter(model)] if adapters is None else adapters
-                    call = DecodeCall(model, cache, schedule, adapters, config, logprobs)
-                    return call.run(end_tokens, on_token)
+                    call = DecodeCall(
+                        model, cache, schedule, adapters, config, logprobs, end_tokens
+                    )
+                    return call.run(on_token)
             finally:
                 engine._is_running = False
 
