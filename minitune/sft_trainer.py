@@ -24,7 +24,9 @@ from minitune.training.callbacks import TrainerControl, TrainerState
 from minitune.training.trainer import Trainer
 
 CHECKED_SAMPLES = 100  # in which the marks of train_on_responses_only have to occur
-ONLY_LOSS = Foreign("evaluation computes the loss only; use a callback's on_evaluate")
+COMPUTES_SCORES = Foreign(
+    "evaluation keeps no logits; score_answer=function scores generated answers"
+)
 NOT_PREPARED = Foreign("the trainer tokenizes the records itself", neutral=(None, {}))
 # Attributes of transformers' Trainer -> what to use here.
 ABSENT = {
@@ -48,8 +50,8 @@ ABSENT = {
     data_collator=Foreign(
         "samples are packed without padding; leave it out", neutral=(None, DataCollatorForSeq2Seq)
     ),
-    compute_metrics=ONLY_LOSS,
-    preprocess_logits_for_metrics=ONLY_LOSS,
+    compute_metrics=COMPUTES_SCORES,
+    preprocess_logits_for_metrics=COMPUTES_SCORES,
     compute_loss_func=Foreign("the loss is the mean over the trained-on tokens"),
     optimizers=Foreign("SFTConfig(optim=...) names the optimizer", neutral=(None, (None, None))),
     optimizer_cls_and_kwargs=Foreign("SFTConfig(optim=...) names the optimizer"),
@@ -82,6 +84,7 @@ class SFTTrainer(Trainer):
         dataset_text_field: str | None = None,
         packing: bool | None = None,
         max_length: int | None = None,
+        score_answer: str | Callable[..., Any] | None = None,
         run_config: RunConfig | None = None,
     ):
         """Check the arguments and tokenize the datasets. Only output_dir/tokenized is written.
@@ -96,6 +99,10 @@ class SFTTrainer(Trainer):
         callbacks: objects or classes of TrainerCallback.
         peft_config: the adapter of a model that has none.
         dataset_text_field, packing, max_length: as in SFTConfig, and before it.
+        score_answer: a function of parameters named answer, reference and record, or some of them,
+            which returns a number, a bool or a dict of them. At each evaluation the model answers
+            `eval_answers` records, and the means are metrics (training/score_functions.py). Or a
+            name, as in SFTConfig.
         run_config: settings to write to config.toml; default: the model's settings.
 
         Raises: ValueError if model, settings and data do not fit together.
@@ -126,6 +133,7 @@ class SFTTrainer(Trainer):
             processing_class,
             run_config=run_config,
             callbacks=callbacks or (),
+            score_answer=score_answer,
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -162,6 +170,8 @@ class SFTTrainer(Trainer):
         self, eval_dataset: Dataset | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return the loss of the evaluation data, a mean over its trained-on tokens, and its speed.
+
+        The scores of answers follow, if the trainer has a scoring function.
 
         eval_dataset: data in place of that of the trainer.
         metric_key_prefix: first word of the names; the callbacks always get "eval".

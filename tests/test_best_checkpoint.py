@@ -23,11 +23,12 @@ def smallest(tmp_path_factory):
     return make_smallest_model(tmp_path_factory.mktemp("smallest"))
 
 
-def with_losses(monkeypatch, losses):
-    """Let the evaluation after step n return the n-th of `losses`."""
+def with_losses(monkeypatch, losses, name="eval_loss"):
+    """Let the evaluation after step n return the n-th of `losses`, also under another name."""
 
     def evaluation(trainer, eval_dataset=None):
-        return {"eval_loss": losses[trainer.progress.step - 1]}
+        loss = losses[trainer.progress.step - 1]
+        return {"eval_loss": loss, name: loss}
 
     monkeypatch.setattr(Trainer, "_evaluation", evaluation)
 
@@ -42,24 +43,26 @@ BEST = {
 }
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_early_stopping_stops_where_that_of_transformers_stops(
     smallest, tmp_path, monkeypatch, seed
 ):
     transformers = pytest.importorskip("transformers")
     draw = random.Random(seed)
     losses = [draw.choice([1.0, 1.1, 1.2, 1.3, 1.4]) for _ in range(12)]
-    with_losses(monkeypatch, losses)
+    is_score = seed >= 4
+    with_losses(monkeypatch, losses, "eval_f1" if is_score else "eval_loss")
+    score = {"metric_for_best_model": "f1", "score_answer": lambda answer: {"f1": 0}}
     results = []
     for cls in (EarlyStoppingCallback, transformers.EarlyStoppingCallback):
         output = tmp_path / cls.__module__
-        settings = {**BEST, "save_total_limit": 1, "max_steps": 12}
+        settings = {**BEST, "save_total_limit": 1, "max_steps": 12, **(score if is_score else {})}
         trainer = new_trainer(smallest, output, RECORDS[:2], **settings)
         trainer.add_callback(cls(2 + seed % 2, 0.15 * (seed % 3)))
         results.append((trainer.train().global_step, trainer.state.best_global_step))
-    assert results[0] == results[1] and results[0][1] == 1 + losses.index(
-        min(losses[: results[0][0]])
-    )
+    best = max if is_score else min
+    assert results[0] == results[1]
+    assert results[0][1] == 1 + losses.index(best(losses[: results[0][0]]))
 
 
 def test_the_best_checkpoint_is_the_result_and_stays(smallest, tmp_path, monkeypatch, capsys):

@@ -71,7 +71,7 @@ def test_a_lack_of_memory_costs_the_answers_and_not_the_run(
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(sample_answers, "decode", refuse)
+    monkeypatch.setattr(sample_answers, "greedy_answers", refuse)
     trainer = new_trainer(smallest, tmp_path, max_steps=2, sample_prompts=PROMPTS)
     assert trainer.train().global_step == 2
     assert capsys.readouterr().err.count("no answers to sample_prompts at step") == 2

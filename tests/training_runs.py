@@ -35,7 +35,7 @@ def new_trainer(folder, output, eval_dataset=None, records=RECORDS, model_option
     """Return a trainer of a new adapter: 5 samples a step, no checkpoints.
 
     model_options: arguments of from_pretrained.
-    settings: those of SFTConfig.
+    settings: those of SFTConfig, and score_answer of SFTTrainer.
     """
     options = {"max_seq_length": 128, "device": "cpu", **(model_options or {})}
     model, tokenizer = FastLanguageModel.from_pretrained(folder, **options)
@@ -45,8 +45,9 @@ def new_trainer(folder, output, eval_dataset=None, records=RECORDS, model_option
         "per_device_train_batch_size": 5,
         "save_strategy": "no",
     }
+    score_answer = settings.pop("score_answer", None)
     args = SFTConfig(output_dir=output, **(defaults | settings))
-    return SFTTrainer(model, args, records, eval_dataset, tokenizer)
+    return SFTTrainer(model, args, records, eval_dataset, tokenizer, score_answer=score_answer)
 
 
 def read_metrics(output: Path) -> list[dict]:

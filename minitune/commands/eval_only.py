@@ -21,6 +21,7 @@ from minitune.device import choose_device
 from minitune.threads import use_free_cores
 from minitune.training.evaluation import evaluate
 from minitune.training.own_files import CONFIG
+from minitune.training.score_functions import read_score
 
 # Settings that an evaluation takes from a run's config.toml unless the user gives them.
 OF_THE_RUN = (
@@ -33,7 +34,20 @@ OF_THE_RUN = (
     "skip_bad",
     *(item.name for item in fields(LabelOptions)),
 )
-OF_THE_USER = ("model", "adapter", "device", "micro_step_tokens", "disable_tqdm")
+# An evaluation alone has no folder and no best checkpoint.
+OF_NO_RUN = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "greater_is_better": None,
+    "output_dir": None,
+}
+OF_ANSWERS = ("eval_answers", "eval_max_new_tokens")
+OF_THE_USER = (
+    *("model", "adapter", "device", "micro_step_tokens", "disable_tqdm", "score_answer"),
+    *OF_ANSWERS,
+)
 
 
 def eval_only(settings: Settings, program: str) -> str:
@@ -48,6 +62,8 @@ def eval_only(settings: Settings, program: str) -> str:
         raise ValueError(
             f"{flag_of(unused[0])} changes nothing in an evaluation; leave it out: {usage}"
         )
+    if settings.sft.score_answer is None and (unused := sorted(settings.flags & {*OF_ANSWERS})):
+        raise ValueError(f"{flag_of(unused[0])} belongs to --score-answer; give that too")
     model, adapter = settings.run.model, settings.run.adapter
     output = settings.sft.output_dir
     if output and not settings.flags & {"model", "adapter"} and (Path(output) / ADAPTER).is_dir():
@@ -56,7 +72,8 @@ def eval_only(settings: Settings, program: str) -> str:
         raise ValueError(f"--model is missing: {usage}")
     source = find_model(model, adapter)
     settings = _with_settings_of_run(settings, source.adapter)
-    run, sft = settings.run, replace(settings.sft, eval_strategy="no", output_dir=None)
+    run, sft = settings.run, replace(settings.sft, **OF_NO_RUN)
+    score = read_score(sft.score_answer)
     if not run.eval_data:
         raise ValueError(f"--eval-data is missing: {usage}")
     for path in run.eval_data:
@@ -74,7 +91,7 @@ def eval_only(settings: Settings, program: str) -> str:
     )
     print_notes((*model.config.notes, *tokenizer.notes))
     name = source.name if source.adapter is None else f"{source.name} with {source.adapter}"
-    return f"{evaluate(model, run.eval_data, tokenizer, sft)}: {name}"
+    return f"{evaluate(model, run.eval_data, tokenizer, sft, score)}: {name}"
 
 
 def _with_settings_of_run(settings: Settings, adapter: Path | None) -> Settings:

@@ -6,6 +6,7 @@
     minitune train --config DIR/config.toml --resume    continue an interrupted run
     minitune train --model runs/1 --data new.jsonl      train the adapter of a run further
     minitune train --eval-only --model runs/1           the loss on its evaluation data
+    minitune train --score-answer FILE.py:FUNCTION ...  score answers to the evaluation data
     minitune train --plan --model DIR --memory-budget 24GiB    the same as `minitune plan`
 
 The run folder holds adapter/, checkpoint-N/, metrics.jsonl, config.toml, run.json and outputs.json;
@@ -58,6 +59,7 @@ from minitune.training.check_models import (
     require_room,
 )
 from minitune.training.own_files import MERGED, REPORT
+from minitune.training.score_functions import read_score
 from minitune.training.write_models import write_models
 
 
@@ -161,6 +163,7 @@ def prepare(settings: Settings) -> SFTTrainer:
     """
     contents = _check(settings)
     run, lora, sft = settings.run, settings.lora, settings.sft
+    score = read_score(sft.score_answer)
     checkpointing = GRADIENT_CHECKPOINTING[run.use_gradient_checkpointing]
     use_free_cores(choose_device(run.device))
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -186,7 +189,15 @@ def prepare(settings: Settings) -> SFTTrainer:
         )
     else:
         _check_same_lora(settings, model)
-    trainer = SFTTrainer(model, sft, run.data, run.eval_data or None, tokenizer, run_config=run)
+    trainer = SFTTrainer(
+        model,
+        sft,
+        run.data,
+        run.eval_data or None,
+        tokenizer,
+        run_config=run,
+        score_answer=score,
+    )
     trainer.by_command = True
     _check_loaded(trainer, contents)
     shown = first_samples(trainer.data.train.samples, tokenizer, run.show)
@@ -239,6 +250,7 @@ def _check(settings: Settings) -> list[Content]:
     Raises: ValueError that names the setting, the file or the record at fault.
     """
     run, sft = settings.run, settings.sft
+    _check_score_settings(settings)
     base = resolve_model(run.model)
     data = [*run.data, *run.eval_data]
     names = gguf_file_names(run.model, base, run.gguf) if run.gguf else []
@@ -257,6 +269,16 @@ def _check(settings: Settings) -> list[Content]:
         _check_merge_base(run, base, stored)
         require_room(sft, _bytes_of_models(run, config, contents))
     return contents
+
+
+def _check_score_settings(settings: Settings) -> None:
+    """Raise ValueError if answers would be scored at no evaluation, or by no function."""
+    sft = settings.sft
+    if sft.score_answer is not None and sft.eval_strategy == "no":
+        raise ValueError("--score-answer scores answers at evaluations; give --eval-data")
+    if sft.score_answer is None:
+        for name in sorted(settings.flags & {"eval_answers", "eval_max_new_tokens"}):
+            raise ValueError(f"{flag_of(name)} belongs to --score-answer; give that too")
 
 
 def _check_merge_base(run: RunConfig, base: Path, stored: SafetensorsFolder | FileWeights) -> None:

@@ -33,6 +33,9 @@ ON_CPU = Foreign('pass FastLanguageModel.from_pretrained(..., device="cpu") inst
 NO_COMPILER = Foreign(
     "steps already run own kernels, on a GPU as CUDA graphs; leave it out", neutral=OFF
 )
+SCORES_ONLY = Foreign(
+    "evaluation computes the loss, and the scores of score_answer", neutral=(None, False, [])
+)
 SCHEDULE_ARGUMENTS = {"num_cycles": "lr_scheduler_cycles"}  # transformers' name -> the field
 
 
@@ -145,9 +148,13 @@ FOREIGN_SETTINGS: dict[str, Foreign | Renamed | Replaced] = {
     "average_tokens_across_devices": ONE_PROCESS,
     # ---- evaluation, logging, saving
     "eval_delay": Foreign("evaluations start with the first interval", neutral=(0, 0.0, None)),
-    "batch_eval_metrics": Foreign("evaluation computes the loss only", neutral=OFF),
-    "include_for_metrics": Foreign("evaluation computes the loss only", neutral=(None, [])),
-    "include_inputs_for_metrics": Foreign("evaluation computes the loss only", neutral=OFF),
+    "batch_eval_metrics": SCORES_ONLY,
+    "include_for_metrics": SCORES_ONLY,
+    "include_inputs_for_metrics": SCORES_ONLY,
+    "predict_with_generate": Foreign("score_answer generates and scores answers", neutral=OFF),
+    "generation_max_length": Foreign("set eval_max_new_tokens, which counts new tokens only"),
+    "generation_num_beams": Foreign("answers are greedy; leave it out", neutral=(None, 1)),
+    "generation_config": Foreign("answers are greedy; set eval_max_new_tokens"),
     "prediction_loss_only": ALWAYS_SO,
     "eval_use_gather_object": ONE_PROCESS,
     "include_num_input_tokens_seen": Foreign("tokens are always counted", neutral=ANYTHING),

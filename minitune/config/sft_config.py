@@ -1,14 +1,11 @@
 """The settings of a training run, under TRL's names."""
 
-import datetime
-import os
 from dataclasses import dataclass, fields
-from typing import Any
 
 from minitune.config.fields import check_settings, setting
 from minitune.config.foreign_arguments import foreign_arguments
-from minitune.config.foreign_settings import FOREIGN_SETTINGS, plain_word
-from minitune.config.numbers import shown
+from minitune.config.foreign_settings import FOREIGN_SETTINGS
+from minitune.config.sft_checks import check_together, normal_value
 from minitune.config.training_config import (
     DROPPED_TEXT,
     INTERVALS,
@@ -17,32 +14,9 @@ from minitune.config.training_config import (
     REPORTS,
     SAVE_STRATEGIES,
     SCHEDULES,
-    parse_bytes,
 )
 
-# Settings that name a folder -> the files without them
-DEFAULT_FOLDERS = {
-    "output_dir": "a run that is saved makes a new folder under runs/",
-    "logging_dir": "TensorBoard's files lie in the run folder",
-}
 MAX_DATA_WEIGHT = 1000  # copies of a source's samples
-# transformers' name of an optimizer -> the same optimizer here
-OPTIMIZER_ALIASES = {"adamw_bnb_8bit": "adamw_8bit"}
-# Paged optimizers move their moments to host memory if the GPU is full. Those of an adapter in 8
-# bits take 2 bytes a parameter, which is 84 MB for r=16 on an 8B model.
-OPTIMIZER_REMEDIES = {
-    "paged_adamw": "adamw_torch",
-    "paged_adamw_32bit": "adamw_torch",
-    "paged_adamw_8bit": "adamw_8bit",
-}
-
-
-def check_date(date: str) -> None:
-    """Raise ValueError if a text is no date such as 2026-11-25."""
-    try:
-        datetime.date.fromisoformat(date)
-    except (TypeError, ValueError):
-        raise ValueError(f"template_date is {date!r}; write it as 2026-11-25") from None
 
 
 @foreign_arguments(**FOREIGN_SETTINGS)
@@ -156,7 +130,7 @@ class SFTConfig:
     logging_first_step: bool = setting(False, "write a metrics line for the first step too")
     save_strategy: str = setting(
         "steps",
-        "when to write checkpoint-N; best: after each evaluation with a lower loss than all before",
+        "when to write checkpoint-N; best: after each evaluation that is the best so far",
         choices=SAVE_STRATEGIES,
     )
     save_steps: int = setting(
@@ -173,15 +147,26 @@ class SFTConfig:
     )
     eval_on_start: bool = setting(False, "evaluate before the first step too")
     load_best_model_at_end: bool = setting(
-        False, "end with the adapter of the checkpoint that has the lowest evaluation loss"
+        False, "end with the adapter of the best checkpoint, by metric_for_best_model"
     )
     metric_for_best_model: str | None = setting(
         None,
-        "the metric of the best checkpoint, which save_total_limit keeps",
-        choices=("loss", "eval_loss"),
+        "the metric of the best checkpoint, which save_total_limit keeps: loss, or a score of "
+        "score_answer",
     )
     greater_is_better: bool | None = setting(
-        None, "False: a lower loss is better", python_only=True
+        None, "a greater metric is the better one; default: yes, unless its name ends in loss"
+    )
+    score_answer: str | None = setting(
+        None,
+        "at each evaluation, let the model answer, and score the answers with FILE.py:FUNCTION, "
+        "exact_match or contains",
+    )
+    eval_answers: int = setting(
+        64, "evaluation records that the model answers for score_answer: the first ones", minimum=1
+    )
+    eval_max_new_tokens: int = setting(
+        256, "tokens of such an answer at most", minimum=1, maximum=MAX_SEQ_LENGTH
     )
     sample_prompts: tuple[str, ...] = setting(
         (),
@@ -220,41 +205,10 @@ class SFTConfig:
 
     def __post_init__(self):
         for item in fields(self):
-            value = _normal_value(item.name, getattr(self, item.name))
+            value = normal_value(item.name, getattr(self, item.name))
             object.__setattr__(self, item.name, value)
         check_settings(self)
-        _check_best(self)
-        if (self.instruction_part is None) != (self.response_part is None):
-            raise ValueError("instruction_part and response_part need each other; give both")
-        if self.response_part is not None and self.assistant_only_loss is False:
-            raise ValueError(
-                "response_part trains on answers only, but assistant_only_loss=False trains on "
-                "everything; leave one of them out"
-            )
-        if self.bf16 and self.fp16:
-            raise ValueError("bf16=True and fp16=True exclude each other; leave one out")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(
-                f"max_steps is {self.max_steps}; expected at least 1, or -1 for num_train_epochs"
-            )
-        if self.template_date is not None:
-            check_date(self.template_date)
-        for size in (self.memory_budget, self.host_memory):
-            if size is not None:
-                parse_bytes(size)
-        if self.overwrite and self.resume:
-            raise ValueError(
-                "overwrite and resume exclude each other: "
-                "one deletes the old run, the other continues it"
-            )
-        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps}; expected whole steps, or a share below 1"
-            )
-        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
-            raise ValueError(
-                "lr_scheduler_type 'constant' has no warm-up; choose 'constant_with_warmup'"
-            )
+        check_together(self)
 
 
 @foreign_arguments(**FOREIGN_SETTINGS)
@@ -264,83 +218,3 @@ class TrainingArguments(SFTConfig):
 
     learning_rate: float = setting(5e-5, "peak learning rate", minimum=0)
     logging_steps: int = setting(500, "optimizer steps a metrics line", minimum=1)
-
-
-def _normal_value(name: str, value: Any) -> Any:
-    """Return the value of a setting in its one form: words, tuples and texts of paths.
-
-    Raises: ValueError if the value is another library's and has no form here.
-    """
-    value = plain_word(value)
-    if name in DEFAULT_FOLDERS and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if name in DEFAULT_FOLDERS and value == "":
-        raise ValueError(
-            f"{name} is ''; name a folder, such as '.' for the current one, or leave {name} out: "
-            f"{DEFAULT_FOLDERS[name]}"
-        )
-    if name in ("ignore_fields", "data_weights", "sample_prompts") and isinstance(value, list):
-        return tuple(value)
-    if name == "max_steps" and value is None:
-        return -1
-    if name == "report_to":
-        return _report(value)
-    if name == "optim" and isinstance(value, str):
-        if value in OPTIMIZER_REMEDIES:
-            raise ValueError(
-                f"optim {value!r} is not supported, because the moments of an adapter are small; "
-                f"use {OPTIMIZER_REMEDIES[value]!r}"
-            )
-        return OPTIMIZER_ALIASES.get(value, value)
-    return value
-
-
-def _report(value: Any) -> str:
-    """Return the one destination that report_to names.
-
-    Raises: ValueError if it names another service or several destinations.
-    """
-    names = [value] if isinstance(value, str) else value
-    if names in ([], ()):
-        return "none"
-    if not isinstance(names, list | tuple) or len(names) != 1 or names[0] not in REPORTS:
-        raise ValueError(
-            f"report_to is {shown(value)}; choose 'none' or 'tensorboard', and pass a callback for "
-            "any other service: SFTTrainer(callbacks=[...])"
-        )
-    return names[0]
-
-
-def _check_best(args: SFTConfig) -> None:
-    """Name the metric of the best checkpoint if one is asked for.
-
-    Raises: ValueError if evaluations and checkpoints do not meet.
-    """
-    if args.greater_is_better and args.metric_for_best_model is None:
-        raise ValueError("greater_is_better is True without metric_for_best_model; leave it out")
-    if args.greater_is_better:
-        raise ValueError(
-            f"greater_is_better is True, but a lower {args.metric_for_best_model} is better; "
-            "leave it out"
-        )
-    needs_best = args.load_best_model_at_end or args.save_strategy == "best"
-    if needs_best and args.metric_for_best_model is None:
-        object.__setattr__(args, "metric_for_best_model", "loss")
-    if args.metric_for_best_model is not None:
-        object.__setattr__(args, "greater_is_better", False)
-    if args.save_strategy == "best" and args.eval_strategy == "no":
-        raise ValueError("save_strategy 'best' needs evaluations; choose an eval_strategy")
-    if not args.load_best_model_at_end or args.save_strategy == "best":
-        return
-    if args.eval_strategy != args.save_strategy or args.eval_strategy == "no":
-        raise ValueError(
-            f"load_best_model_at_end needs checkpoints of evaluated steps, but eval_strategy is "
-            f"{args.eval_strategy!r} and save_strategy is {args.save_strategy!r}; choose 'steps' "
-            "or 'epoch' for both, or save_strategy 'best'"
-        )
-    interval = args.eval_steps or args.logging_steps
-    if args.eval_strategy == "steps" and args.save_steps % interval:
-        raise ValueError(
-            f"load_best_model_at_end needs checkpoints of evaluated steps, but save_steps "
-            f"{args.save_steps} is no multiple of eval_steps {interval}; use the same number"
-        )

@@ -18,6 +18,7 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
 INTERVALS = ("no", "steps", "epoch")
 SAVE_STRATEGIES = (*INTERVALS, "best")
 REPORTS = ("none", "tensorboard")
+SCORES = ("exact_match", "contains")  # of answers, built in
 DTYPES = ("float32", "bfloat16", "float16")
 PATHS = ("data", "eval_data")  # lists of paths, which may hold a comma
 GGUF_METHODS = (

@@ -23,13 +23,21 @@ from minitune.report.axes import (
 )
 from minitune.report.charts import Chart, Line, chart_markup
 from minitune.report.curves import curve
-from minitune.report.overview import best_evaluation, cards, heading
+from minitune.report.overview import (
+    MAX_NAME,
+    MAX_SCORES,
+    best_evaluation,
+    cards,
+    heading,
+    score_curve,
+    score_names,
+)
 from minitune.report.page_script import SCRIPT
 from minitune.report.page_style import STYLE
 from minitune.report.run_record import RunRecord
 from minitune.report.samples import samples_section
 from minitune.report.tables import data_section, halves, notes, rows_table
-from minitune.report.texts import PairedRow, paired, run_style, short_names
+from minitune.report.texts import PairedRow, cut, paired, run_style, short_names
 from minitune.training.own_files import REPORT_MARK
 
 MAX_BYTES = 1_900_000  # of a page
@@ -46,6 +54,7 @@ OF_FILES = {
     "resume",
     "run_name",
     "sample_prompts",
+    "score_answer",
     "show",
 }
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -183,6 +192,7 @@ def _charts(runs: Sequence[RunRecord]) -> Iterator[Chart]:
     yield Chart("Speed", speed, count_text, "tokens/s", from_zero=True, is_smoothed=True)
     memory = lines("peak_memory_bytes", 2**30)
     yield Chart("Peak memory", memory, gib_number, "GiB", from_zero=True)
+    yield from _score_charts(runs)
     yield Chart("Loss scale", lines("loss_scale"), count_text, from_zero=True)
 
 
@@ -193,6 +203,17 @@ def _metric_lines(runs: Sequence[RunRecord], name: str, unit: float = 1.0) -> li
         Line(label, run_style(i), curve(run.training, name, unit, run.gaps.get(name, ())))
         for i, (run, label) in enumerate(zip(runs, labels, strict=True))
     ]
+
+
+def _score_charts(runs: Sequence[RunRecord]) -> Iterator[Chart]:
+    """Yield a chart for each score of answers."""
+    labels = short_names(runs) if len(runs) > 1 else [""]
+    for name in score_names(runs)[:MAX_SCORES]:
+        lines = [
+            Line(label, f"{run_style(i)} evaluation", score_curve(run, name), True)
+            for i, (run, label) in enumerate(zip(runs, labels, strict=True))
+        ]
+        yield Chart(f"Answers: {cut(name, MAX_NAME)}", lines, norm_text)
 
 
 def _loss_lines(runs: Sequence[RunRecord]) -> list[Line]:

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from minitune.data.inspector.page_parts import escape, number_card
 from minitune.device import gib_text
@@ -14,9 +15,12 @@ from minitune.report.charts import swatch
 from minitune.report.curves import Curve, curve, last_common_step, part_until, smoothed
 from minitune.report.run_record import RunRecord
 from minitune.report.texts import cut, run_style
+from minitune.training.score_functions import scores_in
 
 NOTHING = "–"
 MAX_TEXT = 500  # characters of a text, such as the model's description
+MAX_SCORES = 8  # charts and cards of scores
+MAX_NAME = 40  # characters of a score's name
 MIN_REST = 0.02  # of the time; less than this beside the training is not shown
 
 
@@ -30,6 +34,9 @@ class Number:
     text: str
     detail: str = ""
     value: float | None = None
+
+
+NumberOf = Callable[[RunRecord], Number]
 
 
 def heading(runs: Sequence[RunRecord]) -> Iterator[str]:
@@ -53,7 +60,7 @@ def heading(runs: Sequence[RunRecord]) -> Iterator[str]:
 def cards(runs: Sequence[RunRecord]) -> Iterator[str]:
     """Yield a card for each main number, with the values of one or two runs."""
     yield '<dl class="totals">'
-    for label, number_of in CARDS.items():
+    for label, number_of in _card_numbers(runs):
         numbers = [number_of(run) for run in runs]
         shown = []
         for i, number in enumerate(numbers):
@@ -65,6 +72,15 @@ def cards(runs: Sequence[RunRecord]) -> Iterator[str]:
             shown[-1] = text, detail + _at_common_step(*map(LOSSES[label], runs))
         yield number_card(label, *shown)
     yield "</dl>"
+
+
+def _card_numbers(runs: Sequence[RunRecord]) -> Iterator[tuple[str, NumberOf]]:
+    """Yield the label and the number of each card; those of scores stand behind the losses."""
+    for label, number_of in CARDS.items():
+        yield label, number_of
+        if label == "Evaluation loss":
+            for name in score_names(runs)[:MAX_SCORES]:
+                yield f"Answers: {cut(name, MAX_NAME)}", partial(_score, name=name)
 
 
 def _difference(numbers: Sequence[Number], is_loss: bool) -> str:
@@ -155,6 +171,30 @@ def _evaluation_loss(run: RunRecord) -> Number:
     return Number(loss_text(best["eval_loss"]), detail, best["eval_loss"])
 
 
+def score_names(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the names of the scores of answers in all runs, in the order of their records."""
+    records = (record for run in runs for record in run.evaluations)
+    return list(dict.fromkeys(name for record in records for name in scores_in(record)))
+
+
+def score_curve(run: RunRecord, name: str) -> Curve:
+    """Return the values of a score at the evaluations that have it."""
+    metric = name if name.startswith("eval_") else f"eval_{name}"
+    return curve(run.evaluations, metric, gaps=run.gaps.get(metric, ()))
+
+
+def _score(run: RunRecord, name: str) -> Number:
+    """Return the last value of a score, and the first one."""
+    values = score_curve(run, name)
+    if not len(values):
+        return Number(NOTHING, "no answers scored")
+    detail = f"at step {count_text(values.steps[-1])}, the last"
+    if len(values) > 1:
+        first = norm_text(values.values[0])
+        detail += f"; {first} at step {count_text(values.steps[0])}, the first"
+    return Number(norm_text(values.values[-1]), detail, values.values[-1])
+
+
 def best_evaluation(run: RunRecord) -> dict[str, float]:
     """Return the record of the lowest evaluation loss."""
     return min(run.evaluations, key=lambda record: record["eval_loss"])
@@ -217,7 +257,7 @@ def _memory(run: RunRecord) -> Number:
     return Number(gib_text(peak), f"planned {cut(planned, MAX_TEXT)}" if planned else "", peak)
 
 
-CARDS: dict[str, Callable[[RunRecord], Number]] = {
+CARDS: dict[str, NumberOf] = {
     "Steps": _steps,
     "Training loss": _training_loss,
     "Evaluation loss": _evaluation_loss,

@@ -36,8 +36,9 @@ class TrainerState:
     num_input_tokens_seen: tokens trained on so far.
     log_history: each training record, evaluation and the final numbers, oldest first.
     sample_answers: each record of answers to sample_prompts, oldest first.
-    best_metric, best_global_step: lowest evaluation loss and its step; None before an evaluation.
-    best_model_checkpoint: the checkpoint with the lowest evaluation loss, or None.
+    best_metric, best_global_step: metric_for_best_model (by default the evaluation loss) of the
+        best evaluation, and its step; None before an evaluation.
+    best_model_checkpoint: the checkpoint of the best evaluated step, or None.
     """
 
     epoch: float = 0.0
@@ -104,19 +105,19 @@ class TrainerCallback:
         """Run after a record is written; `logs` holds it."""
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Run after an evaluation; `metrics` holds eval_loss."""
+        """Run after an evaluation; `metrics` holds eval_loss, and the scores of answers."""
 
     def on_save(self, args, state, control, **kwargs):
         """Run after a checkpoint is written."""
 
 
 class EarlyStoppingCallback(TrainerCallback):
-    """The end of a run whose evaluation loss no longer falls."""
+    """The end of a run whose evaluations get no better, by metric_for_best_model."""
 
     def __init__(self, early_stopping_patience: int = 1, early_stopping_threshold: float = 0.0):
-        """Stop after `early_stopping_patience` evaluations in a row without a lower loss.
+        """Stop after `early_stopping_patience` evaluations in a row that are not better.
 
-        early_stopping_threshold: the loss has to fall by more than this.
+        early_stopping_threshold: the metric has to improve by more than this.
 
         Raises: ValueError if the patience is below 1, or the threshold negative.
         """
@@ -143,9 +144,16 @@ class EarlyStoppingCallback(TrainerCallback):
             )
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Count evaluations without a lower loss, and ask for the end after enough of them."""
-        loss, best = metrics["eval_loss"], state.best_metric
-        if best is None or best - loss > self.early_stopping_threshold:
+        """Count evaluations that are not better, and ask for the end after enough of them.
+
+        An evaluation without the metric counts for nothing.
+        """
+        name = args.metric_for_best_model or "loss"
+        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+        if value is None:
+            return
+        best, sign = state.best_metric, 1 if args.greater_is_better else -1
+        if best is None or sign * (value - best) > self.early_stopping_threshold:
             self.early_stopping_patience_counter = 0
         else:
             self.early_stopping_patience_counter += 1

@@ -26,6 +26,7 @@ from minitune.progress import (
     print_line,
 )
 from minitune.read_files import file_exists, parse_json
+from minitune.training.score_functions import scores_in
 
 # Format of a record's values in the line for a person. Other values are in metrics.jsonl only.
 METRIC_FORMATS = {
@@ -36,6 +37,7 @@ METRIC_FORMATS = {
     "grad_norm": "grad {:.2f}",
     "tokens_per_second": "{:,.0f} tok/s",
     "eval_runtime": "in {:.1f} s",
+    "eval_answers_runtime": "answers in {:.1f} s",
 }
 TEXT_SECONDS = 1.0  # least distance of two texts of the bar: each one waits for the device
 ANSWER_LINES = 2  # of a sample answer on the screen
@@ -59,6 +61,9 @@ def metrics_line(
     for name, form in METRIC_FORMATS.items():
         if name in record:
             parts[name] = form.format(record[name])
+        if name == "eval_loss":
+            scores = scores_in(record).items()
+            parts |= {f"eval_{name}": f"{name} {value:.4g}" for name, value in scores}
     if is_best:
         parts["best"] = "best"
     if seconds_left is not None:

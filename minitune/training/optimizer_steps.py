@@ -12,11 +12,13 @@ instead, and divided at the end of the step (loss_scale.py).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
+from minitune.config.sft_checks import LOSS_METRICS
 from minitune.config.sft_config import SFTConfig
 from minitune.config.training_config import RunConfig
 from minitune.data.batching import collate, micro_steps
@@ -38,6 +40,8 @@ from minitune.training.out_of_memory import (
 )
 from minitune.training.resume import resolve_run_config
 from minitune.training.run_data import SampleOrder, read_datasets, tokenize, with_template_date
+from minitune.training.score_functions import ScoreFunction, read_score
+from minitune.training.scored_answers import ScoredAnswers
 from minitune.training.trained_parameters import TrainedParameters
 
 
@@ -53,6 +57,7 @@ class OptimizerSteps:
         processing_class: Tokenizer | None = None,
         *,
         run_config: RunConfig | None = None,
+        score_answer: str | Callable[..., Any] | ScoreFunction | None = None,
     ):
         """Check the arguments and tokenize the datasets. Only output_dir/tokenized is written.
 
@@ -62,6 +67,8 @@ class OptimizerSteps:
             (data/sources/sources.py, data/records/record_formats.py).
         processing_class: the tokenizer; default: that of the model's folder.
         run_config: settings to write to config.toml; default: the model's settings.
+        score_answer: scores the answers to the evaluation records (score_functions.py), in place of
+            the function that the settings name.
 
         Raises: ValueError if model, settings and data do not fit together.
         """
@@ -72,6 +79,9 @@ class OptimizerSteps:
             )
         self.processing_class = processing_class or Tokenizer.from_folder(model.folder)
         model.follow_ends(self.processing_class)  # those of the template trained on
+        self._set_score(score_answer, eval_dataset)
+        if self._score is not None and isinstance(eval_dataset, Iterator):
+            eval_dataset = list(eval_dataset)  # it is read twice
         self._sources = train_dataset, eval_dataset
         self._read_data()
         self.run_config = resolve_run_config(
@@ -86,6 +96,27 @@ class OptimizerSteps:
         self._losses = PendingLosses()
         self._trained: TrainedParameters | None = None  # of the run
 
+    def _set_score(
+        self, score_answer: str | Callable[..., Any] | ScoreFunction | None, eval_dataset: Any
+    ) -> None:
+        """Take the scoring function: the given one, or that of the settings.
+
+        Raises: ValueError if there is no such function, or no evaluation that needs it.
+        """
+        if isinstance(score_answer, str):
+            self.args = replace(self.args, score_answer=score_answer)
+        elif score_answer is not None and not isinstance(score_answer, ScoreFunction):
+            self.args = replace(self.args, score_answer=None)  # config.toml cannot name it
+        self._score = read_score(score_answer or self.args.score_answer)
+        metric = self.args.metric_for_best_model
+        if self._score is None and metric not in (None, *LOSS_METRICS):
+            raise ValueError(
+                f"metric_for_best_model is {metric!r}, which only score_answer can compute; pass "
+                "one, or choose loss"
+            )
+        if self._score is not None and eval_dataset is None:
+            raise ValueError("score_answer needs evaluation records; pass an eval_dataset")
+
     # ---- the data
 
     def _read_data(self) -> None:
@@ -93,6 +124,7 @@ class OptimizerSteps:
 
         Raises: ValueError if settings and data do not fit together.
         """
+        self._scored: ScoredAnswers | None = None  # made by `scored_answers`
         self.data = read_datasets(
             *self._sources, self.processing_class, self.args, self.model.max_seq_length
         )
@@ -111,6 +143,28 @@ class OptimizerSteps:
         everything = {"assistant_only_loss": None, "completion_only_loss": None}
         self.args = replace(self.args, **marks, **everything)
         self._read_data()
+
+    @property
+    def scored_answers(self) -> ScoredAnswers | None:
+        """The answers to the evaluation records, read at the first use; None without a score.
+
+        Raises: ValueError if the records or the function do not fit (scored_answers.py).
+        """
+        if self._scored is None and self._score is not None:
+            scored = self._answers_to(self._sources[1])
+            scored.check_best_metric(self.args.metric_for_best_model)
+            self._scored = scored
+        return self._scored
+
+    def _answers_to(self, dataset: Dataset) -> ScoredAnswers:
+        max_seq_length = self.model.max_seq_length
+        return ScoredAnswers(dataset, self._score, self.processing_class, self.args, max_seq_length)
+
+    @property
+    def is_in_files(self) -> bool:
+        """True if config.toml can name the data and the scoring function."""
+        is_named = self._score is None or self.args.score_answer is not None
+        return is_named and self.data.is_in_files
 
     @property
     def train_dataset(self) -> TokenView:
@@ -195,13 +249,19 @@ class OptimizerSteps:
     def _evaluation(self, eval_dataset: Dataset | None = None) -> dict[str, float]:
         """Return the loss of the evaluation data, a mean over its trained-on tokens, and its speed.
 
+        The scores of answers follow, if there is a scoring function and the answers could be
+        scored; otherwise a warning says why.
+
         eval_dataset: data in place of that of the trainer.
 
         Raises: ValueError if there is no evaluation data; NotFinite if the loss is not finite.
         """
-        data = self.data.evaluation
+        data, scored = self.data.evaluation, self.scored_answers
         if eval_dataset is not None:
+            if scored is not None and isinstance(eval_dataset, Iterator):
+                eval_dataset = list(eval_dataset)
             data = tokenize(eval_dataset, self.processing_class, self.args, self.data.max_length)
+            scored = None if scored is None else self._answers_to(eval_dataset)
         if data is None:
             raise ValueError("there is no eval_dataset to evaluate on; pass one to SFTTrainer")
         start = time.perf_counter()
@@ -210,8 +270,12 @@ class OptimizerSteps:
             self.model, data.samples, self.micro_step_tokens, self.micro_step, show_bar
         )
         seconds = time.perf_counter() - start
-        return {
+        metrics = {
             "eval_loss": loss,
             "eval_runtime": seconds,
             "eval_samples_per_second": len(data.samples) / seconds,
         }
+        if scored is not None:
+            step = self.progress.step
+            metrics |= scored.metrics_if_possible(self.micro_step, step, show_bar)
+        return metrics

@@ -11,35 +11,56 @@ from minitune.read_files import parse_json
 from minitune.training.callbacks import CallbackHandler, TrainerControl, TrainerState
 from minitune.training.checkpoint import REMEDY, STATE, Progress, RunSize
 
+LOSS = "eval_loss"
+# Names of a best evaluation's values in checkpoints of older versions -> the names now
+OLDER_NAMES = {"loss": "value", "saved_loss": "saved_value"}
+
 
 @dataclass
 class BestEvaluation:
-    """The lowest evaluation loss of a run, and the lowest one that has a checkpoint.
+    """The best evaluation of a run, and the best one that has a checkpoint.
 
-    loss, step: of the lowest loss; None before an evaluation.
-    saved_loss, saved_step: of the best checkpoint; None before a checkpoint of an evaluated step.
+    metric: the name of the number that decides, such as eval_loss.
+    greater_is_better: True if a greater number is better.
+    value, step: of the best evaluation; None before an evaluation.
+    saved_value, saved_step: of the best checkpoint; None before a checkpoint of an evaluated step.
     """
 
-    loss: float | None = None
+    metric: str = LOSS
+    greater_is_better: bool = False
+    value: float | None = None
     step: int | None = None
-    saved_loss: float | None = None
+    saved_value: float | None = None
     saved_step: int | None = None
 
-    def add(self, step: int, loss: float) -> bool:
-        """Take the loss of an evaluation, and return True if it is lower than all before."""
-        is_best = _is_lower(loss, self.loss)
+    @classmethod
+    def of(cls, args: SFTConfig) -> "BestEvaluation":
+        """Return the state before an evaluation, for the metric in the settings."""
+        name = args.metric_for_best_model or LOSS
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        return cls(name, bool(args.greater_is_better))
+
+    def is_better(self, value: float, than: float | None) -> bool:
+        """Return True if a value is better than another one, or the first one."""
+        if than is None:
+            return True
+        return value > than if self.greater_is_better else value < than
+
+    def add(self, step: int, value: float) -> bool:
+        """Take the value of an evaluation, and return True if it is better than all before."""
+        is_best = self.is_better(value, self.value)
         if is_best:
-            self.loss, self.step = loss, step
+            self.value, self.step = value, step
         return is_best
 
-    def add_checkpoint(self, step: int, loss: float) -> None:
-        """Take a checkpoint of a step with this evaluation loss."""
-        if _is_lower(loss, self.saved_loss):
-            self.saved_loss, self.saved_step = loss, step
+    def add_checkpoint(self, step: int, value: float) -> None:
+        """Take a checkpoint of a step with this value."""
+        if self.is_better(value, self.saved_value):
+            self.saved_value, self.saved_step = value, step
 
-
-def _is_lower(loss: float, than: float | None) -> bool:
-    return loss < (math.inf if than is None else than)
+    def text(self, value: float) -> str:
+        """Return the metric and a value of it: `eval_loss 0.7809`."""
+        return f"{self.metric} {value:.4f}"
 
 
 class RunControl:
@@ -54,7 +75,7 @@ class RunControl:
         self.handler = CallbackHandler(callbacks)
         self.state, self.control, self.best = TrainerState(), TrainerControl(), BestEvaluation()
         self._size = RunSize(1, 1, 0)
-        self._evaluated: tuple[int, float] | None = None  # step and loss of the last evaluation
+        self._evaluated: tuple[int, float] | None = None  # step and metric of the last evaluation
         self.event("on_init_end")
 
     def event(self, name: str, **objects: Any) -> None:
@@ -83,7 +104,7 @@ class RunControl:
         Raises: ValueError if the saved values are broken.
         """
         self.args, self._size, self.control = args, size, TrainerControl()
-        self._evaluated, self.best = None, BestEvaluation(**_saved_best(saved))
+        self._evaluated, self.best = None, _saved_best(saved, BestEvaluation.of(args))
         if not isinstance(saved.get("callbacks", []), list):
             raise ValueError(f"{STATE}: callbacks is {saved['callbacks']!r}; {REMEDY}")
         self.handler.restore_(saved.get("callbacks", []))
@@ -166,17 +187,22 @@ class RunControl:
         self.event("on_log", logs=dict(record))
         self.control.should_log = False
 
-    def is_best(self, loss: float) -> bool:
-        """Return True if an evaluation loss is the lowest so far."""
-        return _is_lower(loss, self.best.loss)
+    def is_best(self, metrics: dict[str, Any]) -> bool:
+        """Return True if an evaluation is the best so far."""
+        value = metrics.get(self.best.metric)
+        return value is not None and self.best.is_better(value, self.best.value)
 
     def evaluated(self, metrics: dict[str, Any]) -> None:
-        """Take the numbers of an evaluation of the run, and run its event."""
-        step, loss = self.state.global_step, metrics["eval_loss"]
+        """Take the numbers of an evaluation of the run, and run its event.
+
+        An evaluation without the metric of the best one, because no answers were scored, is never
+        the best.
+        """
+        step, value = self.state.global_step, metrics.get(self.best.metric)
         self.event("on_evaluate", metrics=metrics)
         self.control.should_evaluate = False
-        self._evaluated = step, loss
-        is_best = self.best.add(step, loss)
+        self._evaluated = None if value is None else (step, value)
+        is_best = value is not None and self.best.add(step, value)
         if self.args.save_strategy == "best":
             self.control.should_save = is_best
         self._show_best()
@@ -208,23 +234,30 @@ class RunControl:
 
     def _show_best(self) -> None:
         """Show the best evaluation in the state."""
-        self.state.best_metric, self.state.best_global_step = self.best.loss, self.best.step
+        self.state.best_metric, self.state.best_global_step = self.best.value, self.best.step
         self.state.best_model_checkpoint = None
         if self.best.saved_step is not None:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.best.saved_step}"
             self.state.best_model_checkpoint = str(folder)
 
 
-def _saved_best(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the best evaluation that a state.json holds; {} if it holds none.
+def _saved_best(saved: dict[str, Any], fresh: BestEvaluation) -> BestEvaluation:
+    """Return the best evaluation that a state.json holds.
+
+    fresh: the state before an evaluation; returned if none is saved, or one of another metric.
 
     Raises: ValueError if a value is of another type.
     """
     best = saved.get("best", {})  # checkpoints of older versions have none
+    if isinstance(best, dict):
+        best = {OLDER_NAMES.get(name, name): value for name, value in best.items()}
     names = {item.name for item in fields(BestEvaluation)}
     if not isinstance(best, dict) or not names.issuperset(best):
         raise ValueError(f"{STATE}: best is {best!r}; {REMEDY}")
-    for name, value in best.items():
+    found = BestEvaluation(**best) if best else fresh
+    for name in ("value", "step", "saved_value", "saved_step"):
+        value = getattr(found, name)
         if value is not None and type(value) not in (int, float):
             raise ValueError(f"{STATE}: best.{name} is {value!r}; {REMEDY}")
-    return best
+    is_same = (found.metric, found.greater_is_better) == (fresh.metric, fresh.greater_is_better)
+    return found if is_same else fresh

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minitune.config.sft_config import SFTConfig, check_date
+from minitune.config.sft_checks import check_date
+from minitune.config.sft_config import SFTConfig
 from minitune.data.batching import pack_rows
 from minitune.data.flat_samples import FlatSamples
 from minitune.data.samples import LabelOptions, Sample

@@ -88,8 +88,8 @@ def _best_text(best: BestEvaluation, checkpoints: Sequence[Path]) -> str:
     """Return the best evaluation, its step, and the checkpoint that holds its adapter."""
     name = f"checkpoint-{best.step}"
     if any(folder.name == name for folder in checkpoints):
-        return f"eval_loss {best.loss:.4f} at step {best.step}, in {name}"
-    return f"eval_loss {best.loss:.4f} at step {best.step}; no checkpoint holds this step"
+        return f"{best.text(best.value)} at step {best.step}, in {name}"
+    return f"{best.text(best.value)} at step {best.step}; no checkpoint holds this step"
 
 
 def _memory_text(memory: MemoryUse) -> str:

@@ -1,9 +1,4 @@
-"""Answers of the model to fixed prompts during a run, for a person to read.
-
-They change no number of the training. Decoding is greedy, so it draws no random number, and it
-computes no gradient. On a GPU its memory comes from the CUDA graphs' pool, which has room for a
-micro-step, and the weights are dequantised at each use instead of being made resident.
-"""
+"""Answers of the model to fixed prompts during a run, for a person to read (greedy_answers.py)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +6,10 @@ from typing import Any
 import torch
 
 from minitune.data.tokenization.tokenizer import Tokenizer
-from minitune.model.decoding.engine import decode
-from minitune.model.decoding.requests import Request
-from minitune.model.sampling import LogitsNotFinite, SamplingConfig
-from minitune.progress import ProgressBar, print_message
+from minitune.model.sampling import LogitsNotFinite
+from minitune.progress import print_message
+from minitune.training.greedy_answers import answer_texts, greedy_answers
 from minitune.training.micro_step import MicroStep
-from minitune.training.out_of_memory import run_in_graph_pool
 
 ANSWER_TOKENS = 128  # at most
 
@@ -75,27 +68,12 @@ class SamplePrompts:
         Raises: torch.OutOfMemoryError or MemoryError if memory runs out; LogitsNotFinite if the
             logits are not finite.
         """
-        requests = list(map(Request, self._prompts, self._limits))
         ends = self._tokenizer.eos_token_ids
-        with ProgressBar("answering", max(self._limits), "token", show_bar) as bar:
-
-            def decode_all() -> list[list[int]]:
-                lengths = [0] * len(self._prompts)
-                bar.move_to(0, max(self._limits))
-
-                def count(row: int, token: int) -> None:
-                    lengths[row] += 1
-                    bar.move_to(max(lengths), max(self._limits))
-
-                greedy = SamplingConfig()
-                model = micro_step.model
-                found = decode(model, requests, greedy, end_tokens=ends, on_token=count, keep=False)
-                return [answer.tokens for answer in found]
-
-            answers = run_in_graph_pool(micro_step, decode_all)
-        ids = [answer[:-1] if answer[-1] in ends else answer for answer in answers]
-        decoded = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        answers = greedy_answers(
+            micro_step.model, self._prompts, self._limits, ends, micro_step, show_bar
+        )
+        texts = answer_texts(answers, ends, self._tokenizer)
         return [
-            {"prompt": text, "answer": answer.strip()}
-            for text, answer in zip(self.texts, decoded, strict=True)
+            {"prompt": prompt, "answer": text}
+            for prompt, text in zip(self.texts, texts, strict=True)
         ]

@@ -81,6 +81,7 @@ class SavedRun(OptimizerSteps):
         self.samples = SamplePrompts(
             args.sample_prompts, self.processing_class, model.max_seq_length, args.template_date
         )
+        _ = self.scored_answers  # refuses what does not fit, before the run folder is made
         if model.device.type == "cuda":
             print_line(labelled("preparing", "compiling kernels and measuring the GPU"))
         self.micro_step.prepare()
@@ -169,8 +170,8 @@ class SavedRun(OptimizerSteps):
             return labelled("note", text)
         load_adapter(self.model, self.output / f"checkpoint-{best.saved_step}")
         text = (
-            f"step {best.saved_step}, eval_loss {best.saved_loss:.4f}: the result is the adapter "
-            f"of checkpoint-{best.saved_step}"
+            f"step {best.saved_step}, {best.text(best.saved_value)}: the result is the adapter of "
+            f"checkpoint-{best.saved_step}"
         )
         return labelled("result", text)
 

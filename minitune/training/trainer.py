@@ -204,7 +204,7 @@ class Trainer(SavedRun):
             if self.output is None:
                 text = interruption_without_folder(step, total_steps)
             else:
-                config = self.output / CONFIG if self.data.is_in_files else None
+                config = self.output / CONFIG if self.is_in_files else None
                 saved = self._run.last_checkpoint()
                 text = interruption(step, total_steps, self.output, saved, config, self.program)
             log.print_last(text)
@@ -221,7 +221,7 @@ class Trainer(SavedRun):
         self._fetch_losses()
         with self._named_step(self.progress.step):
             metrics = {**self._evaluation(), "epoch": self.run_control.state.epoch}
-        is_best = self.run_control.is_best(metrics["eval_loss"])
+        is_best = self.run_control.is_best(metrics)
         self._write(log, {"step": self.progress.step, **metrics}, is_best=is_best)
         self.run_control.evaluated(metrics)
 

@@ -34,6 +34,7 @@ METAVARS = {
     "data": "FILE",
     "eval_data": "FILE",
     "gguf": "TYPE",
+    "score_answer": "FUNCTION",
 }
 TYPE_METAVARS = {
     "memory_budget": "SIZE",

@@ -55,6 +55,9 @@ def with_absolute_paths(values: dict[str, Any], folder: str | Path = ".") -> dic
             )
         elif isinstance(value, str) and (name != "model" or _exists(value, folder)):
             values[name] = _absolute(value, folder)
+    score = values.get("score_answer")
+    if isinstance(score, str) and ":" in score:  # FILE.py:FUNCTION
+        values["score_answer"] = _absolute(score, folder)
     return values
 
 
