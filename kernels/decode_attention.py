@@ -53,21 +53,29 @@ COPY_BLOCK = 1024  # elements of k and of v that a program of store_keys_values 
 def decode_attention_reference(
     q, keys, values, page_table, lengths, scale, softcap=0.0, window=None
 ):
-    """Return out in PyTorch, row by row."""
-    (_, H, K), (_, PAGE, G, _) = q.shape, keys.shape
+    """Return out in PyTorch, row by row; a CPU decodes with it."""
+    (rows, H, K), (_, PAGE, G, _) = q.shape, keys.shape
     acc_dtype = accumulator(q.dtype)
-    out = empty_contiguous_like(q)
-    for row, length in enumerate(lengths.tolist()):
-        pages = page_table[row, : cdiv(length, PAGE)]
+    out = q.new_empty((rows, G, H // G, K), dtype=acc_dtype)
+    grouped = (q.to(acc_dtype) * scale).unflatten(1, (G, H // G))
+    for row, (length, pages) in enumerate(zip(lengths.tolist(), page_table.tolist(), strict=True)):
+        pages = pages[: cdiv(length, PAGE)]
         first = 0 if window is None else max(length - window, 0)
-        # (G, keys, K)
-        k, v = (x[pages].view(-1, G, K)[first:length].transpose(0, 1) for x in (keys, values))
-        grouped = q[row].view(G, H // G, K).to(acc_dtype)
-        scores = grouped @ k.to(acc_dtype).mT * scale
+        k, v = (_tokens(x, pages, first, length).to(acc_dtype) for x in (keys, values))
+        scores = torch.bmm(grouped[row], k.permute(1, 2, 0))  # (G, H / G, keys)
         if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        out[row] = (scores.softmax(-1) @ v.to(acc_dtype)).view(H, K).to(q.dtype)
-    return out
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        torch.bmm(scores.softmax(-1), v.transpose(0, 1), out=out[row])
+    return out.view(rows, H, K).to(q.dtype)
+
+
+def _tokens(x: torch.Tensor, pages: list[int], first: int, last: int) -> torch.Tensor:
+    """Return the tokens first .. last - 1 of some pages: a view if the pages follow each other."""
+    G, K = x.shape[2:]
+    if pages and pages == list(range(pages[0], pages[0] + len(pages))):
+        start = pages[0] * x.shape[1]
+        return x.view(-1, G, K)[start + first : start + last]
+    return x[pages].view(-1, G, K)[first:last]
 
 
 @triton.jit
@@ -366,8 +374,10 @@ def store_keys_values(
 def store_keys_values_reference(k, v, keys, values, places):
     """Write into the pages in PyTorch."""
     kept = places >= 0
+    if not kept.all():
+        k, v, places = k[kept], v[kept], places[kept]
     for x, pages in ((k, keys), (v, values)):
-        pages.view(-1, *k.shape[1:])[places[kept]] = x[kept]
+        pages.view(-1, *k.shape[1:]).index_copy_(0, places, x)
 
 
 def _check_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -44,7 +44,7 @@ def run(lengths, H, G, K, dtype, device, page=PAGE, **options):
         k, v = (normal(n, G, K, dtype=dtype, device=device, seed=row + s) for s in (0, 100))
         place = torch.arange(n, device=device)
         places = table[row].long()[place // page] * page + place % page
-        store_keys_values(k, v, keys, values, places)
+        module.store_keys_values_reference(k, v, keys, values, places)
         window = options.get("window") or n
         seen = (place >= n - window)[None]
         rest = seen, options["scale"], options.get("softcap", 0.0)
@@ -97,6 +97,12 @@ def test_the_bits_of_a_row_depend_on_nothing_but_the_row(options, triton, device
         tables = table[mine, :width], lengths[mine]
         alone = decode_attention(q[mine], keys, values, *tables, scale=0.3, out=buffer, **options)
         assert alone is buffer and torch.equal(alone, out[mine]) and wide[:, :8].isnan().all()
+    # The pages of the longest row, one behind the other.
+    count = 19
+    keys, values = (x[table[3, :count].long()] for x in (keys, values))
+    table = torch.arange(count, dtype=torch.int32, device=device)[None]
+    in_order = decode_attention(q[3:], keys, values, table, lengths[3:], scale=0.3, **options)
+    assert torch.equal(in_order, out[3:])
 
 
 @pytest.mark.usefixtures("triton_everywhere")
