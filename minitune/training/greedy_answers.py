@@ -8,6 +8,8 @@ graph of a decode step is captured.
 
 from collections.abc import Sequence
 
+import torch
+
 from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.model.causal_lm import CausalLM
 from minitune.model.decoding.engine import decode
@@ -54,6 +56,7 @@ def greedy_answers(
                 SamplingConfig(),  # greedy
                 end_tokens=end_tokens,
                 on_token=count,
+                cache_memory=None if micro_step is None else _cache_memory(micro_step),
                 keep=micro_step is None,
             )
 
@@ -62,6 +65,17 @@ def greedy_answers(
         else:
             found = run_in_graph_pool(micro_step, decode_all)
         return [answer.tokens for answer in found]
+
+
+def _cache_memory(micro_step: MicroStep) -> int | None:
+    """Return the bytes of keys and values while a model trains: half of what its plans may use.
+
+    None on a CPU. The other half is for the layer that runs.
+    """
+    device = micro_step.model.device
+    if device.type != "cuda":
+        return None
+    return (micro_step.planner.memory_limit(device) - torch.cuda.memory_allocated(device)) // 2
 
 
 def answer_texts(

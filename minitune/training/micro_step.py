@@ -67,11 +67,13 @@ class MicroStep:
             self._graphs = CUDAGraphCache(self._passes)
 
     def prepare(self) -> None:
-        """Allocate cuBLAS's workspaces and measure the GPU; do nothing on a CPU or a second time.
+        """Allocate cuBLAS's workspaces and measure the GPU, once.
 
         Also wait for the kernels that are being compiled. A run calls this before it plans memory,
-        because all this belongs to no step's memory and time.
+        because all this belongs to no step's memory and time. In any case, free the memory that
+        `generate` keeps between calls, which a callback may have called too.
         """
+        self.model.free_generation_memory()
         if self._adapter != self.model.adapters_removed:  # graphs and passes are of another one
             self.close()
             self._build_passes()
