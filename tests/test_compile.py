@@ -76,23 +76,31 @@ KERNELS = {
     "_store_keys_values",
     "_write_adapters",
 }
-# (model, dtype, rows) for every GPU with bfloat16, and further ones for some GPUs
-CASES = [("Llama-3.1-8B", torch.bfloat16, 2048)]
-CASES_WITHOUT_BFLOAT16 = [("Llama-3.1-8B", torch.float16, 2048)]
+SHAPED = r"_attention|_qk_norm_rope|_rope|_rms_norm"  # kernels with blocks of the model's widths
+# (model, dtype, rows, pattern of kernels) for every GPU with bfloat16, and further ones for some
+CASES = [("Llama-3.1-8B", torch.bfloat16, 2048, "")]
+CASES_WITHOUT_BFLOAT16 = [("Llama-3.1-8B", torch.float16, 2048, "")]
 MORE_CASES = {
     75: [
-        ("SmolLM2-135M", torch.float16, 2048),
-        ("heads of 256", torch.float16, 2048),
-        ("heads of 256", torch.float32, 2048),
+        ("SmolLM2-135M", torch.float16, 2048, SHAPED),
+        ("heads of 256", torch.float16, 2048, SHAPED),
+        ("heads of 256", torch.float32, 2048, SHAPED),
     ],
-    86: [("SmolLM2-135M", torch.bfloat16, 2048), ("SmolLM2-135M", torch.float32, 2048)],
+    86: [
+        ("SmolLM2-135M", torch.bfloat16, 2048, SHAPED),
+        ("SmolLM2-135M", torch.float32, 2048, ""),
+    ],
     90: [
-        ("SmolLM2-135M", torch.bfloat16, 2048),
-        ("heads of 96", torch.bfloat16, 2048),
-        ("heads of 256", torch.bfloat16, 2048),
-        ("SmolLM2-135M", torch.float16, 1),
+        ("SmolLM2-135M", torch.bfloat16, 2048, ""),
+        ("heads of 96", torch.bfloat16, 2048, SHAPED),
+        ("heads of 256", torch.bfloat16, 2048, SHAPED),
+        ("SmolLM2-135M", torch.float16, 1, ""),
     ],
 }
+# A launch depends on the GPU through its shared memory, and in attention alone. So a GPU with as
+# much as sm 86 has the launches of sm 86, and compiles one of each kernel. sm 80 compiles all of
+# attention too.
+FEW_LAUNCHES = {80: ("_attention",), 89: (), 120: ()}
 LORA_RANK = 16
 EMBEDDING_TYPES = ("Q4_K", "Q6_K", "Q8_0")  # of most files; the other types share their code
 
@@ -260,14 +268,28 @@ def compile_all(arch: int, first: int | None, pattern: str = "") -> dict[str, in
     launches = {}
     for_all = CASES if arch >= 80 else CASES_WITHOUT_BFLOAT16
     for case in [*for_all, *MORE_CASES.get(arch, ())][:first]:
+        *tensors, kernels = case
         # The code of a type hardly depends on the model or the GPU: two GPUs compile all types.
         all_types = case == for_all[0] and arch in (75, 90) and first is None
         types = BLOCK_SIZES if all_types else EMBEDDING_TYPES
-        launches |= recorded_launches(arch, *case, types)
+        found = recorded_launches(arch, *tensors, types)
+        launches |= {name: launch for name, launch in found.items() if re.match(kernels, name)}
+    if arch in FEW_LAUNCHES:
+        launches = few_launches(launches, FEW_LAUNCHES[arch])
     return {
         name: triton.compile(source, target=target, options=options).metadata.shared
         for name, (source, target, options) in launches.items()
         if re.match(pattern, name)
+    }
+
+
+def few_launches(launches: dict[str, tuple], all_of: tuple[str, ...]) -> dict[str, tuple]:
+    """Return the first launch of each kernel, and all of kernels whose names begin so."""
+    firsts = {name.split("(")[0]: name for name in reversed(launches)}.values()
+    return {
+        name: launch
+        for name, launch in launches.items()
+        if name in firsts or name.startswith(all_of)
     }
 
 
