@@ -26,7 +26,7 @@ class UnchangedTensors:
         """
         self._module, self._parameters = module, list(map(id, parameters))
         self._tensors = [*parameters, *frozen]
-        self._versions = _versions(self._tensors)
+        self._versions = versions(self._tensors)
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Check the tensors that backward is about to read.
@@ -40,10 +40,10 @@ class UnchangedTensors:
                 "the adapter or a weight was replaced, removed or switched off between forward "
                 f"and backward; {REMEDY}"
             )
-        versions = _versions(self._tensors)
-        if versions == self._versions:
+        now = versions(self._tensors)
+        if now == self._versions:
             return
-        changes = zip(self._tensors, versions, self._versions, strict=True)
+        changes = zip(self._tensors, now, self._versions, strict=True)
         tensor, found, expected = next(change for change in changes if change[1] != change[2])
         raise RuntimeError(
             f"{self._name_of(tensor)} was modified by an in-place operation between forward and "
@@ -56,7 +56,7 @@ class UnchangedTensors:
         return next(names, "a quantised weight")
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
+def versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return the changes in place of each tensor; 0 for an inference tensor, which counts none."""
     try:
         return [tensor._version for tensor in tensors]

@@ -12,16 +12,19 @@ runs out of room later.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from minitune.model.adapter_switch import Adapter, switched_adapter
-from minitune.model.decoding.decode_step import StepInputs, decode_step, float_logits
-from minitune.model.decoding.kv_cache import KVCache, rounded_pages
+from minitune.model.decoding.decode_memory import DecodeMemory
+from minitune.model.decoding.decode_step import float_logits
+from minitune.model.decoding.kv_cache import rounded_pages
 from minitune.model.decoding.prefill import prefill, prefill_batches
 from minitune.model.decoding.schedule import Admission, PromptGroup, Schedule
-from minitune.model.sampling import LogitsNotFinite, Sampler, SamplingConfig
+from minitune.model.decoding.step_weights import BASE
+from minitune.model.sampling import LogitsNotFinite, Sampler
 
 OnToken = Callable[[int, int], bool | None]
 
@@ -32,56 +35,54 @@ class DecodeCall:
     def __init__(
         self,
         model,
-        cache: KVCache,
+        memory: DecodeMemory,
         schedule: Schedule,
+        sampler: Sampler,
         adapters: Sequence[Adapter],
-        config: SamplingConfig,
-        logprobs: bool,
-        end_tokens: Collection[int],
+        index_of: Sequence[int],
     ):
-        self._model, self._cache, self._schedule = model, cache, schedule
-        self._adapters, self._head = adapters, model.head()
-        vocab = model.config.vocab_size
-        slots = schedule.slots
-        self._end_tokens = end_tokens
-        self._sampler = Sampler(config, slots, vocab, model.device, logprobs, end_tokens)
-        self._logits = torch.empty((slots, vocab), dtype=torch.float32, device=model.device)
-        self._tokens = torch.zeros(slots, dtype=torch.int64, device=model.device)
-        self._positions = torch.zeros(slots, dtype=torch.int32, device=model.device)
-        self._width = min(rounded_pages(schedule.most_pages), cache.width)
+        """Build a call over an empty cache.
 
-    def run(self, on_token: OnToken | None) -> list:
+        adapters: the adapters that the weights of the memory know.
+        index_of: for each adapter that requests name, the index in `adapters`, or BASE.
+        """
+        self._model, self._memory, self._cache = model, memory, memory.cache
+        self._schedule, self._sampler = schedule, sampler
+        self._adapters, self._index_of = adapters, index_of
+        self._logits = memory.buffers.logits
+        self._width = min(rounded_pages(schedule.most_pages), self._cache.width)
+
+    def run(self, end_tokens: Collection[int], on_token: OnToken | None) -> list:
         """Return the answers, in the order of the requests."""
         try:
             while True:
                 stepped = len(self._schedule.active)
                 if stepped:
-                    self._logits[:stepped] = self._step()
+                    self._step()
                 self._admit()
                 if not self._schedule.active:
                     return self._schedule.answers
-                self._choose(stepped, on_token)
+                self._choose(stepped, end_tokens, on_token)
         finally:
             self._cache.clear()
 
-    def _step(self) -> Tensor:
-        """Return the logits (rows, V) behind the last token of each active sequence."""
-        active = self._schedule.active
-        table = self._cache.page_table[:, : self._width]
-        inputs = StepInputs(self._tokens, self._positions, table).select(slice(len(active)))
-        used = sorted({sequence.request.adapter for sequence in active})
-        if len(used) == 1:
-            return self._step_with(used[0], inputs)
-        logits = self._logits[: len(active)]
-        for adapter in used:
-            slots = [i for i, x in enumerate(active) if x.request.adapter == adapter]
-            logits[slots] = self._step_with(adapter, inputs.select(slots))
-        return logits
+    def _step(self) -> None:
+        """Write the logits behind the last token of each active sequence."""
+        memory, active = self._memory, self._schedule.active
+        if memory.weights is not None:
+            memory.step_(self._model, len(active), self._width)
+            return
+        used = sorted({self._index_of[sequence.request.adapter] for sequence in active})
+        inputs = memory.buffers.inputs(len(active), self._width)
+        for index in used:
+            slots = [i for i, x in enumerate(active) if self._index_of[x.request.adapter] == index]
+            with self._switched(index):
+                logits = memory.logits(self._model, inputs.select(slots), None)
+            self._logits[slots] = logits
 
-    def _step_with(self, adapter: int, inputs: StepInputs) -> Tensor:
-        """Return the logits of some rows, which all use one adapter."""
-        with switched_adapter(self._model, self._adapters[adapter]):
-            return decode_step(self._model, self._cache, inputs, self._head)
+    def _switched(self, index: int) -> AbstractContextManager:
+        """Return a context in which the model has one of the adapters, or none for BASE."""
+        return switched_adapter(self._model, {} if index == BASE else self._adapters[index])
 
     def _admit(self) -> None:
         """Admit waiting requests, with their logits behind the prompt."""
@@ -102,20 +103,23 @@ class DecodeCall:
 
     def _prefill(self, admission: Admission) -> None:
         """Prefill the new groups of an admission, adapter by adapter."""
-        for adapter in sorted({group.adapter for group, _ in admission.prefills}):
-            of_adapter = [x for x in admission.prefills if x[0].adapter == adapter]
-            with switched_adapter(self._model, self._adapters[adapter]):
-                for some in prefill_batches([len(group.prompt) for group, _ in of_adapter]):
-                    self._prefill_pass(of_adapter[some])
+        by_adapter: dict[int, list] = {}
+        for group, pages in admission.prefills:
+            by_adapter.setdefault(self._index_of[group.adapter], []).append((group, pages))
+        for index, prefills in by_adapter.items():
+            with self._switched(index):
+                for some in prefill_batches([len(group.prompt) for group, _ in prefills]):
+                    self._prefill_pass(prefills[some])
 
     def _prefill_pass(self, prefills: Sequence[tuple[PromptGroup, list[int]]]) -> None:
         """Prefill some groups in one pass."""
         prompts, pages = [group.prompt for group, _ in prefills], [pages for _, pages in prefills]
         s = prefill(self._model, self._cache, prompts, pages)
-        for (group, _), logits in zip(prefills, float_logits(self._head, s), strict=True):
+        found = float_logits(self._memory.head, s, self._memory.weights)
+        for (group, _), logits in zip(prefills, found, strict=True):
             group.logits = logits
 
-    def _choose(self, stepped: int, on_token: OnToken | None) -> None:
+    def _choose(self, stepped: int, end_tokens: Collection[int], on_token: OnToken | None) -> None:
         """Choose a token for each active sequence, and end the complete sequences.
 
         stepped: number of sequences that took part in the step.
@@ -123,11 +127,10 @@ class DecodeCall:
         Raises: LogitsNotFinite if the logits of a sequence are not finite.
         """
         active = self._schedule.active
-        logits = self._logits[: len(active)]
-        chosen = self._sampler.choose(logits)
+        chosen = self._sampler.choose(self._logits[: len(active)])
         tokens, finite = torch.stack([chosen.tokens, chosen.finite.long()]).tolist()
         if not all(finite):
-            raise LogitsNotFinite.on(logits.device)
+            raise LogitsNotFinite.on(self._model.device)
         logprobs = chosen.logprobs.tolist() if chosen.logprobs is not None else None
         ended = []
         for slot, (sequence, token) in enumerate(zip(active, tokens, strict=True)):
@@ -136,7 +139,7 @@ class DecodeCall:
             if logprobs is not None:
                 answer.logprobs.append(logprobs[slot])
             stops = on_token is not None and on_token(sequence.index, token) is True
-            if stops or token in self._end_tokens or len(answer.tokens) == sequence.request.limit:
+            if stops or token in end_tokens or len(answer.tokens) == sequence.request.limit:
                 ended.append(slot)
         for slot in reversed(ended):
             self._end(slot)
@@ -157,14 +160,12 @@ class DecodeCall:
         is_same: True if the slots hold the sequences of the step before.
         """
         if is_same:
-            self._tokens[: len(tokens)] = tokens
-            self._positions[: len(tokens)] += 1
+            self._memory.buffers.advance_(tokens)
             return
         self._cache.upload()
-        self._tokens.zero_()
-        self._positions.zero_()
         active = self._schedule.active
-        last_tokens = [sequence.answer.tokens[-1] for sequence in active]
-        self._tokens[: len(active)] = torch.tensor(last_tokens, dtype=torch.int64)
-        positions = [sequence.position for sequence in active]
-        self._positions[: len(active)] = torch.tensor(positions, dtype=torch.int32)
+        self._memory.buffers.fill_(
+            [sequence.answer.tokens[-1] for sequence in active],
+            [sequence.position for sequence in active],
+            [self._index_of[sequence.request.adapter] for sequence in active],
+        )

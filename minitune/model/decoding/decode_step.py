@@ -4,10 +4,11 @@ The layers are those of training. They read the residual stream as in training t
 embedding to the head, and rounded to the compute dtype when a layer begins.
 """
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from minitune.kernels.backend import matmul, matmul_accumulated
@@ -15,15 +16,14 @@ from minitune.kernels.decode_attention import decode_attention, store_keys_value
 from minitune.model.activations import Activations
 from minitune.model.decoder_layer import DecoderLayer
 from minitune.model.decoding.kv_cache import PAGE, KVCache
+from minitune.model.decoding.step_weights import BASE, MAX_FEW_ROWS, StepWeights
 from minitune.model.layers import LayerPass, new_residual
-from minitune.model.linear import FusedLinear
 from minitune.model.loss import Head
 from minitune.model.packed_sequences import PackedSequences
 
-Weights = Mapping[FusedLinear, Any]
 
-
-class StepInputs(NamedTuple):
+@dataclass(frozen=True)
+class StepInputs:
     """The rows of a decode step, on the device.
 
     tokens: int64 (rows,), the token that each row reads.
@@ -40,15 +40,53 @@ class StepInputs(NamedTuple):
         return StepInputs(self.tokens[rows], self.positions[rows], self.page_table[rows])
 
 
+class StepBuffers:
+    """The inputs and the logits of all slots, at fixed addresses for CUDA graphs.
+
+    Slots without a sequence have token 0 at position 0, and page 0.
+
+    adapter_of_row: int32 (slots,), for the step's weights.
+    logits: float32 (slots, V).
+    """
+
+    def __init__(self, cache: KVCache, vocab_size: int):
+        slots, device = cache.slots, cache.keys.device
+        self._page_table = cache.page_table
+        self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.adapter_of_row = torch.full((slots,), BASE, dtype=torch.int32, device=device)
+        self.logits = torch.empty((slots, vocab_size), dtype=torch.float32, device=device)
+
+    def inputs(self, rows: int, width: int) -> StepInputs:
+        """Return the first rows, with the first `width` columns of the page table."""
+        return StepInputs(
+            self._tokens[:rows], self._positions[:rows], self._page_table[:rows, :width]
+        )
+
+    def fill_(self, tokens: list[int], positions: list[int], adapters: list[int]) -> None:
+        """Write the inputs of the first slots, and empty the other slots."""
+        rows = len(tokens)
+        filled = (self._tokens, tokens, 0), (self._positions, positions, 0)
+        for column, values, empty in (*filled, (self.adapter_of_row, adapters, BASE)):
+            host = torch.full(column.shape, empty, dtype=column.dtype)
+            host[:rows] = torch.tensor(values, dtype=column.dtype)
+            column.copy_(host)
+
+    def advance_(self, tokens: Tensor) -> None:
+        """Make tokens (rows,) the next tokens of the first slots."""
+        self._tokens[: len(tokens)] = tokens
+        self._positions[: len(tokens)] += 1
+
+
 def decode_step(
-    model, cache: KVCache, inputs: StepInputs, head: Head, weights: Weights | None = None
+    model, cache: KVCache, inputs: StepInputs, head: Head, weights: StepWeights | None = None
 ) -> Tensor:
     """Return the logits (rows, V) in float32 behind one token of each row.
 
     head: the final norm and the head, in the compute dtype.
-    weights: the weights of all fused linears; None dequantises each layer at its use.
+    weights: the weights of the step; None dequantises each layer at its use.
     """
-    _, positions, page_table = inputs
+    positions, page_table = inputs.positions, inputs.page_table
     pages = page_table.gather(1, (positions // PAGE).long()[:, None])[:, 0]
     places = pages.long() * PAGE + positions % PAGE
     lengths = positions + 1
@@ -74,11 +112,11 @@ def decode_step(
                 out=heads.query_heads(a.attn),
             )
             layer.finish_rows_(s, a, p)
-    return float_logits(head, s)
+    return float_logits(head, s, weights)
 
 
 def _layer_pass(
-    model, layer: DecoderLayer, packed: PackedSequences, weights: Weights | None
+    model, layer: DecoderLayer, packed: PackedSequences, weights: StepWeights | None
 ) -> AbstractContextManager[LayerPass]:
     """Return a pass over a layer with these weights."""
     context = model.layer_context
@@ -87,17 +125,29 @@ def _layer_pass(
     return nullcontext(LayerPass(packed, context, weights))
 
 
-def float_logits(head: Head, s: Tensor) -> Tensor:
-    """Return the logits (rows, V) of the residual stream s (rows, D), in float32."""
+def float_logits(head: Head, s: Tensor, weights: StepWeights | None = None) -> Tensor:
+    """Return the logits (rows, V) of the residual stream s (rows, D), in float32.
+
+    weights: multiplies by the head, if there are at most MAX_FEW_ROWS rows.
+    """
     h, _ = head.norm.from_residual(s, head.weight.dtype)
-    product = matmul_accumulated if s.is_cuda else _rounded_product
-    logits = product(h, head.weight.t(), head.multiplier)
+    if weights is not None and len(s) <= MAX_FEW_ROWS:
+        logits = weights.logits(h, head.multiplier)
+    else:
+        logits = _float_product(h, head.weight.t(), head.multiplier)
     return head.softcap * (logits / head.softcap).tanh() if head.softcap else logits
 
 
-def _rounded_product(a: Tensor, b: Tensor, multiplier: float) -> Tensor:
-    """Return multiplier * a @ b in float32, rounded to the dtype of a and b before.
+def _float_product(a: Tensor, b: Tensor, multiplier: float) -> Tensor:
+    """Return multiplier * a @ b in float32.
 
-    A CPU would have to convert the whole head for each step otherwise.
+    On a GPU all products have a multiple of MAX_FEW_ROWS rows, so that the bits of a row do not
+    depend on their number. On a CPU the product is in the dtype of a and b, because converting the
+    whole head for each step would take longer than the step.
     """
-    return matmul(a, b, None, multiplier).float()
+    if not a.is_cuda:
+        return matmul(a, b, None, multiplier).float()
+    rows = len(a)
+    padded = torch.nn.functional.pad(a, (0, 0, 0, -rows % MAX_FEW_ROWS))
+    tiles = padded.split(MAX_FEW_ROWS)
+    return torch.cat([matmul_accumulated(tile, b, multiplier) for tile in tiles])[:rows]

@@ -1,7 +1,4 @@
-"""The decode engine of a model: the state that its calls share, and the room that a call needs.
-
-decode_call.py runs a call. The cache grows to the largest call so far, within the budget.
-"""
+"""The decode engine of a model: one call at a time, over memory that stays between the calls."""
 
 import threading
 from collections.abc import Collection, Sequence
@@ -9,15 +6,14 @@ from contextlib import nullcontext
 
 import torch
 
-from minitune.device import free_memory, gib_text
 from minitune.model.adapter_switch import Adapter, own_adapter
 from minitune.model.decoding.decode_call import DecodeCall, OnToken
-from minitune.model.decoding.kv_cache import KVCache, PagePool, pages_for, rounded_pages
+from minitune.model.decoding.decode_memory import DecodeMemory
+from minitune.model.decoding.kv_cache import PagePool
 from minitune.model.decoding.requests import Answer, Request
 from minitune.model.decoding.schedule import Schedule
-from minitune.model.sampling import SamplingConfig
-
-MAX_ROWS = 64  # sequences that run at a time, by default
+from minitune.model.decoding.step_weights import BASE, MAX_FEW_ROWS
+from minitune.model.sampling import Sampler, SamplingConfig
 
 
 def decode(model, requests: Sequence[Request], config: SamplingConfig, **arguments) -> list[Answer]:
@@ -26,16 +22,20 @@ def decode(model, requests: Sequence[Request], config: SamplingConfig, **argumen
 
 
 class DecodeEngine:
-    """The state that stays between the calls of one model: the cache of keys and values.
+    """The engine of one model, which does not refer to the model itself.
 
     One call runs at a time; other threads wait. A call from within a call, as from `on_token`, has
     an engine of its own.
     """
 
-    def __init__(self):
+    def __init__(self, captures: bool = True):
+        """Begin without memory.
+
+        captures: True if steps on a GPU may become CUDA graphs.
+        """
         self._lock = threading.RLock()
-        self._is_running = False
-        self._cache: KVCache | None = None
+        self._is_running, self._captures = False, captures
+        self._memory: DecodeMemory | None = None
 
     def __reduce__(self):
         """Copy and pickle as an engine without state; a lock cannot be copied."""
@@ -44,8 +44,10 @@ class DecodeEngine:
     def free(self) -> None:
         """Free everything that stays between calls, except in the midst of one."""
         with self._lock:
-            if not self._is_running:
-                self._cache = None
+            if self._memory is not None and not self._is_running:
+                self._memory = None
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()  # the graphs' pool is of no use to others
 
     @torch.inference_mode(False)  # the cache outlives the caller's inference mode
     @torch.no_grad()
@@ -60,7 +62,7 @@ class DecodeEngine:
         logprobs: bool = False,
         adapters: Sequence[Adapter] | None = None,
         cache_memory: int | None = None,
-        max_rows: int = MAX_ROWS,
+        max_rows: int = MAX_FEW_ROWS,
         keep: bool = True,
     ) -> list[Answer]:
         """Return the answer to each request.
@@ -71,65 +73,45 @@ class DecodeEngine:
         logprobs: return log-probabilities too.
         adapters: the adapters that requests may name; None is that of the model.
         cache_memory: bytes of the key/value cache; None is half of the free memory at most.
-        max_rows: sequences that run at a time.
-        keep: keep the cache for the next call, and the weights dequantised meanwhile.
+        max_rows: sequences that run at a time. More than MAX_FEW_ROWS take dequantised weights.
+        keep: keep cache, weights and CUDA graphs for the next call; otherwise nothing is captured
+            and nothing stays.
 
-        Raises: ValueError if the cache has no room for a request; LogitsNotFinite if the logits of
+        Raises: NoCacheRoom if the cache has no room for a request; LogitsNotFinite if the logits of
             a token are not finite.
         """
         with self._lock:
-            engine = self if keep and not self._is_running else DecodeEngine()
+            engine = self if keep and not self._is_running else DecodeEngine(captures=False)
             engine._is_running = True
-            weights = model.resident_weights_if_they_fit() if keep else nullcontext()
             try:
-                with weights, model.as_current_device():
-                    cache, pages = engine._room(model, requests, cache_memory, max_rows)
+                with model.as_current_device():
+                    memory = engine._memory or DecodeMemory(engine._captures)
+                    engine._memory = memory
+                    pages = memory.reserve(model, requests, cache_memory, max_rows)
+                    own = [own_adapter(model)] if adapters is None else adapters
+                    used, index_of = _distinct(own)
+                    memory.prepare_weights(model, used, max_rows)
                     schedule = Schedule(requests, PagePool(pages), max_rows, logprobs)
-                    adapters = [own_adapter(model)] if adapters is None else adapters
-                    call = DecodeCall(
-                        model, cache, schedule, adapters, config, logprobs, end_tokens
-                    )
-                    return call.run(on_token)
+                    vocab, device = model.config.vocab_size, model.device
+                    sampler = Sampler(config, max_rows, vocab, device, logprobs, end_tokens)
+                    is_slow = memory.weights is None and keep
+                    with model.resident_weights_if_they_fit() if is_slow else nullcontext():
+                        call = DecodeCall(model, memory, schedule, sampler, used, index_of)
+                        return call.run(end_tokens, on_token)
+            except (torch.OutOfMemoryError, MemoryError):
+                engine._memory = None
+                raise
             finally:
                 engine._is_running = False
 
-    def _room(
-        self, model, requests: Sequence[Request], cache_memory: int | None, max_rows: int
-    ) -> tuple[KVCache, int]:
-        """Return a cache for a call, and the number of its pages that the call may use.
 
-        Raises: ValueError if the budget has no room for a request.
-        """
-        page_nbytes = KVCache.page_nbytes(model.config, model.dtype)
-        held = 0 if self._cache is None else self._cache.pages * page_nbytes
-        given = cache_memory is not None
-        nbytes = cache_memory if given else (free_memory(model.device) + held) // 2
-        budget = nbytes // page_nbytes
-        longest = max(request.tokens for request in requests)
-        if pages_for(longest) + 1 > budget:
-            least = gib_text((pages_for(longest) + 1) * page_nbytes)
-            remedy = (
-                "raise cache_memory, or lower max_new_tokens"
-                if given
-                else ("lower max_new_tokens, or free memory")
-            )
-            raise ValueError(
-                f"a prompt and its answer of {longest:,} tokens need {least} of keys and values, "
-                f"but {'cache_memory is' if given else 'half of the free memory is'} "
-                f"{gib_text(nbytes)}; {remedy}"
-            )
-        wanted = min(rounded_pages(_needed_pages(requests, max_rows)), budget)
-        fits = self._cache is not None and self._cache.slots >= max_rows
-        if not fits or self._cache.pages < wanted or self._cache.pages > budget:
-            self._cache = None  # frees its memory before the new one is allocated
-            width = pages_for(model.max_seq_length)
-            slots = max(max_rows, MAX_ROWS)
-            self._cache = KVCache(model.config, wanted, slots, width, model.dtype, model.device)
-        return self._cache, min(self._cache.pages, budget)
+def _distinct(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[int]]:
+    """Return the adapters that are not the base, each once, and the index of each given one.
 
-
-def _needed_pages(requests: Sequence[Request], max_rows: int) -> int:
-    """Return the pages of the longest `max_rows` requests, with page 0 and a shared prompt."""
-    pages = sorted((pages_for(request.tokens) for request in requests), reverse=True)
-    prompt = pages_for(max(len(request.prompt) for request in requests))
-    return 1 + sum(pages[:max_rows]) + (prompt if len(requests) > 1 else 0)
+    The index of the base is BASE.
+    """
+    distinct: list[Adapter] = []
+    for adapter in adapters:
+        if adapter and adapter not in distinct:
+            distinct.append(adapter)
+    return distinct, [distinct.index(adapter) if adapter else BASE for adapter in adapters]

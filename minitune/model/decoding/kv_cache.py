@@ -23,6 +23,10 @@ PAGE = 64  # tokens
 MIN_PAGES = 16  # of a cache and of a row of the table, so that a chat may grow for a while
 
 
+class NoCacheRoom(ValueError):
+    """A request that needs more keys and values than the budget of the cache allows."""
+
+
 def pages_for(tokens: int) -> int:
     """Return the number of pages that hold `tokens` tokens."""
     return cdiv(tokens, PAGE)

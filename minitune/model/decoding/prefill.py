@@ -41,6 +41,11 @@ class PackedPrompts(NamedTuple):
     last_rows: Tensor
 
 
+def pads(device: torch.device) -> bool:
+    """Return True if prompts are padded on a device."""
+    return device.type == "cuda"
+
+
 def prefill_batches(lengths: Sequence[int]) -> Iterator[slice]:
     """Yield slices of prompts that are read in one pass each."""
     first = tokens = 0
@@ -56,7 +61,10 @@ def prefill_batches(lengths: Sequence[int]) -> Iterator[slice]:
 def pack_prompts(
     prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]], is_padded: bool
 ) -> PackedPrompts:
-    """Pack prompts with these pages, with the padding of a GPU if `is_padded`."""
+    """Pack prompts with these pages.
+
+    is_padded: fill up each prompt and the last tile with further tokens.
+    """
     ids, positions, places, last_rows = [], [], [], []
     N = 0
     for i, (prompt, own_pages) in enumerate(zip(prompts, pages, strict=True)):
@@ -88,11 +96,11 @@ def prefill(
 
     pages: the pages of each prompt.
     """
-    device, on_gpu = model.device, model.device.type == "cuda"
-    given = pack_prompts(prompts, pages, is_padded=on_gpu)
-    packed = _packed_sequences(model, given.positions, on_gpu)
+    device, is_padded = model.device, pads(model.device)
+    given = pack_prompts(prompts, pages, is_padded)
+    packed = _packed_sequences(model, given.positions, is_padded)
     places = given.places.to(device)
-    tile_rows = PREFILL_TILE_ROWS if on_gpu else None
+    tile_rows = PREFILL_TILE_ROWS if is_padded else None
     s = new_residual(model.model.embed_tokens(given.ids.to(device), model.dtype))  # (N, D)
     for index, layer in enumerate(model.model.layers):
         heads = layer.self_attn

@@ -1,0 +1,162 @@
+"""The memory of the decode engine, which stays between calls: cache, buffers, weights, graphs.
+
+The cache grows to the largest call so far, within the budget. The weights are built again only if
+the model has other weights or adapters than before. The values of the adapters are read at each
+call, because no counter shows every change of them.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from minitune.device import free_memory, gib_text
+from minitune.kernels.backend import power_of_two
+from minitune.model.adapter_switch import Adapter
+from minitune.model.decoding.decode_graphs import DecodeGraphs
+from minitune.model.decoding.decode_step import StepBuffers, StepInputs, decode_step
+from minitune.model.decoding.kv_cache import KVCache, NoCacheRoom, pages_for, rounded_pages
+from minitune.model.decoding.requests import Request
+from minitune.model.decoding.step_weights import MAX_FEW_ROWS, StepWeights, new_step_weights
+from minitune.model.loss import Head
+from minitune.model.unchanged_tensors import versions
+
+
+class DecodeMemory:
+    """What the calls of one model share.
+
+    weights: the weights of the steps; None dequantises each layer at each step.
+    """
+
+    cache: KVCache
+    buffers: StepBuffers
+    head: Head  # in the compute dtype
+
+    def __init__(self, captures: bool):
+        """Begin without memory.
+
+        captures: True if steps on a GPU may become CUDA graphs.
+        """
+        self.weights: StepWeights | None = None
+        self._captures = captures
+        self._graphs: DecodeGraphs | None = None
+        self._pages = 0
+        self._weights_key: tuple | None = None
+        self._head_key: tuple | None = None
+
+    # ---- the cache
+
+    def reserve(
+        self, model, requests: Sequence[Request], cache_memory: int | None, max_rows: int
+    ) -> int:
+        """Provide a cache for a call, and return the number of its pages that the call may use.
+
+        cache_memory: bytes of the cache; None is half of the free memory at most.
+
+        Raises: NoCacheRoom if the budget has no room for a request.
+        """
+        page_nbytes = KVCache.page_nbytes(model.config, model.dtype)
+        nbytes = cache_memory
+        if nbytes is None:
+            nbytes = (free_memory(model.device) + self._pages * page_nbytes) // 2
+        budget = nbytes // page_nbytes
+        _check_budget(requests, budget, page_nbytes, cache_memory)
+        wanted = min(rounded_pages(_needed_pages(requests, max_rows)), budget)
+        if not wanted <= self._pages <= budget or self.cache.slots < max_rows:
+            self._allocate(model, wanted, max(max_rows, MAX_FEW_ROWS))
+        return self._pages
+
+    def _allocate(self, model, pages: int, slots: int) -> None:
+        """Allocate a cache of `pages` pages, after freeing the one before."""
+        if self._pages:
+            self._pages, self._graphs = 0, None
+            del self.cache, self.buffers
+        self._weights_key = self.weights = None  # they read the buffers
+        c, width = model.config, pages_for(model.max_seq_length)
+        self.cache = KVCache(c, pages, slots, width, model.dtype, model.device)
+        self.buffers = StepBuffers(self.cache, c.vocab_size)
+        self._pages = pages
+
+    # ---- the weights
+
+    def prepare_weights(self, model, adapters: Sequence[Adapter], max_rows: int) -> None:
+        """Build the head and the weights of steps, unless they are those of the model already.
+
+        adapters: the adapters that rows may use, none of them empty.
+        """
+        self._prepare_head(model)
+        if max_rows > MAX_FEW_ROWS:
+            self._weights_key = self.weights = self._graphs = None
+            return
+        frozen = [tensor for _, linear in model.linears() for tensor in linear.frozen_tensors()]
+        branches = [(a, b, scaling) for x in adapters for a, b, scaling in x.values()]
+        key = (_key(frozen), [(id(a), id(b), scaling) for a, b, scaling in branches])
+        if key != self._weights_key:
+            self._weights_key = self.weights = self._graphs = None  # frees their memory
+            self.weights = new_step_weights(model, adapters, self.buffers.adapter_of_row)
+            self._weights_key = key
+        elif self.weights is not None:
+            self.weights.refresh_()
+
+    def _prepare_head(self, model) -> None:
+        """Keep a head in the compute dtype."""
+        key = _key(model.lm_head.frozen_tensors())
+        if key != self._head_key:
+            self._head_key = self._weights_key = self._graphs = None
+            self.head = model.head()
+            self._head_key = key
+
+    # ---- a step
+
+    def step_(self, model, rows: int, width: int) -> None:
+        """Run a step of the first slots, and write their logits to `buffers.logits`.
+
+        width: columns of the page table that the rows may use.
+        """
+
+        def write_logits(rows: int) -> None:
+            inputs = self.buffers.inputs(rows, width)
+            self.buffers.logits[:rows] = self.logits(model, inputs, self.weights)
+
+        if self.weights is None or not self._captures or model.device.type != "cuda":
+            write_logits(rows)
+            return
+        if self._graphs is None:
+            self._graphs = DecodeGraphs()
+        bucket = power_of_two(rows)
+        self._graphs.run((bucket, width), lambda: write_logits(bucket), model.device)
+
+    def logits(self, model, inputs: StepInputs, weights: StepWeights | None) -> Tensor:
+        """Return the logits (rows, V) behind the tokens of some rows, in float32."""
+        return decode_step(model, self.cache, inputs, self.head, weights)
+
+
+def _key(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return the identity and the version of each tensor."""
+    return list(zip(map(id, tensors), versions(tensors), strict=True))
+
+
+def _needed_pages(requests: Sequence[Request], max_rows: int) -> int:
+    """Return the pages of the longest `max_rows` requests, of a shared prompt, and page 0."""
+    pages = sorted((pages_for(request.tokens) for request in requests), reverse=True)
+    prompt = pages_for(max(len(request.prompt) for request in requests))
+    return 1 + sum(pages[:max_rows]) + (prompt if len(requests) > 1 else 0)
+
+
+def _check_budget(
+    requests: Sequence[Request], budget: int, page_nbytes: int, cache_memory: int | None
+) -> None:
+    """Raise NoCacheRoom if a budget of `budget` pages has no room for a request.
+
+    cache_memory: the bytes that the caller gave; None for the default.
+    """
+    longest = max(request.tokens for request in requests)
+    needed = pages_for(longest) + 1
+    if needed <= budget:
+        return
+    room, remedy = "half of the free memory is", "lower max_new_tokens, or free memory"
+    if cache_memory is not None:
+        room, remedy = "cache_memory is", "raise cache_memory, or lower max_new_tokens"
+    raise NoCacheRoom(
+        f"the keys and values of a prompt and its answer, up to {longest:,} tokens, need "
+        f"{gib_text(needed * page_nbytes)}, but {room} {gib_text(budget * page_nbytes)}; {remedy}"
+    )
