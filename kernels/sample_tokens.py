@@ -9,9 +9,12 @@ softmax(s / T)[t], because that is the chance that its sum with Gumbel noise g i
 
 The lowest id among equals is chosen. The noise depends on the row's seed, the index of the draw and
 the token id only. So a row's token does not depend on other rows, and any device draws the same
-one up to the rounding of the scores. Four tokens share one Philox4x32-10 (Salmon et al. 2011):
+one up to the rounding of the scores. Two tokens share one number of SplitMix64 (Steele, Lea and
+Flood 2014), in the arithmetic of 64 bits:
 
-    h = philox(key = seed, counter = (t // 4, draw mod 2^32, draw / 2^32, 0))[t mod 4]
+    mix(x):  x = (x ^ x >> 30) A,  x = (x ^ x >> 27) B,  x ^ x >> 31
+    z = mix(mix(mix(seed) + draw) + (t // 2 + 1) STEP)
+    h = the low 32 bits of z if t is even, the high ones otherwise
     v = (h + 1/2) / 2^32,  E = -log(1 - v),  g = -log(E)
 
 v is at least 2^-33, so that g reaches 22.9.
@@ -31,8 +34,10 @@ PROFILE_GROUP = "loss"
 
 BLOCK_V = 4096  # tokens of a program
 MASK = 0xFFFFFFFF
+STEP, A, B = (  # as int64
+    x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 LARGEST_V = 1 - 2**-24  # the largest v below 1 in float32
-SMALL_V = 2**-10  # below this v, 1 - v has lost digits of v, and a series is exact to float32
 
 
 class Chosen(NamedTuple):
@@ -48,28 +53,23 @@ class Chosen(NamedTuple):
     finite: torch.Tensor
 
 
-def philox_reference(
-    counter: list[torch.Tensor], key: tuple[torch.Tensor, torch.Tensor]
-) -> list[torch.Tensor]:
-    """Return the four words of Philox4x32-10, each an int64 in [0, 2^32).
+def mix_reference(x: torch.Tensor) -> torch.Tensor:
+    """Return the mixed bits of int64 numbers; products wrap, and shifts bring zeros in."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * A
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * B
+    return x ^ ((x >> 31) & (2**33 - 1))
 
-    counter: four words, int64 in [0, 2^32); they and the key's two words broadcast.
-    """
-    (a, b, c, d), (k0, k1) = counter, key
-    for _ in range(10):
-        # A product has up to 64 bits and wraps into the sign of int64; the masks take it out.
-        first, second = a * 0xD2511F53, c * 0xCD9E8D57
-        a, b = ((second >> 32) & MASK) ^ b ^ k0, second & MASK
-        c, d = ((first >> 32) & MASK) ^ d ^ k1, first & MASK
-        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
-    return [a, b, c, d]
+
+def _numbers(seeds: torch.Tensor, draws: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """Return the numbers z (rows, n) in int64 of pairs (rows or 1, n) of tokens."""
+    keys = mix_reference(mix_reference(seeds) + draws)
+    return mix_reference(keys[:, None] + (pairs + 1) * STEP)
 
 
 def _gumbel_of(bits: torch.Tensor) -> torch.Tensor:
     """Return Gumbel noise in float32 from random words in [0, 2^32)."""
-    v = ((bits.float() + 0.5) * 2**-32).clamp(max=LARGEST_V)
-    E = torch.where(v < SMALL_V, v + v * v * (0.5 + v * (1 / 3)), -torch.log(1 - v))
-    return -torch.log(E)
+    v = bits.float().add_(0.5).mul_(2**-32).clamp_(max=LARGEST_V)
+    return v.neg_().log1p_().neg_().log_().neg_()
 
 
 def gumbel_noise(seeds: torch.Tensor, draws: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -78,60 +78,58 @@ def gumbel_noise(seeds: torch.Tensor, draws: torch.Tensor, tokens: torch.Tensor)
     seeds, draws: (rows,) int64.
     tokens: (rows, n) or (1, n) int64, at least 0.
     """
-    seeds, draws = seeds[:, None], draws[:, None]
-    key = seeds & MASK, (seeds >> 32) & MASK
-    counter = [tokens // 4, draws & MASK, (draws >> 32) & MASK, torch.zeros_like(draws)]
-    words = torch.stack(torch.broadcast_tensors(*philox_reference(counter, key)), -1)
-    lane = (tokens % 4).expand(len(seeds), -1)
-    return _gumbel_of(words.gather(-1, lane[..., None])[..., 0])
+    return _gumbel_of((_numbers(seeds, draws, tokens // 2) >> tokens % 2 * 32) & MASK)
 
 
 def _noise_of_all(seeds: torch.Tensor, draws: torch.Tensor, V: int) -> torch.Tensor:
-    """Return the noise (rows, V) of all tokens; four tokens share one Philox."""
-    seeds, draws = seeds[:, None], draws[:, None]
-    key = seeds & MASK, (seeds >> 32) & MASK
-    quads = torch.arange(cdiv(V, 4), device=seeds.device)[None]
-    counter = [quads, draws & MASK, (draws >> 32) & MASK, torch.zeros_like(draws)]
-    return _gumbel_of(torch.stack(philox_reference(counter, key), -1).flatten(1)[:, :V])
+    """Return the noise (rows, V) of all tokens; two tokens share a number."""
+    z = _numbers(seeds, draws, torch.arange(cdiv(V, 2), device=seeds.device)[None])
+    return _gumbel_of(torch.stack((z & MASK, (z >> 32) & MASK), -1).flatten(1)[:, :V])
 
 
 def _noisy(scores: torch.Tensor, seeds: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Return scores (rows, V) plus their noise; scores of -inf stay, and cost nothing if many."""
-    rows, tokens = (scores > -torch.inf).nonzero(as_tuple=True)
-    if 4 * len(tokens) > scores.numel():
+    allowed = scores > -torch.inf
+    if 4 * allowed.count_nonzero() > scores.numel():
         return scores + _noise_of_all(seeds, draws, scores.shape[1])
+    rows, tokens = allowed.nonzero(as_tuple=True)
     noise = gumbel_noise(seeds[rows], draws[rows], tokens[:, None])[:, 0]
     return scores.index_put((rows, tokens), noise, accumulate=True)
 
 
 def sample_tokens_reference(scores, seeds, draws, temperatures, floors=None, logits=None):
     """Return Chosen in PyTorch."""
-    is_nan = scores.isnan()
-    allowed = scores.masked_fill(is_nan, -torch.inf)
-    finite = allowed.amax(1).isfinite() & ~is_nan.any(1)
+    largest, tokens = scores.max(1)  # a NaN is the largest
     if floors is not None:
-        allowed = allowed.masked_fill(allowed < floors[:, None], -torch.inf)
+        scores = scores.masked_fill(scores < floors[:, None], -torch.inf)
     hot = (temperatures > 0).nonzero()[:, 0]
     if len(hot):
-        divided = allowed[hot] / temperatures[hot, None]
-        allowed = allowed.index_copy(0, hot, _noisy(divided, seeds[hot], draws[hot]))
-    tokens = allowed.argmax(1)
+        divided = scores[hot] / temperatures[hot, None]
+        tokens[hot] = _noisy(divided, seeds[hot], draws[hot]).argmax(1)
     logprobs = None
     if logits is not None:
         logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
-    return Chosen(tokens, logprobs, finite)
+    return Chosen(tokens, logprobs, largest.isfinite())
+
+
+@triton.jit
+def mix(x):
+    """Return the mixed bits of uint64 numbers."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
 
 
 @triton.jit
 def gumbel_block(seed, draw, first, BLOCK: tl.constexpr):
-    """Return the noise of the tokens first .. first + BLOCK - 1; `first` is a multiple of 4."""
-    counter = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    zero = counter * 0
-    low, high = zero + draw.to(tl.uint32), zero + (draw >> 32).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, counter, low, high, zero)
-    bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-    v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355)
-    E = tl.where(v < 0.0009765625, v + v * v * (0.5 + v * 0.3333333333333333), -tl.log(1 - v))
+    """Return the noise of the tokens first .. first + BLOCK - 1; `first` is even."""
+    pairs = (first // 2 + 1 + tl.arange(0, BLOCK // 2)).to(tl.uint64)
+    z = mix(mix(mix(seed.to(tl.uint64)) + draw.to(tl.uint64)) + pairs * 0x9E3779B97F4A7C15)
+    bits = tl.interleave(z.to(tl.uint32), (z >> 32).to(tl.uint32))
+    v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
+    # log(1 - v) keeps the digits of a small v if it is scaled by what 1 - v has lost (Kahan).
+    u = 1 - v
+    E = tl.where(u == 1, v, -tl.log(u) * (v / tl.where(u == 1, 1.0, 1 - u)))
     return -tl.log(E)
 
 
