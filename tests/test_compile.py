@@ -76,7 +76,8 @@ KERNELS = {
     "_store_keys_values",
     "_write_adapters",
 }
-SHAPED = r"_attention|_decode_attention|_qk_norm_rope|_rope|_rms_norm"  # kernels with blocks of the model's widths
+# Kernels with blocks of the model's widths.
+SHAPED = r"_attention|_decode_attention|_qk_norm_rope|_rope|_rms_norm"
 # (model, dtype, rows, pattern of kernels) for every GPU with bfloat16, and further ones for some
 CASES = [("Llama-3.1-8B", torch.bfloat16, 2048, "")]
 CASES_WITHOUT_BFLOAT16 = [("Llama-3.1-8B", torch.float16, 2048, "")]
