@@ -142,8 +142,8 @@ MODEL_BUGS = (
     Mutation(
         "ended rows of a batch still grow",
         "minitune/model/decoding/decode_call.py",
-        "if stops or token in end_tokens or len(answer.tokens) == sequence.request.limit:",
-        "if stops or len(answer.tokens) == sequence.request.limit:",
+        "if stops or token in end_tokens or not sequence.tokens_left:",
+        "if stops or not sequence.tokens_left:",
         ("test_generate.py::test_each_row_stops_at_the_end_token_and_leaves_it_out",),
     ),
     Mutation(

@@ -15,7 +15,7 @@ from minitune.kernels.backend import matmul, matmul_accumulated
 from minitune.kernels.decode_attention import decode_attention, store_keys_values
 from minitune.model.activations import Activations
 from minitune.model.decoder_layer import DecoderLayer
-from minitune.model.decoding.kv_cache import PAGE, KVCache
+from minitune.model.decoding.kv_cache import PAGE, KVCache, copy_async_
 from minitune.model.decoding.step_weights import BASE, MAX_FEW_ROWS, StepWeights
 from minitune.model.layers import LayerPass, new_residual
 from minitune.model.loss import Head
@@ -70,7 +70,7 @@ class StepBuffers:
         for column, values, empty in (*filled, (self.adapter_of_row, adapters, BASE)):
             host = torch.full(column.shape, empty, dtype=column.dtype)
             host[:rows] = torch.tensor(values, dtype=column.dtype)
-            column.copy_(host)
+            copy_async_(column, host)
 
     def advance_(self, tokens: Tensor) -> None:
         """Make tokens (rows,) the next tokens of the first slots."""

@@ -46,7 +46,17 @@ class ActiveSequence:
     @property
     def position(self) -> int:
         """Return the position of the last token."""
-        return self.request.tokens - self.request.limit + len(self.answer.tokens) - 1
+        return len(self.request.prompt) + len(self.answer.tokens) - 1
+
+    @property
+    def last_token(self) -> int:
+        """Return the last token of the prompt and the answer."""
+        return (self.answer.tokens or self.request.prompt)[-1]
+
+    @property
+    def tokens_left(self) -> int:
+        """Return how many tokens the answer may still get."""
+        return self.request.limit - len(self.answer.tokens)
 
 
 @dataclass
