@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minitune.checkpoints.adapter import load_adapter, save_adapter
+from minitune.checkpoints.adapter import load_adapter, read_adapter, save_adapter
 from minitune.checkpoints.find_model import find_adapter
 from minitune.checkpoints.merge import merge_text, merge_to_folder
 from minitune.checkpoints.save_4bit import save_4bit
@@ -31,7 +31,7 @@ from minitune.gguf.export import export_gguf
 from minitune.gguf.importance.imatrix_files import read_imatrix
 from minitune.gguf.importance.importance import ImportanceMatrix
 from minitune.gguf.lora_adapter import save_gguf_adapter
-from minitune.model.adapter_switch import without_lora
+from minitune.model.adapter_switch import Adapter, without_lora
 from minitune.model.causal_lm import CausalLM
 from minitune.progress import labelled, print_line, print_result, warn
 from minitune.training.check_base import BaseCheck, check_base
@@ -101,11 +101,24 @@ class LanguageModel(CausalLM):
             self.planner.largest = None
         if tokenizer is not None:
             load_template(tokenizer, adapter)
-        elif read_adapter_templates(adapter) not in (None, read_adapter_templates(self.folder)):
-            warn(
-                f"{adapter} was trained with a chat template of its own; pass tokenizer= to use it",
-                stacklevel=3,
-            )
+        else:
+            self._warn_of_templates(adapter, "pass tokenizer= to use it")
+
+    def read_adapter(self, folder: str | Path) -> Adapter:
+        """Return the adapter of a folder for `generate(adapter=...)`; the model keeps its own.
+
+        folder: as in `load_adapter`.
+
+        Raises: ValueError if the adapter does not fit the model or is not supported.
+        """
+        adapter = find_adapter(folder)
+        self._warn_of_templates(adapter, "format the prompts with a tokenizer of that folder")
+        return read_adapter(self, adapter)
+
+    def _warn_of_templates(self, adapter: Path, remedy: str) -> None:
+        """Warn if an adapter was trained with another chat template than the base's."""
+        if read_adapter_templates(adapter) not in (None, read_adapter_templates(self.folder)):
+            warn(f"{adapter} was trained with a chat template of its own; {remedy}", stacklevel=4)
 
     def set_adapter(self, adapter_name: str) -> None:
         """Do nothing: the only adapter, "default", is active.

@@ -128,7 +128,6 @@ BAD = {
     "num_return_sequences is 0": {"prompts": [[1]], "num_return_sequences": 0},
     "a streamer shows one answer to one prompt": {"prompts": [[1], [2]], "streamer": "any"},
     "num_beams=4 is not supported: beams are": {"prompts": [[1]], "num_beams": 4},
-    "stop_strings=.* pass the ids of the end": {"prompts": [[1]], "stop_strings": ["."]},
     r"input_ids has the shape \(3,\)": {"input_ids": torch.tensor([1, 2, 3])},
     r"attention_mask \(1, 2\) and input_ids \(1, 1\)": {
         "input_ids": torch.tensor([[1]]),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -98,6 +99,21 @@ def test_an_unnamed_setting_comes_from_the_folder_as_in_transformers(tmp_path, m
         answer = model.generate(**inputs, max_new_tokens=16, seed=1, **call)
         draw_as_minitune(monkeypatch, 1, inputs.input_ids.tolist())
         assert torch.equal(answer, theirs.generate(**inputs, max_new_tokens=16, **call)), call
+
+
+def test_stop_strings_end_an_answer_where_transformers_ends_it(pair):
+    model, theirs, tokenizer = pair
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(model.folder)
+    inputs = tokenizer(TEXTS[:2], padding=True, padding_side="left", return_tensors="pt")
+    call = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+    width = inputs.input_ids.shape[1]
+    free = model.generate(**inputs, **call)
+    stretches = [re.findall("[ -~]{2,}", tokenizer.decode(row)) for row in free[:, width:]]
+    for stop in (stretches[0][-1], [stretches[0][1][:2], stretches[1][-1]]):
+        stops = {"stop_strings": stop, **call}
+        found = model.generate(**inputs, **stops, tokenizer=tokenizer)
+        assert torch.equal(found, theirs.generate(**inputs, **stops, tokenizer=their_tokenizer))
+        assert found.shape != free.shape or not torch.equal(found, free)
 
 
 def test_a_pad_token_is_left_out_without_a_mask_if_it_ends_nothing(pair):

@@ -13,12 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOUNDATION = (
     "kernels streams progress cgroups threads device read_files locks stop_signals system_folders "
-    "atomic_files config"
+    "atomic_files config incremental_text"
 )
 ENGINE = f"{FOUNDATION} model memory data checkpoints gguf"
 BELOW = {  # folder or top-level file -> the parts of the package that it may import besides itself
     "kernels": "",
     "streams": "",
+    "incremental_text": "",
     "progress": "streams",
     "cgroups": "",
     "threads": "cgroups",

@@ -12,6 +12,7 @@ from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, TextIteratorStreamer, TextStreamer, Tokenizer
 from minitune.commands.generate import answer
+from minitune.incremental_text import WINDOW, IncrementalText
 
 TEXTS = ("Grüße 🦙🦙 ok", " leading", "🏳️‍🌈 flag", "Mölln đêm 日本", "the quick\n\n")
 
@@ -49,6 +50,31 @@ def test_the_shown_text_is_the_decoded_answer_in_whole_characters(tmp_path, caps
         assert capsys.readouterr().out == expected + "\n"
         feed(everything, [1, 5], ids)
         assert capsys.readouterr().out == tokenizer.decode([1, 5, *ids]) + "\n"
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_a_long_text_is_that_of_all_tokens_and_takes_linear_time(tmp_path, kind):
+    tokenizer = Tokenizer.from_folder(list(folders(tmp_path))[kind])
+    rng, decoded = Random(4), 0
+
+    def decode(ids):
+        nonlocal decoded
+        decoded += len(ids)
+        return tokenizer.decode(ids, skip_special_tokens=rng_skips)
+
+    for trial in range(8):
+        rng_skips = trial % 2 == 0
+        ids = [token for _ in range(10) for token in rng.choice(answers(rng, tokenizer))]
+        text, shown = IncrementalText(decode), ""
+        for i, token in enumerate(ids):
+            shown += text.add([token])
+            assert tokenizer.decode(ids[: i + 1], skip_special_tokens=rng_skips).startswith(shown)
+        whole = tokenizer.decode(ids, skip_special_tokens=rng_skips)
+        assert shown + text.unfinished == shown + text.rest() == whole
+    text, decoded = IncrementalText(decode), 0
+    ids = 50 * tokenizer.encode(TEXTS[3], add_special_tokens=False)
+    assert "".join(text.add([token]) for token in ids) == tokenizer.decode(ids)
+    assert decoded < 60 * len(ids) + WINDOW
 
 
 def test_a_character_of_several_tokens_appears_when_it_is_whole(tmp_path):

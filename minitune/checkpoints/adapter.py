@@ -30,7 +30,7 @@ from minitune.checkpoints.safetensors_writer import TensorSpec, write_safetensor
 from minitune.config.architectures import ALL_TARGETS
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
-from minitune.model.adapter_switch import remove_lora_
+from minitune.model.adapter_switch import Adapter, new_branch, remove_lora_
 from minitune.model.causal_lm import CausalLM
 from minitune.progress import warn
 
@@ -117,6 +117,22 @@ def load_adapter(model: CausalLM, folder: str | Path) -> None:
         wrong shape. The model is then unchanged.
     """
     _load_adapter(model, folder, may_replace=True)
+
+
+def read_adapter(model: CausalLM, folder: str | Path) -> Adapter:
+    """Return the adapter of `folder` for the linears of a model, which stays as it is.
+
+    Raises: ValueError as `load_adapter`.
+    """
+    lora, tensors, peft_config = _read_adapter(model.config, folder)
+    _warn_of_other_file(model, folder, peft_config.get("base_model_name_or_path"))
+    adapter = {}
+    for name, linear in model.linears():
+        if f"{name}.lora_A.weight" in tensors:
+            values = [tensors[f"{name}{factor}"] for factor in FACTORS]
+            A, B = (value.to(model.device, torch.float32) for value in values)
+            adapter[linear] = new_branch(A, B, lora.scaling)
+    return adapter
 
 
 def load_adapter_values(model: CausalLM, folder: str | Path) -> None:

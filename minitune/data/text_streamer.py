@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.incremental_text import IncrementalText
 from minitune.streams import LenientStream
 
 
@@ -26,9 +27,11 @@ class TextStreamer:
         self._start()
 
     def _start(self) -> None:
-        self._ids: list[int] = []
-        self._shown = ""  # text of the ids that was handed on
+        self._text = IncrementalText(self._decode)
         self._is_prompt = True
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, **self.decode_kwargs)
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, (T,) or (1, T), or after it new tokens, (1,).
@@ -40,17 +43,13 @@ class TextStreamer:
         is_prompt, self._is_prompt = self._is_prompt, False
         if is_prompt and self.skip_prompt:
             return
-        self._ids += value.flatten().tolist()
-        text = self.tokenizer.decode(self._ids, **self.decode_kwargs)
-        # U+FFFD ends the text while a character lacks some of its bytes.
-        if not text.endswith("\ufffd"):
-            new, self._shown = text[len(self._shown) :], text
+        new = self._text.add(value.flatten().tolist())
+        if not self._text.unfinished:
             self.on_finalized_text(new)
 
     def end(self) -> None:
         """Hand on the rest of the text, and get ready for another answer."""
-        text = self.tokenizer.decode(self._ids, **self.decode_kwargs)
-        rest = text[len(self._shown) :]
+        rest = self._text.rest()
         self._start()
         self.on_finalized_text(rest, stream_end=True)
 

@@ -9,8 +9,9 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
+from minitune.model.fixed_module import NamedLinear
 from minitune.model.linear import Linear
 
 
@@ -23,6 +24,16 @@ class Branch(NamedTuple):
 
 
 Adapter = Mapping[Linear, Branch]  # the branches of all adapted linears; none for the base
+
+
+def new_branch(A: Tensor, B: Tensor, scaling: float) -> Branch:
+    """Return a frozen branch with the factors A (r, in) and B (out, r) in float32."""
+    modules = []
+    for factor in (A, B):
+        module = NamedLinear(*reversed(factor.shape), bias=False, device="meta")
+        module.weight = nn.Parameter(factor, requires_grad=False)
+        modules.append(module)
+    return Branch(*modules, scaling)
 
 
 def own_adapter(model) -> Adapter:

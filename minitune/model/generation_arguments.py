@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from minitune.config.foreign_arguments import ANYTHING, Foreign, Renamed
+from minitune.config.numbers import check_number, whole
+from minitune.config.training_config import MAX_BYTES, parse_bytes
 from minitune.model.sampling import SamplingConfig
 from minitune.read_files import read_json
 
@@ -22,11 +24,17 @@ SAMPLING_DEFAULTS = {
     "top_p": 1.0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
 }
 MAX_NEW_TOKENS = 128  # by default
+WHEN_GREEDY = ("repetition_penalty", "min_new_tokens")  # settings that count without a draw
 NEUTRAL = {"top_k": 0, "top_p": 1, "min_p": 0}  # values that keep every token
 ONE_ANSWER = "beams are not searched; call with do_sample=True and num_return_sequences"
 PER_CALL = "pass its values by name, such as max_new_tokens=64"
+LOGPROBS = (
+    "return_logprobs=True gives the log-probability of each chosen token, and "
+    "model(input_ids=ids).logits all logits"
+)
 FOREIGN = {
     "input_ids": Renamed("prompts"),
     "inputs": Renamed("prompts"),
@@ -34,7 +42,6 @@ FOREIGN = {
     "use_cache": Foreign("the key/value cache is always used", ANYTHING),
     "cache_implementation": Foreign("there is one kind of key/value cache", ANYTHING),
     "past_key_values": Foreign("a call starts with an empty cache; pass the whole text"),
-    "tokenizer": Foreign("only stop_strings would need it", ANYTHING),
     "token_type_ids": Foreign("these models read none; leave it out"),
     "position_ids": Foreign("positions follow from the attention_mask"),
     "inputs_embeds": Foreign("pass token ids"),
@@ -52,15 +59,12 @@ FOREIGN = {
     "bad_words_ids": Foreign("use repetition_penalty, or filter the answers"),
     "logits_processor": Foreign("use temperature, top_k, top_p, min_p and repetition_penalty"),
     "prefix_allowed_tokens_fn": Foreign("use temperature, top_k, top_p and min_p"),
-    "min_length": Foreign("an answer ends at its end token", (None, 0)),
-    "min_new_tokens": Foreign("an answer ends at its end token", (None, 0)),
+    "min_length": Foreign("use min_new_tokens", (None, 0)),
     "max_time": Foreign("use max_new_tokens"),
-    "stop_strings": Foreign("pass the ids of the end tokens as eos_token_id"),
-    "stopping_criteria": Foreign("pass the ids of the end tokens as eos_token_id"),
+    "stopping_criteria": Foreign("use stop_strings, or an on_token that returns True"),
     "assistant_model": Foreign("there is no speculative decoding"),
-    "return_dict_in_generate": Foreign("the result is the tokens", (None, False)),
-    "output_scores": Foreign("call model(input_ids=ids).logits", (None, False)),
-    "output_logits": Foreign("call model(input_ids=ids).logits", (None, False)),
+    "output_scores": Foreign(LOGPROBS, (None, False)),
+    "output_logits": Foreign(LOGPROBS, (None, False)),
     "output_attentions": Foreign("attention weights are never computed", (None, False)),
     "output_hidden_states": Foreign("hidden states are not returned", (None, False)),
     "synced_gpus": Foreign("the model is on one GPU", (None, False)),
@@ -210,6 +214,26 @@ def new_token_limits(
     return [min(max_length - width, room) for width, room in zip(widths, rooms, strict=True)]
 
 
+def check_least(min_new_tokens: int, limits: Sequence[int]) -> None:
+    """Raise ValueError if no answer has room for its smallest number of tokens."""
+    if min_new_tokens > max(limits):
+        raise ValueError(
+            f"min_new_tokens {min_new_tokens} is more than the {max(limits)} tokens that an answer "
+            "may have; lower it, or raise max_new_tokens"
+        )
+
+
+def cache_nbytes(cache_memory: int | str | None) -> int | None:
+    """Return the bytes of a cache that is given in bytes or as a size; None stays.
+
+    Raises: ValueError if it is neither.
+    """
+    if cache_memory is None:
+        return None
+    nbytes = parse_bytes(cache_memory) if isinstance(cache_memory, str) else cache_memory
+    return check_number("cache_memory", nbytes, whole(1, MAX_BYTES))
+
+
 def sampling_config(
     do_sample: bool | None, named: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> SamplingConfig:
@@ -247,4 +271,4 @@ def sampling_config(
             f"{cause} takes the likeliest token, so {settings} would change nothing; leave it out, "
             "or set temperature above 0"
         )
-    return SamplingConfig(repetition_penalty=values["repetition_penalty"])
+    return SamplingConfig(**{name: values[name] for name in WHEN_GREEDY if name in values})
