@@ -23,8 +23,9 @@ from minitune.device import check_torch_defaults
 from minitune.model.adapter_choice import read_adapter_choice
 from minitune.model.answer_seeds import answer_seeds
 from minitune.model.decoding.decode_call import OnToken
-from minitune.model.decoding.engine import MAX_ROWS, decode
+from minitune.model.decoding.engine import decode
 from minitune.model.decoding.requests import Request
+from minitune.model.decoding.step_weights import MAX_FEW_ROWS
 from minitune.model.generation_arguments import (
     FOREIGN,
     Prompts,
@@ -77,7 +78,7 @@ def generate(
     streamer: Streamer | None = None,
     on_token: OnToken | None = None,
     cache_memory: int | str | None = None,
-    max_num_seqs: int = MAX_ROWS,
+    max_num_seqs: int = MAX_FEW_ROWS,
 ) -> list[list[int]] | Tensor | GenerateOutput:
     """Return the answers to prompts.
 
@@ -102,7 +103,8 @@ def generate(
         The answer ends if it returns True.
     cache_memory: limit of the cache of keys and values, in bytes or as "2GiB"; None takes half of
         the free memory at most.
-    max_num_seqs: number of answers that are generated at a time; the others wait.
+    max_num_seqs: number of answers that are generated at a time; the others wait. More than 64
+        dequantise the weights.
 
     Raises: ValueError if a prompt is missing, empty or too long, if a setting is out of range, or
         if PyTorch's default dtype or device was changed.
@@ -141,7 +143,7 @@ def generate(
         logprobs=return_logprobs,
         adapters=adapters,
         cache_memory=cache_nbytes(cache_memory),
-        max_rows=check_number("max_num_seqs", max_num_seqs, whole(1)),
+        max_rows=min(check_number("max_num_seqs", max_num_seqs, whole(1)), len(given.ids)),
     )
     if streamer:
         streamer.end()
