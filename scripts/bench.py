@@ -4,6 +4,8 @@
     python scripts/bench.py --model DIR --batch 2 --tokens 2048 --peer unsloth
     python scripts/bench.py --model DIR --profile    GPU time by group of kernels
     python scripts/bench.py --model DIR --short      short samples, through SFTTrainer
+    python scripts/bench.py --model DIR --decode 1 64 [--peer hf --peer unsloth]
+                                                     generation, for 1 and for 64 sequences
     python scripts/bench.py --all DIR [--rows 1,2]   the table, on DIR/8b, DIR/1b and DIR/135m
     python scripts/bench.py --kernels [WORD ...]     kernels whose name contains one of the words
 
@@ -25,6 +27,7 @@ from pathlib import Path
 import torch
 from benchmark import dequantize_cases, elementwise_cases, matmul_cases, table
 from benchmark.cases import CASES
+from benchmark.decode_timing import decode_table, kernel_table, time_decoding
 from benchmark.kernel_timing import KernelSizes, time_kernels
 from benchmark.model_shapes import SHAPES
 from benchmark.random_checkpoints import write_random_checkpoint
@@ -51,6 +54,11 @@ MODES = {
     "model": None,
 }
 NOT_OF_MODEL = {"rows", "no_peers", "no_compile"}
+OF_DECODE = {"prompt_tokens", "new_tokens", "calls", "cache_memory"}
+NOT_OF_DECODE = {
+    *("batch", "tokens", "optim", "short", "checkpointing", "memory_budget", "host_memory"),
+    *("no_graphs", "steps", "warmup"),
+}
 KERNEL_GROUPS = (*dequantize_cases.GROUPS, *elementwise_cases.GROUPS, *matmul_cases.GROUPS)
 
 
@@ -88,6 +96,13 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--no-graphs", action="store_true", help="launch eagerly, capture nothing")
     step.add_argument("--profile", action="store_true", help="GPU time by group of kernels")
 
+    decode = p.add_argument_group("generation, with --model")
+    decode.add_argument("--decode", nargs="+", type=int, metavar="N", help="numbers of sequences")
+    decode.add_argument("--prompt-tokens", type=int, default=128, help="of a prompt (128)")
+    decode.add_argument("--new-tokens", type=int, default=256, help="of an answer (256)")
+    decode.add_argument("--calls", type=int, default=3, help="timed calls after the first (3)")
+    decode.add_argument("--cache-memory", help="of keys and values, such as 2GiB")
+
     p.add_argument("--attention", choices=("auto", "triton"), help="default: auto; --all: both")
     p.add_argument("--steps", type=int, help="timed steps (default: 8); with --short, all (60)")
     p.add_argument(
@@ -116,6 +131,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     wrong = given & NOT_OF_MODEL if MODES[mode] is None else given - MODES[mode]
     if wrong:
         raise ValueError(f"--{min(wrong).replace('_', '-')} does not go with --{mode}")
+    if wrong := given & (NOT_OF_DECODE if a.decode else OF_DECODE):
+        relation = "does not go with" if a.decode else "goes with"
+        raise ValueError(f"--{min(wrong).replace('_', '-')} {relation} --decode")
     _check_sizes(a)
     if a.make and a.make[0] not in SHAPES:
         raise ValueError(f"--make {a.make[0]}: no such shape; choose from {', '.join(SHAPES)}")
@@ -126,11 +144,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _check_sizes(a: argparse.Namespace) -> None:
     """Raise ValueError if a count is too small or a memory size is malformed."""
-    for name in ("batch", "tokens", "r", "steps", "warmup"):
-        minimum = 2 if name == "tokens" else 1
+    counts = ("batch", "tokens", "r", "steps", "warmup", "prompt_tokens", "new_tokens", "calls")
+    for name in counts:
+        minimum = 2 if name in ("tokens", "new_tokens") else 1
         if (value := getattr(a, name)) is not None and value < minimum:
             raise ValueError(f"--{name} is {value}; expected at least {minimum}")
-    for name in ("memory_budget", "host_memory", "memory_limit"):
+    if (least := min(a.decode or [1])) < 1:
+        raise ValueError(f"--decode {least}; expected numbers of sequences, such as 1 64")
+    for name in ("memory_budget", "host_memory", "memory_limit", "cache_memory"):
         if (size := getattr(a, name)) is not None:
             parse_bytes(size)
 
@@ -153,6 +174,8 @@ def _complete_step(a: argparse.Namespace) -> None:
         raise ValueError(f"--steps {a.steps} of --short are all in the {a.warmup} of --warmup")
     # Checked here, because a peer would need a minute to find it.
     limit = ModelConfig.from_folder(model_files(resolve_model(a.model))).max_position_embeddings
+    if a.decode:
+        a.tokens = a.prompt_tokens + a.new_tokens
     if a.tokens > limit:
         raise ValueError(f"--tokens {a.tokens} is more than the {limit} positions of {a.model}")
 
@@ -193,6 +216,25 @@ def run_one(a: argparse.Namespace) -> bool:
     return not any("error" in record for record in records)
 
 
+def run_decoding(a: argparse.Namespace) -> bool:
+    """Time generation here and in the named peers. Return True if every run gave a result."""
+    options = ["--decode", *map(str, a.decode), "--r", str(a.r), "--targets", a.targets]
+    for name in ("prompt_tokens", "new_tokens"):
+        options += [f"--{name.replace('_', '-')}", str(getattr(a, name))]
+    records = []
+    for peer in a.peer or ():
+        records.append(table.peer_record(peer, resolve_model(a.model), options, a.timeout))
+        table.emit(records[-1], a.json)
+    records.append(time_decoding(a))
+    table.emit(records[-1], a.json)
+    print("\n" + decode_table(records))
+    for sequences, figures in records[-1]["decode"].items():
+        if a.profile:
+            print(f"\na step of {sequences} sequences")
+            print(table.profile_table(figures["profile"]) + "\n\n" + kernel_table(figures))
+    return not any("error" in record for record in records)
+
+
 def run_kernels(a: argparse.Namespace) -> bool:
     """Time the kernels of --kernels. Return True if all of them are right."""
     sizes = KernelSizes.of(ModelConfig.from_dict(SHAPES["8b"]))
@@ -207,6 +249,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         return 0
     if a.kernels is not None:
         return 0 if run_kernels(a) else 1
+    if a.decode:
+        return 0 if run_decoding(a) else 1
     return 0 if (run_all(a) if a.all else run_one(a)) else 1
 
 

@@ -20,6 +20,16 @@ def load(a: argparse.Namespace) -> tuple[Any, None]:
         use_gradient_checkpointing=a.checkpointing == "default",
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
+    return with_adapter(model, a), None
+
+
+def load_for_generation(a: argparse.Namespace) -> tuple[Any, None]:
+    """Return the model with an adapter, in the dtypes that it was loaded in, and no tokenizer."""
+    return with_adapter(load_nf4(a.model), a), None
+
+
+def with_adapter(model: Any, a: argparse.Namespace) -> Any:
+    """Return the model with a new adapter on the targets of the flags."""
     lora = LoraConfig(
         r=a.r,
         lora_alpha=2 * a.r,
@@ -28,7 +38,7 @@ def load(a: argparse.Namespace) -> tuple[Any, None]:
         target_modules=list(TARGETS[a.targets]),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora), None
+    return get_peft_model(model, lora)
 
 
 def load_nf4(folder: str | Path) -> Any:

@@ -2,12 +2,13 @@
 
     python tests/referees/peers.py unsloth DIR --batch 2 --tokens 2048 --targets all
     python tests/referees/peers.py unsloth DIR --short
+    python tests/referees/peers.py unsloth DIR --decode 1 64
 
 unsloth is Unsloth, hf is transformers + PEFT + bitsandbytes, liger is hf with Liger's kernels. Each
 is set up as its documentation says: NF4 with double quantisation, bf16, rank-r LoRA without
 dropout, fused AdamW, and its own checkpointing or none. A step is forward, backward and optimizer
 on random tokens, every token a label. --short is a small fine-tune through TRL's SFTTrainer, as in
-Unsloth's notebooks: 8 short samples an optimizer step.
+Unsloth's notebooks: 8 short samples an optimizer step. --decode generates instead (peer_decode.py).
 
 The record has the keys of bench.py's own (scripts/benchmark/records.py). Each peer's file imports
 its libraries. Only the chosen file is imported, and first, because Unsloth patches torch.
@@ -49,6 +50,10 @@ def parse() -> argparse.Namespace:
     p.add_argument("--steps", type=int)
     p.add_argument("--warmup", type=int)
     p.add_argument("--short", action="store_true", help="short samples, through TRL's SFTTrainer")
+    p.add_argument("--decode", nargs="+", type=int, help="generate, with these numbers of prompts")
+    p.add_argument("--prompt-tokens", type=int, default=128)
+    p.add_argument("--new-tokens", type=int, default=256)
+    p.add_argument("--calls", type=int, default=1)
     a = p.parse_args()
     if a.short and a.peer != "unsloth":
         p.error(f"--short is Unsloth's recipe; {a.peer} has none here")
@@ -63,7 +68,10 @@ def main() -> int:
     a = parse()
     os.environ.update(OFFLINE)
     peer = importlib.import_module(f"referees.peer_{a.peer}")
-    if a.short:
+    if a.decode:
+        load = getattr(peer, "load_for_generation", peer.load)
+        record = importlib.import_module("referees.peer_decode").time_decoding(a, load)
+    elif a.short:
         record = importlib.import_module("referees.peer_short").time_short_samples(a, peer.load)
     else:
         record = importlib.import_module("referees.peer_steps").time_steps(a, peer.load)
