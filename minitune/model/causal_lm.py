@@ -214,7 +214,7 @@ class CausalLM(FixedModule):
         check_torch_defaults()
         ids, positions, mask = pack_batch(input_ids.cpu(), attention_mask, position_ids)
         self.check(ids, positions)
-        if torch.is_grad_enabled() and self.trainable_parameters():
+        if torch.is_grad_enabled() and self.lora is not None:
             self.free_generation_memory()  # backward needs the room
         with self.as_current_device():
             s = self.residual_stream(ids, positions)

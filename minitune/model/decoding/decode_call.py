@@ -23,7 +23,7 @@ from minitune.kernels.sample_tokens import Chosen
 from minitune.model.adapter_switch import Adapter, own_adapter, switched_adapter
 from minitune.model.decoding.decode_memory import DecodeMemory
 from minitune.model.decoding.decode_step import float_logits
-from minitune.model.decoding.kv_cache import rounded_pages
+from minitune.model.decoding.kv_cache import table_width
 from minitune.model.decoding.prefill import prefill, prefill_batches
 from minitune.model.decoding.requests import Answer
 from minitune.model.decoding.schedule import Admission, PromptGroup, Schedule
@@ -85,7 +85,7 @@ class DecodeCall:
         self._logits = memory.buffers.logits
         own = own_adapter(model)
         self._own = BASE if not own else adapters.index(own) if own in adapters else None
-        self._width = min(rounded_pages(schedule.most_pages), self._cache.width)
+        self._width = min(table_width(schedule.most_pages), self._cache.width)
 
     def run(self, end_tokens: Collection[int], on_token: OnToken | None) -> list[Answer]:
         """Return the answers, in the order of the requests.
@@ -120,16 +120,14 @@ class DecodeCall:
     def _step(self) -> None:
         """Write the logits behind the last token of each active sequence."""
         memory, active = self._memory, self._schedule.active
-        if memory.weights is not None:
+        if memory.weights is not None and memory.weights.knows_rows:
             memory.step_(self._model, len(active), self._width)
             return
-        used = sorted({self._index_of[sequence.request.adapter] for sequence in active})
         inputs = memory.buffers.inputs(len(active), self._width)
-        for index in used:
+        for index in {self._index_of[sequence.request.adapter] for sequence in active}:
             slots = [i for i, x in enumerate(active) if self._index_of[x.request.adapter] == index]
             with self._switched(index):
-                logits = memory.logits(self._model, inputs.select(slots), None)
-            self._logits[slots] = logits
+                self._logits[slots] = memory.logits(self._model, inputs.select(slots))
 
     def _switched(self, index: int) -> AbstractContextManager:
         """Return a context in which the model has one of the adapters, or none for BASE."""

@@ -7,6 +7,7 @@ call, because no counter shows every change of them.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from minitune.device import free_memory, gib_text
@@ -14,9 +15,9 @@ from minitune.kernels.backend import power_of_two
 from minitune.model.adapter_switch import Adapter
 from minitune.model.decoding.decode_graphs import DecodeGraphs
 from minitune.model.decoding.decode_step import StepBuffers, StepInputs, decode_step
-from minitune.model.decoding.kv_cache import KVCache, NoCacheRoom, pages_for, rounded_pages
+from minitune.model.decoding.kv_cache import KVCache, NoCacheRoom, cache_pages, pages_for
 from minitune.model.decoding.requests import Request
-from minitune.model.decoding.step_weights import MAX_FEW_ROWS, StepWeights, new_step_weights
+from minitune.model.decoding.step_weights import BASE, MAX_FEW_ROWS, StepWeights, new_step_weights
 from minitune.model.loss import Head
 from minitune.model.unchanged_tensors import versions
 
@@ -25,6 +26,7 @@ class DecodeMemory:
     """What the calls of one model share.
 
     weights: the weights of the steps; None dequantises each layer at each step.
+    adapter_of_row: int32 (slots,), for the weights, as in `new_step_weights`.
     """
 
     cache: KVCache
@@ -37,11 +39,13 @@ class DecodeMemory:
         captures: True if steps on a GPU may become CUDA graphs.
         """
         self.weights: StepWeights | None = None
+        self.adapter_of_row = torch.empty(0, dtype=torch.int32)
         self._captures = captures
         self._graphs: DecodeGraphs | None = None
         self._pages = 0
-        self._weights_key: tuple | None = None
-        self._head_key: tuple | None = None
+        self._weights_key: list | None = None
+        self._adapters_key: tuple | None = None
+        self._head_key: list | None = None
 
     # ---- the cache
 
@@ -60,7 +64,7 @@ class DecodeMemory:
             nbytes = (free_memory(model.device) + self._pages * page_nbytes) // 2
         budget = nbytes // page_nbytes
         _check_budget(requests, budget, page_nbytes, cache_memory)
-        wanted = min(rounded_pages(_needed_pages(requests, max_rows)), budget)
+        wanted = min(cache_pages(_needed_pages(requests, max_rows)), budget)
         if not wanted <= self._pages <= budget or self.cache.slots < max_rows:
             self._allocate(model, wanted, max(max_rows, MAX_FEW_ROWS))
         return self._pages
@@ -70,10 +74,12 @@ class DecodeMemory:
         if self._pages:
             self._pages, self._graphs = 0, None
             del self.cache, self.buffers
-        self._weights_key = self.weights = None  # they read the buffers
+        if len(self.adapter_of_row) < slots:
+            self._weights_key = self.weights = None  # they read the tensor
+            self.adapter_of_row = torch.full((slots,), BASE, dtype=torch.int32).to(model.device)
         c, width = model.config, pages_for(model.max_seq_length)
         self.cache = KVCache(c, pages, slots, width, model.dtype, model.device)
-        self.buffers = StepBuffers(self.cache, c.vocab_size)
+        self.buffers = StepBuffers(self.cache, c.vocab_size, self.adapter_of_row)
         self._pages = pages
 
     # ---- the weights
@@ -88,14 +94,15 @@ class DecodeMemory:
             self._weights_key = self.weights = self._graphs = None
             return
         frozen = [tensor for _, linear in model.linears() for tensor in linear.frozen_tensors()]
-        branches = [(a, b, scaling) for x in adapters for a, b, scaling in x.values()]
-        key = (_key(frozen), [(id(a), id(b), scaling) for a, b, scaling in branches])
-        if key != self._weights_key:
-            self._weights_key = self.weights = self._graphs = None  # frees their memory
-            self.weights = new_step_weights(model, adapters, self.buffers.adapter_of_row)
-            self._weights_key = key
-        elif self.weights is not None:
+        branches = [(id(a), id(b), scaling) for x in adapters for a, b, scaling in x.values()]
+        key, adapters_key = _key(frozen), (len(adapters), branches)
+        kept = self.weights is not None and key == self._weights_key
+        if kept and (adapters_key == self._adapters_key or not self.weights.knows_rows):
             self.weights.refresh_()
+            return
+        self._weights_key = self.weights = self._graphs = None  # frees their memory
+        self.weights = new_step_weights(model, adapters, self.adapter_of_row)
+        self._weights_key, self._adapters_key = key, adapters_key
 
     def _prepare_head(self, model) -> None:
         """Keep a head in the compute dtype."""
@@ -115,7 +122,7 @@ class DecodeMemory:
 
         def write_logits(rows: int) -> None:
             inputs = self.buffers.inputs(rows, width)
-            self.buffers.logits[:rows] = self.logits(model, inputs, self.weights)
+            self.buffers.logits[:rows] = self.logits(model, inputs)
 
         if self.weights is None or not self._captures or model.device.type != "cuda":
             write_logits(rows)
@@ -125,9 +132,9 @@ class DecodeMemory:
         bucket = power_of_two(rows)
         self._graphs.run((bucket, width), lambda: write_logits(bucket), model.device)
 
-    def logits(self, model, inputs: StepInputs, weights: StepWeights | None) -> Tensor:
+    def logits(self, model, inputs: StepInputs) -> Tensor:
         """Return the logits (rows, V) behind the tokens of some rows, in float32."""
-        return decode_step(model, self.cache, inputs, self.head, weights)
+        return decode_step(model, self.cache, inputs, self.head, self.weights)
 
 
 def _key(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -45,16 +45,15 @@ class StepBuffers:
 
     Slots without a sequence have token 0 at position 0, and page 0.
 
-    adapter_of_row: int32 (slots,), for the step's weights.
     logits: float32 (slots, V).
     """
 
-    def __init__(self, cache: KVCache, vocab_size: int):
+    def __init__(self, cache: KVCache, vocab_size: int, adapter_of_row: Tensor):
         slots, device = cache.slots, cache.keys.device
         self._page_table = cache.page_table
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._positions = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.adapter_of_row = torch.full((slots,), BASE, dtype=torch.int32, device=device)
+        self._adapter_of_row = adapter_of_row
         self.logits = torch.empty((slots, vocab_size), dtype=torch.float32, device=device)
 
     def inputs(self, rows: int, width: int) -> StepInputs:
@@ -67,7 +66,7 @@ class StepBuffers:
         """Write the inputs of the first slots, and empty the other slots."""
         rows = len(tokens)
         filled = (self._tokens, tokens, 0), (self._positions, positions, 0)
-        for column, values, empty in (*filled, (self.adapter_of_row, adapters, BASE)):
+        for column, values, empty in (*filled, (self._adapter_of_row, adapters, BASE)):
             host = torch.full(column.shape, empty, dtype=column.dtype)
             host[:rows] = torch.tensor(values, dtype=column.dtype)
             copy_async_(column, host)

@@ -32,8 +32,17 @@ def pages_for(tokens: int) -> int:
     return cdiv(tokens, PAGE)
 
 
-def rounded_pages(pages: int) -> int:
-    """Return a power of two, at least MIN_PAGES, so that few sizes of caches and tables exist."""
+def cache_pages(pages: int) -> int:
+    """Return the pages of a cache for `pages` pages: up to a quarter more, so that few sizes exist.
+
+    The size is a multiple of an eighth of the next power of two, and of MIN_PAGES.
+    """
+    step = max(power_of_two(pages) // 8, MIN_PAGES)
+    return cdiv(pages, step) * step
+
+
+def table_width(pages: int) -> int:
+    """Return the columns of the page table for sequences of `pages` pages: a power of two."""
     return max(power_of_two(pages), MIN_PAGES)
 
 

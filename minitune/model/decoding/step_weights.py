@@ -17,7 +17,13 @@ BASE = -1  # in `adapter_of_row`, for rows without an adapter
 
 
 class StepWeights(Protocol):
-    """The weights of all fused linears and of the head, with any number of adapters."""
+    """The weights of all fused linears and of the head.
+
+    knows_rows: True if each row has the adapter that `adapter_of_row` says; False if all rows have
+        the one that the linears have at the step.
+    """
+
+    knows_rows: bool
 
     def __getitem__(self, fused: FusedLinear) -> Any:
         """Return the weight of a fused linear, as FusedLinear.forward_ takes it."""
