@@ -23,7 +23,8 @@ The borders of the splits depend on the row's length and window only. Therefore 
 depend on its own q, keys, values and length, and not on other rows, on their number, or on the
 width of the page table.
 
-`store_keys_values` writes the keys and values of new tokens into the pages.
+The last key and value of a row may come beside the pages. The program of the last split then uses
+them, and writes them into their page (key_value_pages.py).
 """
 
 import torch
@@ -39,6 +40,17 @@ from .backend import (
     tl,
     triton,
 )
+from .key_value_pages import (
+    check_pages,
+    check_tables,
+    load_keys,
+    store_if,
+    store_keys_values,
+    store_last_reference,
+    tokens_of,
+)
+
+__all__ = ["decode_attention", "store_keys_values"]
 
 PROFILE_GROUP = "attention"
 
@@ -47,7 +59,6 @@ MAX_SPLITS = 64  # bounds the partial results; the splits of a longer row have s
 SPLITS_AT_ONCE = 8  # that the second kernel adds before it goes on
 ENOUGH_PROGRAMS = 4096  # more programs would not make a GPU busier; each then takes several splits
 NO_WINDOW = 2**31 - 1
-COPY_BLOCK = 1024  # elements of k and of v that a program of store_keys_values copies
 
 
 def decode_attention_reference(
@@ -61,21 +72,12 @@ def decode_attention_reference(
     for row, (length, pages) in enumerate(zip(lengths.tolist(), page_table.tolist(), strict=True)):
         pages = pages[: cdiv(length, PAGE)]
         first = 0 if window is None else max(length - window, 0)
-        k, v = (_tokens(x, pages, first, length).to(acc_dtype) for x in (keys, values))
+        k, v = (tokens_of(x, pages, first, length).to(acc_dtype) for x in (keys, values))
         scores = torch.bmm(grouped[row], k.permute(1, 2, 0))  # (G, H / G, keys)
         if softcap:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         torch.bmm(scores.softmax(-1), v.transpose(0, 1), out=out[row])
     return out.view(rows, H, K).to(q.dtype)
-
-
-def _tokens(x: torch.Tensor, pages: list[int], first: int, last: int) -> torch.Tensor:
-    """Return the tokens first .. last - 1 of some pages: a view if the pages follow each other."""
-    G, K = x.shape[2:]
-    if pages and pages == list(range(pages[0], pages[0] + len(pages))):
-        start = pages[0] * x.shape[1]
-        return x.view(-1, G, K)[start + first : start + last]
-    return x[pages].view(-1, G, K)[first:last]
 
 
 @triton.jit
@@ -87,29 +89,28 @@ def row_splits(length, window, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
 
 
 @triton.jit
-def load_keys(x_ptr, tokens, seen, token_stride, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return the head vectors of tokens (BLOCK_N,) in the pages, zero if not seen or past K."""
-    i = tl.arange(0, BLOCK_K)
-    at = x_ptr + tokens[:, None] * token_stride + i[None, :]
-    return tl.load(at, mask=seen[:, None] & (i[None, :] < K), other=0.0)
-
-
-@triton.jit
 def _decode_attention(
     q_ptr,
     k_ptr,
     v_ptr,
     page_table_ptr,
     lengths_ptr,
+    new_k_ptr,
+    new_v_ptr,
     acc_ptr,
     sums_ptr,
     q_row_stride,
     q_head_stride,
+    new_k_row_stride,
+    new_k_head_stride,
+    new_v_row_stride,
+    new_v_head_stride,
     page_table_row_stride,
     splits_stride,
     window,
     scale_log2,
     TANH_SCALE: tl.constexpr,
+    HAS_NEW: tl.constexpr,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     K: tl.constexpr,
@@ -135,6 +136,12 @@ def _decode_attention(
     page_table_ptr += row * page_table_row_stride
     k_ptr += kv_head * K
     v_ptr += kv_head * K
+    last = length - 1
+    if HAS_NEW:
+        new_k_ptr += row * new_k_row_stride + kv_head * new_k_head_stride
+        new_v_ptr += row * new_v_row_stride + kv_head * new_v_head_stride
+        new_k = tl.load(new_k_ptr + i, mask=i < K, other=0.0)
+        new_v = tl.load(new_v_ptr + i, mask=i < K, other=0.0)
     for split in range(tl.program_id(0), splits, tl.num_programs(0)):
         start = first + split * span
         end = tl.minimum(start + span, length)
@@ -148,6 +155,9 @@ def _decode_attention(
             tokens = page.to(tl.int64) * PAGE + index % PAGE
             k = load_keys(k_ptr, tokens, seen, G * K, K, BLOCK_K)
             v = load_keys(v_ptr, tokens, seen, G * K, K, BLOCK_K)
+            if HAS_NEW:
+                k = tl.where(index[:, None] == last, new_k[None, :], k)
+                v = tl.where(index[:, None] == last, new_v[None, :], v)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores, _ = cap_scores(scores, TANH_SCALE)
             scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -161,6 +171,10 @@ def _decode_attention(
         tl.store(acc_ptr + at[:, None] * K + i[None, :], acc, mask=is_element)
         tl.store(sums_ptr + at * 2, row_max * scale_log2, mask=in_group < GROUP)
         tl.store(sums_ptr + at * 2 + 1, total, mask=in_group < GROUP)
+        if HAS_NEW:
+            end_page_ptr = page_table_ptr + last // PAGE
+            place = last % PAGE
+            store_if(end == length, k_ptr, v_ptr, end_page_ptr, place, new_k, new_v, PAGE, G, K)
 
 
 @triton.jit
@@ -204,33 +218,6 @@ def _add_splits(
     tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty), mask=i < K)
 
 
-@triton.jit
-def _store_keys_values(
-    k_ptr,
-    v_ptr,
-    keys_ptr,
-    values_ptr,
-    places_ptr,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    WIDTH: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Copy BLOCK elements of k and of v of one token per program."""
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.load(places_ptr + row)
-    head, column, mask = i // K, i % K, i < WIDTH
-    if place >= 0:
-        k = tl.load(k_ptr + row * k_row_stride + head * k_head_stride + column, mask=mask)
-        v = tl.load(v_ptr + row * v_row_stride + head * v_head_stride + column, mask=mask)
-        tl.store(keys_ptr + place * WIDTH + i, k, mask=mask)
-        tl.store(values_ptr + place * WIDTH + i, v, mask=mask)
-
-
 def decode_attention(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -242,6 +229,7 @@ def decode_attention(
     softcap: float = 0.0,
     window: int | None = None,
     out: torch.Tensor | None = None,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return out (rows, H, K) in q's dtype; a row of no keys gets zeros.
 
@@ -255,27 +243,34 @@ def decode_attention(
     softcap: bound on the scores; 0 for none.
     window: the last keys that a row sees, its own among them; None for all.
     out: destination (rows, H, K), rows and heads may be strided; by default a new tensor.
+    new: the last key and the last value of each row, (rows, G, K), rows and heads may be strided.
+        They are written into their page, without a launch of their own. None if they are there.
 
     Raises: ValueError if a shape, stride, dtype or device does not fit, or a number is out of
         range.
     """
-    _check_pages(q, keys, values)
+    check_pages(q, keys, values)
     check_heads(q, q.dtype, q=q, out=out)
-    _check_tables(q, page_table, lengths)
+    check_tables(q, page_table, lengths)
     check_scores(scale, softcap)
     if window is not None and window < 1:
         raise ValueError(f"window {window}; expected at least 1 key, or None")
+    if new:
+        check_heads(q[:, : keys.shape[2]], q.dtype, new_keys=new[0], new_values=new[1])
     if not backend.use_triton(q):
+        if new:
+            store_last_reference(*new, keys, values, page_table, lengths)
         options = {"scale": scale, "softcap": softcap, "window": window}
         result = decode_attention_reference(q, keys, values, page_table, lengths, **options)
         return copy_into(out, result)
     out = empty_contiguous_like(q) if out is None else out
     if len(q):
-        _launch(q, keys, values, page_table, lengths, out, scale, softcap, window or NO_WINDOW)
+        pages = keys, values, page_table
+        _launch(q, *pages, lengths, new, out, scale, softcap, window or NO_WINDOW)
     return out
 
 
-def _launch(q, keys, values, page_table, lengths, out, scale, softcap, window) -> None:
+def _launch(q, keys, values, page_table, lengths, new, out, scale, softcap, window) -> None:
     """Fill out; the tensors are checked."""
     (rows, H, K), (_, PAGE, G, _) = q.shape, keys.shape
     GROUP, BLOCK_K = H // G, max(power_of_two(K), 16)
@@ -293,14 +288,17 @@ def _launch(q, keys, values, page_table, lengths, out, scale, softcap, window) -
         values,
         page_table,
         lengths,
+        *(new or (None, None)),
         acc,
         sums,
         *head_strides(q),
+        *(head_strides(*new) if new else (0, 0, 0, 0)),
         page_table.stride(0),
         splits,
         window,
         scale_log2,
         TANH_SCALE=TANH_SCALE,
+        HAS_NEW=new is not None,
         G=G,
         GROUP=GROUP,
         PAGE=PAGE,
@@ -335,88 +333,3 @@ def _block_sizes(q: torch.Tensor) -> tuple[int, dict[str, int]]:
     while 2 * BLOCK_N * row_bytes + 16 * row_bytes * 4 // itemsize > 48 * 1024 and BLOCK_N > 16:
         BLOCK_N //= 2
     return BLOCK_N, {"num_warps": 4, "num_stages": 1}
-
-
-def store_keys_values(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    places: torch.Tensor,
-) -> None:
-    """Write the keys and values of N tokens into their pages.
-
-    k, v: (N, G, K), rows and heads may be strided.
-    keys, values: (pages, PAGE, G, K) contiguous, in the dtype of k.
-    places: (N,) int64, page * PAGE + place in the page; a negative one skips the token. Places of
-        tokens differ. Their values are not checked on a GPU, because that would wait for it.
-
-    Raises: ValueError if a shape, stride, dtype or device does not fit.
-    """
-    _check_pages(k, keys, values)
-    check_heads(k, k.dtype, k=k, v=v)
-    N, G, K = k.shape
-    if keys.shape[2] != G or places.shape != (N,) or places.dtype != torch.int64:
-        raise ValueError(
-            f"k is {tuple(k.shape)}, keys {tuple(keys.shape)} and places {tuple(places.shape)} "
-            f"{places.dtype}; expected (N, G, K), (pages, PAGE, G, K) and (N,) torch.int64"
-        )
-    if not backend.use_triton(k):
-        store_keys_values_reference(k, v, keys, values, places)
-    elif N:
-        BLOCK = min(power_of_two(G * K), COPY_BLOCK)
-        tensors = k, v, keys, values, places.contiguous()
-        _store_keys_values[(N, cdiv(G * K, BLOCK))](
-            *tensors, *head_strides(k, v), WIDTH=G * K, K=K, BLOCK=BLOCK, num_warps=4
-        )
-
-
-def store_keys_values_reference(k, v, keys, values, places):
-    """Write into the pages in PyTorch."""
-    kept = places >= 0
-    if not kept.all():
-        k, v, places = k[kept], v[kept], places[kept]
-    for x, pages in ((k, keys), (v, values)):
-        pages.view(-1, *k.shape[1:]).index_copy_(0, places, x)
-
-
-def _check_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Check pages of keys and values, and that heads (rows, heads, K) fit to them.
-
-    Raises: ValueError if a shape, dtype, device or stride does not fit.
-    """
-    if q.dim() != 3 or keys.dim() != 4 or keys.shape[3] != q.shape[2]:
-        raise ValueError(
-            f"heads {tuple(q.shape)} and keys {tuple(keys.shape)}; "
-            "expected (rows, heads, head width) and (pages, PAGE, G, head width)"
-        )
-    H, K, G = *q.shape[1:], keys.shape[2]
-    if G == 0 or H % G:
-        raise ValueError(f"{H} query heads are not a multiple of {G} key/value heads")
-    if K % 8 or not 0 < K <= 256:
-        raise ValueError(f"head width {K}; expected a multiple of 8 up to 256")
-    for name, x in (("keys", keys), ("values", values)):
-        fits = x.shape == keys.shape and x.dtype == q.dtype and x.device == q.device
-        if not fits or not x.is_contiguous():
-            raise ValueError(
-                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; "
-                f"expected contiguous {tuple(keys.shape)} {q.dtype} on {q.device}"
-            )
-
-
-def _check_tables(q: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor) -> None:
-    """Check the pages and the length of each row of q.
-
-    Raises: ValueError if a shape, dtype, device or stride does not fit.
-    """
-    rows = len(q)
-    for name, x, shape in (
-        ("page_table", page_table, (rows, *page_table.shape[1:2])),
-        ("lengths", lengths, (rows,)),
-    ):
-        fits = x.shape == shape and x.dtype == torch.int32 and x.device == q.device
-        if not fits or (x.numel() and x.stride(-1) != 1) or x.dim() != len(shape):
-            raise ValueError(
-                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}; "
-                f"expected torch.int32 on {q.device} with contiguous rows, one for each of {rows}"
-            )

@@ -201,8 +201,8 @@ def run_decode_step(t: MetaTensors) -> None:
         for shape, dtype in (((64, 32), torch.int32), ((64,), torch.int32), ((64,), torch.int64))
     )
     decode_attention.store_keys_values(k, k, pages, pages, places)
-    for softcap, window in ((0.0, None), (50.0, 1000)):
-        options = {"scale": t.K**-0.5, "softcap": softcap, "window": window}
+    for softcap, window, new in ((0.0, None, (k, k)), (50.0, 1000, None)):
+        options = {"scale": t.K**-0.5, "softcap": softcap, "window": window, "new": new}
         decode_attention.decode_attention(q, pages, pages, table, lengths, **options)
     scores, temperatures = t.float32(64, t.V), t.float32(64)
     for logits, floors in ((None, temperatures), (scores, None), (t.float32(64, t.V), None)):

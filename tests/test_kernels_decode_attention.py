@@ -13,7 +13,7 @@ from kernel_checks import (
     strided,
 )
 
-from minitune.kernels import backend
+from minitune.kernels import backend, key_value_pages
 from minitune.kernels import decode_attention as module
 from minitune.kernels.decode_attention import decode_attention, store_keys_values
 
@@ -44,7 +44,7 @@ def run(lengths, H, G, K, dtype, device, page=PAGE, **options):
         k, v = (normal(n, G, K, dtype=dtype, device=device, seed=row + s) for s in (0, 100))
         place = torch.arange(n, device=device)
         places = table[row].long()[place // page] * page + place % page
-        module.store_keys_values_reference(k, v, keys, values, places)
+        key_value_pages.store_keys_values_reference(k, v, keys, values, places)
         window = options.get("window") or n
         seen = (place >= n - window)[None]
         rest = seen, options["scale"], options.get("softcap", 0.0)
@@ -107,8 +107,32 @@ def test_the_bits_of_a_row_depend_on_nothing_but_the_row(options, triton, device
 
 @pytest.mark.usefixtures("triton_everywhere")
 @pytest.mark.parametrize("triton", [True, False], ids=["kernel", "reference"])
+def test_the_last_keys_beside_the_pages_give_the_same_bits_and_go_to_their_pages(
+    triton, device, monkeypatch
+):
+    if not triton:
+        monkeypatch.setattr(backend, "use_triton", lambda x: False)
+    lengths, H, G, K = [50, 1, 0, 65], 18, 1, 24
+    table, pages = pages_of(lengths, PAGE, device)
+    q = normal(4, H, K, device=device)
+    expected = normal(2, pages, PAGE, G, K, device=device)
+    last = torch.tensor([49, 0, 64], device=device)
+    places = table[[0, 1, 3]].long().gather(1, last[:, None] // PAGE)[:, 0], last % PAGE
+    stale = expected.clone()
+    stale[:, *places] = math.nan
+    new = [strided(normal(4, G * K, device=device)).unflatten(1, (G, K)) for _ in range(2)]
+    for x, pages in zip(new, expected, strict=True):
+        x[[0, 1, 3]] = pages[places]
+    rest = table, torch.tensor(lengths, dtype=torch.int32, device=device)
+    out = decode_attention(q, *expected, *rest, scale=0.3, window=40)
+    assert torch.equal(decode_attention(q, *stale, *rest, scale=0.3, window=40, new=new), out)
+    assert torch.equal(stale, expected)
+
+
+@pytest.mark.usefixtures("triton_everywhere")
+@pytest.mark.parametrize("triton", [True, False], ids=["kernel", "reference"])
 def test_keys_and_values_go_to_their_places_and_a_negative_place_skips(triton, device, monkeypatch):
-    monkeypatch.setattr(module, "COPY_BLOCK", 16)
+    monkeypatch.setattr(key_value_pages, "COPY_BLOCK", 16)
     if not triton:
         monkeypatch.setattr(backend, "use_triton", lambda x: False)
     k, v = (strided(normal(3, 40, device=device, seed=s)).unflatten(1, (5, 8)) for s in (0, 1))
@@ -134,6 +158,7 @@ def test_decode_attention_refuses_what_does_not_fit():
         ((q, pages[..., :4], pages, table, lengths), rest, r"expected \(rows, heads, head width\)"),
         ((q, pages, pages, table, lengths), {"scale": 0.0}, "scale 0.0; expected above 0"),
         ((q, pages, pages, table, lengths), {"scale": 1.0, "window": 0}, "window 0; expected"),
+        ((q, pages, pages, table, lengths), rest | {"new": (q, q)}, r"new_keys is \(2, 4, 8\)"),
         ((q, pages, pages, table, lengths), {"scale": 1.0, "out": q[:1]}, r"out is \(1, 4, 8\)"),
     ):
         with pytest.raises(ValueError, match=message):
