@@ -142,10 +142,14 @@ def test_an_answer_ends_as_soon_as_its_text_holds_a_stop_string(model):
     assert output.stop_reasons[2] in strings
 
 
-def test_answers_wait_for_room_in_the_cache_and_stay_the_same(model):
-    expected = model.generate(PROMPTS * 3, max_new_tokens=8)
-    assert model.generate(PROMPTS * 3, max_new_tokens=8, max_num_seqs=2) == expected
-    assert model.generate(PROMPTS * 3, max_new_tokens=8, cache_memory="1MiB") == expected
+@pytest.mark.parametrize("rule", [{}, {"temperature": 1.5, "repetition_penalty": 1.4, "seed": 3}])
+def test_answers_that_wait_or_end_early_leave_the_others_as_they_are(model, rule):
+    call = {"max_new_tokens": 12, "eos_token_ids": range(0, 512, 9), **rule}
+    prompts = [[5 * i + 1, 7, i + 3] for i in range(9)]
+    alone = [model.generate([prompt], **call)[0] for prompt in prompts]
+    assert len(set(map(len, alone))) > 2
+    for limits in ({}, {"max_num_seqs": 2}, {"cache_memory": "200000B"}):
+        assert model.generate(prompts, **call, **limits) == alone
 
 
 BAD = {
