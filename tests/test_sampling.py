@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minitune.kernels.sample_tokens import gumbel_noise, sample_tokens
+from minitune.model import sampling_filters
 from minitune.model.answer_seeds import answer_seeds
 from minitune.model.sampling import Sampler, SamplingConfig
 from minitune.model.sampling_filters import keep_top_p
@@ -61,9 +62,13 @@ def test_filters_equal_transformers_logits_processors(seed):
     assert (found == -torch.inf).any()
 
 
+@pytest.mark.parametrize("way", ["keep_top_p", "stays_by_bins"])
 @pytest.mark.parametrize("step", [None, 0.25])
 @pytest.mark.parametrize("share", [1e-6, 0.05, 0.5, 0.95, 0.9999])
-def test_top_p_is_that_of_a_stable_sort(share, step):
+def test_top_p_is_that_of_a_stable_sort(monkeypatch, share, step, way):
+    monkeypatch.setattr(sampling_filters, "CANDIDATES", 100)
+    if way == "stays_by_bins":
+        monkeypatch.setattr(sampling_filters, "stays_by_sorting", lambda *_: None)
     for seed in range(8):
         logits = random_logits(seed, vocab=3 + 60 * seed, step=step)
         logits[0, 1] = -torch.inf

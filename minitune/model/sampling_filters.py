@@ -3,7 +3,7 @@
 A filter returns the scores with -inf for the tokens that it drops. Its meaning is that of
 transformers' logits processors. A row's result depends on that row only, bit for bit: thresholds
 are values of the row, and the probabilities of top-p are summed as integers, whose sum does not
-depend on the order of its terms. Nothing is sorted, and nothing waits for the host.
+depend on the order of its terms. On a GPU nothing is sorted, and nothing waits for the host.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 FIXED_POINT = 2.0**40  # of the likeliest token's weight; 2^18 such weights fit into 63 bits
 HALF_BITS = 16  # a key of 32 bits is found in two passes over bins of its halves
 BINS = 1 << HALF_BITS
+CANDIDATES = 512  # tokens that a CPU sorts
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
@@ -36,6 +37,33 @@ def keep_top_p(scores: Tensor, share: float) -> Tensor:
     """
     weights = (scores - scores.amax(-1, keepdim=True)).exp_().mul_(FIXED_POINT).long()
     bound = (weights.sum(-1, keepdim=True).double() * share).ceil_().long()  # (rows, 1)
+    stays = None
+    if scores.device.type == "cpu":
+        stays = stays_by_sorting(scores, weights, bound)
+    if stays is None:
+        stays = stays_by_bins(scores, weights, bound)
+    return scores.masked_fill(~stays, -torch.inf)
+
+
+def stays_by_sorting(scores: Tensor, weights: Tensor, bound: Tensor) -> Tensor | None:
+    """Return the tokens (rows, V) that stay, by a sort of the likeliest; None if more may stay.
+
+    It waits for the device. On a CPU it takes a tenth of the time of `stays_by_bins`.
+    """
+    count, V = min(CANDIDATES, scores.shape[-1]), scores.shape[-1]
+    ids = scores.topk(count).indices.sort(-1, descending=True).values
+    ordered, order = scores.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(1, order)
+    masses = weights.gather(1, ids)
+    stays = masses.cumsum(-1) - masses < bound
+    least = ordered.gather(1, stays.sum(-1, keepdim=True).clamp_(min=1) - 1)
+    if count < V and not (least > ordered[:, -1:]).all():  # others are equal to the last one
+        return None
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ids, stays)
+
+
+def stays_by_bins(scores: Tensor, weights: Tensor, bound: Tensor) -> Tensor:
+    """Return the tokens (rows, V) that stay: those above a key, and some of those equal to it."""
     keys = _ordered_keys(scores)
     high, low = keys >> HALF_BITS, keys & (BINS - 1)
     high_bin, mass = _bin_that_reaches(high, weights, bound)
@@ -45,8 +73,7 @@ def keep_top_p(scores: Tensor, share: float) -> Tensor:
     equal = keys == least
     weight = torch.where(equal, weights, 0).amax(-1, keepdim=True)
     equals_before = equal.sum(-1, keepdim=True) - equal.cumsum(-1)  # those with a higher id
-    stays = (keys > least) | (equal & (equals_before * weight < bound - mass - mass_in_bin))
-    return scores.masked_fill(~stays, -torch.inf)
+    return (keys > least) | (equal & (equals_before * weight < bound - mass - mass_in_bin))
 
 
 def _ordered_keys(scores: Tensor) -> Tensor:
