@@ -59,10 +59,10 @@ def run(lengths, H, G, K, dtype, device, page=PAGE, **options):
 @pytest.mark.parametrize(
     ("lengths", "H", "G", "K", "options"),
     [
-        ([1, 65, 200], 4, 2, 64, {}),
+        ([1, 130], 4, 2, 64, {}),
         ([130], 3, 1, 24, {"softcap": 2.0}),
-        ([3, 150, 17], 2, 2, 128, {"window": 70}),
-        ([40, 1], 17, 1, 16, {"window": 1}),
+        ([3, 150], 2, 1, 128, {"window": 70}),
+        ([40], 17, 1, 16, {"window": 1}),
         ([33], 1, 1, 256, {}),
     ],
     ids=str,
@@ -79,18 +79,18 @@ def test_decode_attention_errs_at_most_twice_as_much_as_pytorch(
 @pytest.mark.parametrize("options", [{}, {"window": 37, "softcap": 3.0}], ids=str)
 def test_the_bits_of_a_row_depend_on_nothing_but_the_row(options, triton, device, monkeypatch):
     """Other rows, their number, the width of the table and the number of programs change no bit."""
-    monkeypatch.setattr(module, "MAX_SPLITS", 3)
+    monkeypatch.setattr(module, "MAX_SPLITS", 2)
     if not triton:
         monkeypatch.setattr(backend, "use_triton", lambda x: False)
-    lengths, H, G, K = [50, 1, 0, 300], 4, 2, 16
+    lengths, H, G, K = [50, 1, 0, 150], 2, 1, 16
     table, pages = pages_of(lengths, PAGE, device, spare=300)
     q = normal(4, H, K, device=device)
     keys, values = (normal(pages, PAGE, G, K, device=device, seed=s) for s in (1, 2))
     lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
     out = decode_attention(q, keys, values, table, lengths, scale=0.3, **options)
     assert not out[2].any() and out[[0, 1, 3]].any(-1).all()
-    monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 2)
-    for row, width in ((0, 4), (1, 1), (3, 19)):
+    monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 1)
+    for row, width in ((0, 4), (1, 1), (3, 10)):
         mine = slice(row, row + 1)
         wide = torch.full((1, H * K + 8), math.nan, device=device)
         buffer = wide[:, 8:].unflatten(1, (H, K))
@@ -98,7 +98,7 @@ def test_the_bits_of_a_row_depend_on_nothing_but_the_row(options, triton, device
         alone = decode_attention(q[mine], keys, values, *tables, scale=0.3, out=buffer, **options)
         assert alone is buffer and torch.equal(alone, out[mine]) and wide[:, :8].isnan().all()
     # The pages of the longest row, one behind the other.
-    count = 19
+    count = 10
     keys, values = (x[table[3, :count].long()] for x in (keys, values))
     table = torch.arange(count, dtype=torch.int32, device=device)[None]
     in_order = decode_attention(q[3:], keys, values, table, lengths[3:], scale=0.3, **options)
@@ -112,17 +112,17 @@ def test_the_last_keys_beside_the_pages_give_the_same_bits_and_go_to_their_pages
 ):
     if not triton:
         monkeypatch.setattr(backend, "use_triton", lambda x: False)
-    lengths, H, G, K = [50, 1, 0, 65], 18, 1, 24
+    lengths, H, G, K = [65, 1, 0], 18, 1, 24
     table, pages = pages_of(lengths, PAGE, device)
-    q = normal(4, H, K, device=device)
+    q = normal(3, H, K, device=device)
     expected = normal(2, pages, PAGE, G, K, device=device)
-    last = torch.tensor([49, 0, 64], device=device)
-    places = table[[0, 1, 3]].long().gather(1, last[:, None] // PAGE)[:, 0], last % PAGE
+    last = torch.tensor([64, 0], device=device)
+    places = table[:2].long().gather(1, last[:, None] // PAGE)[:, 0], last % PAGE
     stale = expected.clone()
     stale[:, *places] = math.nan
-    new = [strided(normal(4, G * K, device=device)).unflatten(1, (G, K)) for _ in range(2)]
+    new = [strided(normal(3, G * K, device=device)).unflatten(1, (G, K)) for _ in range(2)]
     for x, pages in zip(new, expected, strict=True):
-        x[[0, 1, 3]] = pages[places]
+        x[:2] = pages[places]
     rest = table, torch.tensor(lengths, dtype=torch.int32, device=device)
     out = decode_attention(q, *expected, *rest, scale=0.3, window=40)
     assert torch.equal(decode_attention(q, *stale, *rest, scale=0.3, window=40, new=new), out)
