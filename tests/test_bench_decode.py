@@ -1,4 +1,4 @@
-"""Tests of the benchmark of generation: its record, the profile of a step, and wrong flags."""
+"""Tests of the benchmark of generation, and of its referee against float64."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import bench
 from benchmark import decode_timing
 from benchmark.decode_records import random_prompts
+from referees import decode_exactness
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +67,15 @@ def test_flags_of_steps_and_of_generation_do_not_mix(folder):
     ):
         with pytest.raises(ValueError, match=message):
             bench.parse(["--model", str(folder), *wrong])
+
+
+def test_log_probabilities_of_generation_are_as_near_to_float64_as_those_of_training(
+    folder, capsys
+):
+    sizes = ("--sequences", "8", "--answers", "3", "--new-tokens", "6")
+    decode_exactness.run(["--model", str(folder), *sizes])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert len(found["invariance"]) == 6
+    assert all(result.startswith("same") for _, _, result in found["invariance"])
+    errors = {(name, other): float(largest) for name, other, _, largest in found["errors"]}
+    assert len(errors) == 8 and 0 < max(errors.values()) < 2e-5
