@@ -74,6 +74,10 @@ def test_the_cache_holds_the_tokens_of_a_pass_without_a_cache(model, alone):
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == answer
+        (found,) = decode(model, [request], GREEDY, logprobs=True)
+        assert torch.allclose(
+            torch.tensor(found.logprobs), logits.log_softmax(-1).amax(-1), atol=1e-5
+        )
 
 
 def test_one_prompt_is_read_once_for_all_its_answers(model, monkeypatch):
@@ -96,11 +100,11 @@ def test_one_prompt_is_read_once_for_all_its_answers(model, monkeypatch):
     assert tokens_of(limited) == together
 
 
-@pytest.mark.parametrize("name", ["MAX_PREFILL_TOKENS", "pads"])
+@pytest.mark.parametrize("name", ["MAX_PREFILL_ROWS", "pads"])
 def test_prefill_in_parts_or_padded_as_on_a_gpu_gives_the_same_answers(
     model, alone, monkeypatch, name
 ):
-    changed = 70 if name == "MAX_PREFILL_TOKENS" else lambda device: True
+    changed = 70 if name == "MAX_PREFILL_ROWS" else lambda device: True
     monkeypatch.setattr(prefill, name, changed)
     assert tokens_of(decode(model, requests_of(model), GREEDY)) == alone
 

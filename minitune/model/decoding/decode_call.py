@@ -24,7 +24,7 @@ from minitune.model.adapter_switch import Adapter, own_adapter, switched_adapter
 from minitune.model.decoding.decode_memory import DecodeMemory
 from minitune.model.decoding.decode_step import float_logits
 from minitune.model.decoding.kv_cache import table_width
-from minitune.model.decoding.prefill import prefill, prefill_batches
+from minitune.model.decoding.prefill import pads, prefill, prefill_batches
 from minitune.model.decoding.requests import Answer
 from minitune.model.decoding.schedule import Admission, PromptGroup, Schedule
 from minitune.model.decoding.step_weights import BASE
@@ -160,7 +160,8 @@ class DecodeCall:
             by_adapter.setdefault(self._index_of[group.adapter], []).append((group, pages))
         for index, prefills in by_adapter.items():
             with self._switched(index):
-                for some in prefill_batches([len(group.prompt) for group, _ in prefills]):
+                lengths = [len(group.prompt) for group, _ in prefills]
+                for some in prefill_batches(lengths, pads(self._model.device)):
                     self._prefill_pass(prefills[some])
 
     def _prefill_pass(self, prefills: Sequence[tuple[PromptGroup, list[int]]]) -> None:

@@ -28,7 +28,7 @@ class DecodeGraphs:
     """The captured steps of one set of buffers."""
 
     def __init__(self):
-        self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def __len__(self) -> int:
@@ -39,41 +39,40 @@ class DecodeGraphs:
 
         step: launches the step, which reads and writes tensors outside the pool only.
         """
-        if key in self._graphs:
+        if self._graphs.get(key) is not None:
             self._graphs[key].replay()
             return
         step()
         if _disabled or free_memory(device) < CAPTURE_RESERVE:
             return
         torch.cuda.synchronize(device)
-        try:
-            with _gc_disabled(), torch.cuda.stream(_capture_stream(device)):
-                graph = _captured(step, self._pool)
-        except RuntimeError as error:  # no launch of a failed capture has run
-            message = " ".join(str(error).split())[:300]
-            warn(
-                f"capturing a decode step failed ({message}); generation runs without CUDA graphs "
-                "from now on, which is slower; start a new process to have them again",
-                stacklevel=2,
-            )
-            return
-        self._graphs[key] = graph
+        with _gc_disabled(), torch.cuda.stream(_capture_stream(device)):
+            self._graphs[key] = _captured(step, self._pool)
 
 
-def _captured(step: Callable[[], None], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
-    """Return the launches of `step` as a graph."""
+def _captured(step: Callable[[], None], pool: tuple[int, int]) -> torch.cuda.CUDAGraph | None:
+    """Return the launches of `step` as a graph; None, with a warning, if the capture fails."""
     global _disabled
     graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(pool=pool)
     try:
+        # Other threads may allocate meanwhile.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         step()
-    except BaseException:
+        graph.capture_end()
+        return graph
+    except BaseException as error:
         _disabled = True
         with contextlib.suppress(RuntimeError):  # the capture must end, or every launch fails
             graph.capture_end()
-        raise
-    graph.capture_end()
-    return graph
+        reason = " ".join(str(error).split())[:300] or "it was interrupted"
+        warn(
+            f"capturing a decode step failed ({reason}); generation runs without CUDA graphs from "
+            "now on, which is slower; start a new process to have them again",
+            stacklevel=2,
+        )
+        if not isinstance(error, RuntimeError):
+            raise
+        return None  # no launch of a failed capture has run
 
 
 @cache

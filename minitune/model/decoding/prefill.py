@@ -21,7 +21,7 @@ from minitune.model.decoding.kv_cache import KVCache, places_of
 from minitune.model.layers import new_residual
 from minitune.model.packed_sequences import PackedSequences
 
-MAX_PREFILL_TOKENS = 8192  # of one pass, unless a single prompt is longer
+MAX_PREFILL_ROWS = 8192  # of one pass, unless a single prompt is longer
 SEQUENCE_ALIGNMENT = MAX_BLOCK
 PREFILL_TILE_ROWS = 256
 BOUND = SHORT_SEQUENCE_ROWS  # max_seqlen for attention, which only chooses block sizes by it
@@ -46,14 +46,15 @@ def pads(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def prefill_batches(lengths: Sequence[int]) -> Iterator[slice]:
+def prefill_batches(lengths: Sequence[int], is_padded: bool) -> Iterator[slice]:
     """Yield slices of prompts that are read in one pass each."""
-    first = tokens = 0
+    first = rows = 0
     for i, length in enumerate(lengths):
-        if i > first and tokens + length > MAX_PREFILL_TOKENS:
+        needed = _multiple(length, SEQUENCE_ALIGNMENT) if is_padded else length
+        if i > first and rows + needed > MAX_PREFILL_ROWS:
             yield slice(first, i)
-            first, tokens = i, 0
-        tokens += length
+            first, rows = i, 0
+        rows += needed
     if lengths:
         yield slice(first, len(lengths))
 
