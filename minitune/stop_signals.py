@@ -80,6 +80,19 @@ def deferred_stops(tell: Callable[[str], None]) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """Turn the first Ctrl-C into an entry of the yielded list; a second one ends at once."""
+    caught: list[int] = []
+
+    def remember(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    with _handlers([signal.SIGINT], remember):
+        yield caught
+
+
+@contextlib.contextmanager
 def _handlers(numbers: Sequence[int], handler: Callable[[int, object], None]) -> Iterator[None]:
     """Handle signals in the block, and put the handlers before back at its end.
 

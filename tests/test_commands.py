@@ -173,9 +173,9 @@ def test_a_warning_of_a_command_is_one_line_without_source_code():
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
 def test_generate_computes_in_the_dtype_that_the_flag_names(inputs, monkeypatch, capsys, dtype):
-    def answer(model, *arguments):
-        dtypes.append(model.dtype)
-        answer_whole(model, *arguments)
+    def answer(answerer, *arguments):
+        dtypes.append(answerer.model.dtype)
+        answer_whole(answerer, *arguments)
 
     dtypes, answer_whole = [], generate.answer
     monkeypatch.setattr(generate, "answer", answer)

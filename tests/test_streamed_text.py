@@ -1,6 +1,5 @@
 """A text appears as it is decoded, in whole characters, with every kind of tokenizer."""
 
-import argparse
 import threading
 from queue import Empty
 from random import Random
@@ -11,7 +10,9 @@ from random_tokenizers import random_json_folder, random_model_folder
 from tiny import make_tiny_model
 
 from minitune import FastLanguageModel, TextIteratorStreamer, TextStreamer, Tokenizer
+from minitune.commands.answering import WITH_ADAPTER, Answerer
 from minitune.commands.generate import answer
+from minitune.commands.generate_flags import parse_arguments
 from minitune.incremental_text import WINDOW, IncrementalText
 
 TEXTS = ("Grüße 🦙🦙 ok", " leading", "🏳️‍🌈 flag", "Mölln đêm 日本", "the quick\n\n")
@@ -100,10 +101,9 @@ def test_an_iterator_yields_the_text_while_another_thread_generates(tmp_path):
 
 def test_the_command_prints_the_answer_without_the_prompt(tmp_path, capsys):
     model, tokenizer = FastLanguageModel.from_pretrained(make_tiny_model(tmp_path), device="cpu")
-    settings = argparse.Namespace(
-        raw=True, system=None, max_new_tokens=5, temperature=0.0, top_p=1.0, top_k=0, seed=0
-    )
-    answer(model, tokenizer, "Lisbon", settings)
+    words = ["--model", "tiny", "--raw", "--max-new-tokens", "5"]
+    arguments = parse_arguments(words, "minitune generate")
+    answer(Answerer(model, tokenizer, arguments), (WITH_ADAPTER,), "Lisbon", arguments)
     (expected,) = model.generate([tokenizer.encode("Lisbon")], max_new_tokens=5)
     assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
 

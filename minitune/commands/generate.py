@@ -1,8 +1,10 @@
 """Generate text with a model, with or without an adapter; the answer appears as it is decoded.
 
+minitune generate --model DIR                     a chat in a terminal (chat.py)
+minitune generate --model runs/1                  a trained model, and its base with --compare
 minitune generate --model DIR --prompt "What is the capital of France?"
-minitune generate --model runs/1                  a trained model; reads prompts until an empty line
-minitune generate --model DIR --adapter runs/1    the same, with the base model named
+echo "What is the capital of France?" | minitune generate --model DIR    one answer a line
+minitune generate --model DIR --input prompts.jsonl --output answers.jsonl    (answer_file.py)
 """
 
 import argparse
@@ -10,16 +12,16 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from minitune.api import FastLanguageModel
-from minitune.config.cli import CommandParser, bounded, print_notes, run_command
-from minitune.config.numbers import whole
-from minitune.config.training_config import DTYPES, MAX_SEQ_LENGTH, SEEDS
-from minitune.data.text_streamer import TextStreamer
-from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.checkpoints.find_model import find_model
+from minitune.commands.answer_file import AnswerFile
+from minitune.commands.answering import BOTH, WITH_ADAPTER, Answerer, Side
+from minitune.commands.chat import Chat
+from minitune.commands.chat_history import ChatHistory
+from minitune.commands.generate_flags import parse_arguments
+from minitune.config.cli import print_notes, run_command
+from minitune.data.records.prompt_records import read_prompt
 from minitune.device import choose_device
-from minitune.model.causal_lm import CausalLM
-from minitune.model.sampling import BOUNDS
-from minitune.progress import is_quiet, print_line
-from minitune.streams import is_open, is_terminal, printable
+from minitune.streams import is_open, is_terminal
 from minitune.threads import use_free_cores
 
 
@@ -29,8 +31,38 @@ def main(argv: Sequence[str] | None = None, program: str = "minitune generate") 
 
 
 def _run(argv: Sequence[str] | None, program: str) -> None:
-    arguments = _parser(program).parse_args(argv)
+    arguments = parse_arguments(argv, program)
     use_free_cores(choose_device(arguments.device))
+    if arguments.compare and find_model(arguments.model, arguments.adapter).adapter is None:
+        raise ValueError(
+            f"{arguments.model} has no adapter to compare with its base; pass {program} --compare "
+            "--adapter DIR, or a run's folder as --model"
+        )
+    if arguments.input is not None:
+        with AnswerFile(arguments, program) as file:
+            if file.is_unfinished:
+                file.answer(load(arguments))
+        return
+    is_chat = arguments.prompt is None and is_terminal(sys.stdin)
+    if is_chat and arguments.num_return_sequences > 1:
+        raise ValueError(
+            "a chat goes on from one answer; pass --num-return-sequences with a prompt: "
+            f"{program} --num-return-sequences N --prompt TEXT"
+        )
+    answerer = load(arguments)
+    sides = BOTH if arguments.compare else (WITH_ADAPTER,)
+    if is_chat:
+        start_chat(answerer, sides, arguments)
+        return
+    for text in [arguments.prompt] if arguments.prompt is not None else piped_lines():
+        answer(answerer, sides, text, arguments)
+
+
+def load(arguments: argparse.Namespace) -> Answerer:
+    """Load the model of a command line.
+
+    Raises: ValueError if it cannot be loaded.
+    """
     model, tokenizer = FastLanguageModel.from_pretrained(
         arguments.model,
         max_seq_length=arguments.max_seq_length,
@@ -41,118 +73,46 @@ def _run(argv: Sequence[str] | None, program: str) -> None:
         progress=True,
     )
     print_notes(model.config.notes)
-    prompts = typed_lines() if arguments.prompt is None else [arguments.prompt]
-    for text in prompts:
-        answer(model, tokenizer, text, arguments)
+    return Answerer(model, tokenizer, arguments)
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog=program, description="Generate text with a model, with or without an adapter."
+def start_chat(answerer: Answerer, sides: Sequence[Side], arguments: argparse.Namespace) -> None:
+    """Chat in the terminal until the user ends it.
+
+    Raises: ValueError if the model has no chat template, or it refuses the system message.
+    """
+    history = ChatHistory(
+        answerer.tokenizer,
+        answerer.model.max_seq_length,
+        arguments.max_new_tokens,
+        arguments.system,
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="model folder, GGUF file, or org/name in the local Hugging Face cache; or the folder "
-        "of a run or an adapter, with its base",
-    )
-    parser.add_argument("--adapter", help="folder of a run or an adapter, if --model is its base")
-    parser.add_argument("--prompt", help="the prompt; default: lines from the terminal or a pipe")
-    parser.add_argument("--system", help="a system message before the prompt")
-    parser.add_argument(
-        "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
-    )
-    parser.add_argument(
-        "--max-seq-length",
-        type=bounded(whole(1, MAX_SEQ_LENGTH)),
-        help="prompt and answer together, in tokens (default: 2048)",
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=bounded(whole(1)),
-        default=256,
-        help="length of an answer (default: 256)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=bounded(BOUNDS["temperature"]),
-        default=0.0,
-        help="0 takes the likeliest token (default)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=bounded(BOUNDS["top_p"]),
-        default=1.0,
-        help="draw from the fewest tokens that reach this probability (default: 1.0)",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=bounded(BOUNDS["top_k"]),
-        default=0,
-        help="draw from the likeliest tokens only; 0: all (default)",
-    )
-    parser.add_argument(
-        "--seed", type=bounded(SEEDS), default=0, help="seed of the draws (default: 0)"
-    )
-    parser.add_argument(
-        "--no-load-in-4bit",
-        action="store_true",
-        help="hold the linears in 16 bit; a GGUF file keeps its own types",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="compute dtype (default: by device, as in a training)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-    return parser
+    if not arguments.raw:
+        history.text_of("?")
+    Chat(answerer, history, sides, arguments.raw).run()
 
 
-def typed_lines() -> Iterator[str]:
-    """Yield a terminal's lines until an empty one, or a pipe's lines except the empty ones.
+def piped_lines() -> Iterator[str]:
+    """Yield the lines of a pipe or a file at stdin, except the empty ones.
 
     Raises: ValueError if stdin is closed.
     """
     if not is_open(sys.stdin):
         raise ValueError("stdin is closed, and there is no prompt; pass --prompt TEXT")
-    terminal = is_terminal(sys.stdin)
-    while True:
-        if terminal and not is_quiet():
-            print_line("> ", end="")
-        line = sys.stdin.readline()
-        if not line or (terminal and not line.strip()):
-            return
+    for line in sys.stdin:
         if line.strip():
             yield line.strip()
 
 
-def answer(model: CausalLM, tokenizer: Tokenizer, text: str, arguments: argparse.Namespace) -> None:
-    """Print the answer to one text on stdout, token by token."""
-    if arguments.raw:
-        prompt = tokenizer.encode(text)
-    else:
-        messages = [{"role": "user", "content": text}]
-        if arguments.system:
-            messages.insert(0, {"role": "system", "content": arguments.system})
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    model.generate(
-        [prompt],
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        eos_token_ids=tokenizer.eos_token_ids,
-        seed=arguments.seed,
-        streamer=AnswerPrinter(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+def answer(
+    answerer: Answerer, sides: Sequence[Side], text: str, arguments: argparse.Namespace
+) -> None:
+    """Print the answers to one text on stdout, the first one token by token.
 
-
-class AnswerPrinter(TextStreamer):
-    """A streamer whose stdout holds the results, so that a fault of stdout ends the command."""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print a stretch of text.
-
-        Raises: OSError if stdout cannot be written.
-        """
-        print(printable(text, sys.stdout), end="\n" if stream_end else "", flush=True)
+    Raises: ValueError if the text makes no prompt; KeyboardInterrupt for Ctrl-C.
+    """
+    record = {"prompt": text}
+    prompt = read_prompt(record, answerer.tokenizer, arguments.system, arguments.raw)
+    _, is_stopped = answerer.show(prompt.ids, sides)
+    if is_stopped:
+        raise KeyboardInterrupt

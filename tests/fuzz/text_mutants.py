@@ -24,7 +24,8 @@ CELLS = (
     b"\xe2\x80\xa8",
 )  # fmt: skip
 GENERATE_FLAGS = (
-    "temperature top-p top-k max-new-tokens seed raw max-seq-length system adapter device"
+    "temperature top-p top-k min-p repetition-penalty num-return-sequences max-new-tokens seed raw "
+    "max-seq-length system adapter device compare show-special-tokens stats stop logprobs resume"
 )
 WORDS = (
     "--",

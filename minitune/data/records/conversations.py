@@ -88,6 +88,21 @@ def conversation_of_alpaca(record: Fields) -> ReadConversation:
     return _conversation(record, messages)
 
 
+def conversation_of_question(record: Fields) -> ReadConversation:
+    """Return the conversation of an instruction, after the turns of `history`, without answer."""
+    question, messages = alpaca_question(record), []
+    for asked, answered in _history(record):
+        messages.append(Message({"role": "user", "content": asked}))
+        messages.append(Message({"role": ASSISTANT, "content": answered}))
+    return _conversation(record, [*messages, Message({"role": "user", "content": question})])
+
+
+def conversation_of_text(record: Fields, key: str) -> ReadConversation:
+    """Return the conversation whose only question is the text under `key`."""
+    message = Message({"role": "user", "content": record.required_text(key)})
+    return _conversation(record, [message])
+
+
 def alpaca_question(record: Fields) -> str:
     """Return the instruction, and the input below it if there is one."""
     parts = (record.required_text("instruction"), record.text("input"))

@@ -70,14 +70,14 @@ def render_record(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) 
     Raises: ValueError if the record has an unknown shape, a wrong value or a key that nothing
         reads, or lacks the data that an option needs.
     """
-    reading = Reading(options.ignore_fields, _template_text(tokenizer))
+    reading = Reading(options.ignore_fields, template_text(tokenizer))
     fields = Fields(record, reading)
     shape = _shape_of(fields, options)
     if shape == "input_ids":
         parts = [token_sample(fields, tokenizer, options)]
     elif shape == "text":
         parts = [plain_text(fields, tokenizer, options)]
-    elif shape == "prompt/completion" and not _is_list(record["prompt"]):
+    elif shape == "prompt/completion" and not is_list(record["prompt"]):
         parts = [text_pair(fields, tokenizer, options)]
     elif shape == "instruction" and tokenizer.chat_template is None:
         parts = [text_with_headings(fields, tokenizer, options)]
@@ -94,7 +94,7 @@ def render_record(record: Mapping, tokenizer: Tokenizer, options: LabelOptions) 
     return RenderedRecord(shape, parts, tuple(reading.notes))
 
 
-def _template_text(tokenizer: Tokenizer) -> str:
+def template_text(tokenizer: Tokenizer) -> str:
     """Return the Jinja text of the tokenizer's chat templates, "" if there is none."""
     source = tokenizer.chat_template or ""
     return source if isinstance(source, str) else "\n".join(source.values())
@@ -163,7 +163,13 @@ def _unknown_shape(record: Fields, text_field: str | None) -> str:
     return message
 
 
-def _is_list(value: Any) -> bool:
+def is_written(text: str, rendered: str) -> bool:
+    """Return True if a rendering holds a text, also with the escapes of JSON or of Python."""
+    forms = (text.strip(), json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1])
+    return any(form in rendered for form in forms)
+
+
+def is_list(value: Any) -> bool:
     """Return True for a list, and for an array of a table."""
     is_array = hasattr(value, "tolist") and not isinstance(value, str)
     return is_array or isinstance(value, list | tuple)
@@ -278,8 +284,7 @@ def _check_dropped(
     """Note or refuse the texts that the chat template leaves out."""
     dropped = dict.fromkeys([name for part in rendered for name in part.dropped])
     for name, text in reading.expected:
-        forms = (text.strip(), json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1])
-        if not any(form in part.text for part in rendered for form in forms):
+        if not any(is_written(text, part.text) for part in rendered):
             dropped[name] = None
     dropped |= dict.fromkeys(reading.unread)
     for note in dropped_text_notes(tuple(dropped), options.dropped_text):

@@ -96,6 +96,18 @@ class ChatTemplate:
                 raise TypeError(f"the chat template reads no variable {name!r}; leave it out")
         return template.render(conversation, len(normal), add_generation_prompt, self._variables)
 
+    def render_prompt(self, conversation: Conversation) -> str:
+        """Return the conversation of a record as one text, with the beginning of an answer.
+
+        Its messages are in normal form already. A second time would change them: null stays in
+        arguments that were JSON text.
+
+        Raises: ValueError if the template refuses the conversation.
+        """
+        conversation = self._readable(conversation)
+        template, length = self._template(conversation), len(conversation.messages)
+        return template.render(conversation, length, True, self._variables)
+
     def marks_answers(self, tools: list | None = None) -> bool:
         """Return True if the template puts {% generation %} blocks around answers."""
         return self._template(Conversation([], tools)).marks_answers
