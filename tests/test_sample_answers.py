@@ -21,6 +21,12 @@ PROMPTS = ("3 lamps to Oslo", "one, two\nthree\x1b[2J")
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 5, "save_steps": 2}
 
 
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    """Let answers end after a few tokens."""
+    monkeypatch.setattr(sample_answers, "ANSWER_TOKENS", 12)
+
+
 def sampled_steps(output):
     return [record["step"] for record in read_metrics(output) if "samples" in record]
 

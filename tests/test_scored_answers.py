@@ -17,6 +17,7 @@ from training_runs import (
 )
 
 from minitune import FastLanguageModel, SFTConfig, write_report
+from minitune.model.decoding.kv_cache import NoCacheRoom
 from minitune.training.score_functions import ScoredRecord, ScoreError, read_score
 from minitune.training.scored_answers import ScoredAnswers
 from minitune.training.trainer import Trainer
@@ -122,7 +123,7 @@ def test_a_function_that_raises_costs_the_scores_and_not_the_run(smallest, tmp_p
 
 def test_a_lack_of_memory_costs_the_scores_and_not_the_run(smallest, tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
-        raise torch.OutOfMemoryError
+        raise NoCacheRoom
 
     monkeypatch.setattr("minitune.training.scored_answers.greedy_answers", refuse)
     trainer = new_trainer(smallest, tmp_path, RECORDS[:2], score_answer="contains", **EVALUATED)

@@ -35,8 +35,8 @@ def greedy_answers(
     micro_step: of a model that trains; its memory is used.
     show_bar: show a progress bar, on a terminal.
 
-    Raises: torch.OutOfMemoryError or MemoryError if memory runs out; LogitsNotFinite if the logits
-        are not finite.
+    Raises: torch.OutOfMemoryError, MemoryError or NoCacheRoom if memory runs out; LogitsNotFinite
+        if the logits are not finite.
     """
     requests = [Request(*item) for item in zip(prompts, limits, strict=True)]
     total = sum(limits)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from minitune.data.tokenization.tokenizer import Tokenizer
+from minitune.model.decoding.kv_cache import NoCacheRoom
 from minitune.model.sampling import LogitsNotFinite
 from minitune.progress import print_message
 from minitune.training.greedy_answers import answer_texts, greedy_answers
@@ -55,7 +56,7 @@ class SamplePrompts:
         """
         try:
             return {"step": step, "samples": self.answers(micro_step, show_bar)}
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError, NoCacheRoom):
             reason = "out of memory"
         except LogitsNotFinite as error:
             reason = str(error)
@@ -65,8 +66,8 @@ class SamplePrompts:
     def answers(self, micro_step: MicroStep, show_bar: bool = True) -> list[dict[str, str]]:
         """Return {"prompt", "answer"} of each text.
 
-        Raises: torch.OutOfMemoryError or MemoryError if memory runs out; LogitsNotFinite if the
-            logits are not finite.
+        Raises: torch.OutOfMemoryError, MemoryError or NoCacheRoom if memory runs out;
+            LogitsNotFinite if the logits are not finite.
         """
         ends = self._tokenizer.eos_token_ids
         answers = greedy_answers(

@@ -26,6 +26,7 @@ from minitune.data.tokenization.tokenizer import Tokenizer
 from minitune.data.tokenize_dataset import tokenize_dataset
 from minitune.kernels.cross_entropy import IGNORE_INDEX
 from minitune.model.causal_lm import CausalLM
+from minitune.model.decoding.kv_cache import NoCacheRoom
 from minitune.model.sampling import LogitsNotFinite
 from minitune.progress import print_message
 from minitune.training.greedy_answers import answer_texts, greedy_answers
@@ -111,8 +112,8 @@ class ScoredAnswers:
 
         micro_step, show_bar: as in `greedy_answers`.
 
-        Raises: torch.OutOfMemoryError, MemoryError and LogitsNotFinite, as `greedy_answers`;
-            ScoreError if an answer cannot be scored.
+        Raises: torch.OutOfMemoryError, MemoryError, NoCacheRoom and LogitsNotFinite, as
+            `greedy_answers`; ScoreError if an answer cannot be scored.
         """
         start = time.perf_counter()
         prompts = [record.prompt for record in self.records]
@@ -147,7 +148,7 @@ class ScoredAnswers:
         """
         try:
             return self.metrics(micro_step.model, micro_step, show_bar)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError, NoCacheRoom):
             reason = "out of memory; lower eval_answers or eval_max_new_tokens"
         except (LogitsNotFinite, ScoreError) as error:
             reason = str(error)
