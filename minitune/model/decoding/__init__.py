@@ -1,8 +1,13 @@
 """The decode engine: prompts in, new tokens out, over the trainer's layers and weights.
 
-engine.py       continuous batching: which request runs in which slot
-prefill.py      the prompts, packed, through the training layer
-decode_step.py  one token of each slot through the layers
-decode_graphs.py  that step as CUDA graphs
-kv_cache.py     keys and values in pages
+requests.py       Request and Answer, in token ids
+engine.py         one call at a time; the door is `decode`
+decode_call.py    a call: admit, choose, end, step
+schedule.py       which request is in which slot, with which pages
+prefill.py        the prompts, packed, through the training layer
+decode_step.py    one token of each slot through the layers
+decode_memory.py  all that stays between calls
+decode_graphs.py  steps as CUDA graphs
+kv_cache.py       keys and values in pages
+step_weights.py   weights that are fast for few rows
 """

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from minitune.kernels.backend import matmul, matmul_accumulated
-from minitune.kernels.decode_attention import decode_attention, store_keys_values
+from minitune.kernels.decode_attention import decode_attention
 from minitune.model.activations import Activations
 from minitune.model.decoder_layer import DecoderLayer
-from minitune.model.decoding.kv_cache import PAGE, KVCache, copy_async_
+from minitune.model.decoding.kv_cache import KVCache, copy_async_
 from minitune.model.decoding.step_weights import BASE, MAX_FEW_ROWS, StepWeights
 from minitune.model.layers import LayerPass, new_residual
 from minitune.model.loss import Head
@@ -85,9 +85,7 @@ def decode_step(
     head: the final norm and the head, in the compute dtype.
     weights: the weights of the step; None dequantises each layer at its use.
     """
-    positions, page_table = inputs.positions, inputs.page_table
-    pages = page_table.gather(1, (positions // PAGE).long()[:, None])[:, 0]
-    places = pages.long() * PAGE + positions % PAGE
+    positions = inputs.positions
     lengths = positions + 1
     # Only the positions count: attention sees the rows through the page table.
     packed = PackedSequences(positions, start=positions, end=lengths)
@@ -97,18 +95,18 @@ def decode_step(
         with _layer_pass(model, layer, packed, weights) as p:
             a = Activations(s.to(model.dtype, copy=True))
             q, k, v = heads.heads_of(layer.compute_qkv(a.x, p), p)
-            store_keys_values(k, v, keys, values, places)
             a.attn = layer.o.new_input(a.x)  # (rows, H K + R)
             decode_attention(
                 q,
                 keys,
                 values,
-                page_table,
+                inputs.page_table,
                 lengths,
                 scale=heads.scale,
                 softcap=heads.softcap,
                 window=heads.window,
                 out=heads.query_heads(a.attn),
+                new=(k, v),
             )
             layer.finish_rows_(s, a, p)
     return float_logits(head, s, weights)
