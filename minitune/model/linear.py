@@ -223,14 +223,18 @@ class FusedLinear:
     ) -> Tensor:
         """Return multiplier * y (N, out) of x (N, in + R), and fill the LoRA columns of x in place.
 
+        weight: the extended weight, or a weight of decode steps, which fills no LoRA columns.
         out: destination of y (N, out).
         add_to: float32 (N, out) that y is added to instead.
         saved_lora: scaling * x A^T (N, R) from an earlier pass; None to compute it.
         save_lora_to: (N, R) that receives a copy of scaling * x A^T.
         """
-        y = lora_linear_(
-            x, weight, self.out_features, self.scaling, out, add_to, saved_lora, self.multiplier
-        )
+        if isinstance(weight, Tensor):
+            y = lora_linear_(
+                x, weight, self.out_features, self.scaling, out, add_to, saved_lora, self.multiplier
+            )
+        else:
+            y = weight.forward_(x, out, add_to)
         if save_lora_to is not None:
             save_lora_to.copy_(x[:, self.in_features :])
         first = 0

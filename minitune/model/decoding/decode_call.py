@@ -27,7 +27,7 @@ from minitune.model.decoding.kv_cache import table_width
 from minitune.model.decoding.prefill import pads, prefill, prefill_batches
 from minitune.model.decoding.requests import Answer
 from minitune.model.decoding.schedule import Admission, PromptGroup, Schedule
-from minitune.model.decoding.step_weights import BASE
+from minitune.model.decoding.step_weights import BASE, PassWeights
 from minitune.model.sampling import LogitsNotFinite, Sampler
 
 OnToken = Callable[[int, int], bool | None]
@@ -133,7 +133,11 @@ class DecodeCall:
         """Return a context in which the model has one of the adapters, or none for BASE."""
         if index == self._own:
             return nullcontext()
-        return switched_adapter(self._model, {} if index == BASE else self._adapters[index])
+        return switched_adapter(self._model, self._adapter(index))
+
+    def _adapter(self, index: int) -> Adapter:
+        """Return one of the adapters, or none for BASE."""
+        return {} if index == BASE else self._adapters[index]
 
     def _admit(self) -> bool:
         """Admit waiting requests, with the logits behind their prompts; return False if none."""
@@ -159,15 +163,22 @@ class DecodeCall:
         for group, pages in admission.prefills:
             by_adapter.setdefault(self._index_of[group.adapter], []).append((group, pages))
         for index, prefills in by_adapter.items():
+            weights = self._memory.weights
+            if weights is not None:
+                weights = weights.prefill_weights(self._adapter(index))
             with self._switched(index):
                 lengths = [len(group.prompt) for group, _ in prefills]
                 for some in prefill_batches(lengths, pads(self._model.device)):
-                    self._prefill_pass(prefills[some])
+                    self._prefill_pass(prefills[some], weights)
 
-    def _prefill_pass(self, prefills: Sequence[tuple[PromptGroup, list[int]]]) -> None:
-        """Prefill some groups in one pass."""
+    def _prefill_pass(
+        self,
+        prefills: Sequence[tuple[PromptGroup, list[int]]],
+        weights: PassWeights | None,
+    ) -> None:
+        """Prefill some groups in one pass with these weights."""
         prompts, pages = [group.prompt for group, _ in prefills], [pages for _, pages in prefills]
-        s = prefill(self._model, self._cache, prompts, pages)
+        s = prefill(self._model, self._cache, prompts, pages, weights)
         found = float_logits(self._memory.head, s, self._memory.weights)
         for (group, _), logits in zip(prefills, found, strict=True):
             group.logits = logits

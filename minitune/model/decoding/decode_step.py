@@ -16,7 +16,7 @@ from minitune.kernels.decode_attention import decode_attention
 from minitune.model.activations import Activations
 from minitune.model.decoder_layer import DecoderLayer
 from minitune.model.decoding.kv_cache import KVCache, copy_async_
-from minitune.model.decoding.step_weights import BASE, MAX_FEW_ROWS, StepWeights
+from minitune.model.decoding.step_weights import BASE, MAX_FEW_ROWS, PassWeights, StepWeights
 from minitune.model.layers import LayerPass, new_residual
 from minitune.model.loss import Head
 from minitune.model.packed_sequences import PackedSequences
@@ -92,7 +92,7 @@ def decode_step(
     s = new_residual(model.model.embed_tokens(inputs.tokens, model.dtype))  # (rows, D)
     for index, layer in enumerate(model.model.layers):
         keys, values, heads = cache.keys[index], cache.values[index], layer.self_attn
-        with _layer_pass(model, layer, packed, weights) as p:
+        with layer_pass(model, layer, packed, weights) as p:
             a = Activations(s.to(model.dtype, copy=True))
             q, k, v = heads.heads_of(layer.compute_qkv(a.x, p), p)
             a.attn = layer.o.new_input(a.x)  # (rows, H K + R)
@@ -112,14 +112,18 @@ def decode_step(
     return float_logits(head, s, weights)
 
 
-def _layer_pass(
-    model, layer: DecoderLayer, packed: PackedSequences, weights: StepWeights | None
+def layer_pass(
+    model,
+    layer: DecoderLayer,
+    packed: PackedSequences,
+    weights: PassWeights | None,
+    tile_rows: int | None = None,
 ) -> AbstractContextManager[LayerPass]:
-    """Return a pass over a layer with these weights."""
+    """Return a pass over a layer with these weights, or with dequantised weights for None."""
     context = model.layer_context
     if weights is None:
-        return context.layer_pass(layer.fused_linears, packed)
-    return nullcontext(LayerPass(packed, context, weights))
+        return context.layer_pass(layer.fused_linears, packed, tile_rows)
+    return nullcontext(LayerPass(packed, context, weights, tile_rows))
 
 
 def float_logits(head: Head, s: Tensor, weights: StepWeights | None = None) -> Tensor:

@@ -17,7 +17,9 @@ from minitune.kernels.attention_common import MAX_BLOCK, SHORT_SEQUENCE_ROWS
 from minitune.kernels.backend import cdiv
 from minitune.kernels.decode_attention import store_keys_values
 from minitune.model.activations import Activations, row_tiles
+from minitune.model.decoding.decode_step import layer_pass
 from minitune.model.decoding.kv_cache import KVCache, places_of
+from minitune.model.decoding.step_weights import PassWeights
 from minitune.model.layers import new_residual
 from minitune.model.packed_sequences import PackedSequences
 
@@ -89,13 +91,18 @@ def _multiple(rows: int, step: int) -> int:
 
 
 def prefill(
-    model, cache: KVCache, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]]
+    model,
+    cache: KVCache,
+    prompts: Sequence[Sequence[int]],
+    pages: Sequence[Sequence[int]],
+    weights: PassWeights | None = None,
 ) -> Tensor:
     """Write the keys and values of prompts to their pages; return the residual stream (B, D).
 
     Its rows are those of the last token of each prompt, after the last layer.
 
     pages: the pages of each prompt.
+    weights: the weights of the pass; None dequantises each layer at its use.
     """
     device, is_padded = model.device, pads(model.device)
     given = pack_prompts(prompts, pages, is_padded)
@@ -105,7 +112,7 @@ def prefill(
     s = new_residual(model.model.embed_tokens(given.ids.to(device), model.dtype))  # (N, D)
     for index, layer in enumerate(model.model.layers):
         heads = layer.self_attn
-        with model.layer_context.layer_pass(layer.fused_linears, packed, tile_rows) as p:
+        with layer_pass(model, layer, packed, weights, tile_rows) as p:
             a = Activations(s.to(model.dtype, copy=True))
             q, k, v = heads.heads_of(layer.compute_qkv(a.x, p), p)
             store_keys_values(k, v, cache.keys[index], cache.values[index], places)

@@ -10,13 +10,22 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from minitune.model.adapter_switch import Adapter
+from minitune.model.decoding.cpu_weights import CpuWeights, cpu_weights_fit
 from minitune.model.linear import FusedLinear
 
 MAX_FEW_ROWS = 64  # rows of a step; more rows take dequantised weights
 BASE = -1  # in `adapter_of_row`, for rows without an adapter
 
 
-class StepWeights(Protocol):
+class PassWeights(Protocol):
+    """The weights of all fused linears, for passes over any layer."""
+
+    def __getitem__(self, fused: FusedLinear) -> Any:
+        """Return the weight of a fused linear, as FusedLinear.forward_ takes it."""
+        ...
+
+
+class StepWeights(PassWeights, Protocol):
     """The weights of all fused linears and of the head.
 
     knows_rows: True if each row has the adapter that `adapter_of_row` says; False if all rows have
@@ -25,12 +34,12 @@ class StepWeights(Protocol):
 
     knows_rows: bool
 
-    def __getitem__(self, fused: FusedLinear) -> Any:
-        """Return the weight of a fused linear, as FusedLinear.forward_ takes it."""
-        ...
-
     def logits(self, h: Tensor, multiplier: float) -> Tensor:
         """Return multiplier * h W^T of the head in float32 (rows, V), from h (rows, D)."""
+        ...
+
+    def prefill_weights(self, adapter: Adapter) -> PassWeights | None:
+        """Return weights for prompts with one adapter; None dequantises each layer."""
         ...
 
     def refresh_(self) -> None:
@@ -46,4 +55,6 @@ def new_step_weights(
     adapters: the adapters that rows may use, none of them empty.
     adapter_of_row: int32 (slots,), the index of each row's adapter, or BASE; read at each step.
     """
+    if cpu_weights_fit(model):
+        return CpuWeights(model, adapters, adapter_of_row)
     return None
