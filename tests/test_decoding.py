@@ -84,9 +84,9 @@ def test_one_prompt_is_read_once_for_all_its_answers(model, monkeypatch):
     read = []
     inner = decode_call.prefill
 
-    def counted(model, cache, prompts, pages):
+    def counted(model, cache, prompts, pages, weights):
         read.extend(map(len, prompts))
-        return inner(model, cache, prompts, pages)
+        return inner(model, cache, prompts, pages, weights)
 
     monkeypatch.setattr(decode_call, "prefill", counted)
     warm = SamplingConfig(temperature=1.5)

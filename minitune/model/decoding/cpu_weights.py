@@ -78,6 +78,10 @@ class CpuWeights:
     def refresh_(self) -> None:
         """Do nothing: the values of the adapters are read at each step."""
 
+    def use_adapters_(self, adapters: Sequence[Adapter]) -> None:
+        """Make these the adapters that rows may use."""
+        self._adapters = adapters
+
     def prefill_weights(self, adapter: Adapter) -> Mapping[FusedLinear, "CpuWeight"]:
         """Return the weights with one adapter for all rows."""
         return self._with_adapters(lambda rows: [(adapter, slice(None))] if adapter else [])

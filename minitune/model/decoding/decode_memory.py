@@ -13,6 +13,7 @@ from torch import Tensor
 from minitune.device import free_memory, gib_text
 from minitune.kernels.backend import power_of_two
 from minitune.model.adapter_switch import Adapter
+from minitune.model.decoding.cpu_weights import CpuWeights
 from minitune.model.decoding.decode_graphs import DecodeGraphs
 from minitune.model.decoding.decode_step import StepBuffers, StepInputs, decode_step
 from minitune.model.decoding.kv_cache import KVCache, NoCacheRoom, cache_pages, pages_for
@@ -99,6 +100,10 @@ class DecodeMemory:
         kept = self.weights is not None and key == self._weights_key
         if kept and (adapters_key == self._adapters_key or not self.weights.knows_rows):
             self.weights.refresh_()
+            return
+        if kept and isinstance(self.weights, CpuWeights):
+            self.weights.use_adapters_(adapters)
+            self._adapters_key = adapters_key
             return
         self._weights_key = self.weights = self._graphs = None  # frees their memory
         self.weights = new_step_weights(model, adapters, self.adapter_of_row)
