@@ -15,7 +15,8 @@ one split for the query heads of a group, padded to the 16 rows of a tensor core
 
     m = max s,  l = sum 2^(s - m),  acc = sum 2^(s - m) v
 
-A second kernel adds the splits of each head, in their order:
+A second kernel adds the splits of each head, in their order. A row of few keys has one split, and
+its program writes out = acc / l. If no row can have more keys, there is no second launch.
 
     M = max m,  out = sum 2^(m - M) acc / sum 2^(m - M) l
 
@@ -54,6 +55,7 @@ __all__ = ["decode_attention", "store_keys_values"]
 
 PROFILE_GROUP = "attention"
 
+WHOLE = 64  # most keys of a row that is not split
 SPLIT = 64  # keys of a split, while there are at most MAX_SPLITS
 MAX_SPLITS = 64  # bounds the partial results; the splits of a longer row have several SPLITs
 SPLITS_AT_ONCE = 8  # that the second kernel adds before it goes on
@@ -81,11 +83,12 @@ def decode_attention_reference(
 
 
 @triton.jit
-def row_splits(length, window, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Return a row's first seen key, the keys of a split, and the number of splits."""
+def row_splits(length, window, WHOLE: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """Return a row's first seen key, the keys of a split, and the number of splits, at least 1."""
     first = tl.maximum(length - window, 0)
-    span = tl.maximum(tl.cdiv(length - first, SPLIT * MAX_SPLITS), 1) * SPLIT
-    return first, span, tl.cdiv(length - first, span)
+    keys = length - first
+    span = tl.where(keys <= WHOLE, WHOLE, tl.cdiv(keys, SPLIT * MAX_SPLITS) * SPLIT)
+    return first, span, tl.maximum(tl.cdiv(keys, span), 1)
 
 
 @triton.jit
@@ -97,6 +100,7 @@ def _decode_attention(
     lengths_ptr,
     new_k_ptr,
     new_v_ptr,
+    out_ptr,
     acc_ptr,
     sums_ptr,
     q_row_stride,
@@ -105,6 +109,8 @@ def _decode_attention(
     new_k_head_stride,
     new_v_row_stride,
     new_v_head_stride,
+    out_row_stride,
+    out_head_stride,
     page_table_row_stride,
     splits_stride,
     window,
@@ -115,6 +121,7 @@ def _decode_attention(
     GROUP: tl.constexpr,
     K: tl.constexpr,
     PAGE: tl.constexpr,
+    WHOLE: tl.constexpr,
     SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -128,7 +135,7 @@ def _decode_attention(
     in_group = tl.program_id(1) % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     heads = kv_head * GROUP + in_group
     length = tl.load(lengths_ptr + row)
-    first, span, splits = row_splits(length, window, SPLIT, MAX_SPLITS)
+    first, span, splits = row_splits(length, window, WHOLE, SPLIT, MAX_SPLITS)
     i = tl.arange(0, BLOCK_K)
     is_element = (in_group[:, None] < GROUP) & (i[None, :] < K)
     q_at = q_ptr + row * q_row_stride + heads[:, None] * q_head_stride + i[None, :]
@@ -167,14 +174,19 @@ def _decode_attention(
             total = total * shrink + tl.sum(p, axis=1)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
             row_max = new
-        at = (row * G * GROUP + heads) * splits_stride + split
-        tl.store(acc_ptr + at[:, None] * K + i[None, :], acc, mask=is_element)
-        tl.store(sums_ptr + at * 2, row_max * scale_log2, mask=in_group < GROUP)
-        tl.store(sums_ptr + at * 2 + 1, total, mask=in_group < GROUP)
+        if splits == 1:
+            out = acc / tl.where(total == 0, 1.0, total)[:, None]
+            out_at = out_ptr + row * out_row_stride + heads[:, None] * out_head_stride + i[None, :]
+            tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_element)
+        else:
+            at = (row * G * GROUP + heads) * splits_stride + split
+            tl.store(acc_ptr + at[:, None] * K + i[None, :], acc, mask=is_element)
+            tl.store(sums_ptr + at * 2, row_max * scale_log2, mask=in_group < GROUP)
+            tl.store(sums_ptr + at * 2 + 1, total, mask=in_group < GROUP)
         if HAS_NEW:
             end_page_ptr = page_table_ptr + last // PAGE
-            place = last % PAGE
-            store_if(end == length, k_ptr, v_ptr, end_page_ptr, place, new_k, new_v, PAGE, G, K)
+            is_last = (end == length) & (start < end)
+            store_if(is_last, k_ptr, v_ptr, end_page_ptr, last % PAGE, new_k, new_v, PAGE, G, K)
 
 
 @triton.jit
@@ -188,34 +200,35 @@ def _add_splits(
     splits_stride,
     window,
     K: tl.constexpr,
+    WHOLE: tl.constexpr,
     SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Add the splits of one head of one row per program; a row without keys gets zeros."""
+    """Add the splits of one head of one row per program, if there are several."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    _, _, splits = row_splits(tl.load(lengths_ptr + row), window, SPLIT, MAX_SPLITS)
-    first = (row * tl.num_programs(0) + head) * splits_stride
-    i = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    row_max, total = float("-inf"), 0.0
-    for split in range(0, splits, AT_ONCE):
-        index = split + tl.arange(0, AT_ONCE)
-        at, is_split = first + index, index < splits
-        m = tl.load(sums_ptr + at * 2, mask=is_split, other=float("-inf"))
-        sums = tl.load(sums_ptr + at * 2 + 1, mask=is_split, other=0.0)
-        element = is_split[:, None] & (i[None, :] < K)
-        part = tl.load(acc_ptr + at[:, None] * K + i[None, :], mask=element, other=0.0)
-        new = tl.maximum(row_max, tl.max(m, axis=0))
-        weight = tl.exp2(m - new)
-        shrink = tl.exp2(row_max - new)
-        total = total * shrink + tl.sum(weight * sums, axis=0)
-        acc = acc * shrink + tl.sum(weight[:, None] * part, axis=0)
-        row_max = new
-    out = acc / tl.where(splits == 0, 1.0, total)
-    out_ptr += row * out_row_stride + head * out_head_stride
-    tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty), mask=i < K)
+    _, _, splits = row_splits(tl.load(lengths_ptr + row), window, WHOLE, SPLIT, MAX_SPLITS)
+    if splits > 1:
+        first = (row * tl.num_programs(0) + head) * splits_stride
+        i = tl.arange(0, BLOCK_K)
+        acc = tl.zeros((BLOCK_K,), dtype=tl.float32)
+        row_max, total = float("-inf"), 0.0
+        for split in range(0, splits, AT_ONCE):
+            index = split + tl.arange(0, AT_ONCE)
+            at, is_split = first + index, index < splits
+            m = tl.load(sums_ptr + at * 2, mask=is_split, other=float("-inf"))
+            sums = tl.load(sums_ptr + at * 2 + 1, mask=is_split, other=0.0)
+            element = is_split[:, None] & (i[None, :] < K)
+            part = tl.load(acc_ptr + at[:, None] * K + i[None, :], mask=element, other=0.0)
+            new = tl.maximum(row_max, tl.max(m, axis=0))
+            weight = tl.exp2(m - new)
+            shrink = tl.exp2(row_max - new)
+            total = total * shrink + tl.sum(weight * sums, axis=0)
+            acc = acc * shrink + tl.sum(weight[:, None] * part, axis=0)
+            row_max = new
+        out_ptr += row * out_row_stride + head * out_head_stride
+        tl.store(out_ptr + i, (acc / total).to(out_ptr.dtype.element_ty), mask=i < K)
 
 
 def decode_attention(
@@ -276,11 +289,11 @@ def _launch(q, keys, values, page_table, lengths, new, out, scale, softcap, wind
     GROUP, BLOCK_K = H // G, max(power_of_two(K), 16)
     BLOCK_N, options = _block_sizes(q)
     most_keys = min(page_table.shape[1] * PAGE, window)
-    splits = max(min(cdiv(most_keys, SPLIT), MAX_SPLITS), 1)
+    splits = 1 if most_keys <= WHOLE else min(cdiv(most_keys, SPLIT), MAX_SPLITS)
     acc = torch.empty((rows, H, splits, K), dtype=torch.float32, device=q.device)
     sums = torch.empty((rows, H, splits, 2), dtype=torch.float32, device=q.device)
     scale_log2, TANH_SCALE = score_factors(scale, softcap)
-    shared = {"K": K, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS, "BLOCK_K": BLOCK_K}
+    shared = {"K": K, "WHOLE": WHOLE, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS, "BLOCK_K": BLOCK_K}
     programs = G * cdiv(GROUP, 16), rows
     _decode_attention[(min(splits, cdiv(ENOUGH_PROGRAMS, programs[0] * rows)), *programs)](
         q,
@@ -289,10 +302,12 @@ def _launch(q, keys, values, page_table, lengths, new, out, scale, softcap, wind
         page_table,
         lengths,
         *(new or (None, None)),
+        out,
         acc,
         sums,
         *head_strides(q),
         *(head_strides(*new) if new else (0, 0, 0, 0)),
+        *head_strides(out),
         page_table.stride(0),
         splits,
         window,
@@ -307,18 +322,12 @@ def _launch(q, keys, values, page_table, lengths, new, out, scale, softcap, wind
         **shared,
         **options,
     )
-    _add_splits[(H, rows)](
-        acc,
-        sums,
-        out,
-        lengths,
-        *head_strides(out),
-        splits,
-        window,
-        AT_ONCE=SPLITS_AT_ONCE,
-        num_warps=2,
-        **shared,
-    )
+    if splits > 1:
+        tensors = acc, sums, out, lengths
+        strides = *head_strides(out), splits
+        _add_splits[(H, rows)](
+            *tensors, *strides, window, AT_ONCE=SPLITS_AT_ONCE, num_warps=2, **shared
+        )
 
 
 def _block_sizes(q: torch.Tensor) -> tuple[int, dict[str, int]]:

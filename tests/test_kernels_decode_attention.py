@@ -68,8 +68,10 @@ def run(lengths, H, G, K, dtype, device, page=PAGE, **options):
     ids=str,
 )
 def test_decode_attention_errs_at_most_twice_as_much_as_pytorch(
-    lengths, H, G, K, options, dtype, device
+    lengths, H, G, K, options, dtype, device, monkeypatch
 ):
+    monkeypatch.setattr(module, "WHOLE", 64)
+    monkeypatch.setattr(module, "SPLIT", 64)
     out, plain, exact = run(lengths, H, G, K, dtype, device, scale=K**-0.5, **options)
     assert_as_good_as_plain([out], [plain], [exact])
 
@@ -79,7 +81,8 @@ def test_decode_attention_errs_at_most_twice_as_much_as_pytorch(
 @pytest.mark.parametrize("options", [{}, {"window": 37, "softcap": 3.0}], ids=str)
 def test_the_bits_of_a_row_depend_on_nothing_but_the_row(options, triton, device, monkeypatch):
     """Other rows, their number, the width of the table and the number of programs change no bit."""
-    monkeypatch.setattr(module, "MAX_SPLITS", 2)
+    for name, value in (("WHOLE", 64), ("SPLIT", 32), ("MAX_SPLITS", 3)):
+        monkeypatch.setattr(module, name, value)
     if not triton:
         monkeypatch.setattr(backend, "use_triton", lambda x: False)
     lengths, H, G, K = [50, 1, 0, 150], 2, 1, 16
@@ -110,6 +113,8 @@ def test_the_bits_of_a_row_depend_on_nothing_but_the_row(options, triton, device
 def test_the_last_keys_beside_the_pages_give_the_same_bits_and_go_to_their_pages(
     triton, device, monkeypatch
 ):
+    monkeypatch.setattr(module, "WHOLE", 16)
+    monkeypatch.setattr(module, "SPLIT", 16)
     if not triton:
         monkeypatch.setattr(backend, "use_triton", lambda x: False)
     lengths, H, G, K = [65, 1, 0], 18, 1, 24
