@@ -40,6 +40,13 @@ LOOP_SCALED = (
 )
 LAYER_BYTES = "test_memory_replay.py::test_the_planned_bytes_and_launches_are_those_of_the_layer"
 LOSS_BYTES = "test_memory_replay.py::test_the_planned_peak_of_the_loss_is_that_of_the_code"
+LAST_ANSWER = (
+    "test_scored_answers.py::test_the_last_answer_is_the_reference_and_the_rest_is_the_prompt"
+)
+BEST_SCORE = (
+    "test_scored_answers.py::test_a_score_chooses_the_best_checkpoint_and_survives_an_interruption"
+)
+GENERATION = "test_generate_in_training.py::test_a_step_begins_without_the_memory_of_generation"
 
 TRAINING_BUGS = (
     Mutation(
@@ -230,5 +237,26 @@ TRAINING_BUGS = (
         "width = (7 if rows < N else 6) * shape.D",
         "width = 6 * shape.D",
         (LOSS_BYTES,),
+    ),
+    Mutation(
+        "the first answer of a conversation is scored",
+        "minitune/training/scored_answers.py",
+        "begin = int(gaps[-1]) + 1",
+        "begin = int(gaps[0]) + 1",
+        (LAST_ANSWER,),
+    ),
+    Mutation(
+        "the lowest score is the best one",
+        "minitune/training/run_control.py",
+        "return value > than if self.greater_is_better else value < than",
+        "return value < than",
+        (BEST_SCORE,),
+    ),
+    Mutation(
+        "the memory of generation stays during a step",
+        "minitune/training/micro_step.py",
+        "        self.model.free_generation_memory()\n",
+        "",
+        (GENERATION,),
     ),
 )
