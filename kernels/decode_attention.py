@@ -290,8 +290,10 @@ def _launch(q, keys, values, page_table, lengths, new, out, scale, softcap, wind
     BLOCK_N, options = _block_sizes(q)
     most_keys = min(page_table.shape[1] * PAGE, window)
     splits = 1 if most_keys <= WHOLE else min(cdiv(most_keys, SPLIT), MAX_SPLITS)
-    acc = torch.empty((rows, H, splits, K), dtype=torch.float32, device=q.device)
-    sums = torch.empty((rows, H, splits, 2), dtype=torch.float32, device=q.device)
+    # Triton compiles anew if a stride becomes a multiple of 16, or 1. So it is always a multiple.
+    splits_stride = cdiv(splits, 16) * 16
+    acc = torch.empty((rows, H, splits_stride, K), dtype=torch.float32, device=q.device)
+    sums = torch.empty((rows, H, splits_stride, 2), dtype=torch.float32, device=q.device)
     scale_log2, TANH_SCALE = score_factors(scale, softcap)
     shared = {"K": K, "WHOLE": WHOLE, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS, "BLOCK_K": BLOCK_K}
     programs = G * cdiv(GROUP, 16), rows
@@ -309,7 +311,7 @@ def _launch(q, keys, values, page_table, lengths, new, out, scale, softcap, wind
         *(head_strides(*new) if new else (0, 0, 0, 0)),
         *head_strides(out),
         page_table.stride(0),
-        splits,
+        splits_stride,
         window,
         scale_log2,
         TANH_SCALE=TANH_SCALE,
@@ -324,7 +326,7 @@ def _launch(q, keys, values, page_table, lengths, new, out, scale, softcap, wind
     )
     if splits > 1:
         tensors = acc, sums, out, lengths
-        strides = *head_strides(out), splits
+        strides = *head_strides(out), splits_stride
         _add_splits[(H, rows)](
             *tensors, *strides, window, AT_ONCE=SPLITS_AT_ONCE, num_warps=2, **shared
         )
