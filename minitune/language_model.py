@@ -50,7 +50,7 @@ ABSENT = {
     "can_generate": "call model.generate(**tokenizer(prompt, return_tensors='pt')) itself",
     "fast_generate": "there is no vLLM; use model.generate",
     "save_lora": "use model.save_pretrained(folder)",
-    "load_lora": "use model.load_adapter(folder), and generate with the model",
+    "load_lora": "use model.generate(prompts, adapter=model.read_adapter(folder))",
     "save_pretrained_ggml": "use save_pretrained_gguf(folder, tokenizer, save_method='lora')",
     "push_to_hub": "nothing is uploaded; save, and use `hf upload` on the folder",
     "push_to_hub_merged": "nothing is uploaded; use save_pretrained_merged and `hf upload`",

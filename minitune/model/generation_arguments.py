@@ -67,6 +67,15 @@ FOREIGN = {
     "output_logits": Foreign(LOGPROBS, (None, False)),
     "output_attentions": Foreign("attention weights are never computed", (None, False)),
     "output_hidden_states": Foreign("hidden states are not returned", (None, False)),
+    "guidance_scale": Foreign("there is no guidance", (None, 1, 1.0)),
+    "renormalize_logits": Foreign("scores are not returned", (None, False)),
+    "remove_invalid_values": Foreign("logits that are not finite are an error", (None, False)),
+    "suppress_tokens": Foreign("filter the answers"),
+    "begin_suppress_tokens": Foreign("use min_new_tokens against an early end"),
+    "sequence_bias": Foreign("use repetition_penalty"),
+    "disable_compile": Foreign("nothing is compiled by torch", ANYTHING),
+    "lora_request": Foreign("use adapter=model.read_adapter(folder)"),
+    "sampling_params": Foreign(PER_CALL),
     "synced_gpus": Foreign("the model is on one GPU", (None, False)),
 }
 
@@ -161,7 +170,8 @@ def _checked_lists(prompts: Any) -> list[list[int]]:
     Raises: ValueError if one of them is no list of token ids.
     """
     for prompt in prompts:
-        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+        is_list = isinstance(prompt, Sequence)
+        if not is_list or not all(issubclass(kind, int) for kind in set(map(type, prompt))):
             raise ValueError(
                 "prompts are lists of token ids, one for each prompt, "
                 "as tokenizer.apply_chat_template makes them"
@@ -179,9 +189,10 @@ def check_prompts(model, prompts: Sequence[Sequence[int]]) -> None:
             "load it with a larger max_seq_length"
         )
     vocab = model.config.vocab_size
-    for token in (token for prompt in prompts for token in prompt):
-        if not 0 <= token < vocab:
-            raise ValueError(f"a prompt holds id {token}, but the vocabulary has {vocab} rows")
+    low, high = min(map(min, prompts)), max(map(max, prompts))
+    if not 0 <= low <= high < vocab:
+        wrong = low if low < 0 else high
+        raise ValueError(f"a prompt holds id {wrong}, but the vocabulary has {vocab} rows")
 
 
 def new_token_limits(
