@@ -119,7 +119,8 @@ def test_padded_prompts_begin_at_blocks_of_attention_and_fill_whole_tiles():
     assert packed.places[384:].tolist() == [*range(5 * PAGE, 7 * PAGE)]
 
 
-def test_each_row_has_its_adapter(model, alone):
+@pytest.mark.parametrize("max_rows", [64, 65])  # weights of decode steps, and dequantised ones
+def test_each_row_has_its_adapter(model, alone, max_rows):
     own = adapter_switch.own_adapter(model)
     twin = copy.deepcopy(model)
     fill_adapter_(twin, -0.2)
@@ -134,7 +135,8 @@ def test_each_row_has_its_adapter(model, alone):
     with adapter_switch.without_lora(model):
         base = tokens_of(decode(model, requests_of(model), GREEDY))
     mixed = [r for a in range(3) for r in requests_of(model, adapter=a)]
-    found = tokens_of(decode(model, mixed, GREEDY, adapters=[own, {}, other]))
+    given = {"adapters": [own, {}, other], "max_rows": max_rows}
+    found = tokens_of(decode(model, mixed, GREEDY, **given))
     assert found == alone + base + expected
     assert alone[1] != base[1] != expected[1] != alone[1]
     assert adapter_switch.own_adapter(model) == own

@@ -95,6 +95,7 @@ class DecodeMemory:
             self._weights_key = self.weights = self._graphs = None
             return
         frozen = [tensor for _, linear in model.linears() for tensor in linear.frozen_tensors()]
+        frozen += [p for name, p in model.named_parameters() if ".lora_" not in name]
         branches = [(id(a), id(b), scaling) for x in adapters for a, b, scaling in x.values()]
         key, adapters_key = _key(frozen), (len(adapters), branches)
         kept = self.weights is not None and key == self._weights_key
