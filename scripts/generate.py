@@ -1,6 +1,8 @@
-"""Run `minitune generate` from a checkout: generate text with a model.
+"""Run `minitune generate` from a checkout: chat with a model, or answer prompts.
 
-    python scripts/generate.py --model DIR [--adapter runs/1/adapter] --prompt "..."
+    python scripts/generate.py --model DIR [--adapter runs/1/adapter]
+    python scripts/generate.py --model DIR --prompt "..."
+    python scripts/generate.py --model DIR --input prompts.jsonl --output answers.jsonl
 
 The package is found in the checkout and needs no installation.
 """

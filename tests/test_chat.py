@@ -166,6 +166,19 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(loaded, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_stop_string_ends_an_answer_and_is_no_part_of_the_conversation(
+    loaded, monkeypatch, capsys
+):
+    whole = expected_answer(loaded, ("user", "Hello"))
+    stop = whole[len(whole) // 2 :][:2]
+    typed(monkeypatch, "Hello")
+    talk = start(loaded, "--stop-strings", stop, "never")
+    talk.run()
+    out = capsys.readouterr().out[:-1]
+    assert stop in out and whole.startswith(out) and out != whole
+    assert talk.history.turns == [Turn("Hello", whole.partition(stop)[0])]
+
+
 def test_the_oldest_turns_are_left_out_by_name_when_the_context_is_full(loaded, capsys):
     _, tokenizer = loaded
     history = ChatHistory(tokenizer, 120, 30, "Be brief.")

@@ -75,7 +75,7 @@ class AnswerFile(contextlib.AbstractContextManager):
                 f"--{name.replace('_', '-')}": value
                 for name, value in sampling_of(settings).items()
             },
-            "--stop": settings.stop,
+            "--stop-strings": settings.stop_strings,
             "--compare": settings.compare,
             "--logprobs": settings.logprobs,
             "--answer-field": settings.answer_field,

@@ -72,8 +72,7 @@ class Answerer:
         self.model, self.tokenizer = model, tokenizer
         self.show_special: bool = arguments.show_special_tokens
         self._sampling, self._shows_stats = sampling_of(arguments), arguments.stats
-        self._stop = {"stop_strings": arguments.stop, "tokenizer": tokenizer}
-        self._stop = self._stop if arguments.stop else {}
+        self._stop_strings: list[str] = arguments.stop_strings or []
 
     @property
     def count(self) -> int:
@@ -115,10 +114,11 @@ class Answerer:
         adapters = [side.adapter for _ in prompts for side in sides]
         if any(adapter is not None for adapter in adapters):
             settings["adapter"] = adapters
+        if self._stop_strings:
+            settings |= {"stop_strings": self._stop_strings, "tokenizer": self.tokenizer}
         found = self.model.generate(
             [prompt for prompt in prompts for _ in sides],
             **chosen,
-            **self._stop,
             return_logprobs=logprobs,
             return_dict_in_generate=True,
             **settings,
@@ -137,7 +137,7 @@ class Answerer:
         Ctrl-C ends the answers with the tokens that are there; a second one raises
         KeyboardInterrupt.
 
-        Returns: the text without special tokens, and True if Ctrl-C ended it.
+        Returns: the text without special tokens, up to a stop string, and True if Ctrl-C ended it.
         """
         labels = [
             f"{side.label if len(sides) > 1 else 'answer'}{f' {i + 1}' if self.count > 1 else ''}"
@@ -163,6 +163,8 @@ class Answerer:
         if self._shows_stats:
             print_line(shown.stats(self.model.max_seq_length))
         text = self.tokenizer.decode(shown.rows[0], skip_special_tokens=True)
+        for stop in self._stop_strings:
+            text = text.partition(stop)[0]
         return text, bool(caught)
 
 

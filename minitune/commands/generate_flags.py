@@ -133,7 +133,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("num_return_sequences", 1, whole(1), "answers to each prompt, except in a chat")
     add("seed", 0, SEEDS, "seed of the draws")
     parser.add_argument(
-        "--stop",
+        "--stop-strings",
         nargs="+",
         metavar="TEXT",
         help="end an answer at one of these texts too, which stays in the answer",

@@ -25,7 +25,8 @@ CELLS = (
 )  # fmt: skip
 GENERATE_FLAGS = (
     "temperature top-p top-k min-p repetition-penalty num-return-sequences max-new-tokens seed raw "
-    "max-seq-length system adapter device compare show-special-tokens stats stop logprobs resume"
+    "max-seq-length system adapter device compare show-special-tokens stats stop-strings logprobs "
+    "resume"
 )
 WORDS = (
     "--",
