@@ -24,8 +24,8 @@ The borders of the splits depend on the row's length and window only. Therefore 
 depend on its own q, keys, values and length, and not on other rows, on their number, or on the
 width of the page table.
 
-The last key and value of a row may come beside the pages. The program of the last split then uses
-them, and writes them into their page (key_value_pages.py).
+The last key and value of a row may come beside the pages. The program of the last split then writes
+them into their page before it reads its keys.
 """
 
 import torch
@@ -44,8 +44,8 @@ from .backend import (
 from .key_value_pages import (
     check_pages,
     check_tables,
+    copy_if,
     load_keys,
-    store_if,
     store_keys_values,
     store_last_reference,
     tokens_of,
@@ -143,12 +143,15 @@ def _decode_attention(
     page_table_ptr += row * page_table_row_stride
     k_ptr += kv_head * K
     v_ptr += kv_head * K
-    last = length - 1
     if HAS_NEW:
         new_k_ptr += row * new_k_row_stride + kv_head * new_k_head_stride
         new_v_ptr += row * new_v_row_stride + kv_head * new_v_head_stride
-        new_k = tl.load(new_k_ptr + i, mask=i < K, other=0.0)
-        new_v = tl.load(new_v_ptr + i, mask=i < K, other=0.0)
+        reads_last = (length > 0) & ((splits - 1) % tl.num_programs(0) == tl.program_id(0))
+        page_ptr, place = page_table_ptr + (length - 1) // PAGE, (length - 1) % PAGE
+        copy_if(
+            reads_last, new_k_ptr, new_v_ptr, k_ptr, v_ptr, page_ptr, place, PAGE, G, K, BLOCK_K
+        )
+        tl.debug_barrier()  # other threads of this program read what one wrote
     for split in range(tl.program_id(0), splits, tl.num_programs(0)):
         start = first + split * span
         end = tl.minimum(start + span, length)
@@ -162,9 +165,6 @@ def _decode_attention(
             tokens = page.to(tl.int64) * PAGE + index % PAGE
             k = load_keys(k_ptr, tokens, seen, G * K, K, BLOCK_K)
             v = load_keys(v_ptr, tokens, seen, G * K, K, BLOCK_K)
-            if HAS_NEW:
-                k = tl.where(index[:, None] == last, new_k[None, :], k)
-                v = tl.where(index[:, None] == last, new_v[None, :], v)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores, _ = cap_scores(scores, TANH_SCALE)
             scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -183,10 +183,6 @@ def _decode_attention(
             tl.store(acc_ptr + at[:, None] * K + i[None, :], acc, mask=is_element)
             tl.store(sums_ptr + at * 2, row_max * scale_log2, mask=in_group < GROUP)
             tl.store(sums_ptr + at * 2 + 1, total, mask=in_group < GROUP)
-        if HAS_NEW:
-            end_page_ptr = page_table_ptr + last // PAGE
-            is_last = (end == length) & (start < end)
-            store_if(is_last, k_ptr, v_ptr, end_page_ptr, last % PAGE, new_k, new_v, PAGE, G, K)
 
 
 @triton.jit

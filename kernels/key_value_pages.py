@@ -52,24 +52,26 @@ def load_keys(x_ptr, tokens, seen, token_stride, K: tl.constexpr, BLOCK_K: tl.co
 
 
 @triton.jit
-def store_if(
+def copy_if(
     condition,
     k_ptr,
     v_ptr,
+    keys_ptr,
+    values_ptr,
     page_ptr,
     place,
-    k,
-    v,
     PAGE: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """Store a head vector k and v to a place in the page at page_ptr, on a condition."""
+    """Copy a head vector of k and of v to a place in the page at page_ptr, on a condition."""
     if condition:
-        i = tl.arange(0, k.shape[0])
+        i = tl.arange(0, BLOCK_K)
         at = (tl.load(page_ptr).to(tl.int64) * PAGE + place) * (G * K) + i
-        tl.store(k_ptr + at, k, mask=i < K)
-        tl.store(v_ptr + at, v, mask=i < K)
+        k, v = tl.load(k_ptr + i, mask=i < K), tl.load(v_ptr + i, mask=i < K)
+        tl.store(keys_ptr + at, k, mask=i < K)
+        tl.store(values_ptr + at, v, mask=i < K)
 
 
 @triton.jit
