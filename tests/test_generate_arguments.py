@@ -6,6 +6,7 @@ from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
 from minitune.model.generation_output import GenerateOutput
+from minitune.model.stop_strings import read_stop_strings
 
 PROMPTS = [[5, 9, 300, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19]]
 DRAWN = {"max_new_tokens": 8, "temperature": 1.5}
@@ -140,6 +141,24 @@ def test_an_answer_ends_as_soon_as_its_text_holds_a_stop_string(model):
     )
     assert output.sequences == expected != free
     assert output.stop_reasons[2] in strings
+
+
+class Pieces:
+    """A tokenizer whose second token ends in the midst of a character."""
+
+    def decode(self, ids):
+        pieces = (b"sto", b"p\xc3", b"\xa9s", b"st", b"o")
+        return b"".join(pieces[i] for i in ids).decode(errors="replace")
+
+
+def test_bytes_of_the_next_character_do_not_hide_a_stop_string():
+    for strings, ids, ends in ((["stop"], [3, 4, 1, 2], 3), (["é", "op"], [0, 1], 2)):
+        stops = read_stop_strings(strings, Pieces(), 1)
+        found = [stops.add(0, token) for token in ids[:ends]]
+        assert found == [False] * (ends - 1) + [True]
+        assert stops.found == [strings[-1]]
+    stops = read_stop_strings("és", Pieces(), 1)
+    assert [stops.add(0, token) for token in (0, 1, 2)] == [False, False, True]
 
 
 @pytest.mark.parametrize("rule", [{}, {"temperature": 1.5, "repetition_penalty": 1.4, "seed": 3}])

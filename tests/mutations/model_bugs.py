@@ -16,8 +16,6 @@ CACHED = (
     "test_generate.py::test_cached_decoding_of_a_batch_equals_decoding_each_prompt_without_a_cache"
 )
 FAMILIES = "test_families.py::test_greedy_answers_equal_those_of_transformers[olmo3]"
-FILTERS = "test_generate_in_transformers.py::test_filters_equal_transformers_logits_processors"
-BATCH = "test_generate_in_transformers.py::test_a_batch_gives_the_tokens_of_transformers"
 
 MODEL_BUGS = (
     Mutation(
@@ -145,40 +143,5 @@ MODEL_BUGS = (
         "if stops or token in end_tokens or not sequence.tokens_left:",
         "if stops or not sequence.tokens_left:",
         ("test_generate.py::test_each_row_stops_at_the_end_token_and_leaves_it_out",),
-    ),
-    Mutation(
-        "top-p leaves out the token that reaches the share",
-        "minitune/model/sampling.py",
-        "likelier = shares.cumsum(-1) - shares",
-        "likelier = shares.cumsum(-1)",
-        (FILTERS,),
-    ),
-    Mutation(
-        "the repetition penalty rewards tokens below zero",
-        "minitune/model/sampling.py",
-        "torch.where(logits < 0, logits * penalty, logits / penalty)",
-        "torch.where(logits < 0, logits / penalty, logits / penalty)",
-        (FILTERS,),
-    ),
-    Mutation(
-        "the repetition penalty forgets the answer",
-        "minitune/model/sampling.py",
-        "self._seen[torch.arange(len(tokens)), tokens] = True",
-        "self._seen[torch.arange(len(tokens)), tokens] |= False",
-        (BATCH,),
-    ),
-    Mutation(
-        "min-p compares with 1 and not with the likeliest token",
-        "minitune/model/sampling.py",
-        "floor = self.min_p * shares.amax(-1, keepdim=True)",
-        "floor = self.min_p",
-        (FILTERS,),
-    ),
-    Mutation(
-        "the draws do not follow the seed",
-        "minitune/model/sampling.py",
-        "tokens = shares.multinomial(1, generator=self.generator)[:, 0]",
-        "tokens = shares.multinomial(1)[:, 0]",
-        ("test_generate.py::test_sampling_follows_its_seed_and_its_limits",),
     ),
 )

@@ -2,6 +2,7 @@
 
 from mutations.data_bugs import DATA_BUGS
 from mutations.export_bugs import EXPORT_BUGS
+from mutations.generation_bugs import GENERATION_BUGS
 from mutations.gpu_bugs import GPU_BUGS
 from mutations.kernel_bugs import KERNEL_BUGS
 from mutations.model_bugs import MODEL_BUGS
@@ -12,6 +13,7 @@ from mutations.training_bugs import TRAINING_BUGS
 MUTATIONS = (
     *KERNEL_BUGS,
     *MODEL_BUGS,
+    *GENERATION_BUGS,
     *TRAINING_BUGS,
     *DATA_BUGS,
     *EXPORT_BUGS,
