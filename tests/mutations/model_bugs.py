@@ -15,7 +15,9 @@ YARN = "test_model_config.py::test_the_tables_of_yarn_are_those_of_transformers"
 CACHED = (
     "test_generate.py::test_cached_decoding_of_a_batch_equals_decoding_each_prompt_without_a_cache"
 )
-FAMILIES = "test_families.py::test_greedy_answers_equal_those_of_transformers[olmo3]"
+FAMILIES = (
+    "test_family_generation.py::test_greedy_answers_of_a_batch_equal_those_of_transformers[olmo3]"
+)
 
 MODEL_BUGS = (
     Mutation(
