@@ -151,6 +151,7 @@ def test_a_stopped_run_goes_on_behind_its_last_answer(command, tmp_path, monkeyp
 
 
 BAD = [
+    ({"prompt": ""}, '"prompt" is empty, so there is no prompt'),
     ({"text": "x"}, "no prompt in the fields text; known are"),
     ({"prompt": "x", "messages": [HELLO]}, '"messages", each of which is a prompt'),
     ({"prompt": "x", "image": "a.png"}, '"image": models of this package read text only'),
@@ -185,6 +186,14 @@ WRONG = [
 def test_flags_that_do_not_fit_are_refused_before_a_model_is_loaded(flags, message, capsys):
     assert main(["--model", "nowhere", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_input_is_never_the_output(command, tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"prompt": "x"}\n')
+    assert command(path, "--overwrite") == 2
+    assert "is the file of the prompts too" in capsys.readouterr().err
+    assert path.read_text() == '{"prompt": "x"}\n'
 
 
 def test_a_system_message_of_the_command_is_for_records_without_one(folder):

@@ -141,19 +141,24 @@ def test_special_tokens_appear_on_request_with_the_prompt(loaded, monkeypatch, c
     assert tokenizer.decode(ids) in error
 
 
+def interrupt(monkeypatch, tokenizer, presses):
+    """Press Ctrl-C, once or more, when the second token of the first answer is decoded."""
+    calls, decode = [], tokenizer.decode
+
+    def decode_and_press(ids, *arguments, **options):
+        calls.append(ids)
+        if len(calls) == 2:
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+        return decode(ids, *arguments, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", decode_and_press)
+
+
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(loaded, monkeypatch, capsys):
-    _, tokenizer = loaded
     typed(monkeypatch, "Hello", KeyboardInterrupt(), "And now?")
-    talk, tokens = start(loaded), []
-    put = talk.answerer.tokenizer.decode
-
-    def interrupting(ids, *arguments, **options):
-        tokens.append(ids)
-        if len(tokens) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return put(ids, *arguments, **options)
-
-    monkeypatch.setattr(tokenizer, "decode", interrupting)
+    talk = start(loaded)
+    interrupt(monkeypatch, loaded[1], presses=1)
     talk.run()
     monkeypatch.undo()
     error = capsys.readouterr().err
@@ -164,6 +169,16 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(loaded, monkeypatch, capsys):
     assert second.answer == expected_answer(loaded, *messages)
     assert "(stopped; its text so far stays" in error and "Ctrl-D or /exit ends" in error
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_twice_stops_at_once_and_the_model_still_answers(loaded, monkeypatch, capsys):
+    typed(monkeypatch, "Hello", "Hello")
+    talk = start(loaded)
+    interrupt(monkeypatch, loaded[1], presses=2)
+    talk.run()
+    monkeypatch.undo()
+    assert talk.history.turns == [Turn("Hello", expected_answer(loaded, ("user", "Hello")))]
+    assert "(stopped; nothing is kept)" in capsys.readouterr().err
 
 
 def test_a_stop_string_ends_an_answer_and_is_no_part_of_the_conversation(

@@ -52,7 +52,7 @@ class AnswerFile(contextlib.AbstractContextManager):
     def __init__(self, arguments: argparse.Namespace, program: str):
         self._arguments = arguments
         self._fields = _Fields(arguments)
-        check_name(Path(arguments.output))
+        check_name(Path(arguments.output), arguments.input)
         source = find_model(arguments.model, arguments.adapter)
         self._items = list(_read_items(arguments, source, self._fields))
         self._output = AnswerOutput(
@@ -114,10 +114,10 @@ class AnswerFile(contextlib.AbstractContextManager):
                     )
                     cut += sum(answer.is_cut for row in found for side in row for answer in side)
                     bar.update(len(chunk))
+            path = self._output.finish()
         except BaseException as error:
             self._output.explain(error)
             raise
-        path = self._output.finish()
         if cut:
             limit = f"{self._arguments.max_new_tokens:,} tokens of --max-new-tokens"
             print_message("note", f"{cut:,} answers end at a limit: the {limit}, or the context")
@@ -216,6 +216,10 @@ def _read_item(
             f"{context:,}; raise it with minitune generate --max-seq-length N"
         )
     values = {str(k): None if is_missing(v) else plain(v, f'"{k}"') for k, v in record.items()}
+    try:
+        json_line(values)
+    except ValueError:
+        raise ValueError("the record holds NaN or infinity, which JSON cannot write") from None
     return Item(values, prompt.ids), prompt
 
 

@@ -36,8 +36,10 @@ def json_line(value: Any) -> bytes:
         return f"{json.dumps(value, allow_nan=False)}\n".encode()
 
 
-def check_name(path: Path) -> None:
-    """Raise ValueError if the name of an output is not that of JSON lines."""
+def check_name(path: Path, source: str) -> None:
+    """Raise ValueError if an output is the input, or its name is not that of JSON lines."""
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise ValueError(f"{path} is the file of the prompts too; choose another name for --output")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: answers are JSON lines; name {path.with_suffix('.jsonl')}")
 
@@ -157,12 +159,14 @@ class AnswerOutput:
             self._file.readline()
             while block := self._file.read(COPIED_BYTES):
                 file.write(block)
+        self._file.close()  # Windows removes no open file
         self._partial.unlink()
         return self.path
 
     def close(self) -> None:
         """Close the partial file, which is removed if it holds no answer, and release the lock."""
         if self._file is not None and not self.done:
+            self._file.close()
             with contextlib.suppress(OSError):
                 self._partial.unlink()
         self._context.close()

@@ -116,6 +116,8 @@ def _shape_of(fields: Fields) -> str:
     if found:
         names = " and ".join(f'"{key}"' for key in found)
         raise ValueError(f"the record has {names}, each of which is a prompt; keep one of them")
+    if empty := [key for key in SHAPES if key in fields.left()]:
+        raise ValueError(f'"{empty[0]}" is empty, so there is no prompt')
     keys = ", ".join(map(str, fields.left())) or "(none)"
     raise ValueError(f"no prompt in the fields {keys}; known are {KNOWN_PROMPTS}")
 
