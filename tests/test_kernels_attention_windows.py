@@ -79,11 +79,14 @@ def attention_inputs(N, H, G, K, dtype, device):
 
 @kernel
 @pytest.mark.parametrize(
-    ("dtype", "max_seqlen"),
-    [(torch.float32, 1), (torch.float16, 1), (torch.float16, 10**6)],
-    ids=["float32", "float16-short", "float16-long"],
+    ("window", "dtype", "max_seqlen"),
+    [
+        *((window, torch.float32, 1) for window in WINDOWS),
+        *((window, torch.float16, 10**6) for window in WINDOWS[::2]),
+        (16, torch.float16, 1),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("window", WINDOWS)
 def test_attention_with_a_window_errs_at_most_twice_as_much_as_pytorch(
     window, dtype, max_seqlen, device
 ):
