@@ -146,4 +146,25 @@ MODEL_BUGS = (
         "if stops or not sequence.tokens_left:",
         ("test_generate.py::test_each_row_stops_at_the_end_token_and_leaves_it_out",),
     ),
+    Mutation(
+        "answers to one prompt write into its last page together",
+        "minitune/model/decoding/schedule.py",
+        "of_prompt, full = pages_for(T), T // PAGE",
+        "of_prompt, full = pages_for(T), pages_for(T)",
+        ("test_kv_cache.py::test_every_request_is_admitted_once_and_all_pages_come_back",),
+    ),
+    Mutation(
+        "the last page of a shared prompt is not copied",
+        "minitune/model/decoding/decode_call.py",
+        "self._cache.copy_page(source, target)",
+        "self._cache.copy_page(source, source)",
+        ("test_decoding.py::test_one_prompt_is_read_once_for_all_its_answers",),
+    ),
+    Mutation(
+        "an answer that moves into a free slot loses its pages",
+        "minitune/model/decoding/decode_call.py",
+        "self._cache.move(last, slot)",
+        "self._cache.move(slot, last)",
+        ("test_decoding.py::test_slots_and_pages_change_no_answer",),
+    ),
 )
