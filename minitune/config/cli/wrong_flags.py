@@ -145,6 +145,10 @@ MEANINGS: dict[str, tuple[str, ...]] = {
     ),
     "load-best best-model save-best": ("--load-best-model-at-end",),
     "log-every log-interval log-steps logging-interval": ("--logging-steps",),
+    "score scorer score-function scoring-function compute-metrics eval-metric metric "
+    "predict-with-generate": ("--score-answer",),
+    "eval-samples max-eval-samples num-eval-samples eval-limit": ("--eval-answers",),
+    "generation-max-length generation-max-new-tokens": ("--eval-max-new-tokens",),
     "eval-every eval-interval val-every steps-per-eval": ("--eval-steps",),
     "save-every save-interval checkpoint-every": ("--save-steps",),
     "keep max-checkpoints save-total": ("--save-total-limit",),
