@@ -19,7 +19,9 @@ CANDIDATES = 512  # tokens that a CPU sorts
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
     """Return the scores (rows, V) of the k likeliest tokens, and of those equal to the last."""
-    least = scores.topk(min(k, scores.shape[-1])).values[:, -1:]  # (rows, 1)
+    if k >= scores.shape[-1]:
+        return scores
+    least = scores.topk(k).values[:, -1:]  # (rows, 1)
     return scores.masked_fill(scores < least, -torch.inf)
 
 
