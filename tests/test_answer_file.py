@@ -141,11 +141,11 @@ def test_a_stopped_run_goes_on_behind_its_last_answer(command, tmp_path, monkeyp
     assert "because another --input gave these answers" in capsys.readouterr().err
     with partial.open("ab") as file:
         file.write(b'{"prompt": "cut')  # as kill -9 leaves it
-    assert command(RECORDS, *flags, "--resume") == 0
-    assert calls == [2, 2, 2, 1] and output.read_bytes() == whole and not partial.exists()
+    assert command(RECORDS, *flags, "--resume", "--chunk-size", "1") == 0
+    assert calls == [2, 2, 1, 1, 1] and output.read_bytes() == whole and not partial.exists()
     assert command(RECORDS, *flags) == 2
     assert "answers.jsonl exists; choose another name" in capsys.readouterr().err
-    assert command(RECORDS, *flags, "--resume") == 0 and len(calls) == 4
+    assert command(RECORDS, *flags, "--resume") == 0 and len(calls) == 5
     assert command(RECORDS[:1], *flags, "--overwrite") == 0
     assert output.read_bytes() == whole.splitlines(keepends=True)[0]
 

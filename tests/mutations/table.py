@@ -1,5 +1,6 @@
 """All deliberate bugs."""
 
+from mutations.chat_bugs import CHAT_BUGS
 from mutations.data_bugs import DATA_BUGS
 from mutations.export_bugs import EXPORT_BUGS
 from mutations.generation_bugs import GENERATION_BUGS
@@ -14,6 +15,7 @@ MUTATIONS = (
     *KERNEL_BUGS,
     *MODEL_BUGS,
     *GENERATION_BUGS,
+    *CHAT_BUGS,
     *TRAINING_BUGS,
     *DATA_BUGS,
     *EXPORT_BUGS,
