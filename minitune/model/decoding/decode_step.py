@@ -15,6 +15,8 @@ from minitune.kernels.backend import matmul, matmul_accumulated
 from minitune.kernels.decode_attention import decode_attention
 from minitune.model.activations import Activations
 from minitune.model.decoder_layer import DecoderLayer
+from minitune.model.decoding.cpu_step import run_layers_
+from minitune.model.decoding.cpu_weights import CpuWeights
 from minitune.model.decoding.kv_cache import KVCache, copy_async_
 from minitune.model.decoding.step_weights import BASE, MAX_FEW_ROWS, PassWeights, StepWeights
 from minitune.model.layers import LayerPass, new_residual
@@ -90,6 +92,9 @@ def decode_step(
     # Only the positions count: attention sees the rows through the page table.
     packed = PackedSequences(positions, start=positions, end=lengths)
     s = new_residual(model.model.embed_tokens(inputs.tokens, model.dtype))  # (rows, D)
+    if isinstance(weights, CpuWeights):
+        run_layers_(model, s, cache, positions, inputs.page_table, weights)
+        return float_logits(head, s, weights)
     for index, layer in enumerate(model.model.layers):
         keys, values, heads = cache.keys[index], cache.values[index], layer.self_attn
         with layer_pass(model, layer, packed, weights) as p:
