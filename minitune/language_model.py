@@ -102,7 +102,7 @@ class LanguageModel(CausalLM):
         if tokenizer is not None:
             load_template(tokenizer, adapter)
         else:
-            self._warn_of_templates(adapter, "pass tokenizer= to use it")
+            self._warn_of_templates(adapter, "pass tokenizer= to use it", stacklevel=4)
 
     def read_adapter(self, folder: str | Path) -> Adapter:
         """Return the adapter of a folder for `generate(adapter=...)`; the model keeps its own.
@@ -112,13 +112,16 @@ class LanguageModel(CausalLM):
         Raises: ValueError if the adapter does not fit the model or is not supported.
         """
         adapter = find_adapter(folder)
-        self._warn_of_templates(adapter, "format the prompts with a tokenizer of that folder")
+        self._warn_of_templates(adapter, "render prompts with its tokenizer", stacklevel=3)
         return read_adapter(self, adapter)
 
-    def _warn_of_templates(self, adapter: Path, remedy: str) -> None:
+    def _warn_of_templates(self, adapter: Path, remedy: str, stacklevel: int) -> None:
         """Warn if an adapter was trained with another chat template than the base's."""
         if read_adapter_templates(adapter) not in (None, read_adapter_templates(self.folder)):
-            warn(f"{adapter} was trained with a chat template of its own; {remedy}", stacklevel=4)
+            warn(
+                f"{adapter} was trained with a chat template of its own; {remedy}",
+                stacklevel=stacklevel,
+            )
 
     def set_adapter(self, adapter_name: str) -> None:
         """Do nothing: the only adapter, "default", is active.

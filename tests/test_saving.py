@@ -64,6 +64,9 @@ def test_a_chat_template_of_an_adapter_is_never_dropped_in_silence(tiny, tmp_pat
     (tmp_path / "changed" / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="chat template of its own; pass tokenizer="):
         bare.load_adapter(tmp_path / "changed")
+    with pytest.warns(UserWarning, match="chat template of its own; render prompts") as warned:
+        bare.read_adapter(tmp_path / "changed")
+    assert warned[0].filename == __file__
     bare.load_adapter(tmp_path / "changed", tokenizer=own)
     assert own.chat_template == template
 
