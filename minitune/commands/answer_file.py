@@ -5,8 +5,9 @@
     {"prompt": "Two words?", "id": 7}  ->  {"prompt": "Two words?", "id": 7, "answer": "Of course."}
 
 All records are read and checked before the model is loaded. The model answers a chunk of prompts in
-one call. Each prompt has a seed of its own, so an answer depends neither on the chunks nor on an
-interruption. answer_output.py writes.
+one call. Each prompt has a seed of its own, so its draws depend neither on the chunks nor on an
+interruption. On a CPU the log-probabilities of other chunks may differ by rounding.
+answer_output.py writes.
 """
 
 import argparse
