@@ -150,6 +150,14 @@ def test_a_request_that_never_fits_is_refused_by_name(model):
     assert len(decode(model, [request], GREEDY, cache_memory=5 * page_nbytes(model))) == 1
 
 
+def test_an_answer_ends_with_its_end_token(model, alone):
+    end = alone[1][2]
+    expected = [x[: x.index(end) + 1] if end in x else x for x in alone]
+    assert (
+        tokens_of(decode(model, requests_of(model), GREEDY, end_tokens=[end])) == expected != alone
+    )
+
+
 def test_a_callback_may_end_an_answer(model, alone):
     heard = []
 
@@ -225,3 +233,13 @@ def test_changed_adapters_are_read_at_the_next_call(model, alone):
     changed = tokens_of(decode(model_of, requests_of(model), GREEDY))
     model_of.free_generation_memory()
     assert tokens_of(decode(model_of, requests_of(model), GREEDY)) == changed != alone
+
+
+def test_changed_weights_of_the_base_are_read_at_the_next_call(model, alone):
+    changed = copy.deepcopy(model)
+    assert tokens_of(decode(changed, requests_of(model), GREEDY)) == alone
+    with torch.no_grad():
+        changed.model.layers[0].self_attn.q_proj.quantized.packed.bitwise_xor_(0x11)
+    found = tokens_of(decode(changed, requests_of(model), GREEDY))
+    changed.free_generation_memory()
+    assert found == tokens_of(decode(changed, requests_of(model), GREEDY)) != alone

@@ -144,7 +144,7 @@ MODEL_BUGS = (
         "minitune/model/decoding/decode_call.py",
         "if stops or token in end_tokens or not sequence.tokens_left:",
         "if stops or not sequence.tokens_left:",
-        ("test_generate.py::test_each_row_stops_at_the_end_token_and_leaves_it_out",),
+        ("test_decoding.py::test_an_answer_ends_with_its_end_token",),
     ),
     Mutation(
         "answers to one prompt write into its last page together",

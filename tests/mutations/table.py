@@ -2,6 +2,7 @@
 
 from mutations.chat_bugs import CHAT_BUGS
 from mutations.data_bugs import DATA_BUGS
+from mutations.decode_bugs import DECODE_BUGS
 from mutations.export_bugs import EXPORT_BUGS
 from mutations.generation_bugs import GENERATION_BUGS
 from mutations.gpu_bugs import GPU_BUGS
@@ -17,6 +18,7 @@ MUTATIONS = (
     *GENERATION_BUGS,
     *CHAT_BUGS,
     *TRAINING_BUGS,
+    *DECODE_BUGS,
     *DATA_BUGS,
     *EXPORT_BUGS,
     *QUIET_BUGS,
