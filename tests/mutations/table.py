@@ -3,6 +3,7 @@
 from mutations.chat_bugs import CHAT_BUGS
 from mutations.data_bugs import DATA_BUGS
 from mutations.decode_bugs import DECODE_BUGS
+from mutations.decode_kernel_bugs import DECODE_KERNEL_BUGS
 from mutations.export_bugs import EXPORT_BUGS
 from mutations.generation_bugs import GENERATION_BUGS
 from mutations.gpu_bugs import GPU_BUGS
@@ -14,6 +15,7 @@ from mutations.training_bugs import TRAINING_BUGS
 
 MUTATIONS = (
     *KERNEL_BUGS,
+    *DECODE_KERNEL_BUGS,
     *MODEL_BUGS,
     *GENERATION_BUGS,
     *CHAT_BUGS,
