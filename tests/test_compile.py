@@ -26,6 +26,8 @@ from minitune.kernels import (
     dequantize_ggml,
     dequantize_nf4,
     embedding,
+    few_row_linear,
+    few_row_weights,
     gated_activation,
     global_norm,
     lora_linear,
@@ -52,6 +54,7 @@ MODELS = {  # D, H, G, K, F, V
 }
 KERNELS = {
     "_adamw",
+    "_add_few_row_sums",
     "_add_splits",
     "_attention_dkdv",
     "_attention_dq",
@@ -65,6 +68,7 @@ KERNELS = {
     "_dequantize_ggml",
     "_embed",
     "_embed_ggml",
+    "_few_row_products",
     "_gated_activation_bwd",
     "_gated_activation_fwd",
     "_qk_norm_rope",
@@ -193,8 +197,44 @@ def run_layer(t: MetaTensors) -> None:
         cross_entropy.linear_cross_entropy(x, t.new(t.V, t.D), targets, t.N, softcap=softcap)
 
 
+def nested_nf4(t: MetaTensors, out_features: int, in_features: int) -> dequantize_nf4.NF4Storage:
+    """Return an NF4 weight with nested scales."""
+    blocks = out_features * in_features // 64
+    return dequantize_nf4.NF4Storage(
+        t.new(blocks * 32, dtype=torch.uint8),
+        t.new(blocks, dtype=torch.uint8),
+        t.float32(16),
+        (out_features, in_features),
+        64,
+        t.float32(-(-blocks // 256)),
+        t.float32(256),
+        t.float32(),
+    )
+
+
+def run_few_row_linears(t: MetaTensors) -> None:
+    """Launch the products of a decode step, straight from NF4 and from 16 bit."""
+    code = tuple(i / 8 - 1 for i in range(16))
+    for rows in (1, 64):
+        few_row_linear.few_row_logits(t.new(rows, t.D), t.new(t.V, t.D))
+        for out, in_features, parts in ((t.F, t.D, 3), (t.D, t.F, 1)):
+            lora = few_row_weights.FewRowAdapters(
+                t.new(parts * LORA_RANK, in_features),
+                t.new(1, parts * out, LORA_RANK),
+                t.float32(1),
+                t.new(rows, dtype=torch.int32),
+            )
+            for weights in ([nested_nf4(t, out, in_features)], [t.new(out, in_features)]):
+                weight = few_row_weights.FewRowWeight(tuple(weights * parts), code)
+                x, s = t.new(rows, in_features), t.float32(rows, parts * out)
+                few_row_linear.few_row_linear(x, weight, lora)
+                few_row_linear.few_row_linear(x, weight, None, 0.5, add_to=s)
+
+
 def run_decode_step(t: MetaTensors) -> None:
     """Launch the kernels of a decode step."""
+    if t.dtype != torch.float32:
+        run_few_row_linears(t)
     q, k, pages = t.new(64, t.H, t.K), t.new(64, t.G, t.K), t.new(1024, 64, t.G, t.K)
     table, lengths, places = (
         t.new(*shape, dtype=dtype)
