@@ -1,6 +1,6 @@
 """A frozen linear with LoRA branches for few rows, straight from NF4 or from 16 bit.
 
-    y = multiplier (x W^T + z B^T + bias)          z = dtype(scaling x A^T)
+    y = multiplier (x W^T + z B^T)          z = dtype(scaling x A^T)
 
 x (N, in) with N up to 64, W (out, in) frozen, y (N, out). Each row has an adapter of its own, or
 none. The values of W, A and B are those of training: NF4 is dequantised to 16 bit in registers, A
@@ -17,7 +17,7 @@ The second launch adds the splits, and z B^T of the row's own adapter. Several l
 
 The order of every sum depends on the shape of W alone, so the bits of a row do not depend on N.
 
-Bytes moved: W once (0.52 a parameter in NF4). Time of the first launch for the linears of an 8B layer
+Bytes moved: W once (0.52 a parameter in NF4). Time of the first launch for linears of an 8B layer
 in NF4, on an H100 (copy 2.98 TB/s), torch 2.11, Triton 3.6, 26 November 2026, in microseconds:
 
                            1 row     64 rows    W at the speed of a copy
@@ -37,26 +37,23 @@ PROFILE_GROUP = "decode linears"
 MAX_ROWS = 64
 
 
-def few_row_linear_reference(x, weight, adapters=None, multiplier=1.0):
-    """Return y (N, out) in PyTorch, in the accumulator's dtype."""
-    dtype, acc = x.dtype, accumulator(x.dtype)
+def few_row_linear_reference(x, weight, adapters=None, multiplier=1.0, acc=None):
+    """Return y (N, out) in PyTorch, in the dtype `acc`, by default the accumulator's."""
+    dtype, acc = x.dtype, acc or accumulator(x.dtype)
     parts = [
         dequantize_nf4(part, dtype) if isinstance(part, NF4Storage) else part.to(dtype)
         for part in weight.parts
     ]
-    y = matmul_accumulated(x, torch.cat(parts).t())
+    y = matmul_accumulated(x.to(acc), torch.cat(parts).t().to(acc))
     if adapters is not None:
         rank, sizes = adapters.b.shape[2], [part.shape[0] for part in parts]
-        for i, index in enumerate(adapters.of_row[: len(x)].tolist()):
+        a_of = adapters.a.to(acc).view(len(adapters.b), -1, x.shape[1])  # (adapters, L, in)
+        for row, total, index in zip(x.to(acc), y, adapters.of_row.tolist(), strict=False):
             if index >= 0:
-                a = adapters.a.view(len(adapters.b), len(parts), rank, -1)[index]
-                z = (x[i].to(acc) @ a.flatten(0, 1).to(acc).t() * adapters.scaling[index]).to(dtype)
-                for rows, b, part in zip(
-                    y[i].split(sizes), adapters.b[index].split(sizes), z.split(rank), strict=True
-                ):
-                    rows += b.to(acc) @ part.to(acc)
-    if weight.bias is not None:
-        y += weight.bias.to(acc)
+                z = (a_of[index] @ row * adapters.scaling[index]).to(dtype).to(acc)
+                b_of = adapters.b[index].to(acc).split(sizes)
+                for rows, b, part in zip(total.split(sizes), b_of, z.split(rank), strict=True):
+                    rows += b @ part
     return multiplier * y
 
 
@@ -66,7 +63,6 @@ def _add_few_row_sums(
     b_ptr,
     scaling_ptr,
     adapter_ptr,
-    bias_ptr,
     out_ptr,
     first_rows,
     first_tiles,
@@ -111,8 +107,6 @@ def _add_few_row_sums(
                 b_at = b_ptr + (adapter * out_features + column).to(tl.int64)[:, None] * RANK
                 b = tl.load(b_at + rank[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
                 y += tl.sum(b * z[None, :], axis=1)
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
         y *= multiplier
         to = out_ptr + n.to(tl.int64) * out_row_stride + column
         if ADD:
@@ -173,7 +167,7 @@ def few_row_linear(
     out: torch.Tensor | None = None,
     add_to: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return y (N, out) = multiplier (x W^T + z B^T + bias).
+    """Return y (N, out) = multiplier (x W^T + z B^T).
 
     x: (N, in), N at most 64, in 16 bit on a GPU; rows may be strided.
     adapters: the LoRA branches; None for none.
@@ -201,7 +195,6 @@ def few_row_linear(
     _add_few_row_sums[(first_tiles[-1], cdiv(len(x), rows))](
         sums,
         *(none if adapters is None else (adapters.b, adapters.scaling, adapters.of_row)),
-        weight.bias,
         out,
         first_rows,
         first_tiles,

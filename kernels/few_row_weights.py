@@ -20,12 +20,10 @@ class FewRowWeight:
 
     parts: each NF4 with blocks of 64, or a contiguous tensor (out, in).
     code: the values of NF4's 16 codes, on the host; () without NF4.
-    bias: (out of all parts,), or None.
     """
 
     parts: tuple[NF4Storage | torch.Tensor, ...]
     code: tuple[float, ...] = ()
-    bias: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

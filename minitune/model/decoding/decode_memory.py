@@ -107,7 +107,7 @@ class DecodeMemory:
             self._adapters_key = adapters_key
             return
         self._weights_key = self.weights = self._graphs = None  # frees their memory
-        self.weights = new_step_weights(model, adapters, self.adapter_of_row)
+        self.weights = new_step_weights(model, adapters, self.adapter_of_row, self.head.weight)
         self._weights_key, self._adapters_key = key, adapters_key
 
     def _prepare_head(self, model) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minitune.model.adapter_switch import Adapter
 from minitune.model.decoding.cpu_weights import CpuWeights, cpu_weights_fit
+from minitune.model.decoding.few_row_step import FewRowStep, few_row_step_fits
 from minitune.model.linear import FusedLinear
 
 MAX_FEW_ROWS = 64  # rows of a step; more rows take dequantised weights
@@ -48,13 +49,16 @@ class StepWeights(PassWeights, Protocol):
 
 
 def new_step_weights(
-    model, adapters: Sequence[Adapter], adapter_of_row: Tensor
+    model, adapters: Sequence[Adapter], adapter_of_row: Tensor, head: Tensor
 ) -> StepWeights | None:
     """Return the weights for steps of a model; None if each step dequantises each layer.
 
     adapters: the adapters that rows may use, none of them empty.
     adapter_of_row: int32 (slots,), the index of each row's adapter, or BASE; read at each step.
+    head: the weight of the head in the compute dtype (V, D).
     """
+    if few_row_step_fits(model):
+        return FewRowStep(model, adapters, adapter_of_row, head)
     if cpu_weights_fit(model):
         return CpuWeights(model, adapters, adapter_of_row)
     return None
