@@ -187,7 +187,7 @@ def test_a_folder_is_loaded_and_gets_the_adapter_of_peft_config(smallest, capsys
         ({"peft_config": LoraConfig()}, "an adapter with other settings already"),
         ({"model": torch.nn.Linear(2, 2)}, "model is a Linear; load it with"),
         ({"data_collator": print}, "packed without padding; leave it out"),
-        ({"compute_metrics": print}, "the loss only; use a callback's on_evaluate"),
+        ({"compute_metrics": print}, "keeps no logits; score_answer=function scores"),
         ({"callbacks": [print]}, "no callback"),
         ({"train_dataset": None}, "train_dataset is missing"),
     ],
