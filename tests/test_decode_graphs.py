@@ -83,6 +83,9 @@ def test_steps_in_graphs_read_the_adapters_values_of_each_call(model):
     mixed = [Request(r.prompt, r.limit, r.seed, a) for a in (0, 1) for r in requests]
     found = results(decode(model, mixed, WARM, adapters=[own, {}], logprobs=True))
     assert found == first + base and first != base
+    graphs = model.decode_engine._memory._graphs
+    assert results(decode(model, requests, WARM, adapters=[{}], logprobs=True)) == base
+    assert model.decode_engine._memory._graphs is graphs  # the base needs no others
     saved = [p.detach().clone() for _, p in model.adapter_parameters()]
     for _, p in model.adapter_parameters():
         p.data *= 0.5

@@ -9,8 +9,9 @@ from tiny import make_tiny_model
 
 from minitune import FastLanguageModel
 from minitune.model import adapter_switch
-from minitune.model.decoding import decode_call, prefill
+from minitune.model.decoding import decode_call, decode_memory, prefill
 from minitune.model.decoding.engine import decode
+from minitune.model.decoding.few_row_step import FewRowStep
 from minitune.model.decoding.kv_cache import PAGE, KVCache
 from minitune.model.decoding.requests import Request
 from minitune.model.sampling import SamplingConfig
@@ -140,6 +141,34 @@ def test_each_row_has_its_adapter(model, alone, max_rows):
     assert found == alone + base + expected
     assert alone[1] != base[1] != expected[1] != alone[1]
     assert adapter_switch.own_adapter(model) == own
+
+
+@pytest.mark.parametrize("is_nf4", [True, False])
+def test_weights_as_they_are_stored_give_the_same_answers(tmp_path, monkeypatch, is_nf4):
+    folder = make_tiny_model(tmp_path / "m", attention_bias=True)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=256, dtype=torch.float32, device="cpu", load_in_4bit=is_nf4
+    )
+    FastLanguageModel.get_peft_model(model, r=4)
+    fill_adapter_(model, 0.1)
+    own = adapter_switch.own_adapter(model)
+    mixed = [r for a in range(2) for r in requests_of(model, adapter=a)]
+
+    def answers():
+        first = tokens_of(decode(model, mixed, GREEDY, adapters=[own, {}]))
+        for _, p in model.adapter_parameters():
+            p.data *= -0.5
+        return first, tokens_of(decode(model, requests_of(model), GREEDY))
+
+    expected = answers()
+    model.free_generation_memory()
+    fill_adapter_(model, 0.1)
+    monkeypatch.setattr(decode_memory, "new_step_weights", FewRowStep)  # as on a GPU
+    assert answers() == expected
+    weights = model.decode_engine._memory.weights
+    base = tokens_of(decode(model, requests_of(model), GREEDY, adapters=[{}]))
+    assert base == expected[0][len(LENGTHS) :] != expected[0][: len(LENGTHS)]
+    assert model.decode_engine._memory.weights is weights
 
 
 def test_a_request_that_never_fits_is_refused_by_name(model):

@@ -45,7 +45,8 @@ class DecodeMemory:
         self._graphs: DecodeGraphs | None = None
         self._pages = 0
         self._weights_key: list | None = None
-        self._adapters_key: tuple | None = None
+        self._adapters: Sequence[Adapter] = ()  # that the weights know
+        self._parameters: list[int] = []  # identities of A and B of these adapters
         self._head_key: list | None = None
 
     # ---- the cache
@@ -85,30 +86,37 @@ class DecodeMemory:
 
     # ---- the weights
 
-    def prepare_weights(self, model, adapters: Sequence[Adapter], max_rows: int) -> None:
+    def prepare_weights(
+        self, model, adapters: Sequence[Adapter], max_rows: int
+    ) -> Sequence[Adapter]:
         """Build the head and the weights of steps, unless they are those of the model already.
+
+        Return the adapters that the weights know: those of the call, or more that an earlier call
+        named, so that calls with and without an adapter may take turns.
 
         adapters: the adapters that rows may use, none of them empty.
         """
         self._prepare_head(model)
         if max_rows > MAX_FEW_ROWS:
             self._weights_key = self.weights = self._graphs = None
-            return
+            return adapters
         frozen = [tensor for _, linear in model.linears() for tensor in linear.frozen_tensors()]
         frozen += [p for name, p in model.named_parameters() if ".lora_" not in name]
-        branches = [(id(a), id(b), scaling) for x in adapters for a, b, scaling in x.values()]
-        key, adapters_key = _key(frozen), (len(adapters), branches)
+        key = _key(frozen)
         kept = self.weights is not None and key == self._weights_key
-        if kept and (adapters_key == self._adapters_key or not self.weights.knows_rows):
+        if _parameters(self._adapters) != self._parameters:  # one of them was replaced
+            self._adapters = ()
+        if kept and all(adapter in self._adapters for adapter in adapters):
             self.weights.refresh_()
-            return
-        if kept and isinstance(self.weights, CpuWeights):
+        elif kept and isinstance(self.weights, CpuWeights):
             self.weights.use_adapters_(adapters)
-            self._adapters_key = adapters_key
-            return
-        self._weights_key = self.weights = self._graphs = None  # frees their memory
-        self.weights = new_step_weights(model, adapters, self.adapter_of_row, self.head.weight)
-        self._weights_key, self._adapters_key = key, adapters_key
+            self._adapters = adapters
+        else:
+            self._weights_key = self.weights = self._graphs = None  # frees their memory
+            weights = new_step_weights(model, adapters, self.adapter_of_row, self.head.weight)
+            self.weights, self._weights_key, self._adapters = weights, key, adapters
+        self._parameters = _parameters(self._adapters)
+        return self._adapters
 
     def _prepare_head(self, model) -> None:
         """Keep a head in the compute dtype."""
@@ -146,6 +154,12 @@ class DecodeMemory:
 def _key(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Return the identity and the version of each tensor."""
     return list(zip(map(id, tensors), versions(tensors), strict=True))
+
+
+def _parameters(adapters: Sequence[Adapter]) -> list[int]:
+    """Return the identities of A and B of adapters."""
+    branches = (branch for adapter in adapters for branch in adapter.values())
+    return [id(x.weight) for branch in branches for x in (branch.lora_A, branch.lora_B)]
 
 
 def _needed_pages(requests: Sequence[Request], max_rows: int) -> int:

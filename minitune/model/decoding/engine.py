@@ -88,9 +88,9 @@ class DecodeEngine:
                     memory = engine._memory or DecodeMemory(engine._captures)
                     engine._memory = memory
                     pages = memory.reserve(model, requests, cache_memory, max_rows)
-                    own = [own_adapter(model)] if adapters is None else adapters
-                    used, index_of = _distinct(own)
-                    memory.prepare_weights(model, used, max_rows)
+                    given = [own_adapter(model)] if adapters is None else adapters
+                    used = memory.prepare_weights(model, _distinct(given), max_rows)
+                    index_of = [used.index(x) if x else BASE for x in given]
                     schedule = Schedule(requests, PagePool(pages), max_rows, logprobs)
                     vocab, device = model.config.vocab_size, model.device
                     sampler = Sampler(config, max_rows, vocab, device, logprobs, end_tokens)
@@ -105,13 +105,10 @@ class DecodeEngine:
                 engine._is_running = False
 
 
-def _distinct(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[int]]:
-    """Return the adapters that are not the base, each once, and the index of each given one.
-
-    The index of the base is BASE.
-    """
+def _distinct(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return the adapters that are not the base, each once."""
     distinct: list[Adapter] = []
     for adapter in adapters:
         if adapter and adapter not in distinct:
             distinct.append(adapter)
-    return distinct, [distinct.index(adapter) if adapter else BASE for adapter in adapters]
+    return distinct
