@@ -60,8 +60,6 @@ class CpuWeights:
     adapter_of_row: int32 (slots,), the index of each row's adapter, or a negative number for none.
     """
 
-    knows_rows = True
-
     def __init__(self, model, adapters: Sequence[Adapter], adapter_of_row: Tensor):
         self._adapters, self._adapter_of_row = adapters, adapter_of_row
         self._frozen = {fused: FrozenWeight(_base_of(fused)) for fused in model.fused_linears()}

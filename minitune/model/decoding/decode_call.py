@@ -120,7 +120,7 @@ class DecodeCall:
     def _step(self) -> None:
         """Write the logits behind the last token of each active sequence."""
         memory, active = self._memory, self._schedule.active
-        if memory.weights is not None and memory.weights.knows_rows:
+        if memory.weights is not None:
             memory.step_(self._model, len(active), self._width)
             return
         inputs = memory.buffers.inputs(len(active), self._width)

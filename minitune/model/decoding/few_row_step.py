@@ -48,8 +48,6 @@ class FewRowStep:
     head: (V, D), contiguous.
     """
 
-    knows_rows = True
-
     def __init__(self, model, adapters: Sequence[Adapter], adapter_of_row: Tensor, head: Tensor):
         self._head = head
         self._copies = AdapterCopies(model.dtype)

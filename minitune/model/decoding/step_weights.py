@@ -27,13 +27,7 @@ class PassWeights(Protocol):
 
 
 class StepWeights(PassWeights, Protocol):
-    """The weights of all fused linears and of the head.
-
-    knows_rows: True if each row has the adapter that `adapter_of_row` says; False if all rows have
-        the one that the linears have at the step.
-    """
-
-    knows_rows: bool
+    """The weights of all fused linears and of the head, with an adapter for each row."""
 
     def logits(self, h: Tensor, multiplier: float) -> Tensor:
         """Return multiplier * h W^T of the head in float32 (rows, V), from h (rows, D)."""
