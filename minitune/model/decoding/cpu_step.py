@@ -11,6 +11,8 @@ read in place if the pages of each row follow each other and the rows are equall
 cache that was filled at once; otherwise they are gathered.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,6 +25,7 @@ from minitune.model.layers import Attention, LayerPass
 from minitune.model.norms import NoNorm, RMSNorm
 from minitune.model.packed_sequences import PackedSequences
 
+_ZERO = torch.zeros(())
 MAX_PADDING = 2  # keys that are read in one call, for each key that is seen
 
 
@@ -94,7 +97,7 @@ class CpuStep:
             return heads.heads_of(qkv, p)
         cos, sin = tables
         H, G, K = heads.H, heads.G, heads.K
-        x = qkv.view(len(qkv), H + 2 * G, K)
+        x = qkv.view(qkv.shape[0], H + 2 * G, K)
         # y1 = x1 cos - x2 sin,  y2 = x2 cos + x1 sin: the rolled halves of a head are x2, x1.
         qk = x[:, : H + G]
         y = torch.addcmul(qk * cos, qk.roll(K // 2, -1), sin)
@@ -112,7 +115,7 @@ class CpuStep:
             pages.view(-1, heads.G, heads.K).index_copy_(0, self._places, x)
         first = self._first_key(heads.window)
         mask = self._mask(heads.window, first)
-        grouped = q.reshape(len(q), heads.G, -1, heads.K)  # (rows, G, H / G, K)
+        grouped = q.reshape(q.shape[0], heads.G, -1, heads.K)  # (rows, G, H / G, K)
         seen = (self._tokens(x, first) for x in (keys, values))
         out = functional.scaled_dot_product_attention(
             grouped, *seen, attn_mask=mask, scale=heads.scale
@@ -185,10 +188,15 @@ def _norm(norm: RMSNorm | NoNorm, x: Tensor) -> Tensor:
     """Return the norm of x (rows, D); x itself if there is none."""
     if not norm.is_norm:
         return x
-    weight = norm.weight.float()
-    if norm.offset:
-        weight = weight + norm.offset
-    return functional.rms_norm(x, norm.shape, weight, norm.eps)
+    weight = norm.weight
+    if norm.offset or weight.dtype != torch.float32:
+        weight = weight.float() + norm.offset
+    if x.shape[0] > 1:
+        return functional.rms_norm(x, norm.shape, weight, norm.eps)
+    # A single row's factor is a number, which spares most of the calls.
+    size = torch.linalg.vector_norm(x).item()
+    factor = 1 / math.sqrt(size * size / x.shape[1] + norm.eps)
+    return torch.addcmul(_ZERO, x, weight, value=factor)
 
 
 def _activated(gate: Tensor, activation: str) -> Tensor:

@@ -117,6 +117,7 @@ class FrozenWeight:
     def __init__(self, weight: Tensor):
         self._transposed = weight.t().contiguous()  # (in, out)
         self._packed: Tensor | None = None
+        self._can_pack = _can_pack()
 
     def product(
         self, x: Tensor, out: Tensor | None, multiplier: float, add_to: Tensor | None = None
@@ -126,7 +127,7 @@ class FrozenWeight:
         out: destination of the product.
         add_to: (N, out) that the product is added to instead.
         """
-        if 1 < len(x) <= MAX_PACKED_ROWS and _can_pack():
+        if 1 < x.shape[0] <= MAX_PACKED_ROWS and self._can_pack:
             y = self._packed_product(x)
             if add_to is not None:
                 return add_to.add_(y, alpha=multiplier)
@@ -135,8 +136,10 @@ class FrozenWeight:
             return y if out is None else out.copy_(y)
         if add_to is not None:
             return add_to.addmm_(x, self._transposed, alpha=multiplier)
+        if out is None and multiplier == 1:
+            return torch.mm(x, self._transposed)
         if out is None:
-            out = x.new_empty(len(x), self._transposed.shape[1])
+            out = x.new_empty(x.shape[0], self._transposed.shape[1])
         return torch.addmm(out, x, self._transposed, beta=0, alpha=multiplier, out=out)
 
     def _packed_product(self, x: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ class CpuWeight:
         """
         x = x[:, : self._fused.in_features]
         y = self._frozen.product(x, out, self._fused.multiplier, add_to)
-        for adapter, rows in self._adapters_of(len(x)):
+        for adapter, rows in self._adapters_of(x.shape[0]):
             self._add_adapter_(y, x, adapter, rows)
         return y
 
