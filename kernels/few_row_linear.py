@@ -32,7 +32,7 @@ from .dequantize_nf4 import NF4Storage, dequantize_nf4
 from .few_row_products import choose, few_row_products, places_of_parts
 from .few_row_weights import BLOCKSIZE, FewRowAdapters, FewRowWeight, fits_few_rows
 
-PROFILE_GROUP = "decode linears"
+PROFILE_GROUP = "base matmuls"
 
 MAX_ROWS = 64
 

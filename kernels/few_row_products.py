@@ -16,6 +16,8 @@ from .dequantize_nf4 import NF4Storage
 from .few_row_weights import BLOCKSIZE, TILE, FewRowWeight
 from .nf4_lookup import LOOKUP_CONSTRAINTS, TABLE_CONSTRAINTS, lookup_text, table_text
 
+PROFILE_GROUP = "base matmuls"
+
 # Elements of `in` a pass, for up to 16 rows. With more rows a pass of 64 leaves room for a second
 # program, because x takes the shared memory.
 WIDE_BLOCK = 128
