@@ -20,6 +20,7 @@ CHOICE = "test_kernels_sample_tokens.py::test_the_kernels_choose_the_tokens_of_t
 EQUALS = (
     "test_kernels_sample_tokens.py::test_equals_forbidden_tokens_and_numbers_that_are_not_finite"
 )
+PRODUCTS = "test_kernels_few_row_linear.py::test_products_are_as_good_as_the_formula"
 SLOTS = "test_decoding.py::test_slots_and_pages_change_no_answer"
 ADAPTERS = "test_decoding.py::test_each_row_has_its_adapter"
 
@@ -130,5 +131,54 @@ DECODE_BUGS = (
         "kept = self.weights is not None and key == self._weights_key",
         "kept = self.weights is not None",
         ("test_decoding.py::test_changed_weights_of_the_base_are_read_at_the_next_call",),
+    ),
+    Mutation(
+        "the products of a split begin at the first column",
+        "kernels/few_row_products.py",
+        "begin = split * split_size",
+        "begin = 0 * split_size",
+        (PRODUCTS,),
+    ),
+    Mutation(
+        "the scales of a pass are those of the next one",
+        "kernels/few_row_products.py",
+        "at = row * (IN // 64) + begin // 64 + block\n",
+        "at = row * (IN // 64) + begin // 64 + block + 1\n",
+        (PRODUCTS,),
+    ),
+    Mutation(
+        "nested scales are read without their offset",
+        "kernels/few_row_products.py",
+        "tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset",
+        "tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested",
+        (PRODUCTS,),
+    ),
+    Mutation(
+        "a row without an adapter takes the first one",
+        "kernels/few_row_linear.py",
+        "            if adapter >= 0:",
+        "            if adapter >= -1:",
+        (PRODUCTS,),
+    ),
+    Mutation(
+        "the second linear of a fused one reads the A of the first",
+        "kernels/few_row_linear.py",
+        "(adapter * PARTS + part) * RANK + rank",
+        "(adapter * PARTS) * RANK + rank",
+        (PRODUCTS,),
+    ),
+    Mutation(
+        "the sum that a product is added to is overwritten",
+        "kernels/few_row_linear.py",
+        "        if ADD:",
+        "        if not ADD:",
+        (PRODUCTS,),
+    ),
+    Mutation(
+        "an adapter's output is not scaled",
+        "kernels/few_row_linear.py",
+        "z = (z * tl.load(scaling_ptr + adapter))",
+        "z = (z * 1.0)",
+        (PRODUCTS,),
     ),
 )
