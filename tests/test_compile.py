@@ -228,9 +228,12 @@ def run_few_row_linears(t: MetaTensors) -> None:
             )
             for weights in ([nested_nf4(t, out, in_features)], [t.new(out, in_features)]):
                 weight = few_row_weights.FewRowWeight(tuple(weights * parts), code)
-                x, s = t.new(rows, in_features), t.float32(rows, parts * out)
-                few_row_linear.few_row_linear(x, weight, lora)
-                few_row_linear.few_row_linear(x, weight, None, 0.5, add_to=s)
+                x = t.new(rows, in_features)
+                if parts > 1:
+                    few_row_linear.few_row_linear(x, weight, lora)
+                else:
+                    total = t.float32(rows, out)
+                    few_row_linear.few_row_linear(x, weight, None, 0.5, add_to=total)
 
 
 def run_decode_step(t: MetaTensors) -> None:
