@@ -6,10 +6,12 @@ Prompts of random tokens, greedy answers of one length, 1 and 8 sequences. Both 
 prompt in turn, several rounds. A round's time is that of the whole call, prefill included. The
 medians of the time between two tokens and the fastest round are printed, with a check that both
 sides chose the same tokens. Other programs on the machine disturb both sides; the fastest round is
-the least disturbed one.
+the least disturbed one. With OMP_WAIT_POLICY=PASSIVE threads do not spin while they wait, so the
+CPU time of a step is its work.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -30,6 +32,7 @@ class Clock(transformers.StoppingCriteria):
 
     def __init__(self):
         self.times: list[float] = []
+        self.cpu_times: list[float] = []  # of all threads together
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options) -> torch.Tensor:
         self.tick()
@@ -38,6 +41,7 @@ class Clock(transformers.StoppingCriteria):
     def tick(self) -> None:
         """Note the time of one more token of each sequence."""
         self.times.append(time.perf_counter())
+        self.cpu_times.append(time.process_time())
 
 
 def ours(model, prompts: torch.Tensor, tokens: int, clock: Clock) -> list[list[int]]:
@@ -67,12 +71,16 @@ def theirs(model, prompts: torch.Tensor, tokens: int, clock: Clock) -> list[list
 
 
 def timed(side: Callable, model, prompts: torch.Tensor, tokens: int) -> tuple:
-    """Return the answers, the seconds of the call, and the times between two tokens."""
+    """Return the answers, the seconds of the call, and the wall and CPU time of each step."""
     clock, begin = Clock(), time.perf_counter()
     answers = side(model, prompts, tokens, clock)
     seconds = time.perf_counter() - begin
-    steps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
-    return answers, seconds, steps
+    return answers, seconds, differences(clock.times), differences(clock.cpu_times)
+
+
+def differences(times: list[float]) -> list[float]:
+    """Return the time from each entry to the next."""
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def compare(models: dict, rows: int, tokens: int, rounds: int) -> None:
@@ -80,21 +88,23 @@ def compare(models: dict, rows: int, tokens: int, rounds: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     vocab = models["minitune"][1].config.vocab_size
     prompts = torch.randint(10, vocab, (rows, PROMPT_TOKENS), generator=generator)
-    seconds, steps, answers = {}, {}, {}
+    seconds, steps, work, answers = {}, {}, {}, {}
     for name, (side, model) in models.items():
         timed(side, model, prompts, 4)  # builds what stays between calls
-        seconds[name], steps[name] = [], []
+        seconds[name], steps[name], work[name] = [], [], []
     for _ in range(rounds):
         for name, (side, model) in models.items():
-            answers[name], took, between = timed(side, model, prompts, tokens)
+            answers[name], took, between, of_cpu = timed(side, model, prompts, tokens)
             seconds[name].append(took)
             steps[name] += between
+            work[name] += of_cpu
     for name in models:
         fastest, median = min(seconds[name]), statistics.median(steps[name])
         print(
             f"{rows} x {tokens} tokens, {name:12s} {rows * tokens / fastest:7.1f} tokens/s "
             f"(fastest call), {1e3 * median:6.1f} ms a step (median), "
-            f"{1e3 * min(steps[name]):6.1f} ms (least)",
+            f"{1e3 * min(steps[name]):6.1f} ms (least), "
+            f"{1e3 * min(work[name]):6.1f} ms of CPU time (least)",
             flush=True,
         )
     a, b = (seconds[name] for name in ("transformers", "minitune"))
