@@ -14,6 +14,7 @@ triton = SimpleNamespace(jit=jit)  # kernels are decorated as in Triton's own ex
 INTERPRETER_SHARED_MEMORY = 99 * 1024  # bytes, as on sm_86
 # Triton 3.3 and later multiply matrices by tensor cores from this compute capability on.
 TENSOR_CORE_CAPABILITY = (8, 0)
+DEPENDENT_LAUNCH_CAPABILITY = (9, 0)  # programmatic dependent launch
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -46,6 +47,14 @@ def has_tensor_core_kernels(device: torch.device) -> bool:
     if device.type == "cpu":
         return True
     return torch.cuda.get_device_capability(device.index) >= TENSOR_CORE_CAPABILITY
+
+
+@functools.cache
+def has_dependent_launches(device: torch.device) -> bool:
+    """Return True if a launch may begin before the one before it ends, from sm_90 on."""
+    if device.type == "cpu":
+        return False
+    return torch.cuda.get_device_capability(device.index) >= DEPENDENT_LAUNCH_CAPABILITY
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -27,7 +27,7 @@ in NF4, on an H100 (copy 2.98 TB/s), torch 2.11, Triton 3.6, 26 November 2026, i
 import torch
 
 from . import backend
-from .backend import accumulator, cdiv, matmul_accumulated, tl, triton
+from .backend import accumulator, matmul_accumulated, tl, triton
 from .dequantize_nf4 import NF4Storage, dequantize_nf4
 from .few_row_products import choose, few_row_products, places_of_parts
 from .few_row_weights import BLOCKSIZE, FewRowAdapters, FewRowWeight, fits_few_rows
@@ -35,6 +35,7 @@ from .few_row_weights import BLOCKSIZE, FewRowAdapters, FewRowWeight, fits_few_r
 PROFILE_GROUP = "base matmuls"
 
 MAX_ROWS = 64
+ADD_BLOCK = 256  # outputs of a program of the second launch
 
 
 def few_row_linear_reference(x, weight, adapters=None, multiplier=1.0, acc=None):
@@ -76,10 +77,13 @@ def _add_few_row_sums(
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     ADD: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Write y of BLOCK outputs of one part for ROWS rows; ADD adds y to out in place."""
+    """Write y of BLOCK outputs of one part for one row; ADD adds y to out in place."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     part = 0
     for i in tl.static_range(1, PARTS):
@@ -88,30 +92,28 @@ def _add_few_row_sums(
     local = (tile - choose(first_tiles, first_tiles, tile, PARTS)) * BLOCK + tl.arange(0, BLOCK)
     mask = local < size
     column = choose(first_rows, first_tiles, tile, PARTS) + local
-    first = tl.program_id(1) * ROWS
-    for i in range(tl.minimum(ROWS, N - first)):
-        n = first + i
-        y = tl.zeros((BLOCK,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            at = sums_ptr + (split * N + n).to(tl.int64) * width
-            y += tl.load(at + column, mask=mask, other=0.0)
-        if RANK:
-            adapter = tl.load(adapter_ptr + n)
-            if adapter >= 0:
-                rank = tl.arange(0, RANK)
-                z = tl.zeros((RANK,), tl.float32)
-                for split in tl.static_range(SPLITS):
-                    at = sums_ptr + (split * N + n).to(tl.int64) * width + out_features
-                    z += tl.load(at + (adapter * PARTS + part) * RANK + rank)
-                z = (z * tl.load(scaling_ptr + adapter)).to(b_ptr.dtype.element_ty).to(tl.float32)
-                b_at = b_ptr + (adapter * out_features + column).to(tl.int64)[:, None] * RANK
-                b = tl.load(b_at + rank[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
-                y += tl.sum(b * z[None, :], axis=1)
-        y *= multiplier
-        to = out_ptr + n.to(tl.int64) * out_row_stride + column
-        if ADD:
-            y += tl.load(to, mask=mask, other=0.0)
-        tl.store(to, y.to(out_ptr.dtype.element_ty), mask=mask)
+    n = tl.program_id(1)
+    y = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        at = sums_ptr + (split * N + n).to(tl.int64) * width
+        y += tl.load(at + column, mask=mask, other=0.0)
+    if RANK:
+        adapter = tl.load(adapter_ptr + n)
+        if adapter >= 0:
+            rank = tl.arange(0, RANK)
+            z = tl.zeros((RANK,), tl.float32)
+            for split in tl.static_range(SPLITS):
+                at = sums_ptr + (split * N + n).to(tl.int64) * width + out_features
+                z += tl.load(at + (adapter * PARTS + part) * RANK + rank)
+            z = (z * tl.load(scaling_ptr + adapter)).to(b_ptr.dtype.element_ty).to(tl.float32)
+            b_at = b_ptr + (adapter * out_features + column).to(tl.int64)[:, None] * RANK
+            b = tl.load(b_at + rank[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
+            y += tl.sum(b * z[None, :], axis=1)
+    y *= multiplier
+    to = out_ptr + n.to(tl.int64) * out_row_stride + column
+    if ADD:
+        y += tl.load(to, mask=mask, other=0.0)
+    tl.store(to, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _check(x: torch.Tensor, weight: FewRowWeight, adapters: FewRowAdapters | None) -> None:
@@ -189,10 +191,10 @@ def few_row_linear(
     sums = torch.empty((weight.splits, len(x), width), dtype=torch.float32, device=x.device)
     few_row_products(x, weight, lora_a, sums, 1.0)
     sizes = [part.shape[0] for part in weight.parts]
-    block, rows = 128, 8
-    first_rows, first_tiles = places_of_parts(sizes, block)
+    first_rows, first_tiles = places_of_parts(sizes, ADD_BLOCK)
     none = (None,) * 3
-    _add_few_row_sums[(first_tiles[-1], cdiv(len(x), rows))](
+    dependent = backend.has_dependent_launches(x.device)
+    _add_few_row_sums[(first_tiles[-1], len(x))](
         sums,
         *(none if adapters is None else (adapters.b, adapters.scaling, adapters.of_row)),
         out,
@@ -208,9 +210,10 @@ def few_row_linear(
         PARTS=len(sizes),
         RANK=0 if adapters is None else adapters.b.shape[2],
         ADD=add_to is not None,
-        ROWS=rows,
-        BLOCK=block,
+        BLOCK=ADD_BLOCK,
+        DEPENDENT=dependent,
         num_warps=4,
         enable_fp_fusion=False,
+        **({"launch_pdl": True} if dependent else {}),
     )
     return out

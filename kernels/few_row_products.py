@@ -11,16 +11,26 @@ from itertools import accumulate
 
 import torch
 
+from . import backend
 from .backend import cdiv, power_of_two, tl, triton
 from .dequantize_nf4 import NF4Storage
 from .few_row_weights import BLOCKSIZE, TILE, FewRowWeight
-from .nf4_lookup import LOOKUP_CONSTRAINTS, TABLE_CONSTRAINTS, lookup_text, table_text
+from .nf4_lookup import (
+    LOOKUP_CONSTRAINTS,
+    TABLE_CONSTRAINTS,
+    lookup_text,
+    table_text,
+    values_of_words,
+)
 
 PROFILE_GROUP = "base matmuls"
 
 # Elements of `in` a pass, for up to 16 rows. With more rows a pass of 64 leaves room for a second
 # program, because x takes the shared memory.
 WIDE_BLOCK = 128
+STAGES = 3
+# With at most 102 registers a thread, a multiprocessor has room for five programs instead of four.
+NARROW_REGISTERS = 96
 
 
 @triton.jit
@@ -30,64 +40,6 @@ def choose(values, first_tiles, tile, COUNT: tl.constexpr):
     for i in tl.static_range(1, COUNT):
         value = tl.where(tile >= first_tiles[i], values[i], value)
     return value
-
-
-@triton.jit
-def _pairs_to_rows(p0, p1, p2, p3):
-    """Return the elements of four neighbouring pairs as one last dimension of four."""
-    return tl.join(tl.join(p0, p2), tl.join(p1, p3))
-
-
-@triton.jit
-def _values_of_words(
-    word,
-    scale,
-    code_ptr,
-    DTYPE: tl.constexpr,
-    TABLE: tl.constexpr,
-    TABLE_ARGS: tl.constexpr,
-    LOOKUP: tl.constexpr,
-    LOOKUP_ARGS: tl.constexpr,
-):
-    """Return the even and the odd elements of words of 8 codes, each (..., words, 2, 2) in DTYPE.
-
-    TABLE, LOOKUP: PTX of nf4_lookup.py; without it the values are loaded from code_ptr.
-    """
-    if TABLE != "":
-        t0, t1, t2, t3, t4, t5, t6, t7 = tl.inline_asm_elementwise(
-            TABLE,
-            TABLE_ARGS,
-            [scale],
-            dtype=(
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-            ),
-            is_pure=True,
-            pack=1,
-        )
-        p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            LOOKUP,
-            LOOKUP_ARGS,
-            [word, t0, t1, t2, t3, t4, t5, t6, t7],
-            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
-            is_pure=True,
-            pack=1,
-        )
-        pair = _pairs_to_rows(p0, p1, p2, p3)
-        even = (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
-        odd = (pair >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
-    else:
-        byte = _pairs_to_rows(word & 255, (word >> 8) & 255, (word >> 16) & 255, word >> 24)
-        wide = scale[:, :, :, None, None]
-        even = (tl.load(code_ptr + (byte >> 4).to(tl.int32)) * wide).to(DTYPE)
-        odd = (tl.load(code_ptr + (byte & 15).to(tl.int32)) * wide).to(DTYPE)
-    return even, odd
 
 
 @triton.jit
@@ -114,6 +66,7 @@ def _multiply_nf4(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Return the product (TILE, ROWS) of rows of an NF4 weight and x, over begin <= k < end."""
     BLOCKS: tl.constexpr = BLOCK // 64
@@ -130,6 +83,8 @@ def _multiply_nf4(
         offset = tl.load(nested_offset_ptr)
         nested = tl.load(nested_absmax_ptr + at // NESTED_BLOCKSIZE)
     acc = tl.zeros((TILE, ROWS), tl.float32)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     for _ in tl.range(begin, end, BLOCK, num_stages=STAGES):
         at = tl.minimum(at + BLOCKS, last_block)
         if NESTED_BLOCKSIZE:
@@ -138,7 +93,7 @@ def _multiply_nf4(
         else:
             scale = absmax
         absmax = tl.load(absmax_ptr + at)
-        even, odd = _values_of_words(
+        even, odd = values_of_words(
             tl.load(word_at),
             scale,
             code_ptr,
@@ -169,10 +124,13 @@ def _multiply_dense(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Return the product (TILE, ROWS) of rows of a weight and x, over begin <= k < end."""
     w_at = w_ptr + row[:, None].to(tl.int64) * IN + (begin + tl.arange(0, BLOCK))[None, :]
     acc = tl.zeros((TILE, ROWS), tl.float32)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     for _ in tl.range(begin, end, BLOCK, num_stages=STAGES):
         w = tl.load(w_at).to(x_at.dtype.element_ty)
         x = tl.load(x_at, mask=row_mask, other=0.0)
@@ -214,9 +172,17 @@ def _few_row_products(
     BLOCK: tl.constexpr,
     DENSE_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DENSE_STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Multiply x by TILE rows of one part over one split. The NF4 parts come first."""
-    tile, split = tl.program_id(0), tl.program_id(1)
+    """Multiply x by TILE rows of one part over one split. The NF4 parts come first.
+
+    DEPENDENT: the launch begins before the one before it ends, so x is read after `gdc_wait`.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    # The last parts go first: the tiles of A have few programs, which would end late.
+    tile, split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     size = choose(sizes, first_tiles, tile, PARTS)
     first_tile = choose(first_tiles, first_tiles, tile, PARTS)
     local = (tile - first_tile) * TILE + tl.arange(0, TILE)
@@ -251,6 +217,7 @@ def _few_row_products(
                 TILE,
                 BLOCK,
                 STAGES,
+                DEPENDENT,
             )
     if NF4_PARTS < PARTS:  # noqa: SIM102 - decided at compilation
         if tile >= first_tiles[NF4_PARTS]:
@@ -268,7 +235,8 @@ def _few_row_products(
                 ROWS,
                 TILE,
                 DENSE_BLOCK,
-                STAGES,
+                DENSE_STAGES,
+                DEPENDENT,
             )
     column = choose(first_rows, first_tiles, tile, PARTS) + local
     to = sums_ptr + (split * N + n).to(tl.int64) * width + column[:, None]
@@ -297,15 +265,13 @@ def few_row_products(
     factor: float,
 ) -> None:
     """Fill sums (splits, N, out + L) with factor x W^T and factor x A^T."""
-    nf4 = [part for part in weight.parts if isinstance(part, NF4Storage)]
-    dense = [part for part in weight.parts if not isinstance(part, NF4Storage)]
-    if lora_a is not None:
-        dense.append(lora_a)
-    parts = [*nf4, *dense]
     in_order = [*weight.parts] if lora_a is None else [*weight.parts, lora_a]
-    first_rows = accumulate((part.shape[0] for part in in_order), initial=0)
-    first_row = dict(zip(map(id, in_order), first_rows, strict=False))
-    sizes = [part.shape[0] for part in parts]
+    starts = accumulate((part.shape[0] for part in in_order), initial=0)
+    placed = list(zip(in_order, starts, strict=False))
+    nf4 = [part for part, _ in placed if isinstance(part, NF4Storage)]
+    dense = [part for part, _ in placed if not isinstance(part, NF4Storage)]
+    placed.sort(key=lambda pair: not isinstance(pair[0], NF4Storage))  # NF4 first
+    sizes = [part.shape[0] for part, _ in placed]
     _, first_tiles = places_of_parts(sizes, TILE)
     in_features, splits = x.shape[1], len(sums)
     rows = max(power_of_two(len(x)), 16)
@@ -315,6 +281,7 @@ def few_row_products(
     split_size = cdiv(cdiv(in_features, step), splits) * step
     nested = bool(nf4) and nf4[0].nested_absmax is not None
     on_gpu = x.device.type != "cpu"
+    dependent = backend.has_dependent_launches(x.device)
     pointers = [(w.packed, w.absmax, *_nested_scales(w)) for w in nf4] or [(x,) * 5]
     _few_row_products[(first_tiles[-1], splits)](
         x,
@@ -323,7 +290,7 @@ def few_row_products(
         tuple(dense) or (x,),
         sums,
         tuple(sizes),
-        tuple(first_row[id(part)] for part in parts),
+        tuple(start for _, start in placed),
         first_tiles,
         len(x),
         x.stride(0),
@@ -332,7 +299,7 @@ def few_row_products(
         factor,
         IN=in_features,
         NF4_PARTS=len(nf4),
-        PARTS=len(parts),
+        PARTS=len(placed),
         NESTED_BLOCKSIZE=nf4[0].nested_blocksize if nested else 0,
         TABLE=table_text(weight.code, x.dtype) if nf4 and on_gpu else "",
         TABLE_ARGS=TABLE_CONSTRAINTS,
@@ -342,8 +309,12 @@ def few_row_products(
         TILE=TILE,
         BLOCK=block,
         DENSE_BLOCK=BLOCKSIZE if nf4 else block,
-        STAGES=3,
+        STAGES=STAGES,
+        DENSE_STAGES=2 if nf4 else STAGES,
+        DEPENDENT=dependent,
         num_warps=4,
-        num_stages=3,
+        num_stages=STAGES,
         enable_fp_fusion=False,
+        **({"maxnreg": NARROW_REGISTERS} if nf4 and rows == 16 and on_gpu else {}),
+        **({"launch_pdl": True} if dependent else {}),
     )

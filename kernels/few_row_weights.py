@@ -9,9 +9,9 @@ from .dequantize_nf4 import NF4Storage
 
 BLOCKSIZE = 64  # elements that share a scale in NF4
 TILE = 64  # rows of W a program; the tensor cores of an H100 take 64 at least
-# Programs to reach by splitting `in`. 132 multiprocessors run 5 programs each.
-MIN_PROGRAMS = 512
-MIN_SPLIT = 512  # elements of `in`
+LONG_SPLIT = 1024  # elements of `in` that a program takes at least,
+SHORT_SPLIT = 512  # or these, if there are fewer than MIN_PROGRAMS
+MIN_PROGRAMS = 256
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class FewRowWeight:
         """Return the number of ranges into which `in` is split. It depends on the shape alone."""
         out_features, in_features = self.shape
         tiles, splits = cdiv(out_features, TILE), 1
-        while tiles * splits < MIN_PROGRAMS and in_features >= 2 * splits * MIN_SPLIT:
+        while in_features >= 2 * splits * (
+            SHORT_SPLIT if tiles * splits < MIN_PROGRAMS else LONG_SPLIT
+        ):
             splits *= 2
         return splits
 

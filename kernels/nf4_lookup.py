@@ -18,6 +18,8 @@ import struct
 
 import torch
 
+from .backend import tl, triton
+
 TABLE_CONSTRAINTS = ",".join(["=&r"] * 8 + ["f"])
 LOOKUP_CONSTRAINTS = ",".join(["=&r"] * 4 + ["r"] * 9)
 
@@ -67,3 +69,61 @@ def lookup_text() -> str:
         lines.append(f"prmt.b32 ${2 * half}, low, high, 0x4051;")
         lines.append(f"prmt.b32 ${2 * half + 1}, low, high, 0x6273;")
     return "\n".join(["{", *lines, "}"])
+
+
+@triton.jit
+def _pairs_to_rows(p0, p1, p2, p3):
+    """Return the elements of four neighbouring pairs as one last dimension of four."""
+    return tl.join(tl.join(p0, p2), tl.join(p1, p3))
+
+
+@triton.jit
+def values_of_words(
+    word,
+    scale,
+    code_ptr,
+    DTYPE: tl.constexpr,
+    TABLE: tl.constexpr,
+    TABLE_ARGS: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    LOOKUP_ARGS: tl.constexpr,
+):
+    """Return the even and the odd elements of words of 8 codes, each (..., words, 2, 2) in DTYPE.
+
+    TABLE, LOOKUP: the PTX above; without it the values are loaded from code_ptr.
+    """
+    if TABLE != "":
+        t0, t1, t2, t3, t4, t5, t6, t7 = tl.inline_asm_elementwise(
+            TABLE,
+            TABLE_ARGS,
+            [scale],
+            dtype=(
+                tl.uint32,
+                tl.uint32,
+                tl.uint32,
+                tl.uint32,
+                tl.uint32,
+                tl.uint32,
+                tl.uint32,
+                tl.uint32,
+            ),
+            is_pure=True,
+            pack=1,
+        )
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            LOOKUP,
+            LOOKUP_ARGS,
+            [word, t0, t1, t2, t3, t4, t5, t6, t7],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+        pair = _pairs_to_rows(p0, p1, p2, p3)
+        even = (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+        odd = (pair >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+    else:
+        byte = _pairs_to_rows(word & 255, (word >> 8) & 255, (word >> 16) & 255, word >> 24)
+        wide = scale[:, :, :, None, None]
+        even = (tl.load(code_ptr + (byte >> 4).to(tl.int32)) * wide).to(DTYPE)
+        odd = (tl.load(code_ptr + (byte & 15).to(tl.int32)) * wide).to(DTYPE)
+    return even, odd

@@ -296,6 +296,7 @@ def recorded_launches(
     backend.use_triton = lambda x: True
     backend.shared_memory_limit = lambda device: SHARED_MEMORY[arch] * 1024
     backend.has_tensor_core_kernels = lambda device: arch >= 80
+    backend.has_dependent_launches = lambda device: arch >= 90
     tensors = MetaTensors(model, dtype, rows)
     dequantise_and_write_adapters(tensors)
     dequantise_ggml_types(tensors, ggml_types)

@@ -59,7 +59,7 @@ def adapters(rows, sizes, width, dtype, device, count=2, rank=16):
     ],
 )
 def test_products_are_as_good_as_the_formula(kind, rows, sizes, width, dtype, device, monkeypatch):
-    monkeypatch.setattr(few_row_weights, "MIN_SPLIT", 64)
+    monkeypatch.setattr(few_row_weights, "SHORT_SPLIT", 64)
     weight = weights(kind, sizes, width, dtype, device)
     x = strided(normal(rows, width, dtype=dtype, device=device))
     for lora in (None, adapters(rows, sizes, width, dtype, device)):
