@@ -187,7 +187,7 @@ def _few_row_products(
     first_tile = choose(first_tiles, first_tiles, tile, PARTS)
     local = (tile - first_tile) * TILE + tl.arange(0, TILE)
     row = tl.minimum(local, size - 1)  # rows past the end repeat the last one and are not stored
-    begin = split * split_size
+    begin = tl.multiple_of(split * split_size, 64)  # so words are loaded four at a time
     end = tl.minimum(begin + split_size, IN)
     n = tl.arange(0, ROWS)[None, :]
     row_mask = n < N
