@@ -65,6 +65,7 @@ def _add_few_row_sums(
     scaling_ptr,
     adapter_ptr,
     out_ptr,
+    rounded_ptr,
     first_rows,
     first_tiles,
     sizes,
@@ -72,6 +73,7 @@ def _add_few_row_sums(
     width,
     out_features,
     out_row_stride,
+    rounded_row_stride,
     multiplier,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -80,7 +82,10 @@ def _add_few_row_sums(
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Write y of BLOCK outputs of one part for one row; ADD adds y to out in place."""
+    """Write y of BLOCK outputs of one part for one row; ADD adds y to out in place.
+
+    rounded_ptr: receives the same values in its own dtype; it may be None.
+    """
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -114,6 +119,9 @@ def _add_few_row_sums(
     if ADD:
         y += tl.load(to, mask=mask, other=0.0)
     tl.store(to, y.to(out_ptr.dtype.element_ty), mask=mask)
+    if rounded_ptr is not None:
+        to = rounded_ptr + n.to(tl.int64) * rounded_row_stride + column
+        tl.store(to, y.to(rounded_ptr.dtype.element_ty), mask=mask)
 
 
 def _check(x: torch.Tensor, weight: FewRowWeight, adapters: FewRowAdapters | None) -> None:
@@ -168,6 +176,7 @@ def few_row_linear(
     multiplier: float = 1.0,
     out: torch.Tensor | None = None,
     add_to: torch.Tensor | None = None,
+    rounded: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return y (N, out) = multiplier (x W^T + z B^T).
 
@@ -175,6 +184,7 @@ def few_row_linear(
     adapters: the LoRA branches; None for none.
     out: destination of y in x's dtype; by default a new tensor.
     add_to: float32 (N, out) that y is added to and that is returned instead.
+    rounded: (N, out) that receives the result too, in its own dtype; None for nothing.
 
     Raises: ValueError if a shape or format does not fit.
     """
@@ -185,7 +195,10 @@ def few_row_linear(
         out = torch.empty((len(x), weight.shape[0]), dtype=x.dtype, device=x.device)
     if not backend.use_triton(x):
         y = few_row_linear_reference(x, weight, adapters, multiplier)
-        return out.copy_(y) if add_to is None else out.add_(y)
+        out = out.copy_(y) if add_to is None else out.add_(y)
+        if rounded is not None:
+            rounded.copy_(out)
+        return out
     lora_a = None if adapters is None else adapters.a
     width = weight.shape[0] + (0 if lora_a is None else len(lora_a))
     sums = torch.empty((weight.splits, len(x), width), dtype=torch.float32, device=x.device)
@@ -198,6 +211,7 @@ def few_row_linear(
         sums,
         *(none if adapters is None else (adapters.b, adapters.scaling, adapters.of_row)),
         out,
+        rounded,
         first_rows,
         first_tiles,
         tuple(sizes),
@@ -205,6 +219,7 @@ def few_row_linear(
         width,
         weight.shape[0],
         out.stride(0),
+        backend.row_stride(rounded),
         multiplier,
         SPLITS=len(sums),
         PARTS=len(sizes),

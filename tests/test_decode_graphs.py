@@ -111,4 +111,6 @@ def test_logprobs_of_generation_are_those_of_the_training_forward(model):
             logits = model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1].float()
         tokens = torch.tensor(answer.tokens, device=logits.device)
         expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].cpu()
-        assert (torch.tensor(answer.logprobs) - expected).abs().max() < 0.3  # bfloat16, random weights
+        assert (
+            torch.tensor(answer.logprobs) - expected
+        ).abs().max() < 0.3  # bfloat16, random weights

@@ -110,10 +110,11 @@ def test_prefill_in_parts_or_padded_as_on_a_gpu_gives_the_same_answers(
     assert tokens_of(decode(model, requests_of(model), GREEDY)) == alone
 
 
-def test_padded_prompts_begin_at_blocks_of_attention_and_fill_whole_tiles():
+def test_padded_prompts_begin_at_blocks_of_attention_and_fill_whole_tiles(monkeypatch):
+    monkeypatch.setattr(prefill, "PREFILL_TILE_ROWS", 256)
     pages = [[1], [2, 3, 4], [5, 6]]
     packed = prefill.pack_prompts([[7] * 3, [8] * 130, [9] * 128], pages, True)
-    assert len(packed.ids) == 2 * prefill.PREFILL_TILE_ROWS
+    assert len(packed.ids) == 2 * 256
     assert packed.last_rows.tolist() == [2, 128 + 129, 384 + 127]
     assert (packed.positions == 0).nonzero()[:, 0].tolist() == [0, 128, 384]
     assert int((packed.places >= 0).sum()) == 3 + 130 + 128

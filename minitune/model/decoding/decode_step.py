@@ -17,6 +17,7 @@ from minitune.model.activations import Activations
 from minitune.model.decoder_layer import DecoderLayer
 from minitune.model.decoding.cpu_step import run_layers_
 from minitune.model.decoding.cpu_weights import CpuWeights
+from minitune.model.decoding.few_row_step import FewRowFused
 from minitune.model.decoding.kv_cache import KVCache, copy_async_
 from minitune.model.decoding.step_weights import BASE, MAX_FEW_ROWS, PassWeights, StepWeights
 from minitune.model.layers import LayerPass, new_residual
@@ -91,14 +92,15 @@ def decode_step(
     lengths = positions + 1
     # Only the positions count: attention sees the rows through the page table.
     packed = PackedSequences(positions, start=positions, end=lengths)
-    s = new_residual(model.model.embed_tokens(inputs.tokens, model.dtype))  # (rows, D)
+    x = model.model.embed_tokens(inputs.tokens, model.dtype)  # (rows, D)
+    s = new_residual(x)
     if isinstance(weights, CpuWeights):
         run_layers_(model, s, cache, positions, inputs.page_table, weights)
         return float_logits(head, s, weights)
     for index, layer in enumerate(model.model.layers):
         keys, values, heads = cache.keys[index], cache.values[index], layer.self_attn
         with layer_pass(model, layer, packed, weights) as p:
-            a = Activations(s.to(model.dtype, copy=True))
+            a = Activations(x)
             q, k, v = heads.heads_of(layer.compute_qkv(a.x, p), p)
             a.attn = layer.o.new_input(a.x)  # (rows, H K + R)
             decode_attention(
@@ -114,7 +116,17 @@ def decode_step(
                 new=(k, v),
             )
             layer.finish_rows_(s, a, p)
+            x = _rounded_residual(s, p.weights[layer.down], model.dtype)
     return float_logits(head, s, weights)
+
+
+def _rounded_residual(s: Tensor, down: Tensor | Any, dtype: torch.dtype) -> Tensor:
+    """Return s (rows, D) in dtype, as the product by W_down left it if that rounds its sums.
+
+    down: the weight of W_down in this pass.
+    """
+    rounded = down.take_rounded() if isinstance(down, FewRowFused) else None
+    return s.to(dtype, copy=True) if rounded is None else rounded
 
 
 def layer_pass(

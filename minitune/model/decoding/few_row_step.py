@@ -149,6 +149,7 @@ class FewRowFused:
         codes: dict[int, tuple[float, ...]],
     ):
         self._fused, self._adapters = fused, adapters
+        self._rounded: Tensor | None = None
         parts = tuple(_stored(linear) for linear in fused.linears)
         self._dequantised: Tensor | None = None  # memory, if no kernel reads the stored form
         if not _is_readable(parts, codes):
@@ -167,7 +168,18 @@ class FewRowFused:
         if self._dequantised is not None:
             fused.dequantize_into_(self._dequantised)
         x = x[:, : fused.in_features]
-        return few_row_linear(x, self._weight, self._adapters, fused.multiplier, out, add_to)
+        if add_to is not None:
+            self._rounded = torch.empty(add_to.shape, dtype=x.dtype, device=x.device)
+        options = fused.multiplier, out, add_to, self._rounded
+        return few_row_linear(x, self._weight, self._adapters, *options)
+
+    def take_rounded(self) -> Tensor | None:
+        """Return the last `add_to` with y added (rows, out), rounded by the same launch, once.
+
+        None if there is none.
+        """
+        rounded, self._rounded = self._rounded, None
+        return rounded
 
 
 def _stored(linear: Linear) -> nn.Module | Tensor:

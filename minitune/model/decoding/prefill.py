@@ -25,7 +25,7 @@ from minitune.model.packed_sequences import PackedSequences
 
 MAX_PREFILL_ROWS = 8192  # of one pass, unless a single prompt is longer
 SEQUENCE_ALIGNMENT = MAX_BLOCK
-PREFILL_TILE_ROWS = 512
+PREFILL_TILE_ROWS = 1024
 BOUND = SHORT_SEQUENCE_ROWS  # max_seqlen for attention, which only chooses block sizes by it
 
 
