@@ -10,7 +10,7 @@ The dimension letters are those of minitune/model/__init__.py.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,21 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from minitune.config.foreign_arguments import foreign_arguments
-from minitune.config.layer_kinds import LayerKind
 from minitune.config.loading_arguments import CALLING
 from minitune.config.model_config import ModelConfig
 from minitune.config.training_config import LoraConfig
 from minitune.device import check_torch_defaults, free_memory
 from minitune.model.activations import SaveLevel
 from minitune.model.autograd import LogitsNode, LossNode
-from minitune.model.decoder_layer import DecoderLayer
+from minitune.model.decoder import Decoder
 from minitune.model.decoding.engine import DecodeEngine
-from minitune.model.fixed_module import FixedModule, UnhookedModule
+from minitune.model.fixed_module import FixedModule
 from minitune.model.generate import generate
-from minitune.model.layers import Embedding, LayerContext, new_residual
+from minitune.model.layers import LayerContext, new_residual
 from minitune.model.linear import FusedLinear, Linear
 from minitune.model.loss import Head, LossBuffers, LossRows, new_logits_buffer, rows_loss
-from minitune.model.norms import RMSNorm
 from minitune.model.packed_sequences import PackedSequences, pack_batch
 from minitune.model.precision import own_precision
 from minitune.model.resident_weights import ResidentWeights
@@ -55,16 +53,6 @@ class Output:
     logits: Tensor | None = None
 
 
-class Decoder(UnhookedModule):
-    """Embedding, decoder layers and final norm, under the names of the checkpoint's tensors."""
-
-    def __init__(self, c: ModelConfig, kinds: Sequence[LayerKind]):
-        super().__init__()
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.embedding_multiplier)
-        self.layers = nn.ModuleList(DecoderLayer(c, kind) for kind in kinds)
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.architecture.norm_offset)
-
-
 class CausalLM(FixedModule):
     """A causal language model with a frozen base.
 
@@ -81,6 +69,7 @@ class CausalLM(FixedModule):
     max_trained_seqlen: tokens of the longest sample that this process trained on, or 0.
     eos_token_ids: the tokens at which `generate` stops.
     generation_defaults: settings of the model's folder that `generate` takes if a call names none.
+    decode_engine: the engine of `generate`, with the memory that it keeps between calls.
     """
 
     def __init__(
@@ -322,11 +311,11 @@ class CausalLM(FixedModule):
         ]
         return levels, plan.select_attention(packed), plan.tile_rows
 
+    # ---- device and weights
+
     def free_generation_memory(self) -> None:
         """Free the cache, the CUDA graphs and the weights that `generate` keeps between calls."""
         self.decode_engine.free()
-
-    # ---- device and weights
 
     @contextmanager
     def resident_weights(self) -> Iterator[None]:
