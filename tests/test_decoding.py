@@ -15,6 +15,7 @@ from minitune.model.decoding.few_row_step import FewRowStep
 from minitune.model.decoding.kv_cache import PAGE, KVCache
 from minitune.model.decoding.requests import Request
 from minitune.model.sampling import SamplingConfig
+from minitune.model.unchanged_tensors import KnownTensors
 
 GREEDY = SamplingConfig()
 # Below, at and above the border of a page, with and without an answer that crosses a border.
@@ -158,7 +159,7 @@ def test_weights_as_they_are_stored_give_the_same_answers(tmp_path, monkeypatch,
     def answers():
         first = tokens_of(decode(model, mixed, GREEDY, adapters=[own, {}]))
         for _, p in model.adapter_parameters():
-            p.data *= -0.5
+            p.data = p.data.mul_(-0.5) if is_nf4 else p.data * -0.5  # in place or in other memory
         return first, tokens_of(decode(model, requests_of(model), GREEDY))
 
     expected = answers()
@@ -265,11 +266,48 @@ def test_changed_adapters_are_read_at_the_next_call(model, alone):
     assert tokens_of(decode(model_of, requests_of(model), GREEDY)) == changed != alone
 
 
-def test_changed_weights_of_the_base_are_read_at_the_next_call(model, alone):
+@pytest.mark.parametrize("way", ["in place", "data", "parameter"])
+def test_changed_weights_of_the_base_are_read_at_the_next_call(model, alone, way):
     changed = copy.deepcopy(model)
     assert tokens_of(decode(changed, requests_of(model), GREEDY)) == alone
     with torch.no_grad():
-        changed.model.layers[0].self_attn.q_proj.quantized.packed.bitwise_xor_(0x11)
+        if way == "in place":
+            changed.model.layers[0].self_attn.q_proj.quantized.packed.bitwise_xor_(0x11)
+        elif way == "data":
+            changed.lm_head.weight.data = changed.lm_head.weight.flip(1)
+        else:  # a second one may get the id of the first
+            for _ in range(2):
+                weight = changed.lm_head.weight.flip(1)
+                changed.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+            changed.lm_head.weight.neg_()
     found = tokens_of(decode(changed, requests_of(model), GREEDY))
     changed.free_generation_memory()
     assert found == tokens_of(decode(changed, requests_of(model), GREEDY)) != alone
+
+
+def test_another_tensor_with_the_id_of_a_freed_one_is_no_known_one():
+    tensors = [torch.zeros(3)]
+    known = KnownTensors(tensors)
+    assert known.are(tensors) and not known.are(tensors * 2)
+    address = tensors[0].data_ptr()
+    tensors[0] = torch.zeros(3)  # the first one is freed
+    known._states[0] = [tensors[0].data_ptr()]  # as if it had got its memory, too
+    assert address and not known.are(tensors)
+
+
+@pytest.mark.parametrize("begins_early", [False, True])
+def test_slots_without_a_sequence_read_and_write_page_0(model, monkeypatch, begins_early):
+    monkeypatch.setattr(decode_call, "steps_begin_early", lambda device: begins_early)
+    steps = []
+    step_ = decode_memory.DecodeMemory.step_
+
+    def checked_step_(memory, model, rows, width):
+        padding = memory.buffers.inputs(memory.cache.slots, memory.cache.width).select(
+            slice(rows, None)
+        )
+        steps.append([int(x.count_nonzero()) for x in vars(padding).values()])
+        step_(memory, model, rows, width)
+
+    monkeypatch.setattr(decode_memory.DecodeMemory, "step_", checked_step_)
+    decode(model, requests_of(model), GREEDY, max_rows=4)
+    assert len(steps) > 8 and steps == [[0, 0, 0]] * len(steps)

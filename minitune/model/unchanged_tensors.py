@@ -1,4 +1,4 @@
-"""The check that backward reads the tensors that forward read.
+"""The checks that tensors are what they were: backward's, and those of values kept between calls.
 
 Backward recomputes activations from the weights and the adapters. If one of them changed since
 forward, the gradient would be that of no function. PyTorch counts the changes in place of each
@@ -6,6 +6,7 @@ tensor, `_version`, and autograd refuses such a backward with a RuntimeError. Th
 passes do the same. PyTorch does not count a change through `.data`, so nobody can detect it.
 """
 
+import weakref
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -54,6 +55,31 @@ class UnchangedTensors:
     def _name_of(self, tensor: Tensor) -> str:
         names = (name for name, p in self._module.named_parameters() if p is tensor)
         return next(names, "a quantised weight")
+
+
+class KnownTensors:
+    """Tensors as they were at one time, without keeping them alive.
+
+    counts_changes: changes in place make others of them.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], counts_changes: bool = True):
+        self._refs = list(map(weakref.ref, tensors))  # an id may belong to another tensor later
+        self._counts_changes = counts_changes
+        self._states = self._states_of(tensors)
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Return True if these are the same tensors, in the same memory, with the same changes."""
+        return (
+            len(self._refs) == len(tensors)
+            and all(ref() is x for ref, x in zip(self._refs, tensors, strict=True))
+            and self._states_of(tensors) == self._states
+        )
+
+    def _states_of(self, tensors: Sequence[Tensor]) -> list[list[int]]:
+        """Return the addresses, and the changes if they count."""
+        addresses = [tensor.data_ptr() for tensor in tensors]  # `x.data = y` counts no change
+        return [addresses, versions(tensors)] if self._counts_changes else [addresses]
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -20,7 +20,7 @@ from minitune.model.decoding.kv_cache import KVCache, NoCacheRoom, cache_pages, 
 from minitune.model.decoding.requests import Request
 from minitune.model.decoding.step_weights import BASE, MAX_FEW_ROWS, StepWeights, new_step_weights
 from minitune.model.loss import Head
-from minitune.model.unchanged_tensors import versions
+from minitune.model.unchanged_tensors import KnownTensors
 
 
 class DecodeMemory:
@@ -44,10 +44,10 @@ class DecodeMemory:
         self._captures = captures
         self._graphs: DecodeGraphs | None = None
         self._pages = 0
-        self._weights_key: list | None = None
+        self._weights_of: KnownTensors | None = None  # the tensors that gave the weights
         self._adapters: Sequence[Adapter] = ()  # that the weights know
-        self._parameters: list[int] = []  # identities of A and B of these adapters
-        self._head_key: list | None = None
+        self._parameters = KnownTensors(())  # A and B of these adapters
+        self._head_of: KnownTensors | None = None
 
     # ---- the cache
 
@@ -77,7 +77,7 @@ class DecodeMemory:
             self._pages, self._graphs = 0, None
             del self.cache, self.buffers
         if len(self.adapter_of_row) < slots:
-            self._weights_key = self.weights = None  # they read the tensor
+            self._weights_of = self.weights = None  # they read the tensor
             self.adapter_of_row = torch.full((slots,), BASE, dtype=torch.int32).to(model.device)
         c, width = model.config, pages_for(model.max_seq_length)
         self.cache = KVCache(c, pages, slots, width, model.dtype, model.device)
@@ -98,13 +98,13 @@ class DecodeMemory:
         """
         self._prepare_head(model)
         if max_rows > MAX_FEW_ROWS:
-            self._weights_key = self.weights = self._graphs = None
+            self._weights_of = self.weights = self._graphs = None
             return adapters
         frozen = [tensor for _, linear in model.linears() for tensor in linear.frozen_tensors()]
         frozen += [p for name, p in model.named_parameters() if ".lora_" not in name]
-        key = _key(frozen)
-        kept = self.weights is not None and key == self._weights_key
-        if _parameters(self._adapters) != self._parameters:  # one of them was replaced
+        known = self._weights_of
+        kept = self.weights is not None and known is not None and known.are(frozen)
+        if not self._parameters.are(_parameters(self._adapters)):  # one of them was replaced
             self._adapters = ()
         if kept and all(adapter in self._adapters for adapter in adapters):
             self.weights.refresh_()
@@ -112,19 +112,21 @@ class DecodeMemory:
             self.weights.use_adapters_(adapters)
             self._adapters = adapters
         else:
-            self._weights_key = self.weights = self._graphs = None  # frees their memory
+            self._weights_of = self.weights = self._graphs = None  # frees their memory
             weights = new_step_weights(model, adapters, self.adapter_of_row, self.head.weight)
-            self.weights, self._weights_key, self._adapters = weights, key, adapters
-        self._parameters = _parameters(self._adapters)
+            self.weights, self._weights_of = weights, KnownTensors(frozen)
+            self._adapters = adapters
+        # Their values are read at each call.
+        self._parameters = KnownTensors(_parameters(self._adapters), counts_changes=False)
         return self._adapters
 
     def _prepare_head(self, model) -> None:
         """Keep a head in the compute dtype."""
-        key = _key(model.lm_head.frozen_tensors())
-        if key != self._head_key:
-            self._head_key = self._weights_key = self._graphs = None
+        tensors = model.lm_head.frozen_tensors()
+        if self._head_of is None or not self._head_of.are(tensors):
+            self._head_of = self._weights_of = self._graphs = None
             self.head = model.head()
-            self._head_key = key
+            self._head_of = KnownTensors(tensors)
 
     # ---- a step
 
@@ -151,15 +153,10 @@ class DecodeMemory:
         return decode_step(model, self.cache, inputs, self.head, self.weights)
 
 
-def _key(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Return the identity and the version of each tensor."""
-    return list(zip(map(id, tensors), versions(tensors), strict=True))
-
-
-def _parameters(adapters: Sequence[Adapter]) -> list[int]:
-    """Return the identities of A and B of adapters."""
+def _parameters(adapters: Sequence[Adapter]) -> list[Tensor]:
+    """Return A and B of adapters."""
     branches = (branch for adapter in adapters for branch in adapter.values())
-    return [id(x.weight) for branch in branches for x in (branch.lora_A, branch.lora_B)]
+    return [x.weight for branch in branches for x in (branch.lora_A, branch.lora_B)]
 
 
 def _needed_pages(requests: Sequence[Request], max_rows: int) -> int:
