@@ -21,7 +21,8 @@ def read_adapter_choice(model, choice: Any, prompts: int) -> tuple[list[Adapter]
             f"adapter lists {len(choices)}, but there are {prompts} prompts; list one for each "
             "prompt, or pass a single one"
         )
-    own, linears = own_adapter(model), {linear for _, linear in model.linears()}
+    own = own_adapter(model)
+    linears = {linear for fused in model.fused_linears() for linear in fused.linears}
     adapters: list[Adapter] = []
     indices = []
     for one in [choice] * prompts if choices is None else choices:

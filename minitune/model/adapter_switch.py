@@ -39,9 +39,10 @@ def new_branch(A: Tensor, B: Tensor, scaling: float) -> Branch:
 def own_adapter(model) -> Adapter:
     """Return the adapter that the model has now."""
     return {
-        linear: Branch(linear.lora_A, linear.lora_B, linear.scaling)
-        for _, linear in model.linears()
-        if linear.lora_A is not None
+        linear: Branch(lora_A, linear.lora_B, linear.scaling)
+        for fused in model.fused_linears()
+        for linear in fused.linears
+        if (lora_A := linear.lora_A) is not None
     }
 
 
@@ -98,6 +99,7 @@ def switched_adapter(model, adapter: Adapter) -> Iterator[None]:
 
 def _attach(model, adapter: Adapter) -> None:
     """Give each linear its branch of the adapter, or none."""
-    for _, linear in model.linears():
-        branch = adapter.get(linear, Branch(None, None, 0.0))
-        linear.lora_A, linear.lora_B, linear.scaling = branch
+    for fused in model.fused_linears():
+        for linear in fused.linears:
+            branch = adapter.get(linear, Branch(None, None, 0.0))
+            linear.lora_A, linear.lora_B, linear.scaling = branch

@@ -55,7 +55,8 @@ class Linear(UnhookedModule):
     @property
     def rank(self) -> int:
         """Return r, or 0 without an adapter."""
-        return 0 if self.lora_A is None else self.lora_A.weight.shape[0]
+        lora_A = self.lora_A  # once: a module finds its parts in slow ways
+        return 0 if lora_A is None else lora_A.weight.shape[0]
 
     def weight_as(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the frozen weight (out, in) in dtype, written into `out` if `out` is given."""
@@ -126,11 +127,8 @@ class FusedLinear:
     @property
     def lora_columns(self) -> int:
         """Return R, the padded rank."""
-        adapted = self.adapted
-        if not adapted:
-            return 0
-        ranks = [linear.rank for linear in adapted]
-        return padded_rank(sum(ranks), adapted[0].lora_A.weight.device.type)
+        rank = sum(linear.rank for linear in self.linears)
+        return padded_rank(rank, self.adapted[0].lora_A.weight.device.type) if rank else 0
 
     @property
     def needs_no_buffer(self) -> bool:
