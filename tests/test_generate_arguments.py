@@ -1,11 +1,13 @@
 """Arguments of generate beside the rule of sampling: adapters, stops, log-probabilities, seeds."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import draw_adapter, make_tiny_model
 
 from minitune import FastLanguageModel
 from minitune.model.generation_output import GenerateOutput
+from minitune.model.sampling import Sampler, SamplingConfig
 from minitune.model.stop_strings import read_stop_strings
 
 PROMPTS = [[5, 9, 300, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19]]
@@ -53,6 +55,28 @@ def test_each_prompt_gets_the_adapter_that_is_named_for_it(model, folder, tmp_pa
     base_drawn = model.generate(PROMPTS[:1], adapter=False, num_return_sequences=2, **DRAWN)
     assert len(twice) == 4 and len(base_drawn) == 2
     assert model.generate(PROMPTS, max_new_tokens=8) == own  # the model is as it was
+
+
+def test_numbers_of_numpy_and_of_pytorch_count_as_those_of_python(model):
+    (free,) = model.generate(PROMPTS[:1], max_new_tokens=8)
+    end, before = free[5], free[: free.index(free[5])]
+    for ends in (
+        end,
+        [end],
+        np.int64(end),
+        np.array([end]),
+        torch.tensor(end),
+        torch.tensor([end]),
+    ):
+        call = {"eos_token_id": ends, "max_new_tokens": np.int64(8)}
+        assert model.generate(PROMPTS[:1], **call) == [before]
+
+
+def test_an_end_token_that_is_no_token_forbids_none():
+    config = SamplingConfig(min_new_tokens=1)
+    sampler = Sampler(config, 1, 4, torch.device("cpu"), end_tokens=(-1, 2, 9))
+    allowed = sampler.allowed(torch.zeros(1, 4))
+    assert allowed.isfinite().tolist() == [[True, True, False, True]]
 
 
 def test_seeds_belong_to_answers_and_not_to_batches(model):
@@ -180,6 +204,17 @@ BAD = {
     "pass tokenizer=tokenizer too": {"stop_strings": "."},
     "stop_strings hold ''": {"stop_strings": ["a", ""], "tokenizer": Letters()},
     "stop_strings hold 5": {"stop_strings": [5], "tokenizer": Letters()},
+    "stop_strings hold 7": {"stop_strings": 7, "tokenizer": Letters()},
+    "max_new_tokens is 2.5; expected a whole number": {"max_new_tokens": 2.5},
+    "max_new_tokens is True": {"max_new_tokens": True},
+    "max_length is '9'": {"max_length": "9"},
+    "num_return_sequences is 1.5": {"num_return_sequences": 1.5},
+    "eos_token_ids is 'a'; expected a token": {"eos_token_id": "a"},
+    r"eos_token_ids is \[2.5": {"eos_token_ids": [2.5]},
+    "leave return_dict_in_generate out": {
+        "return_logprobs": True,
+        "return_dict_in_generate": False,
+    },
     "min_new_tokens is -1": {"min_new_tokens": -1},
     "min_new_tokens 9 is more than the 8 tokens": {"min_new_tokens": 9, "max_new_tokens": 8},
     "max_num_seqs is 0": {"max_num_seqs": 0},

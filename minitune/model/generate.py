@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from minitune.config.foreign_arguments import foreign_arguments
-from minitune.config.numbers import check_number, whole
 from minitune.device import check_torch_defaults
 from minitune.model.adapter_choice import read_adapter_choice
 from minitune.model.answer_seeds import answer_seeds
@@ -32,9 +31,11 @@ from minitune.model.generation_arguments import (
     cache_nbytes,
     check_least,
     check_prompts,
+    end_token_ids,
     new_token_limits,
     read_prompts,
     sampling_config,
+    whole_number,
 )
 from minitune.model.generation_output import GenerateOutput, generation_output
 from minitune.model.stop_strings import StopStrings, read_stop_strings
@@ -111,9 +112,12 @@ def generate(
     """
     check_torch_defaults()
     defaults = model.generation_defaults
-    ends = model.eos_token_ids if eos_token_ids is None else eos_token_ids
-    ends = (ends,) if isinstance(ends, int) else tuple(ends)
+    ends = end_token_ids(eos_token_ids, model.eos_token_ids)
     pad = defaults.get("pad_token_id") if pad_token_id is None else pad_token_id
+    if return_logprobs and return_dict_in_generate is False:
+        raise ValueError(
+            "return_logprobs=True returns a GenerateOutput; leave return_dict_in_generate out"
+        )
     single = read_prompts(prompts, attention_mask, pad, ends)
     given = single.repeated(num_return_sequences)
     check_prompts(model, given.ids)
@@ -129,7 +133,7 @@ def generate(
     limits = new_token_limits(given, model.max_seq_length, max_new_tokens, max_length)
     check_least(rule.min_new_tokens, limits)
     adapters, indices = read_adapter_choice(model, adapter, len(single.ids))
-    indices = [index for index in indices for _ in range(num_return_sequences)]
+    indices = [index for index in indices for _ in range(len(given.ids) // len(single.ids))]
     seeds = [0] * len(given.ids)
     if rule.temperature or seed is not None:
         seeds = answer_seeds(seed, given.ids, indices)
@@ -143,7 +147,7 @@ def generate(
         logprobs=return_logprobs,
         adapters=adapters,
         cache_memory=cache_nbytes(cache_memory),
-        max_rows=min(check_number("max_num_seqs", max_num_seqs, whole(1)), len(given.ids)),
+        max_rows=min(whole_number("max_num_seqs", max_num_seqs), len(given.ids)),
     )
     if streamer:
         streamer.end()

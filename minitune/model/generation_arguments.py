@@ -4,7 +4,8 @@ The names and their meaning are those of transformers. A setting that the call l
 generation_config.json of the model's folder, otherwise from transformers' defaults.
 """
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minitune.config.foreign_arguments import ANYTHING, Foreign, Renamed
-from minitune.config.numbers import check_number, whole
+from minitune.config.numbers import check_number, shown, whole
 from minitune.config.training_config import MAX_BYTES, parse_bytes
 from minitune.model.sampling import SamplingConfig
 from minitune.read_files import read_json
@@ -114,10 +115,9 @@ class Prompts(NamedTuple):
     def repeated(self, times: int) -> "Prompts":
         """Return each prompt `times` times, one behind the other.
 
-        Raises: ValueError if `times` is below 1.
+        Raises: ValueError if `times` is no whole number from 1 on.
         """
-        if times < 1:
-            raise ValueError(f"num_return_sequences is {times}; expected at least 1")
+        times = whole_number("num_return_sequences", times)
         ids = [prompt for prompt in self.ids for _ in range(times)]
         grid = None if self.grid is None else self.grid.repeat_interleave(times, 0)
         return Prompts(ids, grid)
@@ -203,7 +203,8 @@ def new_token_limits(
     context: the model's max_seq_length, which ends an answer too.
     max_length: counts a prompt with its padding, as transformers does.
 
-    Raises: ValueError if a limit leaves no room for a token, or both limits are given.
+    Raises: ValueError if a limit leaves no room for a token or is no whole number, or both limits
+        are given.
     """
     if max_new_tokens is not None and max_length is not None:
         raise ValueError(
@@ -212,10 +213,10 @@ def new_token_limits(
         )
     rooms = [context - len(prompt) for prompt in prompts.ids]
     if max_length is None:
-        limit = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        if limit < 1:
-            raise ValueError(f"max_new_tokens is {limit}; expected at least 1")
+        given = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        limit = whole_number("max_new_tokens", given)
         return [min(limit, room) for room in rooms]
+    max_length = whole_number("max_length", max_length)
     widths = [len(row) for row in (prompts.ids if prompts.grid is None else prompts.grid)]
     if max_length <= max(widths):
         raise ValueError(
@@ -223,6 +224,38 @@ def new_token_limits(
             "raise it, or use max_new_tokens"
         )
     return [min(max_length - width, room) for width, room in zip(widths, rooms, strict=True)]
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return a whole number from 1 on, also one of NumPy or PyTorch.
+
+    Raises: ValueError that names the argument if the value is none.
+    """
+    return check_number(name, _plain(value), whole(1))
+
+
+def end_token_ids(given: Any, of_model: Sequence[int]) -> tuple[int, ...]:
+    """Return the end tokens of a call: one id or several; None takes those of the model.
+
+    Raises: ValueError if one of them is no whole number.
+    """
+    if given is None:
+        return tuple(of_model)
+    ids = given.tolist() if hasattr(given, "tolist") else given
+    ids = list(map(_plain, ids)) if isinstance(ids, Iterable) else [ids]
+    if not all(type(token) is int for token in ids):
+        raise ValueError(
+            f"eos_token_ids is {shown(given)}; expected a token's id, or a list of ids"
+        )
+    return tuple(ids)
+
+
+def _plain(value: Any) -> Any:
+    """Return a whole number in Python's form; any other value stays."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
 
 
 def check_least(min_new_tokens: int, limits: Sequence[int]) -> None:

@@ -116,7 +116,7 @@ class Sampler:
             self._seen = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
         self._ends: Tensor | None = None  # (V,), True for the end tokens
         if config.min_new_tokens and end_tokens:
-            inside = [token for token in end_tokens if token < vocab_size]
+            inside = [token for token in end_tokens if 0 <= token < vocab_size]
             self._ends = torch.zeros(vocab_size, dtype=torch.bool)
             self._ends[inside] = True
             self._ends = self._ends.to(device)

@@ -44,7 +44,8 @@ def read_stop_strings(
 
     Raises: ValueError if a string is empty or no text, or the tokenizer is missing.
     """
-    strings = [strings] if isinstance(strings, str) else list(strings or ())
+    is_list = strings is None or (isinstance(strings, Sequence) and not isinstance(strings, str))
+    strings = list(strings or ()) if is_list else [strings]
     for string in strings:
         if not isinstance(string, str) or not string:
             raise ValueError(
