@@ -149,7 +149,7 @@ DECODE_BUGS = (
     Mutation(
         "the products of a split begin at the first column",
         "kernels/few_row_products.py",
-        "begin = split * split_size",
+        "begin = tl.multiple_of(split * split_size, 64)",
         "begin = 0 * split_size",
         (PRODUCTS,),
     ),
@@ -170,8 +170,8 @@ DECODE_BUGS = (
     Mutation(
         "a row without an adapter takes the first one",
         "kernels/few_row_linear.py",
-        "            if adapter >= 0:",
-        "            if adapter >= -1:",
+        "        if adapter >= 0:",
+        "        if adapter >= -1:",
         (PRODUCTS,),
     ),
     Mutation(
@@ -184,8 +184,8 @@ DECODE_BUGS = (
     Mutation(
         "the sum that a product is added to is overwritten",
         "kernels/few_row_linear.py",
-        "        if ADD:",
-        "        if not ADD:",
+        "    if ADD:",
+        "    if not ADD:",
         (PRODUCTS,),
     ),
     Mutation(
