@@ -10,4 +10,7 @@ decode_memory.py  all that stays between calls
 decode_graphs.py  steps as CUDA graphs
 kv_cache.py       keys and values in pages
 step_weights.py   weights that are fast for few rows
+few_row_step.py   those of a GPU
+cpu_weights.py    those of a CPU
+cpu_step.py       a step on a CPU
 """
