@@ -3,8 +3,7 @@
 With temperature T above 0, token t of a row with scores s is drawn with probability
 softmax(s / T)[t], because that is the chance that its sum with Gumbel noise g is the largest:
 
-    token = argmax(s / T + g)             over the tokens with s >= floor
-    token = argmax(s)                     at temperature 0
+    token = argmax(s / T + g), or argmax(s) at temperature 0
     logprob = logits[token] - logsumexp(logits)
 
 The lowest id among equals is chosen. The noise depends on the row's seed, the index of the draw and
@@ -97,11 +96,9 @@ def _noisy(scores: torch.Tensor, seeds: torch.Tensor, draws: torch.Tensor) -> to
     return scores.index_put((rows, tokens), noise, accumulate=True)
 
 
-def sample_tokens_reference(scores, seeds, draws, temperatures, floors=None, logits=None):
+def sample_tokens_reference(scores, seeds, draws, temperatures, logits=None):
     """Return Chosen in PyTorch."""
     largest, tokens = scores.max(1)  # a NaN is the largest
-    if floors is not None:
-        scores = scores.masked_fill(scores < floors[:, None], -torch.inf)
     hot = (temperatures > 0).nonzero()[:, 0]
     if len(hot):
         divided = scores[hot] / temperatures[hot, None]
@@ -140,7 +137,6 @@ def _choose_in_blocks(
     seeds_ptr,
     draws_ptr,
     temperatures_ptr,
-    floors_ptr,
     best_ptr,
     best_token_ptr,
     largest_ptr,
@@ -149,7 +145,6 @@ def _choose_in_blocks(
     scores_row_stride,
     logits_row_stride,
     V,
-    HAS_FLOORS: tl.constexpr,
     LOGITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -177,8 +172,6 @@ def _choose_in_blocks(
         base = tl.where(m == float("-inf"), 0.0, m)
         tl.store(logits_max_ptr + at, m)
         tl.store(logits_sum_ptr + at, tl.sum(tl.exp(logits - base), axis=0))
-    if HAS_FLOORS:
-        allowed = tl.where(allowed < tl.load(floors_ptr + row), float("-inf"), allowed)
     temperature = tl.load(temperatures_ptr + row)
     if temperature > 0:
         noise = gumbel_block(tl.load(seeds_ptr + row), tl.load(draws_ptr + row), first, BLOCK_V)
@@ -233,7 +226,6 @@ def sample_tokens(
     draws: torch.Tensor,
     temperatures: torch.Tensor,
     *,
-    floors: torch.Tensor | None = None,
     logits: torch.Tensor | None = None,
 ) -> Chosen:
     """Return the token chosen in each row, without waiting for the GPU.
@@ -241,7 +233,6 @@ def sample_tokens(
     scores: (rows, V) float32, rows may be strided.
     seeds, draws: (rows,) int64, the key of a row's noise and the index of its draw.
     temperatures: (rows,) float32; 0 takes the largest score.
-    floors: (rows,) float32; a token whose score is below its row's floor is not chosen.
     logits: (rows, V) float32 whose softmax gives the log-probabilities, possibly `scores` itself;
         None for no log-probabilities.
 
@@ -252,9 +243,9 @@ def sample_tokens(
     check_rows(scores, (torch.float32,), scores=scores, logits=logits)
     rows, V = scores.shape
     check_rows(scores[:, 0], (torch.int64,), 1, seeds=seeds, draws=draws)
-    check_rows(scores[:, 0], (torch.float32,), 1, temperatures=temperatures, floors=floors)
+    check_rows(scores[:, 0], (torch.float32,), 1, temperatures=temperatures)
     if not backend.use_triton(scores):
-        return sample_tokens_reference(scores, seeds, draws, temperatures, floors, logits)
+        return sample_tokens_reference(scores, seeds, draws, temperatures, logits)
     BLOCKS = cdiv(V, BLOCK_V)
     new = {"device": scores.device}
     partial = torch.empty((4, rows, BLOCKS), dtype=torch.float32, **new)
@@ -272,7 +263,6 @@ def sample_tokens(
             seeds,
             draws,
             temperatures,
-            floors,
             best,
             best_token,
             largest,
@@ -281,7 +271,6 @@ def sample_tokens(
             scores.stride(0),
             logits_row_stride,
             V,
-            HAS_FLOORS=floors is not None,
             LOGITS=LOGITS,
             BLOCK_V=BLOCK_V,
             num_warps=8,

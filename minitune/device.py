@@ -1,14 +1,15 @@
-"""The device: its choice, free memory, pinned memory and asynchronous copies.
+"""The device: its choice, free memory, pinned memory, asynchronous copies, and captures.
 
 torch allocates pinned host memory in powers of two. `pin` pins exactly the memory of a given tensor
 instead, and maps it, so that kernels can read it over the bus.
 """
 
 import contextlib
+import gc
 import os
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,3 +228,18 @@ def memory_use(device: torch.device) -> MemoryUse:
         return MemoryUse(now, peak, peak, is_gpu=False)
     allocated, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     return MemoryUse(allocated, most, peak, is_gpu=True)
+
+
+@contextlib.contextmanager
+def gc_disabled() -> Iterator[None]:
+    """Disable garbage collection while a CUDA graph is captured.
+
+    Freeing another graph's memory would abort the capture.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

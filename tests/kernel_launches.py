@@ -175,9 +175,8 @@ def run_decode_step(t: MetaTensors) -> None:
         options = {"scale": t.K**-0.5, "softcap": softcap, "window": window, "new": new}
         decode_attention.decode_attention(q, pages, pages, table, lengths, **options)
     scores, temperatures = t.float32(64, t.V), t.float32(64)
-    for logits, floors in ((None, temperatures), (scores, None), (t.float32(64, t.V), None)):
-        rest = places, places, temperatures
-        sample_tokens.sample_tokens(scores, *rest, floors=floors, logits=logits)
+    for logits in (None, scores, t.float32(64, t.V)):
+        sample_tokens.sample_tokens(scores, places, places, temperatures, logits=logits)
 
 
 def run_optimizer(t: MetaTensors) -> None:

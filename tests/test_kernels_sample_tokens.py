@@ -34,9 +34,8 @@ def test_the_kernels_choose_the_tokens_of_the_reference(V, logits, device, monke
     monkeypatch.setattr(module, "BLOCK_V", 128)
     scores = strided(3 * normal(6, V, device=device))
     rows = tensors(SEEDS, DRAWS, TEMPERATURES, device=device)
-    floors = scores.median(1).values if logits == "others" else None
     others = {"no logits": None, "same": scores, "others": normal(6, V, device=device, seed=1)}
-    options = {"floors": floors, "logits": others[logits]}
+    options = {"logits": others[logits]}
     chosen = sample_tokens(scores, *rows, **options)
     expected = module.sample_tokens_reference(scores, *rows, **options)
     assert chosen.tokens.tolist() == expected.tokens.tolist()
@@ -62,11 +61,9 @@ def test_equals_forbidden_tokens_and_numbers_that_are_not_finite(triton, device,
     scores[2, 17] = math.nan
     scores[3, 39] = math.inf
     scores[4] = -math.inf
-    scores[5, 30:] = 1.0  # a draw above the floor
+    scores[5, :30] = -math.inf  # a draw among the others
     rows = tensors(range(6), range(6), [0.0, 2.0, 0.0, 1.0, 1.0, 1e3], device=device)
-    floors = torch.full((6,), -math.inf, device=device)
-    floors[5] = 0.5
-    chosen = sample_tokens(scores, *rows, floors=floors)
+    chosen = sample_tokens(scores, *rows)
     assert chosen.tokens[[0, 1, 3]].tolist() == [20, 33, 39] and chosen.tokens[5] >= 30
     assert ((chosen.tokens >= 0) & (chosen.tokens < 40)).all()
     assert chosen.finite.tolist() == [True, True, False, False, False, True]
@@ -103,7 +100,6 @@ def test_the_choice_of_tokens_refuses_what_does_not_fit():
         ((scores, ids.int(), ids, ones), {}, "seeds is .* expected .* torch.int64"),
         ((scores, ids, ids[:1], ones), {}, r"draws is \(1,\) .* expected \(2,\)"),
         ((scores, ids, ids, ids), {}, "temperatures is .* expected .* torch.float32"),
-        ((scores, ids, ids, ones), {"floors": ones[:1]}, r"floors is \(1,\)"),
         ((scores, ids, ids, ones), {"logits": scores[:1]}, r"logits is \(1, 5\)"),
     ):
         with pytest.raises(ValueError, match=message):

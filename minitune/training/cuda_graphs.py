@@ -30,7 +30,6 @@ eagerly from then on, and a warning says why. So a capture begins only if there 
 """
 
 import contextlib
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -39,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitune.device import free_memory, gib_text
+from minitune.device import free_memory, gc_disabled, gib_text
 from minitune.kernels.backend import cdiv, power_of_two
 from minitune.memory.plan import Plan
 from minitune.model.loss import LossBuffers
@@ -152,18 +151,6 @@ def _record_graph(pool: tuple[int, int]) -> Iterator[torch.cuda.CUDAGraph]:
             graph.capture_end()
         raise
     graph.capture_end()
-
-
-@contextlib.contextmanager
-def _gc_disabled() -> Iterator[None]:
-    """Disable garbage collection: freeing another graph's memory would abort the capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @cache
@@ -317,7 +304,7 @@ class CUDAGraphCache:
         """Capture the pass in two graphs, in the pool."""
         passes = self._passes
         torch.cuda.synchronize()
-        with _gc_disabled(), torch.cuda.stream(self._stream):
+        with gc_disabled(), torch.cuda.stream(self._stream):
             with _record_graph(self._pool.id) as forward:
                 s, saved = passes.forward(inputs, packed, plan)
             with torch.cuda.use_mem_pool(self._pool):

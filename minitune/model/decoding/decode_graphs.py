@@ -10,13 +10,12 @@ captured afterwards. All graphs share one pool: none of them leaves results ther
 """
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
-from minitune.device import free_memory
+from minitune.device import free_memory, gc_disabled
 from minitune.progress import warn
 
 CAPTURE_RESERVE = 256 << 20  # bytes that must be free for a capture: tensors and stored launches
@@ -46,7 +45,7 @@ class DecodeGraphs:
         if _disabled or free_memory(device) < CAPTURE_RESERVE:
             return
         torch.cuda.synchronize(device)
-        with _gc_disabled(), torch.cuda.stream(_capture_stream(device)):
+        with gc_disabled(), torch.cuda.stream(_capture_stream(device)):
             self._graphs[key] = _captured(step, self._pool)
 
 
@@ -79,15 +78,3 @@ def _captured(step: Callable[[], None], pool: tuple[int, int]) -> torch.cuda.CUD
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the stream of all captures of a GPU."""
     return torch.cuda.Stream(device)
-
-
-@contextlib.contextmanager
-def _gc_disabled() -> Iterator[None]:
-    """Disable garbage collection: freeing another graph's memory would abort the capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
