@@ -55,7 +55,7 @@ def adapters(rows, sizes, width, dtype, device, count=2, rank=16):
         ("nested", 1, (70, 3), 256),
         ("plain", 3, (66,), 192),
         ("dense", 5, (3, 66), 320),
-        ("both", 18, (3, 65, 4), 192),
+        ("both", 18, (3, 65, 4), 128),
     ],
 )
 def test_products_are_as_good_as_the_formula(kind, rows, sizes, width, dtype, device, monkeypatch):
