@@ -94,6 +94,7 @@ def test_commands_change_the_chat_and_wrong_ones_are_named(loaded, monkeypatch, 
     talk.run()
     assert (talk.history.turns, talk.history.system) == ([], "Be kind.")
     lines = capsys.readouterr().err.splitlines()
+    assert "and the adapter of m; /help lists" in " ".join(lines)
     errors = " ".join(" ".join(lines).split()).split("error: ")[1:]
     for error, beginning in zip(
         errors,
@@ -101,7 +102,7 @@ def test_commands_change_the_chat_and_wrong_ones_are_named(loaded, monkeypatch, 
             "the conversation is empty, so there is nothing to undo",
             "no command /sytem; /help lists them, and a question that begins with a / is written",
             "/undo takes no text, but x follows it",
-            "/special : choose on or off",
+            "/special: choose on or off",
         ),
         strict=True,
     ):
@@ -189,8 +190,9 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_the_conversation(
     typed(monkeypatch, "Hello")
     talk = start(loaded, "--stop-strings", stop, "never")
     talk.run()
-    out = capsys.readouterr().out[:-1]
-    assert stop in out and whole.startswith(out) and out != whole
+    out, error = capsys.readouterr()
+    out = out[:-1]
+    assert "(cut" not in error and stop in out and whole.startswith(out) and out != whole
     assert talk.history.turns == [Turn("Hello", whole.partition(stop)[0])]
 
 
@@ -230,6 +232,13 @@ def test_raw_lines_are_continued_without_history(loaded, monkeypatch, capsys):
     out, error = capsys.readouterr()
     assert out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
     assert "of 512 tokens of context" in error and "there is no system message" in error
+
+
+@pytest.mark.parametrize(("limit", "line"), [(3, "the 3 tokens of"), (900, "fill the context")])
+def test_a_line_says_that_a_limit_has_cut_an_answer(loaded, capsys, limit, line):
+    prompt = (loaded[1].encode("Hi") * 512)[:508]
+    answerer_of(loaded, "--max-new-tokens", str(limit)).show(prompt, (WITH_ADAPTER,))
+    assert line in capsys.readouterr().err
 
 
 def test_several_answers_to_a_prompt_are_numbered(folder, capsys):

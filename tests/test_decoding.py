@@ -175,7 +175,7 @@ def test_weights_as_they_are_stored_give_the_same_answers(tmp_path, monkeypatch,
 
 def test_a_request_that_never_fits_is_refused_by_name(model):
     request = Request([5] * 100, 100)
-    message = r"up to 200 tokens, need .* but cache_memory is .*; raise cache_memory, or lower max"
+    message = r"up to 200 tokens, need .* MiB, but cache_memory is .* MiB; raise cache_memory, or"
     with pytest.raises(ValueError, match=message):
         decode(model, [request], GREEDY, cache_memory=4 * page_nbytes(model))
     assert len(decode(model, [request], GREEDY, cache_memory=5 * page_nbytes(model))) == 1

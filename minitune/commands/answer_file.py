@@ -101,6 +101,7 @@ class AnswerFile(contextlib.AbstractContextManager):
         """
         sides = BOTH if self._arguments.compare else (WITH_ADAPTER,)
         total, cut = len(self._items), 0
+        answered = (total - self._output.done) * len(sides) * answerer.count
         try:
             with ProgressBar("answering", total, "prompt", True, self._output.done) as bar:
                 while chunk := self._next_chunk():
@@ -121,7 +122,8 @@ class AnswerFile(contextlib.AbstractContextManager):
             raise
         if cut:
             limit = f"{self._arguments.max_new_tokens:,} tokens of --max-new-tokens"
-            print_message("note", f"{cut:,} answers end at a limit: the {limit}, or the context")
+            counts = f"{cut:,} of {answered:,} answers"
+            print_message("note", f"{counts} ended at a limit: the {limit}, or the context")
         each = len(sides) * answerer.count
         print_line(f"{path}: {total:,} records{f', {each} answers each' if each > 1 else ''}")
 

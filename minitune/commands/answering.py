@@ -66,6 +66,7 @@ class Answerer:
     """A model with the settings of a command line.
 
     show_special: show special tokens.
+    adapter_name: the folder that gave the model its adapter; None without one.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, arguments: argparse.Namespace):
@@ -73,6 +74,8 @@ class Answerer:
         self.show_special: bool = arguments.show_special_tokens
         self._sampling, self._shows_stats = sampling_of(arguments), arguments.stats
         self._stop_strings: list[str] = arguments.stop_strings or []
+        has_adapter = model.lora is not None
+        self.adapter_name = (arguments.adapter or arguments.model) if has_adapter else None
 
     @property
     def count(self) -> int:
@@ -160,12 +163,26 @@ class Answerer:
                 print(flush=True)  # ends the line of the answer
                 raise
         shown.end()
+        text = self.tokenizer.decode(shown.rows[0], skip_special_tokens=True)
+        ended = any(stop in text for stop in self._stop_strings) or shown.rows[0][-1:] in [
+            [end] for end in ends
+        ]
+        if not caught and not ended:
+            print_line(self._cut(len(shown.rows[0])))
         if self._shows_stats:
             print_line(shown.stats(self.model.max_seq_length))
-        text = self.tokenizer.decode(shown.rows[0], skip_special_tokens=True)
         for stop in self._stop_strings:
             text = text.partition(stop)[0]
         return text, bool(caught)
+
+    def _cut(self, length: int) -> str:
+        """Return the line behind an answer that a limit has cut.
+
+        length: the tokens of the answer.
+        """
+        if length >= self._sampling["max_new_tokens"]:
+            return f"(cut: an answer has at most the {length:,} tokens of --max-new-tokens)"
+        return "(cut: prompt and answer fill the context)"
 
 
 class _Shown:
@@ -207,10 +224,11 @@ class _Shown:
         """Return tokens, times and the used part of the context in words."""
         count = sum(map(len, self.rows))
         after = max(self._stop - self._first, 1e-9)
-        rate = (count - len(self.rows)) / after if count > len(self.rows) else 0.0
+        rate = (count - len(self.rows)) / after
+        speed = f", then {rate:,.1f} tokens/s" if rate > 0 else ""
         used = len(self._prompt) + max(map(len, self.rows))
         return (
             f"{len(self._prompt):,} tokens in, {count:,} out; first token after "
-            f"{self._first - self._start:.2f} s, then {rate:,.1f} tokens/s; "
+            f"{self._first - self._start:.2f} s{speed}; "
             f"{used:,} of {context:,} tokens of context"
         )

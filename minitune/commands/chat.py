@@ -56,6 +56,8 @@ class Chat:
         """Ask and answer until the user ends the chat."""
         name = self.answerer.model.name
         kind = "lines to continue, without the chat template" if self._raw else "chat"
+        if (adapter := self.answerer.adapter_name) is not None:
+            name = f"{name} and the adapter of {adapter}"
         print_line(wrapped(f"{kind} with {name}; /help lists the commands, Ctrl-D ends"))
         while True:
             try:
@@ -150,7 +152,7 @@ class Chat:
 
     def _adapter(self, which: str) -> None:
         if which not in SIDES:
-            raise ValueError(f"/adapter {which}: choose on, off or both")
+            raise ValueError(f"{f'/adapter {which}'.strip()}: choose on, off or both")
         self.answerer.check_side((BASE,))
         self.sides = SIDES[which]
         more = "; the answer with the adapter continues the conversation"
@@ -158,7 +160,7 @@ class Chat:
 
     def _special(self, which: str) -> None:
         if which not in ("on", "off"):
-            raise ValueError(f"/special {which}: choose on or off")
+            raise ValueError(f"{f'/special {which}'.strip()}: choose on or off")
         self.answerer.show_special = which == "on"
         print_line(f"special tokens {'shown' if which == 'on' else 'hidden'}")
 

@@ -56,9 +56,10 @@ def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser, progr
         given = [name for name in OF_FILES if getattr(arguments, name) != parser.get_default(name)]
         if given:
             flag = f"--{given[0].replace('_', '-')}"
-            raise ValueError(
-                f"{flag} belongs to a file of prompts: {program} --input FILE --output FILE {flag}"
-            )
+            example = f"{program} --input FILE --output FILE"
+            if flag != "--output":
+                example = f"{example} {flag}"
+            raise ValueError(f"{flag} belongs to a file of prompts: {example}")
     elif arguments.output is None:
         raise ValueError(f"--output is missing: {program} --input FILE --output ANSWERS.jsonl")
     elif arguments.prompt is not None:

@@ -182,5 +182,10 @@ def _check_budget(
         room, remedy = "cache_memory is", "raise cache_memory, or lower max_new_tokens"
     raise NoCacheRoom(
         f"the keys and values of a prompt and its answer, up to {longest:,} tokens, need "
-        f"{gib_text(needed * page_nbytes)}, but {room} {gib_text(budget * page_nbytes)}; {remedy}"
+        f"{_size(needed * page_nbytes)}, but {room} {_size(budget * page_nbytes)}; {remedy}"
     )
+
+
+def _size(nbytes: int) -> str:
+    """Return a number of bytes in GiB, or a small one in MiB."""
+    return gib_text(nbytes) if nbytes >= 1 << 30 else f"{nbytes / (1 << 20):,.1f} MiB"
