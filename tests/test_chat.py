@@ -241,6 +241,16 @@ def test_a_line_says_that_a_limit_has_cut_an_answer(loaded, capsys, limit, line)
     assert line in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [[], ["--show-special-tokens"]])
+def test_no_line_calls_a_whole_answer_cut(loaded, monkeypatch, capsys, flags):
+    model, tokenizer = loaded
+    prompt = tokenizer.encode("Hi")
+    ends = model.generate([prompt], max_new_tokens=3)[0][-1:]
+    monkeypatch.setattr(type(model), "eos_token_ids", tuple(ends))
+    answerer_of(loaded, "--max-new-tokens", "6", *flags).show(prompt, (WITH_ADAPTER,))
+    assert "(cut" not in capsys.readouterr().err
+
+
 def test_several_answers_to_a_prompt_are_numbered(folder, capsys):
     arguments = ["--model", str(folder), "--prompt", "Hi", "--max-new-tokens", "4", "--raw"]
     arguments += ["--device", "cpu", "--no-load-in-4bit", "--num-return-sequences", "2"]

@@ -158,17 +158,20 @@ class Answerer:
             # the end token is shown too, so it must come like the others
             own_ends = {"eos_token_ids": []} if self.show_special else {}
             try:
-                self.answers([prompt], sides, on_token=take, **own_ends)
+                (found,) = self.answers([prompt], sides, on_token=take, **own_ends)
             except KeyboardInterrupt:
                 print(flush=True)  # ends the line of the answer
                 raise
         shown.end()
         text = self.tokenizer.decode(shown.rows[0], skip_special_tokens=True)
-        ended = any(stop in text for stop in self._stop_strings) or shown.rows[0][-1:] in [
-            [end] for end in ends
+        answers = [answer for side in found for answer in side]
+        cut = [
+            len(row)
+            for answer, row in zip(answers, shown.rows, strict=True)
+            if answer.is_cut and not {*row[-1:]} & {*ends}
         ]
-        if not caught and not ended:
-            print_line(self._cut(len(shown.rows[0])))
+        if cut and not caught:
+            print_line(self._cut(max(cut)))
         if self._shows_stats:
             print_line(shown.stats(self.model.max_seq_length))
         for stop in self._stop_strings:

@@ -170,8 +170,8 @@ class SFTConfig:
     )
     sample_prompts: tuple[str, ...] = setting(
         (),
-        "texts of a user that the model answers before the first step, at each evaluation and "
-        "after the last step",
+        "texts of a user, without a system message, that the model answers before the first "
+        "step, at each evaluation and after the last step",
     )
     seed: int = setting(
         42, "the order of the samples follows from this and the epoch", minimum=0, maximum=2**64 - 1

@@ -16,7 +16,7 @@ ANSWER_TOKENS = 128  # at most
 
 
 class SamplePrompts:
-    """Texts of a user that the model answers now and then."""
+    """Texts of a user, without a system message, that the model answers now and then."""
 
     def __init__(
         self,
