@@ -139,6 +139,9 @@ BAD = {
     "holds id -5": {"prompts": [[3, -5]]},
     "prompts are lists of token ids": {"prompts": [1, 2, 3]},
     "prompts are lists of token ids, one": {"prompts": ["hi"]},
+    "prompts are lists of token": {"prompts": 5},
+    "prompts holds ids, but no input_ids": {"prompts": {"ids": [[1]]}},
+    "do_sample is 'no'; expected True": {"prompts": [[1]], "do_sample": "no"},
 }
 
 

@@ -137,6 +137,8 @@ def read_prompts(
     if isinstance(prompts, Mapping):
         if attention_mask is None:
             attention_mask = prompts.get("attention_mask")
+        if "input_ids" not in prompts:
+            raise ValueError(f"prompts holds {', '.join(map(str, prompts))}, but no input_ids")
         prompts = prompts["input_ids"]
     if not isinstance(prompts, Tensor):
         if attention_mask is not None:
@@ -167,16 +169,17 @@ def read_prompts(
 def _checked_lists(prompts: Any) -> list[list[int]]:
     """Return prompts given as lists.
 
-    Raises: ValueError if one of them is no list of token ids.
+    Raises: ValueError if they are none, or one of them is no list of token ids.
     """
-    for prompt in prompts:
+    listed = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    for prompt in listed:
         is_list = isinstance(prompt, Sequence)
         if not is_list or not all(issubclass(kind, int) for kind in set(map(type, prompt))):
             raise ValueError(
                 "prompts are lists of token ids, one for each prompt, "
                 "as tokenizer.apply_chat_template makes them"
             )
-    return list(map(list, prompts))
+    return list(map(list, listed))
 
 
 def check_prompts(model, prompts: Sequence[Sequence[int]]) -> None:
@@ -290,6 +293,8 @@ def sampling_config(
 
     Raises: ValueError if a setting is out of range, or would change nothing.
     """
+    if do_sample not in (None, True, False):
+        raise ValueError(f"do_sample is {shown(do_sample)}; expected True, False or None")
     named = {key: value for key, value in named.items() if value is not None}
     temperature = named.get("temperature")
     narrowed = [key for key, neutral in NEUTRAL.items() if named.get(key, neutral) != neutral]
