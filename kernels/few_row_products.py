@@ -77,7 +77,7 @@ def _multiply_nf4(
     word_at += tl.arange(0, 8)[None, None, :]
     # The scale of the next block is loaded one pass ahead.
     last_block = rows_of_weight * (IN // 64) - 1
-    at = row * (IN // 64) + begin // 64 + block
+    at = tl.minimum(row * (IN // 64) + begin // 64 + block, last_block)  # a split may be empty
     absmax = tl.load(absmax_ptr + at)
     if NESTED_BLOCKSIZE:
         offset = tl.load(nested_offset_ptr)
