@@ -56,6 +56,7 @@ def adapters(rows, sizes, width, dtype, device, count=2, rank=16):
         ("plain", 3, (66,), 192),
         ("dense", 5, (3, 66), 320),
         ("both", 18, (3, 65, 4), 128),
+        ("nested", 2, (5,), 576),  # 9 blocks in 8 splits, so three splits are empty
     ],
 )
 def test_products_are_as_good_as_the_formula(kind, rows, sizes, width, dtype, device, monkeypatch):
