@@ -156,8 +156,8 @@ DECODE_BUGS = (
     Mutation(
         "the scales of a pass are those of the next one",
         "kernels/few_row_products.py",
-        "at = row * (IN // 64) + begin // 64 + block\n",
-        "at = row * (IN // 64) + begin // 64 + block + 1\n",
+        "begin // 64 + block, last_block)",
+        "begin // 64 + block + 1, last_block)",
         (PRODUCTS,),
     ),
     Mutation(
