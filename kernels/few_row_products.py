@@ -280,7 +280,7 @@ def few_row_products(
     step = WIDE_BLOCK if wide else BLOCKSIZE
     split_size = cdiv(cdiv(in_features, step), splits) * step
     nested = bool(nf4) and nf4[0].nested_absmax is not None
-    on_gpu = x.device.type != "cpu"
+    permutes = bool(nf4) and x.element_size() == 2 and x.device.type != "cpu"
     dependent = backend.has_dependent_launches(x.device)
     pointers = [(w.packed, w.absmax, *_nested_scales(w)) for w in nf4] or [(x,) * 5]
     _few_row_products[(first_tiles[-1], splits)](
@@ -301,7 +301,7 @@ def few_row_products(
         NF4_PARTS=len(nf4),
         PARTS=len(placed),
         NESTED_BLOCKSIZE=nf4[0].nested_blocksize if nested else 0,
-        TABLE=table_text(weight.code, x.dtype) if nf4 and on_gpu else "",
+        TABLE=table_text(weight.code, x.dtype) if permutes else "",
         TABLE_ARGS=TABLE_CONSTRAINTS,
         LOOKUP=lookup_text(),
         LOOKUP_ARGS=LOOKUP_CONSTRAINTS,
@@ -315,6 +315,6 @@ def few_row_products(
         num_warps=4,
         num_stages=STAGES,
         enable_fp_fusion=False,
-        **({"maxnreg": NARROW_REGISTERS} if nf4 and rows == 16 and on_gpu else {}),
+        **({"maxnreg": NARROW_REGISTERS} if permutes and rows == 16 else {}),
         **({"launch_pdl": True} if dependent else {}),
     )
