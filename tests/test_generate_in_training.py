@@ -20,6 +20,7 @@ GENERATED = {
     "eval_max_new_tokens": 12,
 }
 SMALL_MEMORY = 4 << 20  # bytes that a driver takes without being asked
+ROUNDING = 2 << 20  # bytes by which PyTorch may round up one large tensor
 
 
 class Generates(TrainerCallback):
@@ -37,24 +38,40 @@ def numbers(output) -> list[dict]:
     return [{name: record[name] for name in names if name in record} for record in records]
 
 
+def plain_run(folder, output, **options) -> int | None:
+    """Train without generation; return the peak of the largest plan, or None on a CPU.
+
+    A plan counts what is allocated, so trainers of earlier runs are collected before and after.
+    """
+    gc.collect()
+    trainer = new_trainer(folder, output, RECORDS[:3], **EVALUATED, **options)
+    trainer.train()
+    largest = trainer.planner.largest
+    del trainer
+    gc.collect()
+    return largest and largest.peak
+
+
 def generating_run(folder, output, **options):
     """Train after and with generation, and return the trainer."""
     trainer = new_trainer(folder, output, RECORDS[:3], **EVALUATED, **GENERATED, **options)
-    trainer.model.generate(PROMPTS, max_new_tokens=40)
+    trainer.model.generate(PROMPTS * 16, max_new_tokens=40)
     trainer.add_callback(Generates())
     trainer.train()
     return trainer
 
 
 def assert_same_runs(folder, tmp_path, **options):
-    """Assert that generation changes no number of a run; return both trainers."""
-    plain = new_trainer(folder, tmp_path / "plain", RECORDS[:3], **EVALUATED, **options)
-    plain.train()
+    """Assert that generation changes no number of a run.
+
+    Return the peak of the plan without generation, and the trainer that generated.
+    """
+    peak = plain_run(folder, tmp_path / "plain", **options)
     trainer = generating_run(folder, tmp_path / "run", **options)
     assert numbers(tmp_path / "run") == numbers(tmp_path / "plain")
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "plain")
     assert any("eval_score" in record for record in read_metrics(tmp_path / "run"))
-    return plain, trainer
+    return peak, trainer
 
 
 def test_a_step_begins_without_the_memory_of_generation(smallest, tmp_path, monkeypatch):
@@ -83,8 +100,9 @@ def test_generation_changes_no_bit_of_a_run_with_graphs(tmp_path, load_in_4bit):
 def test_after_generation_a_run_plans_with_the_memory_of_before(tmp_path):
     folder = make_tiny_model(tmp_path / "model", **WIDE_SHAPE)
     options = {"device": "cuda", "dtype": torch.bfloat16}
-    plain, trainer = assert_same_runs(folder, tmp_path, model_options=options)
-    assert trainer.planner.largest.peak == plain.planner.largest.peak
+    peak, trainer = assert_same_runs(folder, tmp_path, model_options=options)
+    # Generation has allocated the buffers for dequantised weights already, and rounded them.
+    assert abs(trainer.planner.largest.peak - peak) <= ROUNDING
     model, device = trainer.model, trainer.model.device
     free = []
     for answers in (32, 32, 1):  # the first call loads the kernels, which stay
