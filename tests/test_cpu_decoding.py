@@ -63,7 +63,7 @@ def test_a_step_gives_the_values_of_the_training_layers(tmp_path, monkeypatch, f
 
 
 def test_a_row_has_the_same_values_alone_and_in_batches(model):
-    """Bits are equal from two rows on; a single row reads another layout of the weights."""
+    """Bits may differ, because the layout of the weights depends on the number of rows."""
     requests = requests_of((60,) * 8, tokens=20)
     tokens, logprobs = values_of(model, requests)
     for first, rows in ((0, 1), (2, 2), (3, 5)):
@@ -136,6 +136,31 @@ def test_a_second_call_builds_no_weight_and_reads_a_changed_adapter(model, monke
         changed, _ = values_of(model, requests)
     model.free_generation_memory()
     assert changed == values_of(model, requests)[0] != first
+
+
+@pytest.mark.parametrize("can_pack", [True, False])
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16, 17])
+def test_products_are_those_of_float64_in_every_layout(rows, can_pack, monkeypatch):
+    if can_pack and not cpu_weights._can_pack():
+        pytest.skip("PyTorch was built without MKL")
+    monkeypatch.setattr(cpu_weights, "_can_pack", lambda: can_pack)
+    generator = torch.Generator().manual_seed(rows)
+    weight, wide, residual = (
+        torch.randn(shape, generator=generator) for shape in ((72, 40), (rows, 48), (rows, 72))
+    )
+    frozen, x = cpu_weights.FrozenWeight(weight), wide[:, :40]
+    expected = x.double() @ weight.double().t()
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for multiplier in (1.0, 0.5):
+        y = multiplier * expected
+        out, total = torch.full((rows, 72), torch.nan), residual.clone()
+        torch.testing.assert_close(frozen.product(x, None, multiplier).double(), y, **close)
+        assert frozen.product(x, out, multiplier) is out
+        torch.testing.assert_close(out.double(), y, **close)
+        assert frozen.product(x, None, multiplier, add_to=total) is total
+        torch.testing.assert_close(total.double(), residual + y, **close)
+    # A packed layout is built only for the numbers of rows that read it.
+    assert len(frozen._packed) == (can_pack and 5 <= rows <= 16)
 
 
 def test_a_model_without_room_for_its_weights_decodes_without_them(model, monkeypatch):

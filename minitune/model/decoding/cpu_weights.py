@@ -1,17 +1,18 @@
 """The weights of decode steps on a CPU: float32, in the layouts that few rows read fastest.
 
 A step reads all weights once, so its floor is the speed of the memory. The frozen weights are kept
-in two layouts. Time of the four matmuls of 30 layers of SmolLM2-135M, one thread of a Xeon with
-AVX-512, in November 2026:
+in several layouts. Time of all products of a step of SmolLM2-135M, two threads of a Xeon with
+AVX-512, medians of ten in turn, 27 November 2026:
 
-                                        1 row     2 rows    8 rows    32 rows
-    transposed, contiguous (in, out)    27 ms     41 ms     68 ms     85 ms
-    packed by oneDNN                    38 ms     43 ms     50 ms     92 ms
-    (out, in), as stored                31 ms     35 ms     80 ms     103 ms
+                                     1 row   3 rows  4 rows  8 rows  12 rows  16 rows  32 rows
+    transposed, contiguous (in, out)  22 ms   28 ms   32 ms   54 ms    50 ms    56 ms    73 ms
+    packed by MKL for 8 rows                  32 ms   32 ms   35 ms
+    packed by MKL for 16 rows                 39 ms   40 ms   45 ms    39 ms    40 ms
+    packed by oneDNN                  33 ms   29 ms   30 ms   40 ms    39 ms    47 ms    66 ms
 
-So a single row takes the transposed layout, and a few rows the packed one, which any number of rows
-can read. The packed sums of a row do not depend on the number of rows. The packed layout is built
-at its first use.
+So 5 to 16 rows take a layout packed by MKL, for which they are filled up to 8 or 16 rows, and all
+others the transposed one. A packed layout is built at its first use. oneDNN's is not used: its sums
+run longer, so its errors against float64 are 1.4 times those of a training step's products.
 
 Adapters are not part of the weights. Their A and B are read at each step, so a change of their
 values needs no refresh:
@@ -24,14 +25,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from minitune.device import free_memory
 from minitune.model.adapter_switch import Adapter
 from minitune.model.linear import FusedLinear
 
-MAX_PACKED_ROWS = 64
 SHARE_OF_MEMORY = 0.5  # of the free memory, that the weights may take
-PACKING_ROWS = 8  # that oneDNN is told when it packs; other numbers of rows read the same layout
+MIN_PACKED_ROWS = 5  # fewer rows take the transposed layout
+PACKINGS = (8, 16)  # the numbers of rows that MKL packs for
 
 # Adapters and the rows that use each: all rows, or some.
 AdaptersOfRows = Callable[[int], Sequence[tuple[Adapter, slice | list[int]]]]
@@ -43,14 +45,14 @@ def cpu_weights_fit(model) -> bool:
         return False
     shapes = [(fused.out_features, fused.in_features) for fused in model.fused_linears()]
     elements = sum(map(math.prod, [*shapes, model.model.embed_tokens.shape]))
-    nbytes = elements * model.dtype.itemsize * (2 if _can_pack() else 1)
+    layouts = 1 + len(PACKINGS) if _can_pack() else 1
+    nbytes = elements * model.dtype.itemsize * layouts
     return nbytes < SHARE_OF_MEMORY * free_memory(model.device)
 
 
 def _can_pack() -> bool:
-    """Return True if PyTorch's oneDNN may pack weights and keeps float32 sums."""
-    mkldnn = torch.backends.mkldnn
-    return mkldnn.is_available() and mkldnn.enabled
+    """Return True if PyTorch has the products of weights that MKL packed."""
+    return torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
 
 class CpuWeights:
@@ -116,7 +118,7 @@ class FrozenWeight:
 
     def __init__(self, weight: Tensor):
         self._transposed = weight.t().contiguous()  # (in, out)
-        self._packed: Tensor | None = None
+        self._packed: dict[int, Tensor] = {}  # by the rows that they are packed for
         self._can_pack = _can_pack()
 
     def product(
@@ -127,7 +129,7 @@ class FrozenWeight:
         out: destination of the product.
         add_to: (N, out) that the product is added to instead.
         """
-        if 1 < x.shape[0] <= MAX_PACKED_ROWS and self._can_pack:
+        if self._can_pack and MIN_PACKED_ROWS <= x.shape[0] <= PACKINGS[-1]:
             y = self._packed_product(x)
             if add_to is not None:
                 return add_to.add_(y, alpha=multiplier)
@@ -143,11 +145,14 @@ class FrozenWeight:
         return torch.addmm(out, x, self._transposed, beta=0, alpha=multiplier, out=out)
 
     def _packed_product(self, x: Tensor) -> Tensor:
-        """Return x W^T (N, out) from the packed layout."""
-        ops = torch.ops.mkldnn
-        if self._packed is None:
-            self._packed = ops._reorder_linear_weight(self._transposed.t(), PACKING_ROWS)
-        return ops._linear_pointwise(x, self._packed, None, "none", [], "")
+        """Return x W^T (N, out) of few rows from a packed layout."""
+        N, weight = x.shape[0], self._transposed.t()
+        rows = next(rows for rows in PACKINGS if rows >= N)
+        if rows not in self._packed:
+            self._packed[rows] = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        if rows > N:
+            x = functional.pad(x, (0, 0, 0, rows - N))
+        return torch.ops.mkl._mkl_linear(x, self._packed[rows], weight, None, rows)[:N]
 
 
 class CpuWeight:

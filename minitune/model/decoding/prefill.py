@@ -12,15 +12,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from minitune.kernels.attention_common import MAX_BLOCK, SHORT_SEQUENCE_ROWS
+from minitune.kernels.attention_common import MAX_BLOCK, SHORT_SEQUENCE_ROWS, sequence_bounds
 from minitune.kernels.backend import cdiv
 from minitune.kernels.decode_attention import store_keys_values
 from minitune.model.activations import Activations, row_tiles
 from minitune.model.decoding.decode_step import layer_pass
 from minitune.model.decoding.kv_cache import KVCache, places_of
 from minitune.model.decoding.step_weights import PassWeights
-from minitune.model.layers import new_residual
+from minitune.model.layers import Attention, LayerPass, new_residual
 from minitune.model.packed_sequences import PackedSequences
 
 MAX_PREFILL_ROWS = 8192  # of one pass, unless a single prompt is longer
@@ -117,11 +118,28 @@ def prefill(
             q, k, v = heads.heads_of(layer.compute_qkv(a.x, p), p)
             store_keys_values(k, v, cache.keys[index], cache.values[index], places)
             a.attn = layer.o.new_input(a.x)  # (N, H K + R)
-            heads.attend_heads(q, k, v, p, out=heads.query_heads(a.attn))
+            _attend(heads, q, k, v, p, heads.query_heads(a.attn))
             del q, k, v  # frees their memory
             for tile in row_tiles(len(s), tile_rows):
                 layer.finish_rows_(s[tile], a.rows(tile), p)
     return s[given.last_rows.to(device)]
+
+
+def _attend(heads: Attention, q: Tensor, k: Tensor, v: Tensor, p: LayerPass, out: Tensor) -> None:
+    """Write attention's output to out (N, H, K).
+
+    On a CPU PyTorch's own attention is faster than that of training, and holds no scores of all
+    pairs of tokens. It knows no window and no softcap.
+    """
+    if q.device.type != "cpu" or heads.window is not None or heads.softcap:
+        heads.attend_heads(q, k, v, p, out=out)
+        return
+    for first, end in sequence_bounds(p.packed.start):
+        qs, ks, vs = (x[None, first:end].transpose(1, 2) for x in (q, k, v))  # (1, heads, T, K)
+        y = functional.scaled_dot_product_attention(
+            qs, ks, vs, is_causal=True, scale=heads.scale, enable_gqa=True
+        )
+        out[first:end] = y[0].transpose(0, 1)
 
 
 def _packed_sequences(model, positions: Tensor, is_padded: bool) -> PackedSequences:
