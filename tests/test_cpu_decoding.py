@@ -138,17 +138,16 @@ def test_a_second_call_builds_no_weight_and_reads_a_changed_adapter(model, monke
     assert changed == values_of(model, requests)[0] != first
 
 
-@pytest.mark.parametrize("can_pack", [True, False])
+@pytest.mark.parametrize("packings", [(), (8,), (8, 16)])
 @pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16, 17])
-def test_products_are_those_of_float64_in_every_layout(rows, can_pack, monkeypatch):
-    if can_pack and not cpu_weights._can_pack():
+def test_products_are_those_of_float64_in_every_layout(rows, packings):
+    if packings and not cpu_weights._can_pack():
         pytest.skip("PyTorch was built without MKL")
-    monkeypatch.setattr(cpu_weights, "_can_pack", lambda: can_pack)
     generator = torch.Generator().manual_seed(rows)
     weight, wide, residual = (
         torch.randn(shape, generator=generator) for shape in ((72, 40), (rows, 48), (rows, 72))
     )
-    frozen, x = cpu_weights.FrozenWeight(weight), wide[:, :40]
+    frozen, x = cpu_weights.FrozenWeight(weight, packings), wide[:, :40]
     expected = x.double() @ weight.double().t()
     close = {"rtol": 1e-5, "atol": 1e-5}
     for multiplier in (1.0, 0.5):
@@ -160,7 +159,23 @@ def test_products_are_those_of_float64_in_every_layout(rows, can_pack, monkeypat
         assert frozen.product(x, None, multiplier, add_to=total) is total
         torch.testing.assert_close(total.double(), residual + y, **close)
     # A packed layout is built only for the numbers of rows that read it.
-    assert len(frozen._packed) == (can_pack and 5 <= rows <= 16)
+    assert len(frozen._packed) == (5 <= rows <= max(packings, default=0))
+
+
+@pytest.mark.parametrize(("layouts", "packed"), [(0, None), (1, ()), (2, (8,)), (3, (8, 16))])
+def test_weights_are_packed_as_far_as_the_memory_has_room(model, monkeypatch, layouts, packed):
+    if packed and not cpu_weights._can_pack():
+        pytest.skip("PyTorch was built without MKL")
+    linears = sum(fused.out_features * fused.in_features for fused in model.fused_linears())
+    nbytes = 4 * (linears + model.model.embed_tokens.weight.numel())
+    monkeypatch.setattr(cpu_weights, "free_memory", lambda device: 2 * layouts * nbytes)
+    model.free_generation_memory()
+    expected, _ = values_of(model, requests_of((9,) * 12, tokens=4))
+    weights = model.decode_engine._memory.weights
+    assert (weights and weights._head._packings) == packed
+    monkeypatch.undo()
+    model.free_generation_memory()
+    assert values_of(model, requests_of((9,) * 12, tokens=4))[0] == expected
 
 
 def test_a_model_without_room_for_its_weights_decodes_without_them(model, monkeypatch):

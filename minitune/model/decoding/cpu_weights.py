@@ -11,8 +11,9 @@ AVX-512, medians of ten in turn, 27 November 2026:
     packed by oneDNN                  33 ms   29 ms   30 ms   40 ms    39 ms    47 ms    66 ms
 
 So 5 to 16 rows take a layout packed by MKL, for which they are filled up to 8 or 16 rows, and all
-others the transposed one. A packed layout is built at its first use. oneDNN's is not used: its sums
-run longer, so its errors against float64 are 1.4 times those of a training step's products.
+others the transposed one. A packed layout is built at its first use, if the memory had room for it.
+oneDNN's is not used: its sums run longer, so its errors against float64 are 1.4 times those of a
+training step's products.
 
 Adapters are not part of the weights. Their A and B are read at each step, so a change of their
 values needs no refresh:
@@ -43,11 +44,15 @@ def cpu_weights_fit(model) -> bool:
     """Return True if a model can decode with CpuWeights: in float32 on a CPU, within the memory."""
     if model.device.type != "cpu" or model.dtype != torch.float32:
         return False
+    return _layouts_that_fit(model) >= 1
+
+
+def _layouts_that_fit(model) -> int:
+    """Return the number of layouts for which the memory has room."""
     shapes = [(fused.out_features, fused.in_features) for fused in model.fused_linears()]
     elements = sum(map(math.prod, [*shapes, model.model.embed_tokens.shape]))
-    layouts = 1 + len(PACKINGS) if _can_pack() else 1
-    nbytes = elements * model.dtype.itemsize * layouts
-    return nbytes < SHARE_OF_MEMORY * free_memory(model.device)
+    room = SHARE_OF_MEMORY * free_memory(model.device)
+    return int(room // (elements * model.dtype.itemsize))
 
 
 def _can_pack() -> bool:
@@ -64,8 +69,11 @@ class CpuWeights:
 
     def __init__(self, model, adapters: Sequence[Adapter], adapter_of_row: Tensor):
         self._adapters, self._adapter_of_row = adapters, adapter_of_row
-        self._frozen = {fused: FrozenWeight(_base_of(fused)) for fused in model.fused_linears()}
-        self._head = FrozenWeight(model.head().weight)
+        packings = PACKINGS[: max(_layouts_that_fit(model) - 1, 0)] if _can_pack() else ()
+        self._frozen = {
+            fused: FrozenWeight(_base_of(fused), packings) for fused in model.fused_linears()
+        }
+        self._head = FrozenWeight(model.head().weight, packings)
         self._weights = self._with_adapters(self._adapters_of)
 
     def __getitem__(self, fused: FusedLinear) -> "CpuWeight":
@@ -114,12 +122,15 @@ def _base_of(fused: FusedLinear) -> Tensor:
 
 
 class FrozenWeight:
-    """A weight (out, in) in float32, in the layouts of this file."""
+    """A weight (out, in) in float32, in the layouts of this file.
 
-    def __init__(self, weight: Tensor):
+    packings: the numbers of rows that it may be packed for, in ascending order.
+    """
+
+    def __init__(self, weight: Tensor, packings: Sequence[int]):
         self._transposed = weight.t().contiguous()  # (in, out)
         self._packed: dict[int, Tensor] = {}  # by the rows that they are packed for
-        self._can_pack = _can_pack()
+        self._packings = packings
 
     def product(
         self, x: Tensor, out: Tensor | None, multiplier: float, add_to: Tensor | None = None
@@ -129,7 +140,7 @@ class FrozenWeight:
         out: destination of the product.
         add_to: (N, out) that the product is added to instead.
         """
-        if self._can_pack and MIN_PACKED_ROWS <= x.shape[0] <= PACKINGS[-1]:
+        if self._packings and MIN_PACKED_ROWS <= x.shape[0] <= self._packings[-1]:
             y = self._packed_product(x)
             if add_to is not None:
                 return add_to.add_(y, alpha=multiplier)
@@ -147,7 +158,7 @@ class FrozenWeight:
     def _packed_product(self, x: Tensor) -> Tensor:
         """Return x W^T (N, out) of few rows from a packed layout."""
         N, weight = x.shape[0], self._transposed.t()
-        rows = next(rows for rows in PACKINGS if rows >= N)
+        rows = next(rows for rows in self._packings if rows >= N)
         if rows not in self._packed:
             self._packed[rows] = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
         if rows > N:
